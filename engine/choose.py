@@ -1,0 +1,118 @@
+"""Which backend runs: what was asked for, or the first that works here, with the reason."""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdrt.bundle import Bundle
+from sdrt.errors import BackendError, UsageError
+
+from .protocol import Engine
+
+log = logging.getLogger(__name__)
+BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run: the public name, the device, None or why it cannot, and how to load."""
+
+    backend: str
+    device: str
+    why_not: str | None
+    load: Callable[[Bundle, str], Engine] | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.backend} on {self.device}"
+
+
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def candidates() -> list[Candidate]:
+    """Every backend in the order in which `auto` tries them."""
+    return [
+        Candidate("tensorrt", "cuda", _tensorrt_reason("tensorrt")),
+        Candidate("tensorrt-rtx", "cuda", _tensorrt_reason("tensorrt_rtx")),
+        Candidate("onnxruntime", "cuda", *_ort("CUDAExecutionProvider")),
+        *_torch_candidates(("cuda", "mps")),
+        Candidate("onnxruntime", "cpu", *_ort("CPUExecutionProvider")),
+        *_torch_candidates(("cpu",)),
+    ]
+
+
+def has_nvidia_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/nvhost-gpu").exists()
+
+
+def _tensorrt_reason(module: str) -> str:
+    if not has_nvidia_gpu():
+        return "no NVIDIA GPU on this machine"
+    if not installed(module):
+        return f"{module} is not installed; pip install 'sdrt[gpu]'"
+    return "plans are not built by this version yet"
+
+
+def _ort(provider: str) -> tuple[str | None, Callable[[Bundle, str], Engine] | None]:
+    if not installed("onnxruntime"):
+        return "onnxruntime is not installed; pip install 'sdrt[cpu]'", None
+    if provider == "CUDAExecutionProvider" and not has_nvidia_gpu():
+        return "no NVIDIA GPU on this machine", None
+
+    def load(bundle: Bundle, name: str) -> Engine:
+        from .ort import OrtEngine
+
+        graph = bundle.graph(name)
+        return OrtEngine(name, graph, bundle.manifest.components[name], provider)
+
+    if provider == "CPUExecutionProvider":
+        return None, load
+    from . import ort
+
+    return ort.available(provider), load
+
+
+def _torch_candidates(devices: tuple[str, ...]) -> list[Candidate]:
+    def load(device: str) -> Callable[[Bundle, str], Engine]:
+        def load_component(bundle: Bundle, name: str) -> Engine:
+            from .sdpa import TorchEngine
+
+            graph = bundle.graph(name)
+            return TorchEngine(name, graph, bundle.manifest.components[name], device)
+
+        return load_component
+
+    return [Candidate("torch", d, _torch_reason(d), load(d)) for d in devices]
+
+
+def _torch_reason(device: str) -> str | None:
+    for module in ("torch", "onnx"):
+        if not installed(module):
+            return f"{module} is not installed; pip install 'sdrt[build]'"
+    if device == "cuda" and not has_nvidia_gpu() and not Path("/dev/kfd").exists():
+        return "no NVIDIA or AMD GPU on this machine"
+    if device == "cpu":
+        return None
+    from .sdpa import available
+
+    return available(device)
+
+
+def choose(backend: str = "auto") -> Candidate:
+    """The candidate to use; raises BackendError with every reason if none fits."""
+    if backend not in BACKENDS:
+        raise UsageError(f"backend {backend!r} is unknown; one of: {', '.join(BACKENDS)}")
+    refused = []
+    for candidate in candidates():
+        if backend not in ("auto", candidate.backend):
+            continue
+        if candidate.why_not is None:
+            because = "; ".join(refused) or "asked for"
+            log.info("backend: %s (%s)", candidate.title, because)
+            return candidate
+        refused.append(f"{candidate.title}: {candidate.why_not}")
+    raise BackendError("no backend can run here. " + "; ".join(refused))

@@ -1,0 +1,1 @@
+"""Samplers as tables of numbers; `table.py` says how."""

@@ -1,0 +1,168 @@
+"""CLIP's byte-pair tokenizer, from `vocab.json` and `merges.txt`; no library needed.
+
+Knows text and ids. Radford et al. 2021 (arXiv:2103.00020), byte-level pairs after Sennrich et al.
+2016 (arXiv:1508.07909) with `</w>` at the end of a word.
+"""
+
+import json
+import logging
+import unicodedata
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from sdrt.errors import BundleError, UsageError
+
+log = logging.getLogger(__name__)
+START, END = "<|startoftext|>", "<|endoftext|>"
+SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+LONGEST_PROMPT = 10_000
+
+
+class Tokenizer:
+    """Text to the ids that the text encoder reads."""
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int) -> None:
+        """`length` is the number of ids of every prompt, start and end included."""
+        self.vocab = vocab
+        self.length = length
+        self.rank = {pair: i for i, pair in enumerate(merges)}
+        self._letters = byte_letters()
+        self._word_ids = lru_cache(maxsize=4096)(self._ids_from_word)
+
+    @classmethod
+    def from_folder(cls, folder: Path, length: int) -> "Tokenizer":
+        """Read `vocab.json` and `merges.txt`; raises BundleError if they do not fit together."""
+        try:
+            vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+            lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{folder} holds no readable tokenizer: {error}") from error
+        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        for pair in merges:
+            if len(pair) != 2 or "".join(pair) not in vocab:
+                raise BundleError(f"{folder}/merges.txt: {' '.join(pair)!r} is not in vocab.json")
+        if not {START, END} <= set(vocab):
+            raise BundleError(f"{folder}/vocab.json lacks {START} or {END}")
+        return cls(vocab, merges, length)  # type: ignore[arg-type]
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """Ids [len(texts), length] int32: start, the text's, end, and end again as padding."""
+        return np.array([self._padded(text) for text in texts], np.int32)
+
+    def ids(self, text: str) -> list[int]:
+        """All ids of a text, without start and end."""
+        return [i for word in words_from_text(checked(text)) for i in self._word_ids(word)]
+
+    def _padded(self, text: str) -> list[int]:
+        ids, room = self.ids(text), self.length - 2
+        if len(ids) > room:
+            log.warning("the prompt has %d tokens; the model reads the first %d", len(ids), room)
+        end = self.vocab[END]
+        head = [self.vocab[START], *ids[:room]]
+        return head + [end] * (self.length - len(head))
+
+    def _ids_from_word(self, word: str) -> tuple[int, ...]:
+        if word in (START, END):
+            return (self.vocab[word],)
+        letters = [self._letters[byte] for byte in word.encode("utf-8")]
+        letters[-1] += "</w>"
+        unknown = self.vocab[END]
+        return tuple(self.vocab.get(piece, unknown) for piece in self._merged(letters))
+
+    def _merged(self, pieces: list[str]) -> list[str]:
+        """Join the best-ranked pair, everywhere it occurs, until none is left."""
+        while len(pieces) > 1:
+            best = min(
+                zip(pieces, pieces[1:], strict=False),
+                key=lambda pair: self.rank.get(pair, len(self.rank)),
+            )
+            if best not in self.rank:
+                break
+            pieces = _joined(pieces, best)
+        return pieces
+
+
+def _joined(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    i = 0
+    while i < len(pieces):
+        if i + 1 < len(pieces) and (pieces[i], pieces[i + 1]) == pair:
+            out.append(pieces[i] + pieces[i + 1])
+            i += 2
+        else:
+            out.append(pieces[i])
+            i += 1
+    return out
+
+
+def byte_letters() -> list[str]:
+    """The printable letter that stands for each byte value 0 to 255 (GPT-2's alphabet)."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def checked(text: str) -> str:
+    """The text, or UsageError: too long, or not valid Unicode."""
+    if len(text) > LONGEST_PROMPT:
+        raise UsageError(
+            f"a prompt of {len(text):,} characters; at most {LONGEST_PROMPT:,} are accepted, "
+            "and a model reads about 75 words"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the prompt is not valid Unicode: a lone surrogate at character {error.start}; "
+            "pass it as UTF-8"
+        ) from error
+    return text
+
+
+def words_from_text(text: str) -> Iterator[str]:
+    """Split normalised text: special tokens, English suffixes, runs of letters, single digits,
+    runs of anything else.
+    """
+    for i, part in enumerate(_split_specials(text)):
+        if i % 2:
+            yield part
+        else:
+            composed = unicodedata.normalize("NFC", part)
+            yield from _plain_words("".join(letter.lower() for letter in composed))
+
+
+def _split_specials(text: str) -> list[str]:
+    """Plain text at even places, special tokens at odd ones."""
+    parts = []
+    while True:
+        places = [(text.find(token), token) for token in (START, END) if token in text]
+        if not places:
+            return [*parts, text]
+        at, token = min(places)
+        parts += [text[:at], token]
+        text = text[at + len(token) :]
+
+
+def _kind(letter: str) -> str:
+    """`L`etter, `N`umber, `S`pace or other."""
+    if letter.isspace():
+        return "S"
+    major = unicodedata.category(letter)[0]
+    return major if major in "LN" else "other"
+
+
+def _plain_words(text: str) -> Iterator[str]:
+    i = 0
+    while i < len(text):
+        suffix = next((s for s in SUFFIXES if text.startswith(s, i)), None)
+        kind = _kind(text[i])
+        end = i + (len(suffix) if suffix else 1)
+        if not suffix and kind in ("L", "other"):
+            while end < len(text) and _kind(text[end]) == kind:
+                end += 1
+        if kind != "S":
+            yield text[i:end]
+        i = end

@@ -1,0 +1,285 @@
+"""The bundle: a folder with ONNX graphs, one copy of the weights, and a manifest that names it all.
+
+Knows files, JSON and hashes; not what a graph computes. `sdrt.json` is written last and read first:
+a folder without it is not a bundle.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import BundleError, UsageError
+
+FORMAT = 1
+MANIFEST = "sdrt.json"
+COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output: a name for each dynamic axis, a number for each fixed one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One network: `<name>/model.onnx`, its tensors, its precision and how it was proven."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dtype: str
+    parity: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `sdrt.json` says; `sizes` are (width, height) in pixels, the first is the default."""
+
+    name: str
+    source: str
+    sizes: tuple[tuple[int, int], ...]
+    batch: tuple[int, int, int]
+    latent_channels: int
+    downscale: int
+    max_tokens: int
+    opset: int
+    components: Mapping[str, Component]
+    parity: Mapping[str, float]
+    files: Mapping[str, FileRecord]
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest = field(repr=False)
+
+    def json(self, path: str) -> dict[str, Any]:
+        """One of the bundle's JSON files, such as `scheduler/scheduler_config.json`."""
+        return read_json(self.folder / path)
+
+    def graph(self, component: str) -> Path:
+        """The component's ONNX file; raises BundleError if the bundle does not have it."""
+        if component not in self.manifest.components:
+            have = ", ".join(self.manifest.components)
+            raise BundleError(f"{self.folder} has no {component}; it has {have}")
+        return self.folder / component / "model.onnx"
+
+    @property
+    def bytes(self) -> int:
+        return sum(record.size for record in self.manifest.files.values())
+
+
+def home() -> Path:
+    """Where bundles live: `$SDRT_HOME`, else `sdrt` in the user's cache folder."""
+    if folder := os.environ.get("SDRT_HOME"):
+        return Path(folder).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "sdrt"
+
+
+def bundles_folder() -> Path:
+    return home() / "bundles"
+
+
+def embedded(name: str) -> Path:
+    """Where a bundle shipped with the package would be."""
+    return Path(__file__).parent / "models" / f"{name}.bundle"
+
+
+def list_bundles() -> list[Path]:
+    """Folders of all bundles built here, newest first, then the ones shipped with the package."""
+    built = [path.parent for path in bundles_folder().glob(f"*/{MANIFEST}")]
+    built.sort(key=lambda folder: (folder / MANIFEST).stat().st_mtime, reverse=True)
+    shipped = sorted(path.parent for path in embedded("x").parent.glob(f"*.bundle/{MANIFEST}"))
+    return built + shipped
+
+
+def find_bundle(name: str | os.PathLike[str] | None) -> Path:
+    """The folder of the bundle called `name`, a folder's path, or the newest one for None."""
+    if name is None:
+        if found := list_bundles():
+            return found[0]
+        raise BundleError("no bundle has been built yet; type: sdrt build --model shapes")
+    for folder in (Path(name).expanduser(), bundles_folder() / name, embedded(str(name))):
+        if (folder / MANIFEST).is_file():
+            return folder
+    names = ", ".join(sorted({folder.stem for folder in list_bundles()})) or "none"
+    raise BundleError(
+        f"no bundle called {str(name)!r}: neither a folder with {MANIFEST} nor one of those built "
+        f"here ({names}); type: sdrt build --model {name}"
+    )
+
+
+def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
+    """Read and check a bundle. Raises BundleError if it is missing, damaged or of another format."""
+    folder = find_bundle(name)
+    manifest = manifest_from_json(read_json(folder / MANIFEST), folder / MANIFEST)
+    check_files(folder, manifest)
+    return Bundle(folder, manifest)
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with the manifest; an unchanged file is hashed once, then remembered."""
+    memory = home() / "verified.json"
+    known = _remembered(memory)
+    fresh = {}
+    for name, record in manifest.files.items():
+        path = folder / name
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise BundleError(f"{path} is missing; build the bundle again with --force") from error
+        mark = f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}:{record.sha256}"
+        if known.get(str(path.resolve())) == mark:
+            continue
+        if stat.st_size != record.size or sha256_of(path) != record.sha256:
+            raise BundleError(
+                f"{path} is damaged: its bytes are not those that were built "
+                f"({stat.st_size} bytes found, {record.size} expected, or another sha256); "
+                "build the bundle again with --force"
+            )
+        fresh[str(path.resolve())] = mark
+    if fresh:
+        _remember(memory, known | fresh)
+
+
+def _remembered(memory: Path) -> dict[str, str]:
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(memory: Path, known: Mapping[str, str]) -> None:
+    """A cache: where it cannot be written, files are hashed again next time."""
+    partial = memory.with_name(f".{memory.name}.{os.getpid()}")
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(known))
+        partial.replace(memory)
+    except OSError:
+        partial.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises BundleError with the file's name."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def json_from_manifest(manifest: Manifest) -> str:
+    return json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
+
+
+def manifest_from_json(raw: Mapping[str, Any], path: Path) -> Manifest:
+    """Explicit parsing; unknown and missing fields are refused by name."""
+    if raw.get("format") != FORMAT:
+        raise BundleError(
+            f"{path} has format {raw.get('format')!r}, this version reads {FORMAT}; "
+            "build the bundle again with --force"
+        )
+    try:
+        values = dict(raw)
+        values["sizes"] = tuple((int(w), int(h)) for w, h in raw["sizes"])
+        values["batch"] = tuple(int(n) for n in raw["batch"])
+        values["components"] = {
+            _component(name, path): _component_from_json(value, path)
+            for name, value in raw["components"].items()
+        }
+        values["files"] = {
+            _inside(name, path): _strict(FileRecord, value, path)
+            for name, value in raw["files"].items()
+        }
+        return _strict(Manifest, values, path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path} is not a manifest: {type(error).__name__}: {error}") from error
+
+
+def _component_from_json(raw: Mapping[str, Any], path: Path) -> Component:
+    values = dict(raw)
+    for side in ("inputs", "outputs"):
+        specs = [{**spec, "shape": tuple(spec["shape"])} for spec in raw[side]]
+        values[side] = tuple(_strict(TensorSpec, spec, path) for spec in specs)
+    return _strict(Component, values, path)
+
+
+def _component(name: str, path: Path) -> str:
+    if name not in COMPONENTS:
+        raise BundleError(f"{path} names a component {name!r}; known: {', '.join(COMPONENTS)}")
+    return name
+
+
+def _inside(name: str, path: Path) -> str:
+    parts = Path(name).parts
+    if Path(name).is_absolute() or ".." in parts or not parts:
+        raise BundleError(f"{path} names a file outside the bundle: {name!r}")
+    return name
+
+
+def _strict(kind: type[T], raw: Mapping[str, Any], path: Path) -> T:
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(raw) - known):
+        raise BundleError(f"{path} has unknown fields in {kind.__name__}: {', '.join(unknown)}")
+    return kind(**raw)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`"512x768"` -> (512, 768): width and height in pixels, each a multiple of 8 from 16 on."""
+    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text.strip())
+    if not match:
+        raise UsageError(f"size {text!r} is not WIDTHxHEIGHT; type for example --size 512x512")
+    width, height = int(match[1]), int(match[2])
+    for side in (width, height):
+        if side % 8 or not 16 <= side <= 8192:
+            near = min(max(16, round(side / 8) * 8), 8192)
+            raise UsageError(
+                f"size {text!r}: {side} is not a multiple of 8 from 16 to 8192; nearest: {near}"
+            )
+    return width, height
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    """Every file of a folder except the manifest and the plans, sorted."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and relative.parts[0] not in (MANIFEST, "plans"):
+            yield path
+
+
+def describe_files(folder: Path) -> dict[str, FileRecord]:
+    """Size and sha256 of every file, for the manifest."""
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_of(path))
+        for path in files_of(folder)
+    }

@@ -1,0 +1,302 @@
+"""Trains the embedded model `shapes`: an AutoencoderKL, then a text encoder and a UNet on its latents.
+
+    python tools/train_shapes.py vae  --work build/shapes --steps 5500
+    python tools/train_shapes.py unet --work build/shapes --steps 6000
+
+Each stage is seeded, writes a checkpoint every 250 steps and goes on from it when started again.
+"""
+
+import argparse
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from shapes_scenes import Scene, caption, draw, scene_from_random
+from shapes_tokenizer import LENGTH, write_tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from export.unet import Unet, UnetConfig
+from export.vae import AutoencoderKL, VaeConfig
+
+SIDE = 64
+SAVE_EVERY = 250
+VAE_CONFIG = VaeConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=8)
+TEXT_WIDTH = 128
+UNET_CONFIG = UnetConfig(
+    sample_size=SIDE // 8,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    block_out_channels=(96, 128),
+    layers_per_block=1,
+    norm_num_groups=16,
+    cross_attention_dim=TEXT_WIDTH,
+    attention_head_dim=4,
+)
+log = logging.getLogger("train_shapes")
+
+
+class Optimizers:
+    """Muon for matrices and convolutions (as matrices), AdamW for the rest, one schedule for both.
+
+    The learning rate warms up over 2 % of the steps and falls linearly to nothing.
+    """
+
+    def __init__(self, model: nn.Module, steps: int, *, matrix_lr: float, other_lr: float) -> None:
+        named = [(n, p) for n, p in model.named_parameters()]
+        is_matrix = {n: p.ndim >= 2 and "embedding" not in n and min(p.flatten(1).shape) > 8 for n, p in named}
+        self.sources = [p for n, p in named if is_matrix[n]]
+        self.views = [nn.Parameter(p.detach().view(p.shape[0], -1)) for p in self.sources]
+        others = [p for n, p in named if not is_matrix[n]]
+        self.all = [
+            torch.optim.Muon(self.views, lr=matrix_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.99), weight_decay=0.0),
+        ]
+        self.base = [matrix_lr, other_lr]
+        self.steps = steps
+
+    def step(self, index: int) -> None:
+        warm = min(1.0, (index + 1) / max(1, self.steps // 50))
+        share = warm * (1.0 - index / self.steps)
+        for source, view in zip(self.sources, self.views, strict=True):
+            view.grad = None if source.grad is None else source.grad.view(view.shape)
+        for optimizer, lr in zip(self.all, self.base, strict=True):
+            optimizer.param_groups[0]["lr"] = lr * share
+            optimizer.step()
+        for parameter in self.sources:
+            parameter.grad = None
+        self.all[1].zero_grad()
+
+    def state(self) -> list[dict]:
+        return [optimizer.state_dict() for optimizer in self.all]
+
+    def restore(self, states: list[dict]) -> None:
+        for optimizer, state in zip(self.all, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def quiet_residuals(model: nn.Module) -> None:
+    """Start every residual branch of the VAE at zero, so that depth does no harm at first."""
+    for name, parameter in model.named_parameters():
+        if ".conv2." in name or ".to_out.0." in name:
+            nn.init.zeros_(parameter)
+
+
+def pictures(count: int, seed: int) -> Tensor:
+    """Pictures of random scenes, uint8 [count, 3, SIDE, SIDE]."""
+    rng = np.random.default_rng(seed)
+    stack = np.stack([draw(scene_from_random(rng), SIDE) for _ in range(count)])
+    return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
+
+
+def unit_range(batch: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return batch.float() / 127.5 - 1.0
+
+
+def vae_loss(vae: AutoencoderKL, batch: Tensor) -> Tensor:
+    mean, log_variance = vae.moments(batch)
+    latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+    out = vae.decode(latents).float()
+    error = out - batch
+    divergence = 0.5 * (mean.float() ** 2 + log_variance.exp() - 1.0 - log_variance).mean()
+    coarse = F.avg_pool2d(error, 4).square().mean()
+    return error.abs().mean() + error.square().mean() + coarse + 5e-5 * divergence
+
+
+@torch.no_grad()
+def vae_quality(vae: AutoencoderKL, held: Tensor) -> float:
+    """PSNR in dB over held-out pictures, for the mean latents, rounded to bytes."""
+    out = vae.decode(vae.moments(unit_range(held))[0]).clamp(-1, 1)
+    error = (((out + 1) * 127.5).round() - held.float()).square().flatten(1).mean(1)
+    return float((10 * torch.log10(255.0**2 / error.clamp_min(1e-3))).mean())
+
+
+def save_state(path: Path, model: nn.Module, optimizers: Optimizers, index: int) -> None:
+    """Replace the checkpoint at once, never half."""
+    partial = path.with_suffix(".partial")
+    torch.save({"model": model.state_dict(), "optimizers": optimizers.state(), "index": index}, partial)
+    partial.replace(path)
+
+
+def load_state(path: Path, model: nn.Module, optimizers: Optimizers) -> int:
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizers.restore(state["optimizers"])
+    log.info("going on from step %d", state["index"])
+    return state["index"]
+
+
+def progress(start: int, steps: int) -> Iterator[int]:
+    from tqdm import tqdm
+
+    yield from tqdm(range(start, steps), initial=start, total=steps, mininterval=5)
+
+
+def train_vae(work: Path, steps: int, batch_size: int) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(VAE_CONFIG)
+    quiet_residuals(vae)
+    optimizers = Optimizers(vae, steps, matrix_lr=2e-3, other_lr=2e-3)
+    start = load_state(work / "vae.pt", vae, optimizers)
+    pool, held = pictures(24000, seed=1), pictures(256, seed=2)
+    began = time.monotonic()
+    for index in progress(start, steps):
+        generator = torch.Generator().manual_seed(index)
+        choice = torch.randint(len(pool), (batch_size,), generator=generator)
+        batch = unit_range(pool[choice]).contiguous(memory_format=torch.channels_last)
+        torch.manual_seed(index)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = vae_loss(vae, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizers.step(index)
+        if (index + 1) % SAVE_EVERY == 0 or index + 1 == steps:
+            save_state(work / "vae.pt", vae, optimizers, index + 1)
+            record(work / "vae.log", step=index + 1, loss=float(loss), psnr=vae_quality(vae, held), seconds=time.monotonic() - began)
+    save_file(vae.state_dict(), work / "vae.safetensors")
+
+
+class Denoiser(nn.Module):
+    """Text encoder and UNet, trained together."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=vocabulary,
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=4 * TEXT_WIDTH,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=LENGTH,
+                projection_dim=TEXT_WIDTH,
+                bos_token_id=vocabulary - 2,
+                eos_token_id=vocabulary - 1,
+                pad_token_id=vocabulary - 1,
+            )
+        )
+        self.unet = Unet(UNET_CONFIG)
+        for name, parameter in self.unet.named_parameters():
+            if any(part in name for part in (".conv2.", ".proj_out.", "conv_out.")):
+                nn.init.zeros_(parameter)
+
+    def forward(self, latents: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(latents, timestep, self.text_encoder(ids).last_hidden_state)
+
+
+def scenes(count: int, seed: int) -> list[Scene]:
+    rng = np.random.default_rng(seed)
+    return [scene_from_random(rng) for _ in range(count)]
+
+
+def ids_from_captions(captions: list[str], folder: Path) -> Tensor:
+    """Token ids [B, LENGTH] by the reference tokenizer."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="<|endoftext|>")
+    batch = tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True)
+    return torch.tensor(batch["input_ids"])
+
+
+@torch.no_grad()
+def training_set(work: Path, count: int) -> dict[str, Tensor]:
+    """Moments of every picture's latents and the ids of its caption; kept beside the weights."""
+    path = work / "latents.safetensors"
+    if path.exists():
+        return load_file(path)
+    vae = AutoencoderKL(VAE_CONFIG)
+    vae.load_state_dict(load_file(work / "vae.safetensors"))
+    made = scenes(count, seed=3)
+    means = []
+    from tqdm import tqdm
+
+    for start in tqdm(range(0, count, 100), desc="latents"):
+        stack = np.stack([draw(scene, SIDE) for scene in made[start : start + 100]])
+        batch = unit_range(torch.from_numpy(stack).permute(0, 3, 1, 2))
+        with torch.autocast("cpu", torch.bfloat16):
+            means.append(vae.moments(batch.contiguous(memory_format=torch.channels_last))[0].float())
+    ids = ids_from_captions([*map(caption, made), ""], work / "tokenizer")
+    data = {"latents": torch.cat(means).contiguous(), "ids": ids}
+    save_file(data, path)
+    return data
+
+
+def alphas_cumprod() -> Tensor:
+    """Stable Diffusion's schedule: betas linear in their square root, 0.00085 to 0.012."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0).float()
+
+
+def train_unet(work: Path, steps: int, batch_size: int) -> None:
+    torch.manual_seed(0)
+    denoiser = Denoiser(write_tokenizer(work / "tokenizer"))
+    log.info("%.2f M parameters", sum(p.numel() for p in denoiser.parameters()) / 1e6)
+    optimizers = Optimizers(denoiser, steps, matrix_lr=2e-3, other_lr=1e-3)
+    start = load_state(work / "unet.pt", denoiser, optimizers)
+    data = training_set(work, 30000)
+    latents, ids, blank = data["latents"], data["ids"][:-1], data["ids"][-1]
+    scale = 1.0 / latents.std()
+    alphas = alphas_cumprod()
+    began, mean_loss = time.monotonic(), 1.0
+    for index in progress(start, steps):
+        generator = torch.Generator().manual_seed(index)
+        choice = torch.randint(len(latents), (batch_size,), generator=generator)
+        timestep = torch.randint(1000, (batch_size,), generator=generator)
+        clean = latents[choice] * scale
+        noise = torch.randn(clean.shape, generator=generator)
+        text = ids[choice].clone()
+        text[torch.rand(batch_size, generator=generator) < 0.1] = blank
+        alpha = alphas[timestep][:, None, None, None]
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        with torch.autocast("cpu", torch.bfloat16):
+            out = denoiser(noisy, timestep.float(), text)
+        loss = (out.float() - noise).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimizers.step(index)
+        mean_loss += 0.01 * (float(loss) - mean_loss)
+        if (index + 1) % SAVE_EVERY == 0 or index + 1 == steps:
+            save_state(work / "unet.pt", denoiser, optimizers, index + 1)
+            record(work / "unet.log", step=index + 1, loss=mean_loss, seconds=time.monotonic() - began)
+    save_file(denoiser.unet.state_dict(), work / "unet.safetensors")
+    save_file(denoiser.text_encoder.state_dict(), work / "text_encoder.safetensors")
+
+
+def record(path: Path, **values: float) -> None:
+    """Append one JSON line to the stage's log."""
+    line = json.dumps({k: round(v, 4) for k, v in values.items()})
+    log.info(line)
+    with path.open("a") as file:
+        file.write(line + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("stage", choices=("vae", "unet"))
+    parser.add_argument("--work", type=Path, default=Path("build/shapes"))
+    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--batch-size", type=int, default=32)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.stage == "vae":
+        train_vae(args.work, args.steps, args.batch_size)
+    else:
+        train_unet(args.work, args.steps, args.batch_size)
+
+
+if __name__ == "__main__":
+    main()
