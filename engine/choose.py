@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,8 @@ def _torch_reason(device: str) -> str | None:
             return f"{module} is not installed; pip install 'sdrt[build]'"
     if device == "cuda" and not has_nvidia_gpu() and not Path("/dev/kfd").exists():
         return "no NVIDIA or AMD GPU on this machine"
+    if device == "mps" and sys.platform != "darwin":
+        return "not a Mac"
     if device == "cpu":
         return None
     from .sdpa import available

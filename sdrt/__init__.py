@@ -1,0 +1,48 @@
+"""sdrt: a compiled inference runtime for Stable Diffusion.
+
+    pipe = sdrt.load("shapes")
+    images = pipe("a red circle on a blue background", seed=0).images
+
+`load` opens a bundle that `sdrt build` made. Everything raised on purpose is an `SdrtError`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from .errors import (
+    BackendError,
+    BundleError,
+    CheckpointError,
+    ParityError,
+    SdrtError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from .runtime import Pipeline
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "ParityError",
+    "SdrtError",
+    "UsageError",
+    "__version__",
+    "load",
+]
+
+
+def load(bundle: str | os.PathLike[str] | None = None, *, backend: str = "auto") -> Pipeline:
+    """A pipeline over a bundle: its name, its folder, or None for the newest.
+
+    backend: auto, tensorrt, tensorrt-rtx, onnxruntime or torch.
+    Raises BundleError if the bundle is missing or damaged, BackendError if nothing can run it.
+    """
+    from .bundle import open_bundle
+    from .runtime import load_pipeline
+
+    return load_pipeline(open_bundle(bundle), backend)

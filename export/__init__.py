@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: torch modules, ONNX graphs, parity. Knows torch, transformers, onnx."""

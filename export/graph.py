@@ -1,0 +1,150 @@
+"""A torch module to `model.onnx` beside `model.safetensors`: one copy of the weights.
+
+Knows torch's exporter and the ONNX intermediate representation; not which network it is given.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from sdrt.bundle import TensorSpec
+
+from .safetensors_file import Entry, write_safetensors
+
+OPSET = 23
+SMALLEST_EXTERNAL = 1024  # bytes; shapes and scalars stay inside the graph
+SAFETENSORS_DTYPES = {
+    ir.DataType.FLOAT: "F32",
+    ir.DataType.FLOAT16: "F16",
+    ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.INT64: "I64",
+    ir.DataType.INT32: "I32",
+    ir.DataType.BOOL: "BOOL",
+}
+NUMPY_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
+NUMPY_DTYPES |= {ir.DataType.INT32: "int32", ir.DataType.INT64: "int64"}
+
+
+def export_graph(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    axes: Mapping[str, Mapping[int, str]],
+    folder: Path,
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Write the module's graph and weights; returns its input and output specs.
+
+    inputs: example tensors by name, in the order of `forward`
+    axes: for each input, the names of its dynamic axes
+    """
+    model = _exported(module, inputs, outputs, axes)
+    folder.mkdir(parents=True, exist_ok=True)
+    specs = _specs(model.graph.inputs), _specs(model.graph.outputs)
+    _strip(model)
+    _move_weights(model, folder)
+    ir.save(model, folder / "model.onnx")
+    return specs
+
+
+def _exported(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    axes: Mapping[str, Mapping[int, str]],
+) -> ir.Model:
+    dims = {name: torch.export.Dim(name) for of in axes.values() for name in of.values()}
+    dynamic = {name: {i: dims[axes[name][i]] for i in axes.get(name, {})} for name in inputs}
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            kwargs=dict(inputs),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=dynamic,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter narrates on standard output and warns about its own insides."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            str(value.name),
+            NUMPY_DTYPES[value.dtype],  # type: ignore[index]
+            tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()),
+        )
+        for value in values
+    )
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what names source files and modules: it is large and differs between machines."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+
+
+def _move_weights(model: ir.Model, folder: Path) -> None:
+    """Write all but tiny initializers to safetensors and point the graph at them."""
+    large = [v for v in model.graph.initializers.values() if _bytes(v) >= SMALLEST_EXTERNAL]
+    large.sort(key=lambda value: str(value.name))
+    entries = [
+        Entry(str(v.name), SAFETENSORS_DTYPES[_tensor(v).dtype], _shape(v), _bytes(v))
+        for v in large
+    ]
+    arrays = (np.asarray(_tensor(value).numpy()) for value in large)
+    starts = write_safetensors(folder / "model.safetensors", entries, arrays)
+    for value, entry, start in zip(large, entries, starts, strict=True):
+        value.const_value = ir.ExternalTensor(
+            "model.safetensors",
+            start,
+            entry.length,
+            _tensor(value).dtype,
+            shape=ir.Shape(entry.shape),
+            name=entry.name,
+            base_dir=folder,
+        )
+
+
+def _tensor(value: ir.Value) -> Any:
+    assert value.const_value is not None
+    return value.const_value
+
+
+def _bytes(value: ir.Value) -> int:
+    return int(_tensor(value).nbytes)
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    return tuple(int(dim) for dim in _tensor(value).shape)

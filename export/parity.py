@@ -1,0 +1,72 @@
+"""The gate: what an engine computes against what torch computes, on shared inputs.
+
+Knows numpy and floors. Below a floor nothing is published.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdrt.errors import ParityError
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The worst that is let through.
+
+    cosine: least cosine of the angle between both outputs
+    error: most absolute difference, as a share of the reference's largest value
+    psnr: least peak signal-to-noise ratio of pictures in [-1, 1], dB
+    """
+
+    cosine: float
+    error: float
+    psnr: float
+
+
+FLOORS = {
+    "float32": Floor(cosine=0.999999, error=1e-3, psnr=60.0),
+    "float16": Floor(cosine=0.999, error=5e-2, psnr=30.0),
+}
+
+
+def measures(found: np.ndarray, wanted: np.ndarray, *, picture: bool) -> dict[str, float]:
+    """Cosine, largest relative error and, for pictures, PSNR; NaN anywhere makes them NaN."""
+    a, b = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+    scale = float(np.abs(b).max()) or 1.0
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b)) or 1.0
+    values = {"cosine": float(a @ b) / norms, "error": float(np.abs(a - b).max()) / scale}
+    if picture:
+        mean = float(np.mean((np.clip(a, -1, 1) - np.clip(b, -1, 1)) ** 2))
+        values["psnr"] = 10 * float(np.log10(4.0 / mean)) if mean > 1e-20 else (
+            200.0 if mean == mean else mean
+        )
+    return values
+
+
+def check(name: str, values: Mapping[str, float], dtype: str) -> None:
+    """Raise ParityError, naming component, measure, found and wanted, below the dtype's floor."""
+    floor = FLOORS[dtype]
+    good = {
+        "cosine": (values["cosine"] >= floor.cosine, f"at least {floor.cosine}"),
+        "error": (values["error"] <= floor.error, f"at most {floor.error}"),
+    }
+    if "psnr" in values:
+        good["psnr"] = (values["psnr"] >= floor.psnr, f"at least {floor.psnr} dB")
+    for measure, (passed, wanted) in good.items():
+        if not passed:
+            raise ParityError(
+                f"{name} differs from torch: {measure} {values[measure]:.6g}, wanted {wanted}; "
+                "nothing was published. "
+                + ("Build with --fp32." if dtype == "float16" else "Report this model.")
+            )
+
+
+def worst(every: list[dict[str, float]]) -> dict[str, float]:
+    """The worst value of each measure over several runs."""
+    keys = every[0]
+    return {
+        key: float((np.max if key == "error" else np.min)([run[key] for run in every]))
+        for key in keys
+    }

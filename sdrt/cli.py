@@ -1,0 +1,264 @@
+"""The command line. Standard output carries what a script wants; all talk goes to standard error.
+
+Imports stay inside the commands, so that `sdrt --help` is immediate.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import SdrtError, UsageError
+
+EXAMPLES = """examples:
+  sdrt build --model shapes
+  sdrt run "a red circle on a blue background" --seed 0
+  sdrt build --model stable-diffusion-v1-5 --fp16
+  sdrt run "a lighthouse at dusk" --steps 30 --num-images 4 --grid --output lighthouse.png
+  sdrt inspect --json
+  sdrt doctor
+
+exit codes: 0 done, 1 failed, 2 usage, 3 bundle, 4 checkpoint, 5 backend, 6 parity, 130 interrupted
+"""
+BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "torch")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = parser().parse_args(arguments)
+    level = logging.DEBUG if args.verbose else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("sdrt").setLevel(logging.WARNING if args.quiet else level)
+    command: Callable[[argparse.Namespace], None] = args.command
+    try:
+        command(args)
+    except SdrtError as error:
+        print(f"sdrt: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("sdrt: interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def entry() -> int:
+    return main()
+
+
+def parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    top = argparse.ArgumentParser(
+        prog="sdrt",
+        description="Stable Diffusion, compiled: build a bundle from a model, run prompts on it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"sdrt {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_build(_command(commands, "build", build, "turn a model into a bundle"))
+    _add_run(_command(commands, "run", run, "turn a prompt into a picture"))
+    inspect_parser = _command(commands, "inspect", inspect, "show bundles and what is in them")
+    inspect_parser.add_argument("--bundle", metavar="NAME|FOLDER", help="only this one")
+    inspect_parser.add_argument("--json", action="store_true", help="for machines")
+    doctor_parser = _command(commands, "doctor", doctor, "show which backends work here, and why")
+    doctor_parser.add_argument("--json", action="store_true", help="for machines")
+    return top
+
+
+def _command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], None], summary: str
+) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.set_defaults(command=function)
+    made.add_argument("-v", "--verbose", action="store_true", help="say more")
+    made.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
+    return made
+
+
+def _add_build(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME|ID|FOLDER|FILE",
+        help="well-known name, hub id, local folder or .safetensors file",
+    )
+    to.add_argument("--output", type=Path, metavar="FOLDER", help="where the bundle goes")
+    precision = to.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="half precision")
+    precision.add_argument("--fp32", action="store_true", help="single precision (default)")
+    to.add_argument(
+        "--size", action="append", metavar="WxH", help="picture size, repeatable; first is default"
+    )
+    to.add_argument("--batch", default="1:1:4", metavar="MIN:OPT:MAX", help="pictures at once")
+    to.add_argument("--backend", choices=BACKENDS, default="auto")
+    to.add_argument("--force", action="store_true", help="replace a bundle that is there")
+
+
+def _add_run(to: argparse.ArgumentParser) -> None:
+    to.add_argument("prompt", nargs="+", metavar="PROMPT")
+    to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
+    to.add_argument("--negative-prompt", default="", metavar="TEXT")
+    to.add_argument("--steps", type=_whole, default=20, metavar="N")
+    to.add_argument("--guidance-scale", type=float, default=7.5, metavar="G")
+    to.add_argument("--scheduler", metavar="NAME", help="such as EulerDiscreteScheduler")
+    to.add_argument("--seed", type=_whole, metavar="N", help="default: drawn, and printed")
+    to.add_argument("--num-images", type=_whole, default=1, metavar="N", help="per prompt")
+    to.add_argument("--size", metavar="WxH")
+    to.add_argument("--backend", choices=BACKENDS, default="auto")
+    to.add_argument("--output", type=Path, default=Path("."), metavar="FILE|FOLDER")
+    to.add_argument("--grid", action="store_true", help="one picture of all")
+    to.add_argument("--json", action="store_true", help="print paths, seeds and times as JSON")
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def build(args: argparse.Namespace) -> None:
+    """`sdrt build`: prints the bundle's folder."""
+    try:
+        from .export.build import BuildPlan, build_bundle
+    except ImportError as error:
+        raise SdrtError(
+            f"building needs {error.name}, which is not installed; pip install 'sdrt[build]'"
+        ) from error
+    from .bundle import parse_size
+
+    plan = BuildPlan(
+        model=args.model,
+        output=args.output,
+        dtype="float16" if args.fp16 else "float32",
+        sizes=tuple(parse_size(text) for text in args.size or ()),
+        batch=_batch(args.batch),
+        backend=args.backend,
+        force=args.force,
+    )
+    print(build_bundle(plan))
+
+
+def _batch(text: str) -> tuple[int, int, int]:
+    parts = text.split(":")
+    if len(parts) == 3 and all(part.isdigit() for part in parts):
+        low, usual, high = (int(part) for part in parts)
+        if 1 <= low <= usual <= high <= 256:
+            return low, usual, high
+    raise UsageError(
+        f"batch {text!r} is not MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX <= 256; "
+        "type for example --batch 1:1:4"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """`sdrt run`: prints the path of every picture, or JSON."""
+    import time
+
+    from . import load
+    from .runtime.pictures import image_grid, save_png
+
+    began = time.perf_counter()
+    with load(args.bundle, backend=args.backend) as pipe:
+        chosen = pipe.with_scheduler(args.scheduler) if args.scheduler else pipe
+        loaded = time.perf_counter()
+        with _progress(args) as on_step:
+            output = chosen(
+                args.prompt,
+                negative_prompt=args.negative_prompt,
+                num_inference_steps=args.steps,
+                guidance_scale=args.guidance_scale,
+                seed=args.seed,
+                num_images=args.num_images,
+                size=args.size,
+                on_step=on_step,
+            )
+        made = time.perf_counter()
+        images, texts, seeds = output.images, output.parameters, output.seeds
+        if args.grid:
+            images, texts, seeds = [image_grid(images)], texts[:1], seeds[:1]
+        paths = picture_paths(args.output, args.prompt[0], seeds)
+        for image, path, text in zip(images, paths, texts, strict=True):
+            save_png(image, path, text)
+    if args.json:
+        report = {
+            "images": [str(path) for path in paths],
+            "seeds": output.seeds,
+            "bundle": pipe.manifest.name,
+            "backend": pipe.backend,
+            "load_seconds": round(loaded - began, 4),
+            "run_seconds": round(made - loaded, 4),
+        }
+        print(json.dumps(report))
+    else:
+        print("\n".join(str(path) for path in paths))
+
+
+@contextmanager
+def _progress(args: argparse.Namespace) -> Iterator[Callable[[Any], None] | None]:
+    """A bar over evaluations, on a terminal only."""
+    if args.quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="evaluation", leave=False) as bar:
+
+        def on_step(step: Any) -> None:
+            bar.total = step.total
+            bar.update(1)
+            if step.index == step.total:
+                bar.reset()
+
+        yield on_step
+
+
+def picture_paths(output: Path, prompt: str, seeds: Sequence[int]) -> list[Path]:
+    """A path for each picture: the file named, numbered if there are several; or, in a folder,
+    the prompt's first words with the seed.
+    """
+    if output.suffix and not output.is_dir():
+        if output.suffix.lower() != ".png":
+            raise UsageError(f"{output}: pictures are written as .png; name a .png or a folder")
+        if len(seeds) == 1:
+            return [output]
+        return [output.with_stem(f"{output.stem}-{i}") for i in range(len(seeds))]
+    letters = "".join(c if c.isascii() and c.isalnum() else "-" for c in prompt.lower()[:60])
+    stem = "-".join(part for part in letters.split("-") if part) or "picture"
+    return [output / f"{stem}-{i}-{seed}.png" for i, seed in enumerate(seeds)]
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """`sdrt inspect`: every bundle, or one, as a table or JSON."""
+    from . import report
+    from .bundle import list_bundles, open_bundle
+
+    folders = [args.bundle] if args.bundle else list_bundles()
+    if not folders:
+        open_bundle(None)
+    bundles = [open_bundle(folder) for folder in folders]
+    described = [report.describe(bundle) for bundle in bundles]
+    print(json.dumps(described, indent=2) if args.json else report.text_from_bundles(described))
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """`sdrt doctor`: the machine, its packages and its backends."""
+    from . import report
+
+    found = report.diagnose()
+    print(json.dumps(found, indent=2) if args.json else report.text_from_diagnosis(found))

@@ -1,0 +1,105 @@
+"""What `sdrt inspect` and `sdrt doctor` say: plain values first, then their text."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from typing import Any
+
+from .bundle import Bundle, home
+
+PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "onnx")
+PACKAGES += ("tensorrt", "tensorrt-rtx", "cuda-python", "polygraphy", "huggingface_hub")
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """A bundle as plain values."""
+    manifest = bundle.manifest
+    weights = {name: record.size for name, record in manifest.files.items()}
+    return {
+        "name": manifest.name,
+        "folder": str(bundle.folder),
+        "source": manifest.source,
+        "bytes": bundle.bytes,
+        "sizes": [f"{width}x{height}" for width, height in manifest.sizes],
+        "batch": list(manifest.batch),
+        "opset": manifest.opset,
+        "parity": dict(manifest.parity),
+        "components": {
+            name: {
+                "dtype": component.dtype,
+                "bytes": sum(size for path, size in weights.items() if path.startswith(f"{name}/")),
+                "inputs": {spec.name: list(spec.shape) for spec in component.inputs},
+                "outputs": {spec.name: list(spec.shape) for spec in component.outputs},
+                "parity": dict(component.parity),
+            }
+            for name, component in manifest.components.items()
+        },
+        "plans": sorted(str(p.relative_to(bundle.folder)) for p in bundle.folder.glob("plans/*/*")),
+    }
+
+
+def text_from_bundles(described: list[dict[str, Any]]) -> str:
+    return "\n\n".join(_text_from_bundle(bundle) for bundle in described)
+
+
+def _text_from_bundle(bundle: dict[str, Any]) -> str:
+    lines = [
+        f"{bundle['name']}  ({bundle['folder']})",
+        f"  source {bundle['source']}   {megabytes(bundle['bytes'])}   opset {bundle['opset']}",
+        f"  sizes {', '.join(bundle['sizes'])}   batch {':'.join(map(str, bundle['batch']))}"
+        f"   plans {len(bundle['plans'])}",
+    ]
+    for name, part in bundle["components"].items():
+        proof = "  ".join(f"{key} {value:.3g}" for key, value in part["parity"].items())
+        lines.append(f"  {name:13} {part['dtype']:8} {megabytes(part['bytes']):>10}  {proof}")
+    proof = "  ".join(f"{key} {value:.3g}" for key, value in bundle["parity"].items())
+    return "\n".join([*lines, f"  {'end to end':13} {proof}"])
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def diagnose() -> dict[str, Any]:
+    """This machine, the packages found and every backend with the reason why it does not work."""
+    from .engine import candidates
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "home": str(home()),
+        "free_bytes": shutil.disk_usage(_existing(home())).free,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "backends": [
+            {"backend": c.backend, "device": c.device, "works": c.why_not is None, "reason": c.why_not}
+            for c in candidates()
+        ],
+    }
+
+
+def _existing(folder: Any) -> Any:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def text_from_diagnosis(found: dict[str, Any]) -> str:
+    lines = [
+        f"Python {found['python']} on {found['platform']}, {found['cores']} cores",
+        f"bundles in {found['home']} ({found['free_bytes'] / 1e9:.0f} GB free)",
+        "packages: " + ", ".join(f"{k} {v}" for k, v in found["packages"].items() if v),
+        "backends, in the order in which auto tries them:",
+    ]
+    for entry in found["backends"]:
+        mark = "works" if entry["works"] else f"no: {entry['reason']}"
+        lines.append(f"  {entry['backend']:13} {entry['device']:5} {mark}")
+    return "\n".join(lines)
