@@ -1,10 +1,9 @@
 """Which backend runs: what was asked for, or the first that works here, with the reason."""
 
 import importlib.util
-import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdrt.bundle import Bundle
@@ -12,18 +11,23 @@ from sdrt.errors import BackendError, UsageError
 
 from .protocol import Engine
 
-log = logging.getLogger(__name__)
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "torch")
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to run: the public name, the device, None or why it cannot, and how to load."""
+    """One way to run a bundle.
+
+    why_not: None if it works here, else the reason in words a person can act on
+    load: opens one component of a bundle
+    because: why this one was chosen, filled in by `choose`
+    """
 
     backend: str
     device: str
     why_not: str | None
     load: Callable[[Bundle, str], Engine] | None = None
+    because: str = ""
 
     @property
     def title(self) -> str:
@@ -109,13 +113,11 @@ def choose(backend: str = "auto") -> Candidate:
     """The candidate to use; raises BackendError with every reason if none fits."""
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is unknown; one of: {', '.join(BACKENDS)}")
-    refused = []
+    refused: list[str] = []
     for candidate in candidates():
         if backend not in ("auto", candidate.backend):
             continue
         if candidate.why_not is None:
-            because = "; ".join(refused) or "asked for"
-            log.info("backend: %s (%s)", candidate.title, because)
-            return candidate
+            return replace(candidate, because="; ".join(refused) or "the first choice")
         refused.append(f"{candidate.title}: {candidate.why_not}")
     raise BackendError("no backend can run here. " + "; ".join(refused))

@@ -150,7 +150,7 @@ def _gather(given: list[Any], attributes: Attributes) -> Tensor:
     data, indices = given
     axis = attributes.get("axis", 0)
     picked = data.index_select(axis, indices.reshape(-1).to(data.device))
-    return picked.reshape(*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :])  # type: ignore[no-any-return]
+    return picked.reshape(*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :])
 
 
 def _linear(given: list[Any], attributes: Attributes) -> Tensor:

@@ -9,12 +9,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from sdrt.engine import Candidate, choose
+from sdrt.runtime import load_pipeline, randn, sampler_table
 from torch import Tensor, nn
 
 from sdrt.bundle import (
@@ -26,13 +28,13 @@ from sdrt.bundle import (
     describe_files,
     json_from_manifest,
 )
-from sdrt.engine import choose
 from sdrt.errors import BundleError, SdrtError
-from sdrt.runtime import load_pipeline, randn, sampler_table
 
 from . import modules, parity
-from .checkpoint import Checkpoint, find_checkpoint
+from .checkpoint import PARTS, Checkpoint, find_checkpoint
 from .graph import OPSET, export_graph
+from .unet import UnetConfig
+from .vae import VaeConfig
 
 log = logging.getLogger("sdrt.build")
 PROOF_PROMPT = "a red circle on a blue background"
@@ -90,13 +92,33 @@ def build_bundle(plan: BuildPlan) -> Path:
             raise BundleError(f"{target} is there already; --force builds it again")
         began = time.monotonic()
         with _workshop(target) as folder:
-            log.info("building %s from %s, %s", target, checkpoint.source, plan.dtype)
-            log.info("proving on %s", candidate.title)
-            manifest = _make(checkpoint, plan, folder)
+            _announce(checkpoint, plan, target)
+            log.info("proving on %s (%s)", candidate.title, candidate.because)
+            manifest = _make(checkpoint, plan, candidate, folder)
             _publish(folder, target)
         size = sum(record.size for record in manifest.files.values())
         log.info("done in %.0f s, %.1f MB", time.monotonic() - began, size / 1e6)
     return target
+
+
+def _announce(checkpoint: Checkpoint, plan: BuildPlan, target: Path) -> None:
+    """Say what will be done; raise SdrtError if the disk cannot hold it."""
+    stored = sum(f.stat().st_size for part in PARTS for f in checkpoint.weight_files(part))
+    parameters = stored // checkpoint.bytes_per_parameter()
+    needed = parameters * (2 if plan.dtype == "float16" else 4)
+    free = shutil.disk_usage(target.parent).free
+    log.info(
+        "building %s from %s: %s, about %.0f MB",
+        target,
+        checkpoint.source,
+        plan.dtype,
+        needed / 1e6,
+    )
+    if needed > free:
+        raise SdrtError(
+            f"{target} needs about {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free; "
+            "free some, or name another --output or SDRT_HOME"
+        )
 
 
 @contextmanager
@@ -153,10 +175,10 @@ def _publish(folder: Path, target: Path) -> None:
     shutil.rmtree(_old(target), ignore_errors=True)
 
 
-def _make(checkpoint: Checkpoint, plan: BuildPlan, folder: Path) -> Manifest:
+def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder: Path) -> Manifest:
     _copy_small_files(checkpoint, folder)
-    vae = modules.VaeConfig.from_json(checkpoint.config("vae"))
-    unet = modules.UnetConfig.from_json(checkpoint.config("unet"))
+    vae = VaeConfig.from_json(checkpoint.config("vae"))
+    unet = UnetConfig.from_json(checkpoint.config("unet"))
     text = checkpoint.config("text_encoder")
     downscale = 2 ** (len(vae.block_out_channels) - 1)
     native = unet.sample_size * downscale
@@ -173,23 +195,17 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, folder: Path) -> Manifest:
         parity={},
         files={},
     )
-    proof = Proof(manifest, folder, plan)
+    proof = Proof(manifest, folder, plan.dtype, candidate)
     components = {}
     for number, recipe in enumerate(RECIPES, 1):
         log.info("[%d/%d] %s: read, export, prove", number, len(RECIPES), recipe.name)
         components[recipe.name] = proof.component(checkpoint, recipe)
-    manifest = _with(manifest, components=components)
+    manifest = replace(manifest, components=components)
     (folder / MANIFEST).write_text(json_from_manifest(manifest))
     end_to_end = proof.end_to_end(manifest)
-    manifest = _with(manifest, parity=end_to_end, files=describe_files(folder))
+    manifest = replace(manifest, parity=end_to_end, files=describe_files(folder))
     (folder / MANIFEST).write_text(json_from_manifest(manifest))
     return manifest
-
-
-def _with(manifest: Manifest, **changes: Any) -> Manifest:
-    from dataclasses import replace
-
-    return replace(manifest, **changes)
 
 
 def _copy_small_files(checkpoint: Checkpoint, folder: Path) -> None:
@@ -208,10 +224,11 @@ class Proof:
     that they are also the end-to-end reference.
     """
 
-    def __init__(self, manifest: Manifest, folder: Path, plan: BuildPlan) -> None:
+    def __init__(self, manifest: Manifest, folder: Path, dtype: str, candidate: Candidate) -> None:
         self.manifest = manifest
         self.folder = folder
-        self.plan = plan
+        self.dtype = dtype
+        self.candidate = candidate
         self.contexts = np.zeros(0)
         self.latents: dict[tuple[int, int], np.ndarray] = {}
         self.images: dict[tuple[int, int], np.ndarray] = {}
@@ -220,30 +237,31 @@ class Proof:
         module: nn.Module = getattr(modules, recipe.name)(checkpoint)
         with torch.no_grad():
             cases = getattr(self, f"_{recipe.name}_cases")(module)
-        dtype = getattr(torch, self.plan.dtype)
+        dtype = getattr(torch, self.dtype)
         example = {k: self._cast(torch.from_numpy(v), dtype) for k, v in cases[0][0].items()}
         inputs, outputs = export_graph(
-            module.to(dtype), _two_rows(example), recipe.outputs, recipe.axes, self.folder / recipe.name
+            module.to(dtype),
+            _two_rows(example),
+            recipe.outputs,
+            recipe.axes,
+            self.folder / recipe.name,
         )
         del module
         gc.collect()
-        component = Component(inputs, outputs, self.plan.dtype, {})
+        component = Component(inputs, outputs, self.dtype, {})
         values = self._compare(recipe, component, cases)
         log.info("      %s", "  ".join(f"{k} {v:.6g}" for k, v in values.items()))
-        parity.check(recipe.name, values, self.plan.dtype)
-        return Component(inputs, outputs, self.plan.dtype, values)
+        parity.check(recipe.name, values, self.dtype)
+        return Component(inputs, outputs, self.dtype, values)
 
     @staticmethod
     def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.to(dtype) if tensor.ndim > 1 and tensor.is_floating_point() else tensor
 
-    def _compare(
-        self, recipe: Recipe, component: Component, cases: list[Any]
-    ) -> dict[str, float]:
-        bundle = Bundle(self.folder, _with(self.manifest, components={recipe.name: component}))
-        load = choose(self.plan.backend).load
-        assert load is not None
-        engine = load(bundle, recipe.name)
+    def _compare(self, recipe: Recipe, component: Component, cases: list[Any]) -> dict[str, float]:
+        bundle = Bundle(self.folder, replace(self.manifest, components={recipe.name: component}))
+        assert self.candidate.load is not None
+        engine = self.candidate.load(bundle, recipe.name)
         every = []
         for feeds, wanted in cases:
             found = engine(feeds)
@@ -307,7 +325,7 @@ class Proof:
         """The pipeline's own loop from the same noise, against torch's chained answers."""
         config = {"_class_name": "DDIMScheduler", "clip_sample": False}
         every = []
-        with load_pipeline(Bundle(self.folder, manifest), self.plan.backend) as pipe:
+        with load_pipeline(Bundle(self.folder, manifest), self.candidate) as pipe:
             ddim = pipe.with_scheduler(config)
             for size, wanted in self.images.items():
                 *_, last = ddim.steps(
@@ -321,7 +339,7 @@ class Proof:
                 every.append(parity.measures(found, wanted, picture=True))
         values = parity.worst(every)
         log.info("end to end: %s", "  ".join(f"{k} {v:.6g}" for k, v in values.items()))
-        parity.check("the whole pipeline", values, self.plan.dtype)
+        parity.check("the whole pipeline", values, self.dtype)
         return values
 
 

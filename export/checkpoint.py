@@ -26,7 +26,7 @@ PARTS = ("text_encoder", "unet", "vae")
 WEIGHTS = ("model", "diffusion_pytorch_model")
 PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle"}
 TO_CONVERT = (
-    "it may run code when read. Convert it where you trust it: python -c \"import torch, "
+    'it may run code when read. Convert it where you trust it: python -c "import torch, '
     "safetensors.torch as s; w = torch.load('FILE', weights_only=True); "
     "s.save_file(w.get('state_dict', w), 'FILE.safetensors')\""
 )
@@ -62,8 +62,16 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder / part} has only {pickles[0]}, a pickle: {TO_CONVERT}"
             )
-        raise CheckpointError(f"{self.folder / part} has no .safetensors file; expected model or "
-                              "diffusion_pytorch_model.safetensors")
+        raise CheckpointError(
+            f"{self.folder / part} has no weights; expected model.safetensors or "
+            "diffusion_pytorch_model.safetensors"
+        )
+
+    def bytes_per_parameter(self) -> int:
+        """2 or 4: how the UNet's weights are stored."""
+        with safe_open(self.weight_files("unet")[0], framework="pt") as file:
+            name = next(iter(file.keys()))
+            return 2 if file.get_slice(name).get_dtype() in ("F16", "BF16") else 4
 
     def weights(self, part: str) -> dict[str, Tensor]:
         """All tensors of a part, on the CPU, as stored."""
@@ -141,19 +149,25 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
                 f"expected folders scheduler, tokenizer, {', '.join(PARTS)}"
             )
     for part in PARTS:
-        checkpoint.weight_files(part)
+        for path in checkpoint.weight_files(part):
+            open_safetensors(path)
     return checkpoint
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file; raises CheckpointError if it is damaged or holds a NaN."""
+def open_safetensors(path: Path) -> Any:
+    """The file, its header checked; raises CheckpointError if it is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file: {error}; fetch it again"
         ) from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file; raises CheckpointError if it is damaged or holds a NaN."""
+    with open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: the weight {name} holds NaN or infinity")

@@ -30,14 +30,14 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
-        if self.time_emb_proj is not None:
+        if self.time_emb_proj is not None and time is not None:
             hidden = hidden + self.time_emb_proj(F.silu(time))[:, :, None, None]
         hidden = self.conv2(F.silu(self.norm2(hidden)))
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [B, N, C] over context [B, M, context_channels] (itself if None)."""
+    """Multi-head attention of x [B, N, C] over context [B, M, K], or over itself."""
 
     def __init__(
         self, channels: int, heads: int, *, context: int | None = None, qkv_bias: bool = False

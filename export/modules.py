@@ -47,7 +47,8 @@ def unet(checkpoint: Checkpoint) -> Unet:
     config = UnetConfig.from_json(checkpoint.config("unet"))
     with torch.device("meta"):
         module = Unet(config)
-    return _filled(module, checkpoint.weights("unet"), "unet")
+    filled: Unet = _filled(module, checkpoint.weights("unet"), "unet")
+    return filled
 
 
 def vae(checkpoint: Checkpoint) -> AutoencoderKL:
@@ -58,7 +59,8 @@ def vae(checkpoint: Checkpoint) -> AutoencoderKL:
     for name, tensor in weights.items():
         if ".attentions." in name and tensor.ndim == 4:  # linear layers once were 1x1 convolutions
             weights[name] = tensor[:, :, 0, 0]
-    return _filled(module, weights, "vae")
+    filled: AutoencoderKL = _filled(module, weights, "vae")
+    return filled
 
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -72,7 +74,7 @@ def _modern(name: str) -> str:
 
 
 def _filled(module: Any, weights: dict[str, Tensor], part: str) -> Any:
-    """The module with float32 weights; raises CheckpointError for any name or shape that misfits."""
+    """The module with float32 weights; raises CheckpointError for a name or shape that misfits."""
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     for what, names in (
         ("lacks", set(wanted) - set(weights)),

@@ -39,8 +39,8 @@ def measures(found: np.ndarray, wanted: np.ndarray, *, picture: bool) -> dict[st
     values = {"cosine": float(a @ b) / norms, "error": float(np.abs(a - b).max()) / scale}
     if picture:
         mean = float(np.mean((np.clip(a, -1, 1) - np.clip(b, -1, 1)) ** 2))
-        values["psnr"] = 10 * float(np.log10(4.0 / mean)) if mean > 1e-20 else (
-            200.0 if mean == mean else mean
+        values["psnr"] = (
+            10 * float(np.log10(4.0 / mean)) if mean > 1e-20 else (200.0 if mean == mean else mean)
         )
     return values
 

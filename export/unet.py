@@ -44,8 +44,10 @@ class UnetConfig:
             *("time_embedding_act_fn", "time_embedding_dim", "timestep_post_act"),
             *("cross_attention_norm", "reverse_transformer_layers_per_block"),
         )
-        off = ("class_embeddings_concat", "dual_cross_attention", "use_linear_projection")
-        off += ("only_cross_attention", "resnet_skip_time_act")
+        off = (
+            *("class_embeddings_concat", "dual_cross_attention", "use_linear_projection"),
+            *("only_cross_attention", "resnet_skip_time_act"),
+        )
         fixed = {
             **dict.fromkeys(absent),
             **dict.fromkeys(off, False),

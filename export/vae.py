@@ -54,7 +54,9 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock(channels_in if i == 0 else channels_out, channels_out, groups=groups, eps=EPS)
+            ResnetBlock(
+                channels_in if i == 0 else channels_out, channels_out, groups=groups, eps=EPS
+            )
             for i in range(layers)
         )
         self.downsamplers = self.upsamplers = None
@@ -177,7 +179,7 @@ class VaeDecoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """The bundle's `vae_encoder`: a picture to mean and standard deviation of its scaled latents."""
+    """The bundle's `vae_encoder`: a picture to mean and deviation of its scaled latents."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ def randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 def _uniform(seed: int, count: int) -> np.ndarray:
     """[count] float32 in [0, 1): the low 24 bits of each 32-bit draw."""
     bits = np.random.MT19937()
-    bits.state = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+    bits.state = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)  # type: ignore[assignment]
     raw = bits.random_raw(count) & 0xFFFFFF
     return raw.astype(np.float32) * np.float32(2.0**-24)
 

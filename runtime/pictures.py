@@ -31,9 +31,7 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Ima
     return grid
 
 
-def parameters_text(
-    prompt: str, negative_prompt: str, settings: Mapping[str, object]
-) -> str:
+def parameters_text(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
     """The text that users' tools read back: prompt, negative prompt, then `Key: value, ...`."""
     lines = [prompt]
     if negative_prompt:

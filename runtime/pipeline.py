@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from PIL.Image import Image
+from sdrt.engine import Candidate, Engine, NumpyHistory
 
 from sdrt.bundle import Bundle, Manifest, parse_size
-from sdrt.engine import Engine, NumpyHistory, choose
 from sdrt.errors import SdrtError, UsageError
 
 from .noise import randn
@@ -230,8 +230,8 @@ class Pipeline:
         return self.engines["unet"](feeds)["output"]
 
     def decoded(self, latents: np.ndarray) -> np.ndarray:
-        """The decoder's numbers, [B, 3, H, W] about [-1, 1]; raises SdrtError for NaN or infinity."""
-        # One at a time: the decoder's activations dwarf everything else, and a batch gains nothing.
+        """The decoder's numbers, [B, 3, H, W] about [-1, 1]; raises SdrtError for NaN."""
+        # One at a time: the decoder's activations dwarf all else, and a batch gains nothing.
         parts = [
             self.engines["vae_decoder"]({"latents": latents[i : i + 1]})["image"].copy()
             for i in range(len(latents))
@@ -317,9 +317,8 @@ def _seeds(seed: int | Sequence[int] | None, total: int) -> list[int]:
     return seeds
 
 
-def load_pipeline(bundle: Bundle, backend: str = "auto") -> Pipeline:
-    """Load a bundle's engines on the chosen backend; raises BackendError with every reason."""
-    candidate = choose(backend)
+def load_pipeline(bundle: Bundle, candidate: Candidate) -> Pipeline:
+    """Load a bundle's engines on the chosen backend; raises BackendError if one does not load."""
     assert candidate.load is not None
     names = ("text_encoder", "unet", "vae_decoder")
     manifest = bundle.manifest

@@ -4,6 +4,7 @@ Knows text and ids. Radford et al. 2021 (arXiv:2103.00020), byte-level pairs aft
 2016 (arXiv:1508.07909) with `</w>` at the end of a word.
 """
 
+import itertools
 import json
 import logging
 import unicodedata
@@ -76,7 +77,7 @@ class Tokenizer:
         """Join the best-ranked pair, everywhere it occurs, until none is left."""
         while len(pieces) > 1:
             best = min(
-                zip(pieces, pieces[1:], strict=False),
+                itertools.pairwise(pieces),
                 key=lambda pair: self.rank.get(pair, len(self.rank)),
             )
             if best not in self.rank:
@@ -136,7 +137,7 @@ def words_from_text(text: str) -> Iterator[str]:
 
 def _split_specials(text: str) -> list[str]:
     """Plain text at even places, special tokens at odd ones."""
-    parts = []
+    parts: list[str] = []
     while True:
         places = [(text.find(token), token) for token in (START, END) if token in text]
         if not places:
@@ -148,7 +149,7 @@ def _split_specials(text: str) -> list[str]:
 
 def _kind(letter: str) -> str:
     """`L`etter, `N`umber, `S`pace or other."""
-    if letter.isspace():
+    if letter.isspace() and letter not in "\x1c\x1d\x1e\x1f":
         return "S"
     major = unicodedata.category(letter)[0]
     return major if major in "LN" else "other"

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,10 @@ def load(bundle: str | os.PathLike[str] | None = None, *, backend: str = "auto")
     Raises BundleError if the bundle is missing or damaged, BackendError if nothing can run it.
     """
     from .bundle import open_bundle
+    from .engine import choose
     from .runtime import load_pipeline
 
-    return load_pipeline(open_bundle(bundle), backend)
+    opened = open_bundle(bundle)
+    candidate = choose(backend)
+    logging.getLogger(__name__).info("backend: %s (%s)", candidate.title, candidate.because)
+    return load_pipeline(opened, candidate)

@@ -131,7 +131,7 @@ def find_bundle(name: str | os.PathLike[str] | None) -> Path:
 
 
 def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
-    """Read and check a bundle. Raises BundleError if it is missing, damaged or of another format."""
+    """Read and check a bundle; raises BundleError: missing, damaged, of another format."""
     folder = find_bundle(name)
     manifest = manifest_from_json(read_json(folder / MANIFEST), folder / MANIFEST)
     check_files(folder, manifest)

@@ -120,7 +120,7 @@ def _add_run(to: argparse.ArgumentParser) -> None:
     to.add_argument("--num-images", type=_whole, default=1, metavar="N", help="per prompt")
     to.add_argument("--size", metavar="WxH")
     to.add_argument("--backend", choices=BACKENDS, default="auto")
-    to.add_argument("--output", type=Path, default=Path("."), metavar="FILE|FOLDER")
+    to.add_argument("--output", type=Path, default=Path(), metavar="FILE|FOLDER")
     to.add_argument("--grid", action="store_true", help="one picture of all")
     to.add_argument("--json", action="store_true", help="print paths, seeds and times as JSON")
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from .bundle import Bundle, home
 
-PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "onnx")
-PACKAGES += ("tensorrt", "tensorrt-rtx", "cuda-python", "polygraphy", "huggingface_hub")
+PACKAGES = (
+    *("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "onnx"),
+    *("tensorrt", "tensorrt-rtx", "cuda-python", "polygraphy", "huggingface_hub"),
+)
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -68,12 +70,19 @@ def diagnose() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "home": str(home()),
         "free_bytes": shutil.disk_usage(_existing(home())).free,
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": [
-            {"backend": c.backend, "device": c.device, "works": c.why_not is None, "reason": c.why_not}
+            {
+                "backend": c.backend,
+                "device": c.device,
+                "works": c.why_not is None,
+                "reason": c.why_not,
+            }
             for c in candidates()
         ],
     }

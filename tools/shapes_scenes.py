@@ -1,4 +1,4 @@
-"""The world of the `shapes` model: scenes of one or two flat shapes, their captions, their pictures.
+"""The world of the `shapes` model: scenes of one or two flat shapes, captions, pictures.
 
 Knows numpy only. A scene is drawn from a seeded generator; `caption` says what is in it, `draw`
 renders it with anti-aliased edges.

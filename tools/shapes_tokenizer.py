@@ -3,6 +3,7 @@
 Any other text still has tokens: the base alphabet covers every byte, alone and at a word's end.
 """
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,14 @@ from shapes_scenes import COLOURS, PLACES, RADII, RELATIONS, SHAPES
 
 LENGTH = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
-TEXTS = [*COLOURS, *SHAPES, *PLACES, *RELATIONS, *RADII, "a an on background the picture of in middle"]
+TEXTS = [
+    *COLOURS,
+    *SHAPES,
+    *PLACES,
+    *RELATIONS,
+    *RADII,
+    "a an on background the picture of in middle",
+]
 
 
 def byte_letters() -> list[str]:
@@ -25,7 +33,7 @@ def merges_from_words(words: list[str]) -> list[tuple[str, str]]:
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while any(len(word) > 1 for word in pieces):
-        counts = Counter(pair for word in pieces for pair in zip(word, word[1:], strict=False))
+        counts = Counter(pair for word in pieces for pair in itertools.pairwise(word))
         pair = min(counts, key=lambda p: (-counts[p], p))
         merges.append(pair)
         pieces = [merged(word, pair) for word in pieces]

@@ -1,4 +1,4 @@
-"""Trains the embedded model `shapes`: an AutoencoderKL, then a text encoder and a UNet on its latents.
+"""Trains the embedded model `shapes`: an AutoencoderKL, then text encoder and UNet on its latents.
 
     python tools/train_shapes.py vae  --work build/shapes --steps 3000
     python tools/train_shapes.py unet --work build/shapes --steps 2800 --batch-size 64
@@ -11,7 +11,6 @@ Each stage is seeded, writes a checkpoint every 250 steps and goes on from it wh
 import argparse
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -21,14 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from sdrt.export.unet import Unet, UnetConfig
+from sdrt.export.vae import AutoencoderKL, VaeConfig
 from shapes_scenes import Scene, caption, draw, scene_from_random
 from shapes_tokenizer import LENGTH, write_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from export.unet import Unet, UnetConfig
-from export.vae import AutoencoderKL, VaeConfig
 
 SIDE = 64
 SAVE_EVERY = 250
@@ -57,12 +54,17 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, steps: int, *, matrix_lr: float, other_lr: float) -> None:
         named = [(n, p) for n, p in model.named_parameters()]
-        is_matrix = {n: p.ndim >= 2 and "embedding" not in n and min(p.flatten(1).shape) > 8 for n, p in named}
+        is_matrix = {
+            n: p.ndim >= 2 and "embedding" not in n and min(p.flatten(1).shape) > 8
+            for n, p in named
+        }
         self.sources = [p for n, p in named if is_matrix[n]]
         self.views = [nn.Parameter(p.detach().view(p.shape[0], -1)) for p in self.sources]
         others = [p for n, p in named if not is_matrix[n]]
         self.all = [
-            torch.optim.Muon(self.views, lr=matrix_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(
+                self.views, lr=matrix_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            ),
             torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.99), weight_decay=0.0),
         ]
         self.base = [matrix_lr, other_lr]
@@ -128,7 +130,9 @@ def vae_quality(vae: AutoencoderKL, held: Tensor) -> float:
 def save_state(path: Path, model: nn.Module, optimizers: Optimizers, index: int) -> None:
     """Replace the checkpoint at once, never half."""
     partial = path.with_suffix(".partial")
-    torch.save({"model": model.state_dict(), "optimizers": optimizers.state(), "index": index}, partial)
+    torch.save(
+        {"model": model.state_dict(), "optimizers": optimizers.state(), "index": index}, partial
+    )
     partial.replace(path)
 
 
@@ -168,7 +172,13 @@ def train_vae(work: Path, steps: int, batch_size: int) -> None:
         optimizers.step(index)
         if (index + 1) % SAVE_EVERY == 0 or index + 1 == steps:
             save_state(work / "vae.pt", vae, optimizers, index + 1)
-            record(work / "vae.log", step=index + 1, loss=float(loss), psnr=vae_quality(vae, held), seconds=time.monotonic() - began)
+            record(
+                work / "vae.log",
+                step=index + 1,
+                loss=float(loss),
+                psnr=vae_quality(vae, held),
+                seconds=time.monotonic() - began,
+            )
     save_file(vae.state_dict(), work / "vae.safetensors")
 
 
@@ -211,7 +221,9 @@ def ids_from_captions(captions: list[str], folder: Path) -> Tensor:
     """Token ids [B, LENGTH] by the reference tokenizer."""
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="<|endoftext|>")
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="<|endoftext|>"
+    )
     batch = tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True)
     return torch.tensor(batch["input_ids"])
 
@@ -232,7 +244,9 @@ def training_set(work: Path, count: int) -> dict[str, Tensor]:
         stack = np.stack([draw(scene, SIDE) for scene in made[start : start + 100]])
         batch = unit_range(torch.from_numpy(stack).permute(0, 3, 1, 2))
         with torch.autocast("cpu", torch.bfloat16):
-            means.append(vae.moments(batch.contiguous(memory_format=torch.channels_last))[0].float())
+            means.append(
+                vae.moments(batch.contiguous(memory_format=torch.channels_last))[0].float()
+            )
     ids = ids_from_captions([*map(caption, made), ""], work / "tokenizer")
     data = {"latents": torch.cat(means).contiguous(), "ids": ids}
     save_file(data, path)
@@ -302,7 +316,9 @@ def train_unet(work: Path, steps: int, batch_size: int) -> None:
         mean_loss += 0.01 * (float(loss) - mean_loss)
         if (index + 1) % SAVE_EVERY == 0 or index + 1 == steps:
             save_state(work / "unet.pt", denoiser, optimizers, index + 1)
-            record(work / "unet.log", step=index + 1, loss=mean_loss, seconds=time.monotonic() - began)
+            record(
+                work / "unet.log", step=index + 1, loss=mean_loss, seconds=time.monotonic() - began
+            )
     save_file(denoiser.unet.state_dict(), work / "unet.safetensors")
     save_file(denoiser.text_encoder.state_dict(), work / "text_encoder.safetensors")
 
@@ -311,7 +327,9 @@ def pack(work: Path, folder: Path) -> None:
     """Write sdrt/models/shapes: configurations, fp16 weights, tokenizer, scheduler, index."""
     from transformers import CLIPTextConfig
 
-    weights = {part: load_file(work / f"{part}.safetensors") for part in ("text_encoder", "unet", "vae")}
+    weights = {
+        part: load_file(work / f"{part}.safetensors") for part in ("text_encoder", "unet", "vae")
+    }
     scale = 1.0 / float(load_file(work / "latents.safetensors")["latents"].std())
     text = Denoiser(write_tokenizer(folder / "tokenizer")).text_encoder
     assert isinstance(text.config, CLIPTextConfig)
@@ -362,7 +380,11 @@ MODEL_INDEX = {
 
 
 def unet_json() -> dict:
-    return {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.35.0", **asdict(UNET_CONFIG)}
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": "0.35.0",
+        **asdict(UNET_CONFIG),
+    }
 
 
 def vae_json(scale: float) -> dict:
@@ -388,7 +410,9 @@ def record(path: Path, **values: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("stage", choices=("vae", "unet", "pack"))
     parser.add_argument("--work", type=Path, default=Path("build/shapes"))
     parser.add_argument("--steps", type=int, default=3000)

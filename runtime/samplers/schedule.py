@@ -112,4 +112,5 @@ def betas(schedule: Schedule) -> np.ndarray:
         return np.linspace(math.sqrt(low), math.sqrt(high), count) ** 2
     # Nichol and Dhariwal 2021 (arXiv:2102.09672), eq. 17
     share = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
-    return np.minimum(1.0 - share[1:] / share[:-1], 0.999)
+    capped: np.ndarray = np.minimum(1.0 - share[1:] / share[:-1], 0.999)
+    return capped

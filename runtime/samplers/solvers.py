@@ -37,8 +37,12 @@ def ddim(schedule: Schedule, steps: int, run: Run) -> Latent:
 
 
 # Adams and Bashforth's weights of the newest output and those before it.
-ADAMS_BASHFORTH = ((1.0,), (1.5, -0.5), (23 / 12, -16 / 12, 5 / 12))
-ADAMS_BASHFORTH += ((55 / 24, -59 / 24, 37 / 24, -9 / 24),)
+ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (
+    (1.0,),
+    (1.5, -0.5),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
 
 
 def pndm(schedule: Schedule, steps: int, run: Run) -> Latent:
@@ -49,7 +53,8 @@ def pndm(schedule: Schedule, steps: int, run: Run) -> Latent:
     """
     stride = schedule.num_train_timesteps // steps
     timesteps = spaced(schedule, steps)
-    x, outputs = run.start, []
+    x = run.start
+    outputs: list[Latent] = []
     for i, t in enumerate(timesteps):
         outputs.insert(0, run.output(x, t))
         if i == 0 and steps > 1:
@@ -81,7 +86,7 @@ def euler(schedule: Schedule, steps: int, run: Run) -> Latent:
     for t, level, after in zip(timesteps, levels, levels[1:], strict=False):
         alpha = 1.0 / math.hypot(level, 1.0)
         scaled = alpha * x
-        clean, noise = clean_and_noise(
+        _clean, noise = clean_and_noise(
             schedule, scaled, run.output(scaled, t), alpha, level * alpha
         )
         x = x + (after - level) * noise

@@ -31,13 +31,9 @@ class Sampler:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "DDIMScheduler": Sampler(
-        solvers.ddim, "DDIM", {"set_alpha_to_one": True, "clip_sample": True}
-    ),
+    "DDIMScheduler": Sampler(solvers.ddim, "DDIM", {"set_alpha_to_one": True, "clip_sample": True}),
     "PNDMScheduler": Sampler(solvers.pndm, "PLMS", {"skip_prk_steps": False}),
-    "EulerDiscreteScheduler": Sampler(
-        solvers.euler, "Euler", {"timestep_spacing": "linspace"}
-    ),
+    "EulerDiscreteScheduler": Sampler(solvers.euler, "Euler", {"timestep_spacing": "linspace"}),
     "DPMSolverMultistepScheduler": Sampler(
         solvers.dpmpp_2m, "DPM++ 2M", {"timestep_spacing": "linspace"}
     ),

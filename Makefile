@@ -1,0 +1,51 @@
+# make demo: a picture from a prompt. make test: the tests. make check: all that must pass.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export SDRT_HOME ?= $(CURDIR)/build/sdrt
+
+.PHONY: demo test test-slow check lint types wheel bundle bench clean
+
+demo: $(READY)
+	$(BIN)/sdrt build --model shapes --force
+	$(BIN)/sdrt run "a red circle on a blue background" --seed 0 --output out/demo.png
+
+test: $(READY)
+	$(BIN)/pytest
+
+test-slow: $(READY)
+	$(BIN)/pytest -m slow
+
+check: lint types test
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# What ships is checked as it ships: from the installed wheel, seen from another folder.
+types: $(READY)
+	rm -rf build/types && mkdir -p build/types
+	$(PYTHON) tools/link_package.py build/types
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p sdrt
+
+bundle: $(READY)
+	$(BIN)/sdrt build --model shapes --force --quiet --output sdrt/models/shapes.bundle
+
+wheel: bundle
+	rm -rf dist build/lib build/bdist*
+	$(BIN)/python -m build --wheel
+
+bench: $(READY)
+	$(BIN)/python benchmarks/start_to_picture.py
+	$(BIN)/python benchmarks/loop_cost.py
+	$(BIN)/python benchmarks/shapes_quality.py
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[build,cpu,dev]" -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf build dist out $(VENV)

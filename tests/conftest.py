@@ -1,0 +1,93 @@
+"""What tests share: a home of their own, a tiny checkpoint made in code, the embedded bundle."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory):
+    """SDRT_HOME for all tests and their subprocesses, and no network."""
+    patch = pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("home")
+    patch.setenv("SDRT_HOME", str(folder))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def shapes(home):
+    """The bundle of the embedded model, built once."""
+    from sdrt.export.build import BuildPlan, build_bundle
+
+    logging.getLogger("sdrt").setLevel(logging.WARNING)
+    return build_bundle(BuildPlan("shapes"))
+
+
+@pytest.fixture(scope="session")
+def pipe(shapes):
+    import sdrt
+
+    with sdrt.load(shapes, backend="onnxruntime") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    from sdrt.export.checkpoint import embedded_checkpoint
+
+    return embedded_checkpoint("shapes")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, embedded):
+    """A checkpoint of a few thousand random weights, in the hub's layout."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny", embedded)
+
+
+def write_tiny(folder: Path, embedded: Path) -> Path:
+    import shutil
+
+    import torch
+    from safetensors.torch import save_file
+    from sdrt.export.unet import Unet, UnetConfig
+    from sdrt.export.vae import AutoencoderKL, VaeConfig
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    shutil.copytree(embedded / "tokenizer", folder / "tokenizer")
+    shutil.copytree(embedded / "scheduler", folder / "scheduler")
+    vocabulary = len(json.loads((folder / "tokenizer" / "vocab.json").read_text()))
+    text = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        eos_token_id=vocabulary - 1,
+    )
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    unet = {
+        "sample_size": 4,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "block_out_channels": [8, 16],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+    }
+    vae = {"block_out_channels": [4] * 4, "layers_per_block": 1, "norm_num_groups": 2}
+    made = {
+        "unet": (unet, Unet(UnetConfig.from_json(unet))),
+        "vae": (vae, AutoencoderKL(VaeConfig.from_json(vae))),
+    }
+    for part, (config, module) in made.items():
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps(config))
+        save_file(module.state_dict(), folder / part / "diffusion_pytorch_model.safetensors")
+    return folder

@@ -1,0 +1,247 @@
+"""Building: what appears, what is refused, and what is left behind when it goes wrong."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnx
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from sdrt.export import build, parity
+from sdrt.export.build import BuildPlan, build_bundle
+
+import sdrt
+from sdrt.bundle import open_bundle
+from sdrt.errors import BundleError, CheckpointError, ParityError, SdrtError
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny, tmp_path_factory):
+    target = tmp_path_factory.mktemp("built") / "tiny"
+    return build_bundle(BuildPlan(str(tiny), target, sizes=((32, 32), (48, 32)), batch=(1, 1, 2)))
+
+
+def test_the_weights_are_stored_once_and_aligned(tiny_bundle):
+    for graph in tiny_bundle.glob("*/model.onnx"):
+        assert graph.stat().st_size < 500_000
+        model = onnx.load(graph, load_external_data=False)
+        with safe_open(graph.with_name("model.safetensors"), framework="np") as file:
+            names = set(file.keys())
+        outside = [t for t in model.graph.initializer if t.external_data]
+        assert {t.name for t in outside} == {n for n in names if not n.startswith("__pad.")}
+        for tensor in outside:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            assert int(place["offset"]) % 256 == 0
+            assert place["location"] == "model.safetensors"
+        onnx.checker.check_model(str(graph))
+
+
+def test_every_size_of_a_bundle_makes_pictures(tiny_bundle):
+    with sdrt.load(tiny_bundle, backend="onnxruntime") as pipe:
+        for size in ((32, 32), (48, 32)):
+            out = pipe(["a", "b", "c"], num_inference_steps=2, seed=1, size="{}x{}".format(*size))
+            assert [image.size for image in out.images] == [size] * 3
+            assert out.seeds == [1, 2, 3]
+        with pytest.raises(sdrt.UsageError, match="32x32, 48x32"):
+            pipe("a", size="64x64")
+
+
+def test_torch_backend_draws_the_same(tiny_bundle):
+    images = {}
+    for backend in ("torch", "onnxruntime"):
+        with sdrt.load(tiny_bundle, backend=backend) as pipe:
+            assert pipe.backend == f"{backend} on cpu"
+            images[backend] = np.asarray(
+                pipe("a red circle", num_inference_steps=3, seed=0).images[0], np.int16
+            )
+    assert np.abs(images["torch"] - images["onnxruntime"]).max() <= 1
+
+
+def test_the_manifest_records_the_proof(tiny_bundle):
+    manifest = open_bundle(tiny_bundle).manifest
+    assert manifest.parity["psnr"] > 60
+    for component in manifest.components.values():
+        assert component.parity["cosine"] > 0.999999
+
+
+def test_builds_are_reproducible(tiny, tiny_bundle, tmp_path):
+    again = build_bundle(
+        BuildPlan(str(tiny), tmp_path / "tiny", sizes=((32, 32), (48, 32)), batch=(1, 1, 2))
+    )
+    for path in tiny_bundle.rglob("*"):
+        if path.is_file() and path.name != "sdrt.json":
+            assert path.read_bytes() == (again / path.relative_to(tiny_bundle)).read_bytes()
+
+
+def test_fp16_is_stored_in_half(tiny, tiny_bundle, tmp_path):
+    half = build_bundle(BuildPlan(str(tiny), tmp_path / "half", dtype="float16"))
+    files = [
+        open_bundle(b).manifest.files["unet/model.safetensors"].size for b in (half, tiny_bundle)
+    ]
+    assert files[0] < 0.7 * files[1]
+    with sdrt.load(half, backend="onnxruntime") as pipe:
+        assert pipe("a", num_inference_steps=2, seed=0).images[0].size == (32, 32)
+
+
+def test_a_bundle_is_replaced_only_by_force(tiny, tiny_bundle):
+    with pytest.raises(BundleError, match="--force"):
+        build_bundle(BuildPlan(str(tiny), tiny_bundle))
+
+
+def test_a_folder_that_is_no_bundle_is_left_alone(tiny, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(BundleError, match="not a bundle"):
+        build_bundle(BuildPlan(str(tiny), tmp_path, force=True))
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def nothing_but_the_lock(folder):
+    return [p.name for p in folder.iterdir() if not p.name.endswith(".lock")] == []
+
+
+def change_weights(path, change):
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+def poison(weights):
+    next(iter(weights.values())).reshape(-1)[0] = np.nan
+
+
+def test_below_the_floor_nothing_is_published(tiny, tmp_path, monkeypatch):
+    honest = parity.measures
+    monkeypatch.setattr(
+        parity,
+        "measures",
+        lambda found, wanted, picture: honest(found * 1.01, wanted, picture=picture),
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ParityError, match="text_encoder differs from torch: error"):
+        build_bundle(BuildPlan(str(tiny), out / "b"))
+    assert nothing_but_the_lock(out)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: shutil.rmtree(f / "vae"), "vae/config.json is missing"),
+        (lambda f: (f / "tokenizer" / "merges.txt").unlink(), "merges.txt is missing"),
+        (lambda f: truncate(f / "unet" / "diffusion_pytorch_model.safetensors"), "whole"),
+        (lambda f: overlap(f / "unet" / "diffusion_pytorch_model.safetensors"), "whole"),
+        (
+            lambda f: change_weights(f / "vae" / "diffusion_pytorch_model.safetensors", poison),
+            "NaN",
+        ),
+        (lambda f: rename_to_pickle(f / "unet"), "pickle"),
+        (lambda f: (f / "unet" / "config.json").write_text("{"), "JSON"),
+        (
+            lambda f: change_weights(
+                f / "unet" / "diffusion_pytorch_model.safetensors",
+                lambda w: w.pop("conv_in.weight"),
+            ),
+            "lacks weight conv_in.weight",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(copy, tmp_path, damage, message):
+    damage(copy)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(CheckpointError, match=message):
+        build_bundle(BuildPlan(str(copy), out / "b"))
+    assert nothing_but_the_lock(out)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def overlap(path):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    names = [name for name in header if name != "__metadata__"]
+    header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def rename_to_pickle(folder):
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("shape", "did you mean shapes"),
+        ("stable-diffusion-1.5", "did you mean stable-diffusion-v1-"),
+        ("nobody/nothing", "HF_HUB_OFFLINE"),
+        ("stable-diffusion-v1-5", "sdrt build --model FOLDER"),
+        ("model.ckpt", "pickle"),
+        ("no-such.safetensors", "no file"),
+    ],
+)
+def test_an_unknown_model_says_what_to_type(model, message):
+    with pytest.raises(CheckpointError, match=message):
+        build_bundle(BuildPlan(model))
+
+
+def test_a_full_disk_leaves_nothing(tiny, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sdrt.export.graph.write_safetensors", full)
+    with pytest.raises(SdrtError, match="no space left"):
+        build_bundle(BuildPlan(str(tiny), tmp_path / "b"))
+    assert nothing_but_the_lock(tmp_path)
+
+
+def test_too_small_a_disk_is_said_before_work_begins(tiny, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(SdrtError, match="are free"):
+        build_bundle(BuildPlan(str(tiny), tmp_path / "b"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_build_is_in_nobodys_way(tiny, tmp_path, how):
+    target = tmp_path / "b"
+    command = [sys.executable, "-m", "sdrt", "build", "--model", str(tiny), "--output", str(target)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    partial = tmp_path / ".b.partial"
+    deadline = time.monotonic() + 120
+    while not (partial / "text_encoder").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, how)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -9), said.decode()
+    assert not target.exists()
+    if how == signal.SIGINT:
+        assert not partial.exists() and b"interrupted" in said
+    else:
+        build_bundle(BuildPlan(str(tiny), target))
+        assert not partial.exists() and open_bundle(target)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_nan_never_passes_the_gate(dtype):
+    wanted = np.ones((1, 3, 8, 8), np.float32)
+    found = wanted.copy()
+    found[0, 0, 0, 0] = np.nan
+    values = parity.measures(found, wanted, picture=True)
+    with pytest.raises(ParityError):
+        parity.check("vae_decoder", values, dtype)

@@ -1,0 +1,73 @@
+"""Own networks against the reference library's, with the same random weights."""
+
+import pytest
+import torch
+from sdrt.export.unet import Unet, UnetConfig
+from sdrt.export.vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
+
+from sdrt.errors import CheckpointError
+
+pytestmark = pytest.mark.reference
+diffusers = pytest.importorskip("diffusers")
+
+
+def relative(found, wanted):
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_unet_is_the_reference(layers):
+    torch.manual_seed(0)
+    reference = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 24, 32),
+        layers_per_block=layers,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        sample_size=8,
+    ).eval()
+    own = Unet(UnetConfig.from_json(dict(reference.config)))
+    own.load_state_dict(reference.state_dict())
+    sample, timestep = torch.randn(2, 4, 8, 12), torch.tensor([3.0, 700.0])
+    context = torch.randn(2, 7, 12)
+    with torch.no_grad():
+        wanted = reference(sample, timestep, context).sample
+        assert relative(own(sample, timestep, context), wanted) <= 1e-5
+
+
+def test_vae_is_the_reference():
+    torch.manual_seed(0)
+    reference = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    ).eval()
+    own = AutoencoderKL(VaeConfig.from_json(dict(reference.config)))
+    own.load_state_dict(reference.state_dict())
+    picture = torch.rand(2, 3, 16, 24) * 2 - 1
+    with torch.no_grad():
+        posterior = reference.encode(picture).latent_dist
+        scale = reference.config.scaling_factor
+        mean, std = VaeEncoder(own)(picture)
+        assert relative(mean, posterior.mean * scale) <= 1e-5
+        assert relative(std, posterior.std * scale) <= 1e-5
+        wanted = reference.decode(posterior.mean).sample
+        assert relative(VaeDecoder(own)(posterior.mean * scale), wanted) <= 1e-5
+
+
+def test_published_configuration_is_the_default():
+    published = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+    with torch.device("meta"):
+        unet = Unet(UnetConfig.from_json(published))
+    assert len(unet.state_dict()) == 686
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+
+
+@pytest.mark.parametrize("extra", [{"use_linear_projection": True}, {"made_up_key": 1}])
+def test_what_is_not_understood_is_refused_by_name(extra):
+    with pytest.raises(CheckpointError, match=next(iter(extra))):
+        UnetConfig.from_json(extra)

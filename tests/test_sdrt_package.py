@@ -1,0 +1,69 @@
+"""The package as a whole: imports, layering, packaging."""
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import sdrt
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx", "onnxruntime", "diffusers")
+ALLOWED = {
+    "engine": {"bundle", "errors", "engine"},
+    "runtime": {"bundle", "errors", "engine", "runtime", "__version__"},
+    "export": {"bundle", "errors", "engine", "runtime", "export"},
+}
+
+
+@pytest.mark.parametrize("module", ["sdrt", "sdrt.runtime", "sdrt.cli", "sdrt.engine"])
+def test_import_loads_nothing_heavy(module):
+    code = f"import sys, json, {module}; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
+    assert not loaded & set(HEAVY)
+
+
+def imports(path):
+    """Absolute names that a file imports, relative ones left out."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            if node.module == "sdrt":
+                yield from (f"sdrt.{alias.name}" for alias in node.names)
+            else:
+                yield str(node.module)
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_imports_run_one_way(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        for name in imports(path):
+            first, _, rest = name.partition(".")
+            assert first not in ("engine", "export", "runtime"), f"{path}: import sdrt.{name}"
+            if first == "sdrt" and rest:
+                assert rest.split(".")[0] in ALLOWED[folder], f"{path} imports {name}"
+            if folder == "runtime":
+                assert first not in HEAVY, f"{path} imports {name}"
+
+
+def test_every_folder_is_in_the_wheel():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = set()
+    for package, folder in setup["package-dir"].items():
+        for path in (ROOT / folder).rglob("__init__.py"):
+            inside = path.parent.relative_to(ROOT / folder).parts
+            found.add(".".join([package, *inside]))
+    assert found == set(setup["packages"])
+
+
+def test_public_names_are_there():
+    for name in sdrt.__all__:
+        assert getattr(sdrt, name) is not None
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert sdrt.__version__ == version
