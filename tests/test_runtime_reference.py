@@ -1,0 +1,46 @@
+"""Whole pictures against diffusers' StableDiffusionPipeline, from the same folder and seeds."""
+
+import numpy as np
+import pytest
+from sdrt.runtime.samplers.table import SAMPLERS
+
+pytestmark = pytest.mark.reference
+PROMPTS = (
+    "a red circle on a blue background",
+    "a small white cross at the top on a purple background",
+    "an orange triangle above a black square on a green background",
+)
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def reference(embedded):
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(embedded)
+    pipe.to(dtype=__import__("torch").float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_pictures_are_the_references(reference, pipe, name):
+    import diffusers
+    import torch
+
+    scheduler = getattr(diffusers, name)
+    reference.scheduler = scheduler.from_config(pipe.scheduler_config)
+    own = pipe.with_scheduler(name)
+    for prompt in PROMPTS:
+        for seed in (0, 1, 2):
+            wanted = reference(
+                prompt,
+                num_inference_steps=STEPS,
+                guidance_scale=7.5,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                output_type="np",
+            ).images[0]
+            *_, last = own.steps(prompt, num_inference_steps=STEPS, guidance_scale=7.5, seed=seed)
+            found = own.decoded(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5
+            error = np.mean((np.clip(found, 0, 1).astype(np.float64) - wanted) ** 2)
+            assert 10 * np.log10(1.0 / max(error, 1e-12)) >= 50, (prompt, seed)
