@@ -31,7 +31,7 @@ SIDE = 64
 SAVE_EVERY = 250
 VAE_CONFIG = VaeConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=8)
 TEXT_WIDTH = 128
-PLAIN_SHARE = 0.64  # of the UNet's steps, before those with guidance
+PLAIN_STEPS = 1792  # of the UNet's, before those with guidance
 GUIDANCE = 5.0
 UNET_CONFIG = UnetConfig(
     sample_size=SIDE // 8,
@@ -278,8 +278,10 @@ def guided_loss(
     `GUIDANCE` to be right puts the text's pull where it is in large models.
     """
     with torch.autocast("cpu", torch.bfloat16):
-        both = torch.cat([blank.expand_as(text), text])
-        out = denoiser(noisy.repeat(2, 1, 1, 1), timestep.repeat(2), both)
+        nothing = denoiser.text_encoder(blank[None]).last_hidden_state
+        context = denoiser.text_encoder(text).last_hidden_state
+        both = torch.cat([nothing.expand_as(context), context])
+        out = denoiser.unet(noisy.repeat(2, 1, 1, 1), timestep.repeat(2), both)
     unguided, guided = out.float().chunk(2)
     combined = unguided.detach() + GUIDANCE * (guided - unguided.detach())
     return (unguided - noise).square().mean() + (combined - noise).square().mean()
@@ -305,7 +307,7 @@ def train_unet(work: Path, steps: int, batch_size: int) -> None:
         text = ids[choice].clone()
         alpha = alphas[timestep][:, None, None, None]
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        if index < PLAIN_SHARE * steps:
+        if index < PLAIN_STEPS:
             text[torch.rand(batch_size, generator=generator) < 0.1] = blank
             loss = plain_loss(denoiser, noisy, timestep.float(), text, noise)
         else:
