@@ -7,7 +7,9 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _interrupt_again(unraisable: Any) -> None:
+    """Ctrl-C that fell into a finaliser, where Python drops it, is sent once more."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        main_thread = threading.main_thread().ident
+        threading.Timer(0.05, signal.pthread_kill, [main_thread, signal.SIGINT]).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def entry() -> int:
+    """What the `sdrt` script and `python -m sdrt` call."""
+    sys.unraisablehook = _interrupt_again
     return main()
 
 

@@ -84,6 +84,25 @@ def test_inspect_and_doctor(shapes, capsys):
     assert "onnxruntime   cpu   works" in capsys.readouterr().out
 
 
+def test_an_interrupt_that_a_finaliser_swallows_is_heard():
+    code = """
+import os, signal, sys, time
+from sdrt import cli
+class Deaf:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+def doctor(args):
+    Deaf()
+    time.sleep(30)
+cli.doctor = doctor
+sys.argv = ["sdrt", "doctor"]
+sys.exit(cli.entry())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 130 and "interrupted" in done.stderr
+
+
 @pytest.mark.parametrize("command", ["build", "run", "inspect", "doctor"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit):
