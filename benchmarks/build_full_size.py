@@ -21,12 +21,12 @@ def write_checkpoint(folder: Path) -> None:
     """Random fp16 weights of the published size, with a scale that keeps activations tame."""
     import torch
     from safetensors.torch import save_file
-    from sdrt.export.original_layout import SCHEDULER_CONFIG, TEXT_CONFIG
-    from sdrt.export.unet import Unet, UnetConfig
-    from sdrt.export.vae import AutoencoderKL, VaeConfig
     from transformers import CLIPTextConfig, CLIPTextModel
 
     import sdrt
+    from sdrt.export.original_layout import SCHEDULER_CONFIG, TEXT_CONFIG
+    from sdrt.export.unet import Unet, UnetConfig
+    from sdrt.export.vae import AutoencoderKL, VaeConfig
 
     torch.manual_seed(0)
     shapes = Path(sdrt.__file__).parent / "models" / "shapes"

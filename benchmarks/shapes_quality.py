@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from sdrt.runtime.pictures import image_grid
 
 import sdrt
+from sdrt.runtime.pictures import image_grid
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from shapes_reader import verdict

@@ -4,7 +4,7 @@ Knows numpy. Everything that crosses this line is a numpy array; where the bytes
 is the backend's own business.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -30,20 +30,50 @@ class Engine(Protocol):
         ...
 
 
+class LazyEngine:
+    """An engine that loads when it is first needed."""
+
+    def __init__(self, load: Callable[[], Engine]) -> None:
+        self._load = load
+        self._engine: Engine | None = None
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._loaded().inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._loaded().outputs
+
+    def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        return self._loaded()(feeds)
+
+    def _loaded(self) -> Engine:
+        if self._engine is None:
+            self._engine = self._load()
+        return self._engine
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+
 class History(Protocol):
-    """The columns of one image's sampling run: its starting noise, fresh noises, model outputs."""
+    """The columns of one image's sampling run: starting noise, model outputs, fresh noises, and
+    the latents after each evaluation.
+    """
 
     def write(self, column: int, value: np.ndarray) -> None:
         """Keep a [C, H/8, W/8] float32 array as a column."""
         ...
 
-    def combine(self, row: np.ndarray) -> np.ndarray:
-        """`row @ columns` -> [C, H/8, W/8] float32; row is [columns] float32."""
+    def combine(self, row: np.ndarray, column: int) -> np.ndarray:
+        """`row @ columns` -> [C, H/8, W/8] float32, kept as a column; row is [columns] float32."""
         ...
 
 
 class NumpyHistory:
-    """The history in host memory; one BLAS call combines it."""
+    """The history in host memory. Rows have few entries, most of them side by side."""
 
     def __init__(self, columns: int, shape: tuple[int, ...]) -> None:
         self.shape = shape
@@ -52,12 +82,24 @@ class NumpyHistory:
     def write(self, column: int, value: np.ndarray) -> None:
         self.columns[column] = value.reshape(-1)
 
-    def combine(self, row: np.ndarray) -> np.ndarray:
-        used = len(row)
-        while used and row[used - 1] == 0.0:
-            used -= 1
-        combined: np.ndarray = row[:used] @ self.columns[:used]
-        return combined.reshape(self.shape)
+    def combine(self, row: np.ndarray, column: int) -> np.ndarray:
+        total, begun = self.columns[column], False
+        for low, high in _runs(np.flatnonzero(row)):
+            if begun:
+                total += row[low:high] @ self.columns[low:high]
+            else:
+                np.matmul(row[low:high], self.columns[low:high], out=total)
+            begun = True
+        return total.reshape(self.shape)
+
+
+def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Stretches [low, high) of indices that follow one another."""
+    start = 0
+    for i in range(1, len(indices) + 1):
+        if i == len(indices) or indices[i] != indices[i - 1] + 1:
+            yield int(indices[start]), int(indices[i - 1]) + 1
+            start = i
 
 
 def checked_feeds(name: str, specs: tuple[TensorSpec, ...], feeds: Feeds) -> dict[str, np.ndarray]:

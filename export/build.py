@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sdrt.engine import Candidate, choose
-from sdrt.runtime import load_pipeline, randn, sampler_table
 from torch import Tensor, nn
 
 from sdrt.bundle import (
@@ -28,7 +26,9 @@ from sdrt.bundle import (
     describe_files,
     json_from_manifest,
 )
+from sdrt.engine import Candidate, choose
 from sdrt.errors import BundleError, SdrtError
+from sdrt.runtime import load_pipeline, randn, sampler_table
 
 from . import modules, parity
 from .checkpoint import PARTS, Checkpoint, find_checkpoint
@@ -66,11 +66,11 @@ class Recipe:
 
 LATENT_AXES = {0: "rows", 2: "latent_height", 3: "latent_width"}
 RECIPES = (
-    Recipe("text_encoder", ("context",), {"input_ids": {0: "rows"}}),
+    Recipe("text_encoder", ("contexts",), {"input_ids": {0: "rows"}}),
     Recipe(
         "unet",
         ("output",),
-        {"sample": LATENT_AXES, "timestep": {0: "rows"}, "context": {0: "rows"}},
+        {"sample": LATENT_AXES, "timestep": {0: "rows"}, "context": {0: "rows", 1: "tokens"}},
     ),
     Recipe("vae_decoder", ("image",), {"latents": LATENT_AXES}, picture=True),
     Recipe("vae_encoder", ("mean", "std"), {"image": {0: "rows", 2: "height", 3: "width"}}),
@@ -277,8 +277,9 @@ class Proof:
 
         tokenizer = Tokenizer.from_folder(self.folder / "tokenizer", self.manifest.max_tokens)
         ids = tokenizer(["", PROOF_PROMPT])
-        self.contexts = module(torch.from_numpy(ids)).numpy()
-        return [({"input_ids": ids}, {"context": self.contexts})]
+        contexts = module(torch.from_numpy(ids)).numpy()
+        self.contexts = contexts[:, -1]
+        return [({"input_ids": ids}, {"contexts": contexts})]
 
     def _unet_cases(self, module: nn.Module) -> list[Any]:
         table = sampler_table({"_class_name": "DDIMScheduler", "clip_sample": False}, PROOF_STEPS)

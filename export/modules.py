@@ -13,15 +13,19 @@ from .vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
 
 
 class TextEncoder(nn.Module):
-    """transformers' CLIP text model: input_ids [B, N] int32 -> context [B, N, width]."""
+    """transformers' CLIP text model: input_ids [B, N] int32 -> contexts [B, layers, N, width], the
+    hidden states after every layer, each through the final norm; the last is the usual context.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        context: Tensor = self.model(input_ids=input_ids).last_hidden_state
-        return context
+        states = self.model(input_ids=input_ids, output_hidden_states=True).hidden_states
+        inner = getattr(self.model, "text_model", self.model)
+        contexts: Tensor = inner.final_layer_norm(torch.stack(states[1:], dim=1))
+        return contexts
 
 
 def text_encoder(checkpoint: Checkpoint) -> TextEncoder:

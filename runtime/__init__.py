@@ -1,17 +1,24 @@
 """Prompt to picture: tokenizer, noise, samplers, guidance, pipeline. Knows numpy and engines."""
 
-from .noise import randn
-from .pipeline import Output, Pipeline, Step, load_pipeline
-from .samplers.table import SamplerTable, sampler_table
+from .loop import Step
+from .noise import CpuNoise, CudaNoise, noise_from_seed, randn
+from .options import Options
+from .pipeline import Output, Pipeline, load_pipeline
+from .samplers.table import SamplerTable, sample, sampler_table
 from .tokenizer import Tokenizer
 
 __all__ = [
+    "CpuNoise",
+    "CudaNoise",
+    "Options",
     "Output",
     "Pipeline",
     "SamplerTable",
     "Step",
     "Tokenizer",
     "load_pipeline",
+    "noise_from_seed",
     "randn",
+    "sample",
     "sampler_table",
 ]

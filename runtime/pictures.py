@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from sdrt.errors import UsageError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+MOST_SIDE = 8192
 
 
 def images_from_decoded(decoded: np.ndarray) -> list[Image.Image]:
@@ -17,6 +20,66 @@ def images_from_decoded(decoded: np.ndarray) -> list[Image.Image]:
     unit = np.clip(decoded * 0.5 + 0.5, 0.0, 1.0)
     pixels = np.rint(unit * 255.0).astype(np.uint8).transpose(0, 2, 3, 1)
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in pixels]
+
+
+def open_image(path: Path) -> Image.Image:
+    """A picture from a file, not yet decoded; raises UsageError if it is none or far too large."""
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist") from error
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{path} is not a readable {', '.join(FORMATS)} picture") from error
+    _bounded(image)
+    return image
+
+
+def _bounded(image: Image.Image) -> None:
+    """Before a picture is decoded: its sides must be sane."""
+    if not all(1 <= side <= MOST_SIDE for side in image.size):
+        raise UsageError(
+            f"a picture of {image.size[0]}x{image.size[1]}; at most {MOST_SIDE} a side are read"
+        )
+
+
+def image_array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """A picture for the encoder, [1, 3, H, W] float32 in [-1, 1]: upright, over white where it is
+    see-through, resized (Lanczos) to (width, height).
+    """
+    colour = _decoded(image)
+    if "A" in colour.getbands() or "transparency" in colour.info:
+        layered = colour.convert("RGBA")
+        colour = Image.new("RGBA", layered.size, "white")
+        colour.alpha_composite(layered)
+    pixels = np.asarray(colour.convert("RGB").resize(size, Image.Resampling.LANCZOS), np.float32)
+    return pixels.transpose(2, 0, 1)[None] / np.float32(127.5) - np.float32(1.0)
+
+
+def mask_array(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """A mask for latents, [1, 1, H, W] float32 of 0 (keep) and 1 (make new, where it is light).
+
+    Raises UsageError when its size is not the picture's.
+    """
+    upright, below = _decoded(mask), ImageOps.exif_transpose(image)
+    if upright.size != below.size:
+        raise UsageError(
+            f"the mask is {upright.size[0]}x{upright.size[1]}, the picture "
+            f"{below.size[0]}x{below.size[1]}; give a mask of the picture's size"
+        )
+    light = np.asarray(upright.convert("L").resize(size, Image.Resampling.NEAREST), np.float32)
+    return (light >= 127.5).astype(np.float32)[None, None]
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    """Upright, with 8 bits a channel; raises UsageError for a file that ends too soon."""
+    _bounded(image)
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except OSError as error:
+        raise UsageError(f"the picture cannot be decoded: {error}") from error
+    if upright.mode.startswith("I"):  # 16 bits
+        return Image.fromarray((np.asarray(upright, np.float64) / 257.0).round().astype(np.uint8))
+    return upright
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

@@ -1,43 +1,30 @@
-"""Prompt to picture over three engines; the loop is a generator that yields latents as they form.
+"""Prompt to picture over a bundle's engines.
 
 Knows numpy, the engine protocol and the bundle's manifest; not which backend runs.
 """
 
-import math
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL.Image import Image
-from sdrt.engine import Candidate, Engine, NumpyHistory
 
 from sdrt.bundle import Bundle, Manifest, parse_size
+from sdrt.engine import Candidate, Engine, LazyEngine
 from sdrt.errors import SdrtError, UsageError
 
-from .noise import randn
+from .conditioning import contexts_of
+from .loop import Guidance, Step, denoised, histories_of
+from .options import Options, Request, options_from, requests_from
 from .pictures import images_from_decoded, parameters_text
-from .samplers.table import SAMPLERS, SamplerTable, sampler_name, sampler_table
+from .samplers.catalogue import config_from_name, title_of
+from .samplers.table import SamplerTable, sampler_table
+from .start import Source, Start, source_of, start_of
 from .tokenizer import Tokenizer
 
-MOST_IMAGES = 1000
-MOST_GUIDANCE = 100.0
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """The state of a run after one evaluation.
-
-    index, total: evaluations done, and in all
-    timestep: what the model was fed
-    latents: [B, C, H/8, W/8] float32, the next model input, or the result after the last
-    """
-
-    index: int
-    total: int
-    timestep: float
-    latents: np.ndarray
+Prompt = str | Sequence[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +37,16 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One picture to make."""
+class Batch:
+    """Pictures that are made together.
 
-    prompt: str
-    negative_prompt: str
-    seed: int
+    context: [2 B or B, tokens, width]; see `loop.denoised`
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What all pictures of a call share."""
-
-    steps: int
-    guidance_scale: float
-    width: int
-    height: int
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance_scale > 1.0
+    requests: Sequence[Request]
+    context: np.ndarray
+    starts: Sequence[Start]
+    source: Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,147 +64,50 @@ class Pipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompt = None,
         *,
-        negative_prompt: str = "",
-        num_inference_steps: int = 20,
-        guidance_scale: float = 7.5,
-        seed: int | Sequence[int] | None = None,
-        num_images: int = 1,
-        size: str | None = None,
         on_step: Callable[[Step], None] | None = None,
+        **options: Any,
     ) -> Output:
-        """Make `num_images` pictures of every prompt.
+        """Make pictures of every prompt; the named arguments are those of `Options`.
 
-        seed: of the first picture, the next ones count on from it; or one each; None draws one.
-        size: "WIDTHxHEIGHT", one of the bundle's; None is its first.
         on_step: called after every evaluation of every batch.
         Raises UsageError for a value out of range, SdrtError when a picture holds no numbers.
         """
-        settings = self._settings(num_inference_steps, guidance_scale, size)
-        requests = _requests(prompt, negative_prompt, seed, num_images)
-        images = []
-        for start in range(0, len(requests), self.manifest.batch[2]):
-            batch = requests[start : start + self.manifest.batch[2]]
-            for step in self._steps(batch, settings):
+        chosen = options_from(options)
+        made = sorted(self.pictures(prompt, chosen, on_step), key=lambda each: each[0].index)
+        texts = [self._parameters(request, chosen) for request, _ in made]
+        return Output([image for _, image in made], [request.seed for request, _ in made], texts)
+
+    def pictures(
+        self,
+        prompt: Prompt,
+        options: Options,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Iterator[tuple[Request, Image]]:
+        """The pictures of a call, as they are finished."""
+        table, guidance = self._run(options)
+        for batch in self._batches(prompt, options, table):
+            for step in self._steps(batch, options, table, guidance):
                 if on_step:
                     on_step(step)
-            images += self._decode(step.latents, batch)
-        texts = [self._parameters(request, settings) for request in requests]
-        return Output(images, [request.seed for request in requests], texts)
+            yield from zip(batch.requests, self.decode(step.latents), strict=True)
 
-    def steps(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str = "",
-        num_inference_steps: int = 20,
-        guidance_scale: float = 7.5,
-        seed: int | Sequence[int] | None = None,
-        num_images: int = 1,
-        size: str | None = None,
-    ) -> Iterator[Step]:
+    def steps(self, prompt: Prompt = None, **options: Any) -> Iterator[Step]:
         """The denoising loop, one `Step` per evaluation; arguments as for a call, one batch."""
-        settings = self._settings(num_inference_steps, guidance_scale, size)
-        requests = _requests(prompt, negative_prompt, seed, num_images)
-        if len(requests) > self.manifest.batch[2]:
+        chosen = options_from(options)
+        table, guidance = self._run(chosen)
+        batches = list(self._batches(prompt, chosen, table))
+        if len(batches) > 1:
             raise UsageError(
-                f"{len(requests)} pictures in one loop; this bundle takes {self.manifest.batch[2]}"
+                f"{len(batches)} batches in one loop; this bundle takes "
+                f"{self.manifest.batch[2]} pictures of prompts of like length"
             )
-        return self._steps(requests, settings)
+        return self._steps(batches[0], chosen, table, guidance)
 
     def decode(self, latents: np.ndarray) -> list[Image]:
         """Pictures of latents [B, C, H/8, W/8]; raises SdrtError if they hold NaN or infinity."""
         return images_from_decoded(self.decoded(latents))
-
-    def with_scheduler(self, scheduler: str | Mapping[str, Any]) -> "Pipeline":
-        """The same engines with another sampler: a class name, which keeps this configuration's
-        noise schedule, or a whole configuration.
-        """
-        named = isinstance(scheduler, str)
-        config = {**self.scheduler_config, "_class_name": scheduler} if named else dict(scheduler)  # type: ignore[arg-type]
-        sampler_table(config, 1)
-        return replace(self, scheduler_config=config)
-
-    def close(self) -> None:
-        """Give the engines' memory back; pipelines over the same engines end too."""
-        for engine in self.engines.values():
-            engine.close()
-
-    def __enter__(self) -> "Pipeline":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _settings(self, steps: int, guidance_scale: float, size: str | None) -> Settings:
-        if not math.isfinite(guidance_scale) or not 1.0 <= guidance_scale <= MOST_GUIDANCE:
-            raise UsageError(
-                f"guidance scale {guidance_scale}; expected 1 (no guidance) to {MOST_GUIDANCE:g}"
-            )
-        sampler_table(self.scheduler_config, steps)
-        width, height = parse_size(size) if size else self.manifest.sizes[0]
-        if (width, height) not in self.manifest.sizes:
-            have = ", ".join(f"{w}x{h}" for w, h in self.manifest.sizes)
-            raise UsageError(
-                f"size {width}x{height} is not in this bundle, which has {have}; "
-                f"type: sdrt build --model {self.manifest.source} --size {width}x{height}"
-            )
-        return Settings(steps, float(guidance_scale), width, height)
-
-    def _steps(self, requests: Sequence[Request], settings: Settings) -> Iterator[Step]:
-        table = sampler_table(self.scheduler_config, settings.steps)
-        context = self._context(requests, settings.guided)
-        histories = self._histories(requests, settings, table)
-        matrix = _matrix(table, settings)
-        latents = _combined(histories, matrix[0])
-        for k, timestep in enumerate(table.timesteps):
-            output = self._evaluate(latents, float(timestep), context, settings.guided)
-            _write(histories, k, output, settings.guided)
-            latents = _combined(histories, matrix[k + 1])
-            yield Step(k + 1, table.evaluations, float(timestep), latents)
-
-    def _context(self, requests: Sequence[Request], guided: bool) -> np.ndarray:
-        """[rows, tokens, width]: all negative prompts, if guided, then all prompts."""
-        texts = [request.prompt for request in requests]
-        if guided:
-            texts = [request.negative_prompt for request in requests] + texts
-        unique = list(dict.fromkeys(texts))
-        most = self.manifest.batch[2]
-        parts = [
-            self.engines["text_encoder"]({"input_ids": self.tokenizer(unique[i : i + most])})[
-                "context"
-            ].copy()
-            for i in range(0, len(unique), most)
-        ]
-        encoded = np.concatenate(parts)
-        return encoded[[unique.index(text) for text in texts]]
-
-    def _histories(
-        self, requests: Sequence[Request], settings: Settings, table: SamplerTable
-    ) -> list[NumpyHistory]:
-        scale = self.manifest.downscale
-        shape = (
-            self.manifest.latent_channels,
-            settings.height // scale,
-            settings.width // scale,
-        )
-        columns = 1 + table.evaluations * (2 if settings.guided else 1)
-        histories = [NumpyHistory(columns, shape) for _ in requests]
-        for history, request in zip(histories, requests, strict=True):
-            history.write(0, randn(request.seed, (1, *shape))[0])
-        return histories
-
-    def _evaluate(
-        self, latents: np.ndarray, timestep: float, context: np.ndarray, guided: bool
-    ) -> np.ndarray:
-        sample = np.concatenate([latents, latents]) if guided else latents
-        feeds = {
-            "sample": sample,
-            "timestep": np.full(len(sample), timestep, np.float32),
-            "context": context,
-        }
-        return self.engines["unet"](feeds)["output"]
 
     def decoded(self, latents: np.ndarray) -> np.ndarray:
         """The decoder's numbers, [B, 3, H, W] about [-1, 1]; raises SdrtError for NaN."""
@@ -245,84 +125,147 @@ class Pipeline:
                 )
         return decoded
 
-    def _decode(self, latents: np.ndarray, requests: Sequence[Request]) -> list[Image]:
-        assert len(latents) == len(requests)
-        return images_from_decoded(self.decoded(latents))
+    def with_scheduler(self, scheduler: str | Mapping[str, Any]) -> "Pipeline":
+        """The same engines with another sampler: a class name or a name that other tools use for
+        one, which keep this configuration's noise schedule, or a whole configuration.
+        """
+        if isinstance(scheduler, str):
+            config = config_from_name(scheduler, self.scheduler_config)
+        else:
+            config = dict(scheduler)
+        sampler_table(config, 8)
+        return replace(self, scheduler_config=config)
 
-    def _parameters(self, request: Request, settings: Settings) -> str:
+    def close(self) -> None:
+        """Give the engines' memory back; pipelines over the same engines end too."""
+        for engine in self.engines.values():
+            engine.close()
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, options: Options) -> tuple[SamplerTable, Guidance]:
+        """The numbers of a run, known before it begins."""
+        picture = options.image is not None
+        table = sampler_table(
+            self.scheduler_config,
+            options.num_inference_steps,
+            timesteps=options.timesteps,
+            sigmas=options.sigmas,
+            denoise_from=options.skipped,
+            # With a mask and full strength nothing of the picture is left at the start.
+            picture=picture and not (options.mask_image is not None and options.strength == 1.0),
+        )
+        share = np.arange(table.evaluations) / table.evaluations
+        low, high = options.guidance_interval
+        inside = (share >= low) & (share < high) if high < 1.0 else share >= low
+        scales = np.where(inside, options.guidance_scale, 1.0)
+        return table, Guidance(scales, options.guidance_rescale)
+
+    def _size(self, options: Options) -> tuple[int, int]:
+        have = self.manifest.sizes
+        size = parse_size(options.size) if options.size else have[0]
+        if size not in have:
+            raise UsageError(
+                f"size {size[0]}x{size[1]} is not in this bundle, which has "
+                f"{', '.join(f'{w}x{h}' for w, h in have)}; type: sdrt build --model "
+                f"{self.manifest.source} --size {size[0]}x{size[1]}"
+            )
+        return size
+
+    def _latent_shape(self, options: Options) -> tuple[int, int, int]:
+        width, height = self._size(options)
+        scale = self.manifest.downscale
+        return self.manifest.latent_channels, height // scale, width // scale
+
+    def _batches(self, prompt: Prompt, options: Options, table: SamplerTable) -> Iterator[Batch]:
+        """Pictures whose contexts are of one length together, as many as the bundle takes."""
+        requests, most = requests_from(prompt, options), self.manifest.batch[2]
+        shape = self._latent_shape(options)
+        contexts = contexts_of(
+            self.engines["text_encoder"], self.tokenizer, most, requests, options
+        )
+        source = source_of(self.engines["vae_encoder"], options, self._size(options), shape)
+        for tokens in sorted({context.shape[1] for context in contexts}):
+            alike = [r for r in requests if contexts[r.index].shape[1] == tokens]
+            for i in range(0, len(alike), most):
+                part = alike[i : i + most]
+                context = np.concatenate(np.stack([contexts[r.index] for r in part], axis=1))
+                starts = [start_of(r, options, table, shape, source) for r in part]
+                yield Batch(part, context, starts, source)
+
+    def _steps(
+        self, batch: Batch, options: Options, table: SamplerTable, guidance: Guidance
+    ) -> Iterator[Step]:
+        histories = histories_of(table, guidance, [start.columns for start in batch.starts])
+        edit = partial(self._edited, batch, options, table)
+        changed = batch.source.mask is not None or options.callback_on_step_end is not None
+        return denoised(
+            self.engines["unet"],
+            table,
+            guidance,
+            histories,
+            batch.context,
+            edit if changed else None,
+        )
+
+    def _edited(
+        self, batch: Batch, options: Options, table: SamplerTable, index: int, latents: np.ndarray
+    ) -> np.ndarray:
+        """The latents after an evaluation with what the mask keeps put back, and as the caller's
+        callback leaves them; it sees them in the solver's own scale.
+        """
+        if (mask := batch.source.mask) is not None:
+            alpha, sigma = np.float32(table.shares[index])
+            known = np.stack([alpha * s.picture + sigma * s.columns[0] for s in batch.starts])
+            latents = mask * latents + (1.0 - mask) * known
+        if (callback := options.callback_on_step_end) is not None:
+            scale = np.float32(table.scales[index])
+            timestep = float(table.timesteps[index - 1])
+            given = {"latents": latents * scale}
+            changed = (callback(self, index - 1, timestep, given) or given).get("latents")
+            if changed is not None and np.shape(changed) != latents.shape:
+                raise UsageError(
+                    f"the callback gave latents {list(np.shape(changed))}, expected "
+                    f"{list(latents.shape)}"
+                )
+            latents = latents if changed is None else np.asarray(changed, np.float32) / scale
+        return latents
+
+    def _parameters(self, request: Request, options: Options) -> str:
         from sdrt import __version__
 
-        return parameters_text(
-            request.prompt,
-            request.negative_prompt,
-            {
-                "Steps": settings.steps,
-                "Sampler": SAMPLERS[sampler_name(self.scheduler_config)].title,
-                "CFG scale": f"{settings.guidance_scale:g}",
-                "Seed": request.seed,
-                "Size": f"{settings.width}x{settings.height}",
-                "Model": self.manifest.name,
-                "RNG": "CPU",
-                "Version": f"sdrt {__version__}",
-            },
-        )
-
-
-def _matrix(table: SamplerTable, settings: Settings) -> np.ndarray:
-    if settings.guided:
-        return table.guided(settings.guidance_scale)
-    return table.matrix.astype(np.float32)
-
-
-def _combined(histories: Sequence[NumpyHistory], row: np.ndarray) -> np.ndarray:
-    return np.stack([history.combine(row) for history in histories])
-
-
-def _write(histories: Sequence[NumpyHistory], k: int, output: np.ndarray, guided: bool) -> None:
-    count = len(histories)
-    for i, history in enumerate(histories):
-        if guided:
-            history.write(1 + 2 * k, output[i])
-            history.write(2 + 2 * k, output[count + i])
-        else:
-            history.write(1 + k, output[i])
-
-
-def _requests(
-    prompt: str | Sequence[str],
-    negative_prompt: str,
-    seed: int | Sequence[int] | None,
-    num_images: int,
-) -> list[Request]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    total = len(prompts) * num_images if isinstance(num_images, int) else 0
-    if isinstance(num_images, bool) or not 1 <= total <= MOST_IMAGES:
-        raise UsageError(
-            f"{num_images!r} images of {len(prompts)} prompts; expected 1 to {MOST_IMAGES} in all"
-        )
-    seeds = _seeds(seed, total)
-    every = [text for text in prompts for _ in range(num_images)]
-    return [Request(text, negative_prompt, s) for text, s in zip(every, seeds, strict=True)]
-
-
-def _seeds(seed: int | Sequence[int] | None, total: int) -> list[int]:
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-    seeds = [seed + i for i in range(total)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != total:
-        raise UsageError(f"{len(seeds)} seeds for {total} pictures; give one each, or one in all")
-    for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
-            raise UsageError(f"seed {value!r}; expected a whole number from 0 to 2**64 - 1")
-    return seeds
+        width, height = self._size(options)
+        settings: dict[str, object] = {
+            "Steps": options.num_inference_steps,
+            "Sampler": title_of(self.scheduler_config),
+            "CFG scale": f"{options.guidance_scale:g}",
+            "Seed": request.seed,
+            "Size": f"{width}x{height}",
+            "Model": self.manifest.name,
+        }
+        if options.image is not None:
+            settings["Denoising strength"] = f"{options.strength:g}"
+        if options.clip_skip:
+            settings["Clip skip"] = options.clip_skip + 1  # others count the last layer too
+        if options.guidance_rescale:
+            settings["CFG rescale"] = f"{options.guidance_rescale:g}"
+        rng = {"cpu": "CPU", "cuda": "NV"}[options.rng]
+        settings |= {"RNG": rng, "Version": f"sdrt {__version__}"}
+        return parameters_text(request.prompt, options.negative_prompt, settings)
 
 
 def load_pipeline(bundle: Bundle, candidate: Candidate) -> Pipeline:
     """Load a bundle's engines on the chosen backend; raises BackendError if one does not load."""
     assert candidate.load is not None
-    names = ("text_encoder", "unet", "vae_decoder")
     manifest = bundle.manifest
     tokenizer = Tokenizer.from_folder(bundle.folder / "tokenizer", manifest.max_tokens)
     config = bundle.json("scheduler/scheduler_config.json")
-    engines = {name: candidate.load(bundle, name) for name in names}
+    engines: dict[str, Engine] = {
+        name: candidate.load(bundle, name) for name in ("text_encoder", "unet", "vae_decoder")
+    }
+    engines["vae_encoder"] = LazyEngine(partial(candidate.load, bundle, "vae_encoder"))
     return Pipeline(manifest, tokenizer, engines, config, candidate.title)

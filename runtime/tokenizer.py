@@ -6,7 +6,6 @@ Knows text and ids. Radford et al. 2021 (arXiv:2103.00020), byte-level pairs aft
 
 import itertools
 import json
-import logging
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
@@ -16,7 +15,6 @@ import numpy as np
 
 from sdrt.errors import BundleError, UsageError
 
-log = logging.getLogger(__name__)
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 LONGEST_PROMPT = 10_000
@@ -55,12 +53,15 @@ class Tokenizer:
 
     def ids(self, text: str) -> list[int]:
         """All ids of a text, without start and end."""
-        return [i for word in words_from_text(checked(text)) for i in self._word_ids(word)]
+        return [i for _, ids in self.words(text) for i in ids]
+
+    def words(self, text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Each word of a text with its ids."""
+        for word in words_from_text(checked(text)):
+            yield word, self._word_ids(word)
 
     def _padded(self, text: str) -> list[int]:
         ids, room = self.ids(text), self.length - 2
-        if len(ids) > room:
-            log.warning("the prompt has %d tokens; the model reads the first %d", len(ids), room)
         end = self.vocab[END]
         head = [self.vocab[START], *ids[:room]]
         return head + [end] * (self.length - len(head))

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from .errors import BundleError, UsageError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "sdrt.json"
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 T = TypeVar("T")

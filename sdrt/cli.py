@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
                 num_inference_steps=args.steps,
                 guidance_scale=args.guidance_scale,
                 seed=args.seed,
-                num_images=args.num_images,
+                num_images_per_prompt=args.num_images,
                 size=args.size,
                 on_step=on_step,
             )

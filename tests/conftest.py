@@ -53,9 +53,10 @@ def write_tiny(folder: Path, embedded: Path) -> Path:
 
     import torch
     from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     from sdrt.export.unet import Unet, UnetConfig
     from sdrt.export.vae import AutoencoderKL, VaeConfig
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     shutil.copytree(embedded / "tokenizer", folder / "tokenizer")

@@ -14,12 +14,12 @@ import onnx
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from sdrt.export import build, parity
-from sdrt.export.build import BuildPlan, build_bundle
 
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.errors import BundleError, CheckpointError, ParityError, SdrtError
+from sdrt.export import build, parity
+from sdrt.export.build import BuildPlan, build_bundle
 
 
 @pytest.fixture

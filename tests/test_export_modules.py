@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from sdrt.export.unet import Unet, UnetConfig
-from sdrt.export.vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
 
 from sdrt.errors import CheckpointError
+from sdrt.export.unet import Unet, UnetConfig
+from sdrt.export.vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
 
 pytestmark = pytest.mark.reference
 diffusers = pytest.importorskip("diffusers")

@@ -5,12 +5,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from sdrt.errors import CheckpointError
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.original_layout import PREFIXES, converted, unet_name, vae_name
 from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig
-
-from sdrt.errors import CheckpointError
 
 
 def original_unet_names():

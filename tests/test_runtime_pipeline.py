@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
-from sdrt.runtime.pictures import image_grid, save_png
 
 import sdrt
 from sdrt.errors import SdrtError, UsageError
+from sdrt.runtime.pictures import image_grid, save_png
 
 PROMPT = "a red circle on a blue background"
 
@@ -32,7 +32,7 @@ def test_seed_zero_is_a_seed_and_none_is_drawn(pipe):
 
 def test_a_batch_is_its_pictures_one_by_one(pipe):
     prompts = [PROMPT, "a yellow square on a black background", ""]
-    together = pipe(prompts, num_inference_steps=4, seed=[5, 9, 7], num_images=1)
+    together = pipe(prompts, num_inference_steps=4, seed=[5, 9, 7], num_images_per_prompt=1)
     for prompt, seed, image in zip(prompts, (5, 9, 7), together.images, strict=True):
         alone = pipe(prompt, num_inference_steps=4, seed=seed).images[0]
         difference = np.abs(pixels(alone).astype(int) - pixels(image).astype(int))
@@ -40,7 +40,7 @@ def test_a_batch_is_its_pictures_one_by_one(pipe):
 
 
 def test_more_images_than_fit_are_made_in_turns(pipe):
-    out = pipe(PROMPT, num_inference_steps=1, seed=3, num_images=6)
+    out = pipe(PROMPT, num_inference_steps=1, seed=3, num_images_per_prompt=6)
     assert len(out.images) == 6 and out.seeds == [3, 4, 5, 6, 7, 8]
 
 
@@ -56,7 +56,7 @@ def test_with_scheduler_shares_the_engines(pipe):
     assert other.engines is pipe.engines
     a, b = (p(PROMPT, num_inference_steps=8, seed=0).images[0] for p in (pipe, other))
     assert (pixels(a) != pixels(b)).any()
-    with pytest.raises(UsageError, match="DDIMScheduler"):
+    with pytest.raises(UsageError, match="did you mean Euler"):
         pipe.with_scheduler("Eulr")
 
 
@@ -71,9 +71,9 @@ def test_with_scheduler_shares_the_engines(pipe):
         {"guidance_scale": math.nan},
         {"guidance_scale": math.inf},
         {"guidance_scale": 1e9},
-        {"num_images": 0},
-        {"num_images": -1},
-        {"num_images": 10**9},
+        {"num_images_per_prompt": 0},
+        {"num_images_per_prompt": -1},
+        {"num_images_per_prompt": 10**9},
         {"seed": -1},
         {"seed": 2**64},
         {"seed": [1, 2]},

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from sdrt.runtime.samplers.table import SAMPLERS
+
+from sdrt.runtime.samplers.catalogue import SAMPLERS
 
 pytestmark = pytest.mark.reference
 PROMPTS = (

@@ -63,12 +63,16 @@ def test_guidance_helps(pipe, guided):
 def test_a_negative_prompt_moves_away_from_what_it_names(pipe):
     """Left to itself the model paints any background; a colour that is named becomes rarer."""
     prompt, count = "a white circle", 60
-    plain = pipe(prompt, num_images=count, seed=0, num_inference_steps=20).images
+    plain = pipe(prompt, num_images_per_prompt=count, seed=0, num_inference_steps=20).images
     found = [frame_colour(image) for image in plain]
     usual = max(NAMES, key=found.count)
     negative = f"a white circle on {'an' if usual[0] in 'aeiou' else 'a'} {usual} background"
     moved = pipe(
-        prompt, negative_prompt=negative, num_images=count, seed=0, num_inference_steps=20
+        prompt,
+        negative_prompt=negative,
+        num_images_per_prompt=count,
+        seed=0,
+        num_inference_steps=20,
     ).images
     assert [frame_colour(image) for image in moved].count(usual) < found.count(usual)
 

@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from sdrt.export.unet import Unet, UnetConfig
-from sdrt.export.vae import AutoencoderKL, VaeConfig
 from shapes_scenes import Scene, caption, draw, scene_from_random
 from shapes_tokenizer import LENGTH, write_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sdrt.export.unet import Unet, UnetConfig
+from sdrt.export.vae import AutoencoderKL, VaeConfig
 
 SIDE = 64
 SAVE_EVERY = 250

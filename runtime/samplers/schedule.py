@@ -1,14 +1,15 @@
 """The noise schedule of a `scheduler_config.json`: what every solver reads its numbers from.
 
 Knows configuration keys and arithmetic; no solver. A noisy latent is `alpha * clean + sigma *
-noise` with `alpha**2 + sigma**2 = 1`; where a paper scales by `1 / alpha` instead, its sigma is
-`sigma / alpha` here.
+noise` with `alpha**2 + sigma**2 = 1`. Where a paper divides by `alpha` instead, the noise level is
+`level = sigma / alpha`.
 """
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,96 +17,126 @@ import numpy as np
 from sdrt.errors import UsageError
 
 log = logging.getLogger(__name__)
+# Keys without a bearing on numbers here, and those that only matter to what is refused below.
 IGNORED = {"_class_name", "_diffusers_version", "clip_sample_range", "sample_max_value"}
-IGNORED |= {"dynamic_thresholding_ratio", "variance_type"}
-# Keys of options that this version does not carry, with the values that leave them off.
-OFF: dict[str, tuple[Any, ...]] = {
-    "trained_betas": (None,),
-    "rescale_betas_zero_snr": (False,),
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
-    "solver_order": (2,),
-    "algorithm_type": ("dpmsolver++",),
-    "solver_type": ("midpoint",),
-    "lambda_min_clipped": (-math.inf,),
+IGNORED |= {"dynamic_thresholding_ratio", "flow_shift", "time_shift_type", "noise_sampler_seed"}
+REFUSED = {
+    "clip_sample": "clipping the predicted sample is not linear in the model's outputs",
+    "thresholding": "dynamic thresholding is not linear in the model's outputs",
+    "use_flow_sigmas": "flow matching is another family of models",
+    "use_dynamic_shifting": "flow matching is another family of models",
+    "shift_terminal": "flow matching is another family of models",
+    "solver_p": "a predictor of another class is not carried",
 }
-NOT_LINEAR = {
-    "clip_sample": "clipping the predicted sample",
-    "thresholding": "dynamic thresholding",
+LADDERS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+# Keys that only some solvers read, with the value that changes nothing.
+FOREIGN: dict[str, Any] = {
+    **dict.fromkeys(LADDERS, False),
+    "rescale_betas_zero_snr": False,
+    "final_sigmas_type": "zero",
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "lambda_min_clipped": -math.inf,
+    "euler_at_final": False,
+    "eta": 0.0,
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+    "timestep_type": ("discrete", "continuous"),
+    "interpolation_type": ("linear", "log_linear"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"),
+    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The keys that change numbers, under their published names."""
+    """The keys that change numbers, under their published names; `eta` is a call's in the
+    reference library and a key here.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    rescale_betas_zero_snr: bool = False
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
+    timestep_type: str = "discrete"
     steps_offset: int = 0
+    interpolation_type: str = "linear"
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    use_lu_lambdas: bool = False
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    final_sigmas_type: str = "zero"
+    lambda_min_clipped: float = -math.inf
     set_alpha_to_one: bool = False
     skip_prk_steps: bool = False
+    variance_type: str | None = None
+    eta: float = 0.0
+    solver_order: int = 2
+    algorithm_type: str = "dpmsolver++"
+    solver_type: str = "midpoint"
     lower_order_final: bool = True
     euler_at_final: bool = False
-    final_sigmas_type: str = "zero"
-
-    @property
-    def alphas_cumprod(self) -> np.ndarray:
-        """[num_train_timesteps] float64: the share of the clean picture's variance at each step."""
-        return np.cumprod(1.0 - betas(self))
+    predict_x0: bool = True
+    disable_corrector: tuple[int, ...] = ()
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
 
 
-def schedule_from_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Schedule:
-    """Read a configuration; what is not linear or not carried is refused by name.
+def schedule_from_config(
+    config: Mapping[str, Any], defaults: Mapping[str, Any], reads: Set[str]
+) -> Schedule:
+    """Read a configuration; what cannot be a table is refused by name.
 
-    `defaults` are those of the scheduler's class. A key that nothing reads is reported.
+    defaults: those of the scheduler's class. reads: the keys of `FOREIGN` that it reads.
+    A key that nothing reads is reported.
     """
-    merged = {**defaults, **config}
-    for key, what in NOT_LINEAR.items():
+    merged = {**defaults, **{k: v for k, v in config.items() if v is not None}}
+    for key, reason in REFUSED.items():
         if merged.get(key):
-            raise UsageError(
-                f"scheduler option {key}=true is refused: {what} is not linear in the model's "
-                f"outputs, so it is no row of a table; set {key} to false"
-            )
-    for key, off in OFF.items():
-        if merged.get(key, off[0]) not in off:
-            raise UsageError(
-                f"scheduler option {key}={merged[key]!r} is not supported; expected {off[0]!r}"
-            )
+            raise UsageError(f"scheduler option {key}={merged[key]!r} is refused: {reason}")
     known = {field.name for field in fields(Schedule)}
-    unread = set(merged) - known - IGNORED - set(OFF) - set(NOT_LINEAR)
+    unread = set(merged) - known - IGNORED - set(REFUSED)
+    unread |= {k for k in FOREIGN.keys() - reads if merged.pop(k, FOREIGN[k]) != FOREIGN[k]}
     if unread:
         log.warning("scheduler options that nothing reads: %s", ", ".join(sorted(unread)))
-    schedule = Schedule(**{key: value for key, value in merged.items() if key in known})
+    values = {key: value for key, value in merged.items() if key in known}
+    for key in ("trained_betas", "disable_corrector"):
+        if values.get(key) is not None:
+            values[key] = tuple(values[key])
+    schedule = Schedule(**values)
     _check(schedule)
     return schedule
 
 
 def _check(schedule: Schedule) -> None:
-    allowed = {
-        "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-        "prediction_type": ("epsilon", "v_prediction", "sample"),
-        "timestep_spacing": ("leading", "linspace", "trailing"),
-        "final_sigmas_type": ("zero", "sigma_min"),
-    }
-    for key, values in allowed.items():
-        if (found := getattr(schedule, key)) not in values:
-            raise UsageError(f"scheduler option {key}={found!r}; expected {', '.join(values)}")
+    for key, allowed in CHOICES.items():
+        found = getattr(schedule, key)
+        if found not in allowed and found is not None:
+            raise UsageError(f"scheduler option {key}={found!r}; expected {', '.join(allowed)}")
+    if sum(bool(getattr(schedule, key)) for key in LADDERS) > 1:
+        raise UsageError(f"of {', '.join(LADDERS)} only one can be true")
+    if schedule.solver_order not in (1, 2, 3):
+        raise UsageError(f"scheduler option solver_order={schedule.solver_order}; expected 1, 2, 3")
+    if not 0.0 <= schedule.eta <= 1.0:
+        raise UsageError(f"scheduler option eta={schedule.eta}; expected 0 to 1")
 
 
 def betas(schedule: Schedule) -> np.ndarray:
     """Variance added at each training step, [num_train_timesteps] float64."""
     low, high, count = schedule.beta_start, schedule.beta_end, schedule.num_train_timesteps
+    if schedule.trained_betas is not None:
+        return np.array(schedule.trained_betas, np.float64)
     if schedule.beta_schedule == "linear":
         return np.linspace(low, high, count)
     if schedule.beta_schedule == "scaled_linear":
@@ -114,3 +145,60 @@ def betas(schedule: Schedule) -> np.ndarray:
     share = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
     capped: np.ndarray = np.minimum(1.0 - share[1:] / share[:-1], 0.999)
     return capped
+
+
+@lru_cache(maxsize=32)
+def alphas_cumprod(schedule: Schedule) -> np.ndarray:
+    """[num_train_timesteps] float64: the share of the clean picture's variance at each step."""
+    cumulative = np.cumprod(1.0 - betas(schedule))
+    if schedule.rescale_betas_zero_snr:  # Lin et al. 2023 (arXiv:2305.08891), algorithm 1
+        root = np.sqrt(cumulative)
+        cumulative = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    cumulative.setflags(write=False)
+    return cumulative
+
+
+@lru_cache(maxsize=32)
+def all_levels(schedule: Schedule) -> np.ndarray:
+    """Noise levels of all training steps, rising, [num_train_timesteps] float64."""
+    cumulative = alphas_cumprod(schedule)
+    if schedule.rescale_betas_zero_snr:  # a level must be finite; the reference library's floor
+        cumulative = np.maximum(cumulative, 2.0**-24)
+    levels = np.sqrt((1.0 - cumulative) / cumulative)
+    levels.setflags(write=False)
+    return levels
+
+
+def alpha_sigma(schedule: Schedule, timestep: float) -> tuple[float, float]:
+    """Shares of clean latent and noise at a timestep; below 0 it is the end of the run."""
+    cumulative = alphas_cumprod(schedule)
+    if timestep >= 0:
+        share = float(cumulative[int(timestep)])
+    else:
+        share = 1.0 if schedule.set_alpha_to_one else float(cumulative[0])
+    return math.sqrt(share), math.sqrt(1.0 - share)
+
+
+def alpha_sigma_from_level(level: float) -> tuple[float, float]:
+    """Shares of clean latent and noise at a noise level."""
+    alpha = 1.0 / math.hypot(level, 1.0)
+    return alpha, level * alpha
+
+
+def clean_and_noise(
+    schedule: Schedule, x: Any, output: Any, alpha: float, sigma: float
+) -> tuple[Any, Any]:
+    """The clean latent and the noise in x that the model's output stands for.
+
+    `v_prediction`: Salimans and Ho 2022 (arXiv:2202.00512), appendix D.
+    """
+    if schedule.prediction_type == "v_prediction":
+        return alpha * x - sigma * output, alpha * output + sigma * x
+    if schedule.prediction_type == "sample":
+        return output, (1.0 / sigma) * (x - alpha * output)
+    if alpha == 0.0:
+        raise UsageError(
+            "prediction_type epsilon says nothing about a start of pure noise; "
+            "rescale_betas_zero_snr needs v_prediction, or leave it off"
+        )
+    return (1.0 / alpha) * (x - sigma * output), output

@@ -1,0 +1,174 @@
+"""What a call of the pipeline may be asked for, and what of it is refused."""
+
+import difflib
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+
+from sdrt.errors import UsageError
+
+from .noise import STREAMS
+
+MOST_IMAGES = 1000
+MOST_GUIDANCE = 100.0
+LONG_PROMPTS = ("chunk", "cut")
+Seed = int | Sequence[int] | None
+Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The named arguments of a call, under the reference library's names where it has them.
+
+    negative_prompt: what the pictures are steered away from
+    num_inference_steps: steps of the sampler; some cost two evaluations
+    guidance_scale: 1 is none, to 100
+    guidance_rescale: 0 to 1, Lin et al. 2023 (arXiv:2305.08891), eq. 16
+    guidance_interval: shares of the run within which guidance acts; outside it the unguided row is
+        not computed (Kynkaanniemi et al. 2024, arXiv:2404.07724)
+    seed: of the first picture, the next ones count on from it; or one each; None draws one
+    rng: whose noise a seed gives, torch's on "cpu" or on "cuda"
+    num_images_per_prompt: pictures of every prompt
+    size: "WIDTHxHEIGHT", one of the bundle's; None is its first
+    image, strength: a picture to start from, and the share of the run that it goes through
+    mask_image: light where the picture is to be made new, of the picture's size
+    latents: [B, C, H/8, W/8] starting noise of unit variance instead of the seeds'
+    prompt_embeds, negative_prompt_embeds: [B or 1, tokens, width] instead of prompts
+    timesteps, sigmas: rungs instead of the scheduler's own
+    clip_skip: layers of the text encoder left out, from its end
+    long_prompts: "chunk" reads on in another stretch, "cut" stops and warns
+    weighting: whether brackets in prompts mean attention
+    callback_on_step_end: called as (pipeline, evaluation, timestep, {"latents": ..}) after every
+        evaluation; latents in a returned mapping replace the batch's
+    """
+
+    negative_prompt: str = ""
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    seed: Seed = None
+    rng: str = "cpu"
+    num_images_per_prompt: int = 1
+    size: str | None = None
+    image: Image | None = None
+    strength: float = 0.8
+    mask_image: Image | None = None
+    latents: np.ndarray | None = field(default=None, compare=False)
+    prompt_embeds: np.ndarray | None = field(default=None, compare=False)
+    negative_prompt_embeds: np.ndarray | None = field(default=None, compare=False)
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
+    clip_skip: int = 0
+    long_prompts: str = "chunk"
+    weighting: bool = True
+    callback_on_step_end: Callback | None = None
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1.0
+
+    @property
+    def skipped(self) -> int:
+        """Steps that a picture to start from leaves out, as the reference library counts them."""
+        if self.image is None:
+            return 0
+        return self.num_inference_steps - int(self.num_inference_steps * self.strength)
+
+
+def options_from(arguments: Mapping[str, Any]) -> Options:
+    """Checked options; raises UsageError for an unknown name or a value out of range."""
+    names = [each.name for each in fields(Options)]
+    for name in arguments:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(names)}"
+            raise UsageError(f"a call takes no {name!r}{hint}")
+    options = Options(**arguments)
+    _check_numbers(options)
+    _check_inputs(options)
+    return options
+
+
+def _check_numbers(options: Options) -> None:
+    low, high = options.guidance_interval
+    for name, value, least, most in (
+        ("guidance scale", options.guidance_scale, 1.0, MOST_GUIDANCE),
+        ("guidance_rescale", options.guidance_rescale, 0.0, 1.0),
+        ("guidance_interval", low, 0.0, high),
+        ("guidance_interval", high, low, 1.0),
+        ("strength", options.strength, 0.0, 1.0),
+        ("clip_skip", options.clip_skip, 0, 100),
+    ):
+        if not (isinstance(value, int | float) and math.isfinite(value) and least <= value <= most):
+            raise UsageError(f"{name} {value!r}; expected {least:g} to {most:g}")
+
+
+def _check_inputs(options: Options) -> None:
+    for name, value, allowed in (
+        ("rng", options.rng, tuple(STREAMS)),
+        ("long_prompts", options.long_prompts, LONG_PROMPTS),
+    ):
+        if value not in allowed:
+            raise UsageError(f"{name} {value!r}; expected {' or '.join(allowed)}")
+    if options.mask_image is not None and options.image is None:
+        raise UsageError("a mask without a picture; give image too")
+    if options.image is not None:
+        if options.latents is not None:
+            raise UsageError("image and latents both; a run begins at one of them")
+        if options.timesteps is not None or options.sigmas is not None:
+            raise UsageError("image with timesteps or sigmas; strength decides where it begins")
+        if int(options.num_inference_steps * options.strength) < 1:
+            raise UsageError(
+                f"strength {options.strength:g} of {options.num_inference_steps} steps is less "
+                "than one step; raise either"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One picture to make; `index` is its place among all of the call, `prompt_index` its
+    prompt's.
+    """
+
+    index: int
+    prompt_index: int
+    prompt: str
+    seed: int
+
+
+def requests_from(prompt: str | Sequence[str] | None, options: Options) -> list[Request]:
+    """Every picture of a call; raises UsageError for counts and seeds that do not fit."""
+    if prompt is None and options.prompt_embeds is None:
+        raise UsageError("no prompt; give one, or prompt_embeds")
+    if prompt is not None and options.prompt_embeds is not None:
+        raise UsageError("a prompt and prompt_embeds both; give one of them")
+    if options.prompt_embeds is not None:
+        prompts = [""] * len(options.prompt_embeds)
+    else:
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+    each = options.num_images_per_prompt
+    total = len(prompts) * each if isinstance(each, int) else 0
+    if isinstance(each, bool) or not 1 <= total <= MOST_IMAGES:
+        raise UsageError(
+            f"{each!r} images of {len(prompts)} prompts; expected 1 to {MOST_IMAGES} in all"
+        )
+    seeds = _seeds(options.seed, total)
+    return [Request(i, i // each, prompts[i // each], seed) for i, seed in enumerate(seeds)]
+
+
+def _seeds(seed: Seed, total: int) -> list[int]:
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    seeds = [seed + i for i in range(total)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != total:
+        raise UsageError(f"{len(seeds)} seeds for {total} pictures; give one each, or one in all")
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+            raise UsageError(f"seed {value!r}; expected a whole number from 0 to 2**64 - 1")
+    return seeds

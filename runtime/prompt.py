@@ -1,0 +1,148 @@
+"""Prompts as users write them: attention to words, several stretches of 75 tokens, `BREAK`.
+
+Knows text and tokens; not what an encoder makes of them. `(word)` weighs 1.1, `[word]` 1 / 1.1,
+`(word:1.3)` what it says; `\\(` is a bracket. Brackets without a partner are text.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdrt.errors import UsageError
+
+from .tokenizer import END, START, Tokenizer, checked
+
+log = logging.getLogger(__name__)
+STEP = 1.1
+MOST_WEIGHT = 10.0
+MOST_CHUNKS = 16
+PARTNER = {")": "(", "]": "["}
+BREAK = re.compile(r"\s*\bBREAK\b\s*")
+NUMBER = re.compile(r":\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """A prompt for the encoder: ids [n, length] int32, and each token's weight [n, length]."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def chunks_from_prompt(
+    prompt: str, tokenizer: Tokenizer, *, weighting: bool = True, chunking: bool = True
+) -> Chunks:
+    """A prompt as stretches of `length - 2` tokens between start and end.
+
+    weighting: read brackets as attention, else as text. chunking: go on in another stretch after
+    the first, and at `BREAK`; else warn, quoting what the model will not read.
+    Raises UsageError for a weight outside 0 to 10, a prompt that is not Unicode or far too long.
+    """
+    checked(prompt)
+    parts = list(weighted_parts(prompt)) if weighting else [(prompt, 1.0)]
+    rows: list[list[tuple[int, float]]] = [[]]
+    room, cut = tokenizer.length - 2, []
+    for text, weight in parts:
+        for i, piece in enumerate(BREAK.split(text) if chunking else [text]):
+            if i:
+                rows.append([])
+            for word, ids in tokenizer.words(piece):
+                for token in ids:
+                    if len(rows[-1]) == room and chunking:
+                        rows.append([])
+                    if len(rows[-1]) < room:
+                        rows[-1].append((token, weight))
+                    elif not cut or cut[-1] != word:
+                        cut.append(word)
+    if cut:
+        log.warning("the model reads %d tokens; cut off: %r", room, " ".join(cut))
+    if len(rows) > MOST_CHUNKS:
+        raise UsageError(f"a prompt of {len(rows)} stretches of {room} tokens; at most 16 are read")
+    return _padded(rows, tokenizer)
+
+
+def _padded(rows: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> Chunks:
+    ids = np.full((len(rows), tokenizer.length), tokenizer.vocab[END], np.int32)
+    weights = np.ones((len(rows), tokenizer.length), np.float32)
+    ids[:, 0] = tokenizer.vocab[START]
+    for i, row in enumerate(rows):
+        ids[i, 1 : 1 + len(row)] = [token for token, _ in row]
+        weights[i, 1 : 1 + len(row)] = [weight for _, weight in row]
+    return Chunks(ids, weights)
+
+
+def weighted_parts(prompt: str) -> Iterator[tuple[str, float]]:
+    """The prompt without its brackets, in pieces of one weight each."""
+    letters, special = _unescaped(prompt)
+    pairs = _pairs(letters, special)
+    weights, hidden = [1.0] * len(letters), set()
+    for low, high in pairs:
+        weight, tail = STEP if letters[low] == "(" else 1.0 / STEP, high
+        inner = max((h for _, h in pairs if low < h < high), default=low)
+        number = NUMBER.search("".join(letters[inner + 1 : high]))
+        if number and letters[low] == "(":
+            weight, tail = _weight(number[1], prompt), inner + 1 + number.start()
+        hidden |= {low, *range(tail, high + 1)}
+        for i in range(low, high):
+            weights[i] *= weight
+    start = 0
+    for i in range(1, len(letters) + 1):
+        if i == len(letters) or weights[i] != weights[start]:
+            text = "".join(letters[j] for j in range(start, i) if j not in hidden)
+            if text:
+                yield text, weights[start]
+            start = i
+
+
+def _weight(number: str, prompt: str) -> float:
+    weight = float(number)
+    if not 0.0 <= weight <= MOST_WEIGHT:
+        raise UsageError(
+            f"attention {number} in {prompt[:60]!r}; expected 0 to {MOST_WEIGHT:g}, or write \\( "
+            "for a bracket"
+        )
+    return weight
+
+
+def _unescaped(prompt: str) -> tuple[list[str], list[bool]]:
+    """Letters, and whether each may be a bracket of attention."""
+    letters, special = [], []
+    i = 0
+    while i < len(prompt):
+        escaped = prompt[i] == "\\" and prompt[i + 1 : i + 2] in ("(", ")", "[", "]", "\\")
+        i += escaped
+        letters.append(prompt[i])
+        special.append(prompt[i] in "()[]" and not escaped)
+        i += 1
+    return letters, special
+
+
+def _pairs(letters: list[str], special: list[bool]) -> list[tuple[int, int]]:
+    """Places of brackets that belong together, outer ones after inner ones."""
+    open_at: list[int] = []
+    pairs = []
+    for i, letter in enumerate(letters):
+        if special[i] and letter in "([":
+            open_at.append(i)
+        elif special[i]:
+            same = [at for at in open_at if letters[at] == PARTNER[letter]]
+            if same:
+                pairs.append((same[-1], i))
+                del open_at[open_at.index(same[-1]) :]
+    return pairs
+
+
+def weighted(context: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The context of one stretch [tokens, width] with its tokens weighed, its mean kept."""
+    if (weights == 1.0).all():
+        return context
+    heavier = context * weights[:, None]
+    mean = heavier.mean()
+    restored: np.ndarray = heavier * (context.mean() / mean) if mean else heavier
+    return restored

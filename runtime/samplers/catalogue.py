@@ -1,0 +1,213 @@
+"""Every sampler under its class name, with the names that other tools use for it."""
+
+import difflib
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from sdrt.errors import UsageError
+
+from . import exploding, ladder, logsnr, stepwise
+from .ladder import Ladder
+from .run import Latent, Run
+from .schedule import Schedule
+
+KARRAS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
+ZERO_SNR = {"rescale_betas_zero_snr"}
+FINAL = {"final_sigmas_type"}
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+LINSPACE = {"timestep_spacing": "linspace"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """
+    solve: the solver. ladder: its rungs. family: the module that says how its run starts
+    title: the name users' tools know
+    defaults: its class's own, where they differ from `Schedule`'s
+    reads: the keys of `schedule.FOREIGN` that it reads
+    per_step: evaluations that a step costs; extra: more than that in a run
+    """
+
+    solve: Callable[[Schedule, Ladder, Latent, Run], Latent]
+    ladder: Callable[[Schedule, int], Ladder]
+    family: ModuleType
+    title: str
+    defaults: Mapping[str, Any]
+    reads: Set[str]
+    per_step: int = 1
+    extra: int = 0
+
+    def most_evaluations(self, steps: int) -> int:
+        return self.per_step * steps + self.extra
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "DDIMScheduler": Sampler(
+        stepwise.ddim,
+        ladder.whole,
+        stepwise,
+        "DDIM",
+        {"set_alpha_to_one": True, "clip_sample": True},
+        ZERO_SNR | {"eta"},
+    ),
+    "DDPMScheduler": Sampler(
+        stepwise.ddpm, ladder.whole, stepwise, "DDPM", {"clip_sample": True}, ZERO_SNR
+    ),
+    "PNDMScheduler": Sampler(stepwise.pndm, ladder.whole, stepwise, "PLMS", {}, set(), extra=9),
+    "LMSDiscreteScheduler": Sampler(
+        exploding.lms, ladder.exploding, exploding, "LMS", LINSPACE, KARRAS
+    ),
+    "EulerDiscreteScheduler": Sampler(
+        exploding.euler,
+        ladder.exploding,
+        exploding,
+        "Euler",
+        LINSPACE,
+        KARRAS | ZERO_SNR | FINAL | {"interpolation_type", "timestep_type"},
+    ),
+    "EulerAncestralDiscreteScheduler": Sampler(
+        exploding.euler_ancestral, ladder.exploding, exploding, "Euler a", LINSPACE, ZERO_SNR
+    ),
+    "HeunDiscreteScheduler": Sampler(
+        exploding.heun,
+        ladder.exploding,
+        exploding,
+        "Heun",
+        {**LINSPACE, **SD_BETAS},
+        KARRAS,
+        per_step=2,
+    ),
+    "KDPM2DiscreteScheduler": Sampler(
+        exploding.dpm2,
+        ladder.rounded_exploding,
+        exploding,
+        "DPM2",
+        {**LINSPACE, **SD_BETAS},
+        KARRAS,
+        per_step=2,
+    ),
+    "KDPM2AncestralDiscreteScheduler": Sampler(
+        exploding.dpm2_ancestral,
+        ladder.rounded_exploding,
+        exploding,
+        "DPM2 a",
+        {**LINSPACE, **SD_BETAS},
+        KARRAS,
+        per_step=2,
+    ),
+    "DPMSolverSDEScheduler": Sampler(
+        exploding.dpmpp_sde,
+        ladder.exploding,
+        exploding,
+        "DPM++ SDE",
+        {**LINSPACE, **SD_BETAS},
+        KARRAS,
+        per_step=2,
+    ),
+    "DPMSolverMultistepScheduler": Sampler(
+        logsnr.dpm_multistep,
+        ladder.cosine_before_end,
+        logsnr,
+        "DPM++ 2M",
+        LINSPACE,
+        KARRAS | ZERO_SNR | FINAL | {"use_lu_lambdas", "lambda_min_clipped", "euler_at_final"},
+    ),
+    "DPMSolverSinglestepScheduler": Sampler(
+        logsnr.dpm_singlestep,
+        ladder.linspace_before_end,
+        logsnr,
+        "DPM++ 2S",
+        {},
+        KARRAS | FINAL | {"lambda_min_clipped"},
+    ),
+    "DEISMultistepScheduler": Sampler(
+        logsnr.deis, ladder.to_the_lowest, logsnr, "DEIS", LINSPACE, KARRAS
+    ),
+    "UniPCMultistepScheduler": Sampler(
+        logsnr.unipc,
+        ladder.before_end,
+        logsnr,
+        "UniPC",
+        {**LINSPACE, "solver_type": "bh2"},
+        KARRAS | ZERO_SNR | FINAL,
+    ),
+    "LCMScheduler": Sampler(
+        stepwise.lcm,
+        ladder.distilled,
+        stepwise,
+        "LCM",
+        {**SD_BETAS, "beta_schedule": "scaled_linear", "set_alpha_to_one": True},
+        ZERO_SNR,
+    ),
+    "TCDScheduler": Sampler(
+        stepwise.tcd,
+        ladder.distilled,
+        stepwise,
+        "TCD",
+        {**SD_BETAS, "beta_schedule": "scaled_linear", "set_alpha_to_one": True, "eta": 0.3},
+        ZERO_SNR | {"eta"},
+    ),
+}
+
+
+def sampler_name(config: Mapping[str, Any]) -> str:
+    """The class name a configuration asks for; raises UsageError with the nearest ones."""
+    name = str(config.get("_class_name"))
+    if name in SAMPLERS:
+        return name
+    near = difflib.get_close_matches(name, SAMPLERS, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    raise UsageError(f"scheduler {name!r} is not known; {hint}type: sdrt schedulers")
+
+
+# Names that other tools use, beyond those of `SAMPLERS`, and the options that they stand for.
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+NAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", SDE),
+    "DPM++ 3M": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "DPM++ 3M SDE": ("DPMSolverMultistepScheduler", {"solver_order": 3, **SDE}),
+    "PNDM": ("PNDMScheduler", {"skip_prk_steps": False}),
+    "PLMS": ("PNDMScheduler", {"skip_prk_steps": True}),
+}
+LEVELS = {
+    "Karras": "use_karras_sigmas",
+    "Exponential": "use_exponential_sigmas",
+    "Beta": "use_beta_sigmas",
+}
+
+
+def config_from_name(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration for a class name or a name such as `DPM++ 2M Karras`, over the noise
+    schedule of another. What clips is left off: latents are not pictures.
+    """
+    kept = {**config, "clip_sample": False, "thresholding": False}
+    if name in SAMPLERS:
+        return {**kept, "_class_name": name}
+    bare, _, law = name.rpartition(" ")
+    key = LEVELS.get(law.capitalize())
+    wanted = (bare if key else name).casefold()
+    kept |= dict.fromkeys(LEVELS.values(), False) | ({key: True} if key else {})
+    for title, (class_name, options) in titles().items():
+        if title.casefold() == wanted and (not key or key in SAMPLERS[class_name].reads):
+            return {**kept, "_class_name": class_name, **options}
+    near = difflib.get_close_matches(name, [*SAMPLERS, *titles()], n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    raise UsageError(f"scheduler {name!r} is not known; {hint}type: sdrt schedulers")
+
+
+def titles() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Every name that is no class name, with its class and options."""
+    return {sampler.title: (name, {}) for name, sampler in SAMPLERS.items()} | NAMED
+
+
+def title_of(config: Mapping[str, Any]) -> str:
+    """The name that users' tools know for a configuration."""
+    name = sampler_name(config)
+    title = SAMPLERS[name].title
+    for other, (class_name, options) in NAMED.items():
+        if class_name == name and all(config.get(key) == value for key, value in options.items()):
+            title = other
+    law = next((law for law, key in LEVELS.items() if config.get(key)), "")
+    return f"{title} {law}".strip()

@@ -1,0 +1,225 @@
+"""The rungs of a run: at which timesteps the model is asked, and at which noise levels.
+
+Spacings: Lin et al. 2023 (arXiv:2305.08891), table 2. Levels: Karras et al. 2022
+(arXiv:2206.00364), eq. 5, and others named below.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sdrt.errors import UsageError
+
+from .schedule import Schedule, all_levels
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """
+    timesteps: N, falling, one per step
+    levels: N + 1 noise levels; level[i] is step i's, the last the result's. Empty for solvers
+        that go by timesteps alone
+    total: steps of the whole run, of which the first `skipped` are left out
+    even: whether the timesteps keep one stride; not where the caller chose them
+    """
+
+    timesteps: tuple[float, ...]
+    levels: tuple[float, ...]
+    total: int
+    skipped: int = 0
+    even: bool = True
+
+    def after(self, count: int) -> "Ladder":
+        """The ladder without its first `count` steps."""
+        return replace(
+            self,
+            timesteps=self.timesteps[count:],
+            levels=self.levels[count:],
+            skipped=self.skipped + count,
+        )
+
+
+def whole(schedule: Schedule, steps: int) -> Ladder:
+    """Whole timesteps, no levels."""
+    return Ladder(tuple(spaced(schedule, steps).round().tolist()), (), steps)
+
+
+def distilled(schedule: Schedule, steps: int) -> Ladder:
+    """Every few of the timesteps that a consistency model was distilled on
+    (Luo et al. 2023, arXiv:2310.04378, section 4.3).
+    """
+    count = schedule.original_inference_steps
+    if steps > count:
+        raise UsageError(
+            f"{steps} steps, but original_inference_steps={count}, of which they are a choice"
+        )
+    stride = schedule.num_train_timesteps // count
+    trained = np.arange(count, 0, -1) * stride - 1
+    chosen = np.floor(np.linspace(0, count, steps, endpoint=False)).astype(int)
+    return Ladder(tuple(trained[chosen].astype(float).tolist()), (), steps)
+
+
+def exploding(schedule: Schedule, steps: int) -> Ladder:
+    """Levels for the solvers whose latents grow with the noise: from the spacing's first
+    timestep's to its last's, then zero.
+    """
+    timesteps = spaced(schedule, steps)
+    levels = levels_at(schedule, timesteps)
+    if schedule.interpolation_type == "log_linear":
+        ends = np.log(all_levels(schedule)[[-1, 0]])
+        levels = np.exp(np.linspace(*ends, steps + 1))
+    redone = relaid(schedule, float(levels[0]), float(levels[-1]), steps)
+    if redone is not None:
+        levels, timesteps = redone, timesteps_at(schedule, redone)
+    if len(levels) == steps:
+        levels = np.append(levels, final_level(schedule))
+    if schedule.timestep_type == "continuous" and schedule.prediction_type == "v_prediction":
+        timesteps = 0.25 * np.log(levels[:-1])
+    return Ladder(tuple(timesteps.tolist()), tuple(levels.tolist()), steps)
+
+
+def rounded_exploding(schedule: Schedule, steps: int) -> Ladder:
+    """The same, with whole timesteps beside Karras's levels."""
+    ladder = exploding(schedule, steps)
+    if schedule.use_karras_sigmas:
+        return replace(ladder, timesteps=tuple(np.round(ladder.timesteps).tolist()))
+    return ladder
+
+
+def before_end(schedule: Schedule, steps: int) -> Ladder:
+    """Levels for the solvers in log signal-to-noise ratio: one more timestep is laid out and the
+    lowest left to the final level; other levels span the whole schedule.
+    """
+    timesteps = spaced_before_end(schedule, steps)
+    levels = levels_at(schedule, timesteps)
+    every = all_levels(schedule)
+    redone = relaid(schedule, float(every[-1]), float(every[0]), steps)
+    if redone is not None:
+        levels, timesteps = redone, timesteps_at(schedule, redone)
+        if schedule.use_karras_sigmas or schedule.use_lu_lambdas:
+            timesteps = timesteps.round()
+        timesteps = np.trunc(timesteps)
+    levels = np.append(levels, final_level(schedule))
+    return Ladder(tuple(timesteps.tolist()), tuple(levels.tolist()), steps)
+
+
+def cosine_before_end(schedule: Schedule, steps: int) -> Ladder:
+    """The same, but the cosine schedule's timesteps are cut where others are rounded."""
+    ladder = before_end(schedule, steps)
+    laid = schedule.use_karras_sigmas or schedule.use_lu_lambdas
+    if schedule.beta_schedule == "squaredcos_cap_v2" and laid:
+        cut = np.trunc(timesteps_at(schedule, np.array(ladder.levels[:-1])))
+        return replace(ladder, timesteps=tuple(cut.tolist()))
+    return ladder
+
+
+def linspace_before_end(schedule: Schedule, steps: int) -> Ladder:
+    """The same, always spaced evenly."""
+    return before_end(replace(schedule, timestep_spacing="linspace"), steps)
+
+
+def to_the_lowest(schedule: Schedule, steps: int) -> Ladder:
+    """The same, ending at the lowest level that is trained; other levels end where they are."""
+    ladder = before_end(replace(schedule, final_sigmas_type="sigma_min"), steps)
+    if relaid(schedule, 1.0, 0.5, 1) is None:
+        return ladder
+    return replace(ladder, levels=(*ladder.levels[:-1], ladder.levels[-2]))
+
+
+def given(
+    schedule: Schedule, timesteps: tuple[float, ...] | None, sigmas: tuple[float, ...] | None
+) -> Ladder:
+    """A ladder of the caller's own: falling timesteps, or falling noise levels with the last."""
+    values = np.array(timesteps if sigmas is None else sigmas, np.float64)
+    most = schedule.num_train_timesteps - 1 if sigmas is None else np.inf
+    falling = values.ndim == 1 and (np.diff(values) < 0).all()
+    if not falling or len(values) < (1 if sigmas is None else 2) or values[-1] < 0:
+        raise UsageError(f"{values.tolist()}: timesteps and sigmas must fall and end at 0 or above")
+    if values[0] > most:
+        raise UsageError(f"timestep {values[0]:g}; the model was trained on 0 to {most}")
+    if sigmas is None:
+        levels = np.append(levels_at(schedule, values), final_level(schedule))
+    else:
+        levels, values = values, timesteps_at(schedule, values[:-1])
+    return Ladder(tuple(values.tolist()), tuple(levels.tolist()), len(values), even=False)
+
+
+def spaced(schedule: Schedule, steps: int) -> np.ndarray:
+    """Timesteps of a run, falling, [steps]; `linspace` ones are not whole."""
+    total = schedule.num_train_timesteps
+    if schedule.timestep_spacing == "linspace":
+        return np.linspace(0, total - 1, steps)[::-1]
+    if schedule.timestep_spacing == "trailing":
+        return _trailing(total, total / steps)
+    return np.arange(steps)[::-1] * (total // steps) + float(schedule.steps_offset)
+
+
+def spaced_before_end(schedule: Schedule, steps: int) -> np.ndarray:
+    """Whole timesteps with one more laid out below, falling, [steps]."""
+    levels = all_levels(schedule)
+    total = int(np.sum(-np.log(levels) >= schedule.lambda_min_clipped))
+    if schedule.timestep_spacing == "linspace":
+        return np.linspace(0, total - 1, steps + 1).round()[:0:-1]
+    if schedule.timestep_spacing == "trailing":
+        return _trailing(total, len(levels) / steps)
+    return np.arange(steps, 0, -1) * (total // (steps + 1)) + float(schedule.steps_offset)
+
+
+def _trailing(total: int, stride: float) -> np.ndarray:
+    return np.arange(total, 0, -stride).round() - 1
+
+
+def levels_at(schedule: Schedule, timesteps: np.ndarray) -> np.ndarray:
+    levels = all_levels(schedule)
+    return np.interp(timesteps, np.arange(len(levels)), levels)
+
+
+def timesteps_at(schedule: Schedule, levels: np.ndarray) -> np.ndarray:
+    """Timesteps of noise levels, between the trained ones linear in the level's logarithm."""
+    every = all_levels(schedule)
+    return np.interp(np.log(np.maximum(levels, 1e-10)), np.log(every), np.arange(len(every)))
+
+
+def final_level(schedule: Schedule) -> float:
+    return 0.0 if schedule.final_sigmas_type == "zero" else float(all_levels(schedule)[0])
+
+
+def relaid(schedule: Schedule, high: float, low: float, steps: int) -> np.ndarray | None:
+    """Levels of another law between two, falling, [steps]; None where the spacing's own stand."""
+    high = schedule.sigma_max if schedule.sigma_max is not None else high
+    low = schedule.sigma_min if schedule.sigma_min is not None else low
+    ramp = np.linspace(0, 1, steps)
+    if schedule.use_karras_sigmas:
+        rho = 7.0
+        ends = high ** (1 / rho), low ** (1 / rho)
+        karras: np.ndarray = (ends[0] + ramp * (ends[1] - ends[0])) ** rho
+        return karras
+    if schedule.use_exponential_sigmas or schedule.use_lu_lambdas:
+        return np.exp(np.linspace(math.log(high), math.log(low), steps))
+    if schedule.use_beta_sigmas:  # Lee et al. 2024 (arXiv:2407.12173), section 4
+        return low + beta_quantile(1 - ramp, 0.6) * (high - low)
+    return None
+
+
+def beta_quantile(shares: np.ndarray, a: float) -> np.ndarray:
+    """Where the symmetric Beta(a, a) distribution has the given shares below, by bisection."""
+    low, high = np.zeros_like(shares), np.full_like(shares, 0.5)
+    lower = np.minimum(shares, 1 - shares)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = _beta_share(middle, a) < lower
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.where(shares <= 0.5, high, 1 - high) * (lower > 0) + (shares == 1)
+
+
+def _beta_share(x: np.ndarray, a: float) -> np.ndarray:
+    """The regularised incomplete beta function I_x(a, a) for x <= 1/2, by its power series
+    (Abramowitz and Stegun 26.5.4 in the form x**a / (a B) * 2F1(a, 1 - a; a + 1; x)).
+    """
+    term, total = np.ones_like(x), np.zeros_like(x)
+    for n in range(60):
+        total += term / (a + n)
+        term = term * x * (n + 1 - a) / (n + 1)
+    share: np.ndarray = x**a * total * math.gamma(2 * a) / math.gamma(a) ** 2
+    return share
