@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/sdrt run "a red circle on a blue background" --seed 0 --output out/demo.png
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow

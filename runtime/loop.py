@@ -84,8 +84,7 @@ def denoised(
     latents = np.stack([history.combine(rows[0], kept) for history in histories])
     for k in range(count):
         used = 2 * batch if guidance.scales[k] != 1.0 else batch
-        sample[:batch] = latents
-        sample[batch:used] = latents
+        sample[:used].reshape(-1, *latents.shape)[:] = latents
         timesteps[:used] = table.timesteps[k]
         feeds = {
             "sample": sample[:used],

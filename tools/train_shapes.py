@@ -1,7 +1,7 @@
 """Trains the embedded model `shapes`: an AutoencoderKL, then text encoder and UNet on its latents.
 
     python tools/train_shapes.py vae  --work build/shapes --steps 3000
-    python tools/train_shapes.py unet --work build/shapes --steps 2800 --batch-size 64
+    python tools/train_shapes.py unet --work build/shapes --steps 7000 --batch-size 64
     python tools/train_shapes.py pack --work build/shapes
 
 Each stage is seeded, writes a checkpoint every 250 steps and goes on from it when started again.
@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -298,7 +299,7 @@ def train_unet(work: Path, steps: int, batch_size: int) -> None:
     latents, ids, blank = data["latents"], data["ids"][:-1], data["ids"][-1]
     scale = 1.0 / latents.std()
     alphas = alphas_cumprod()
-    began, mean_loss = time.monotonic(), 1.0
+    began, recent = time.monotonic(), deque[float](maxlen=100)
     for index in progress(start, steps):
         generator = torch.Generator().manual_seed(index)
         choice = torch.randint(len(latents), (batch_size,), generator=generator)
@@ -316,12 +317,11 @@ def train_unet(work: Path, steps: int, batch_size: int) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizers.step(index)
-        mean_loss += 0.01 * (float(loss) - mean_loss)
+        recent.append(float(loss))
         if (index + 1) % SAVE_EVERY == 0 or index + 1 == steps:
             save_state(work / "unet.pt", denoiser, optimizers, index + 1)
-            record(
-                work / "unet.log", step=index + 1, loss=mean_loss, seconds=time.monotonic() - began
-            )
+            mean = sum(recent) / len(recent)
+            record(work / "unet.log", step=index + 1, loss=mean, seconds=time.monotonic() - began)
     save_file(denoiser.unet.state_dict(), work / "unet.safetensors")
     save_file(denoiser.text_encoder.state_dict(), work / "text_encoder.safetensors")
 
