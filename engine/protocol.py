@@ -83,14 +83,14 @@ class NumpyHistory:
         self.columns[column] = value.reshape(-1)
 
     def combine(self, row: np.ndarray, column: int) -> np.ndarray:
-        total, begun = self.columns[column], False
-        for low, high in _runs(np.flatnonzero(row)):
-            if begun:
-                total += row[low:high] @ self.columns[low:high]
-            else:
-                np.matmul(row[low:high], self.columns[low:high], out=total)
-            begun = True
-        return total.reshape(self.shape)
+        parts = [
+            row[low:high] @ self.columns[low:high]
+            if high - low > 1
+            else row[low] * self.columns[low]  # a product of one row is slow in BLAS
+            for low, high in _runs(np.flatnonzero(row))
+        ]
+        self.columns[column] = sum(parts[1:], parts[0]) if parts else 0.0
+        return self.columns[column].reshape(self.shape)
 
 
 def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:

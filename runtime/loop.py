@@ -45,17 +45,68 @@ class Guidance:
         return bool((self.scales != 1.0).any()) and not self.rescale
 
 
-def histories_of(
-    table: SamplerTable, guidance: Guidance, columns: Sequence[Sequence[np.ndarray]]
-) -> list[NumpyHistory]:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run's rows over the places of a history. An output or a state is read by the next few rows
+    only, so each kind goes round a ring, and a long run needs no more memory than a short one.
+
+    rows: [N + 1, places] float32
+    output: the place of evaluation k's output is `1 + k % output_ring * per`, of `per` places
+    state: the place of the latents after it is `state_base + k % state_ring`
+    """
+
+    rows: np.ndarray
+    per: int
+    output_ring: int
+    state_base: int
+    state_ring: int
+
+    @property
+    def others_base(self) -> int:
+        """Where fresh noises and the picture are."""
+        return 1 + self.output_ring * self.per
+
+    def output_place(self, k: int) -> int:
+        return 1 + k % self.output_ring * self.per
+
+    def state_place(self, k: int) -> int:
+        return self.state_base + k % self.state_ring
+
+
+def plan_of(table: SamplerTable, guidance: Guidance) -> Plan:
+    """The rows of a run with its guidance, in as few places as they need."""
+    count, per = table.evaluations, 2 if guidance.pairs else 1
+    chain = guided_matrix(table.chain, count, guidance.scales) if guidance.pairs else table.chain
+    outputs = chain[:, 1 : 1 + count * per].reshape(count + 1, count, per)
+    others, states = chain[:, 1 + count * per : -count], chain[:, -count:]
+    output_ring, state_ring = _ring(outputs.any(axis=2)), _ring(states != 0.0)
+    state_base = 1 + output_ring * per + others.shape[1]
+    rows = np.zeros((count + 1, state_base + state_ring), np.float32)
+    rows[:, 0] = chain[:, 0]
+    rows[:, 1 + output_ring * per : state_base] = others
+    for k in range(count):
+        at = 1 + k % output_ring * per
+        rows[k + 1 :, at : at + per] += outputs[k + 1 :, k]
+        rows[k + 1 :, state_base + k % state_ring] += states[k + 1 :, k]
+    return Plan(rows, per, output_ring, state_base, state_ring)
+
+
+def _ring(read: np.ndarray) -> int:
+    """Places that columns need when each is written before row k + 1: the longest that one waits
+    for its last reader. read: [N + 1, N], whether a row reads column k.
+    """
+    rows, columns = np.nonzero(read)
+    return int(max(1, (rows - columns).max(initial=1)))
+
+
+def histories_of(plan: Plan, columns: Sequence[Sequence[np.ndarray]]) -> list[NumpyHistory]:
     """One history for each image; columns: its starting noise, its fresh noises, its picture."""
-    outputs = table.evaluations * (2 if guidance.pairs else 1)
     made = []
     for start, *others in columns:
-        history = NumpyHistory(1 + outputs + len(others) + table.evaluations, start.shape)
+        history = NumpyHistory(plan.rows.shape[1], start.shape)
         history.write(0, start)
         for i, value in enumerate(others):
-            history.write(1 + outputs + i, value)
+            history.write(plan.others_base + i, value)
         made.append(history)
     return made
 
@@ -64,6 +115,7 @@ def denoised(
     unet: Engine,
     table: SamplerTable,
     guidance: Guidance,
+    plan: Plan,
     histories: Sequence[NumpyHistory],
     context: np.ndarray,
     edit: Edit | None = None,
@@ -73,15 +125,10 @@ def denoised(
     context: [2 B, tokens, width], what is steered away from first; [B, ..] if nothing is guided
     edit: given the evaluations done and the latents, may give others in their place
     """
-    count, batch = table.evaluations, len(histories)
-    rows = table.chain
-    if guidance.pairs:
-        rows = guided_matrix(rows, count, guidance.scales)
-    rows = rows.astype(np.float32)
-    kept = rows.shape[1] - count
+    count, batch, rows = table.evaluations, len(histories), plan.rows
     sample = np.empty((2 * batch, *histories[0].shape), np.float32)
     timesteps = np.empty(2 * batch, np.float32)
-    latents = np.stack([history.combine(rows[0], kept) for history in histories])
+    latents = np.stack([h.combine(rows[0], plan.state_place(count - 1)) for h in histories])
     for k in range(count):
         used = 2 * batch if guidance.scales[k] != 1.0 else batch
         sample[:used].reshape(-1, *latents.shape)[:] = latents
@@ -92,31 +139,34 @@ def denoised(
             "context": context[-used:],
         }
         output = unet(feeds)["output"]
-        _write(histories, k, output, guidance)
+        _write(histories, plan.output_place(k), output, guidance, float(guidance.scales[k]))
         for i, history in enumerate(histories):
-            latents[i] = history.combine(rows[k + 1], kept + k)
+            latents[i] = history.combine(rows[k + 1], plan.state_place(k))
         if edit:
             latents = np.array(edit(k + 1, latents), np.float32)
             for history, edited in zip(histories, latents, strict=True):
-                history.write(kept + k, edited)
+                history.write(plan.state_place(k), edited)
         yield Step(k + 1, count, float(table.timesteps[k]), latents.copy())
 
 
 def _write(
-    histories: Sequence[NumpyHistory], k: int, output: np.ndarray, guidance: Guidance
+    histories: Sequence[NumpyHistory],
+    place: int,
+    output: np.ndarray,
+    guidance: Guidance,
+    scale: float,
 ) -> None:
-    batch, scale = len(histories), float(guidance.scales[k])
+    batch = len(histories)
     two = len(output) == 2 * batch
     for i, history in enumerate(histories):
         if guidance.pairs:
             if two:
-                history.write(1 + 2 * k, output[i])
-            history.write(2 + 2 * k, output[i - batch])
+                history.write(place, output[i])
+            history.write(place + 1, output[i - batch])
         elif two:
-            combined = rescaled(output[i], output[batch + i], scale, guidance.rescale)
-            history.write(1 + k, combined)
+            history.write(place, rescaled(output[i], output[batch + i], scale, guidance.rescale))
         else:
-            history.write(1 + k, output[i])
+            history.write(place, output[i])
 
 
 def rescaled(

@@ -16,7 +16,7 @@ from sdrt.engine import Candidate, Engine, LazyEngine
 from sdrt.errors import SdrtError, UsageError
 
 from .conditioning import contexts_of
-from .loop import Guidance, Step, denoised, histories_of
+from .loop import Guidance, Step, denoised, histories_of, plan_of
 from .options import Options, Request, options_from, requests_from
 from .pictures import images_from_decoded, parameters_text
 from .samplers.catalogue import config_from_name, title_of
@@ -200,13 +200,15 @@ class Pipeline:
     def _steps(
         self, batch: Batch, options: Options, table: SamplerTable, guidance: Guidance
     ) -> Iterator[Step]:
-        histories = histories_of(table, guidance, [start.columns for start in batch.starts])
+        plan = plan_of(table, guidance)
+        histories = histories_of(plan, [start.columns for start in batch.starts])
         edit = partial(self._edited, batch, options, table)
         changed = batch.source.mask is not None or options.callback_on_step_end is not None
         return denoised(
             self.engines["unet"],
             table,
             guidance,
+            plan,
             histories,
             batch.context,
             edit if changed else None,
