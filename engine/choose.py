@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,11 +113,16 @@ def choose(backend: str = "auto") -> Candidate:
     """The candidate to use; raises BackendError with every reason if none fits."""
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is unknown; one of: {', '.join(BACKENDS)}")
-    refused: list[str] = []
+    refused: dict[str, list[str]] = {}
     for candidate in candidates():
         if backend not in ("auto", candidate.backend):
             continue
         if candidate.why_not is None:
-            return replace(candidate, because="; ".join(refused) or "the first choice")
-        refused.append(f"{candidate.title}: {candidate.why_not}")
-    raise BackendError("no backend can run here. " + "; ".join(refused))
+            return replace(candidate, because=_reasons(refused) or "the first choice")
+        refused.setdefault(candidate.why_not, []).append(candidate.title)
+    raise BackendError(f"no backend can run here: {_reasons(refused)}; type sdrt doctor")
+
+
+def _reasons(refused: Mapping[str, Sequence[str]]) -> str:
+    """Each reason once, with the backends that it rules out."""
+    return "; ".join(f"{why}, so not {', '.join(titles)}" for why, titles in refused.items())

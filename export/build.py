@@ -193,6 +193,7 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
         opset=OPSET,
         components={},
         parity={},
+        preview=(),
         files={},
     )
     proof = Proof(manifest, folder, plan.dtype, candidate)
@@ -203,7 +204,9 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
     manifest = replace(manifest, components=components)
     (folder / MANIFEST).write_text(json_from_manifest(manifest))
     end_to_end = proof.end_to_end(manifest)
-    manifest = replace(manifest, parity=end_to_end, files=describe_files(folder))
+    manifest = replace(
+        manifest, parity=end_to_end, preview=proof.preview, files=describe_files(folder)
+    )
     (folder / MANIFEST).write_text(json_from_manifest(manifest))
     return manifest
 
@@ -232,6 +235,7 @@ class Proof:
         self.contexts = np.zeros(0)
         self.latents: dict[tuple[int, int], np.ndarray] = {}
         self.images: dict[tuple[int, int], np.ndarray] = {}
+        self.preview: tuple[tuple[float, ...], ...] = ()
 
     def component(self, checkpoint: Checkpoint, recipe: Recipe) -> Component:
         module: nn.Module = getattr(modules, recipe.name)(checkpoint)
@@ -315,6 +319,7 @@ class Proof:
         ]
 
     def _vae_encoder_cases(self, module: nn.Module) -> list[Any]:
+        self.preview = preview_projection(module, self.manifest.downscale)
         cases = []
         for image in self.images.values():
             picture = np.clip(image, -1, 1)
@@ -350,3 +355,16 @@ def _two_rows(example: dict[str, Tensor]) -> dict[str, Tensor]:
         name: tensor if len(tensor) > 1 else torch.cat([tensor, tensor])
         for name, tensor in example.items()
     }
+
+
+def preview_projection(encoder: nn.Module, downscale: int) -> tuple[tuple[float, ...], ...]:
+    """Colours from latents by least squares over soft patches of colour, [3, C + 1]."""
+    side = 16
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.rand((1, 3, side // 2, side // 2), generator=generator) * 2.0 - 1.0
+    picture = nn.functional.interpolate(patches, scale_factor=2 * downscale, mode="bilinear")
+    mean, _ = encoder(picture)
+    colours = nn.functional.avg_pool2d(picture, downscale)
+    known = torch.cat([mean, torch.ones_like(mean[:, :1])], dim=1).flatten(2)[0].double()
+    fitted = torch.linalg.lstsq(known.T, colours.flatten(2)[0].double().T).solution.T
+    return tuple(tuple(round(float(value), 5) for value in row) for row in fitted)

@@ -4,6 +4,7 @@ from .loop import Step
 from .noise import CpuNoise, CudaNoise, noise_from_seed, randn
 from .options import Options
 from .pipeline import Output, Pipeline, load_pipeline
+from .preview import Preview
 from .samplers.table import SamplerTable, sample, sampler_table
 from .tokenizer import Tokenizer
 
@@ -13,6 +14,7 @@ __all__ = [
     "Options",
     "Output",
     "Pipeline",
+    "Preview",
     "SamplerTable",
     "Step",
     "Tokenizer",

@@ -22,12 +22,15 @@ class Step:
     index, total: evaluations done, and in all
     timestep: what the model was fed
     latents: [B, C, H/8, W/8] float32, the next model input, or the result after the last
+    alpha, sigma: the latents are `alpha * clean + sigma * noise`; the result's are 1 and 0
     """
 
     index: int
     total: int
     timestep: float
     latents: np.ndarray
+    alpha: float
+    sigma: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,7 @@ def denoised(
             latents = np.array(edit(k + 1, latents), np.float32)
             for history, edited in zip(histories, latents, strict=True):
                 history.write(plan.state_place(k), edited)
-        yield Step(k + 1, count, float(table.timesteps[k]), latents.copy())
+        yield Step(k + 1, count, float(table.timesteps[k]), latents.copy(), *table.shares[k + 1])
 
 
 def _write(

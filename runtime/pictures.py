@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from sdrt.errors import UsageError
@@ -82,16 +82,35 @@ def _decoded(image: Image.Image) -> Image.Image:
     return upright
 
 
-def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+def image_grid(
+    images: Sequence[Image.Image], columns: int | None = None, ground: str = "black"
+) -> Image.Image:
     """All pictures, of one size, in rows of `columns` (default: as square as possible)."""
     if not images:
         raise UsageError("a grid of no pictures; give at least one")
     wide = columns or math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
-    grid = Image.new("RGB", (wide * width, math.ceil(len(images) / wide) * height))
+    grid = Image.new("RGB", (wide * width, math.ceil(len(images) / wide) * height), ground)
     for i, image in enumerate(images):
         grid.paste(image, (i % wide * width, i // wide * height))
     return grid
+
+
+def labelled_sheet(
+    images: Sequence[Image.Image], labels: Sequence[str], columns: int | None = None
+) -> Image.Image:
+    """All pictures in a grid, each over its label; small ones are drawn larger."""
+    scale = max(1, math.ceil(128 / min(images[0].size)))
+    width, height = (side * scale for side in images[0].size)
+    font = ImageFont.load_default(12)
+    tall = 16 * max(label.count("\n") + 1 for label in labels) + 6
+    tiles = []
+    for image, label in zip(images, labels, strict=True):
+        tile = Image.new("RGB", (width + 8, height + tall + 8), "white")
+        tile.paste(image.resize((width, height), Image.Resampling.NEAREST), (4, 4))
+        ImageDraw.Draw(tile).text((5, height + 6), label, "black", font)
+        tiles.append(tile)
+    return image_grid(tiles, columns, "white")
 
 
 def parameters_text(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:

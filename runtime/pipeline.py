@@ -76,7 +76,7 @@ class Pipeline:
         """
         chosen = options_from(options)
         made = sorted(self.pictures(prompt, chosen, on_step), key=lambda each: each[0].index)
-        texts = [self._parameters(request, chosen) for request, _ in made]
+        texts = [self.parameters(request, chosen) for request, _ in made]
         return Output([image for _, image in made], [request.seed for request, _ in made], texts)
 
     def pictures(
@@ -237,7 +237,8 @@ class Pipeline:
             latents = latents if changed is None else np.asarray(changed, np.float32) / scale
         return latents
 
-    def _parameters(self, request: Request, options: Options) -> str:
+    def parameters(self, request: Request, options: Options) -> str:
+        """The text that goes into a picture's file."""
         from sdrt import __version__
 
         width, height = self._size(options)

@@ -50,7 +50,11 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `sdrt.json` says; `sizes` are (width, height) in pixels, the first is the default."""
+    """What `sdrt.json` says.
+
+    sizes: (width, height) in pixels, the first is the default
+    preview: [3, latent_channels + 1], colours in [-1, 1] from scaled latents and 1
+    """
 
     name: str
     source: str
@@ -62,6 +66,7 @@ class Manifest:
     opset: int
     components: Mapping[str, Component]
     parity: Mapping[str, float]
+    preview: tuple[tuple[float, ...], ...]
     files: Mapping[str, FileRecord]
     format: int = FORMAT
 
@@ -213,6 +218,7 @@ def manifest_from_json(raw: Mapping[str, Any], path: Path) -> Manifest:
         values = dict(raw)
         values["sizes"] = tuple((int(w), int(h)) for w, h in raw["sizes"])
         values["batch"] = tuple(int(n) for n in raw["batch"])
+        values["preview"] = tuple(tuple(float(v) for v in row) for row in raw["preview"])
         values["components"] = {
             _component(name, path): _component_from_json(value, path)
             for name, value in raw["components"].items()

@@ -10,8 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,9 @@ EXAMPLES = """examples:
   sdrt run "a red circle on a blue background" --seed 0
   sdrt build --model stable-diffusion-v1-5 --fp16
   sdrt run "a lighthouse at dusk" --steps 30 --num-images 4 --grid --output lighthouse.png
+  sdrt run "a (red:1.2) circle" --scheduler "DPM++ 2M Karras" --preview
+  sdrt run "a white cross" --image drawing.png --mask mask.png --strength 0.9
+  sdrt compare "a red circle on a blue background" --schedulers "Euler,DDIM" --steps 5,20
   sdrt inspect --json
   sdrt doctor
 
@@ -79,6 +81,11 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_build(_command(commands, "build", build, "turn a model into a bundle"))
     _add_run(_command(commands, "run", run, "turn a prompt into a picture"))
+    _add_compare(
+        _command(commands, "compare", compare, "draw one prompt with several schedulers and steps")
+    )
+    schedulers_parser = _command(commands, "schedulers", schedulers, "list the samplers")
+    schedulers_parser.add_argument("--json", action="store_true", help="for machines")
     inspect_parser = _command(commands, "inspect", inspect, "show bundles and what is in them")
     inspect_parser.add_argument("--bundle", metavar="NAME|FOLDER", help="only this one")
     inspect_parser.add_argument("--json", action="store_true", help="for machines")
@@ -123,19 +130,49 @@ def _add_build(to: argparse.ArgumentParser) -> None:
 
 
 def _add_run(to: argparse.ArgumentParser) -> None:
-    to.add_argument("prompt", nargs="+", metavar="PROMPT")
-    to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
+    to.add_argument("prompt", nargs="+", metavar="PROMPT", help="(word:1.3), [word] and BREAK work")
     to.add_argument("--negative-prompt", default="", metavar="TEXT")
     to.add_argument("--steps", type=_whole, default=20, metavar="N")
-    to.add_argument("--guidance-scale", type=float, default=7.5, metavar="G")
-    to.add_argument("--scheduler", metavar="NAME", help="such as EulerDiscreteScheduler")
-    to.add_argument("--seed", type=_whole, metavar="N", help="default: drawn, and printed")
+    to.add_argument(
+        "--scheduler", metavar="NAME", help='such as "DPM++ 2M Karras"; sdrt schedulers'
+    )
+    to.add_argument("--scheduler-option", action="append", default=[], metavar="KEY=VALUE")
     to.add_argument("--num-images", type=_whole, default=1, metavar="N", help="per prompt")
-    to.add_argument("--size", metavar="WxH")
-    to.add_argument("--backend", choices=BACKENDS, default="auto")
     to.add_argument("--output", type=Path, default=Path(), metavar="FILE|FOLDER")
     to.add_argument("--grid", action="store_true", help="one picture of all")
+    to.add_argument("--preview", action="store_true", help="show the picture as it forms")
+    _add_shared(to)
+    guidance = to.add_argument_group("guidance")
+    guidance.add_argument("--guidance-rescale", type=float, default=0.0, metavar="0..1")
+    guidance.add_argument(
+        "--guidance-interval", default="0:1", metavar="FROM:TO", help="of the run"
+    )
+    start = to.add_argument_group("starting from a picture")
+    start.add_argument("--image", type=Path, metavar="FILE", help="the picture to start from")
+    start.add_argument("--mask", type=Path, metavar="FILE", help="light where it is made new")
+    start.add_argument("--strength", type=float, default=0.8, metavar="0..1")
+    text = to.add_argument_group("reading prompts")
+    text.add_argument("--clip-skip", type=_whole, default=0, metavar="N", help="layers left out")
+    text.add_argument("--literal", action="store_true", help="brackets are text")
+    text.add_argument("--cut", action="store_true", help="stop where the encoder's tokens end")
+    text.add_argument("--rng", choices=("cpu", "cuda"), default="cpu", help="whose noise a seed is")
+
+
+def _add_shared(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
+    to.add_argument("--guidance-scale", type=float, default=7.5, metavar="G")
+    to.add_argument("--seed", type=_whole, metavar="N", help="default: drawn, and in the file")
+    to.add_argument("--size", metavar="WxH")
+    to.add_argument("--backend", choices=BACKENDS, default="auto")
     to.add_argument("--json", action="store_true", help="print paths, seeds and times as JSON")
+
+
+def _add_compare(to: argparse.ArgumentParser) -> None:
+    to.add_argument("prompt", metavar="PROMPT")
+    to.add_argument("--schedulers", metavar="A,B", help="default: all; see sdrt schedulers")
+    to.add_argument("--steps", default="20", metavar="N,M", help="such as 5,10,20")
+    to.add_argument("--output", type=Path, default=Path("compare.png"), metavar="FILE")
+    _add_shared(to)
 
 
 def _whole(text: str) -> int:
@@ -181,79 +218,23 @@ def _batch(text: str) -> tuple[int, int, int]:
 
 def run(args: argparse.Namespace) -> None:
     """`sdrt run`: prints the path of every picture, or JSON."""
-    import time
+    from .drawing import run
 
-    from . import load
-    from .runtime.pictures import image_grid, save_png
-
-    began = time.perf_counter()
-    with load(args.bundle, backend=args.backend) as pipe:
-        chosen = pipe.with_scheduler(args.scheduler) if args.scheduler else pipe
-        loaded = time.perf_counter()
-        with _progress(args) as on_step:
-            output = chosen(
-                args.prompt,
-                negative_prompt=args.negative_prompt,
-                num_inference_steps=args.steps,
-                guidance_scale=args.guidance_scale,
-                seed=args.seed,
-                num_images_per_prompt=args.num_images,
-                size=args.size,
-                on_step=on_step,
-            )
-        made = time.perf_counter()
-        images, texts, seeds = output.images, output.parameters, output.seeds
-        if args.grid:
-            images, texts, seeds = [image_grid(images)], texts[:1], seeds[:1]
-        paths = picture_paths(args.output, args.prompt[0], seeds)
-        for image, path, text in zip(images, paths, texts, strict=True):
-            save_png(image, path, text)
-    if args.json:
-        report = {
-            "images": [str(path) for path in paths],
-            "seeds": output.seeds,
-            "bundle": pipe.manifest.name,
-            "backend": pipe.backend,
-            "load_seconds": round(loaded - began, 4),
-            "run_seconds": round(made - loaded, 4),
-        }
-        print(json.dumps(report))
-    else:
-        print("\n".join(str(path) for path in paths))
+    run(args)
 
 
-@contextmanager
-def _progress(args: argparse.Namespace) -> Iterator[Callable[[Any], None] | None]:
-    """A bar over evaluations, on a terminal only."""
-    if args.quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
+def compare(args: argparse.Namespace) -> None:
+    """`sdrt compare`: prints the path of the sheet, or JSON."""
+    from .drawing import compare
 
-    with tqdm(unit="evaluation", leave=False) as bar:
-
-        def on_step(step: Any) -> None:
-            bar.total = step.total
-            bar.update(1)
-            if step.index == step.total:
-                bar.reset()
-
-        yield on_step
+    compare(args)
 
 
-def picture_paths(output: Path, prompt: str, seeds: Sequence[int]) -> list[Path]:
-    """A path for each picture: the file named, numbered if there are several; or, in a folder,
-    the prompt's first words with the seed.
-    """
-    if output.suffix and not output.is_dir():
-        if output.suffix.lower() != ".png":
-            raise UsageError(f"{output}: pictures are written as .png; name a .png or a folder")
-        if len(seeds) == 1:
-            return [output]
-        return [output.with_stem(f"{output.stem}-{i}") for i in range(len(seeds))]
-    letters = "".join(c if c.isascii() and c.isalnum() else "-" for c in prompt.lower()[:60])
-    stem = "-".join(part for part in letters.split("-") if part) or "picture"
-    return [output / f"{stem}-{i}-{seed}.png" for i, seed in enumerate(seeds)]
+def schedulers(args: argparse.Namespace) -> None:
+    """`sdrt schedulers`: prints a line for each, or JSON."""
+    from .drawing import schedulers
+
+    schedulers(args)
 
 
 def inspect(args: argparse.Namespace) -> None:

@@ -50,6 +50,16 @@ def test_run_json_grid_and_folder(shapes, tmp_path, capsys):
         (["run", PROMPT, "--scheduler", "Eulr"], 2, "did you mean Euler"),
         (["run", PROMPT, "--size", "100x100"], 2, "multiple of 8"),
         (["run", PROMPT, "--output", "a.jpg"], 2, ".png"),
+        (["run", PROMPT, "--image", "nope.png"], 2, "does not exist"),
+        (["run", PROMPT, "--mask", "nope.png"], 2, "does not exist"),
+        (["run", PROMPT, "--strength", "2"], 2, "strength 2.0"),
+        (["run", PROMPT, "--guidance-interval", "x"], 2, "FROM:TO"),
+        (["run", PROMPT, "--scheduler-option", "eta"], 2, "KEY=VALUE"),
+        (["run", PROMPT, "--scheduler-option", "solver_order=9"], 2, "solver_order"),
+        (["run", "(a:99)"], 2, "expected 0 to 10"),
+        (["compare", PROMPT, "--steps", "a,2"], 2, "whole numbers"),
+        (["compare", PROMPT, "--schedulers", "Eulr"], 2, "did you mean Euler"),
+        (["compare", PROMPT, "--output", "a.jpg"], 2, ".png"),
         (["run", PROMPT, "--backend", "tensorrt"], 5, "no backend can run here"),
         (["run", PROMPT, "--bundle", "nope"], 3, "sdrt build --model nope"),
         (["run", "a\udcffb"], 2, "surrogate"),
@@ -103,7 +113,84 @@ sys.exit(cli.entry())
     assert done.returncode == 130 and "interrupted" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["build", "run", "inspect", "doctor"])
+def test_from_a_picture_with_everything(shapes, tmp_path, capsys):
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    Image.new("RGB", (64, 64), "red").save(first)
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    code = main(
+        ["run", "a (white:1.2) cross", "--image", str(first), "--strength", "0.6", "--seed", "2"]
+        + ["--mask", str(tmp_path / "mask.png"), "--scheduler", "dpm++ 2m sde karras", "--preview"]
+        + ["--scheduler-option", "solver_order=3", "--clip-skip", "1", "--rng", "cuda"]
+        + ["--guidance-interval", "0:0.9", "--guidance-rescale", "0.2", "--output", str(second)]
+    )
+    said = capsys.readouterr()
+    assert code == 0 and said.out == f"{second}\n" and "preview.png" in said.err
+    text = Image.open(second).text["parameters"]
+    for part in ("Sampler: DPM++ 3M SDE Karras", "Denoising strength: 0.6", "RNG: NV"):
+        assert part in text
+    assert "Clip skip: 2" in text and "CFG rescale: 0.2" in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "mask.png"]
+
+
+def test_the_preview_is_replaced_at_every_step(shapes, tmp_path, monkeypatch):
+    from sdrt import drawing
+
+    seen = []
+    monkeypatch.setattr(drawing, "save_png", lambda image, path, text: seen.append((image, text)))
+    arguments = ["run", PROMPT, "--steps", "4", "--seed", "0", "--preview", "-q"]
+    assert main([*arguments, "--scheduler", "DDIM", "--output", str(tmp_path / "a.png")]) == 0
+    assert [text for _, text in seen[:-1]] == [f"step {i} of 4" for i in range(1, 5)]
+    last = seen[-2][0]
+    assert last.size == (256, 256)
+    red, blue = last.getpixel((128, 128)), last.getpixel((4, 4))
+    assert red[0] > red[2] and blue[2] > blue[0]
+
+
+def test_what_is_finished_is_kept_when_interrupted(shapes, tmp_path, capsys, monkeypatch):
+    from sdrt.runtime import Pipeline
+
+    original, calls = Pipeline.decoded, []
+
+    def decoded(self, latents):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, latents)
+
+    monkeypatch.setattr(Pipeline, "decoded", decoded)
+    arguments = ["run", PROMPT, "--steps", "1", "--seed", "0", "--num-images", "12"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 130
+    said = capsys.readouterr()
+    assert "interrupted" in said.err and len(said.out.split()) == 8
+    assert len(list(tmp_path.iterdir())) == 8
+
+
+def test_compare_and_schedulers(shapes, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    code = main(
+        ["compare", PROMPT, "--schedulers", "Euler,DDIM", "--steps", "1,2,3", "--seed", "0"]
+        + ["--json", "--output", str(sheet)]
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0 and len(report["pictures"]) == 6
+    size = Image.open(sheet).size
+    assert size[0] == 3 * 136 and size[1] > 2 * 136
+    assert main(["schedulers", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {"DPMSolverMultistepScheduler", "TCDScheduler"} <= {entry["name"] for entry in listed}
+    assert main(["schedulers"]) == 0
+    assert "DPM++ 2M" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["Euler Karras", "DPM++ 2M SDE", "plms", "DPM2 a Exponential"])
+def test_names_of_other_tools_come_back_in_the_file(shapes, name):
+    from sdrt.runtime.samplers.catalogue import config_from_name, title_of
+
+    config = config_from_name(name, {"algorithm_type": "dpmsolver++", "use_beta_sigmas": True})
+    assert title_of(config).casefold() == name.casefold()
+
+
+@pytest.mark.parametrize("command", ["build", "run", "compare", "schedulers", "inspect", "doctor"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -28,6 +28,7 @@ class Sampler:
     defaults: its class's own, where they differ from `Schedule`'s
     reads: the keys of `schedule.FOREIGN` that it reads
     per_step: evaluations that a step costs; extra: more than that in a run
+    draws: whether it draws fresh noise by default
     """
 
     solve: Callable[[Schedule, Ladder, Latent, Run], Latent]
@@ -38,6 +39,7 @@ class Sampler:
     reads: Set[str]
     per_step: int = 1
     extra: int = 0
+    draws: bool = False
 
     def most_evaluations(self, steps: int) -> int:
         return self.per_step * steps + self.extra
@@ -53,7 +55,13 @@ SAMPLERS: dict[str, Sampler] = {
         ZERO_SNR | {"eta"},
     ),
     "DDPMScheduler": Sampler(
-        stepwise.ddpm, ladder.whole, stepwise, "DDPM", {"clip_sample": True}, ZERO_SNR
+        stepwise.ddpm,
+        ladder.whole,
+        stepwise,
+        "DDPM",
+        {"clip_sample": True},
+        ZERO_SNR,
+        draws=True,
     ),
     "PNDMScheduler": Sampler(stepwise.pndm, ladder.whole, stepwise, "PLMS", {}, set(), extra=9),
     "LMSDiscreteScheduler": Sampler(
@@ -68,7 +76,13 @@ SAMPLERS: dict[str, Sampler] = {
         KARRAS | ZERO_SNR | FINAL | {"interpolation_type", "timestep_type"},
     ),
     "EulerAncestralDiscreteScheduler": Sampler(
-        exploding.euler_ancestral, ladder.exploding, exploding, "Euler a", LINSPACE, ZERO_SNR
+        exploding.euler_ancestral,
+        ladder.exploding,
+        exploding,
+        "Euler a",
+        LINSPACE,
+        ZERO_SNR,
+        draws=True,
     ),
     "HeunDiscreteScheduler": Sampler(
         exploding.heun,
@@ -96,6 +110,7 @@ SAMPLERS: dict[str, Sampler] = {
         {**LINSPACE, **SD_BETAS},
         KARRAS,
         per_step=2,
+        draws=True,
     ),
     "DPMSolverSDEScheduler": Sampler(
         exploding.dpmpp_sde,
@@ -105,6 +120,7 @@ SAMPLERS: dict[str, Sampler] = {
         {**LINSPACE, **SD_BETAS},
         KARRAS,
         per_step=2,
+        draws=True,
     ),
     "DPMSolverMultistepScheduler": Sampler(
         logsnr.dpm_multistep,
@@ -140,6 +156,7 @@ SAMPLERS: dict[str, Sampler] = {
         "LCM",
         {**SD_BETAS, "beta_schedule": "scaled_linear", "set_alpha_to_one": True},
         ZERO_SNR,
+        draws=True,
     ),
     "TCDScheduler": Sampler(
         stepwise.tcd,
@@ -148,6 +165,7 @@ SAMPLERS: dict[str, Sampler] = {
         "TCD",
         {**SD_BETAS, "beta_schedule": "scaled_linear", "set_alpha_to_one": True, "eta": 0.3},
         ZERO_SNR | {"eta"},
+        draws=True,
     ),
 }
 
@@ -188,7 +206,9 @@ def config_from_name(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     bare, _, law = name.rpartition(" ")
     key = LEVELS.get(law.capitalize())
     wanted = (bare if key else name).casefold()
-    kept |= dict.fromkeys(LEVELS.values(), False) | ({key: True} if key else {})
+    for other in ("algorithm_type", "solver_order", "solver_type", *LEVELS.values()):
+        kept.pop(other, None)
+    kept |= {key: True} if key else {}
     for title, (class_name, options) in titles().items():
         if title.casefold() == wanted and (not key or key in SAMPLERS[class_name].reads):
             return {**kept, "_class_name": class_name, **options}

@@ -1,0 +1,275 @@
+"""`sdrt run`, `sdrt compare` and `sdrt schedulers`: from arguments to files and lines.
+
+Imported by the command line when one of them runs.
+"""
+
+import argparse
+import base64
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from . import load
+from .errors import UsageError
+from .runtime import Options, Pipeline, Preview, Step
+from .runtime.options import Request, options_from
+from .runtime.pictures import image_grid, labelled_sheet, open_image, save_png
+
+PREVIEW_SIDE = 256
+
+
+def options_from_arguments(args: argparse.Namespace) -> Options:
+    """The call that a command line asks for."""
+    return options_from(
+        {
+            "negative_prompt": args.negative_prompt,
+            "num_inference_steps": args.steps,
+            "guidance_scale": args.guidance_scale,
+            "guidance_rescale": args.guidance_rescale,
+            "guidance_interval": _interval(args.guidance_interval),
+            "seed": args.seed,
+            "rng": args.rng,
+            "num_images_per_prompt": args.num_images,
+            "size": args.size,
+            "image": open_image(args.image) if args.image else None,
+            "mask_image": open_image(args.mask) if args.mask else None,
+            "strength": args.strength,
+            "clip_skip": args.clip_skip,
+            "long_prompts": "cut" if args.cut else "chunk",
+            "weighting": not args.literal,
+        }
+    )
+
+
+def _interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise UsageError(f"guidance interval {text!r} is not FROM:TO; such as 0.1:0.8") from None
+    return low, high
+
+
+def with_scheduler(pipe: Pipeline, name: str | None, settings: Sequence[str]) -> Pipeline:
+    """The pipeline with the sampler and the options of it that were named."""
+    chosen = pipe.with_scheduler(name) if name else pipe
+    if not settings:
+        return chosen
+    config = dict(chosen.scheduler_config)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not (key and equals):
+            raise UsageError(f"scheduler option {setting!r} is not KEY=VALUE; such as eta=0.5")
+        try:
+            config[key] = json.loads(text)
+        except ValueError:
+            config[key] = text
+    return chosen.with_scheduler(config)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the path of every picture, or JSON; what is finished is kept when interrupted."""
+    began = time.perf_counter()
+    total = 1 if args.grid else len(args.prompt) * args.num_images
+    picture_path(args.output, args.prompt[0], 0, total, 0)
+    with load(args.bundle, backend=args.backend) as pipe, ExitStack() as stack:
+        chosen = with_scheduler(pipe, args.scheduler, args.scheduler_option)
+        options = options_from_arguments(args)
+        loaded = time.perf_counter()
+        watchers = [stack.enter_context(_bar(args))]
+        if args.preview:
+            watchers.append(stack.enter_context(_preview(chosen, args.output)))
+        made = chosen.pictures(args.prompt, options, lambda step: [w(step) for w in watchers])
+        finished: list[tuple[Request, Image.Image, Path]] = []
+        try:
+            for request, image in made:
+                path = picture_path(args.output, args.prompt[0], request.index, total, request.seed)
+                if not args.grid:
+                    save_png(image, path, chosen.parameters(request, options))
+                    if not args.json:
+                        print(path, flush=True)
+                finished.append((request, image, path))
+        finally:
+            finished.sort(key=lambda each: each[0].index)
+            if finished and args.grid:
+                request, _, path = finished[0]
+                grid = image_grid([image for _, image, _ in finished])
+                save_png(grid, path, chosen.parameters(request, options))
+                if not args.json:
+                    print(path)
+    if args.json:
+        report = {
+            "images": [str(path) for _, _, path in finished[:total]],
+            "seeds": [request.seed for request, _, _ in finished],
+            "bundle": pipe.manifest.name,
+            "backend": pipe.backend,
+            "load_seconds": round(loaded - began, 4),
+            "run_seconds": round(time.perf_counter() - loaded, 4),
+        }
+        print(json.dumps(report))
+
+
+def picture_path(output: Path, prompt: str, index: int, total: int, seed: int) -> Path:
+    """The file named, numbered if there are several; or, in a folder, the prompt's first words
+    with number and seed.
+    """
+    if output.suffix and not output.is_dir():
+        if output.suffix.lower() != ".png":
+            raise UsageError(f"{output}: pictures are written as .png; name a .png or a folder")
+        return output if total == 1 else output.with_stem(f"{output.stem}-{index}")
+    letters = "".join(c if c.isascii() and c.isalnum() else "-" for c in prompt.lower()[:60])
+    stem = "-".join(part for part in letters.split("-") if part) or "picture"
+    return output / f"{stem}-{index}-{seed}.png"
+
+
+@contextmanager
+def _bar(args: argparse.Namespace) -> Iterator[Callable[[Step], None]]:
+    """A bar over evaluations, on a terminal only."""
+    if args.quiet or not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="evaluation", leave=False) as bar:
+
+        def on_step(step: Step) -> None:
+            bar.total = step.total
+            bar.update(1)
+            if step.index == step.total:
+                bar.reset()
+
+        yield on_step
+
+
+@contextmanager
+def _preview(pipe: Pipeline, output: Path) -> Iterator[Callable[[Step], None]]:
+    """The picture as it forms: in the terminal where it can show one, else in a file that is
+    replaced at every step and is gone when the run is over.
+    """
+    preview, protocol = Preview(pipe.manifest.preview), _terminal_graphics()
+    path = (output.parent if output.suffix else output) / "preview.png"
+    if not protocol:
+        print(f"preview: {path}", file=sys.stderr)
+
+    def on_step(step: Step) -> None:
+        image = preview.image(step)
+        scale = max(1, PREVIEW_SIDE // max(image.size))
+        large = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+        if protocol:
+            sys.stderr.write("\x1b7" + protocol(_png(large)) + "\x1b8")
+            sys.stderr.flush()
+        else:
+            save_png(large, path, f"step {step.index} of {step.total}")
+
+    try:
+        yield on_step
+    finally:
+        if not protocol:
+            path.unlink(missing_ok=True)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _terminal_graphics() -> Callable[[bytes], str] | None:
+    """How this terminal is told to show a PNG, if it can."""
+    if not sys.stderr.isatty():
+        return None
+    if os.environ.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
+        return _iterm
+    if "kitty" in os.environ.get("TERM", "") or "ghostty" in os.environ.get("TERM", ""):
+        return _kitty
+    return None
+
+
+def _iterm(png: bytes) -> str:
+    return f"\x1b]1337;File=inline=1;size={len(png)}:{base64.b64encode(png).decode()}\a"
+
+
+def _kitty(png: bytes) -> str:
+    """Chunks of at most 4096 letters, all but the last marked as followed by more."""
+    text = base64.b64encode(png).decode()
+    parts = [text[i : i + 4096] for i in range(0, len(text), 4096)]
+    heads = ["a=T,f=100,i=1,q=2,", *[""] * (len(parts) - 1)]
+    more = [*[1] * (len(parts) - 1), 0]
+    return "".join(
+        f"\x1b_G{head}m={flag};{part}\x1b\\"
+        for head, flag, part in zip(heads, more, parts, strict=True)
+    )
+
+
+def compare(args: argparse.Namespace) -> None:
+    """One prompt over schedulers and numbers of steps, on one labelled sheet; prints its path."""
+    if args.output.suffix.lower() != ".png":
+        raise UsageError(f"{args.output}: the sheet is written as .png; name a .png file")
+    steps = [int(part) for part in args.steps.split(",") if part.strip().isdigit()]
+    if not steps or len(steps) != len(args.steps.split(",")):
+        raise UsageError(f"steps {args.steps!r}; expected whole numbers such as 10,20,50")
+    names = [name.strip() for name in (args.schedulers or "").split(",") if name.strip()]
+    images, labels, rows = [], [], []
+    with load(args.bundle, backend=args.backend) as pipe:
+        names = names or [title for title in all_titles() if title != "PNDM"]
+        base = Options(seed=args.seed, guidance_scale=args.guidance_scale, size=args.size)
+        chosen = [pipe.with_scheduler(name) for name in names]
+        next(pipe.pictures(args.prompt, replace(base, num_inference_steps=1)))  # warm
+        for name, one in zip(names, chosen, strict=True):
+            for count in steps:
+                began = time.perf_counter()
+                _, image = next(one.pictures(args.prompt, replace(base, num_inference_steps=count)))
+                seconds = time.perf_counter() - began
+                images.append(image)
+                labels.append(f"{name}\n{count} steps, {seconds:.2f} s")
+                rows.append({"scheduler": name, "steps": count, "seconds": round(seconds, 4)})
+                print(f"{name:24} {count:4} steps {seconds:8.2f} s", file=sys.stderr)
+    columns = len(steps) if len(steps) > 1 else None
+    save_png(labelled_sheet(images, labels, columns), args.output, args.prompt)
+    print(json.dumps({"sheet": str(args.output), "pictures": rows}) if args.json else args.output)
+
+
+def all_titles() -> list[str]:
+    from .runtime.samplers.catalogue import titles
+
+    return list(titles())
+
+
+def schedulers(args: argparse.Namespace) -> None:
+    """Every sampler with its names and what a step costs."""
+    from .runtime.samplers.catalogue import LEVELS, SAMPLERS, titles
+
+    listed: list[dict[str, Any]] = []
+    for name, sampler in SAMPLERS.items():
+        named = [title for title, (class_name, _) in titles().items() if class_name == name]
+        laws = [law for law, key in LEVELS.items() if key in sampler.reads]
+        listed.append(
+            {
+                "name": name,
+                "also": named,
+                "with": laws,
+                "evaluations_per_step": sampler.per_step,
+                "fresh_noise": sampler.draws,
+            }
+        )
+    if args.json:
+        print(json.dumps(listed, indent=2))
+        return
+    for entry in listed:
+        also, laws = ", ".join(entry["also"]), ", ".join(entry["with"])
+        noise = "draws noise" if entry["fresh_noise"] else ""
+        cost = f"{entry['evaluations_per_step']} a step"
+        print(f"{entry['name']:32} {also:36} {cost:9} {noise:12} {laws}".rstrip())
+    print(
+        "\nAny name works with --scheduler; the last column's words go after one, as in "
+        '"DPM++ 2M Karras".',
+        file=sys.stderr,
+    )
