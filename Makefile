@@ -33,13 +33,18 @@ bundle: $(READY)
 	$(BIN)/sdrt build --model shapes --force --quiet --output sdrt/models/shapes.bundle
 
 wheel: bundle
+	$(BIN)/pytest -m release
 	rm -rf dist build/lib build/bdist*
 	$(BIN)/python -m build --wheel
 
+# Measures, keeps the figures in benchmarks/results and writes them into the README.
 bench: $(READY)
-	$(BIN)/python benchmarks/start_to_picture.py
-	$(BIN)/python benchmarks/loop_cost.py
-	$(BIN)/python benchmarks/shapes_quality.py
+	$(BIN)/sdrt build --model shapes --force --quiet
+	$(BIN)/python benchmarks/start_to_picture.py --save
+	$(BIN)/python benchmarks/loop_cost.py --save
+	$(BIN)/python benchmarks/shapes_quality.py --save
+	$(BIN)/python benchmarks/build_full_size.py --save
+	$(BIN)/python benchmarks/results.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

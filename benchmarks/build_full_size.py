@@ -1,6 +1,6 @@
 """Time and peak memory of building full-size Stable Diffusion 1.5 with random weights.
 
-    python benchmarks/build_full_size.py [--fp32] [--size 512x512]
+    python benchmarks/build_full_size.py [--fp32] [--size 512x512] [--save]
 
 Weights are made in place from the published configuration; about 2 GB of disk in fp16, 5 GB with
 the checkpoint. Takes minutes.
@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from results import save
 
 
 def write_checkpoint(folder: Path) -> None:
@@ -46,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fp32", action="store_true")
     parser.add_argument("--size", default="512x512")
+    parser.add_argument("--save", action="store_true", help="keep the figures for the README")
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.checkpoint:
@@ -65,8 +68,15 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         note = "" if peak > before else " (at most; making the weights took as much)"
         size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
-        print(f"exit code {done.returncode}, {time.perf_counter() - began:.0f} s")
+        seconds = time.perf_counter() - began
+        print(f"exit code {done.returncode}, {seconds:.0f} s")
         print(f"peak memory {peak / 1e6:.2f} GB{note}, bundle {size / 1e9:.2f} GB")
+        if args.save and done.returncode == 0:
+            dtype = "fp32" if args.fp32 else "fp16"
+            said = f"{peak / 1e6:.1f} GB, {seconds:.0f} s, bundle {size / 1e9:.2f} GB"
+            figures = {"peak_kb": peak, "seconds": seconds, "bundle_bytes": size}
+            claim = f"peak memory of building full-size Stable Diffusion 1.5 in {dtype}"
+            save(f"build_full_size_{dtype}", {claim: said}, figures)
 
 
 if __name__ == "__main__":

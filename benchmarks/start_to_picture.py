@@ -1,18 +1,19 @@
 """From process start to a PNG on disk, against the reference library, in one interleaved run.
 
-    python benchmarks/start_to_picture.py [--runs N] [--json FILE]
+    python benchmarks/start_to_picture.py [--runs N] [--save]
 
 Both draw the embedded model, 20 steps with guidance, on the CPU; medians of whole processes.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from results import save
 
 PROMPT = "a red circle on a blue background"
 REFERENCE = """
@@ -35,7 +36,7 @@ def seconds(command: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--save", action="store_true", help="keep the figures for the README")
     args = parser.parse_args()
     import sdrt
 
@@ -59,9 +60,15 @@ def main() -> None:
         print(f"{name:28} {value:7.3f} s")
     start = medians["import sdrt, sdrt.runtime"] - medians["python alone"]
     print(f"{'the import itself':28} {start * 1000:7.0f} ms")
-    print(f"reference / sdrt             {medians['reference'] / medians['sdrt run']:7.1f} x")
-    if args.json:
-        args.json.write_text(json.dumps(medians, indent=2) + "\n")
+    ratio = medians["reference"] / medians["sdrt run"]
+    print(f"reference / sdrt             {ratio:7.1f} x")
+    if args.save:
+        claims = {
+            "from process start to a PNG, 20 steps": f"{medians['sdrt run']:.2f} s; the reference "
+            f"library {medians['reference']:.2f} s ({ratio:.1f} ×)",
+            "`import sdrt, sdrt.runtime`": f"{start * 1000:.0f} ms",
+        }
+        save("start_to_picture", claims, {"medians": medians, "times": times})
 
 
 if __name__ == "__main__":

@@ -18,8 +18,11 @@ Feeds = Mapping[str, np.ndarray]
 class Engine(Protocol):
     """One compiled component."""
 
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
         """Run once; the arrays returned are valid until the next call."""

@@ -23,7 +23,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         states = self.model(input_ids=input_ids, output_hidden_states=True).hidden_states
-        inner = getattr(self.model, "text_model", self.model)
+        inner: Any = getattr(self.model, "text_model", self.model)
         contexts: Tensor = inner.final_layer_norm(torch.stack(states[1:], dim=1))
         return contexts
 

@@ -82,7 +82,7 @@ def plan_of(table: SamplerTable, guidance: Guidance) -> Plan:
     chain = guided_matrix(table.chain, count, guidance.scales) if guidance.pairs else table.chain
     outputs = chain[:, 1 : 1 + count * per].reshape(count + 1, count, per)
     others, states = chain[:, 1 + count * per : -count], chain[:, -count:]
-    output_ring, state_ring = _ring(outputs.any(axis=2)), _ring(states != 0.0)
+    output_ring, state_ring = _ring((outputs != 0.0).any(axis=2)), _ring(states != 0.0)
     state_base = 1 + output_ring * per + others.shape[1]
     rows = np.zeros((count + 1, state_base + state_ring), np.float32)
     rows[:, 0] = chain[:, 0]

@@ -221,7 +221,7 @@ class Pipeline:
         callback leaves them; it sees them in the solver's own scale.
         """
         if (mask := batch.source.mask) is not None:
-            alpha, sigma = np.float32(table.shares[index])
+            alpha, sigma = table.shares[index].astype(np.float32)
             known = np.stack([alpha * s.picture + sigma * s.columns[0] for s in batch.starts])
             latents = mask * latents + (1.0 - mask) * known
         if (callback := options.callback_on_step_end) is not None:

@@ -47,7 +47,8 @@ def chunks_from_prompt(
     checked(prompt)
     parts = list(weighted_parts(prompt)) if weighting else [(prompt, 1.0)]
     rows: list[list[tuple[int, float]]] = [[]]
-    room, cut = tokenizer.length - 2, []
+    room = tokenizer.length - 2
+    cut: list[str] = []
     for text, weight in parts:
         for i, piece in enumerate(BREAK.split(text) if chunking else [text]):
             if i:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         watchers = [stack.enter_context(_bar(args))]
         if args.preview:
             watchers.append(stack.enter_context(_preview(chosen, args.output)))
-        made = chosen.pictures(args.prompt, options, lambda step: [w(step) for w in watchers])
+        made = chosen.pictures(args.prompt, options, partial(_tell, watchers))
         finished: list[tuple[Request, Image.Image, Path]] = []
         try:
             for request, image in made:
@@ -115,6 +116,11 @@ def run(args: argparse.Namespace) -> None:
             "run_seconds": round(time.perf_counter() - loaded, 4),
         }
         print(json.dumps(report))
+
+
+def _tell(watchers: Sequence[Callable[[Step], None]], step: Step) -> None:
+    for watcher in watchers:
+        watcher(step)
 
 
 def picture_path(output: Path, prompt: str, index: int, total: int, seed: int) -> Path:
@@ -231,7 +237,8 @@ def compare(args: argparse.Namespace) -> None:
                 images.append(image)
                 labels.append(f"{name}\n{count} steps, {seconds:.2f} s")
                 rows.append({"scheduler": name, "steps": count, "seconds": round(seconds, 4)})
-                print(f"{name:24} {count:4} steps {seconds:8.2f} s", file=sys.stderr)
+                if not args.quiet:
+                    print(f"{name:24} {count:4} steps {seconds:8.2f} s", file=sys.stderr)
     columns = len(steps) if len(steps) > 1 else None
     save_png(labelled_sheet(images, labels, columns), args.output, args.prompt)
     print(json.dumps({"sheet": str(args.output), "pictures": rows}) if args.json else args.output)
@@ -264,10 +271,10 @@ def schedulers(args: argparse.Namespace) -> None:
         print(json.dumps(listed, indent=2))
         return
     for entry in listed:
-        also, laws = ", ".join(entry["also"]), ", ".join(entry["with"])
+        also, words = ", ".join(entry["also"]), ", ".join(entry["with"])
         noise = "draws noise" if entry["fresh_noise"] else ""
         cost = f"{entry['evaluations_per_step']} a step"
-        print(f"{entry['name']:32} {also:36} {cost:9} {noise:12} {laws}".rstrip())
+        print(f"{entry['name']:32} {also:36} {cost:9} {noise:12} {words}".rstrip())
     print(
         "\nAny name works with --scheduler; the last column's words go after one, as in "
         '"DPM++ 2M Karras".',

@@ -67,3 +67,9 @@ def test_public_names_are_there():
         assert getattr(sdrt, name) is not None
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert sdrt.__version__ == version
+
+
+def test_the_readmes_figures_are_the_committed_results():
+    command = [sys.executable, str(ROOT / "benchmarks" / "results.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

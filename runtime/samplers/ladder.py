@@ -67,8 +67,8 @@ def exploding(schedule: Schedule, steps: int) -> Ladder:
     timesteps = spaced(schedule, steps)
     levels = levels_at(schedule, timesteps)
     if schedule.interpolation_type == "log_linear":
-        ends = np.log(all_levels(schedule)[[-1, 0]])
-        levels = np.exp(np.linspace(*ends, steps + 1))
+        low, high = np.log(all_levels(schedule)[[0, -1]]).tolist()
+        levels = np.exp(np.linspace(high, low, steps + 1))
     redone = relaid(schedule, float(levels[0]), float(levels[-1]), steps)
     if redone is not None:
         levels, timesteps = redone, timesteps_at(schedule, redone)
