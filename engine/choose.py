@@ -11,7 +11,9 @@ from sdrt.errors import BackendError, UsageError
 
 from .protocol import Engine
 
-BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "torch")
+BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
+PRECISIONS = ("auto", "exact")
+SMALL = 500_000_000  # bytes of a bundle that OpenVINO's longer start does not pay for
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,8 @@ class Candidate:
 
     why_not: None if it works here, else the reason in words a person can act on
     load: opens one component of a bundle
+    reduced: the name of its lower precision, used for the bundles that admit it; None if it has
+        none here
     because: why this one was chosen, filled in by `choose`
     """
 
@@ -28,6 +32,7 @@ class Candidate:
     why_not: str | None
     load: Callable[[Bundle, str], Engine] | None = None
     because: str = ""
+    reduced: str | None = None
 
     @property
     def title(self) -> str:
@@ -45,6 +50,7 @@ def candidates() -> list[Candidate]:
         Candidate("tensorrt-rtx", "cuda", _tensorrt_reason("tensorrt_rtx")),
         Candidate("onnxruntime", "cuda", *_ort("CUDAExecutionProvider")),
         *_torch_candidates(("cuda", "mps")),
+        _openvino(),
         Candidate("onnxruntime", "cpu", *_ort("CPUExecutionProvider")),
         *_torch_candidates(("cpu",)),
     ]
@@ -81,6 +87,27 @@ def _ort(provider: str) -> tuple[str | None, Callable[[Bundle, str], Engine] | N
     return ort.available(provider), load
 
 
+def _openvino() -> Candidate:
+    reduced = "openvino-bf16" if cpu_has_bf16() else None
+
+    def load(bundle: Bundle, name: str) -> Engine:
+        from .openvino_cpu import OpenVinoEngine
+
+        precision = "bf16" if reduced and reduced in bundle.manifest.admitted else "f32"
+        component = bundle.manifest.components[name]
+        return OpenVinoEngine(name, bundle.graph(name), component, precision)
+
+    missing = None if installed("openvino") else "openvino is not installed; pip install openvino"
+    return Candidate("openvino", "cpu", missing, load, reduced=reduced)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies in bfloat16."""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def _torch_candidates(devices: tuple[str, ...]) -> list[Candidate]:
     def load(device: str) -> Callable[[Bundle, str], Engine]:
         def load_component(bundle: Bundle, name: str) -> Engine:
@@ -109,13 +136,18 @@ def _torch_reason(device: str) -> str | None:
     return available(device)
 
 
-def choose(backend: str = "auto") -> Candidate:
-    """The candidate to use; raises BackendError with every reason if none fits."""
+def choose(backend: str = "auto", size: int = SMALL) -> Candidate:
+    """The candidate to use for a bundle of so many bytes; raises BackendError with every reason if
+    none fits.
+    """
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is unknown; one of: {', '.join(BACKENDS)}")
     refused: dict[str, list[str]] = {}
     for candidate in candidates():
         if backend not in ("auto", candidate.backend):
+            continue
+        if backend == "auto" and candidate.backend == "openvino" and size < SMALL:
+            refused.setdefault("the model is small", []).append(candidate.title)
             continue
         if candidate.why_not is None:
             return replace(candidate, because=_reasons(refused) or "the first choice")

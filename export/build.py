@@ -26,7 +26,7 @@ from sdrt.bundle import (
     describe_files,
     json_from_manifest,
 )
-from sdrt.engine import Candidate, choose
+from sdrt.engine import Candidate, candidates, choose
 from sdrt.errors import BundleError, SdrtError
 from sdrt.runtime import load_pipeline, randn, sampler_table
 
@@ -39,6 +39,7 @@ from .vae import VaeConfig
 log = logging.getLogger("sdrt.build")
 PROOF_PROMPT = "a red circle on a blue background"
 PROOF_STEPS = 2
+GUIDED_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,9 @@ def build_bundle(plan: BuildPlan) -> Path:
 
     Raises CheckpointError, ParityError, BackendError, and BundleError where the folder is taken.
     """
-    candidate = choose(plan.backend)
+    choose(plan.backend)
     checkpoint = find_checkpoint(plan.model)
+    candidate = choose(plan.backend, _bytes(checkpoint, plan.dtype))
     target = (plan.output or bundles_folder() / checkpoint.name).expanduser()
     if target.exists() and not (target / MANIFEST).is_file():
         raise BundleError(f"{target} exists and is not a bundle; name another --output")
@@ -103,9 +105,7 @@ def build_bundle(plan: BuildPlan) -> Path:
 
 def _announce(checkpoint: Checkpoint, plan: BuildPlan, target: Path) -> None:
     """Say what will be done; raise SdrtError if the disk cannot hold it."""
-    stored = sum(f.stat().st_size for part in PARTS for f in checkpoint.weight_files(part))
-    parameters = stored // checkpoint.bytes_per_parameter()
-    needed = parameters * (2 if plan.dtype == "float16" else 4)
+    needed = _bytes(checkpoint, plan.dtype)
     free = shutil.disk_usage(target.parent).free
     log.info(
         "building %s from %s: %s, about %.0f MB",
@@ -119,6 +119,13 @@ def _announce(checkpoint: Checkpoint, plan: BuildPlan, target: Path) -> None:
             f"{target} needs about {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free; "
             "free some, or name another --output or SDRT_HOME"
         )
+
+
+def _bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """About how large the bundle will be."""
+    stored = sum(f.stat().st_size for part in PARTS for f in checkpoint.weight_files(part))
+    parameters = stored // checkpoint.bytes_per_parameter()
+    return parameters * (2 if dtype == "float16" else 4)
 
 
 @contextmanager
@@ -205,7 +212,11 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
     (folder / MANIFEST).write_text(json_from_manifest(manifest))
     end_to_end = proof.end_to_end(manifest)
     manifest = replace(
-        manifest, parity=end_to_end, preview=proof.preview, files=describe_files(folder)
+        manifest,
+        parity=end_to_end,
+        preview=proof.preview,
+        files=describe_files(folder),
+        admitted=proof.admitted(manifest),
     )
     (folder / MANIFEST).write_text(json_from_manifest(manifest))
     return manifest
@@ -347,6 +358,28 @@ class Proof:
         log.info("end to end: %s", "  ".join(f"{k} {v:.6g}" for k, v in values.items()))
         parity.check("the whole pipeline", values, self.dtype)
         return values
+
+    def admitted(self, manifest: Manifest) -> dict[str, float]:
+        """The lower precisions of this machine whose pictures are near enough to the exact ones."""
+        found = {}
+        for candidate in candidates():
+            if candidate.why_not is None and (name := candidate.reduced) is not None:
+                lower = replace(manifest, admitted={name: 0.0})
+                exact, near = (self._guided(each, candidate) for each in (manifest, lower))
+                psnr = parity.measures(near, exact, picture=True)["psnr"]
+                enough = psnr >= parity.PICTURE_FLOOR
+                log.info("%s: psnr %.1f, %s", name, psnr, "admitted" if enough else "too far")
+                if enough:
+                    found[name] = round(psnr, 2)
+        return found
+
+    def _guided(self, manifest: Manifest, candidate: Candidate) -> np.ndarray:
+        """A picture of the first size with guidance, which is where precision shows."""
+        config = {"_class_name": "DDIMScheduler", "clip_sample": False}
+        with load_pipeline(Bundle(self.folder, manifest), candidate) as pipe:
+            ddim = pipe.with_scheduler(config)
+            *_, last = ddim.steps(PROOF_PROMPT, num_inference_steps=GUIDED_STEPS, seed=0)
+            return ddim.decoded(last.latents)
 
 
 def _two_rows(example: dict[str, Tensor]) -> dict[str, Tensor]:

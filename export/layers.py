@@ -40,10 +40,17 @@ class Attention(nn.Module):
     """Multi-head attention of x [B, N, C] over context [B, M, K], or over itself."""
 
     def __init__(
-        self, channels: int, heads: int, *, context: int | None = None, qkv_bias: bool = False
+        self,
+        channels: int,
+        heads: int,
+        *,
+        context: int | None = None,
+        qkv_bias: bool = False,
+        upcast: bool = False,
     ) -> None:
+        """upcast: attend in float32, where a model's half-precision scores overflow."""
         super().__init__()
-        self.heads = heads
+        self.heads, self.upcast = heads, upcast
         source = channels if context is None else context
         self.to_q = nn.Linear(channels, channels, bias=qkv_bias)
         self.to_k = nn.Linear(source, channels, bias=qkv_bias)
@@ -56,7 +63,10 @@ class Attention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, C / heads]
             for t in (self.to_q(x), self.to_k(source), self.to_v(source))
         )
-        out = F.scaled_dot_product_attention(q, k, v)
+        if self.upcast and x.dtype != torch.float32:
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(x.dtype)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
 
@@ -103,12 +113,12 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward; each with a residual."""
 
-    def __init__(self, channels: int, heads: int, context: int) -> None:
+    def __init__(self, channels: int, heads: int, context: int, *, upcast: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, heads)
+        self.attn1 = Attention(channels, heads, upcast=upcast)
         self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, heads, context=context)
+        self.attn2 = Attention(channels, heads, context=context, upcast=upcast)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
@@ -119,21 +129,46 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer over a feature map's positions: x [B, C, H, W], context [B, M, K]."""
+    """Transformer blocks over a feature map's positions: x [B, C, H, W], context [B, M, K].
 
-    def __init__(self, channels: int, heads: int, *, context: int, groups: int) -> None:
+    linear: whether the projections around them are linear layers (2.x) or 1x1 convolutions (1.x)
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        context: int,
+        groups: int,
+        depth: int = 1,
+        linear: bool = False,
+        upcast: bool = False,
+    ) -> None:
         super().__init__()
+        self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, 1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context)])
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_in = _projection(channels, linear)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context, upcast=upcast) for _ in range(depth)
+        )
+        self.proj_out = _projection(channels, linear)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        height = x.shape[2]
-        tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # [B, H*W, C]
+        height, hidden = x.shape[2], self.norm(x)
+        if self.linear:
+            tokens = self.proj_in(hidden.flatten(2).transpose(1, 2))  # [B, H*W, C]
+        else:
+            tokens = self.proj_in(hidden).flatten(2).transpose(1, 2)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
+        if self.linear:
+            return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, (height, -1))
         return x + self.proj_out(tokens.transpose(1, 2).unflatten(2, (height, -1)))
+
+
+def _projection(channels: int, linear: bool) -> nn.Module:
+    return nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
 
 class Downsample(nn.Module):

@@ -31,6 +31,10 @@ FLOORS = {
 }
 
 
+# Least PSNR in dB of a guided picture in a lower precision against the exact one.
+PICTURE_FLOOR = 35.0
+
+
 def measures(found: np.ndarray, wanted: np.ndarray, *, picture: bool) -> dict[str, float]:
     """Cosine, largest relative error and, for pictures, PSNR; NaN anywhere makes them NaN."""
     a, b = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()

@@ -1,4 +1,4 @@
-"""`UNet2DConditionModel` as published for Stable Diffusion 1.x: one denoising evaluation.
+"""`UNet2DConditionModel` as published for Stable Diffusion 1.x and 2.x: one denoising evaluation.
 
 Knows its configuration and torch. The batch axis is plain rows: guidance is not baked in.
 """
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdrt.errors import CheckpointError
+
 from .config import read_config
 from .layers import Downsample, ResnetBlock, SpatialTransformer, Upsample, timestep_embedding
 
@@ -19,7 +21,9 @@ from .layers import Downsample, ResnetBlock, SpatialTransformer, Upsample, times
 class UnetConfig:
     """What of `unet/config.json` shapes the network.
 
-    `attention_head_dim` is the number of heads: a published misnomer that files keep.
+    `attention_head_dim` is the number of heads, one for all stages or each its own: a published
+    misnomer that files keep. `in_channels` is 4, 9 with a mask and what it leaves of a picture, 5
+    with a depth map. `mid_block_type` is None in models distilled without one.
     """
 
     in_channels: int = 4
@@ -32,7 +36,11 @@ class UnetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int = 768
-    attention_head_dim: int = 8
+    attention_head_dim: int | tuple[int, ...] = 8
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "UnetConfig":
@@ -45,8 +53,8 @@ class UnetConfig:
             *("cross_attention_norm", "reverse_transformer_layers_per_block"),
         )
         off = (
-            *("class_embeddings_concat", "dual_cross_attention", "use_linear_projection"),
-            *("only_cross_attention", "resnet_skip_time_act"),
+            *("class_embeddings_concat", "dual_cross_attention", "only_cross_attention"),
+            "resnet_skip_time_act",
         )
         fixed = {
             **dict.fromkeys(absent),
@@ -62,15 +70,18 @@ class UnetConfig:
             "freq_shift": 0,
             "mid_block_only_cross_attention": None,
             "mid_block_scale_factor": 1,
-            "mid_block_type": "UNetMidBlock2DCrossAttn",
             "resnet_out_scale_factor": 1.0,
             "resnet_time_scale_shift": "default",
             "time_embedding_type": "positional",
-            "transformer_layers_per_block": 1,
             "addition_embed_type_num_heads": 64,
-            "upcast_attention": False,
         }
-        return read_config(cls, raw, fixed=fixed)
+        config = read_config(cls, raw, fixed=fixed)
+        known = {"UNetMidBlock2DCrossAttn", "CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D"}
+        known |= {"CrossAttnUpBlock2D", None}
+        for kind in (*config.down_block_types, *config.up_block_types, config.mid_block_type):
+            if kind not in known:
+                raise CheckpointError(f"{cls.__name__}: a block of type {kind!r} is not known here")
+        return config
 
     @property
     def time_channels(self) -> int:
@@ -85,27 +96,36 @@ class UnetConfig:
             time=self.time_channels,
         )
 
-    def transformer(self, channels: int) -> SpatialTransformer:
+    def transformer(self, stage: int) -> SpatialTransformer:
+        """The transformer of a stage on the way down, counted from the first."""
         return SpatialTransformer(
-            channels,
-            self.attention_head_dim,
+            self.block_out_channels[stage],
+            _of_stage(self.attention_head_dim, stage),
             context=self.cross_attention_dim,
             groups=self.norm_num_groups,
+            depth=_of_stage(self.transformer_layers_per_block, stage),
+            linear=self.use_linear_projection,
+            upcast=self.upcast_attention,
         )
+
+
+def _of_stage(value: int | tuple[int, ...], stage: int) -> int:
+    return value if isinstance(value, int) else value[stage]
 
 
 class DownStage(nn.Module):
     """One resolution on the way down; returns its output and what the way up will be handed."""
 
-    def __init__(
-        self, config: UnetConfig, channels_in: int, channels: int, *, attends: bool, last: bool
-    ) -> None:
+    def __init__(self, config: UnetConfig, stage: int) -> None:
         super().__init__()
-        layers = range(config.layers_per_block)
+        widths, layers = config.block_out_channels, range(config.layers_per_block)
+        before, channels = widths[max(stage - 1, 0)], widths[stage]
+        attends = config.down_block_types[stage].startswith("CrossAttn")
         self.resnets = nn.ModuleList(
-            config.resnet(channels_in if i == 0 else channels, channels) for i in layers
+            config.resnet(before if i == 0 else channels, channels) for i in layers
         )
-        self.attentions = nn.ModuleList(config.transformer(channels) for _ in layers if attends)
+        self.attentions = nn.ModuleList(config.transformer(stage) for _ in layers if attends)
+        last = stage == len(widths) - 1
         self.downsamplers = None if last else nn.ModuleList([Downsample(channels, symmetric=True)])
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -126,9 +146,10 @@ class MidStage(nn.Module):
 
     def __init__(self, config: UnetConfig) -> None:
         super().__init__()
-        channels = config.block_out_channels[-1]
+        stage = len(config.block_out_channels) - 1
+        channels = config.block_out_channels[stage]
         self.resnets = nn.ModuleList(config.resnet(channels, channels) for _ in range(2))
-        self.attentions = nn.ModuleList([config.transformer(channels)])
+        self.attentions = nn.ModuleList([config.transformer(stage)])
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, time), context)
@@ -138,13 +159,14 @@ class MidStage(nn.Module):
 class UpStage(nn.Module):
     """One resolution on the way up; takes its skips off the end of the list it is given."""
 
-    def __init__(
-        self, config: UnetConfig, inputs: list[int], channels: int, *, attends: bool, last: bool
-    ) -> None:
+    def __init__(self, config: UnetConfig, inputs: list[int], index: int) -> None:
         super().__init__()
+        stage = len(config.block_out_channels) - 1 - index  # of the way down
+        channels = config.block_out_channels[stage]
+        attends = config.up_block_types[index].startswith("CrossAttn")
         self.resnets = nn.ModuleList(config.resnet(width, channels) for width in inputs)
-        self.attentions = nn.ModuleList(config.transformer(channels) for _ in inputs if attends)
-        self.upsamplers = None if last else nn.ModuleList([Upsample(channels)])
+        self.attentions = nn.ModuleList(config.transformer(stage) for _ in inputs if attends)
+        self.upsamplers = None if stage == 0 else nn.ModuleList([Upsample(channels)])
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
         for i, resnet in enumerate(self.resnets):
@@ -177,26 +199,10 @@ class Unet(nn.Module):
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], config.time_channels)
-        self.down_blocks = nn.ModuleList(
-            DownStage(
-                config,
-                widths[max(i - 1, 0)],
-                width,
-                attends=config.down_block_types[i].startswith("CrossAttn"),
-                last=i == len(widths) - 1,
-            )
-            for i, width in enumerate(widths)
-        )
-        self.mid_block = MidStage(config)
+        self.down_blocks = nn.ModuleList(DownStage(config, i) for i in range(len(widths)))
+        self.mid_block = MidStage(config) if config.mid_block_type else None
         self.up_blocks = nn.ModuleList(
-            UpStage(
-                config,
-                inputs,
-                widths[-1 - i],
-                attends=config.up_block_types[i].startswith("CrossAttn"),
-                last=i == len(widths) - 1,
-            )
-            for i, inputs in enumerate(up_widths(config))
+            UpStage(config, inputs, i) for i, inputs in enumerate(up_widths(config))
         )
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
@@ -209,7 +215,8 @@ class Unet(nn.Module):
         for down in self.down_blocks:
             x, made = down(x, time, context)
             skips += made
-        x = self.mid_block(x, time, context)
+        if self.mid_block is not None:
+            x = self.mid_block(x, time, context)
         for up in self.up_blocks:
             x = up(x, skips, time, context)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -14,14 +14,24 @@ from .options import Options, Request
 from .prompt import Chunks, chunks_from_prompt, weighted
 from .tokenizer import Tokenizer
 
+# Contexts of stretches encoded before, by the bytes of their ids and the layers left out.
+Known = dict[tuple[bytes, int], np.ndarray]
+MOST_KNOWN = 256
+
 
 def contexts_of(
-    encoder: Engine, tokenizer: Tokenizer, most: int, requests: Sequence[Request], options: Options
+    encoder: Engine,
+    tokenizer: Tokenizer,
+    most: int,
+    requests: Sequence[Request],
+    options: Options,
+    known: Known,
 ) -> list[np.ndarray]:
     """The context of every picture, [2, tokens, width] with what is steered away from first, or
     [1, tokens, width] if nothing is guided.
 
-    most: rows of one call of the encoder. Raises UsageError for embeddings that do not fit.
+    most: rows of one call of the encoder. known: see `encoded_stretches`.
+    Raises UsageError for embeddings that do not fit.
     """
     given, avoided = options.prompt_embeds, options.negative_prompt_embeds
     texts = [r.prompt for r in requests] if given is None else []
@@ -36,7 +46,7 @@ def contexts_of(
         )
         for text in dict.fromkeys([*texts, ""])
     }
-    stretches = encoded_stretches(encoder, chunks.values(), most, options.clip_skip)
+    stretches = encoded_stretches(encoder, chunks.values(), most, options.clip_skip, known)
 
     def of_text(text: str, count: int) -> np.ndarray:
         """The context of a text in `count` stretches; the ones that it lacks are empty."""
@@ -83,12 +93,15 @@ def _given(name: str, embeddings: np.ndarray, index: int) -> np.ndarray:
 
 
 def encoded_stretches(
-    encoder: Engine, chunks: Iterable[Chunks], most: int, clip_skip: int
+    encoder: Engine, chunks: Iterable[Chunks], most: int, clip_skip: int, known: Known
 ) -> dict[bytes, np.ndarray]:
-    """The context [tokens, width] of every different stretch, by the bytes of its ids."""
+    """The context [tokens, width] of every different stretch, by the bytes of its ids.
+
+    known: those of earlier calls; kept up to date, the oldest are dropped.
+    """
     rows = {row.tobytes(): row for each in chunks for row in each.ids}
-    keys = list(rows)
-    found: dict[bytes, np.ndarray] = {}
+    found = {key: known[key, clip_skip] for key in rows if (key, clip_skip) in known}
+    keys = [key for key in rows if key not in found]
     for i in range(0, len(keys), most):
         part = keys[i : i + most]
         layers = encoder({"input_ids": np.stack([rows[key] for key in part])})["contexts"]
@@ -97,5 +110,7 @@ def encoded_stretches(
                 f"clip_skip {clip_skip}; this text encoder has {layers.shape[1]} layers"
             )
         for key, context in zip(part, layers[:, layers.shape[1] - 1 - clip_skip], strict=True):
-            found[key] = context.astype(np.float32)
+            found[key] = known[key, clip_skip] = np.array(context, np.float32)
+    while len(known) > MOST_KNOWN:
+        del known[next(iter(known))]
     return found

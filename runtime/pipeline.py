@@ -4,7 +4,7 @@ Knows numpy, the engine protocol and the bundle's manifest; not which backend ru
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from sdrt.bundle import Bundle, Manifest, parse_size
 from sdrt.engine import Candidate, Engine, LazyEngine
 from sdrt.errors import SdrtError, UsageError
 
-from .conditioning import contexts_of
+from .conditioning import Known, contexts_of
 from .loop import Guidance, Step, denoised, histories_of, plan_of
 from .options import Options, Request, options_from, requests_from
 from .pictures import images_from_decoded, parameters_text
@@ -61,6 +61,7 @@ class Pipeline:
     engines: Mapping[str, Engine]
     scheduler_config: Mapping[str, Any]
     backend: str
+    known: Known = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(
         self,
@@ -185,9 +186,8 @@ class Pipeline:
         """Pictures whose contexts are of one length together, as many as the bundle takes."""
         requests, most = requests_from(prompt, options), self.manifest.batch[2]
         shape = self._latent_shape(options)
-        contexts = contexts_of(
-            self.engines["text_encoder"], self.tokenizer, most, requests, options
-        )
+        encoder = self.engines["text_encoder"]
+        contexts = contexts_of(encoder, self.tokenizer, most, requests, options, self.known)
         source = source_of(self.engines["vae_encoder"], options, self._size(options), shape)
         for tokens in sorted({context.shape[1] for context in contexts}):
             alike = [r for r in requests if contexts[r.index].shape[1] == tokens]

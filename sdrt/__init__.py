@@ -37,17 +37,32 @@ __all__ = [
 ]
 
 
-def load(bundle: str | os.PathLike[str] | None = None, *, backend: str = "auto") -> Pipeline:
+def load(
+    bundle: str | os.PathLike[str] | None = None,
+    *,
+    backend: str = "auto",
+    precision: str = "auto",
+) -> Pipeline:
     """A pipeline over a bundle: its name, its folder, or None for the newest.
 
-    backend: auto, tensorrt, tensorrt-rtx, onnxruntime or torch.
+    backend: auto, tensorrt, tensorrt-rtx, onnxruntime, openvino or torch.
+    precision: auto takes a lower one where the build admitted it, exact never does.
     Raises BundleError if the bundle is missing or damaged, BackendError if nothing can run it.
     """
+    from dataclasses import replace
+
     from .bundle import open_bundle
-    from .engine import choose
+    from .engine import PRECISIONS, choose
     from .runtime import load_pipeline
 
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
     opened = open_bundle(bundle)
-    candidate = choose(backend)
-    logging.getLogger(__name__).info("backend: %s (%s)", candidate.title, candidate.because)
+    if precision == "exact":
+        opened = replace(opened, manifest=replace(opened.manifest, admitted={}))
+    candidate = choose(backend, opened.bytes)
+    lower = candidate.reduced if candidate.reduced in opened.manifest.admitted else "exact"
+    logging.getLogger(__name__).info(
+        "backend: %s, %s (%s)", candidate.title, lower, candidate.because
+    )
     return load_pipeline(opened, candidate)

@@ -54,6 +54,7 @@ class Manifest:
 
     sizes: (width, height) in pixels, the first is the default
     preview: [3, latent_channels + 1], colours in [-1, 1] from scaled latents and 1
+    admitted: lower precisions that came near enough to the exact pictures, with the PSNR in dB
     """
 
     name: str
@@ -68,6 +69,7 @@ class Manifest:
     parity: Mapping[str, float]
     preview: tuple[tuple[float, ...], ...]
     files: Mapping[str, FileRecord]
+    admitted: Mapping[str, float] = field(default_factory=dict)
     format: int = FORMAT
 
 

@@ -29,7 +29,7 @@ EXAMPLES = """examples:
 
 exit codes: 0 done, 1 failed, 2 usage, 3 bundle, 4 checkpoint, 5 backend, 6 parity, 130 interrupted
 """
-BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "torch")
+BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,6 +164,7 @@ def _add_shared(to: argparse.ArgumentParser) -> None:
     to.add_argument("--seed", type=_whole, metavar="N", help="default: drawn, and in the file")
     to.add_argument("--size", metavar="WxH")
     to.add_argument("--backend", choices=BACKENDS, default="auto")
+    to.add_argument("--exact", action="store_true", help="no lower precision than the bundle's")
     to.add_argument("--json", action="store_true", help="print paths, seeds and times as JSON")
 
 

@@ -51,6 +51,11 @@ def options_from_arguments(args: argparse.Namespace) -> Options:
     )
 
 
+def opened(args: argparse.Namespace) -> Pipeline:
+    """The pipeline that a command line asks for."""
+    return load(args.bundle, backend=args.backend, precision="exact" if args.exact else "auto")
+
+
 def _interval(text: str) -> tuple[float, float]:
     try:
         low, high = (float(part) for part in text.split(":"))
@@ -81,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     total = 1 if args.grid else len(args.prompt) * args.num_images
     picture_path(args.output, args.prompt[0], 0, total, 0)
-    with load(args.bundle, backend=args.backend) as pipe, ExitStack() as stack:
+    with opened(args) as pipe, ExitStack() as stack:
         chosen = with_scheduler(pipe, args.scheduler, args.scheduler_option)
         options = options_from_arguments(args)
         loaded = time.perf_counter()
@@ -224,7 +229,7 @@ def compare(args: argparse.Namespace) -> None:
         raise UsageError(f"steps {args.steps!r}; expected whole numbers such as 10,20,50")
     names = [name.strip() for name in (args.schedulers or "").split(",") if name.strip()]
     images, labels, rows = [], [], []
-    with load(args.bundle, backend=args.backend) as pipe:
+    with opened(args) as pipe:
         names = names or [title for title in all_titles() if title != "PNDM"]
         base = Options(seed=args.seed, guidance_scale=args.guidance_scale, size=args.size)
         chosen = [pipe.with_scheduler(name) for name in names]

@@ -17,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 import sdrt
 from sdrt.bundle import open_bundle
+from sdrt.engine import choose
+from sdrt.engine.choose import cpu_has_bf16
 from sdrt.errors import BundleError, CheckpointError, ParityError, SdrtError
 from sdrt.export import build, parity
 from sdrt.export.build import BuildPlan, build_bundle
@@ -67,6 +69,41 @@ def test_torch_backend_draws_the_same(tiny_bundle):
                 pipe("a red circle", num_inference_steps=3, seed=0).images[0], np.int16
             )
     assert np.abs(images["torch"] - images["onnxruntime"]).max() <= 1
+
+
+def test_openvino_draws_the_same_exactly_and_nearly_in_bf16(shapes, tmp_path):
+    pytest.importorskip("openvino")
+    copied = shutil.copytree(shapes, tmp_path / "b")
+    manifest = json.loads((copied / "sdrt.json").read_text())
+    options = {"prompt": "a red circle on a blue background", "num_inference_steps": 6, "seed": 0}
+
+    def drawn(backend, admitted, precision="auto"):
+        (copied / "sdrt.json").write_text(json.dumps({**manifest, "admitted": admitted}))
+        with sdrt.load(copied, backend=backend, precision=precision) as pipe:
+            return np.asarray(pipe(**options).images[0], np.float64)
+
+    wanted = drawn("onnxruntime", {})
+    assert np.abs(drawn("openvino", {}) - wanted).max() <= 1
+    assert np.abs(drawn("openvino", {"openvino-bf16": 36.0}, "exact") - wanted).max() <= 1
+    lower = drawn("openvino", {"openvino-bf16": 36.0})
+    assert 10 * np.log10(255.0**2 / max(np.mean((lower - wanted) ** 2), 1e-9)) >= 30
+    if cpu_has_bf16():
+        assert np.abs(lower - wanted).max() > 1
+        assert manifest["admitted"]["openvino-bf16"] >= 35.0
+
+
+def test_a_closed_openvino_engine_says_so(shapes):
+    pytest.importorskip("openvino")
+    pipe = sdrt.load(shapes, backend="openvino")
+    pipe.close()
+    with pytest.raises(sdrt.BackendError, match="closed"):
+        pipe("a square", num_inference_steps=1)
+
+
+def test_a_small_model_starts_sooner_on_onnxruntime():
+    pytest.importorskip("openvino")
+    assert choose("auto", size=10_000_000).title == "onnxruntime on cpu"
+    assert choose("auto", size=2_000_000_000).title == "openvino on cpu"
 
 
 def test_the_manifest_records_the_proof(tiny_bundle):

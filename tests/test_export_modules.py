@@ -15,23 +15,35 @@ def relative(found, wanted):
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_unet_is_the_reference(layers):
+THREE = {
+    "block_out_channels": (16, 24, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 4,
+    "sample_size": 8,
+}
+FAMILIES = {
+    "1.x, one layer": {"layers_per_block": 1},
+    "1.x": {},
+    "2.x": {"use_linear_projection": True, "attention_head_dim": (2, 4, 8)},
+    "2.1, upcast": {"use_linear_projection": True, "upcast_attention": True},
+    "inpainting": {"in_channels": 9},
+    "depth": {"in_channels": 5, "use_linear_projection": True},
+    "distilled, no middle": {"layers_per_block": 1, "mid_block_type": None},
+    "deeper transformers": {"transformer_layers_per_block": (1, 2, 3)},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unet_is_the_reference(family):
     torch.manual_seed(0)
-    reference = diffusers.UNet2DConditionModel(
-        block_out_channels=(16, 24, 32),
-        layers_per_block=layers,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        norm_num_groups=4,
-        cross_attention_dim=12,
-        attention_head_dim=4,
-        sample_size=8,
-    ).eval()
+    reference = diffusers.UNet2DConditionModel(**{**THREE, **FAMILIES[family]}).eval()
     own = Unet(UnetConfig.from_json(dict(reference.config)))
     own.load_state_dict(reference.state_dict())
-    sample, timestep = torch.randn(2, 4, 8, 12), torch.tensor([3.0, 700.0])
-    context = torch.randn(2, 7, 12)
+    sample = torch.randn(2, reference.config.in_channels, 8, 12)
+    timestep, context = torch.tensor([3.0, 700.0]), torch.randn(2, 7, 12)
     with torch.no_grad():
         wanted = reference(sample, timestep, context).sample
         assert relative(own(sample, timestep, context), wanted) <= 1e-5
@@ -59,15 +71,37 @@ def test_vae_is_the_reference():
         assert relative(VaeDecoder(own)(posterior.mean * scale), wanted) <= 1e-5
 
 
-def test_published_configuration_is_the_default():
-    published = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+# Published configurations, as far as they differ from the first, and what they weigh.
+PUBLISHED = {
+    "1.5": ({"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, 859_520_964),
+    "1.5 inpainting": ({"in_channels": 9}, 859_535_364),
+    "2.1": (
+        {
+            "attention_head_dim": [5, 10, 20, 20],
+            "cross_attention_dim": 1024,
+            "use_linear_projection": True,
+            "upcast_attention": True,
+            "sample_size": 96,
+        },
+        865_910_724,
+    ),
+    "bk-sdm small": ({"layers_per_block": 1, "mid_block_type": None}, 482_346_884),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_have_the_published_size(name):
+    published, weights = PUBLISHED[name]
     with torch.device("meta"):
         unet = Unet(UnetConfig.from_json(published))
-    assert len(unet.state_dict()) == 686
-    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+        reference = diffusers.UNet2DConditionModel(
+            **{"cross_attention_dim": 768, "attention_head_dim": 8, **published}
+        )
+    assert set(unet.state_dict()) == set(reference.state_dict())
+    assert sum(p.numel() for p in unet.parameters()) == weights
 
 
-@pytest.mark.parametrize("extra", [{"use_linear_projection": True}, {"made_up_key": 1}])
+@pytest.mark.parametrize("extra", [{"dual_cross_attention": True}, {"made_up_key": 1}])
 def test_what_is_not_understood_is_refused_by_name(extra):
     with pytest.raises(CheckpointError, match=next(iter(extra))):
         UnetConfig.from_json(extra)

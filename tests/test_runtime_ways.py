@@ -161,6 +161,27 @@ class Counted:
         return self.engine(feeds)
 
 
+def test_a_prompt_is_encoded_once(pipe):
+    from dataclasses import replace
+
+    class Encoder(Counted):
+        def __call__(self, feeds):
+            self.rows.append(len(feeds["input_ids"]))
+            return self.engine(feeds)
+
+    encoder = Encoder(pipe.engines["text_encoder"])
+    own = replace(pipe, engines={**pipe.engines, "text_encoder": encoder}, known={})
+    first = own(PROMPT, num_inference_steps=2, seed=0).images[0]
+    again = own.with_scheduler("PLMS")(PROMPT, num_inference_steps=2, seed=0).images[0]
+    assert encoder.rows == [2] and np.array_equal(np.asarray(first), np.asarray(again))
+    own(PROMPT, num_inference_steps=1, seed=0, clip_skip=1)
+    own("a square", num_inference_steps=1, seed=0, negative_prompt="green")
+    assert encoder.rows == [2, 2, 2]
+    for i in range(40):
+        own([f"a circle {i * 10 + k}" for k in range(10)], num_inference_steps=1, seed=0)
+    assert len(own.known) <= 256
+
+
 def test_outside_the_interval_the_unguided_row_is_not_computed(pipe):
     from dataclasses import replace
 

@@ -12,7 +12,16 @@ import pytest
 import sdrt
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx", "onnxruntime", "diffusers")
+HEAVY = (
+    "openvino",
+    "torch",
+    "transformers",
+    "onnx",
+    "tensorrt",
+    "tensorrt_rtx",
+    "onnxruntime",
+    "diffusers",
+)
 ALLOWED = {
     "engine": {"bundle", "errors", "engine"},
     "runtime": {"bundle", "errors", "engine", "runtime", "__version__"},

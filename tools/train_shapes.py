@@ -1,8 +1,12 @@
 """Trains the embedded model `shapes`: an AutoencoderKL, then text encoder and UNet on its latents.
 
-    python tools/train_shapes.py vae  --work build/shapes --steps 3000
-    python tools/train_shapes.py unet --work build/shapes --steps 7000 --batch-size 64
-    python tools/train_shapes.py pack --work build/shapes
+    python tools/train_shapes.py
+
+That trains both, about two hours on two cores, and packs the result. One stage at a time:
+
+    python tools/train_shapes.py vae  --steps 3000
+    python tools/train_shapes.py unet --steps 7000 --batch-size 64
+    python tools/train_shapes.py pack
 
 Each stage is seeded, writes a checkpoint every 250 steps and goes on from it when started again.
 `pack` writes the checkpoint that the package ships, in fp16 and in the hub's layout.
@@ -412,23 +416,26 @@ def record(path: Path, **values: float) -> None:
         file.write(line + "\n")
 
 
+# What trains each stage, its steps and its batch size.
+STAGES = {"vae": (train_vae, 3000, 32), "unet": (train_unet, 7000, 64)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("stage", choices=("vae", "unet", "pack"))
+    parser.add_argument("stage", nargs="?", choices=("all", *STAGES, "pack"), default="all")
     parser.add_argument("--work", type=Path, default=Path("build/shapes"))
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, help="of the stage, instead of its own number")
+    parser.add_argument("--batch-size", type=int)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.stage == "vae":
-        train_vae(args.work, args.steps, args.batch_size)
-    elif args.stage == "pack":
+    for stage, (train, steps, batch_size) in STAGES.items():
+        if args.stage in ("all", stage):
+            train(args.work, args.steps or steps, args.batch_size or batch_size)
+    if args.stage in ("all", "pack"):
         pack(args.work, Path(__file__).parent.parent / "sdrt" / "models" / "shapes")
-    else:
-        train_unet(args.work, args.steps, args.batch_size)
 
 
 if __name__ == "__main__":
