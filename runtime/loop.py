@@ -121,23 +121,27 @@ def denoised(
     plan: Plan,
     histories: Sequence[NumpyHistory],
     context: np.ndarray,
+    beside: np.ndarray,
     edit: Edit | None = None,
 ) -> Iterator[Step]:
     """One `Step` per evaluation.
 
     context: [2 B, tokens, width], what is steered away from first; [B, ..] if nothing is guided
+    beside: [B, E, H/8, W/8] what the model is fed beside the latents; E is 0 for most
     edit: given the evaluations done and the latents, may give others in their place
     """
     count, batch, rows = table.evaluations, len(histories), plan.rows
-    sample = np.empty((2 * batch, *histories[0].shape), np.float32)
+    channels, *sides = histories[0].shape
+    sample = np.empty((2, batch, channels + beside.shape[1], *sides), np.float32)
+    sample[:, :, channels:] = beside
     timesteps = np.empty(2 * batch, np.float32)
     latents = np.stack([h.combine(rows[0], plan.state_place(count - 1)) for h in histories])
     for k in range(count):
         used = 2 * batch if guidance.scales[k] != 1.0 else batch
-        sample[:used].reshape(-1, *latents.shape)[:] = latents
+        sample[: used // batch, :, :channels] = latents
         timesteps[:used] = table.timesteps[k]
         feeds = {
-            "sample": sample[:used],
+            "sample": sample.reshape(-1, *sample.shape[2:])[:used],
             "timestep": timesteps[:used],
             "context": context[-used:],
         }

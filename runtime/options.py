@@ -35,8 +35,10 @@ class Options:
     rng: whose noise a seed gives, torch's on "cpu" or on "cuda"
     num_images_per_prompt: pictures of every prompt
     size: "WIDTHxHEIGHT", one of the bundle's; None is its first
-    image, strength: a picture to start from, and the share of the run that it goes through
+    image, strength: a picture to start from, and the share of the run that it goes through; None
+        is 0.8, with a mask 1
     mask_image: light where the picture is to be made new, of the picture's size
+    depth_map: for models that take one: near is light
     latents: [B, C, H/8, W/8] starting noise of unit variance instead of the seeds'
     prompt_embeds, negative_prompt_embeds: [B or 1, tokens, width] instead of prompts
     timesteps, sigmas: rungs instead of the scheduler's own
@@ -57,8 +59,9 @@ class Options:
     num_images_per_prompt: int = 1
     size: str | None = None
     image: Image | None = None
-    strength: float = 0.8
+    strength: float | None = None
     mask_image: Image | None = None
+    depth_map: Image | None = None
     latents: np.ndarray | None = field(default=None, compare=False)
     prompt_embeds: np.ndarray | None = field(default=None, compare=False)
     negative_prompt_embeds: np.ndarray | None = field(default=None, compare=False)
@@ -78,7 +81,14 @@ class Options:
         """Steps that a picture to start from leaves out, as the reference library counts them."""
         if self.image is None:
             return 0
-        return self.num_inference_steps - int(self.num_inference_steps * self.strength)
+        return self.num_inference_steps - int(self.num_inference_steps * self.share)
+
+    @property
+    def share(self) -> float:
+        """The share of the run that a picture to start from goes through."""
+        if self.strength is not None:
+            return self.strength
+        return 0.8 if self.mask_image is None else 1.0
 
 
 def options_from(arguments: Mapping[str, Any]) -> Options:
@@ -102,7 +112,7 @@ def _check_numbers(options: Options) -> None:
         ("guidance_rescale", options.guidance_rescale, 0.0, 1.0),
         ("guidance_interval", low, 0.0, high),
         ("guidance_interval", high, low, 1.0),
-        ("strength", options.strength, 0.0, 1.0),
+        ("strength", options.share, 0.0, 1.0),
         ("clip_skip", options.clip_skip, 0, 100),
     ):
         if not (isinstance(value, int | float) and math.isfinite(value) and least <= value <= most):
@@ -123,9 +133,9 @@ def _check_inputs(options: Options) -> None:
             raise UsageError("image and latents both; a run begins at one of them")
         if options.timesteps is not None or options.sigmas is not None:
             raise UsageError("image with timesteps or sigmas; strength decides where it begins")
-        if int(options.num_inference_steps * options.strength) < 1:
+        if int(options.num_inference_steps * options.share) < 1:
             raise UsageError(
-                f"strength {options.strength:g} of {options.num_inference_steps} steps is less "
+                f"strength {options.share:g} of {options.num_inference_steps} steps is less "
                 "than one step; raise either"
             )
 

@@ -70,6 +70,18 @@ def mask_array(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> 
     return (light >= 127.5).astype(np.float32)[None, None]
 
 
+def depth_array(depth: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """A depth map for latents, [1, H, W] float32, its range stretched to [-1, 1]."""
+    _bounded(depth)
+    plain = depth if depth.mode in ("L", "F", "I", "I;16") else depth.convert("L")
+    floats = Image.fromarray(np.asarray(plain, np.float32))
+    values = np.asarray(floats.resize(size, Image.Resampling.BICUBIC), np.float32)
+    low, high = float(values.min()), float(values.max())
+    if high <= low:
+        raise UsageError("the depth map is of one depth; nothing can be told from it")
+    return (2.0 * (values - low) / (high - low) - 1.0)[None].astype(np.float32)
+
+
 def _decoded(image: Image.Image) -> Image.Image:
     """Upright, with 8 bits a channel; raises UsageError for a file that ends too soon."""
     _bounded(image)

@@ -158,7 +158,7 @@ class Pipeline:
             sigmas=options.sigmas,
             denoise_from=options.skipped,
             # With a mask and full strength nothing of the picture is left at the start.
-            picture=picture and not (options.mask_image is not None and options.strength == 1.0),
+            picture=picture and not (options.mask_image is not None and options.share == 1.0),
         )
         share = np.arange(table.evaluations) / table.evaluations
         low, high = options.guidance_interval
@@ -188,7 +188,10 @@ class Pipeline:
         shape = self._latent_shape(options)
         encoder = self.engines["text_encoder"]
         contexts = contexts_of(encoder, self.tokenizer, most, requests, options, self.known)
-        source = source_of(self.engines["vae_encoder"], options, self._size(options), shape)
+        fed = {spec.name: spec for spec in self.manifest.components["unet"].inputs}["sample"]
+        source = source_of(
+            self.engines["vae_encoder"], options, self._size(options), shape, int(fed.shape[1])
+        )
         for tokens in sorted({context.shape[1] for context in contexts}):
             alike = [r for r in requests if contexts[r.index].shape[1] == tokens]
             for i in range(0, len(alike), most):
@@ -203,7 +206,8 @@ class Pipeline:
         plan = plan_of(table, guidance)
         histories = histories_of(plan, [start.columns for start in batch.starts])
         edit = partial(self._edited, batch, options, table)
-        changed = batch.source.mask is not None or options.callback_on_step_end is not None
+        masked = batch.source.mask is not None and not batch.source.model_masks
+        changed = masked or options.callback_on_step_end is not None
         return denoised(
             self.engines["unet"],
             table,
@@ -211,6 +215,7 @@ class Pipeline:
             plan,
             histories,
             batch.context,
+            np.stack([start.beside for start in batch.starts]),
             edit if changed else None,
         )
 
@@ -220,7 +225,7 @@ class Pipeline:
         """The latents after an evaluation with what the mask keeps put back, and as the caller's
         callback leaves them; it sees them in the solver's own scale.
         """
-        if (mask := batch.source.mask) is not None:
+        if (mask := batch.source.mask) is not None and not batch.source.model_masks:
             alpha, sigma = table.shares[index].astype(np.float32)
             known = np.stack([alpha * s.picture + sigma * s.columns[0] for s in batch.starts])
             latents = mask * latents + (1.0 - mask) * known
@@ -251,7 +256,7 @@ class Pipeline:
             "Model": self.manifest.name,
         }
         if options.image is not None:
-            settings["Denoising strength"] = f"{options.strength:g}"
+            settings["Denoising strength"] = f"{options.share:g}"
         if options.clip_skip:
             settings["Clip skip"] = options.clip_skip + 1  # others count the last layer too
         if options.guidance_rescale:

@@ -11,46 +11,99 @@ import numpy as np
 from sdrt.engine import Engine
 from sdrt.errors import UsageError
 
-from .noise import noise_from_seed
+from .noise import Noise, noise_from_seed
 from .options import Options, Request
-from .pictures import image_array, mask_array
+from .pictures import depth_array, image_array, mask_array
 from .samplers.table import SamplerTable
 
 Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Latents:
+    """A picture through the encoder: mean and deviation of its latents, [C, H/8, W/8]."""
+
+    mean: np.ndarray
+    std: np.ndarray
+
+    def drawn(self, stream: Noise) -> np.ndarray:
+        return self.mean + self.std * stream.randn(self.mean.shape)
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
-    """What a call's pictures share: mean and deviation of the given picture's latents
-    [C, H/8, W/8], and the mask [1, H/8, W/8] of 0 (keep) and 1; None where there is none.
+    """What a call's pictures share; None where there is none.
+
+    picture: the given picture. kept: that with what the mask makes new left grey
+    mask: [1, H/8, W/8] of 0 (keep) and 1. depth: [1, H/8, W/8] in [-1, 1]
+    model_masks: whether the model is fed the mask; else it is put back after every evaluation
     """
 
-    mean: np.ndarray | None = None
-    std: np.ndarray | None = None
+    picture: Latents | None = None
+    kept: Latents | None = None
     mask: np.ndarray | None = None
+    depth: np.ndarray | None = None
+
+    @property
+    def model_masks(self) -> bool:
+        return self.kept is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One picture's columns: starting noise, fresh noises, and the given picture's latents where
-    the run begins at them; and those latents, zeros if there are none.
+    """One picture's own.
+
+    columns: starting noise, fresh noises, and the given picture's latents where the run begins
+        at them
+    picture: those latents, zeros if there are none
+    beside: [E, H/8, W/8] what the model is fed beside the latents
     """
 
     columns: Sequence[np.ndarray]
     picture: np.ndarray
+    beside: np.ndarray
 
 
-def source_of(encoder: Engine, options: Options, size: tuple[int, int], shape: Shape) -> Source:
-    """Encode the given picture once for all seeds; raises UsageError for what does not fit."""
+def source_of(
+    encoder: Engine, options: Options, size: tuple[int, int], shape: Shape, model_channels: int
+) -> Source:
+    """Encode what is given once for all seeds; raises UsageError for what does not fit.
+
+    model_channels: of the UNet's input; more than the latents' for inpainting and depth models.
+    """
     _check_latents(options, shape)
+    beside = model_channels - shape[0]
+    _check_task(options, beside, shape[0])
+    latent_size = (shape[2], shape[1])
+    depth = depth_array(options.depth_map, latent_size) if options.depth_map else None
     if options.image is None:
-        return Source()
-    found = encoder({"image": image_array(options.image, size)})
-    mean, std = (found[name][0].astype(np.float32) for name in ("mean", "std"))
-    mask = None
+        return Source(depth=depth)
+    pixels = image_array(options.image, size)
+    picture = _encoded(encoder, pixels)
+    mask = kept = None
     if options.mask_image is not None:
-        mask = mask_array(options.mask_image, options.image, (shape[2], shape[1]))[0]
-    return Source(mean, std, mask)
+        mask = mask_array(options.mask_image, options.image, latent_size)[0]
+        if beside:
+            new = mask_array(options.mask_image, options.image, size)
+            kept = _encoded(encoder, pixels * (new < 0.5))
+    return Source(picture, kept, mask, depth)
+
+
+def _encoded(encoder: Engine, pixels: np.ndarray) -> Latents:
+    found = encoder({"image": pixels.astype(np.float32)})
+    return Latents(*(found[name][0].astype(np.float32) for name in ("mean", "std")))
+
+
+def _check_task(options: Options, beside: int, channels: int) -> None:
+    """Raise UsageError unless what is given is what the model takes."""
+    if beside == 0 and options.depth_map is not None:
+        raise UsageError("a depth map, but this model takes none; build a depth model")
+    if beside == 1 and options.depth_map is None:
+        raise UsageError("this model takes a depth map; give depth_map (--depth FILE)")
+    if beside == channels + 1 and options.mask_image is None:
+        raise UsageError("this is an inpainting model; give image and mask_image (--image, --mask)")
+    if beside not in (0, 1, channels + 1):
+        raise UsageError(f"this model takes {beside} channels beside the latents, which is unknown")
 
 
 def _check_latents(options: Options, shape: Shape) -> None:
@@ -72,8 +125,8 @@ def start_of(
     """Draw what one picture needs; the same whatever else is in its batch."""
     stream = noise_from_seed(request.seed, options.rng)
     picture = np.zeros(shape, np.float32)
-    if source.mean is not None and source.std is not None:
-        picture = source.mean + source.std * stream.randn(shape)
+    if source.picture is not None and (table.begins_at_picture or not source.model_masks):
+        picture = source.picture.drawn(stream)
     noise = stream.randn(shape)
     if options.latents is not None:
         if request.index >= len(options.latents):
@@ -81,6 +134,13 @@ def start_of(
                 f"{len(options.latents)} latents for picture {request.index + 1}; give one each"
             )
         noise = np.asarray(options.latents[request.index], np.float32)
+    beside = [source.depth] if source.depth is not None else []
+    if source.kept is not None and source.mask is not None:
+        beside = [source.mask, source.kept.drawn(stream)]
     fresh = [stream.randn(shape) for _ in range(table.noises)]
     begun = [picture] if table.begins_at_picture else []
-    return Start([noise, *fresh, *begun], picture)
+    return Start(
+        [noise, *fresh, *begun],
+        picture,
+        np.concatenate(beside) if beside else np.zeros((0, *shape[1:]), np.float32),
+    )

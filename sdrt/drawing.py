@@ -43,6 +43,7 @@ def options_from_arguments(args: argparse.Namespace) -> Options:
             "size": args.size,
             "image": open_image(args.image) if args.image else None,
             "mask_image": open_image(args.mask) if args.mask else None,
+            "depth_map": open_image(args.depth) if args.depth else None,
             "strength": args.strength,
             "clip_skip": args.clip_skip,
             "long_prompts": "cut" if args.cut else "chunk",

@@ -48,7 +48,7 @@ def tiny(tmp_path_factory, embedded):
     return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny", embedded)
 
 
-def write_tiny(folder: Path, embedded: Path) -> Path:
+def write_tiny(folder: Path, embedded: Path, **unet_options) -> Path:
     import shutil
 
     import torch
@@ -81,6 +81,7 @@ def write_tiny(folder: Path, embedded: Path) -> Path:
         "norm_num_groups": 4,
         "cross_attention_dim": 16,
         "attention_head_dim": 2,
+        **unet_options,
     }
     vae = {"block_out_channels": [4] * 4, "layers_per_block": 1, "norm_num_groups": 2}
     made = {
