@@ -1,10 +1,12 @@
 """How long a guided UNet evaluation and a decode take on each engine here, next to the reference.
 
-    python benchmarks/latency.py [--size 256x256] [--rounds 5] [--work FOLDER] [--save]
+    python benchmarks/latency.py [--size 256x256] [--rounds 5] [--work FOLDER] [--engines A,B]
+        [--save]
 
 Full-size Stable Diffusion 1.5 with random weights, made and built in FOLDER (9 GB; kept there for
 the next run if it is named). Every engine lives in a process of its own; they take turns, and
-ratios are taken round by round, so that a machine that drifts favours none.
+ratios are taken round by round, so that a machine that drifts favours none. All five at once need
+more than 24 GB at 512x512.
 """
 
 import argparse
@@ -108,9 +110,11 @@ def work(name: str, folder: Path, size: tuple[int, int]) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
 
 
-def measured(folder: Path, size: str, rounds: int) -> dict[str, dict[str, object]]:
+def measured(
+    folder: Path, size: str, rounds: int, engines: list[str]
+) -> dict[str, dict[str, object]]:
     workers, found = {}, {}
-    for name in ENGINES:
+    for name in engines:
         command = [sys.executable, __file__, "--worker", name, "--work", str(folder)]
         process = subprocess.Popen(
             [*command, "--size", size], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -143,6 +147,7 @@ def main() -> None:
     parser.add_argument("--size", default="256x256")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--engines", default=",".join(ENGINES), help="separated by commas")
     parser.add_argument("--save", action="store_true", help="keep the figures for the README")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -159,7 +164,7 @@ def main() -> None:
             build = [sys.executable, "-m", "sdrt", "build", "--model", str(folder / "model")]
             sizes = ["--size", "256x256", "--size", "512x512"]
             subprocess.run([*build, *sizes, "--output", str(folder / "bundle")], check=True)
-        found = measured(folder, args.size, args.rounds)
+        found = measured(folder, args.size, args.rounds, args.engines.split(","))
     for name, values in found.items():
         unet, vae = (statistics.median(values[part]) for part in ("unet_s", "vae_s"))
         print(

@@ -23,9 +23,9 @@ from sdrt.errors import BundleError, SdrtError
 
 from .checkpoint import PARTS, Checkpoint, find_checkpoint
 from .graph import OPSET
+from .modules import latent_shape
 from .proof import RECIPES, Proof
 from .unet import UnetConfig
-from .vae import VaeConfig
 
 log = logging.getLogger("sdrt.build")
 
@@ -41,6 +41,9 @@ class BuildPlan:
     batch: tuple[int, int, int] = (1, 1, 4)
     backend: str = "auto"
     force: bool = False
+    vae: str | None = None
+    unet: str | None = None
+    loras: tuple[str, ...] = ()
 
 
 def build_bundle(plan: BuildPlan) -> Path:
@@ -49,7 +52,8 @@ def build_bundle(plan: BuildPlan) -> Path:
     Raises CheckpointError, ParityError, BackendError, and BundleError where the folder is taken.
     """
     choose(plan.backend)
-    checkpoint = find_checkpoint(plan.model)
+    checkpoint = find_checkpoint(plan.model).with_parts({"vae": plan.vae, "unet": plan.unet})
+    checkpoint = checkpoint.with_loras(plan.loras)
     candidate = choose(plan.backend, _bytes(checkpoint, plan.dtype))
     target = (plan.output or bundles_folder() / checkpoint.name).expanduser()
     if target.exists() and not (target / MANIFEST).is_file():
@@ -149,17 +153,16 @@ def _publish(folder: Path, target: Path) -> None:
 
 def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder: Path) -> Manifest:
     _copy_small_files(checkpoint, folder)
-    vae = VaeConfig.from_json(checkpoint.config("vae"))
+    latent_channels, downscale = latent_shape(checkpoint)
     unet = UnetConfig.from_json(checkpoint.config("unet"))
     text = checkpoint.config("text_encoder")
-    downscale = 2 ** (len(vae.block_out_channels) - 1)
     native = unet.sample_size * downscale
     manifest = Manifest(
         name=checkpoint.name,
         source=checkpoint.source,
         sizes=plan.sizes or ((native, native),),
         batch=plan.batch,
-        latent_channels=vae.latent_channels,
+        latent_channels=latent_channels,
         downscale=downscale,
         max_tokens=int(text.get("max_position_embeddings", 77)),
         opset=OPSET,

@@ -7,7 +7,8 @@ import difflib
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdrt.errors import CheckpointError
+
+from .lora import Lora, changes_from_tensors, fused, parse_lora
 
 KNOWN = {
     "stable-diffusion-v1-4": "CompVis/stable-diffusion-v1-4",
@@ -39,9 +42,30 @@ class Checkpoint:
     name: str
     source: str
     folder: Path
+    others: Mapping[str, Path] = field(default_factory=dict)
+    loras: tuple[Lora, ...] = ()
+
+    def with_parts(self, parts: Mapping[str, str | None]) -> "Checkpoint":
+        """The same with parts from elsewhere: a folder, or a hub id. Raises CheckpointError."""
+        found = {part: find_part(part, where) for part, where in parts.items() if where}
+        said = "".join(f", {part} {parts[part]}" for part in found)
+        made = replace(self, source=self.source + said, others={**self.others, **found})
+        for part in found:
+            for path in made.weight_files(part):
+                open_safetensors(path)
+        return made
+
+    def with_loras(self, named: Sequence[str]) -> "Checkpoint":
+        """The same with LoRA files added, each `FILE` or `FILE:WEIGHT`; raises CheckpointError."""
+        read = [read_lora(text) for text in named]
+        said = "".join(f", lora {lora.name}:{lora.weight:g}" for lora in read)
+        return replace(self, source=self.source + said, loras=(*self.loras, *read))
+
+    def part_folder(self, part: str) -> Path:
+        return self.others.get(part, self.folder / part)
 
     def config(self, part: str) -> dict[str, Any]:
-        return _json(self.folder / part / "config.json")
+        return _json(self.part_folder(part) / "config.json")
 
     def scheduler_config(self) -> dict[str, Any]:
         return _json(self.folder / "scheduler" / "scheduler_config.json")
@@ -50,20 +74,19 @@ class Checkpoint:
         """The part's safetensors files, full precision preferred; raises CheckpointError."""
         for stem in WEIGHTS:
             for suffix in (".safetensors", ".fp16.safetensors"):
-                path = self.folder / part / f"{stem}{suffix}"
+                path = self.part_folder(part) / f"{stem}{suffix}"
                 if path.is_file():
                     return [path]
                 index = path.with_name(path.name + ".index.json")
                 if index.is_file():
                     shards = sorted(set(_json(index)["weight_map"].values()))
                     return [path.with_name(Path(shard).name) for shard in shards]
-        pickles = [p.name for p in (self.folder / part).glob("*") if p.suffix in PICKLES]
+        folder = self.part_folder(part)
+        pickles = [p.name for p in folder.glob("*") if p.suffix in PICKLES]
         if pickles:
-            raise CheckpointError(
-                f"{self.folder / part} has only {pickles[0]}, a pickle: {TO_CONVERT}"
-            )
+            raise CheckpointError(f"{folder} has only {pickles[0]}, a pickle: {TO_CONVERT}")
         raise CheckpointError(
-            f"{self.folder / part} has no weights; expected model.safetensors or "
+            f"{folder} has no weights; expected model.safetensors or "
             "diffusion_pytorch_model.safetensors"
         )
 
@@ -78,7 +101,7 @@ class Checkpoint:
         merged: dict[str, Tensor] = {}
         for path in self.weight_files(part):
             merged |= read_safetensors(path)
-        return merged
+        return fused(part, merged, self.loras)
 
 
 def find_checkpoint(model: str) -> Checkpoint:
@@ -112,6 +135,34 @@ def find_checkpoint(model: str) -> Checkpoint:
     )
 
 
+def find_part(part: str, where: str) -> Path:
+    """The folder of one part: itself, that of a whole model, or of a hub repository."""
+    path = Path(where).expanduser()
+    if path.suffix.lower() in PICKLES:
+        raise CheckpointError(f"{where} is a pickle, which is refused: {TO_CONVERT}")
+    if not path.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or where.startswith("."):
+            raise CheckpointError(
+                f"no {part} at {where!r}; give a folder with config.json and weights, or a hub id"
+            )
+        patterns = ["config.json", "*.safetensors", f"{part}/config.json", f"{part}/*.safetensors"]
+        path = _fetched(where, patterns)
+    for folder in (path / part, path):
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError(f"{path} holds no {part}: neither config.json nor {part}/config.json")
+
+
+def read_lora(text: str) -> Lora:
+    """A LoRA file and its weight; raises CheckpointError if it is a pickle, damaged or unknown."""
+    path, weight = parse_lora(text)
+    if path.suffix.lower() in PICKLES:
+        raise CheckpointError(f"{path} is a pickle, which is refused: {TO_CONVERT}")
+    if not path.is_file():
+        raise CheckpointError(f"there is no LoRA file {path}")
+    return Lora(path.name, changes_from_tensors(read_safetensors(path)), weight)
+
+
 def embedded_checkpoint(name: str) -> Path:
     import sdrt
 
@@ -120,11 +171,14 @@ def embedded_checkpoint(name: str) -> Path:
 
 def download(repository: str) -> Path:
     """The files that a build needs, from the hub or its local cache."""
+    patterns = ["scheduler/*.json", "tokenizer/*", "*/config.json"]
+    return _fetched(repository, patterns + [f"{part}/*.safetensors" for part in PARTS])
+
+
+def _fetched(repository: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["scheduler/*.json", "tokenizer/*", "*/config.json"]
-    patterns += [f"{part}/*.safetensors" for part in PARTS]
     ignored = ["*.non_ema.safetensors", "*.fp16.safetensors", "safety_checker/*"]
     try:
         folder = snapshot_download(repository, allow_patterns=patterns, ignore_patterns=ignored)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sdrt.errors import CheckpointError
 
 from .checkpoint import Checkpoint
+from .tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from .unet import Unet, UnetConfig
 from .vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
 
@@ -55,16 +56,31 @@ def unet(checkpoint: Checkpoint) -> Unet:
     return filled
 
 
-def vae(checkpoint: Checkpoint) -> AutoencoderKL:
-    config = VaeConfig.from_json(checkpoint.config("vae"))
+def vae(checkpoint: Checkpoint) -> AutoencoderKL | AutoencoderTiny:
+    raw = checkpoint.config("vae")
+    if raw.get("_class_name") == "AutoencoderTiny":
+        with torch.device("meta"):
+            tiny = AutoencoderTiny(TinyVaeConfig.from_json(raw))
+        small: AutoencoderTiny = _filled(tiny, checkpoint.weights("vae"), "vae")
+        return small
     with torch.device("meta"):
-        module = AutoencoderKL(config)
+        module = AutoencoderKL(VaeConfig.from_json(raw))
     weights = {_modern(name): t for name, t in checkpoint.weights("vae").items()}
     for name, tensor in weights.items():
         if ".attentions." in name and tensor.ndim == 4:  # linear layers once were 1x1 convolutions
             weights[name] = tensor[:, :, 0, 0]
     filled: AutoencoderKL = _filled(module, weights, "vae")
     return filled
+
+
+def latent_shape(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Channels of the latents, and how many pixels are one of theirs."""
+    raw = checkpoint.config("vae")
+    if raw.get("_class_name") == "AutoencoderTiny":
+        tiny = TinyVaeConfig.from_json(raw)
+        return tiny.latent_channels, 2 ** (len(tiny.num_encoder_blocks) - 1)
+    config = VaeConfig.from_json(raw)
+    return config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
 
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -99,9 +115,15 @@ def _filled(module: Any, weights: dict[str, Tensor], part: str) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def vae_decoder(checkpoint: Checkpoint) -> VaeDecoder:
-    return VaeDecoder(vae(checkpoint)).eval()
+def vae_decoder(checkpoint: Checkpoint) -> nn.Module:
+    loaded = vae(checkpoint)
+    if isinstance(loaded, AutoencoderTiny):
+        return TinyVaeDecoder(loaded).eval()
+    return VaeDecoder(loaded).eval()
 
 
-def vae_encoder(checkpoint: Checkpoint) -> VaeEncoder:
-    return VaeEncoder(vae(checkpoint)).eval()
+def vae_encoder(checkpoint: Checkpoint) -> nn.Module:
+    loaded = vae(checkpoint)
+    if isinstance(loaded, AutoencoderTiny):
+        return TinyVaeEncoder(loaded).eval()
+    return VaeEncoder(loaded).eval()

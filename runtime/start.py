@@ -27,6 +27,8 @@ class Latents:
     std: np.ndarray
 
     def drawn(self, stream: Noise) -> np.ndarray:
+        if not self.std.any():  # an encoder without deviation; the reference draws nothing then
+            return self.mean
         return self.mean + self.std * stream.randn(self.mean.shape)
 
 

@@ -29,6 +29,7 @@ EXAMPLES = """examples:
 
 exit codes: 0 done, 1 failed, 2 usage, 3 bundle, 4 checkpoint, 5 backend, 6 parity, 130 interrupted
 """
+TINY_VAE = "madebyollin/taesd"
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
 
 
@@ -86,6 +87,12 @@ def parser() -> argparse.ArgumentParser:
     )
     schedulers_parser = _command(commands, "schedulers", schedulers, "list the samplers")
     schedulers_parser.add_argument("--json", action="store_true", help="for machines")
+    bench_parser = _command(commands, "bench", bench, "measure a bundle on every engine here")
+    bench_parser.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
+    bench_parser.add_argument("--size", metavar="WxH")
+    bench_parser.add_argument("--steps", type=_whole, default=20, metavar="N")
+    bench_parser.add_argument("--rounds", type=_whole, default=7, metavar="N")
+    bench_parser.add_argument("--json", action="store_true", help="for machines")
     inspect_parser = _command(commands, "inspect", inspect, "show bundles and what is in them")
     inspect_parser.add_argument("--bundle", metavar="NAME|FOLDER", help="only this one")
     inspect_parser.add_argument("--json", action="store_true", help="for machines")
@@ -118,6 +125,19 @@ def _add_build(to: argparse.ArgumentParser) -> None:
         help="well-known name, hub id, local folder or .safetensors file",
     )
     to.add_argument("--output", type=Path, metavar="FOLDER", help="where the bundle goes")
+    parts = to.add_mutually_exclusive_group()
+    parts.add_argument("--vae", metavar="ID|FOLDER", help="another autoencoder")
+    parts.add_argument(
+        "--tiny-vae", action="store_const", const=TINY_VAE, dest="vae", help=f"--vae {TINY_VAE}"
+    )
+    to.add_argument("--unet", metavar="ID|FOLDER", help="another UNet, such as a distilled one")
+    to.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="added to the weights, repeatable",
+    )
     precision = to.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="half precision")
     precision.add_argument("--fp32", action="store_true", help="single precision (default)")
@@ -202,6 +222,9 @@ def build(args: argparse.Namespace) -> None:
         batch=_batch(args.batch),
         backend=args.backend,
         force=args.force,
+        vae=args.vae,
+        unet=args.unet,
+        loras=tuple(args.lora),
     )
     print(build_bundle(plan))
 
@@ -237,6 +260,13 @@ def schedulers(args: argparse.Namespace) -> None:
     from .drawing import schedulers
 
     schedulers(args)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """`sdrt bench`: prints a table, or JSON."""
+    from .bench import bench
+
+    bench(args)
 
 
 def inspect(args: argparse.Namespace) -> None:

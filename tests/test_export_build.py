@@ -92,6 +92,32 @@ def test_openvino_draws_the_same_exactly_and_nearly_in_bf16(shapes, tmp_path):
         assert manifest["admitted"]["openvino-bf16"] >= 35.0
 
 
+def test_a_part_may_come_from_elsewhere(tiny, tmp_path):
+    from sdrt.export.tiny_vae import AutoencoderTiny, TinyVaeConfig
+
+    config = {
+        "_class_name": "AutoencoderTiny",
+        "encoder_block_out_channels": [8] * 4,
+        "decoder_block_out_channels": [8] * 4,
+    }
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    weights = AutoencoderTiny(TinyVaeConfig.from_json(config)).state_dict()
+    save_file(
+        {name: tensor.numpy() for name, tensor in weights.items()},
+        tmp_path / "vae" / "diffusion_pytorch_model.safetensors",
+    )
+    bundle = build_bundle(BuildPlan(str(tiny), tmp_path / "b", vae=str(tmp_path)))
+    assert f"vae {tmp_path}" in open_bundle(bundle).manifest.source
+    with sdrt.load(bundle, backend="onnxruntime") as pipe:
+        first = pipe("a square", num_inference_steps=2, seed=0).images[0]
+        again = pipe("a square", image=first, num_inference_steps=2, seed=0).images[0]
+    assert first.size == again.size == (32, 32)
+    for wrong, message in ((str(tmp_path / "none"), "no vae at"), ("x.ckpt", "pickle")):
+        with pytest.raises(CheckpointError, match=message):
+            build_bundle(BuildPlan(str(tiny), tmp_path / "c", vae=wrong))
+
+
 def test_a_closed_openvino_engine_says_so(shapes):
     pytest.importorskip("openvino")
     pipe = sdrt.load(shapes, backend="openvino")

@@ -4,6 +4,12 @@ import pytest
 import torch
 
 from sdrt.errors import CheckpointError
+from sdrt.export.tiny_vae import (
+    AutoencoderTiny,
+    TinyVaeConfig,
+    TinyVaeDecoder,
+    TinyVaeEncoder,
+)
 from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
 
@@ -69,6 +75,26 @@ def test_vae_is_the_reference():
         assert relative(std, posterior.std * scale) <= 1e-5
         wanted = reference.decode(posterior.mean).sample
         assert relative(VaeDecoder(own)(posterior.mean * scale), wanted) <= 1e-5
+
+
+def test_tiny_vae_is_the_reference():
+    torch.manual_seed(0)
+    reference = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 2, 2),
+        num_decoder_blocks=(2, 2, 1),
+    ).eval()
+    own = AutoencoderTiny(TinyVaeConfig.from_json(dict(reference.config)))
+    own.load_state_dict(reference.state_dict())
+    picture, latents = torch.rand(2, 3, 16, 24) * 2 - 1, torch.randn(2, 4, 4, 6) * 3
+    with torch.no_grad():
+        mean, std = TinyVaeEncoder(own)(picture)
+        assert relative(mean, reference.encode(picture).latents) <= 1e-5 and not std.any()
+        assert relative(TinyVaeDecoder(own)(latents), reference.decode(latents).sample) <= 1e-5
+    with torch.device("meta"):
+        whole = AutoencoderTiny(TinyVaeConfig())
+    assert set(whole.state_dict()) == set(diffusers.AutoencoderTiny().state_dict())
 
 
 # Published configurations, as far as they differ from the first, and what they weigh.

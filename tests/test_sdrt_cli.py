@@ -58,6 +58,8 @@ def test_run_json_grid_and_folder(shapes, tmp_path, capsys):
         (["run", PROMPT, "--scheduler-option", "solver_order=9"], 2, "solver_order"),
         (["run", "(a:99)"], 2, "expected 0 to 10"),
         (["compare", PROMPT, "--steps", "a,2"], 2, "whole numbers"),
+        (["bench", "--rounds", "0"], 2, "1 to 1000"),
+        (["bench", "--bundle", "nope"], 3, "no bundle called"),
         (["compare", PROMPT, "--schedulers", "Eulr"], 2, "did you mean Euler"),
         (["compare", PROMPT, "--output", "a.jpg"], 2, ".png"),
         (["run", PROMPT, "--backend", "tensorrt"], 5, "no backend can run here"),
@@ -190,7 +192,21 @@ def test_names_of_other_tools_come_back_in_the_file(shapes, name):
     assert title_of(config).casefold() == name.casefold()
 
 
-@pytest.mark.parametrize("command", ["build", "run", "compare", "schedulers", "inspect", "doctor"])
+@pytest.mark.reference
+def test_bench_measures_every_engine_here(shapes, capsys):
+    assert main(["bench", "--rounds", "2", "--steps", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    names = [engine["name"] for engine in report["engines"]]
+    assert names[0].startswith("reference") and "onnxruntime on cpu" in names
+    for engine in report["engines"]:
+        assert set(engine["parts"]) == {"text", "unet", "decode", "picture"}
+        assert engine["parts"]["unet"]["p50"] > 0 and engine["peak_bytes"] > 10_000_000
+    assert report["engines"][0]["parts"]["unet"]["times_faster"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "command", ["build", "run", "compare", "bench", "schedulers", "inspect", "doctor"]
+)
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -1,0 +1,139 @@
+"""LoRA files of every layout against the reference library's own loading of them."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdrt.errors import CheckpointError, UsageError
+from sdrt.export.checkpoint import find_checkpoint
+from sdrt.export.lora import parse_lora
+
+pytestmark = [
+    pytest.mark.reference,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+OUT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"
+CONV = "down_blocks.0.resnets.0.conv1"
+
+
+@pytest.fixture(scope="module")
+def weights(tiny):
+    return load_file(tiny / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def factors(weights, name, rank=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = weights[f"{name}.weight"].shape
+    down = torch.randn((rank, *shape[1:]), generator=generator)
+    up = torch.randn((shape[0], rank, *[1] * (len(shape) - 2)), generator=generator)
+    return down, up
+
+
+def files(weights):
+    """The same three changes in both layouts; kohya's with an alpha of half the rank."""
+    changes = {name: factors(weights, name, seed=i) for i, name in enumerate((TO_Q, OUT, CONV))}
+    kohya, peft = {}, {}
+    for name, (down, up) in changes.items():
+        stem = "lora_unet_" + name.replace(".", "_")
+        kohya |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        kohya[f"{stem}.alpha"] = torch.tensor(1.0)
+        peft |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+    return {"kohya": kohya, "peft": peft}
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+@pytest.mark.parametrize("weight", [1.0, 0.6])
+def test_fused_weights_are_the_references(tiny, weights, tmp_path, layout, weight):
+    path = tmp_path / "l.safetensors"
+    save_file(files(weights)[layout], path)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet")
+    kind = diffusers.StableDiffusionPipeline
+    state, alphas = kind.lora_state_dict(str(path), unet_config=unet.config)
+    kind.load_lora_into_unet(state, alphas, unet)
+    unet.fuse_lora(lora_scale=weight)
+    unet.unload_lora()
+    wanted = unet.state_dict()
+    found = find_checkpoint(str(tiny)).with_loras([f"{path}:{weight}"]).weights("unet")
+    changed = 0
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, wanted[name], atol=1e-5), name
+        changed += not torch.equal(tensor, weights[name])
+    assert changed == 3
+
+
+def test_several_files_add_up_and_zero_is_none(tiny, weights, tmp_path):
+    path = tmp_path / "l.safetensors"
+    save_file(files(weights)["kohya"], path)
+    checkpoint = find_checkpoint(str(tiny))
+    once = checkpoint.with_loras([f"{path}:0.8"]).weights("unet")
+    twice = checkpoint.with_loras([f"{path}:0.5", f"{path}:0.3"]).weights("unet")
+    none = checkpoint.with_loras([f"{path}:0"]).weights("unet")
+    for name, tensor in once.items():
+        assert torch.allclose(tensor, twice[name], atol=1e-5)
+        assert torch.equal(none[name], weights[name])
+    assert "lora l.safetensors:0.8" in checkpoint.with_loras([f"{path}:0.8"]).source
+
+
+def test_the_text_encoder_and_a_middle_factor(tiny, weights, tmp_path):
+    text = load_file(tiny / "text_encoder" / "model.safetensors")
+    name = next(n for n in text if n.endswith("self_attn.q_proj.weight"))
+    stem = name.removesuffix(".weight").removeprefix("text_model.")
+    down, up = torch.randn(2, 16), torch.randn(16, 2)
+    out, inside = weights[f"{CONV}.weight"].shape[:2]
+    mid = {"lora_up": torch.randn(out, 3, 1, 1), "lora_down": torch.randn(3, inside, 1, 1)}
+    mid["lora_mid"] = torch.randn(3, 3, 3, 3)
+    saved = {f"lora_unet_{CONV.replace('.', '_')}.{k}.weight": v for k, v in mid.items()}
+    encoder = "lora_te_text_model_" + stem.replace(".", "_")
+    saved |= {f"{encoder}.lora_down.weight": down, f"{encoder}.lora_up.weight": up}
+    path = tmp_path / "l.safetensors"
+    save_file(saved, path)
+    checkpoint = find_checkpoint(str(tiny)).with_loras([str(path)])
+    found = checkpoint.weights("text_encoder")[name]
+    assert torch.allclose(found, text[name] + up @ down, atol=1e-5)
+    change = checkpoint.weights("unet")[f"{CONV}.weight"] - weights[f"{CONV}.weight"]
+    a, b, m = (mid[k].numpy() for k in ("lora_up", "lora_down", "lora_mid"))
+    wanted = np.zeros(change.shape)
+    for o, i in np.ndindex(out, inside):  # two 1x1 convolutions around a 3x3 one, written out
+        wanted[o, i] = sum(
+            a[o, r, 0, 0] * m[r, s] * b[s, i, 0, 0] for r in range(3) for s in range(3)
+        )
+    np.testing.assert_allclose(change, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("lora_unet_nowhere_to_q.lora_down.weight", (2, 8), "unet has no lora_unet_nowhere_to_q"),
+        ("something.else.weight", (2, 8), "no known layout"),
+        ("lora_unet_" + TO_Q.replace(".", "_") + ".lora_down.weight", (2, 8), "lacks"),
+    ],
+)
+def test_a_file_for_another_model_is_refused(tiny, tmp_path, key, shape, message):
+    path = tmp_path / "l.safetensors"
+    save_file({key: torch.zeros(shape)}, path)
+    with pytest.raises(CheckpointError, match=message):
+        find_checkpoint(str(tiny)).with_loras([str(path)]).weights("unet")
+
+
+def test_a_factor_of_another_shape_is_refused(tiny, weights, tmp_path):
+    down, up = factors(weights, TO_Q)
+    path = tmp_path / "l.safetensors"
+    wrong = {f"unet.{TO_Q}.lora_A.weight": down[:, :3].contiguous()}
+    save_file(wrong | {f"unet.{TO_Q}.lora_B.weight": up}, path)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        find_checkpoint(str(tiny)).with_loras([str(path)]).weights("unet")
+
+
+def test_files_that_are_none_are_refused(tiny):
+    checkpoint = find_checkpoint(str(tiny))
+    with pytest.raises(CheckpointError, match="no LoRA file"):
+        checkpoint.with_loras(["none.safetensors"])
+    with pytest.raises(CheckpointError, match="pickle"):
+        checkpoint.with_loras(["l.pt:0.5"])
+    with pytest.raises(UsageError, match="LoRA weight 99"):
+        parse_lora("l.safetensors:99")
+    assert parse_lora("l.safetensors:0.25")[1] == 0.25
