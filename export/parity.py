@@ -39,8 +39,9 @@ def measures(found: np.ndarray, wanted: np.ndarray, *, picture: bool) -> dict[st
     """Cosine, largest relative error and, for pictures, PSNR; NaN anywhere makes them NaN."""
     a, b = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
     scale = float(np.abs(b).max()) or 1.0
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b)) or 1.0
-    values = {"cosine": float(a @ b) / norms, "error": float(np.abs(a - b).max()) / scale}
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    cosine = float(a @ b) / norms if norms else float(not a.any() and not b.any())
+    values = {"cosine": cosine, "error": float(np.abs(a - b).max()) / scale}
     if picture:
         mean = float(np.mean((np.clip(a, -1, 1) - np.clip(b, -1, 1)) ** 2))
         values["psnr"] = (

@@ -5,6 +5,9 @@ Knows modules, graphs and engines; not where a checkpoint comes from nor how a b
 
 import gc
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from sdrt.bundle import Bundle, Component, Manifest
 from sdrt.engine import Candidate, candidates
+from sdrt.errors import ParityError
 from sdrt.runtime import Pipeline, load_pipeline, randn, sampler_table
 from sdrt.runtime.loop import Guidance, denoised, histories_of, plan_of
 
@@ -27,6 +31,7 @@ PROOF_PROMPT = "a red circle on a blue background"
 PROOF_SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False}
 PROOF_STEPS = 2
 GUIDED_STEPS = 4
+HALF_MAX = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,26 @@ RECIPES = (
 )
 
 
+@contextmanager
+def largest_activation(module: nn.Module) -> Iterator[list[float]]:
+    """The largest magnitude that any layer puts out meanwhile: a processor without half precision
+    computes in single, so that only this tells what overflows elsewhere.
+    """
+    peak = [0.0]
+
+    def look(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            low, high = output.aminmax()
+            peak[0] = max(peak[0], -float(low), float(high))
+
+    hooks = [layer.register_forward_hook(look) for layer in module.modules()]
+    try:
+        yield peak
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class Proof:
     """Exports components one after the other, keeping torch's answers to compare with.
 
@@ -71,25 +96,49 @@ class Proof:
         self.model_channels = manifest.latent_channels
 
     def component(self, checkpoint: Checkpoint, recipe: Recipe) -> Component:
+        """Export one component and prove it; in float32 where half precision does not hold it."""
         module: nn.Module = getattr(modules, recipe.name)(checkpoint)
-        with torch.no_grad():
+        with torch.no_grad(), largest_activation(module) as peak:
             cases = getattr(self, f"_{recipe.name}_cases")(module)
-        dtype = getattr(torch, self.dtype)
-        example = {k: self._cast(torch.from_numpy(v), dtype) for k, v in cases[0][0].items()}
-        inputs, outputs = export_graph(
-            module.to(dtype),
-            _two_rows(example),
-            recipe.outputs,
-            recipe.axes,
-            self.folder / recipe.name,
-        )
+        dtype = self.dtype
+        if dtype == "float16" and peak[0] > HALF_MAX:
+            log.info("      activations reach %.3g, beyond float16; kept in float32", peak[0])
+            dtype = "float32"
+        specs = self._export(module, recipe, cases, dtype)
         del module
         gc.collect()
-        component = Component(inputs, outputs, self.dtype, {})
+        try:
+            return self._prove(recipe, cases, dtype, specs)
+        except ParityError as error:
+            if dtype == "float32":
+                raise
+            log.info("      %s; kept in float32", error)
+        again: nn.Module = getattr(modules, recipe.name)(checkpoint)
+        specs = self._export(again, recipe, cases, "float32")
+        del again
+        gc.collect()
+        return self._prove(recipe, cases, "float32", specs)
+
+    def _export(
+        self, module: nn.Module, recipe: Recipe, cases: list[Any], dtype: str
+    ) -> tuple[Any, Any]:
+        """Write graph and weights; the specifications of inputs and outputs."""
+        kind = getattr(torch, dtype)
+        example = {k: self._cast(torch.from_numpy(v), kind) for k, v in cases[0][0].items()}
+        folder = self.folder / recipe.name
+        shutil.rmtree(folder, ignore_errors=True)
+        return export_graph(
+            module.to(kind), _two_rows(example), recipe.outputs, recipe.axes, folder
+        )
+
+    def _prove(
+        self, recipe: Recipe, cases: list[Any], dtype: str, specs: tuple[Any, Any]
+    ) -> Component:
+        component = Component(*specs, dtype, {})
         values = self._compare(recipe, component, cases)
         log.info("      %s", "  ".join(f"{k} {v:.6g}" for k, v in values.items()))
-        parity.check(recipe.name, values, self.dtype)
-        return Component(inputs, outputs, self.dtype, values)
+        parity.check(recipe.name, values, dtype)
+        return replace(component, parity=values)
 
     @staticmethod
     def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,7 +167,7 @@ class Proof:
         self.contexts = contexts[:, -1]
         return [({"input_ids": ids}, {"contexts": contexts})]
 
-    def _unet_cases(self, module: nn.Module) -> list[Any]:
+    def _unet_cases(self, module: Any) -> list[Any]:
         table = sampler_table(PROOF_SCHEDULER, PROOF_STEPS)
         self.model_channels = module.config.in_channels
         cases = []

@@ -76,8 +76,8 @@ class UnetConfig:
             "addition_embed_type_num_heads": 64,
         }
         config = read_config(cls, raw, fixed=fixed)
-        known = {"UNetMidBlock2DCrossAttn", "CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D"}
-        known |= {"CrossAttnUpBlock2D", None}
+        known: set[str | None] = {"CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D", None}
+        known |= {"CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn"}
         for kind in (*config.down_block_types, *config.up_block_types, config.mid_block_type):
             if kind not in known:
                 raise CheckpointError(f"{cls.__name__}: a block of type {kind!r} is not known here")

@@ -86,13 +86,24 @@ class Pipeline:
         options: Options,
         on_step: Callable[[Step], None] | None = None,
     ) -> Iterator[tuple[Request, Image]]:
-        """The pictures of a call, as they are finished."""
+        """The pictures of a call, as they are finished; SdrtError, after all others, for one that
+        holds no numbers.
+        """
         table, guidance = self._run(options)
+        failed: SdrtError | None = None
         for batch in self._batches(prompt, options, table):
             for step in self._steps(batch, options, table, guidance):
                 if on_step:
                     on_step(step)
-            yield from zip(batch.requests, self.decode(step.latents), strict=True)
+            for i, request in enumerate(batch.requests):
+                try:
+                    image = self.decode(step.latents[i : i + 1])[0]
+                except SdrtError as error:
+                    failed = SdrtError(f"seed {request.seed}: {error}")
+                    continue
+                yield request, image
+        if failed:
+            raise failed
 
     def steps(self, prompt: Prompt = None, **options: Any) -> Iterator[Step]:
         """The denoising loop, one `Step` per evaluation; arguments as for a call, one batch."""
@@ -118,12 +129,11 @@ class Pipeline:
             for i in range(len(latents))
         ]
         decoded = np.concatenate(parts).astype(np.float32)
-        for i, picture in enumerate(decoded):
-            if not np.isfinite(picture).all():
-                raise SdrtError(
-                    f"picture {i + 1} of {len(decoded)} holds NaN or infinity, so nothing was "
-                    "written; build the bundle with --fp32, or lower the guidance scale"
-                )
+        if not np.isfinite(decoded).all():
+            raise SdrtError(
+                "the picture holds NaN or infinity, so it was not written; build the bundle with "
+                "--fp32, or lower the guidance scale"
+            )
         return decoded
 
     def with_scheduler(self, scheduler: str | Mapping[str, Any]) -> "Pipeline":

@@ -197,11 +197,11 @@ def _own(backend: str, precision: str, folder: str, size: str, steps: int) -> di
 
 
 def _reference(folder: str, size: str, steps: int) -> dict[str, Part]:
+    import diffusers
     import torch
-    from diffusers import StableDiffusionPipeline
 
-    checkpoint = checkpoint_folder(open_bundle(folder))
-    pipe = StableDiffusionPipeline.from_pretrained(checkpoint)
+    kind: Any = diffusers.StableDiffusionPipeline
+    pipe = kind.from_pretrained(checkpoint_folder(open_bundle(folder)))
     pipe.to(dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     width, height = parse_size(size)

@@ -118,6 +118,33 @@ def test_a_part_may_come_from_elsewhere(tiny, tmp_path):
             build_bundle(BuildPlan(str(tiny), tmp_path / "c", vae=wrong))
 
 
+def test_what_overflows_in_half_is_kept_in_single(tiny, tmp_path):
+    """A decoder whose middle reaches 1e6 and comes back: black pictures in fp16."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    path = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    for name in ("weight", "bias"):
+        weights[f"decoder.conv_in.{name}"] = weights[f"decoder.conv_in.{name}"] * np.float32(1e6)
+    save_file(weights, path)
+    bundle = build_bundle(BuildPlan(str(model), tmp_path / "b", dtype="float16"))
+    components = open_bundle(bundle).manifest.components
+    assert components["vae_decoder"].dtype == "float32"
+    assert components["unet"].dtype == components["text_encoder"].dtype == "float16"
+    graph = onnx.load(bundle / "vae_decoder" / "model.onnx").graph
+    kinds = {tensor.data_type for tensor in graph.initializer}
+    assert onnx.TensorProto.FLOAT in kinds and onnx.TensorProto.FLOAT16 not in kinds
+    with sdrt.load(bundle, backend="onnxruntime") as pipe:
+        assert np.asarray(pipe("a square", num_inference_steps=2, seed=0).images[0]).std() > 0
+
+
+def test_a_component_below_the_floor_in_half_is_kept_in_single(tiny, tmp_path, monkeypatch):
+    floor = parity.Floor(cosine=1.0, error=0.0, psnr=300.0)
+    monkeypatch.setitem(parity.FLOORS, "float16", floor)
+    with pytest.raises(ParityError, match="whole pipeline"):
+        build_bundle(BuildPlan(str(tiny), tmp_path / "b", dtype="float16"))
+    assert nothing_but_the_lock(tmp_path)
+
+
 def test_a_closed_openvino_engine_says_so(shapes):
     pytest.importorskip("openvino")
     pipe = sdrt.load(shapes, backend="openvino")
@@ -298,6 +325,13 @@ def test_a_killed_build_is_in_nobodys_way(tiny, tmp_path, how):
     else:
         build_bundle(BuildPlan(str(tiny), target))
         assert not partial.exists() and open_bundle(target)
+
+
+def test_nothing_is_like_nothing_and_unlike_something():
+    nothing, something = np.zeros((1, 3)), np.ones((1, 3))
+    assert parity.measures(nothing, nothing, picture=False)["cosine"] == 1.0
+    assert parity.measures(nothing, something, picture=False)["cosine"] == 0.0
+    assert parity.measures(something, nothing, picture=False)["cosine"] == 0.0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

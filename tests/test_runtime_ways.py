@@ -218,6 +218,28 @@ def test_pictures_come_as_they_are_finished(pipe):
     assert len(list(made)) == 5
 
 
+def test_one_picture_without_numbers_does_not_take_the_others(pipe):
+    from dataclasses import replace
+
+    from sdrt.errors import SdrtError
+    from sdrt.runtime import Options
+
+    class Second(Counted):
+        def __call__(self, feeds):
+            self.rows.append(1)
+            image = self.engine(feeds)["image"]
+            return {"image": image * np.nan if len(self.rows) == 2 else image}
+
+    decoder = Second(pipe.engines["vae_decoder"])
+    own = replace(pipe, engines={**pipe.engines, "vae_decoder": decoder})
+    made = own.pictures([PROMPT] * 3, Options(num_inference_steps=1, seed=5))
+    found = []
+    with pytest.raises(SdrtError, match="seed 6: the picture holds NaN"):
+        for request, _ in made:
+            found.append(request.seed)
+    assert found == [5, 7]
+
+
 def test_a_callback_that_raises_ends_the_run_with_its_own_error(pipe):
     def callback(*_):
         raise KeyError("mine")
