@@ -2,9 +2,13 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
+
+# Before any test file imports what reads it: no test reaches the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -13,7 +17,6 @@ def home(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     folder = tmp_path_factory.mktemp("home")
     patch.setenv("SDRT_HOME", str(folder))
-    patch.setenv("HF_HUB_OFFLINE", "1")
     yield folder
     patch.undo()
 

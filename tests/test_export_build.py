@@ -137,6 +137,7 @@ def test_what_overflows_in_half_is_kept_in_single(tiny, tmp_path):
         assert np.asarray(pipe("a square", num_inference_steps=2, seed=0).images[0]).std() > 0
 
 
+@pytest.mark.slow
 def test_a_component_below_the_floor_in_half_is_kept_in_single(tiny, tmp_path, monkeypatch):
     floor = parity.Floor(cosine=1.0, error=0.0, psnr=300.0)
     monkeypatch.setitem(parity.FLOORS, "float16", floor)
