@@ -18,7 +18,6 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from shapes_scenes import Scene, caption, draw, scene_from_random
 from shapes_tokenizer import LENGTH, write_tokenizer
+from shapes_training import Optimizers, load_state, progress, record, save_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,50 +50,6 @@ UNET_CONFIG = UnetConfig(
     attention_head_dim=5,
 )
 log = logging.getLogger("train_shapes")
-
-
-class Optimizers:
-    """Muon for matrices and convolutions (as matrices), AdamW for the rest, one schedule for both.
-
-    The learning rate warms up over 2 % of the steps and falls linearly to nothing.
-    """
-
-    def __init__(self, model: nn.Module, steps: int, *, matrix_lr: float, other_lr: float) -> None:
-        named = [(n, p) for n, p in model.named_parameters()]
-        is_matrix = {
-            n: p.ndim >= 2 and "embedding" not in n and min(p.flatten(1).shape) > 8
-            for n, p in named
-        }
-        self.sources = [p for n, p in named if is_matrix[n]]
-        self.views = [nn.Parameter(p.detach().view(p.shape[0], -1)) for p in self.sources]
-        others = [p for n, p in named if not is_matrix[n]]
-        self.all = [
-            torch.optim.Muon(
-                self.views, lr=matrix_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-            ),
-            torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.99), weight_decay=0.0),
-        ]
-        self.base = [matrix_lr, other_lr]
-        self.steps = steps
-
-    def step(self, index: int) -> None:
-        warm = min(1.0, (index + 1) / max(1, self.steps // 50))
-        share = warm * (1.0 - index / self.steps)
-        for source, view in zip(self.sources, self.views, strict=True):
-            view.grad = None if source.grad is None else source.grad.view(view.shape)
-        for optimizer, lr in zip(self.all, self.base, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * share
-            optimizer.step()
-        for parameter in self.sources:
-            parameter.grad = None
-        self.all[1].zero_grad()
-
-    def state(self) -> list[dict]:
-        return [optimizer.state_dict() for optimizer in self.all]
-
-    def restore(self, states: list[dict]) -> None:
-        for optimizer, state in zip(self.all, states, strict=True):
-            optimizer.load_state_dict(state)
 
 
 def quiet_residuals(model: nn.Module) -> None:
@@ -131,31 +87,6 @@ def vae_quality(vae: AutoencoderKL, held: Tensor) -> float:
     out = vae.decode(vae.moments(unit_range(held))[0]).clamp(-1, 1)
     error = (((out + 1) * 127.5).round() - held.float()).square().flatten(1).mean(1)
     return float((10 * torch.log10(255.0**2 / error.clamp_min(1e-3))).mean())
-
-
-def save_state(path: Path, model: nn.Module, optimizers: Optimizers, index: int) -> None:
-    """Replace the checkpoint at once, never half."""
-    partial = path.with_suffix(".partial")
-    torch.save(
-        {"model": model.state_dict(), "optimizers": optimizers.state(), "index": index}, partial
-    )
-    partial.replace(path)
-
-
-def load_state(path: Path, model: nn.Module, optimizers: Optimizers) -> int:
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizers.restore(state["optimizers"])
-    log.info("going on from step %d", state["index"])
-    return state["index"]
-
-
-def progress(start: int, steps: int) -> Iterator[int]:
-    from tqdm import tqdm
-
-    yield from tqdm(range(start, steps), initial=start, total=steps, mininterval=5)
 
 
 def train_vae(work: Path, steps: int, batch_size: int) -> None:
@@ -406,14 +337,6 @@ def vae_json(scale: float) -> dict:
         "sample_size": SIDE,
         "scaling_factor": round(scale, 5),
     }
-
-
-def record(path: Path, **values: float) -> None:
-    """Append one JSON line to the stage's log."""
-    line = json.dumps({k: round(v, 4) for k, v in values.items()})
-    log.info(line)
-    with path.open("a") as file:
-        file.write(line + "\n")
 
 
 # What trains each stage, its steps and its batch size.
