@@ -252,7 +252,7 @@ def train_unet(work: Path, steps: int, batch_size: int) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizers.step(index)
-        recent.append(float(loss))
+        recent.append(float(loss.detach()))
         if (index + 1) % SAVE_EVERY == 0 or index + 1 == steps:
             save_state(work / "unet.pt", denoiser, optimizers, index + 1)
             mean = sum(recent) / len(recent)
