@@ -11,7 +11,7 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
-from .schedule import Schedule, all_levels
+from .schedule import Schedule, all_levels, highest_level_in_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,8 @@ def before_end(schedule: Schedule, steps: int) -> Ladder:
     redone = relaid(schedule, float(every[-1]), float(every[0]), steps)
     if redone is not None:
         levels, timesteps = redone, timesteps_at(schedule, redone)
-        if schedule.use_karras_sigmas or schedule.use_lu_lambdas:
-            timesteps = timesteps.round()
-        timesteps = np.trunc(timesteps)
+        laid = schedule.use_karras_sigmas or schedule.use_lu_lambdas
+        timesteps = timesteps.round() if laid else cut(schedule, timesteps)
     levels = np.append(levels, final_level(schedule))
     return Ladder(tuple(timesteps.tolist()), tuple(levels.tolist()), steps)
 
@@ -109,9 +108,21 @@ def cosine_before_end(schedule: Schedule, steps: int) -> Ladder:
     ladder = before_end(schedule, steps)
     laid = schedule.use_karras_sigmas or schedule.use_lu_lambdas
     if schedule.beta_schedule == "squaredcos_cap_v2" and laid:
-        cut = np.trunc(timesteps_at(schedule, np.array(ladder.levels[:-1])))
-        return replace(ladder, timesteps=tuple(cut.tolist()))
+        timesteps = cut(schedule, timesteps_at(schedule, np.array(ladder.levels[:-1])))
+        return replace(ladder, timesteps=tuple(timesteps.tolist()))
     return ladder
+
+
+def cut(schedule: Schedule, timesteps: np.ndarray) -> np.ndarray:
+    """Whole timesteps, cut off. The reference library keeps its levels in float32; where that
+    rounds the logarithm of the highest up, the highest level lies a hair below its own timestep,
+    and the model is fed the one before.
+    """
+    whole = np.trunc(timesteps)
+    if timesteps[0] == schedule.num_train_timesteps - 1:
+        highest = highest_level_in_float32(schedule)
+        whole[0] -= math.log(float(highest)) < float(np.log(highest))
+    return whole
 
 
 def linspace_before_end(schedule: Schedule, steps: int) -> Ladder:

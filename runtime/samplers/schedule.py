@@ -169,6 +169,32 @@ def all_levels(schedule: Schedule) -> np.ndarray:
     return levels
 
 
+def highest_level_in_float32(schedule: Schedule) -> np.float32:
+    """The highest noise level as the reference library's float32 has it, to the last bit."""
+    one, low, high = np.float32(1.0), schedule.beta_start, schedule.beta_end
+    count = schedule.num_train_timesteps
+    if schedule.trained_betas is not None or schedule.beta_schedule == "squaredcos_cap_v2":
+        steps = betas(schedule).astype(np.float32)
+    elif schedule.beta_schedule == "linear":
+        steps = _linspace_in_float32(low, high, count)
+    else:
+        steps = _linspace_in_float32(math.sqrt(low), math.sqrt(high), count) ** 2
+    share = np.float32(np.cumprod((one - steps).astype(np.float64))[-1])
+    if schedule.rescale_betas_zero_snr:
+        share = np.float32(2.0**-24)
+    return np.sqrt((one - share) / share)
+
+
+def _linspace_in_float32(low: float, high: float, count: int) -> np.ndarray:
+    """As torch lays it out: from the start up to the middle, from the end down to it, the step in
+    float32 and each product and sum rounded once.
+    """
+    first, last = np.float32(low), np.float32(high)
+    step, index = float((last - first) / np.float32(count - 1)), np.arange(count)
+    up, down = float(first) + step * index, float(last) - step * (count - 1 - index)
+    return np.where(index < count // 2, up, down).astype(np.float32)
+
+
 def alpha_sigma(schedule: Schedule, timestep: float) -> tuple[float, float]:
     """Shares of clean latent and noise at a timestep; below 0 it is the end of the run."""
     cumulative = alphas_cumprod(schedule)
