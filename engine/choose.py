@@ -147,7 +147,8 @@ def choose(backend: str = "auto", size: int = SMALL) -> Candidate:
         if backend not in ("auto", candidate.backend):
             continue
         if backend == "auto" and candidate.backend == "openvino" and size < SMALL:
-            refused.setdefault("the model is small", []).append(candidate.title)
+            reason = "its longer start pays for large models only"
+            refused.setdefault(reason, []).append(candidate.title)
             continue
         if candidate.why_not is None:
             return replace(candidate, because=_reasons(refused) or "the first choice")

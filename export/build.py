@@ -51,10 +51,10 @@ def build_bundle(plan: BuildPlan) -> Path:
 
     Raises CheckpointError, ParityError, BackendError, and BundleError where the folder is taken.
     """
-    choose(plan.backend)
+    # On the CPU the proof runs on ONNX Runtime unless asked otherwise: it needs the least memory.
+    candidate = choose(plan.backend, size=0)
     checkpoint = find_checkpoint(plan.model).with_parts({"vae": plan.vae, "unet": plan.unet})
     checkpoint = checkpoint.with_loras(plan.loras)
-    candidate = choose(plan.backend, _bytes(checkpoint, plan.dtype))
     target = (plan.output or bundles_folder() / checkpoint.name).expanduser()
     if target.exists() and not (target / MANIFEST).is_file():
         raise BundleError(f"{target} exists and is not a bundle; name another --output")
