@@ -167,7 +167,8 @@ def _preview(pipe: Pipeline, output: Path) -> Iterator[Callable[[Step], None]]:
     replaced at every step and is gone when the run is over.
     """
     preview, protocol = Preview(pipe.manifest.preview), _terminal_graphics()
-    path = (output.parent if output.suffix else output) / "preview.png"
+    # A name that is nobody else's: the file is gone when the run is over.
+    path = (output.parent if output.suffix else output) / f"sdrt-{os.getpid()}.preview.png"
     if not protocol:
         print(f"preview: {path}", file=sys.stderr)
 

@@ -134,6 +134,14 @@ def test_from_a_picture_with_everything(shapes, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "mask.png"]
 
 
+def test_the_preview_takes_nobodys_file(shapes, tmp_path, capsys):
+    output = tmp_path / "preview.png"
+    arguments = ["run", PROMPT, "--steps", "2", "--seed", "0", "--preview", "--output", str(output)]
+    assert main(arguments) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["preview.png"]
+    assert Image.open(output).size == (64, 64)
+
+
 def test_the_preview_is_replaced_at_every_step(shapes, tmp_path, monkeypatch):
     from sdrt import drawing
 
