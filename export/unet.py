@@ -1,4 +1,4 @@
-"""`UNet2DConditionModel` as published for Stable Diffusion 1.x and 2.x: one denoising evaluation.
+"""`UNet2DConditionModel` as published for Stable Diffusion 1.x, 2.x and XL: one evaluation.
 
 Knows its configuration and torch. The batch axis is plain rows: guidance is not baked in.
 """
@@ -16,6 +16,10 @@ from sdrt.errors import CheckpointError
 from .config import read_config
 from .layers import Downsample, ResnetBlock, SpatialTransformer, Upsample, timestep_embedding
 
+TIME_IDS = 6  # the original's height and width, the crop's top and left, the target's both
+# One for all stages; one for each; or one for each transformer of each stage.
+Depths = int | tuple[int | tuple[int, ...], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class UnetConfig:
@@ -23,7 +27,10 @@ class UnetConfig:
 
     `attention_head_dim` is the number of heads, one for all stages or each its own: a published
     misnomer that files keep. `in_channels` is 4, 9 with a mask and what it leaves of a picture, 5
-    with a depth map. `mid_block_type` is None in models distilled without one.
+    with a depth map. `mid_block_type` is None in models distilled without one, and UNetMidBlock2D
+    is a residual block alone. `transformer_layers_per_block` counts on the way down, and on the way
+    up unless `reverse_transformer_layers_per_block` does. `addition_embed_type` is text_time in
+    models that are also told of the whole prompt and of sizes.
     """
 
     in_channels: int = 4
@@ -37,20 +44,23 @@ class UnetConfig:
     norm_eps: float = 1e-5
     cross_attention_dim: int = 768
     attention_head_dim: int | tuple[int, ...] = 8
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    transformer_layers_per_block: Depths = 1
+    reverse_transformer_layers_per_block: Depths | None = None
     use_linear_projection: bool = False
     upcast_attention: bool = False
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "UnetConfig":
         """Raises CheckpointError for what this network does not have."""
         absent = (
-            *("addition_embed_type", "addition_time_embed_dim", "class_embed_type"),
-            *("encoder_hid_dim", "encoder_hid_dim_type", "num_attention_heads"),
-            *("num_class_embeds", "projection_class_embeddings_input_dim", "time_cond_proj_dim"),
-            *("time_embedding_act_fn", "time_embedding_dim", "timestep_post_act"),
-            *("cross_attention_norm", "reverse_transformer_layers_per_block"),
+            *("class_embed_type", "cross_attention_norm", "encoder_hid_dim"),
+            *("encoder_hid_dim_type", "num_attention_heads", "num_class_embeds"),
+            *("time_cond_proj_dim", "time_embedding_act_fn", "time_embedding_dim"),
+            "timestep_post_act",
         )
         off = (
             *("class_embeddings_concat", "dual_cross_attention", "only_cross_attention"),
@@ -77,11 +87,33 @@ class UnetConfig:
         }
         config = read_config(cls, raw, fixed=fixed)
         known: set[str | None] = {"CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D", None}
-        known |= {"CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn"}
+        known |= {"CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"}
         for kind in (*config.down_block_types, *config.up_block_types, config.mid_block_type):
             if kind not in known:
                 raise CheckpointError(f"{cls.__name__}: a block of type {kind!r} is not known here")
+        config._check_addition()
         return config
+
+    def _check_addition(self) -> None:
+        """Raise CheckpointError unless the added conditioning is none, or the pooled prompt and
+        six numbers of sizes.
+        """
+        kind, each = self.addition_embed_type, self.addition_time_embed_dim
+        width = self.projection_class_embeddings_input_dim
+        if kind is None and each is None and width is None:
+            return
+        if kind != "text_time" or not each or not width or width <= TIME_IDS * each:
+            raise CheckpointError(
+                f"UnetConfig: addition_embed_type={kind!r} with addition_time_embed_dim={each!r} "
+                f"and projection_class_embeddings_input_dim={width!r}; expected none of them, or "
+                f"text_time with a width beyond {TIME_IDS} times the second"
+            )
+
+    @property
+    def pooled_width(self) -> int:
+        """Of the pooled prompt that the model is told of; 0 if it is told of none."""
+        each, width = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        return width - TIME_IDS * each if width and each else 0
 
     @property
     def time_channels(self) -> int:
@@ -96,20 +128,34 @@ class UnetConfig:
             time=self.time_channels,
         )
 
-    def transformer(self, stage: int) -> SpatialTransformer:
-        """The transformer of a stage on the way down, counted from the first."""
+    def transformer(self, stage: int, depth: int) -> SpatialTransformer:
+        """A transformer of a stage on the way down, counted from the first."""
         return SpatialTransformer(
             self.block_out_channels[stage],
             _of_stage(self.attention_head_dim, stage),
             context=self.cross_attention_dim,
             groups=self.norm_num_groups,
-            depth=_of_stage(self.transformer_layers_per_block, stage),
+            depth=depth,
             linear=self.use_linear_projection,
             upcast=self.upcast_attention,
         )
 
+    def depths(self, stage: int, count: int, *, up: bool = False) -> list[int]:
+        """Blocks of each of a stage's transformers; stages are counted from the first way down."""
+        given, at = self.transformer_layers_per_block, stage
+        if up and self.reverse_transformer_layers_per_block is not None:
+            given = self.reverse_transformer_layers_per_block
+            at = len(self.block_out_channels) - 1 - stage
+        own = _of_stage(given, at)
+        depths = [own] * count if isinstance(own, int) else list(own)
+        if len(depths) < count:
+            raise CheckpointError(
+                f"UnetConfig: a stage has {count} transformers and {len(depths)} depths, {depths}"
+            )
+        return depths[:count]
 
-def _of_stage(value: int | tuple[int, ...], stage: int) -> int:
+
+def _of_stage(value: Any, stage: int) -> Any:
     return value if isinstance(value, int) else value[stage]
 
 
@@ -118,13 +164,14 @@ class DownStage(nn.Module):
 
     def __init__(self, config: UnetConfig, stage: int) -> None:
         super().__init__()
-        widths, layers = config.block_out_channels, range(config.layers_per_block)
+        widths, layers = config.block_out_channels, config.layers_per_block
         before, channels = widths[max(stage - 1, 0)], widths[stage]
         attends = config.down_block_types[stage].startswith("CrossAttn")
         self.resnets = nn.ModuleList(
-            config.resnet(before if i == 0 else channels, channels) for i in layers
+            config.resnet(before if i == 0 else channels, channels) for i in range(layers)
         )
-        self.attentions = nn.ModuleList(config.transformer(stage) for _ in layers if attends)
+        depths = config.depths(stage, layers) if attends else []
+        self.attentions = nn.ModuleList(config.transformer(stage, depth) for depth in depths)
         last = stage == len(widths) - 1
         self.downsamplers = None if last else nn.ModuleList([Downsample(channels, symmetric=True)])
 
@@ -142,18 +189,22 @@ class DownStage(nn.Module):
 
 
 class MidStage(nn.Module):
-    """Residual block, transformer, residual block at the lowest resolution."""
+    """Residual block, transformer, residual block at the lowest resolution; or the first alone."""
 
     def __init__(self, config: UnetConfig) -> None:
         super().__init__()
         stage = len(config.block_out_channels) - 1
         channels = config.block_out_channels[stage]
-        self.resnets = nn.ModuleList(config.resnet(channels, channels) for _ in range(2))
-        self.attentions = nn.ModuleList([config.transformer(stage)])
+        attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
+        self.resnets = nn.ModuleList(config.resnet(channels, channels) for _ in range(1 + attends))
+        depths = config.depths(stage, 1) if attends else []
+        self.attentions = nn.ModuleList(config.transformer(stage, depth) for depth in depths)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, time), context)
-        return self.resnets[1](x, time)
+        x = self.resnets[0](x, time)
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            x = resnet(attention(x, context), time)
+        return x
 
 
 class UpStage(nn.Module):
@@ -165,7 +216,8 @@ class UpStage(nn.Module):
         channels = config.block_out_channels[stage]
         attends = config.up_block_types[index].startswith("CrossAttn")
         self.resnets = nn.ModuleList(config.resnet(width, channels) for width in inputs)
-        self.attentions = nn.ModuleList(config.transformer(stage) for _ in inputs if attends)
+        depths = config.depths(stage, len(inputs), up=True) if attends else []
+        self.attentions = nn.ModuleList(config.transformer(stage, depth) for depth in depths)
         self.upsamplers = None if stage == 0 else nn.ModuleList([Upsample(channels)])
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
@@ -191,7 +243,11 @@ class TimeEmbedding(nn.Module):
 
 
 class Unet(nn.Module):
-    """sample [B, in, H, W], timestep [B] float32, context [B, M, K] -> [B, out, H, W]."""
+    """sample [B, in, H, W], timestep [B] float32, context [B, M, K] -> [B, out, H, W].
+
+    pooled [B, pooled_width] and time_ids [B, 6] float32 where the configuration adds them: the
+    prompt as a whole, and the sizes of Podell et al. 2023 (arXiv:2307.01952), section 2.2.
+    """
 
     def __init__(self, config: UnetConfig) -> None:
         super().__init__()
@@ -199,6 +255,8 @@ class Unet(nn.Module):
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], config.time_channels)
+        added = config.projection_class_embeddings_input_dim
+        self.add_embedding = TimeEmbedding(added, config.time_channels) if added else None
         self.down_blocks = nn.ModuleList(DownStage(config, i) for i in range(len(widths)))
         self.mid_block = MidStage(config) if config.mid_block_type else None
         self.up_blocks = nn.ModuleList(
@@ -207,9 +265,20 @@ class Unet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
         features = timestep_embedding(timestep, self.config.block_out_channels[0])
         time = self.time_embedding(features.to(sample.dtype))  # [B, time_channels]
+        if self.add_embedding is not None and pooled is not None and time_ids is not None:
+            each = timestep_embedding(time_ids.flatten(), self.config.addition_time_embed_dim or 0)
+            told = each.unflatten(0, (-1, TIME_IDS)).flatten(1).to(sample.dtype)
+            time = time + self.add_embedding(torch.cat([pooled, told], dim=-1))
         x = self.conv_in(sample)
         skips = [x]
         for down in self.down_blocks:

@@ -30,6 +30,17 @@ THREE = {
     "attention_head_dim": 4,
     "sample_size": 8,
 }
+XL = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": [2, 4, 8],
+    "transformer_layers_per_block": [1, 2, 3],
+    "use_linear_projection": True,
+    "upcast_attention": None,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 30,
+}
 FAMILIES = {
     "1.x, one layer": {"layers_per_block": 1},
     "1.x": {},
@@ -39,6 +50,13 @@ FAMILIES = {
     "depth": {"in_channels": 5, "use_linear_projection": True},
     "distilled, no middle": {"layers_per_block": 1, "mid_block_type": None},
     "deeper transformers": {"transformer_layers_per_block": (1, 2, 3)},
+    "XL": XL,
+    "SSD-1B": {
+        **XL,
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 2], [4, 3]],
+        "reverse_transformer_layers_per_block": [[4, 4, 5], [2, 1, 1], 1],
+    },
 }
 
 
@@ -50,9 +68,13 @@ def test_unet_is_the_reference(family):
     own.load_state_dict(reference.state_dict())
     sample = torch.randn(2, reference.config.in_channels, 8, 12)
     timestep, context = torch.tensor([3.0, 700.0]), torch.randn(2, 7, 12)
+    pooled, time_ids = torch.randn(2, 6), torch.tensor([[1024.0, 768, 0, 8, 512, 512]] * 2)
+    time_ids[1] += 100.0
+    added = {"text_embeds": pooled, "time_ids": time_ids}
     with torch.no_grad():
-        wanted = reference(sample, timestep, context).sample
-        assert relative(own(sample, timestep, context), wanted) <= 1e-5
+        wanted = reference(sample, timestep, context, added_cond_kwargs=added).sample
+        extra = (pooled, time_ids) if "addition_embed_type" in FAMILIES[family] else ()
+        assert relative(own(sample, timestep, context, *extra), wanted) <= 1e-5
 
 
 def test_vae_is_the_reference():
@@ -111,6 +133,23 @@ PUBLISHED = {
         },
         865_910_724,
     ),
+    "XL": (
+        {
+            "sample_size": 128,
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2],
+            "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
+            "attention_head_dim": [5, 10, 20],
+            "cross_attention_dim": 2048,
+            "transformer_layers_per_block": [1, 2, 10],
+            "use_linear_projection": True,
+            "upcast_attention": None,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        2_567_463_684,
+    ),
     "bk-sdm small": ({"layers_per_block": 1, "mid_block_type": None}, 482_346_884),
 }
 
@@ -127,7 +166,16 @@ def test_published_configurations_have_the_published_size(name):
     assert sum(p.numel() for p in unet.parameters()) == weights
 
 
-@pytest.mark.parametrize("extra", [{"dual_cross_attention": True}, {"made_up_key": 1}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"dual_cross_attention": True},
+        {"made_up_key": 1},
+        {"addition_embed_type": "image"},
+        {**XL, "projection_class_embeddings_input_dim": None},
+    ],
+)
 def test_what_is_not_understood_is_refused_by_name(extra):
-    with pytest.raises(CheckpointError, match=next(iter(extra))):
+    named = "addition_embed_type" if "addition_embed_type" in extra else next(iter(extra))
+    with pytest.raises(CheckpointError, match=named):
         UnetConfig.from_json(extra)
