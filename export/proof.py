@@ -21,7 +21,7 @@ from sdrt.bundle import Bundle, Component, Manifest
 from sdrt.engine import Candidate, candidates
 from sdrt.errors import ParityError
 from sdrt.runtime import Pipeline, load_pipeline, randn, sampler_table
-from sdrt.runtime.loop import Guidance, denoised, histories_of, plan_of
+from sdrt.runtime.loop import Guidance, Run, denoised, plan_of
 
 from . import modules, parity
 from .checkpoint import Checkpoint
@@ -237,18 +237,10 @@ class Proof:
         context = pipe.engines["text_encoder"]({"input_ids": ids})["contexts"][:, -1]
         table = sampler_table(PROOF_SCHEDULER, steps)
         guidance = Guidance(np.full(steps, guidance_scale))
-        plan = plan_of(table, guidance)
-        histories = histories_of(plan, [[randn(0, self._latent_shape(size))[0]]])
-        loop = denoised(
-            pipe.engines["unet"],
-            table,
-            guidance,
-            plan,
-            histories,
-            context.astype(np.float32),
-            self._beside(size),
-        )
-        *_, last = loop
+        start = randn(0, self._latent_shape(size))[0]
+        told = {"context": context.astype(np.float32)}
+        run = Run(table, guidance, plan_of(table, guidance), [start], told, self._beside(size)[0])
+        *_, last = denoised(pipe.engines["unet"], [run])
         return pipe.decoded(last.latents)
 
     def admitted(self, manifest: Manifest) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""The denoising loop of one batch: rows of numbers, one engine, nothing decided in between.
+"""The denoising loop: every picture is a run with rows of numbers of its own, and the rows of
+several runs make one call of the model.
 
 Knows the engine protocol and sampler tables; not prompts, seeds or pictures.
 """
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdrt.engine import Engine, NumpyHistory
+from sdrt.engine import Engine, Feeds, NumpyHistory
 
 from .samplers.table import SamplerTable, guided_matrix
 
@@ -102,78 +103,143 @@ def _ring(read: np.ndarray) -> int:
     return int(max(1, (rows - columns).max(initial=1)))
 
 
-def histories_of(plan: Plan, columns: Sequence[Sequence[np.ndarray]]) -> list[NumpyHistory]:
-    """One history for each image; columns: its starting noise, its fresh noises, its picture."""
-    made = []
-    for start, *others in columns:
-        history = NumpyHistory(plan.rows.shape[1], start.shape)
-        history.write(0, start)
-        for i, value in enumerate(others):
-            history.write(plan.others_base + i, value)
-        made.append(history)
-    return made
+class Run:
+    """One picture's run: its rows of numbers, its history, and what the model is told.
 
-
-def denoised(
-    unet: Engine,
-    table: SamplerTable,
-    guidance: Guidance,
-    plan: Plan,
-    histories: Sequence[NumpyHistory],
-    context: np.ndarray,
-    beside: np.ndarray,
-    edit: Edit | None = None,
-) -> Iterator[Step]:
-    """One `Step` per evaluation.
-
-    context: [2 B, tokens, width], what is steered away from first; [B, ..] if nothing is guided
-    beside: [B, E, H/8, W/8] what the model is fed beside the latents; E is 0 for most
-    edit: given the evaluations done and the latents, may give others in their place
+    latents: [C, H/8, W/8] float32, the next model input, or the result after the last evaluation
+    done: evaluations done
     """
-    count, batch, rows = table.evaluations, len(histories), plan.rows
-    channels, *sides = histories[0].shape
-    sample = np.empty((2, batch, channels + beside.shape[1], *sides), np.float32)
-    sample[:, :, channels:] = beside
-    timesteps = np.empty(2 * batch, np.float32)
-    latents = np.stack([h.combine(rows[0], plan.state_place(count - 1)) for h in histories])
-    for k in range(count):
-        used = 2 * batch if guidance.scales[k] != 1.0 else batch
-        sample[: used // batch, :, :channels] = latents
-        timesteps[:used] = table.timesteps[k]
-        feeds = {
-            "sample": sample.reshape(-1, *sample.shape[2:])[:used],
-            "timestep": timesteps[:used],
-            "context": context[-used:],
-        }
-        output = unet(feeds)["output"]
-        _write(histories, plan.output_place(k), output, guidance, float(guidance.scales[k]))
-        for i, history in enumerate(histories):
-            latents[i] = history.combine(rows[k + 1], plan.state_place(k))
-        if edit:
-            latents = np.array(edit(k + 1, latents), np.float32)
-            for history, edited in zip(histories, latents, strict=True):
-                history.write(plan.state_place(k), edited)
-        yield Step(k + 1, count, float(table.timesteps[k]), latents.copy(), *table.shares[k + 1])
 
+    def __init__(
+        self,
+        table: SamplerTable,
+        guidance: Guidance,
+        plan: Plan,
+        columns: Sequence[np.ndarray],
+        told: Feeds,
+        beside: np.ndarray,
+    ) -> None:
+        """plan: that of table and guidance; runs alike share it
+        columns: starting noise, fresh noises, and the picture's latents where the run begins there
+        told: what the model is fed besides, by input name, [2 or 1, ..], what is steered away from
+            first; the last row alone is the prompt's
+        beside: [E, H/8, W/8] channels beside the latents; E is 0 for most models
+        """
+        self.table, self.guidance, self.plan = table, guidance, plan
+        self.told, self.beside = told, beside
+        start, *others = columns
+        self.history = NumpyHistory(plan.rows.shape[1], start.shape)
+        self.history.write(0, start)
+        for i, value in enumerate(others):
+            self.history.write(plan.others_base + i, value)
+        self.done = 0
+        self.latents = self.history.combine(plan.rows[0], plan.state_place(self.evaluations - 1))
 
-def _write(
-    histories: Sequence[NumpyHistory],
-    place: int,
-    output: np.ndarray,
-    guidance: Guidance,
-    scale: float,
-) -> None:
-    batch = len(histories)
-    two = len(output) == 2 * batch
-    for i, history in enumerate(histories):
+    @property
+    def evaluations(self) -> int:
+        return self.table.evaluations
+
+    @property
+    def finished(self) -> bool:
+        return self.done == self.evaluations
+
+    @property
+    def rows(self) -> int:
+        """Rows of the next evaluation: two where it is guided."""
+        return 2 if self.guidance.scales[self.done] != 1.0 else 1
+
+    def receive(self, output: np.ndarray) -> None:
+        """Take the model's output [rows, C, H/8, W/8] and go on by one evaluation."""
+        k, guidance = self.done, self.guidance
+        place = self.plan.output_place(k)
         if guidance.pairs:
-            if two:
-                history.write(place, output[i])
-            history.write(place + 1, output[i - batch])
-        elif two:
-            history.write(place, rescaled(output[i], output[batch + i], scale, guidance.rescale))
+            if len(output) == 2:
+                self.history.write(place, output[0])
+            self.history.write(place + 1, output[-1])
+        elif len(output) == 2:
+            scale = float(guidance.scales[k])
+            self.history.write(place, rescaled(output[0], output[1], scale, guidance.rescale))
         else:
-            history.write(place, output[i])
+            self.history.write(place, output[0])
+        self.latents = self.history.combine(self.plan.rows[k + 1], self.plan.state_place(k))
+        self.done += 1
+
+    def replace(self, latents: np.ndarray) -> None:
+        """Go on from other latents than those of the last evaluation."""
+        self.history.write(self.plan.state_place(self.done - 1), latents)
+        self.latents = latents
+
+
+class Gather:
+    """The rows of several runs as one call of the model. They need not agree on anything but
+    shapes; what stays from call to call is laid out once.
+    """
+
+    def __init__(self, padded: int = 0) -> None:
+        """padded: the least rows of a call, filled up with zeros."""
+        self._padded = padded
+        self._laid: list[tuple[Run, int]] = []
+        self._sample = self._timesteps = np.empty(0, np.float32)
+        self._told: dict[str, np.ndarray] = {}
+
+    def evaluate(self, unet: Engine, runs: Sequence[Run]) -> None:
+        """One evaluation of every run."""
+        laid = [(run, run.rows) for run in runs]
+        if laid != self._laid:
+            self._lay(laid)
+        at = 0
+        for run, rows in laid:
+            self._sample[at : at + rows, : len(run.latents)] = run.latents
+            self._timesteps[at : at + rows] = run.table.timesteps[run.done]
+            at += rows
+        feeds = {"sample": self._sample, "timestep": self._timesteps, **self._told}
+        output = unet(feeds)["output"]
+        at = 0
+        for run, rows in laid:
+            run.receive(output[at : at + rows])
+            at += rows
+
+    def _lay(self, laid: list[tuple[Run, int]]) -> None:
+        """Buffers for these runs, with what no evaluation changes in place."""
+        used = sum(rows for _, rows in laid)
+        count = max(used, self._padded)
+        first = laid[0][0]
+        channels, *sides = first.latents.shape
+        self._sample = np.zeros((count, channels + len(first.beside), *sides), np.float32)
+        self._timesteps = np.zeros(count, np.float32)
+        self._told = {
+            name: np.zeros((count, *value.shape[1:]), value.dtype)
+            for name, value in first.told.items()
+        }
+        at = 0
+        for run, rows in laid:
+            self._sample[at : at + rows, channels:] = run.beside
+            for name, value in run.told.items():
+                self._told[name][at : at + rows] = value[-rows:]
+            at += rows
+        self._laid = laid
+
+
+def denoised(unet: Engine, runs: Sequence[Run], edit: Edit | None = None) -> Iterator[Step]:
+    """One `Step` per evaluation of runs that share one table.
+
+    edit: given the evaluations done and the latents [B, ..], may give others in their place
+    """
+    gather, table = Gather(), runs[0].table
+    for k in range(1, table.evaluations + 1):
+        gather.evaluate(unet, runs)
+        latents = np.stack([run.latents for run in runs])
+        if edit:
+            latents = np.array(edit(k, latents), np.float32)
+            for run, edited in zip(runs, latents, strict=True):
+                run.replace(edited)
+        yield step_of(table, k, latents)
+
+
+def step_of(table: SamplerTable, done: int, latents: np.ndarray) -> Step:
+    """The state of runs [B, ..] after so many evaluations."""
+    timestep = float(table.timesteps[done - 1])
+    return Step(done, table.evaluations, timestep, latents, *table.shares[done])
 
 
 def rescaled(

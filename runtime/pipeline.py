@@ -16,7 +16,7 @@ from sdrt.engine import Candidate, Engine, LazyEngine
 from sdrt.errors import SdrtError, UsageError
 
 from .conditioning import Known, contexts_of
-from .loop import Guidance, Step, denoised, histories_of, plan_of
+from .loop import Guidance, Run, Step, denoised, plan_of
 from .options import Options, Request, options_from, requests_from
 from .pictures import images_from_decoded, parameters_text
 from .samplers.catalogue import config_from_name, title_of
@@ -40,11 +40,11 @@ class Output:
 class Batch:
     """Pictures that are made together.
 
-    context: [2 B or B, tokens, width]; see `loop.denoised`
+    contexts: of each, [2 or 1, tokens, width], what is steered away from first
     """
 
     requests: Sequence[Request]
-    context: np.ndarray
+    contexts: Sequence[np.ndarray]
     starts: Sequence[Start]
     source: Source
 
@@ -206,28 +206,17 @@ class Pipeline:
             alike = [r for r in requests if contexts[r.index].shape[1] == tokens]
             for i in range(0, len(alike), most):
                 part = alike[i : i + most]
-                context = np.concatenate(np.stack([contexts[r.index] for r in part], axis=1))
                 starts = [start_of(r, options, table, shape, source) for r in part]
-                yield Batch(part, context, starts, source)
+                yield Batch(part, [contexts[r.index] for r in part], starts, source)
 
     def _steps(
         self, batch: Batch, options: Options, table: SamplerTable, guidance: Guidance
     ) -> Iterator[Step]:
-        plan = plan_of(table, guidance)
-        histories = histories_of(plan, [start.columns for start in batch.starts])
+        runs = runs_of(batch, table, guidance)
         edit = partial(self._edited, batch, options, table)
         masked = batch.source.mask is not None and not batch.source.model_masks
         changed = masked or options.callback_on_step_end is not None
-        return denoised(
-            self.engines["unet"],
-            table,
-            guidance,
-            plan,
-            histories,
-            batch.context,
-            np.stack([start.beside for start in batch.starts]),
-            edit if changed else None,
-        )
+        return denoised(self.engines["unet"], runs, edit if changed else None)
 
     def _edited(
         self, batch: Batch, options: Options, table: SamplerTable, index: int, latents: np.ndarray
@@ -274,6 +263,15 @@ class Pipeline:
         rng = {"cpu": "CPU", "cuda": "NV"}[options.rng]
         settings |= {"RNG": rng, "Version": f"sdrt {__version__}"}
         return parameters_text(request.prompt, options.negative_prompt, settings)
+
+
+def runs_of(batch: Batch, table: SamplerTable, guidance: Guidance) -> list[Run]:
+    """The runs of a batch, at their beginning."""
+    plan = plan_of(table, guidance)
+    return [
+        Run(table, guidance, plan, start.columns, {"context": context}, start.beside)
+        for context, start in zip(batch.contexts, batch.starts, strict=True)
+    ]
 
 
 def load_pipeline(bundle: Bundle, candidate: Candidate) -> Pipeline:
