@@ -71,10 +71,10 @@ class Attention(nn.Module):
 
 
 class SpatialAttention(Attention):
-    """The VAE's single-head self-attention over all positions of a feature map."""
+    """Self-attention over all positions of a feature map; the VAE's has a single head."""
 
-    def __init__(self, channels: int, *, groups: int, eps: float) -> None:
-        super().__init__(channels, heads=1, qkv_bias=True)
+    def __init__(self, channels: int, *, groups: int, eps: float, heads: int = 1) -> None:
+        super().__init__(channels, heads=heads, qkv_bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -194,10 +194,16 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def timestep_embedding(timestep: Tensor, channels: int) -> Tensor:
-    """Sinusoids of the timestep, cosines first: [B] -> [B, channels], float32."""
+def timestep_embedding(
+    timestep: Tensor, channels: int, *, cosines_first: bool = True, shift: int = 0
+) -> Tensor:
+    """Sinusoids of the timestep: [B] -> [B, channels], float32.
+
+    shift: frequencies fall from 1 to 1/10000 at `shift` before the end of each half
+    """
     half = channels // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - shift)
     frequencies = torch.exp(-torch.log(torch.tensor(10000.0)) * exponent)
     angles = timestep.float()[:, None] * frequencies[None]
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    both = (angles.cos(), angles.sin())
+    return torch.cat(both if cosines_first else both[::-1], dim=-1)

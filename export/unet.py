@@ -260,7 +260,8 @@ class Unet(nn.Module):
         self.down_blocks = nn.ModuleList(DownStage(config, i) for i in range(len(widths)))
         self.mid_block = MidStage(config) if config.mid_block_type else None
         self.up_blocks = nn.ModuleList(
-            UpStage(config, inputs, i) for i, inputs in enumerate(up_widths(config))
+            UpStage(config, inputs, i)
+            for i, inputs in enumerate(up_widths(widths, config.layers_per_block))
         )
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
@@ -291,9 +292,11 @@ class Unet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-def up_widths(config: UnetConfig) -> list[list[int]]:
-    """Input channels of every residual block on the way up: what comes from below plus its skip."""
-    widths, layers = config.block_out_channels, config.layers_per_block
+def up_widths(widths: tuple[int, ...], layers: int) -> list[list[int]]:
+    """Input channels of every residual block on the way up: what comes from below plus its skip.
+
+    widths: of the stages on the way down. layers: residual blocks of each
+    """
     skips = [widths[0]]
     for i, width in enumerate(widths):
         skips += [width] * (layers + (i < len(widths) - 1))
