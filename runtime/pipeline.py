@@ -16,7 +16,7 @@ from sdrt.engine import Candidate, Engine, LazyEngine
 from sdrt.errors import SdrtError, UsageError
 
 from .conditioning import Known, contexts_of
-from .loop import Guidance, Run, Step, denoised, plan_of
+from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .options import Options, Request, options_from, requests_from
 from .pictures import images_from_decoded, parameters_text
 from .samplers.catalogue import config_from_name, title_of
@@ -89,9 +89,9 @@ class Pipeline:
         """The pictures of a call, as they are finished; SdrtError, after all others, for one that
         holds no numbers.
         """
-        table, guidance = self._run(options)
+        requests, table, guidance, _ = self.planned(prompt, options)
         failed: SdrtError | None = None
-        for batch in self._batches(prompt, options, table):
+        for batch in self._batches(requests, options, table):
             for step in self._steps(batch, options, table, guidance):
                 if on_step:
                     on_step(step)
@@ -108,14 +108,34 @@ class Pipeline:
     def steps(self, prompt: Prompt = None, **options: Any) -> Iterator[Step]:
         """The denoising loop, one `Step` per evaluation; arguments as for a call, one batch."""
         chosen = options_from(options)
-        table, guidance = self._run(chosen)
-        batches = list(self._batches(prompt, chosen, table))
+        requests, table, guidance, _ = self.planned(prompt, chosen)
+        batches = list(self._batches(requests, chosen, table))
         if len(batches) > 1:
             raise UsageError(
                 f"{len(batches)} batches in one loop; this bundle takes "
                 f"{self.manifest.batch[2]} pictures of prompts of like length"
             )
         return self._steps(batches[0], chosen, table, guidance)
+
+    def planned(
+        self, prompt: Prompt, options: Options
+    ) -> tuple[list[Request], SamplerTable, Guidance, tuple[int, int]]:
+        """What is known of a call before anything is computed: its pictures, their sampler's
+        table, their guidance and their (width, height). Raises UsageError for what does not fit.
+        """
+        requests, size = requests_from(prompt, options), self._size(options)
+        return requests, *self._run(options), size
+
+    def separate(
+        self, requests: Sequence[Request], options: Options
+    ) -> Iterator[tuple[Request, Run, Edit | None]]:
+        """Every picture as a run of its own at its beginning, in order, with what edits its
+        latents after each evaluation.
+        """
+        table, guidance = self._run(options)
+        for batch in self._batches(requests, options, table, together=False):
+            run = runs_of(batch, table, guidance)[0]
+            yield batch.requests[0], run, self._edit(batch, options, table)
 
     def decode(self, latents: np.ndarray) -> list[Image]:
         """Pictures of latents [B, C, H/8, W/8]; raises SdrtError if they hold NaN or infinity."""
@@ -192,31 +212,40 @@ class Pipeline:
         scale = self.manifest.downscale
         return self.manifest.latent_channels, height // scale, width // scale
 
-    def _batches(self, prompt: Prompt, options: Options, table: SamplerTable) -> Iterator[Batch]:
-        """Pictures whose contexts are of one length together, as many as the bundle takes."""
-        requests, most = requests_from(prompt, options), self.manifest.batch[2]
-        shape = self._latent_shape(options)
+    def _batches(
+        self,
+        requests: Sequence[Request],
+        options: Options,
+        table: SamplerTable,
+        together: bool = True,
+    ) -> Iterator[Batch]:
+        """Pictures whose contexts are of one length together, as many as the bundle takes, or each
+        alone.
+        """
+        most, shape = self.manifest.batch[2], self._latent_shape(options)
         encoder = self.engines["text_encoder"]
         contexts = contexts_of(encoder, self.tokenizer, most, requests, options, self.known)
         fed = {spec.name: spec for spec in self.manifest.components["unet"].inputs}["sample"]
         source = source_of(
             self.engines["vae_encoder"], options, self._size(options), shape, int(fed.shape[1])
         )
-        for tokens in sorted({context.shape[1] for context in contexts}):
-            alike = [r for r in requests if contexts[r.index].shape[1] == tokens]
-            for i in range(0, len(alike), most):
-                part = alike[i : i + most]
-                starts = [start_of(r, options, table, shape, source) for r in part]
-                yield Batch(part, [contexts[r.index] for r in part], starts, source)
+        told = dict(zip(requests, contexts, strict=True))
+        parts = parts_of_like_length(told, most) if together else [[r] for r in requests]
+        for part in parts:
+            starts = [start_of(r, options, table, shape, source) for r in part]
+            yield Batch(part, [told[r] for r in part], starts, source)
 
     def _steps(
         self, batch: Batch, options: Options, table: SamplerTable, guidance: Guidance
     ) -> Iterator[Step]:
         runs = runs_of(batch, table, guidance)
-        edit = partial(self._edited, batch, options, table)
+        return denoised(self.engines["unet"], runs, self._edit(batch, options, table))
+
+    def _edit(self, batch: Batch, options: Options, table: SamplerTable) -> Edit | None:
         masked = batch.source.mask is not None and not batch.source.model_masks
-        changed = masked or options.callback_on_step_end is not None
-        return denoised(self.engines["unet"], runs, edit if changed else None)
+        if not masked and options.callback_on_step_end is None:
+            return None
+        return partial(self._edited, batch, options, table)
 
     def _edited(
         self, batch: Batch, options: Options, table: SamplerTable, index: int, latents: np.ndarray
@@ -263,6 +292,14 @@ class Pipeline:
         rng = {"cpu": "CPU", "cuda": "NV"}[options.rng]
         settings |= {"RNG": rng, "Version": f"sdrt {__version__}"}
         return parameters_text(request.prompt, options.negative_prompt, settings)
+
+
+def parts_of_like_length(told: Mapping[Request, np.ndarray], most: int) -> Iterator[list[Request]]:
+    """Pictures whose contexts [.., tokens, width] are of one length, at most so many together."""
+    for tokens in sorted({context.shape[1] for context in told.values()}):
+        alike = [request for request, context in told.items() if context.shape[1] == tokens]
+        for i in range(0, len(alike), most):
+            yield alike[i : i + most]
 
 
 def runs_of(batch: Batch, table: SamplerTable, guidance: Guidance) -> list[Run]:

@@ -1,0 +1,249 @@
+"""What calls of a pipeline's engines cost here: seconds and bytes, measured once and kept.
+
+Knows engines and their input specs; not what is made with them.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdrt.bundle import TensorSpec
+from sdrt.engine import Engine, Feeds
+
+from .turns import Rates
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+Size = tuple[int, int]
+REPEATS = 3
+GAIN = 1.05  # more rows in a call must make this much more of a picture a second
+LEARNED = 0.1  # share of a new measurement in the drift
+MEMORY_SHARE = 0.8  # of the memory that is free, for calls of the model
+
+
+@dataclass(slots=True)
+class SizeCosts:
+    """One size. calls: seconds by rows. bytes: what calls of so many rows add to the process.
+
+    most: rows of one call; more of them make no more pictures a second
+    decode: seconds. drift: what calls take now, relative to `calls`
+    """
+
+    calls: dict[int, float]
+    bytes: dict[int, int]
+    most: int
+    decode: float
+    drift: float = 1.0
+
+    def seconds(self, rows: int) -> float:
+        """Of one call, between the measured ones by a line, beyond them in proportion."""
+        known = sorted(self.calls)
+        if rows > known[-1]:
+            return self.drift * self.calls[known[-1]] * rows / known[-1]
+        return self.drift * float(np.interp(rows, known, [self.calls[k] for k in known]))
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Learn from a call, so that a forecast knows a machine that others use too."""
+        ratio = self.drift * seconds / self.seconds(rows)
+        self.drift += LEARNED * (min(max(ratio, 0.1), 10.0) - self.drift)
+
+
+@dataclass(slots=True)
+class Costs:
+    """All sizes of a bundle; encode: seconds of a prompt. Groups begin with their size."""
+
+    encode: float
+    sizes: dict[Size, SizeCosts]
+    base: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def of(self, group: Hashable) -> SizeCosts:
+        assert isinstance(group, tuple)
+        return self.sizes[group[0]]
+
+    def rates(self, most: int | None = None) -> Rates:
+        """most: rows of one call, instead of the measured ones."""
+        return Rates(
+            call=lambda group, rows: self.of(group).seconds(rows),
+            most=lambda group: most or self.of(group).most,
+            before=lambda group: self.encode,
+            after=lambda group: self.of(group).decode,
+        )
+
+    def missing_bytes(self, size: Size, rows: int) -> int:
+        """What a call would need beyond what this machine has free; 0 if it fits."""
+        known = self.sizes[size].bytes
+        near = min((k for k in known if k >= rows), default=max(known))
+        needed = self.base + known[near] - resident_bytes()
+        return max(0, needed - available_bytes())
+
+
+def costs_of(pipe: "Pipeline", most: int, kept: Path | None = None) -> Costs:
+    """Measure, or read what was measured here before.
+
+    most: rows to try. kept: a folder for the figures, such as the bundle's `plans`.
+    """
+    path = kept / f"costs-{_key(pipe, most)}.json" if kept else None
+    if path and path.is_file():
+        try:
+            return _costs_from_json(json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            log.warning("%s is not readable (%s); measuring again", path, error)
+    costs = measured(pipe, most)
+    if path:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            draft = path.with_suffix(f".{os.getpid()}.tmp")
+            draft.write_text(json.dumps(_json_from_costs(costs), indent=1))
+            draft.replace(path)
+        except OSError as error:  # a read-only bundle is measured at every start
+            log.info("costs are not kept: %s", error)
+    return costs
+
+
+def measured(pipe: "Pipeline", most: int) -> Costs:
+    """Call every engine at every size, with more rows as long as that pays and fits."""
+    base = resident_bytes()
+    engines, manifest = pipe.engines, pipe.manifest
+    sizes = {}
+    for width, height in manifest.sizes:
+        sides = height // manifest.downscale, width // manifest.downscale
+        sizes[width, height] = _size_costs(pipe, sides, most, base)
+    tokens = made_up(engines["text_encoder"], 1, (0, 0), manifest.max_tokens)
+    encode = _seconds(partial(engines["text_encoder"], tokens))
+    return Costs(encode, sizes, base)
+
+
+def _size_costs(pipe: "Pipeline", sides: tuple[int, int], most: int, base: int) -> SizeCosts:
+    calls, grown = {}, {}
+    best, rows, unet = 0, 1, pipe.engines["unet"]
+    while rows <= most:
+        feeds = made_up(unet, rows, sides, pipe.manifest.max_tokens)
+        reset_peak()
+        calls[rows] = _seconds(partial(unet, feeds))
+        grown[rows] = peak_bytes() - base
+        paid = best and calls[best] / best / (calls[rows] / rows) >= GAIN
+        if best and rows > 2 and not paid:
+            break
+        best, rows = rows, rows * 2
+        if 2 * grown[best] > MEMORY_SHARE * (available_bytes() + grown[best]):
+            break
+    decoder = pipe.engines["vae_decoder"]
+    decode = _seconds(partial(decoder, made_up(decoder, 1, sides, 0)))
+    return SizeCosts(calls, grown, best, decode)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The median; the first call, which sets things up, and repeats of long ones left out."""
+    began = time.perf_counter()
+    call()
+    first = time.perf_counter() - began
+    times = []
+    for _ in range(REPEATS if first < 1.0 else 1):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def works(pipe: "Pipeline") -> bool:
+    """Whether the model can be called at all."""
+    manifest = pipe.manifest
+    width, height = manifest.sizes[0]
+    sides = height // manifest.downscale, width // manifest.downscale
+    try:
+        unet = pipe.engines["unet"]
+        unet(made_up(unet, 1, sides, manifest.max_tokens))
+    except Exception:
+        log.exception("the model cannot be called")
+        return False
+    return True
+
+
+def made_up(engine: Engine, rows: int, sides: tuple[int, int], tokens: int) -> Feeds:
+    """Zeros for every input of an engine; sides: latent height and width."""
+    named = {"rows": rows, "tokens": tokens, "latent_height": sides[0], "latent_width": sides[1]}
+
+    def zeros(spec: TensorSpec) -> np.ndarray:
+        shape = [axis if isinstance(axis, int) else named[axis] for axis in spec.shape]
+        return np.zeros(shape, spec.dtype)
+
+    return {spec.name: zeros(spec) for spec in engine.inputs}
+
+
+def _key(pipe: "Pipeline", most: int) -> str:
+    """What the figures depend on."""
+    from sdrt import __version__
+
+    files = sorted((name, record.sha256) for name, record in pipe.manifest.files.items())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    known = [__version__, pipe.backend, most, files, platform.processor(), platform.node(), cores]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
+
+
+def _json_from_costs(costs: Costs) -> dict[str, Any]:
+    sizes = {
+        f"{w}x{h}": {"calls": c.calls, "bytes": c.bytes, "most": c.most, "decode": c.decode}
+        for (w, h), c in costs.sizes.items()
+    }
+    return {"encode": costs.encode, "base": costs.base, "sizes": sizes}
+
+
+def _costs_from_json(raw: dict[str, Any]) -> Costs:
+    sizes = {}
+    for name, each in raw["sizes"].items():
+        width, height = (int(side) for side in name.split("x"))
+        calls = {int(rows): float(seconds) for rows, seconds in each["calls"].items()}
+        grown = {int(rows): int(count) for rows, count in each["bytes"].items()}
+        sizes[width, height] = SizeCosts(calls, grown, int(each["most"]), float(each["decode"]))
+    return Costs(float(raw["encode"]), sizes, resident_bytes())
+
+
+def resident_bytes() -> int:
+    return _kilobytes("/proc/self/status", "VmRSS:") * 1024
+
+
+def peak_bytes() -> int:
+    """The most that the process held since `reset_peak`."""
+    return _kilobytes("/proc/self/status", "VmHWM:") * 1024
+
+
+def reset_peak() -> None:
+    """Linux only; elsewhere memory is not measured."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        log.debug("the peak of memory cannot be reset here")
+
+
+def available_bytes() -> int:
+    """Free memory of the machine, or of its container; without bound where it cannot be read."""
+    free = _kilobytes("/proc/meminfo", "MemAvailable:") * 1024 or 2**62
+    try:
+        group = Path("/sys/fs/cgroup")
+        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no such bound
+        return free
+    return min(free, most - used)
+
+
+def _kilobytes(path: str, name: str) -> int:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(name)), 0)

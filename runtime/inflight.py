@@ -1,0 +1,393 @@
+"""Pictures in flight: they join and leave between evaluations and share calls of the model.
+
+    with InFlight(sdrt.load("shapes")) as engine:
+        tickets = engine.submit("a red circle", {"num_inference_steps": 20, "seed": 0})
+        tickets[0].future.result().image.save("circle.png")
+
+Knows pipelines and whose turn it is (`turns`); not requests over a network. Pictures need not agree
+on timestep, steps, sampler, guidance or seed. Three threads work: one prepares (prompts, given
+pictures), one evaluates, one decodes, so that a long decode does not stall the loop.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sdrt.errors import BackendError, SdrtError, UsageError
+
+from .costs import Costs, costs_of, works
+from .loop import Edit, Gather, Run, step_of
+from .options import Request, options_from
+from .pipeline import Pipeline, Prompt
+from .tickets import Cancelled, Observer, OnStep, Picture, Refused, Submission, Ticket, Times
+from .turns import Turn, forecast, sharing
+
+log = logging.getLogger(__name__)
+MARGIN = 1.1  # what a forecast may be wrong by before a promise is refused
+MOST_DEADLINE = 86400.0
+MOST_GROUPS = 8  # whose buffers are kept
+LONGEST_PAUSE = 30.0  # seconds between two tries to bring a broken engine back
+
+
+class InFlight:
+    """See the module. A context manager: `start` and `close`."""
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        *,
+        slots: int = 16,
+        waiting: int = 64,
+        rows: int | None = None,
+        deterministic: bool = False,
+        observer: Observer | None = None,
+        reload: Callable[[], Pipeline] | None = None,
+        kept: Path | None = None,
+    ) -> None:
+        """slots: pictures that are begun at one time. waiting: pictures that may wait for one
+        rows: of one call of the model at most; None takes what is measured to pay
+        deterministic: every call has that many rows, for backends whose sums depend on it
+        reload: gives the pipeline anew when its device broke
+        kept: where measured costs are kept, such as the bundle's `plans`
+        """
+        for name, value in (("slots", slots), ("waiting", waiting), ("rows", rows or 2)):
+            if not 1 <= value <= 10_000:
+                raise UsageError(f"{name} {value}; expected 1 to 10000")
+        self.pipe, self.slots, self.most_waiting = pipe, slots, waiting
+        self.state: Literal["loading", "ready", "draining", "broken", "closed"] = "loading"
+        self.costs: Costs
+        self._rows, self._deterministic = rows, deterministic
+        self._observer, self._reload, self._kept = observer, reload, kept
+        self._changed = threading.Condition()
+        self._waiting: list[Ticket] = []
+        self._inside: list[Ticket] = []
+        self._decoding: list[Ticket] = []
+        self._gathers: dict[Hashable, Gather] = {}
+        self._threads: list[threading.Thread] = []
+        self._reloaded = False
+
+    def start(self) -> None:
+        """Measure what calls cost, unless that is known, and begin to work."""
+        self.costs = costs_of(self.pipe, self._rows or 2 * self.slots, self._kept)
+        if self._deterministic and self._rows is None:
+            self._rows = max(2, *(size.most for size in self.costs.sizes.values()))
+        self.rates = self.costs.rates(self._rows)
+        for work in (self._prepare, self._denoise, self._decode):
+            thread = threading.Thread(target=work, name=f"sdrt{work.__name__}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self.state = "ready"
+
+    def submit(
+        self,
+        prompt: Prompt,
+        options: Mapping[str, Any],
+        *,
+        scheduler: str | Mapping[str, Any] | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Ticket]:
+        """One ticket for every picture of the call, all accepted or none.
+
+        options: the named arguments of `Options`. scheduler: as for `Pipeline.with_scheduler`
+        priority: -100 to 100, larger goes first. deadline: seconds from now
+        on_step: called after each evaluation, in the engine's thread: it must be quick
+        Raises UsageError for what does not fit, Refused for what cannot be done in time.
+        """
+        if deadline is not None and not 0.0 < deadline <= MOST_DEADLINE:
+            raise UsageError(f"deadline {deadline!r}; expected seconds, to {MOST_DEADLINE:g}")
+        if not -100 <= priority <= 100:
+            raise UsageError(f"priority {priority!r}; expected -100 to 100")
+        chosen = options_from(options)
+        self._check_open()
+        pipe = self.pipe.with_scheduler(scheduler) if scheduler else self.pipe
+        requests, table, guidance, size = pipe.planned(prompt, chosen)
+        rows = 2 if (guidance.scales != 1.0).any() else 1
+        submission = Submission(requests, chosen, pipe.scheduler_config, on_step)
+        now = time.monotonic()
+
+        def ticket(request: Request) -> Ticket:
+            turn = Turn((size,), rows, table.evaluations, now, now, priority)
+            turn.promised = deadline is not None
+            turn.due = self.rates.due(turn) if deadline is None else now + deadline
+            return Ticket(request, table.evaluations, Times(now), turn, submission, self._cancel)
+
+        tickets = [ticket(request) for request in requests]
+        with self._changed:
+            try:
+                self._admit(tickets, now)
+            except Refused as refused:
+                if self._observer:
+                    self._observer.refused(refused.cause)
+                raise
+            self._waiting += tickets
+            self._changed.notify_all()
+        return tickets
+
+    def _check_open(self) -> None:
+        if self.state == "broken":
+            raise Refused("broken", "the device failed and is brought back", LONGEST_PAUSE)
+        if self.state != "ready":
+            raise Refused("draining", f"the engine is {self.state}", LONGEST_PAUSE)
+
+    def _admit(self, tickets: Sequence[Ticket], now: float) -> None:
+        """Raise Refused unless all of them can be accepted and every promise be kept."""
+        self._check_open()
+        turn = tickets[0].turn
+        if missing := self.costs.missing_bytes(turn.group[0], turn.rows):  # type: ignore[index]
+            raise Refused("memory", f"{missing / 1e6:.0f} MB of memory are missing", 10.0)
+        others = [other.turn for other in (*self._inside, *self._waiting)]
+        if len(self._waiting) + len(tickets) > self.most_waiting:
+            done = forecast(others, now, self.rates, self.slots)
+            raise Refused(
+                "queue",
+                f"{len(self._waiting)} pictures wait, at most {self.most_waiting} may",
+                min(done, default=now) - now,
+            )
+        turns = [*others, *(ticket.turn for ticket in tickets)]
+        if not any(turn.promised for turn in turns):
+            return
+        late = self._lateness(turns, now)
+        if turn.promised and (new := max(late[len(others) :])) > 0.0:
+            raise Refused("deadline", f"it would be done {new:.2g} s too late", new)
+        if any(other.promised and by > 0.0 for other, by in zip(others, late, strict=False)):
+            for other, by, before in zip(others, late, self._lateness(others, now), strict=False):
+                if other.promised and before <= 0.0 < by:
+                    message = "a picture that was promised earlier would come too late"
+                    raise Refused("deadline", message, other.due - now)
+
+    def _lateness(self, turns: Sequence[Turn], now: float) -> list[float]:
+        """Seconds by which each may come too late."""
+        done = forecast(turns, now, self.rates, self.slots)
+        return [MARGIN * (at - now) - (t.due - now) for t, at in zip(turns, done, strict=True)]
+
+    def tickets(self) -> list[Ticket]:
+        """Those that are not finished, in the order of their turns."""
+        now = time.monotonic()
+        with self._changed:
+            ahead = [*self._decoding, *sorted(self._inside, key=lambda t: t.turn.key(now))]
+            return [*ahead, *sorted(self._waiting, key=lambda t: t.turn.key(now))]
+
+    def drain(self, seconds: float) -> bool:
+        """Refuse what is new and wait for the rest; whether all were finished in time."""
+        with self._changed:
+            if self.state == "ready":
+                self.state = "draining"
+            return self._changed.wait_for(lambda: not self._unfinished(), timeout=seconds)
+
+    def close(self) -> None:
+        """End the threads; what is unfinished is cancelled. The pipeline stays the caller's."""
+        with self._changed:
+            self.state = "closed"
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for ticket in self._unfinished():
+            self._end(ticket, Cancelled("the engine was closed"))
+        if self._reloaded:
+            self.pipe.close()
+
+    def __enter__(self) -> "InFlight":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _unfinished(self) -> list[Ticket]:
+        return [*self._waiting, *self._inside, *self._decoding]
+
+    def _cancel(self, ticket: Ticket) -> None:
+        with self._changed:
+            ticket.unwanted = True
+            if ticket.state == "waiting":
+                self._end(ticket, Cancelled("cancelled"))
+            self._changed.notify_all()
+
+    def _end(self, ticket: Ticket, result: Picture | Exception) -> None:
+        """The picture, or what went wrong, for whoever waits."""
+        with self._changed:
+            for place in (self._waiting, self._inside, self._decoding):
+                if ticket in place:
+                    place.remove(ticket)
+            ticket.run = ticket.edit = None
+            if isinstance(result, Picture):
+                ticket.state = "done"
+            else:
+                ticket.state = "cancelled" if isinstance(result, Cancelled) else "failed"
+            self._changed.notify_all()
+        if self._observer:
+            self._observer.finished(ticket)
+        if isinstance(result, Picture):
+            ticket.future.set_result(result)
+        else:
+            ticket.future.set_exception(result)
+
+    def _next(self, tickets: Callable[[], list[Ticket]]) -> list[Ticket]:
+        """Wait until there are some, and give them in the order of their turns; none at the end.
+        The unwanted among them are cancelled.
+        """
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self.state == "closed" or (self.state != "broken" and tickets())
+                )
+                found = [] if self.state == "closed" else tickets()
+                wanted = [ticket for ticket in found if not ticket.unwanted]
+            for ticket in found:
+                if ticket.unwanted:
+                    self._end(ticket, Cancelled("cancelled"))
+            if wanted or not found:
+                now = time.monotonic()
+                return sorted(wanted, key=lambda ticket: ticket.turn.key(now))
+
+    def _prepare(self) -> None:
+        """A thread: whoever gets a slot is encoded."""
+
+        def candidates() -> list[Ticket]:
+            return self._waiting if len(self._inside) < self.slots else []
+
+        while ordered := self._next(candidates):
+            ticket = ordered[0]
+            with self._changed:
+                if ticket.state != "waiting":
+                    continue
+                self._waiting.remove(ticket)
+                self._inside.append(ticket)
+                ticket.state, ticket.turn.started = "preparing", True
+            ticket.times.began = time.monotonic()
+            try:
+                run, edit = self._prepared(ticket)
+            except Exception as error:
+                self._end(ticket, typed(error))
+                continue
+            shapes = tuple((name, value.shape[1:]) for name, value in run.told.items())
+            with self._changed:
+                ticket.turn.group = (*ticket.turn.group[:1], shapes)  # type: ignore[index]
+                ticket.run, ticket.edit, ticket.state = run, edit, "running"
+                ticket.times.prepared = time.monotonic()
+                self._changed.notify_all()
+
+    def _prepared(self, ticket: Ticket) -> tuple[Run, Edit | None]:
+        shared = ticket.submission
+        if shared.failed:
+            raise shared.failed
+        if shared.prepared is None:
+            pipe = replace(self.pipe, scheduler_config=shared.scheduler_config)
+            shared.prepared = pipe.separate(shared.requests, shared.options)
+        try:
+            for request, run, edit in shared.prepared:  # in order, past the cancelled ones
+                if request is ticket.request:
+                    return run, edit
+        except Exception as error:
+            shared.failed = error
+            raise
+        raise AssertionError("tickets of a submission are prepared in order")
+
+    def _denoise(self) -> None:
+        """A thread: the loop."""
+
+        def candidates() -> list[Ticket]:
+            return [ticket for ticket in self._inside if ticket.state == "running"]
+
+        while ordered := self._next(candidates):
+            turns = {id(ticket.turn): ticket for ticket in ordered}
+            chosen = sharing([ticket.turn for ticket in ordered], self.rates.most)
+            self._evaluate([turns[id(turn)] for turn in chosen])
+
+    def _evaluate(self, tickets: Sequence[Ticket]) -> None:
+        """One call of the model for all of these."""
+        runs = [ticket.run for ticket in tickets if ticket.run is not None]
+        group, rows = tickets[0].turn.group, sum(run.rows for run in runs)
+        gather = self._gathers.setdefault(
+            group, Gather(self._rows or 0 if self._deterministic else 0)
+        )
+        began = time.monotonic()
+        try:
+            gather.evaluate(self.pipe.engines["unet"], runs)
+        except Exception as error:
+            for ticket in tickets:
+                self._end(ticket, typed(error))
+            self._gathers.clear()
+            if not works(self.pipe):
+                self._recover()
+            return
+        seconds = time.monotonic() - began
+        self.costs.of(group).observe(rows, seconds)
+        if self._observer:
+            self._observer.called(rows, seconds)
+        for ticket, run in zip(tickets, runs, strict=True):
+            self._stepped(ticket, run)
+
+    def _stepped(self, ticket: Ticket, run: Run) -> None:
+        """After an evaluation: edits, news, and the way to the decoder."""
+        try:
+            if ticket.edit:
+                run.replace(ticket.edit(run.done, run.latents[None])[0])
+            if ticket.submission.on_step:
+                step = step_of(run.table, run.done, run.latents[None].copy())
+                ticket.submission.on_step(ticket, step)
+        except Exception as error:  # of the caller's; it touches nobody else
+            self._end(ticket, typed(error))
+            return
+        ticket.turn.left = run.evaluations - run.done
+        if not run.finished:
+            ticket.turn.rows = run.rows
+            return
+        with self._changed:
+            self._inside.remove(ticket)
+            self._decoding.append(ticket)
+            ticket.state, ticket.times.denoised = "decoding", time.monotonic()
+            self._changed.notify_all()
+
+    def _decode(self) -> None:
+        """A thread: latents to pictures."""
+        while ordered := self._next(lambda: self._decoding):
+            ticket = ordered[0]
+            assert ticket.run is not None
+            shared = ticket.submission
+            pipe = replace(self.pipe, scheduler_config=shared.scheduler_config)
+            try:
+                image = pipe.decode(ticket.run.latents[None])[0]
+                text = pipe.parameters(ticket.request, shared.options)
+            except Exception as error:
+                self._end(ticket, typed(error))
+                continue
+            ticket.times.decoded = time.monotonic()
+            self._end(ticket, Picture(image, text, ticket.request.seed))
+
+    def _recover(self) -> None:
+        """Until the model can be called again: try, load anew, wait longer every time. Pictures
+        that were not in the failed call keep their latents and go on.
+        """
+        with self._changed:
+            if self.state == "closed":
+                return
+            before, self.state = self.state, "broken"
+        pause = 0.1
+        while not works(self.pipe):
+            with self._changed:
+                if self._changed.wait_for(lambda: self.state == "closed", timeout=pause):
+                    return
+            pause = min(2 * pause, LONGEST_PAUSE)
+            if self._reload:
+                try:
+                    self.pipe, self._reloaded = self._reload(), True
+                except Exception:
+                    log.exception("the pipeline cannot be loaded anew")
+        with self._changed:
+            self.state = before
+            self._changed.notify_all()
+
+
+def typed(error: Exception) -> SdrtError:
+    """An error of the tree, whatever went wrong."""
+    if isinstance(error, SdrtError):
+        return error
+    log.error("a picture failed", exc_info=error)
+    return BackendError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,106 @@
+"""What whoever asks for pictures in flight gets: tickets, and the errors that end one.
+
+Knows nothing of how pictures are made.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from PIL.Image import Image
+
+from sdrt.errors import SdrtError
+
+from .loop import Edit, Run, Step
+from .options import Options, Request
+from .turns import Turn
+
+Cause = Literal["queue", "deadline", "memory", "draining", "broken"]
+
+
+class Refused(SdrtError):
+    """A request was not accepted. cause: why; retry_after: seconds until it may fit."""
+
+    def __init__(self, cause: Cause, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.cause, self.retry_after = cause, max(1.0, retry_after)
+
+
+class Cancelled(SdrtError):
+    """Whoever asked for the picture does not want it any more, or the engine was closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A finished picture and the text that goes into its file."""
+
+    image: Image
+    parameters: str
+    seed: int
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds on the clock of `time.monotonic`; None for what has not come yet.
+
+    began: given a slot. prepared: ready for its first evaluation. denoised: after its last
+    """
+
+    submitted: float
+    began: float | None = None
+    prepared: float | None = None
+    denoised: float | None = None
+    decoded: float | None = None
+
+
+OnStep = Callable[["Ticket", Step], None]
+State = Literal["waiting", "preparing", "running", "decoding", "done", "failed", "cancelled"]
+Prepared = Iterator[tuple[Request, Run, Edit | None]]
+
+
+@dataclass(slots=True, eq=False)
+class Submission:
+    """What the pictures of one call of `submit` share."""
+
+    requests: Sequence[Request]
+    options: Options
+    scheduler_config: Mapping[str, Any]
+    on_step: OnStep | None
+    prepared: Prepared | None = None
+    failed: Exception | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One picture on its way. future: gives the `Picture`, or raises what went wrong."""
+
+    request: Request
+    evaluations: int
+    times: Times
+    turn: Turn
+    submission: Submission = field(repr=False)
+    on_cancel: Callable[["Ticket"], None] = field(repr=False)
+    state: State = "waiting"
+    future: "Future[Picture]" = field(default_factory=Future, repr=False)
+    run: Run | None = field(default=None, repr=False)
+    edit: Edit | None = field(default=None, repr=False)
+    unwanted: bool = False
+
+    @property
+    def done_evaluations(self) -> int:
+        return self.evaluations - self.turn.left
+
+    def cancel(self) -> None:
+        """Give the slot back at the next evaluation; a finished picture stays."""
+        self.on_cancel(self)
+
+
+class Observer(Protocol):
+    """Told what happens, from the engine's threads; must be quick."""
+
+    def called(self, rows: int, seconds: float) -> None: ...
+
+    def finished(self, ticket: Ticket) -> None: ...
+
+    def refused(self, cause: Cause) -> None: ...

@@ -1,0 +1,432 @@
+"""Pictures in flight, on the embedded model: who shares a call, and that nobody notices."""
+
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sdrt
+from sdrt.errors import BackendError, SdrtError, UsageError
+from sdrt.runtime import costs as costs_module
+from sdrt.runtime.inflight import InFlight
+from sdrt.runtime.tickets import Cancelled, Refused
+
+PROMPT = "a red circle on a blue background"
+SECONDS = 60
+
+
+class Watched:
+    """The real UNet, which tells what it was fed, waits when it is told to, and fails when it is
+    told to.
+    """
+
+    def __init__(self, engine):
+        self.engine, self.inputs, self.outputs = engine, engine.inputs, engine.outputs
+        self.calls, self.fails = [], 0
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+
+    def __call__(self, feeds):
+        self.entered.set()
+        assert self.open.wait(SECONDS)
+        self.calls.append(np.array(feeds["timestep"]))
+        if self.fails:
+            self.fails -= 1
+            raise BackendError("the device is lost")
+        return self.engine(feeds)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def watched(pipe):
+    unet = Watched(pipe.engines["unet"])
+    return replace(pipe, engines={**pipe.engines, "unet": unet}), unet
+
+
+def started(pipe, **options):
+    return InFlight(pipe, **{"rows": 16, **options})
+
+
+def pixels(image):
+    return np.asarray(image)
+
+
+def result(ticket):
+    return ticket.future.result(SECONDS)
+
+
+def held(engine, unet, **options):
+    """A long picture whose next evaluation waits until `unet.open` is set again."""
+    unet.entered.clear()
+    unet.open.clear()
+    (ticket,) = engine.submit(PROMPT, {"num_inference_steps": 30, "seed": 0, **options})
+    assert unet.entered.wait(SECONDS)
+    return ticket
+
+
+def wait_for(condition):
+    until = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def test_pictures_of_other_samplers_steps_and_guidance_share_calls_and_keep_their_bytes(watched):
+    pipe, unet = watched
+    drawing = Image.new("RGB", (64, 64), "orange")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    jobs = [
+        (PROMPT, {"num_inference_steps": 12, "guidance_scale": 7.5}, "DPM++ 2M Karras"),
+        ("a white cross", {"num_inference_steps": 20, "guidance_scale": 1.0}, "Euler a"),
+        ("a square", {"num_inference_steps": 5, "guidance_interval": (0.2, 0.8)}, "Heun"),
+        ("a black ring", {"num_inference_steps": 9, "image": drawing, "mask_image": mask}, None),
+        (PROMPT, {"num_inference_steps": 6, "guidance_rescale": 0.7, "rng": "cuda"}, "UniPC"),
+    ]
+    with started(pipe) as engine:
+        first = held(engine, unet)
+        tickets = [
+            engine.submit(prompt, {**options, "seed": i}, scheduler=sampler)[0]
+            for i, (prompt, options, sampler) in enumerate(jobs)
+        ]
+        wait_for(lambda: all(ticket.state == "running" for ticket in tickets))
+        unet.open.set()
+        made = [result(ticket) for ticket in tickets]
+        result(first)
+    shared = [set(call) for call in unet.calls if len(call) >= 8]
+    assert max(len(timesteps) for timesteps in shared) >= 5  # each at a timestep of its own
+    for i, (prompt, options, sampler) in enumerate(jobs):
+        alone = (pipe.with_scheduler(sampler) if sampler else pipe)(prompt, **options, seed=i)
+        assert (pixels(made[i].image) == pixels(alone.images[0])).all(), sampler
+        assert made[i].parameters == alone.parameters[0]
+
+
+def test_one_call_makes_all_its_pictures(pipe):
+    with started(pipe) as engine:
+        prompts = [PROMPT, "a white cross"]
+        options = {"num_images_per_prompt": 2, "num_inference_steps": 3, "seed": 5}
+        tickets = engine.submit(prompts, options)
+        made = [result(ticket) for ticket in tickets]
+    wanted = pipe(prompts, **options)
+    assert [each.seed for each in made] == wanted.seeds == [5, 6, 7, 8]
+    for each, image in zip(made, wanted.images, strict=True):
+        assert (pixels(each.image) == pixels(image)).all()
+
+
+def test_a_newcomer_joins_at_the_next_evaluation_and_leaves_after_its_last(watched):
+    pipe, unet = watched
+    with started(pipe) as engine:
+        long = held(engine, unet)
+        options = {"num_inference_steps": 2, "guidance_scale": 1.0}
+        (short,) = engine.submit("a square", options, scheduler="Euler")
+        wait_for(lambda: short.state == "running")
+        before = len(unet.calls)
+        unet.open.set()
+        result(long)
+        assert short.times.decoded < long.times.decoded
+    rows = [len(call) for call in unet.calls[before:]]
+    assert rows[0] == 2 and rows[1:3] == [3, 3] and set(rows[3:]) == {2}
+
+
+def test_the_loop_goes_on_while_a_picture_is_decoded(pipe, watched):
+    own, _ = watched
+    gate = threading.Event()
+
+    class Slow(Watched):
+        def __call__(self, feeds):
+            assert gate.wait(SECONDS)
+            return self.engine(feeds)
+
+    own = replace(own, engines={**own.engines, "vae_decoder": Slow(pipe.engines["vae_decoder"])})
+    gate.set()
+    with started(own) as engine:
+        gate.clear()
+        (short,) = engine.submit(PROMPT, {"num_inference_steps": 1, "seed": 0})
+        (long,) = engine.submit(PROMPT, {"num_inference_steps": 20, "seed": 0})
+        wait_for(lambda: long.state == "decoding" and short.state == "decoding")
+        gate.set()
+        assert result(short) and result(long)
+
+
+def test_a_cancelled_picture_gives_its_slot_back(watched):
+    pipe, unet = watched
+    with started(pipe, slots=1) as engine:
+        long = held(engine, unet)
+        waiting, other = (
+            engine.submit(PROMPT, {"num_inference_steps": 2, "seed": s})[0] for s in (1, 2)
+        )
+        waiting.cancel()
+        assert waiting.state == "cancelled"
+        long.cancel()
+        unet.open.set()
+        assert result(other)
+        for ticket in (long, waiting):
+            with pytest.raises(Cancelled):
+                result(ticket)
+        assert long.done_evaluations <= 1 and engine.tickets() == []
+
+
+def test_an_engine_error_ends_the_pictures_of_its_call_only(watched):
+    pipe, unet = watched
+    with started(pipe, rows=2) as engine:
+        failed = held(engine, unet)
+        (other,) = engine.submit("a square", {"num_inference_steps": 3, "seed": 3})
+        wait_for(lambda: other.state == "running")
+        unet.fails = 1
+        unet.open.set()
+        with pytest.raises(BackendError, match="the device is lost"):
+            result(failed)
+        made = result(other)
+        assert engine.state == "ready"
+    alone = pipe("a square", num_inference_steps=3, seed=3).images[0]
+    assert (pixels(made.image) == pixels(alone)).all()
+
+
+def test_a_broken_device_is_loaded_anew_and_the_others_go_on(watched, pipe):
+    own, unet = watched
+    loads = []
+
+    def reload():
+        loads.append(1)
+        if len(loads) == 1:
+            raise BackendError("not yet")
+        return replace(own, engines={**own.engines, "unet": Watched(pipe.engines["unet"])})
+
+    with started(own, rows=2, reload=reload) as engine:
+        failed = held(engine, unet, num_inference_steps=20)
+        (other,) = engine.submit("a square", {"num_inference_steps": 3, "seed": 3})
+        wait_for(lambda: other.state == "running")
+        unet.fails = 1000
+        unet.open.set()
+        with pytest.raises(BackendError):
+            result(failed)
+        wait_for(lambda: engine.state == "broken" or loads)
+        made = result(other)
+        assert engine.state == "ready" and len(loads) == 2
+        engine._reloaded = False  # its other engines are the session's
+    alone = pipe("a square", num_inference_steps=3, seed=3).images[0]
+    assert (pixels(made.image) == pixels(alone)).all()
+
+
+def test_while_the_device_is_broken_nothing_is_accepted(watched):
+    pipe, unet = watched
+    with started(pipe) as engine:
+        failed = held(engine, unet)
+        unet.fails = 10**9
+        unet.open.set()
+        with pytest.raises(BackendError):
+            result(failed)
+        wait_for(lambda: engine.state == "broken")
+        with pytest.raises(Refused, match="device failed") as refused:
+            engine.submit(PROMPT, {})
+        assert refused.value.cause == "broken"
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyError("x"), UsageError("no")])
+def test_an_error_of_a_callback_touches_its_own_picture_only(watched, error):
+    pipe, unet = watched
+
+    def callback(pipeline, index, timestep, kept):
+        raise error
+
+    with started(pipe) as engine:
+        other = held(engine, unet, num_inference_steps=3)
+        options = {"num_inference_steps": 3, "callback_on_step_end": callback}
+        (failing,) = engine.submit(PROMPT, options)
+        (spoken,) = engine.submit(
+            PROMPT, {"num_inference_steps": 3}, on_step=lambda *_: callback(0, 0, 0, 0)
+        )
+        unet.open.set()
+        for ticket in (failing, spoken):
+            with pytest.raises(SdrtError):
+                result(ticket)
+        assert result(other) and engine.state == "ready"
+
+
+def test_a_picture_without_numbers_fails_alone(pipe):
+    def spoil(pipeline, index, timestep, kept):
+        return {"latents": np.full_like(kept["latents"], np.nan)}
+
+    with started(pipe) as engine:
+        options = {"num_inference_steps": 2, "seed": 0}
+        (spoiled,) = engine.submit(PROMPT, {**options, "callback_on_step_end": spoil})
+        (whole,) = engine.submit(PROMPT, options)
+        with pytest.raises(SdrtError, match="NaN"):
+            result(spoiled)
+        assert result(whole)
+
+
+def test_steps_are_told(pipe):
+    seen = []
+    with started(pipe) as engine:
+        (ticket,) = engine.submit(
+            PROMPT,
+            {"num_inference_steps": 4, "seed": 0},
+            on_step=lambda ticket, step: seen.append((ticket, step)),
+        )
+        result(ticket)
+    wanted = list(pipe.steps(PROMPT, num_inference_steps=4, seed=0))
+    assert [step.index for _, step in seen] == [step.index for step in wanted]
+    for (told, step), other in zip(seen, wanted, strict=True):
+        assert told is ticket and (step.latents == other.latents).all()
+    times = ticket.times
+    assert times.submitted <= times.began <= times.prepared <= times.denoised <= times.decoded
+
+
+def test_more_than_may_wait_are_refused_all_or_none(watched):
+    pipe, unet = watched
+    with started(pipe, slots=1, waiting=3) as engine:
+        held(engine, unet)
+        engine.submit(PROMPT, {"num_inference_steps": 1})
+        with pytest.raises(Refused, match="wait") as refused:
+            engine.submit(PROMPT, {"num_images_per_prompt": 3, "num_inference_steps": 1})
+        assert refused.value.cause == "queue" and refused.value.retry_after >= 1.0
+        assert len(engine.tickets()) == 2
+        unet.open.set()
+
+
+def test_what_cannot_be_in_time_is_refused_at_once(watched):
+    pipe, _ = watched
+    refusals = []
+
+    class Told:
+        def called(self, rows, seconds): ...
+        def finished(self, ticket): ...
+        def refused(self, cause):
+            refusals.append(cause)
+
+    with started(pipe, observer=Told()) as engine:
+        seconds = engine.costs.sizes[64, 64].seconds(2)
+        (kept,) = engine.submit(PROMPT, {"num_inference_steps": 5}, deadline=20.0)
+        with pytest.raises(Refused, match="too late") as refused:
+            engine.submit(PROMPT, {"num_inference_steps": 900}, deadline=100 * seconds)
+        assert refused.value.cause == "deadline" and refusals == ["deadline"]
+        result(kept)
+        assert kept.times.decoded - kept.times.submitted < 20.0
+
+
+def test_an_accepted_promise_is_not_broken_for_a_later_one(watched):
+    pipe, unet = watched
+    with started(pipe, rows=2) as engine:
+        alone = engine.rates.alone(held(engine, unet, num_inference_steps=100).turn)
+        engine.submit(PROMPT, {"num_inference_steps": 100}, deadline=3 * alone)
+        with pytest.raises(Refused, match="promised earlier"):
+            engine.submit(PROMPT, {"num_inference_steps": 200}, deadline=2.9 * alone, priority=1)
+        for ticket in engine.tickets():
+            ticket.cancel()
+        unet.open.set()
+
+
+def test_too_little_memory_is_a_refusal(pipe):
+    with started(pipe) as engine:
+        grown = engine.costs.sizes[64, 64].bytes
+        engine.costs.sizes[64, 64].bytes = {rows: 2**50 for rows in grown}
+        with pytest.raises(Refused, match="memory") as refused:
+            engine.submit(PROMPT, {})
+        assert refused.value.cause == "memory"
+
+
+def test_draining_finishes_what_was_accepted(pipe):
+    with started(pipe) as engine:
+        tickets = engine.submit(PROMPT, {"num_inference_steps": 5, "num_images_per_prompt": 3})
+        assert engine.drain(SECONDS)
+        assert all(ticket.future.done() for ticket in tickets)
+        with pytest.raises(Refused) as refused:
+            engine.submit(PROMPT, {})
+        assert refused.value.cause == "draining"
+
+
+def test_what_is_unfinished_at_the_end_is_cancelled(watched):
+    pipe, unet = watched
+    engine = started(pipe, slots=1)
+    engine.start()
+    tickets = [held(engine, unet), *engine.submit(PROMPT, {"num_inference_steps": 5})]
+    assert not engine.drain(0.01)
+    unet.open.set()
+    engine.close()
+    for ticket in tickets:
+        with pytest.raises(Cancelled):
+            result(ticket)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"deadline": 0.0},
+        {"deadline": float("nan")},
+        {"deadline": 1e9},
+        {"priority": 1000},
+        {"scheduler": "nonesuch"},
+        {"options": {"nonesuch": 1}},
+        {"options": {"num_inference_steps": 0}},
+        {"options": {"size": "8x8"}},
+        {"options": {"seed": -1}},
+    ],
+)
+def test_what_does_not_fit_is_refused_before_it_is_accepted(pipe, options):
+    with started(pipe) as engine:
+        arguments = {"options": {}, **options}
+        with pytest.raises(UsageError):
+            engine.submit(PROMPT, arguments.pop("options"), **arguments)
+        assert engine.tickets() == []
+
+
+def test_two_sizes_are_made_side_by_side(tmp_path, tiny):
+    from sdrt.export.build import BuildPlan, build_bundle
+
+    folder = build_bundle(BuildPlan(str(tiny), output=tmp_path / "two", sizes=((32, 32), (64, 32))))
+    with sdrt.load(folder, backend="onnxruntime") as pipe, started(pipe) as engine:
+        tickets = [
+            engine.submit("a", {"num_inference_steps": 10, "size": size, "seed": i})[0]
+            for i in range(4)
+            for size in ("32x32", "64x32")
+        ]
+        made = [result(ticket).image for ticket in tickets]
+        assert {image.size for image in made} == {(32, 32), (64, 32)}
+        alone = pipe("a", num_inference_steps=10, size="64x32", seed=1).images[0]
+        assert (pixels(made[3]) == pixels(alone)).all()
+
+
+def test_deterministic_calls_are_all_of_one_shape(shapes):
+    with sdrt.load(shapes, backend="torch") as loaded:
+        unet = Watched(loaded.engines["unet"])
+        pipe = replace(loaded, engines={**loaded.engines, "unet": unet})
+        with started(pipe, rows=8, deterministic=True) as engine:
+            unet.calls.clear()
+            options = {"num_inference_steps": 4, "seed": 1}
+            alone = result(engine.submit(PROMPT, options)[0])
+            long = held(engine, unet, num_inference_steps=6)
+            (shared,) = engine.submit(PROMPT, options)
+            wait_for(lambda: shared.state == "running")
+            unet.open.set()
+            assert (pixels(result(shared).image) == pixels(alone.image)).all()
+            result(long)
+        assert {len(call) for call in unet.calls} == {8}
+
+
+def test_measured_costs_are_kept_and_read_again(pipe, tmp_path, caplog):
+    kept = tmp_path / "plans"
+    first = costs_module.costs_of(pipe, 4, kept)
+    (path,) = kept.iterdir()
+    again = costs_module.costs_of(pipe, 4, kept)
+    assert again.sizes == first.sizes and again.encode == first.encode
+    path.write_text("{")
+    assert costs_module.costs_of(pipe, 4, kept).sizes.keys() == first.sizes.keys()
+    assert "measuring again" in caplog.text
+
+
+def test_costs_are_of_the_real_calls(pipe):
+    costs = costs_module.measured(pipe, 8)
+    size = costs.sizes[64, 64]
+    assert 0.0 < size.seconds(1) <= size.seconds(2) * 1.5
+    assert size.seconds(64) == pytest.approx(size.calls[max(size.calls)] * 64 / max(size.calls))
+    before = size.seconds(2)
+    for _ in range(100):
+        size.observe(2, 3 * before)
+    assert size.seconds(2) == pytest.approx(3 * before, rel=0.01)
