@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import planning
 from .errors import SdrtError, UsageError
 
 EXAMPLES = """examples:
   sdrt build --model shapes
   sdrt run "a red circle on a blue background" --seed 0
   sdrt build --model stable-diffusion-v1-5 --fp16
+  sdrt build --bundle stable-diffusion-v1-5 --backend tensorrt-rtx --target sm_89
   sdrt run "a lighthouse at dusk" --steps 30 --num-images 4 --grid --output lighthouse.png
   sdrt run "a (red:1.2) circle" --scheduler "DPM++ 2M Karras" --preview
   sdrt run "a white cross" --image drawing.png --mask mask.png --strength 0.9
@@ -118,11 +120,14 @@ def _command(
 
 
 def _add_build(to: argparse.ArgumentParser) -> None:
-    to.add_argument(
+    made_from = to.add_mutually_exclusive_group(required=True)
+    made_from.add_argument(
         "--model",
-        required=True,
         metavar="NAME|ID|FOLDER|FILE",
         help="well-known name, hub id, local folder or .safetensors file",
+    )
+    made_from.add_argument(
+        "--bundle", metavar="NAME|FOLDER", help="only the plans of a bundle that is there"
     )
     to.add_argument("--output", type=Path, metavar="FOLDER", help="where the bundle goes")
     parts = to.add_mutually_exclusive_group()
@@ -147,6 +152,7 @@ def _add_build(to: argparse.ArgumentParser) -> None:
     to.add_argument("--batch", default="1:1:4", metavar="MIN:OPT:MAX", help="pictures at once")
     to.add_argument("--backend", choices=BACKENDS, default="auto")
     to.add_argument("--force", action="store_true", help="replace a bundle that is there")
+    planning.add_arguments(to)
 
 
 def _add_run(to: argparse.ArgumentParser) -> None:
@@ -206,6 +212,17 @@ def _whole(text: str) -> int:
 
 def build(args: argparse.Namespace) -> None:
     """`sdrt build`: prints the bundle's folder."""
+    from .bundle import open_bundle
+
+    planned = planning.wanted(args)
+    folder = open_bundle(args.bundle).folder if args.bundle else _built(args)
+    if planned:
+        planning.build_plans(open_bundle(folder), args)
+    print(folder)
+
+
+def _built(args: argparse.Namespace) -> Path:
+    """Build a bundle from a model."""
     try:
         from .export.build import BuildPlan, build_bundle
     except ImportError as error:
@@ -220,13 +237,13 @@ def build(args: argparse.Namespace) -> None:
         dtype="float16" if args.fp16 else "float32",
         sizes=tuple(parse_size(text) for text in args.size or ()),
         batch=_batch(args.batch),
-        backend=args.backend,
+        backend=planning.proving(args.backend),
         force=args.force,
         vae=args.vae,
         unet=args.unet,
         loras=tuple(args.lora),
     )
-    print(build_bundle(plan))
+    return build_bundle(plan)
 
 
 def _batch(text: str) -> tuple[int, int, int]:

@@ -37,7 +37,9 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             }
             for name, component in manifest.components.items()
         },
-        "plans": sorted(str(p.relative_to(bundle.folder)) for p in bundle.folder.glob("plans/*/*")),
+        "plans": sorted(
+            str(p.relative_to(bundle.folder)) for p in bundle.folder.glob("plans/*/*.plan")
+        ),
     }
 
 

@@ -1,0 +1,348 @@
+"""Plans, as compiled engines are called: where they lie, when one may be used, how one appears.
+
+Knows files, keys and hashes; not TensorRT. A plan is native code tied to what it was built from and
+for, so it lies beside a sidecar that names all of that, and its bytes are compared with the
+sidecar's sha256 before anything reads them.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import mmap
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from sdrt.bundle import Bundle, Manifest, TensorSpec, home, sha256_of
+from sdrt.errors import BackendError, BundleError
+
+log = logging.getLogger(__name__)
+PICTURE_ROWS = 1  # the runtime decodes and encodes one picture at a time
+MOST_STRETCHES = 4  # of a prompt, each of the text encoder's length
+Shape = tuple[int, ...]
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # for each input: least, usual, most
+
+
+@dataclass(frozen=True, slots=True)
+class PlanKey:
+    """Everything that a plan depends on; another value of any makes another plan.
+
+    targets: the compute capabilities that it runs on, such as sm_89
+    gpu: the GPU's name, empty where one plan serves every GPU of its targets
+    level: builder optimisation, 0 to 5. workspace: bytes of scratch memory, 0 for any
+    stripped: whether the weights are left out, to be filled in from the bundle
+    graph, weights: sha256 of both files
+    """
+
+    component: str
+    kind: str
+    version: str
+    targets: tuple[str, ...]
+    gpu: str
+    system: str
+    profiles: tuple[Profile, ...]
+    level: int
+    workspace: int
+    stripped: bool
+    graph: str
+    weights: str
+
+    @property
+    def digest(self) -> str:
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def path(self) -> Path:
+        """Below a plans folder."""
+        whom = self.gpu or self.kind
+        targets = self.targets if len(self.targets) == 1 else ("portable",)
+        folder = re.sub(r"[^a-z0-9_.]+", "-", f"{whom}-{targets[0]}-trt{self.version}".lower())
+        return Path(folder) / f"{self.component}-{self.digest}.plan"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A plan's file and its sidecar.
+
+    seconds, peak_bytes: what building it took
+    parity: how it compared with the bundle's graph on its GPU; None until it has run
+    """
+
+    path: Path
+    key: PlanKey
+    sha256: str
+    size: int
+    seconds: float
+    peak_bytes: int
+    parity: Mapping[str, float] | None = None
+
+    @contextlib.contextmanager
+    def verified(self) -> Iterator[mmap.mmap]:
+        """The plan's bytes; raises BackendError if they are not those that were written."""
+        try:
+            with self.path.open("rb") as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise BackendError(f"{self.path} cannot be read: {error}") from error
+        with content:
+            if reason := self._damage(content):
+                raise BackendError(f"{reason}; delete it, it is built again")
+            yield content
+
+    def _damage(self, content: mmap.mmap) -> str | None:
+        if len(content) != self.size:
+            return f"{self.path} has {len(content)} bytes, {self.size} were written"
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            return f"{self.path} is damaged: its sha256 is not that of the plan that was written"
+        return None
+
+    def damage(self) -> str | None:
+        """What is wrong with the file, or None."""
+        try:
+            with self.verified():
+                return None
+        except BackendError as error:
+            return str(error)
+
+    def with_parity(self, parity: Mapping[str, float]) -> "Plan":
+        """The same plan, proven; the sidecar is written anew where that is allowed."""
+        proven = replace(self, parity=dict(parity))
+        with contextlib.suppress(OSError):
+            _write_sidecar(proven)
+        return proven
+
+
+def plans_folder(bundle: Bundle) -> Path:
+    """The bundle's own, or one in the user's folder where the bundle cannot be written."""
+    own = bundle.folder / "plans"
+    if os.access(own if own.exists() else bundle.folder, os.W_OK):
+        return own
+    mark = hashlib.sha256(str(bundle.folder.resolve()).encode()).hexdigest()[:16]
+    return home() / "plans" / f"{bundle.manifest.name}-{mark}"
+
+
+def key_of(
+    bundle: Bundle,
+    component: str,
+    *,
+    kind: str,
+    version: str,
+    targets: tuple[str, ...],
+    gpu: str = "",
+    level: int = 3,
+    workspace: int = 0,
+    stripped: bool = False,
+) -> PlanKey:
+    """The key of the plan that a component of a bundle needs."""
+    inputs = bundle.manifest.components[component].inputs
+    return PlanKey(
+        component=component,
+        kind=kind,
+        version=version,
+        targets=targets,
+        gpu=gpu,
+        system=f"{platform.system()}-{platform.machine()}".lower(),
+        profiles=profiles_of(bundle.manifest, component, inputs),
+        level=level,
+        workspace=workspace,
+        stripped=stripped,
+        graph=_sha256(bundle, component, "model.onnx"),
+        weights=_sha256(bundle, component, "model.safetensors"),
+    )
+
+
+def _sha256(bundle: Bundle, component: str, name: str) -> str:
+    """From the manifest, or of the file while the bundle is being made."""
+    record = bundle.manifest.files.get(f"{component}/{name}")
+    return record.sha256 if record else sha256_of(bundle.folder / component / name)
+
+
+def profiles_of(
+    manifest: Manifest, component: str, inputs: tuple[TensorSpec, ...]
+) -> tuple[Profile, ...]:
+    """One profile for each declared size, in which only rows and a prompt's length may vary.
+
+    A guided picture is two rows, so the most rows are twice the batch; decoders and encoders of
+    pictures take one. Raises BackendError for a dynamic axis of another name.
+    """
+    low, usual, high = manifest.batch
+    rows = (PICTURE_ROWS,) * 3 if component.startswith("vae") else (low, 2 * usual, 2 * high)
+    tokens = manifest.max_tokens
+    profiles = []
+    for width, height in manifest.sizes:
+        down = manifest.downscale
+        lengths = {
+            "rows": rows,
+            "tokens": (tokens, tokens, MOST_STRETCHES * tokens),
+            **{"width": (width,) * 3, "height": (height,) * 3},
+            **{"latent_width": (width // down,) * 3, "latent_height": (height // down,) * 3},
+        }
+        profile = {spec.name: _range(component, spec, lengths) for spec in inputs}
+        if profile not in profiles:
+            profiles.append(profile)
+    return tuple(profiles)
+
+
+def _range(
+    component: str, spec: TensorSpec, lengths: Mapping[str, tuple[int, int, int]]
+) -> tuple[Shape, Shape, Shape]:
+    if unknown := [a for a in spec.shape if isinstance(a, str) and a not in lengths]:
+        raise BackendError(
+            f"{component}: {spec.name} has a dynamic axis {unknown[0]!r}; profiles are known for "
+            f"{', '.join(lengths)}"
+        )
+
+    def shape(which: int) -> Shape:
+        return tuple(lengths[a][which] if isinstance(a, str) else a for a in spec.shape)
+
+    return shape(0), shape(1), shape(2)
+
+
+def differences(found: PlanKey, wanted: PlanKey, ignored: Sequence[str] = ()) -> list[str]:
+    """What keeps a plan from being used, in words; empty if nothing does."""
+    titles = {
+        "kind": "it is for {found}, not {wanted}",
+        "version": "TensorRT {found} built it, here is {wanted}",
+        "gpu": "it is for {found}, here is {wanted}",
+        "system": "it is for {found}, this is {wanted}",
+        "profiles": "its sizes, batch or prompt length are others",
+        "level": "its optimisation level is {found}, not {wanted}",
+        "workspace": "its scratch memory is limited otherwise",
+        "graph": "the graph has changed",
+        "weights": "the weights have changed",
+    }
+    texts = []
+    for name, title in titles.items():
+        values = getattr(found, name), getattr(wanted, name)
+        if values[0] != values[1] and name not in ignored:
+            texts.append(title.format(found=values[0], wanted=values[1]))
+    if missing := sorted(set(wanted.targets) - set(found.targets)):
+        texts.append(f"it is for {', '.join(found.targets)}, not {', '.join(missing)}")
+    return texts
+
+
+def find_plan(
+    folder: Path, wanted: PlanKey, ignored: Sequence[str] = ()
+) -> tuple[Plan | None, str]:
+    """A plan that may be used, or None and the reason: the nearest plan and how it differs.
+
+    ignored: parts of the key that may differ
+    """
+    nearest: tuple[int, str] | None = None
+    for plan in _plans(folder, wanted.component):
+        texts = differences(plan.key, wanted, ignored)
+        if not texts and (damage := plan.damage()) is None:
+            return plan, ""
+        reason = "; ".join(texts) or str(damage)
+        if nearest is None or len(texts) < nearest[0]:
+            nearest = len(texts), f"the plan {plan.path.name} cannot be used: {reason}"
+    return None, nearest[1] if nearest else "there is no plan yet"
+
+
+def _plans(folder: Path, component: str) -> Iterator[Plan]:
+    for sidecar in sorted(folder.glob(f"*/{component}-*.json")):
+        try:
+            yield _plan_from_json(sidecar)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is no sidecar of a plan and is left alone: %s", sidecar, error)
+
+
+def _plan_from_json(sidecar: Path) -> Plan:
+    raw = json.loads(sidecar.read_text("utf-8"))
+    key = dict(raw.pop("key"))
+    key["targets"] = tuple(key["targets"])
+    key["profiles"] = tuple(
+        {name: tuple(tuple(int(n) for n in shape) for shape in of) for name, of in profile.items()}
+        for profile in key["profiles"]
+    )
+    for kind, values in ((PlanKey, key), (Plan, {**raw, "key": 0, "path": 0})):
+        known = {field.name for field in fields(kind)}
+        if unknown := set(values) - known:
+            raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
+    return Plan(path=sidecar.with_suffix(".plan"), key=PlanKey(**key), **raw)
+
+
+def _write_sidecar(plan: Plan) -> None:
+    values: dict[str, Any] = asdict(plan)
+    del values["path"]
+    partial = plan.path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    partial.replace(plan.path.with_suffix(".json"))
+
+
+def plan_of(
+    folder: Path,
+    wanted: PlanKey,
+    build: Callable[[Path], tuple[float, int]],
+    ignored: Sequence[str] = (),
+) -> Plan:
+    """The plan of a key, built where there is none that may be used.
+
+    ignored: see `find_plan`
+    build: writes the plan's file; returns the seconds and the peak memory in bytes that it took
+    Two processes that want one plan wait for each other; a killed build leaves nothing in the way.
+    Raises BundleError if the folder cannot be written, and whatever `build` raises.
+    """
+    found, _ = find_plan(folder, wanted, ignored)
+    if found:
+        return found
+    path = folder / wanted.path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path.with_name(f".{wanted.component}.lock")):
+            found, reason = find_plan(folder, wanted, ignored)
+            return found or _built(path, wanted, reason, build)
+    except OSError as error:
+        raise BundleError(f"cannot write {path}: {error}; name another SDRT_HOME") from error
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """The kernel drops a killed process's lock."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process builds a plan in %s; waiting for it", path.parent)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _built(
+    path: Path, key: PlanKey, reason: str, build: Callable[[Path], tuple[float, int]]
+) -> Plan:
+    log.info("%s: building a plan for %s (%s)", key.component, ", ".join(key.targets), reason)
+    partial = path.with_suffix(".partial")  # one builder at a time, and what a killed one left
+    try:
+        seconds, peak = build(partial)
+        plan = Plan(path, key, sha256_of(partial), partial.stat().st_size, seconds, peak)
+        partial.replace(path)
+        _write_sidecar(plan)
+    finally:
+        partial.unlink(missing_ok=True)
+    log.info(
+        "%s: %.0f MB in %.1f s, peak memory %.2f GB",
+        path.name,
+        plan.size / 1e6,
+        seconds,
+        peak / 1e9,
+    )
+    _drop_outdated(plan)
+    return plan
+
+
+def _drop_outdated(plan: Plan) -> None:
+    """Plans of the same folder whose graph or weights this bundle no longer has."""
+    key = plan.key
+    for other in list(_plans(plan.path.parent.parent, key.component)):
+        same = other.path.parent == plan.path.parent
+        if same and (other.key.graph, other.key.weights) != (key.graph, key.weights):
+            other.path.with_suffix(".json").unlink(missing_ok=True)
+            other.path.unlink(missing_ok=True)

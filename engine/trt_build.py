@@ -1,0 +1,254 @@
+"""Building plans with TensorRT and with TensorRT for RTX, one code path for both.
+
+Knows the builder half of their API, handed in as a module; imports neither. Networks are strongly
+typed: precision is what the bundle's graph says.
+"""
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+import platform
+import resource
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdm import tqdm
+
+from sdrt.bundle import home
+from sdrt.errors import BackendError
+
+from .plans import PlanKey
+from .trt_plans import INSTALL, MODULES, RTX
+
+log = logging.getLogger(__name__)
+
+
+def module_of(kind: str) -> ModuleType:
+    """The Python module of a kind; raises BackendError if it does not import."""
+    try:
+        return importlib.import_module(MODULES[kind])
+    except (ImportError, OSError) as error:
+        raise BackendError(f"{kind} cannot be imported: {error}; {INSTALL[kind]}") from error
+
+
+@functools.cache
+def logger_of(trt: Any) -> Any:
+    """TensorRT's messages go to `logging`; the latest errors are kept. One for the whole process,
+    since TensorRT wants it to outlive everything else.
+    """
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors = [*self.errors[-2:], message]
+            log.debug("%s", message)
+
+    return Logger()
+
+
+class Progress:
+    """TensorRT's phases as one bar on standard error, drawn on a terminal only. May be called from
+    several threads. Its steps tell TensorRT to stop once `stopped` is set.
+    """
+
+    def __init__(self, title: str, shown: bool) -> None:
+        self.stopped = False
+        self._lock = threading.Lock()
+        self._left: dict[str, int] = {}
+        self._bar = tqdm(desc=title, total=0, leave=False, disable=not shown)
+
+    def start(self, phase: str, steps: int) -> None:
+        with self._lock:
+            self._left[phase] = steps
+            self._bar.total += steps
+            self._bar.set_postfix_str(phase)
+
+    def step(self, phase: str) -> bool:
+        with self._lock:
+            self._left[phase] = self._left.get(phase, 1) - 1
+            self._bar.update()
+        return not self.stopped
+
+    def finish(self, phase: str) -> None:
+        with self._lock:
+            self._bar.update(max(0, self._left.pop(phase, 0)))
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def monitor_of(trt: Any, progress: Progress) -> Any:
+    """What TensorRT calls with its progress."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
+            progress.start(phase_name, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return progress.step(phase_name)
+
+        def phase_finish(self, phase_name: str) -> None:
+            progress.finish(phase_name)
+
+    return Monitor()
+
+
+@contextlib.contextmanager
+def interruptible(progress: Progress) -> Iterator[None]:
+    """Ctrl-C stops the build at its next step instead of being lost inside TensorRT."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        progress.stopped = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if progress.stopped:
+        raise KeyboardInterrupt
+
+
+def parsed_network(trt: Any, builder: Any, graph: Path) -> tuple[Any, Any]:
+    """The graph as TensorRT's network, and the parser, which holds its weights.
+
+    Raises BackendError naming every node that TensorRT does not take.
+    """
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, logger_of(trt))
+    if not parser.parse_from_file(str(graph)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        texts = [
+            f"{error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors
+        ]
+        raise BackendError(f"TensorRT does not take {graph}: {'; '.join(texts)}")
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # as the bindings have one cast down
+            attention = layer.attention
+            attention.decomposable = not has_kernel(trt, attention.get_input(0))
+    return network, parser
+
+
+def has_kernel(trt: Any, query: Any) -> bool:
+    """Whether fused attention serves this query [B, heads, N, width]; the rest is decomposed into
+    products and a softmax, which TensorRT does only where it is told to.
+    """
+    width = query.shape[-1]
+    return query.dtype in (trt.float16, trt.bfloat16) and 16 <= width <= 256 and width % 8 == 0
+
+
+def build_plan(key: PlanKey, graph: Path, out: Path) -> tuple[float, int]:
+    """Write the plan of a key; returns seconds and the process's peak memory meanwhile, in bytes.
+
+    Raises BackendError if TensorRT refuses, with what it said.
+    """
+    trt = module_of(key.kind)
+    began = time.monotonic()
+    _forget_peak()
+    with contextlib.closing(Progress(key.component, sys.stderr.isatty())) as progress:
+        plan = _serialized(trt, key, graph, progress)
+    out.write_bytes(plan)
+    return time.monotonic() - began, _peak()
+
+
+def _serialized(trt: Any, key: PlanKey, graph: Path, progress: Progress) -> Any:
+    logger = logger_of(trt)
+    logger.errors = []
+    builder = trt.Builder(logger)
+    network, parser = parsed_network(trt, builder, graph)
+    config = builder.create_builder_config()
+    monitor = monitor_of(trt, progress)
+    config.progress_monitor = monitor
+    _configure(trt, builder, config, key)
+    with _timing_cache(config, key), interruptible(progress):
+        plan = builder.build_serialized_network(network, config)
+    del parser
+    if plan is None:
+        raise BackendError(
+            f"TensorRT cannot build {key.component} for {', '.join(key.targets)}: "
+            f"{' / '.join(logger.errors) or 'it does not say why'}"
+        )
+    return plan
+
+
+def _configure(trt: Any, builder: Any, config: Any, key: PlanKey) -> None:
+    config.builder_optimization_level = key.level
+    config.clear_flag(trt.BuilderFlag.TF32)  # single precision is single precision
+    if key.workspace:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, key.workspace)
+    if key.stripped:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+    if key.kind == RTX:
+        config.num_compute_capabilities = len(key.targets)
+        for i, target in enumerate(key.targets):
+            name = target.replace("sm_", "SM")
+            config.set_compute_capability(trt.ComputeCapability.__members__[name], i)
+    for ranges in key.profiles:
+        profile = builder.create_optimization_profile()
+        for name, (least, usual, most) in ranges.items():
+            profile.set_shape(name, least, usual, most)
+        config.add_optimization_profile(profile)
+
+
+@contextlib.contextmanager
+def _timing_cache(config: Any, key: PlanKey) -> Iterator[None]:
+    """What was measured on this GPU before is not measured again. TensorRT for RTX measures
+    nothing while it builds.
+    """
+    if key.kind == RTX:
+        yield
+        return
+    path = home() / "timing" / key.path.parent.with_suffix(".cache").name
+    known = path.read_bytes() if path.exists() else b""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        cache = config.create_timing_cache(known)
+        config.set_timing_cache(cache, False)
+        yield
+        _keep(path, bytes(cache.serialize()))
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """A cache: where it cannot be written, TensorRT measures again next time."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+
+
+def _forget_peak() -> None:
+    """Begin to measure the peak anew, where the system allows that (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """The peak of resident memory in bytes."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,129 @@
+"""The plans of a bundle: which TensorRT serves which GPU, and building what is missing.
+
+Knows the kinds of TensorRT, their GPUs and packages; TensorRT itself only where a plan is built.
+"""
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from functools import partial
+
+from sdrt.bundle import Bundle
+from sdrt.errors import BackendError, UsageError
+
+from .gpus import Gpu, Machine
+from .plans import Plan, PlanKey, key_of, plan_of, plans_folder
+
+RTX, FULL = "tensorrt-rtx", "tensorrt"
+MODULES = {FULL: "tensorrt", RTX: "tensorrt_rtx"}
+INSTALL = {FULL: "pip install 'sdrt[gpu]'", RTX: "pip install 'sdrt[rtx]'"}
+# What TensorRT for RTX compiles for; a test compares it with the package's own list.
+RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+PORTABLE = RTX_TARGETS[1:]  # Turing refuses products in single precision, so it is asked for
+LEVEL = 3
+OLDEST = 75  # compute capability that TensorRT 10.14 and later serve
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """How plans are built.
+
+    targets: compute capabilities; empty for the GPU at hand, or without one for `PORTABLE`
+    level: builder optimisation, 0 to 5. workspace: bytes of scratch memory, 0 for unlimited.
+        None takes a plan of any, and builds one of the default.
+    """
+
+    targets: tuple[str, ...] = ()
+    level: int | None = None
+    workspace: int | None = None
+
+
+def why_not(kind: str, machine: Machine, index: int = 0) -> str | None:
+    """None if a kind of TensorRT can run on a GPU of the machine, else why not."""
+    if machine.why_none:
+        return machine.why_none
+    for module in (MODULES[kind], "cuda.bindings"):
+        if not _installed(module):
+            return f"{module} is not installed; {INSTALL[kind]}"
+    gpu, wanted = machine.gpus[index], needed_cuda(kind)
+    number = int(gpu.sm.removeprefix("sm_"))
+    if kind == RTX and gpu.sm not in RTX_TARGETS:
+        return f"TensorRT for RTX serves {', '.join(RTX_TARGETS)}; {gpu.name} is {gpu.sm}"
+    if number < OLDEST:
+        return f"TensorRT serves sm_{OLDEST} and later; {gpu.name} is {gpu.sm}"
+    if wanted and machine.cuda and machine.cuda[0] < wanted:
+        return (
+            f"the driver {machine.driver or ''} serves CUDA {machine.cuda[0]}.{machine.cuda[1]}, "
+            f"this {kind} needs {wanted}.0; update the NVIDIA driver"
+        )
+    return None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package's part, when the package is missing
+        return False
+
+
+def needed_cuda(kind: str) -> int | None:
+    """The major version of CUDA that the installed package was made for, by its wheels' names."""
+    for major in (13, 12):
+        try:
+            importlib.metadata.version(f"{MODULES[kind]}_cu{major}_libs")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return major
+    return None
+
+
+def wanted_key(
+    bundle: Bundle, component: str, kind: str, gpu: Gpu | None, options: PlanOptions
+) -> PlanKey:
+    """The key of the plan to use or build; gpu: the one at hand, if any.
+
+    Raises BackendError where the kind cannot build, UsageError for a target that it lacks.
+    """
+    from .trt_build import module_of
+
+    return key_of(
+        bundle,
+        component,
+        kind=kind,
+        version=str(module_of(kind).__version__),
+        targets=targets_of(kind, gpu, options.targets),
+        gpu=gpu.name if gpu and kind == FULL else "",
+        level=LEVEL if options.level is None else options.level,
+        workspace=options.workspace or 0,
+        # Filling weights in needs a GPU already when the plan is built.
+        stripped=gpu is not None and gpu.sm in (options.targets or (gpu.sm,)),
+    )
+
+
+def targets_of(kind: str, gpu: Gpu | None, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The compute capabilities to build for; raises as `wanted_key`."""
+    known = RTX_TARGETS if kind == RTX else (gpu.sm,) if gpu else ()
+    usual = (gpu.sm,) if gpu else PORTABLE
+    if not known:
+        raise BackendError(
+            "plans of tensorrt are built on the GPU that runs them, and there is none here; "
+            "TensorRT for RTX builds anywhere: --backend tensorrt-rtx"
+        )
+    if unknown := [target for target in asked or usual if target not in known]:
+        raise UsageError(
+            f"target {unknown[0]!r}; {kind} builds here for {', '.join(known)}; "
+            f"type for example --target {known[0]}"
+        )
+    return tuple(sorted(set(asked or usual), key=known.index))
+
+
+def trt_plan(
+    bundle: Bundle, component: str, kind: str, gpu: Gpu | None, options: PlanOptions
+) -> Plan:
+    """The plan of a component, built where there is none that fits."""
+    from .trt_build import build_plan
+
+    key = wanted_key(bundle, component, kind, gpu, options)
+    ignored = [name for name in ("level", "workspace") if getattr(options, name) is None]
+    build = partial(build_plan, key, bundle.graph(component))
+    return plan_of(plans_folder(bundle), key, build, ignored)

@@ -1,0 +1,81 @@
+"""`sdrt build`'s part about compiled plans: what was asked for, and building it."""
+
+import argparse
+import logging
+from typing import TYPE_CHECKING
+
+from .bundle import Bundle
+from .errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from .engine.gpus import Gpu
+
+log = logging.getLogger("sdrt.build")
+KINDS = ("tensorrt", "tensorrt-rtx")
+
+
+def add_arguments(to: argparse.ArgumentParser) -> None:
+    plans = to.add_argument_group("plans, with --backend tensorrt or tensorrt-rtx")
+    plans.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="sm_NN",
+        help="repeatable; default: the GPU's, or without one every RTX GPU's since Ampere",
+    )
+    plans.add_argument(
+        "--optimization-level", type=int, metavar="0..5", help="3; higher builds longer"
+    )
+    plans.add_argument("--workspace", type=int, metavar="MB", help="most scratch memory")
+
+
+def wanted(args: argparse.Namespace) -> bool:
+    """Whether plans are to be built; raises UsageError for what does not fit, before any work."""
+    if args.backend not in KINDS:
+        if args.target or args.bundle:
+            given = "--target" if args.target else "--bundle"
+            raise UsageError(f"{given} is for plans; type --backend tensorrt-rtx with it")
+        return False
+    from .engine.trt_plans import targets_of
+
+    for name, most in (("optimization_level", 5), ("workspace", 1_000_000)):
+        if (value := getattr(args, name)) is not None and not 0 <= value <= most:
+            raise UsageError(f"--{name.replace('_', '-')} {value}; expected 0 to {most}")
+    targets_of(args.backend, _gpu(), tuple(args.target))
+    return True
+
+
+def proving(backend: str) -> str:
+    """What the build proves the bundle on: the backend asked for, where it can run."""
+    from .engine import choose
+
+    if backend not in KINDS:
+        return backend
+    try:
+        return choose(backend).backend
+    except BackendError:
+        return "auto"
+
+
+def build_plans(bundle: Bundle, args: argparse.Namespace) -> None:
+    """Build the plan of every component that has none that fits."""
+    from .engine.trt_plans import PlanOptions, trt_plan
+
+    workspace = None if args.workspace is None else args.workspace * 1_000_000
+    options = PlanOptions(tuple(args.target), args.optimization_level, workspace)
+    plans = [
+        trt_plan(bundle, name, args.backend, _gpu(), options) for name in bundle.manifest.components
+    ]
+    log.info(
+        "%d plans for %s, %.0f MB, in %s",
+        len(plans),
+        ", ".join(plans[0].key.targets),
+        sum(plan.size for plan in plans) / 1e6,
+        plans[0].path.parent,
+    )
+
+
+def _gpu() -> "Gpu | None":
+    from .engine.gpus import this_machine
+
+    return next(iter(this_machine().gpus), None)
