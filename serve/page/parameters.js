@@ -1,0 +1,74 @@
+// The `parameters` text that PNG files carry, and the settings in it. Knows nothing of the page.
+
+const SIGNATURE = [0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a];
+const NAMES = {
+  Steps: "num_inference_steps",
+  "CFG scale": "guidance_scale",
+  Seed: "seed",
+  Size: "size",
+  Sampler: "scheduler",
+  Model: "model",
+  "Denoising strength": "strength",
+};
+
+/** The `parameters` text of a PNG file; null where there is none or the file is no PNG. */
+export async function textFromPng(file) {
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  if (!SIGNATURE.every((byte, i) => bytes[i] === byte)) return null;
+  const view = new DataView(bytes.buffer);
+  for (let at = 8; at + 12 <= bytes.length; ) {
+    const length = view.getUint32(at);
+    const data = bytes.subarray(at + 8, at + 8 + length);
+    const text = data.length === length ? await textOfChunk(latin1(bytes.subarray(at + 4, at + 8)), data) : null;
+    if (text !== null) return text;
+    at += 12 + length;
+  }
+  return null;
+}
+
+async function textOfChunk(type, data) {
+  const end = data.indexOf(0);
+  if (!["tEXt", "zTXt", "iTXt"].includes(type) || latin1(data.subarray(0, end)) !== "parameters") return null;
+  if (type === "tEXt") return latin1(data.subarray(end + 1));
+  if (type === "zTXt") return latin1(await inflated(data.subarray(end + 2)));
+  const language = data.indexOf(0, end + 3);
+  const text = data.subarray(data.indexOf(0, language + 1) + 1);
+  return new TextDecoder().decode(data[end + 1] ? await inflated(text) : text);
+}
+
+function latin1(bytes) {
+  let text = "";
+  for (const byte of bytes) text += String.fromCharCode(byte);
+  return text;
+}
+
+async function inflated(bytes) {
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+/** Settings from the text: the prompt, `Negative prompt: …`, then one line of `Key: value, …`. */
+export function settingsFromText(text) {
+  const lines = text.trim().split(/\r?\n/);
+  const pairs = pairsOf(lines.at(-1));
+  if ("Steps" in pairs) lines.pop();
+  const negative = lines.findIndex((line) => line.startsWith("Negative prompt:"));
+  const prompt = negative < 0 ? lines : lines.slice(0, negative);
+  const settings = { prompt: prompt.join("\n").trim(), negative_prompt: "" };
+  if (negative >= 0) {
+    settings.negative_prompt = lines.slice(negative).join("\n").slice("Negative prompt:".length).trim();
+  }
+  if (!("Steps" in pairs)) return settings;
+  for (const [key, name] of Object.entries(NAMES)) if (key in pairs) settings[name] = pairs[key];
+  const levels = pairs["Schedule type"]; // newer files of others name the noise levels apart
+  if (["Karras", "Exponential", "Beta"].includes(levels)) settings.scheduler += ` ${levels}`;
+  return settings;
+}
+
+function pairsOf(line) {
+  const pairs = {};
+  for (const [, key, value] of line.matchAll(/\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)/g)) {
+    pairs[key] = value.startsWith('"') ? value.slice(1, -1) : value.trim();
+  }
+  return pairs;
+}
