@@ -1,8 +1,10 @@
-"""Pictures at the edge: from the decoder's numbers to files that users' tools can read."""
+"""Pictures at the edge: from the decoder's numbers to files that users' tools read, and back."""
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,9 @@ from sdrt.errors import UsageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MOST_SIDE = 8192
+SETTING = re.compile(r'\s*([\w ]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+EXIF, USER_COMMENT = 0x8769, 0x9286
+MOST_COMMENT = 60_000  # bytes; JPEG has room for 65,533 of EXIF
 
 
 def images_from_decoded(decoded: np.ndarray) -> list[Image.Image]:
@@ -32,6 +37,24 @@ def open_image(path: Path) -> Image.Image:
         raise UsageError(f"{path} is not a readable {', '.join(FORMATS)} picture") from error
     _bounded(image)
     return image
+
+
+def image_from_bytes(data: bytes, most_pixels: int) -> Image.Image:
+    """A picture from a file's bytes, decoded; raises UsageError if it is none, is damaged or has
+    more pixels, which is known before it is decoded.
+    """
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+        _bounded(image)
+        if image.width * image.height <= most_pixels:
+            image.load()
+            return image
+    except UsageError:
+        raise
+    except Exception as error:  # decoders of strangers' bytes fail in many ways
+        names = ", ".join(FORMATS)
+        raise UsageError(f"not a readable {names} picture: {type(error).__name__}") from error
+    raise UsageError(f"a picture of {image.width}x{image.height}; at most {most_pixels} pixels")
 
 
 def _bounded(image: Image.Image) -> None:
@@ -134,16 +157,53 @@ def parameters_text(prompt: str, negative_prompt: str, settings: Mapping[str, ob
     return "\n".join(lines)
 
 
+def settings_from_text(parameters: str) -> dict[str, str]:
+    """The `parameters` text taken apart: `Prompt`, `Negative prompt` and every `Key: value`."""
+    *lines, last = parameters.strip().split("\n")
+    settings = dict(SETTING.findall(last))
+    if "Steps" not in settings:
+        lines, settings = [*lines, last], {}
+    prompt, _, negative = "\n".join(["", *lines]).partition("\nNegative prompt:")
+    return {"Prompt": prompt.strip(), "Negative prompt": negative.strip(), **settings}
+
+
+def encoded(image: Image.Image, parameters: str, kind: str = "PNG", quality: int = 100) -> bytes:
+    """A file of a picture with its `parameters` text, in PNG as text, else as EXIF comment.
+
+    kind: PNG, JPEG or WEBP; quality: 0 to 100, of the last two.
+    """
+    buffer = BytesIO()
+    if kind == "PNG":
+        info = PngInfo()
+        if parameters:
+            (info.add_text if parameters.isascii() else info.add_itxt)("parameters", parameters)
+        image.save(buffer, kind, pnginfo=info)
+    else:
+        exif = Image.Exif()
+        comment = parameters.encode("utf-16-be")[:MOST_COMMENT]
+        exif.get_ifd(EXIF)[USER_COMMENT] = b"UNICODE\0" + comment
+        image.save(buffer, kind, quality=quality, exif=exif)
+    return buffer.getvalue()
+
+
+def text_of(image: Image.Image) -> str:
+    """The `parameters` text of a picture's file; empty if it has none."""
+    text = image.info.get("parameters")
+    if isinstance(text, str):
+        return text
+    comment = image.getexif().get_ifd(EXIF).get(USER_COMMENT, b"")
+    if not isinstance(comment, bytes):
+        return str(comment)
+    wide = comment.startswith(b"UNICODE")
+    return comment[8:].decode("utf-16-be" if wide else "utf-8", "replace")
+
+
 def save_png(image: Image.Image, path: Path, parameters: str) -> None:
     """Write a PNG with its `parameters` text; the file appears whole or not at all."""
-    info = PngInfo()
-    info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text(
-        "parameters", parameters
-    )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(partial, "PNG", pnginfo=info)
+        partial.write_bytes(encoded(image, parameters))
         partial.replace(path)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
