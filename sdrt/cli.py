@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   sdrt run "a (red:1.2) circle" --scheduler "DPM++ 2M Karras" --preview
   sdrt run "a white cross" --image drawing.png --mask mask.png --strength 0.9
   sdrt compare "a red circle on a blue background" --schedulers "Euler,DDIM" --steps 5,20
+  sdrt serve --port 7860
   sdrt inspect --json
   sdrt doctor
 
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     bench_parser.add_argument("--steps", type=_whole, default=20, metavar="N")
     bench_parser.add_argument("--rounds", type=_whole, default=7, metavar="N")
     bench_parser.add_argument("--json", action="store_true", help="for machines")
+    _add_serve(_command(commands, "serve", serve, "answer requests over HTTP"))
     inspect_parser = _command(commands, "inspect", inspect, "show bundles and what is in them")
     inspect_parser.add_argument("--bundle", metavar="NAME|FOLDER", help="only this one")
     inspect_parser.add_argument("--json", action="store_true", help="for machines")
@@ -203,6 +205,44 @@ def _add_compare(to: argparse.ArgumentParser) -> None:
     _add_shared(to)
 
 
+def _add_serve(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--bundle",
+        action="append",
+        default=[],
+        metavar="NAME|FOLDER",
+        help="repeatable; the first is the default; default: the newest",
+    )
+    to.add_argument("--host", default="127.0.0.1", metavar="ADDRESS")
+    to.add_argument("--port", type=_whole, default=7860, metavar="N")
+    to.add_argument("--backend", choices=BACKENDS, default="auto")
+    to.add_argument("--exact", action="store_true", help="no lower precision than the bundle's")
+    to.add_argument(
+        "--slots", type=_whole, default=16, metavar="N", help="pictures begun at one time"
+    )
+    to.add_argument("--waiting", type=_whole, default=64, metavar="N", help="that may wait for one")
+    to.add_argument(
+        "--deterministic", action="store_true", help="on GPUs too, the same bytes in any company"
+    )
+    to.add_argument(
+        "--drain", type=float, default=30.0, metavar="SECONDS", help="for what runs at the end"
+    )
+    access = to.add_argument_group("who may call")
+    keys = access.add_mutually_exclusive_group()
+    keys.add_argument(
+        "--keys", type=Path, metavar="FILE", help="API keys, one a line, plain or sha256:HEX"
+    )
+    keys.add_argument("--no-keys", action="store_true", help="let everyone in who can reach --host")
+    access.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that callers may use for this server, repeatable",
+    )
+    to.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
+
+
 def _whole(text: str) -> int:
     try:
         return int(text)
@@ -284,6 +324,13 @@ def bench(args: argparse.Namespace) -> None:
     from .bench import bench
 
     bench(args)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """`sdrt serve`: runs until it is told to end."""
+    from .serving import serve
+
+    serve(args)
 
 
 def inspect(args: argparse.Namespace) -> None:

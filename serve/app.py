@@ -1,0 +1,78 @@
+"""The application: routes, the shape of errors, the schema, the page, all behind the guard."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, Response
+
+from sdrt import __version__
+from sdrt.errors import SdrtError
+
+from . import health, openai, sdapi
+from .context import Context
+from .guard import Guard
+from .metrics import Metrics
+from .models import Models, Source
+from .problem import Gone, problem_from, problem_from_invalid
+from .requests import Edit
+from .settings import Settings
+
+PAGE = Path(__file__).parent / "page"
+POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"
+
+
+def application(sources: Mapping[str, Source], settings: Settings) -> tuple[Guard, Models]:
+    """The application and its models, which are not loaded yet: call `load`."""
+    metrics = Metrics()
+    models = Models(sources, settings, metrics)
+    app = FastAPI(title="sdrt", version=__version__, docs_url=None, redoc_url=None)
+    app.state.context = Context(settings, models, metrics)
+    app.state.jobs = sdapi.Jobs()
+    for module in (openai, sdapi, health):
+        app.include_router(module.router)
+    for kind in (HTTPException, SdrtError, RequestValidationError, Gone, Exception):
+        app.add_exception_handler(kind, _told)
+    _schema(app)
+    if PAGE.is_dir():
+        _page(app)
+    return Guard(app, settings, metrics), models
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    """Every failure in the shape that the endpoint's clients read."""
+    path = request.url.path
+    if not isinstance(error, RequestValidationError):
+        return problem_from(error).response(path)
+    problem = problem_from_invalid(error.errors())
+    if path.startswith("/sdapi/"):
+        problem.status_code = 422  # what these clients know
+    return problem.response(path)
+
+
+def _page(app: FastAPI) -> None:
+    app.mount("/page", StaticFiles(directory=PAGE))
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html", headers={"content-security-policy": POLICY})
+
+
+def _schema(app: FastAPI) -> None:
+    """The form of edits in the schema: its fields are checked by hand, its files are files."""
+    made: Callable[[], dict[str, Any]] = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = made()
+        form = Edit.model_json_schema()
+        file = {"type": "string", "format": "binary"}
+        form["properties"] |= {"image": file, "mask": file}
+        form["required"] = [*form.get("required", ()), "image"]
+        schema["components"]["schemas"]["EditForm"] = form
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,45 @@
+"""Pictures on their way in and out: base64, files that may lie, formats that clients ask for."""
+
+import base64
+import binascii
+import re
+
+from PIL import Image
+
+from sdrt.errors import UsageError
+from sdrt.runtime.pictures import encoded, image_from_bytes
+
+MOST_PIXELS = 4096 * 4096
+PREVIEW_SIDE = 256
+DATA_URL = re.compile(r"data:image/[\w.+-]{1,20};base64,")
+
+
+def image_from_base64(text: str) -> Image.Image:
+    """A decoded picture of base64, or of a data URL; raises UsageError if it is none."""
+    head = DATA_URL.match(text)
+    try:
+        data = base64.b64decode(text[head.end() if head else 0 :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UsageError("a picture that is no base64") from error
+    return image_from_bytes(data, MOST_PIXELS)
+
+
+def base64_from_image(
+    image: Image.Image, parameters: str = "", kind: str = "PNG", quality: int = 100
+) -> str:
+    return base64.b64encode(encoded(image, parameters, kind, quality)).decode("ascii")
+
+
+def mask_from_alpha(mask: Image.Image) -> Image.Image:
+    """Light where a mask as OpenAI defines it is transparent; raises UsageError if nothing is."""
+    if "A" not in mask.getbands() and "transparency" not in mask.info:
+        raise UsageError("the mask has no transparency; make transparent what is to be made new")
+    alpha = mask.convert("RGBA").getchannel("A")
+    return alpha.point(lambda value: 255 if value == 0 else 0)
+
+
+def enlarged(preview: Image.Image) -> Image.Image:
+    """A preview of a pixel a latent, drawn large enough to be looked at."""
+    scale = max(1, PREVIEW_SIDE // max(preview.size))
+    size = (preview.width * scale, preview.height * scale)
+    return preview.resize(size, Image.Resampling.BICUBIC)

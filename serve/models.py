@@ -1,0 +1,129 @@
+"""The engines of a server by name: loaded in the background, drained and closed at the end."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sdrt.runtime import Pipeline
+from sdrt.runtime.inflight import InFlight
+
+from .metrics import Metrics
+from .problem import Problem
+from .settings import Settings
+
+log = logging.getLogger("sdrt.serve")
+
+Load = Callable[[], Pipeline]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """How a model's pipeline is loaded, and where its measured costs are kept."""
+
+    load: Load
+    kept: Path | None = None
+
+
+LOADING_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One bundle at work."""
+
+    name: str
+    pipe: Pipeline
+    engine: InFlight
+
+    @property
+    def sizes(self) -> list[str]:
+        return [f"{width}x{height}" for width, height in self.pipe.manifest.sizes]
+
+
+@dataclass(slots=True)
+class Models:
+    """
+    sources: the models by name; the first is the default
+    failed: why loading ended the server
+    """
+
+    sources: Mapping[str, Source]
+    settings: Settings
+    metrics: Metrics
+    begun: int = field(default_factory=lambda: int(time.time()))
+    failed: Exception | None = None
+    _loaded: dict[str, Model] = field(default_factory=dict)
+    _ending: threading.Event = field(default_factory=threading.Event)
+
+    def load(self) -> None:
+        """Load every model and start its engine; `failed` holds what went wrong."""
+        engines: dict[str, InFlight] = {}
+        self.metrics.watch(engines)
+        for name, source in self.sources.items():
+            if self._ending.is_set():
+                return
+            try:
+                model = self._started(name, source)
+            except Exception as error:
+                self.failed = error
+                return
+            engines[name] = model.engine
+            self._loaded[name] = model
+            log.info("ready: %s, %s", name, ", ".join(model.sizes))
+
+    def _started(self, name: str, source: Source) -> Model:
+        pipe, settings = source.load(), self.settings
+        engine = InFlight(
+            pipe,
+            slots=settings.slots,
+            waiting=settings.waiting,
+            deterministic=settings.deterministic,
+            observer=self.metrics.observer(name),
+            reload=source.load,
+            kept=source.kept,
+        )
+        engine.start()
+        return Model(name, pipe, engine)
+
+    def named(self, name: str | None) -> Model:
+        """A model, or the first; raises Problem 404 for an unknown one, 503 while it is loading."""
+        wanted = next(iter(self.sources)) if name is None else name
+        if wanted not in self.sources:
+            have = ", ".join(self.sources)
+            raise Problem(
+                404, f"no model {wanted!r}; this server has {have}", "model", "model_not_found"
+            )
+        if wanted not in self._loaded:
+            state = self.states[wanted]
+            raise Problem(503, f"{wanted} is {state}", code=state, retry_after=LOADING_SECONDS)
+        return self._loaded[wanted]
+
+    @property
+    def states(self) -> dict[str, str]:
+        """Each model's engine's state: loading, ready, draining, broken or closed."""
+        ending = "draining" if self._ending.is_set() else "loading"
+        return {
+            name: self._loaded[name].engine.state if name in self._loaded else ending
+            for name in self.sources
+        }
+
+    def sizes(self, name: str) -> list[str]:
+        """A model's sizes, none before it is loaded."""
+        return self._loaded[name].sizes if name in self._loaded else []
+
+    def drain(self) -> bool:
+        """Take nothing new and let what runs end within the limit; whether it did."""
+        self._ending.set()
+        models = list(self._loaded.values())
+        with ThreadPoolExecutor(max(1, len(models))) as pool:
+            seconds = self.settings.drain
+            return all(list(pool.map(lambda model: model.engine.drain(seconds), models)))
+
+    def close(self) -> None:
+        for model in self._loaded.values():
+            model.engine.close()
+            model.pipe.close()

@@ -1,0 +1,94 @@
+"""What the endpoints are asked, checked field by field; the OpenAPI schema is made of these."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MOST_STEPS = 1000
+MOST_PICTURES = 10
+LAST_SEED = 2**64 - 1
+TEXT = 32_000
+
+
+class Generation(BaseModel):
+    """OpenAI's images request, and what this server takes beyond it. Unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    prompt: str = Field(max_length=TEXT)
+    model: str | None = Field(None, description="one of /v1/models; default: the first")
+    n: int | None = Field(1, ge=1, le=MOST_PICTURES)
+    size: str | None = Field("auto", max_length=20, description="WIDTHxHEIGHT or auto")
+    response_format: Literal["b64_json", "url"] | None = "b64_json"
+    output_format: Literal["png", "jpeg", "webp"] | None = "png"
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="quality of jpeg and webp; default: 100"
+    )
+    quality: Literal["low", "medium", "high", "auto", "standard", "hd"] | None = Field(
+        None, description="accepted and without effect; num_inference_steps decides"
+    )
+    style: Literal["vivid", "natural"] | None = Field(None, description="without effect")
+    background: Literal["auto", "opaque"] | None = Field(None, description="always opaque")
+    moderation: Literal["auto", "low"] | None = Field(None, description="without effect")
+    user: str | None = Field(None, max_length=1000, description="without effect")
+    safety_identifier: str | None = Field(None, max_length=1000, description="without effect")
+    stream: bool | None = False
+    partial_images: int | None = Field(None, ge=0, le=100, description="previews of a stream")
+    progress: bool | None = Field(False, description="adds queued and progress events to a stream")
+    negative_prompt: str | None = Field(None, max_length=TEXT)
+    num_inference_steps: int | None = Field(20, ge=1, le=MOST_STEPS)
+    guidance_scale: float | None = Field(7.5, ge=1.0, le=100.0)
+    seed: int | None = Field(None, ge=0, le=LAST_SEED, description="default: drawn")
+    scheduler: str | None = Field(None, max_length=100, description="such as DPM++ 2M Karras")
+    priority: int | None = Field(0, ge=-100, le=100, description="higher goes first")
+    deadline_seconds: float | None = Field(
+        None, gt=0.0, le=86_400.0, description="refused at once if it cannot be kept"
+    )
+
+
+class Edit(Generation):
+    """The same with a picture to start from; it and the mask are files of the form."""
+
+    strength: float | None = Field(None, gt=0.0, le=1.0, description="default: 0.8, with a mask 1")
+    input_fidelity: Literal["high", "low"] | None = Field(None, description="without effect")
+
+
+class TextToImage(BaseModel):
+    """What clients of `/sdapi` send; what they send beyond it is passed over."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+    prompt: str | None = Field("", max_length=TEXT)
+    negative_prompt: str | None = Field("", max_length=TEXT)
+    seed: int | None = Field(-1, ge=-1, le=LAST_SEED, description="-1: drawn")
+    steps: int | None = Field(20, ge=1, le=MOST_STEPS)
+    cfg_scale: float | None = Field(7.0, ge=1.0, le=100.0)
+    width: int | None = Field(None, ge=16, le=8192)
+    height: int | None = Field(None, ge=16, le=8192)
+    sampler_name: str | None = Field(None, max_length=100)
+    sampler_index: str | None = Field(None, max_length=100, description="if no sampler_name")
+    scheduler: str | None = Field(None, max_length=100, description="such as Karras")
+    batch_size: int | None = Field(1, ge=1, le=MOST_PICTURES)
+    n_iter: int | None = Field(1, ge=1, le=MOST_PICTURES)
+    send_images: bool | None = True
+    override_settings: dict[str, Any] | None = Field(
+        None, description="sd_model_checkpoint and CLIP_stop_at_last_layers are read"
+    )
+
+
+class ImageToImage(TextToImage):
+    """The same with a picture to start from, in base64."""
+
+    init_images: list[str] = Field(min_length=1, max_length=1)
+    denoising_strength: float | None = Field(0.75, gt=0.0, le=1.0)
+    mask: str | None = Field(None, description="light where it is made new")
+    inpainting_mask_invert: Literal[0, 1] | None = 0
+    include_init_images: bool | None = False
+
+
+class PngInfo(BaseModel):
+    """A picture whose text is asked for."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    image: str

@@ -1,0 +1,148 @@
+"""`sdrt serve` as a process: how it starts, who may call it, how it ends."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from serving import PROMPT, wait_for
+
+SERVE = [sys.executable, "-m", "sdrt", "serve", "--backend", "onnxruntime"]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+@contextmanager
+def process(*arguments):
+    """A server process that is ready, and the client to ask it."""
+    port = free_port()
+    command = [*SERVE, "--port", str(port), *map(str, arguments)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+
+    def ready():
+        try:
+            return http.get("/health/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_for(ready)
+        yield running, http
+    finally:
+        http.close()
+        running.kill()
+        running.communicate()
+
+
+def ask(http, answers, **options):
+    body = {"prompt": PROMPT, **options}
+    thread = threading.Thread(
+        target=lambda: answers.append(http.post("/v1/images/generations", json=body))
+    )
+    thread.start()
+    wait_for(lambda: running_pictures(http) > 0)
+    return thread
+
+
+def running_pictures(http):
+    lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("sdrt_running{"))
+
+
+def test_what_runs_when_it_is_told_to_end_is_finished(shapes):
+    with process("--bundle", shapes) as (running, http):
+        answers = []
+        asking = ask(http, answers, num_inference_steps=300)
+        running.send_signal(signal.SIGTERM)
+        wait_for(lambda: http.get("/health/ready").status_code == 503)
+        assert http.get("/health/live").status_code == 200
+        refused = http.post("/v1/images/generations", json={"prompt": PROMPT})
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "draining"
+        assert int(refused.headers["retry-after"]) >= 1
+        asking.join()
+        assert answers[0].status_code == 200
+        assert running.wait(20) == 0
+
+
+def test_what_is_not_finished_in_time_is_told(shapes):
+    with process("--bundle", shapes, "--drain", "0.3") as (running, http):
+        answers = []
+        asking = ask(http, answers, num_inference_steps=900, n=4)
+        running.send_signal(signal.SIGTERM)
+        asking.join()
+        assert answers[0].status_code == 503
+        assert answers[0].json()["error"]["code"] == "cancelled"
+        assert running.wait(20) == 0
+
+
+def test_a_key_file(shapes, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("# mine\nsecret\n\n")
+    with process("--bundle", shapes, "--keys", keys) as (_, http):
+        assert http.get("/v1/models").status_code == 401
+        right = http.get("/v1/models", headers={"authorization": "Bearer secret"})
+        assert right.json()["data"][0]["id"] == "shapes"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--host", "0.0.0.0"], 2, "--keys"),
+        (["--keys", "no-such-file"], 2, "no-such-file"),
+        (["--keys", os.devnull], 2, "no key"),
+        (["--port", "70000"], 2, "70000"),
+        (["--drain", "-1"], 2, "--drain"),
+        (["--drain", "nan"], 2, "--drain"),
+        (["--slots", "0"], 2, "slots 0"),
+        (["--bundle", "none-such"], 3, "none-such"),
+        (["--host", "203.0.113.1", "--no-keys"], 2, "cannot listen"),
+    ],
+)
+def test_what_does_not_fit_ends_it_with_a_sentence(shapes, arguments, code, words):
+    bundle = [] if "--bundle" in arguments else ["--bundle", str(shapes)]
+    port = [] if "--port" in arguments else ["--port", str(free_port())]
+    done = subprocess.run([*SERVE, *bundle, *port, *arguments], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_hashed_keys_are_read(tmp_path):
+    import hashlib
+
+    from sdrt.errors import UsageError
+    from sdrt.serve.settings import digest_from_key, keys_from_file
+
+    keys = tmp_path / "keys"
+    keys.write_text(f"sha256:{hashlib.sha256(b'one').hexdigest()}\ntwo\n")
+    assert keys_from_file(keys) == (digest_from_key("one"), digest_from_key("two"))
+    keys.write_text("sha256:abc\n")
+    with pytest.raises(UsageError, match="line 1"):
+        keys_from_file(keys)
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path):
+    (tmp_path / "uvicorn.py").write_text("raise ImportError('no', name='uvicorn')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(SERVE, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "pip install 'sdrt[serve]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_bundles_of_one_name_are_refused(shapes):
+    command = [*SERVE, "--bundle", str(shapes), "--bundle", str(shapes)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert json.dumps("shapes").strip('"') in done.stderr

@@ -1,0 +1,395 @@
+"""What strangers send, and what happens when they leave: over plain sockets to a real server."""
+
+import base64
+import json
+import logging
+import socket
+import struct
+import threading
+import time
+import zlib
+from contextlib import closing
+from io import BytesIO
+
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from serving import PROMPT, client, engine_of, served, wait_for
+
+from sdrt.serve.settings import digest_from_key
+
+LONG = {"prompt": PROMPT, "num_inference_steps": 900}
+PATH = "/v1/images/generations"
+
+
+@pytest.fixture(scope="module")
+def server(shapes):
+    with served(
+        shapes, most_body=2**20, body_seconds=1.0, head_seconds=0.5, stalled_seconds=1.0
+    ) as running:
+        yield running
+
+
+def dialled(server):
+    return closing(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+
+
+def head(length=None, **more):
+    lines = [f"POST {PATH} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    if length is not None:
+        lines.append(f"Content-Length: {length}")
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in more.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def answer_of(sock):
+    """Everything until the server closes."""
+    parts = []
+    while part := sock.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def asked(server, body):
+    with client(server) as http:
+        return http.post(PATH, content=body, headers={"content-type": "application/json"})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"7",
+        b"{",
+        b"\xff\xfe",
+        b'{"prompt": "\\ud800"}',
+        b'{"\\ud800": 1, "prompt": "x"}',
+        b'{"prompt": "x", "prompt": "y"}',
+        b'{"prompt": "x", "seed": 1, "seed": 2}',
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+        b'{"prompt": "' + b"x" * 32_001 + b'"}',
+    ],
+)
+def test_bodies_that_are_no_request(server, body):
+    answer = asked(server, body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+    assert asked(server, b'{"prompt": "x", "num_inference_steps": 1}').status_code == 200
+
+
+def test_a_large_body_is_refused_before_it_is_read(server):
+    with dialled(server) as sock:
+        sock.sendall(head(100_000_000))
+        began = time.monotonic()
+        assert sock.recv(20).startswith(b"HTTP/1.1 413")
+        assert time.monotonic() - began < 0.5
+
+
+def test_a_large_body_that_does_not_say_so_is_refused(server):
+    with dialled(server) as sock:
+        sock.sendall(head(Transfer_Encoding="chunked"))
+        piece = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+        for _ in range(40):
+            sock.sendall(piece)
+        sock.sendall(b"0\r\n\r\n")
+        assert answer_of(sock).startswith(b"HTTP/1.1 413")
+
+
+def test_a_client_that_sends_all_of_a_large_body_still_reads_the_answer(server):
+    assert asked(server, b"x" * 8_000_000).status_code == 413
+
+
+def test_tiny_chunks_make_a_body(server):
+    body = json.dumps({"prompt": PROMPT, "num_inference_steps": 1}).encode()
+    with dialled(server) as sock:
+        sock.sendall(head(Transfer_Encoding="chunked", Connection="close"))
+        for byte in body:
+            sock.sendall(b"1\r\n" + bytes([byte]) + b"\r\n")
+        sock.sendall(b"0\r\n\r\n")
+        assert answer_of(sock).startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(server):
+    with dialled(server) as sock:
+        sock.sendall(head(1000) + b"{")
+        assert sock.recv(20).startswith(b"HTTP/1.1 408")
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(server):
+    with dialled(server) as sock:
+        sock.sendall(b"POST / HTTP/1.1\r\n")
+        assert answer_of(sock) == b""
+    with dialled(server) as sock:  # one that says nothing is left alone
+        time.sleep(0.8)
+        sock.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert b"200 OK" in answer_of(sock)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slots(server, stream):
+    engine = engine_of(server)
+    body = json.dumps({**LONG, "n": 3, "stream": stream}).encode()
+    with dialled(server) as sock:
+        sock.sendall(head(len(body)) + body)
+        wait_for(lambda: any(ticket.done_evaluations > 1 for ticket in engine.tickets()))
+        assert len(engine.tickets()) == 3
+    wait_for(lambda: not engine.tickets(), 2.0)
+
+
+def test_a_client_that_does_not_read_frees_its_slots(server):
+    engine = engine_of(server)
+    asked = {"n": 10, "stream": True, "progress": True, "partial_images": 100}
+    body = json.dumps({**LONG, **asked}).encode()
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    sock.connect(("127.0.0.1", server.port))
+    with closing(sock):
+        sock.sendall(head(len(body)) + body)
+        wait_for(lambda: engine.tickets())
+        wait_for(lambda: not engine.tickets(), 60.0)
+        states = figures(server)["sdrt_pictures_total"]
+        assert states[("shapes", "cancelled")] >= 1
+
+
+def test_two_thousand_idle_connections(server):
+    socks = []
+    try:
+        for _ in range(2000):
+            socks.append(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+        ask = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for sock in socks[::100]:
+            sock.sendall(ask)
+            assert b"200 OK" in sock.recv(4096)
+        assert asked(server, b'{"prompt": "x", "num_inference_steps": 1}').status_code == 200
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+def png(width, height, data=b"", text=b""):
+    """A PNG whose head says what it likes."""
+
+    def chunk(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    shape = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + shape + text + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def bomb():
+    body = b"parameters\0\0" + zlib.compress(b"x" * 50_000_000)
+    return (
+        struct.pack(">I", len(body))
+        + b"zTXt"
+        + body
+        + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+    )
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        b"",
+        b"no picture",
+        png(2**31 - 1, 2**31 - 1),
+        png(50_000, 50_000, zlib.compress(b"")),
+        png(5000, 5000, zlib.compress(b"\0" * 1000)),
+        png(64, 64, b"damaged"),
+        png(64, 64, zlib.compress(b"\0" * 10)),
+        png(0, 0),
+        png(64, 64, zlib.compress(b"\0" * 64 * 193), bomb()),
+    ],
+)
+def test_pictures_that_lie(server, image):
+    before = _resident(server)
+    with client(server) as http:
+        answer = http.post(
+            "/v1/images/edits", data={"prompt": "x"}, files={"image": ("a.png", image)}
+        )
+    assert answer.status_code == 400, answer.text
+    assert _resident(server) - before < 100e6
+
+
+def _resident(server):
+    return figures(server)["process_resident_memory_bytes"][()]
+
+
+@pytest.mark.parametrize(
+    ("fields", "files"),
+    [
+        ({"prompt": "x"}, {}),
+        ({}, {"image": b""}),
+        ({"prompt": "x", "image": "text"}, {}),
+        ({"prompt": "x", "n": "x"}, {"image": None}),
+        ({"prompt": "x", "strength": "nan"}, {"image": None}),
+        ({"prompt": "x", "foo": "1"}, {"image": None}),
+        ({"prompt": ["x", "y"]}, {"image": None}),
+        ({"prompt": "x"}, {"image": None, "image[]": None}),
+        ({"prompt": "x"}, {"image": None, "mask": None}),
+        ({"prompt": "x"}, {"image": None, "other": None}),
+    ],
+)
+def test_forms_that_do_not_fit(server, fields, files):
+    buffer = BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    sent = {
+        name: ("a.png", buffer.getvalue() if data is None else data) for name, data in files.items()
+    }
+    with client(server) as http:
+        answer = http.post("/v1/images/edits", data=fields, files=sent)
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"--x", b"--x\r\n\r\n--x--", b"\r\n" * 100])
+def test_forms_that_are_none(server, body):
+    with client(server) as http:
+        kind = {"content-type": "multipart/form-data; boundary=x"}
+        assert http.post("/v1/images/edits", content=body, headers=kind).status_code == 400
+        assert http.post("/v1/images/edits", content=body).status_code == 400
+
+
+def test_a_page_from_elsewhere_cannot_call(server):
+    with client(server) as http:
+        own = f"http://127.0.0.1:{server.port}"
+        assert http.get("/v1/models", headers={"origin": own}).status_code == 200
+        for origin in ("http://evil.example", "null", "http://127.0.0.1:1", own.upper() + "0"):
+            answer = http.get("/v1/models", headers={"origin": origin})
+            assert answer.status_code == 403, origin
+        # A name that its owner points at this machine.
+        for host in ("evil.example", f"evil.example:{server.port}", "127.0.0.1.evil.example", ""):
+            assert http.get("/v1/models", headers={"host": host}).status_code in (400, 403), host
+
+
+def test_keys(shapes):
+    keys = (digest_from_key("one"), digest_from_key("two"))
+    with served(shapes, keys=keys) as server, client(server) as http:
+        for path in ("/v1/models", "/sdapi/v1/progress", "/metrics", "/v1/none", "//v1/models"):
+            answer = http.get(path)
+            assert answer.status_code == 401, path
+            assert answer.headers["www-authenticate"] == "Bearer"
+        for wrong in (
+            {"authorization": "Bearer three"},
+            {"x-api-key": ""},
+            {"authorization": "one"},
+        ):
+            assert http.get("/v1/models", headers=wrong).status_code == 401
+        for right in ({"authorization": "Bearer two"}, {"x-api-key": "one"}):
+            assert http.get("/v1/models", headers=right).status_code == 200
+        for path in ("/health/live", "/health/ready", "/openapi.json"):
+            assert http.get(path).status_code == 200
+        # The body of a stranger is not read.
+        assert http.post(PATH, content=b"x" * 50_000_000).status_code in (401, 413)
+
+
+def test_one_key_does_not_interrupt_another(shapes):
+    with served(shapes, keys=(digest_from_key("one"), digest_from_key("two"))) as server:
+        mine, other = ({"x-api-key": name} for name in ("one", "two"))
+        answers = []
+        body = {"prompt": PROMPT, "steps": 400}
+
+        def ask():
+            with client(server, headers=mine) as http:
+                answers.append(http.post("/sdapi/v1/txt2img", json=body).json())
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        with client(server, headers=other) as http:
+            wait_for(lambda: engine_of(server).tickets())
+            assert http.get("/sdapi/v1/progress").json()["progress"] == 0.0
+            http.post("/sdapi/v1/interrupt")
+        asking.join()
+        assert len(answers[0]["images"]) == 1
+
+
+def figures(server):
+    """What a Prometheus scrape gives: {sample name: {label values: value}}."""
+    with client(server) as http:
+        text = http.get("/metrics").text
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+    return found
+
+
+def test_metrics_count_what_happened(shapes):
+    with served(shapes) as server:
+        asked(server, b'{"prompt": "x", "num_inference_steps": 2, "n": 3, "scheduler": "Euler"}')
+        asked(server, b'{"prompt": "x", "deadline_seconds": 0.000001}')
+        asked(server, b'{"prompt": ')
+        found = figures(server)
+    assert found["sdrt_pictures_total"] == {("shapes", "done"): 3.0}
+    assert found["sdrt_refused_total"] == {("deadline", "shapes"): 1.0}
+    assert found["sdrt_picture_seconds_count"] == {("shapes",): 3.0}
+    for phase in ("queue", "denoise", "decode"):
+        assert found["sdrt_phase_seconds_count"][("shapes", phase)] == 3.0
+    assert found["sdrt_rows_per_call_sum"] == {("shapes",): 12.0}  # 3 pictures, 2 rows, 2 steps
+    assert found["sdrt_running"] == {("shapes",): 0.0}
+    assert found["sdrt_waiting"] == {("shapes",): 0.0}
+    answers = found["sdrt_http_responses_total"]
+    assert {status: answers[(PATH, status)] for status in ("200", "503", "400")} == {
+        "200": 1.0,
+        "503": 1.0,
+        "400": 1.0,
+    }
+    assert found["process_resident_memory_bytes"][()] > 1e6
+
+
+def test_a_failing_engine_is_told_and_the_server_goes_on(shapes, monkeypatch, caplog):
+    from sdrt.errors import BackendError
+
+    with served(shapes) as server:
+        engine = engine_of(server)
+        unet = engine.pipe.engines["unet"]
+
+        class Broken:
+            inputs, outputs = unet.inputs, unet.outputs
+            left = 1
+
+            def __call__(self, feeds):
+                if self.left:
+                    self.left -= 1
+                    raise BackendError("the device fell off")
+                return unet(feeds)
+
+            def close(self):
+                unet.close()
+
+        engine.pipe.engines["unet"] = Broken()
+        answer = asked(server, b'{"prompt": "x", "num_inference_steps": 2}')
+        assert answer.status_code == 500
+        assert answer.json()["error"] == {
+            "message": "the device fell off",
+            "type": "server_error",
+            "param": None,
+            "code": "engine_error",
+        }
+        wait_for(lambda: server.models.states == {"shapes": "ready"})
+        assert asked(server, b'{"prompt": "x", "num_inference_steps": 2}').status_code == 200
+
+
+def test_prompts_are_not_logged_unless_asked_for(shapes, caplog):
+    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "sdrt")
+    secret = "a secret circle"
+    body = json.dumps({"prompt": secret, "num_inference_steps": 1}).encode()
+    wrong = json.dumps({"prompt": secret, secret: 1, "seed": secret}).encode()
+    for told in (False, True):
+        caplog.clear()
+        with served(shapes, log_prompts=told) as server:
+            assert asked(server, body).status_code == 200
+            assert asked(server, wrong).status_code == 400
+        ours = [record for record in caplog.records if not record.name.startswith("http")]
+        assert ours
+        assert any(secret in record.getMessage() for record in ours) is told
+
+
+def test_an_answer_is_base64_of_one_picture(server):
+    answer = asked(server, b'{"prompt": "x", "num_inference_steps": 1}').json()
+    assert Image.open(BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).size == (64, 64)

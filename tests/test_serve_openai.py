@@ -1,0 +1,230 @@
+"""OpenAI's endpoints, asked by OpenAI's own client and by httpx where that client is too polite."""
+
+import base64
+import json
+from io import BytesIO
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from serving import PROMPT, client, served
+
+from sdrt.runtime.pictures import settings_from_text, text_of
+
+FAST = {"num_inference_steps": 4, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def server(shapes):
+    with served(shapes) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def api(server):
+    return openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0
+    )
+
+
+def picture(data):
+    return Image.open(BytesIO(base64.b64decode(data)))
+
+
+def generate(api, **options):
+    extra = {**FAST, **options.pop("extra_body", {})}
+    return api.images.generate(prompt=PROMPT, model="shapes", extra_body=extra, **options)
+
+
+def test_a_picture_is_the_pipelines_own(api, pipe):
+    answer = generate(api, n=2, extra_body={"scheduler": "Euler", "guidance_scale": 5.0})
+    wanted = pipe.with_scheduler("Euler")(
+        PROMPT, num_images_per_prompt=2, guidance_scale=5.0, **FAST
+    )
+    assert answer.size == "64x64"
+    for data, image, text in zip(answer.data, wanted.images, wanted.parameters, strict=True):
+        made = picture(data.b64_json)
+        assert np.array_equal(made, image)
+        assert text_of(made) == text
+    assert [data.seed for data in answer.data] == [3, 4]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_other_formats_carry_their_parameters(api, kind):
+    answer = generate(api, output_format=kind, output_compression=80)
+    made = picture(answer.data[0].b64_json)
+    assert made.format == kind.upper()
+    assert settings_from_text(text_of(made))["Seed"] == "3"
+
+
+def test_a_stream_tells_its_way(api, pipe):
+    events = list(generate(api, stream=True, partial_images=3, extra_body={"progress": True}))
+    kinds = [event.type.removeprefix("image_generation.") for event in events]
+    assert kinds.count("partial_image") == 3
+    assert kinds[-1] == "completed"
+    steps = [(event.step, event.total) for event in events if event.type.endswith("progress")]
+    total = steps[0][1]
+    assert steps == [(i + 1, total) for i in range(total)]
+    partial = [event for event in events if event.type.endswith("partial_image")]
+    assert [event.partial_image_index for event in partial] == [0, 1, 2]
+    assert picture(partial[0].b64_json).size == (256, 256)
+    wanted = pipe(PROMPT, **FAST).images[0]
+    assert np.array_equal(picture(events[-1].b64_json), wanted)
+    # The last preview is nearer to the picture than the first.
+    small = wanted.resize((256, 256))
+
+    def far(event):
+        return np.abs(np.asarray(picture(event.b64_json), float) - np.asarray(small)).mean()
+
+    assert far(partial[-1]) < far(partial[0])
+
+
+def test_a_plain_stream_has_what_openai_names(api):
+    events = list(generate(api, stream=True, partial_images=1))
+    assert [event.type for event in events] == [
+        "image_generation.partial_image",
+        "image_generation.completed",
+    ]
+    assert events[1].output_format == "png"
+
+
+def test_edits_start_from_a_picture(api, pipe):
+    start = pipe("a green square on a white background", seed=1).images[0]
+    answer = api.images.edit(
+        image=_file(start), prompt=PROMPT, model="shapes", extra_body={**FAST, "strength": 0.5}
+    )
+    wanted = pipe(PROMPT, image=start, strength=0.5, **FAST).images[0]
+    assert np.array_equal(picture(answer.data[0].b64_json), wanted)
+
+
+def test_a_mask_is_transparent_where_the_picture_is_made_new(api, pipe):
+    start = pipe("a green square on a white background", seed=1).images[0]
+    mask = Image.new("RGBA", start.size, "black")
+    mask.paste((0, 0, 0, 0), (0, 0, 64, 24))
+    answer = api.images.edit(
+        image=_file(start),
+        mask=_file(mask),
+        prompt=PROMPT,
+        extra_body={**FAST, "num_inference_steps": 10},
+    )
+    made = np.asarray(picture(answer.data[0].b64_json), float)
+    change = np.abs(made - np.asarray(start)).mean(axis=2)
+    assert change[:20].mean() > 3 * change[32:].mean()
+
+
+def _file(image):
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return ("picture.png", buffer.getvalue(), "image/png")
+
+
+def test_a_stream_of_an_edit(api, pipe):
+    start = pipe("a green square on a white background", seed=1).images[0]
+    events = list(
+        api.images.edit(
+            image=_file(start), prompt=PROMPT, stream=True, partial_images=1, extra_body=FAST
+        )
+    )
+    assert events[-1].type == "image_edit.completed"
+
+
+def test_models(api):
+    (model,) = api.models.list().data
+    assert model.id == "shapes"
+    assert model.sizes == ["64x64"]
+    assert api.models.retrieve("shapes").id == "shapes"
+    with pytest.raises(openai.NotFoundError):
+        api.models.retrieve("none")
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"size": "512x512"}, "size"),
+        ({"size": "64"}, "size"),
+        ({"n": 11}, "n"),
+        ({"response_format": "url"}, "response_format"),
+        ({"background": "transparent"}, "background"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"extra_body": {"foo": 1}}, "foo"),
+        ({"extra_body": {"scheduler": "Eulr"}}, None),
+        ({"extra_body": {"num_inference_steps": 0}}, "num_inference_steps"),
+        ({"extra_body": {"progress": True}}, "stream"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(api, options, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        generate(api, **options)
+    error = caught.value.body
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+
+
+def test_an_unknown_model_is_not_found(api):
+    with pytest.raises(openai.NotFoundError, match="shapes"):
+        api.images.generate(prompt=PROMPT, model="dall-e-3")
+
+
+NUMBERS = (
+    "n",
+    "output_compression",
+    "partial_images",
+    "num_inference_steps",
+    "guidance_scale",
+    "seed",
+    "priority",
+    "deadline_seconds",
+)
+VALUES = ("0", "-1", "1e9", str(2**63), "NaN", "Infinity", "true", '"7"', "1" * 5000, "1e999")
+
+
+def test_odd_numbers_are_refused_and_break_nothing(server):
+    allowed = {("seed", "0"), ("seed", str(2**63)), ("priority", "0"), ("priority", "-1")}
+    allowed |= {("output_compression", "0"), ("partial_images", "0")}
+    with client(server) as http:
+        for name in NUMBERS:
+            for value in VALUES:
+                kind = "webp" if name == "output_compression" else "png"
+                steps = "" if name == "num_inference_steps" else '"num_inference_steps": 1,'
+                body = f'{{"prompt": "x", "output_format": "{kind}", {steps} "{name}": {value}}}'
+                answer = http.post(
+                    "/v1/images/generations",
+                    content=body,
+                    headers={"content-type": "application/json"},
+                )
+                if (name, value) in allowed:
+                    assert answer.status_code == 200, (name, value, answer.text[:200])
+                else:
+                    assert answer.status_code == 400, (name, value, answer.text[:200])
+                    assert answer.json()["error"]["message"]
+        assert http.get("/health/ready").status_code == 200
+
+
+def test_more_work_than_one_request_may_ask_for_is_refused(shapes):
+    with served(shapes, most_work=64 * 64 * 30) as server, client(server) as http:
+        ask = {"prompt": PROMPT, "n": 2, "num_inference_steps": 16}
+        answer = http.post("/v1/images/generations", json=ask)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "too_much_work"
+        assert http.post("/v1/images/generations", json={**ask, "n": 1}).status_code == 200
+
+
+def test_a_deadline_that_cannot_be_kept_is_refused_with_a_time(api, server):
+    with pytest.raises(openai.InternalServerError) as caught:
+        generate(api, extra_body={"deadline_seconds": 0.0001, "num_inference_steps": 50})
+    assert caught.value.status_code == 503
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+    assert caught.value.body["code"] == "deadline"
+
+
+def test_the_schema_names_every_endpoint(server):
+    with client(server) as http:
+        schema = http.get("/openapi.json").json()
+    assert {"/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img"} <= set(
+        schema["paths"]
+    )
+    form = schema["components"]["schemas"]["EditForm"]
+    assert form["properties"]["image"]["format"] == "binary"
+    assert json.dumps(schema)

@@ -1,0 +1,169 @@
+"""The `/sdapi` endpoints, asked by a client that was written for them."""
+
+import base64
+import threading
+from io import BytesIO
+
+import numpy as np
+import pytest
+import webuiapi
+from PIL import Image
+from serving import PROMPT, client, engine_of, served, wait_for
+
+LONG = {"steps": 900, "width": 64, "height": 64}
+
+
+@pytest.fixture(scope="module")
+def server(shapes):
+    with served(shapes) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def api(server):
+    return webuiapi.WebUIApi(port=server.port, sampler="Euler", steps=4)
+
+
+def text_to_image(api, **options):
+    return api.txt2img(prompt=PROMPT, seed=3, width=64, height=64, **options)
+
+
+def test_a_picture_is_the_pipelines_own(api, pipe):
+    answer = text_to_image(api, batch_size=2, n_iter=2, sampler_name="DPM++ 2M", scheduler="karras")
+    wanted = pipe.with_scheduler("DPM++ 2M Karras")(
+        PROMPT, seed=3, num_inference_steps=4, guidance_scale=7.0, num_images_per_prompt=4
+    )
+    assert answer.info["all_seeds"] == [3, 4, 5, 6]
+    assert answer.info["infotexts"] == wanted.parameters
+    for made, image in zip(answer.images, wanted.images, strict=True):
+        assert np.array_equal(made, image)
+
+
+def test_a_drawn_seed_is_told(api):
+    answer = api.txt2img(prompt=PROMPT, width=64, height=64, seed=-1)
+    again = api.txt2img(prompt=PROMPT, width=64, height=64, seed=answer.info["seed"])
+    assert np.array_equal(answer.image, again.image)
+
+
+def test_image_to_image_with_a_mask(api, pipe):
+    start = pipe("a green square on a white background", seed=1).images[0]
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 32, 12))
+
+    def changed(**options):
+        answer = api.img2img(
+            images=[start],
+            mask_image=mask,
+            prompt=PROMPT,
+            seed=3,
+            steps=10,
+            denoising_strength=1.0,
+            width=64,
+            height=64,
+            **options,
+        )
+        change = np.abs(np.asarray(answer.image, float) - np.asarray(start)).mean(axis=2)
+        return change[:20].mean(), change[32:].mean()
+
+    inside, outside = changed()
+    assert inside > 3 * outside
+    inside, outside = changed(inpainting_mask_invert=1)
+    assert outside > 3 * inside
+
+
+def test_a_pictures_text_is_read_back(api):
+    made = text_to_image(api).image
+    with client_of(api) as http:
+        buffer = BytesIO()
+        made.save(buffer, "PNG", pnginfo=_info(made.info["parameters"]))
+        image = base64.b64encode(buffer.getvalue()).decode()
+        answer = http.post("/sdapi/v1/png-info", json={"image": image}).json()
+    assert answer["info"] == made.info["parameters"]
+    assert answer["parameters"]["Prompt"] == PROMPT
+    assert answer["parameters"]["Seed"] == "3"
+    assert answer["parameters"]["Sampler"] == "Euler"
+
+
+def _info(text):
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("parameters", text)
+    return info
+
+
+def client_of(api):
+    import httpx
+
+    return httpx.Client(base_url=api.baseurl.removesuffix("/sdapi/v1"), timeout=60)
+
+
+def test_progress_and_interrupt(api, server):
+    assert api.get_progress()["progress"] == 0.0
+    answers = []
+    asking = threading.Thread(
+        target=lambda: answers.append(api.txt2img(prompt=PROMPT, seed=0, **LONG))
+    )
+    asking.start()
+    wait_for(lambda: api.get_progress()["state"]["sampling_step"] > 2)
+    told = api.get_progress()
+    assert 0.0 < told["progress"] < 1.0
+    assert told["eta_relative"] > 0.0
+    assert Image.open(BytesIO(base64.b64decode(told["current_image"]))).size == (256, 256)
+    api.interrupt()
+    asking.join()
+    assert answers[0].images == []
+    wait_for(lambda: not engine_of(server).tickets())
+    assert api.get_progress()["state"]["job_count"] == 0
+
+
+def test_every_listed_sampler_is_taken(api, server):
+    names = [sampler["name"] for sampler in api.get_samplers()]
+    assert {"Euler a", "DPM++ 2M Karras", "UniPC"} <= set(names)
+    pipe = engine_of(server).pipe
+    for name in names:
+        pipe.with_scheduler(name)
+
+
+def test_lists(api):
+    (model,) = api.get_sd_models()
+    assert model["title"] == model["model_name"] == "shapes"
+    assert api.get_options()["sd_model_checkpoint"] == "shapes"
+    assert {"Karras", "Automatic"} <= {each["label"] for each in api.get_schedulers()}
+
+
+NUMBERS = ("seed", "steps", "cfg_scale", "width", "height", "batch_size", "n_iter")
+VALUES = ("0", "-1", "1e9", str(2**63), "NaN", "true", '"7"')
+
+
+def test_odd_numbers_are_refused_and_break_nothing(server):
+    allowed = {("seed", "0"), ("seed", "-1"), ("seed", str(2**63))}
+    with client(server) as http:
+        for name in NUMBERS:
+            for value in VALUES:
+                steps = "" if name == "steps" else '"steps": 1, '
+                body = f'{{"prompt": "x", {steps}"{name}": {value}}}'
+                answer = http.post(
+                    "/sdapi/v1/txt2img",
+                    content=body,
+                    headers={"content-type": "application/json"},
+                )
+                wanted = (200,) if (name, value) in allowed else (400, 422)
+                assert answer.status_code in wanted, (name, value, answer.text[:200])
+                if answer.status_code != 200:
+                    assert answer.json()["detail"]
+        assert http.get("/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize("image", ["", "?", "AAAA", "data:image/png;base64,AAAA"])
+def test_what_is_no_picture_is_refused(server, image):
+    with client(server) as http:
+        body = {"prompt": "x", "init_images": [image]}
+        assert http.post("/sdapi/v1/img2img", json=body).status_code == 400
+        assert http.post("/sdapi/v1/png-info", json={"image": image}).status_code == 400
+
+
+def test_unknown_fields_are_passed_over(server):
+    with client(server) as http:
+        body = {"prompt": "x", "steps": 1, "tiling": False, "alwayson_scripts": {}, "eta": 0}
+        assert http.post("/sdapi/v1/txt2img", json=body).status_code == 200
