@@ -21,7 +21,7 @@ from sdrt.bundle import (
 from sdrt.engine import Candidate, choose
 from sdrt.errors import BundleError, SdrtError
 
-from .checkpoint import PARTS, Checkpoint, find_checkpoint
+from .checkpoint import Checkpoint, find_checkpoint
 from .graph import OPSET
 from .modules import latent_shape
 from .proof import RECIPES, Proof
@@ -44,6 +44,7 @@ class BuildPlan:
     vae: str | None = None
     unet: str | None = None
     loras: tuple[str, ...] = ()
+    revision: str | None = None
 
 
 def build_bundle(plan: BuildPlan) -> Path:
@@ -53,7 +54,8 @@ def build_bundle(plan: BuildPlan) -> Path:
     """
     # On the CPU the proof runs on ONNX Runtime unless asked otherwise: it needs the least memory.
     candidate = choose(plan.backend, size=0)
-    checkpoint = find_checkpoint(plan.model).with_parts({"vae": plan.vae, "unet": plan.unet})
+    checkpoint = find_checkpoint(plan.model, plan.revision)
+    checkpoint = checkpoint.with_parts({"vae": plan.vae, "unet": plan.unet})
     checkpoint = checkpoint.with_loras(plan.loras)
     target = (plan.output or bundles_folder() / checkpoint.name).expanduser()
     if target.exists() and not (target / MANIFEST).is_file():
@@ -92,7 +94,9 @@ def _announce(checkpoint: Checkpoint, plan: BuildPlan, target: Path) -> None:
 
 def _bytes(checkpoint: Checkpoint, dtype: str) -> int:
     """About how large the bundle will be."""
-    stored = sum(f.stat().st_size for part in PARTS for f in checkpoint.weight_files(part))
+    stored = sum(
+        f.stat().st_size for part in checkpoint.parts for f in checkpoint.weight_files(part)
+    )
     parameters = stored // checkpoint.bytes_per_parameter()
     return parameters * (2 if dtype == "float16" else 4)
 

@@ -4,8 +4,6 @@ Knows files and configuration; `modules.py` knows what to make of them. No pickl
 """
 
 import difflib
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,26 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from sdrt.errors import CheckpointError
 
+from .hub import HUB_ID, PARTS, fetched
 from .lora import Lora, changes_from_tensors, fused, parse_lora
+from .weight_files import PICKLES, TO_CONVERT, open_safetensors, read_json, weight_files
 
 KNOWN = {
     "stable-diffusion-v1-4": "CompVis/stable-diffusion-v1-4",
     "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
 EMBEDDED = ("shapes",)
-PARTS = ("text_encoder", "unet", "vae")
-WEIGHTS = ("model", "diffusion_pytorch_model")
-PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle"}
-TO_CONVERT = (
-    'it may run code when read. Convert it where you trust it: python -c "import torch, '
-    "safetensors.torch as s; w = torch.load('FILE', weights_only=True); "
-    "s.save_file(w.get('state_dict', w), 'FILE.safetensors')\""
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +43,7 @@ class Checkpoint:
         said = "".join(f", {part} {parts[part]}" for part in found)
         made = replace(self, source=self.source + said, others={**self.others, **found})
         for part in found:
-            for path in made.weight_files(part):
-                open_safetensors(path)
+            made.weight_files(part)
         return made
 
     def with_loras(self, named: Sequence[str]) -> "Checkpoint":
@@ -61,34 +52,22 @@ class Checkpoint:
         said = "".join(f", lora {lora.name}:{lora.weight:g}" for lora in read)
         return replace(self, source=self.source + said, loras=(*self.loras, *read))
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return PARTS
+
     def part_folder(self, part: str) -> Path:
         return self.others.get(part, self.folder / part)
 
     def config(self, part: str) -> dict[str, Any]:
-        return _json(self.part_folder(part) / "config.json")
+        return read_json(self.part_folder(part) / "config.json")
 
     def scheduler_config(self) -> dict[str, Any]:
-        return _json(self.folder / "scheduler" / "scheduler_config.json")
+        return read_json(self.folder / "scheduler" / "scheduler_config.json")
 
     def weight_files(self, part: str) -> list[Path]:
         """The part's safetensors files, full precision preferred; raises CheckpointError."""
-        for stem in WEIGHTS:
-            for suffix in (".safetensors", ".fp16.safetensors"):
-                path = self.part_folder(part) / f"{stem}{suffix}"
-                if path.is_file():
-                    return [path]
-                index = path.with_name(path.name + ".index.json")
-                if index.is_file():
-                    shards = sorted(set(_json(index)["weight_map"].values()))
-                    return [path.with_name(Path(shard).name) for shard in shards]
-        folder = self.part_folder(part)
-        pickles = [p.name for p in folder.glob("*") if p.suffix in PICKLES]
-        if pickles:
-            raise CheckpointError(f"{folder} has only {pickles[0]}, a pickle: {TO_CONVERT}")
-        raise CheckpointError(
-            f"{folder} has no weights; expected model.safetensors or "
-            "diffusion_pytorch_model.safetensors"
-        )
+        return weight_files(self.part_folder(part))
 
     def bytes_per_parameter(self) -> int:
         """2 or 4: how the UNet's weights are stored."""
@@ -104,17 +83,25 @@ class Checkpoint:
         return fused(part, merged, self.loras)
 
 
-def find_checkpoint(model: str) -> Checkpoint:
+def find_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """The checkpoint behind a well-known name, hub id, folder or file.
 
+    revision: a branch, tag or commit of a model on the hub.
     Raises CheckpointError: unknown name (with near matches), no network, a missing component, a
     pickle, an unreadable file.
     """
     path = Path(model).expanduser()
-    if model in EMBEDDED:
-        return _checked(Checkpoint(model, model, embedded_checkpoint(model)))
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(f"{model} is a pickle, which is refused: {TO_CONVERT}")
+    repository, here = KNOWN.get(model, model), path.exists() or path.suffix == ".safetensors"
+    if not here and model not in EMBEDDED and re.fullmatch(HUB_ID, repository):
+        source = f"{repository}@{revision}" if revision else repository
+        folder = fetched(repository, revision=revision)
+        return _checked(Checkpoint(model.split("/")[-1], source, folder))
+    if revision:
+        raise CheckpointError(f"revision {revision!r} of {model}: only models on the hub have any")
+    if model in EMBEDDED:
+        return _checked(Checkpoint(model, model, embedded_checkpoint(model)))
     if path.is_dir():
         return _checked(Checkpoint(path.resolve().name, model, path))
     if path.suffix == ".safetensors":
@@ -123,10 +110,6 @@ def find_checkpoint(model: str) -> Checkpoint:
         from .original_layout import checkpoint_from_file
 
         return _checked(Checkpoint(path.stem, model, checkpoint_from_file(path)))
-    if model in KNOWN:
-        return _checked(Checkpoint(model, KNOWN[model], download(KNOWN[model])))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
-        return _checked(Checkpoint(model.split("/")[1], model, download(model)))
     near = difflib.get_close_matches(model, [*EMBEDDED, *KNOWN], n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise CheckpointError(
@@ -141,12 +124,11 @@ def find_part(part: str, where: str) -> Path:
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(f"{where} is a pickle, which is refused: {TO_CONVERT}")
     if not path.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or where.startswith("."):
+        if not re.fullmatch(HUB_ID, where):
             raise CheckpointError(
                 f"no {part} at {where!r}; give a folder with config.json and weights, or a hub id"
             )
-        patterns = ["config.json", "*.safetensors", f"{part}/config.json", f"{part}/*.safetensors"]
-        path = _fetched(where, patterns)
+        path = fetched(where, parts=(part,))
     for folder in (path / part, path):
         if (folder / "config.json").is_file():
             return folder
@@ -169,30 +151,6 @@ def embedded_checkpoint(name: str) -> Path:
     return Path(sdrt.__file__).parent / "models" / name
 
 
-def download(repository: str) -> Path:
-    """The files that a build needs, from the hub or its local cache."""
-    patterns = ["scheduler/*.json", "tokenizer/*", "*/config.json"]
-    return _fetched(repository, patterns + [f"{part}/*.safetensors" for part in PARTS])
-
-
-def _fetched(repository: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    ignored = ["*.non_ema.safetensors", "*.fp16.safetensors", "safety_checker/*"]
-    try:
-        folder = snapshot_download(repository, allow_patterns=patterns, ignore_patterns=ignored)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        first = str(error).strip().split("\n")[0][:200]
-        raise CheckpointError(
-            f"cannot fetch {repository} from the hub{offline}: {first}. Without a network, copy "
-            "the model's folder here, type sdrt build --model FOLDER, and set HF_HUB_OFFLINE=1 to "
-            "use only what the hub's cache holds"
-        ) from error
-    return Path(folder)
-
-
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
     needed = ["scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"]
     needed += [f"{part}/config.json" for part in PARTS]
@@ -203,19 +161,8 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
                 f"expected folders scheduler, tokenizer, {', '.join(PARTS)}"
             )
     for part in PARTS:
-        for path in checkpoint.weight_files(part):
-            open_safetensors(path)
+        checkpoint.weight_files(part)
     return checkpoint
-
-
-def open_safetensors(path: Path) -> Any:
-    """The file, its header checked; raises CheckpointError if it is damaged."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file: {error}; fetch it again"
-        ) from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -226,13 +173,3 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: the weight {name} holds NaN or infinity")
     return tensors
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, expected an object")
-    return value

@@ -131,6 +131,7 @@ def _add_build(to: argparse.ArgumentParser) -> None:
     made_from.add_argument(
         "--bundle", metavar="NAME|FOLDER", help="only the plans of a bundle that is there"
     )
+    to.add_argument("--revision", metavar="NAME", help="a hub model's branch, tag or commit")
     to.add_argument("--output", type=Path, metavar="FOLDER", help="where the bundle goes")
     parts = to.add_mutually_exclusive_group()
     parts.add_argument("--vae", metavar="ID|FOLDER", help="another autoencoder")
@@ -282,6 +283,7 @@ def _built(args: argparse.Namespace) -> Path:
         vae=args.vae,
         unet=args.unet,
         loras=tuple(args.lora),
+        revision=args.revision,
     )
     return build_bundle(plan)
 
