@@ -17,16 +17,33 @@ class OpenVinoEngine:
     def __init__(self, name: str, graph: Path, component: Component, precision: str) -> None:
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
+        self._graph, self._precision = graph, precision
+        self._refitted = False
+        self._open({})
+
+    def _open(self, weights: Feeds) -> None:
         core = ov.Core()
         settings = {  # fp32 or bf16; the graph itself stays as it is stored
-            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_PRECISION_HINT": self._precision,
             "PERFORMANCE_HINT": "LATENCY",
         }
         try:
-            compiled = core.compile_model(core.read_model(str(graph)), "CPU", settings)
+            model = core.read_model(str(self._graph))
+            for node in model.get_ops() if weights else ():
+                if node.get_type_name() == "Constant" and node.get_friendly_name() in weights:
+                    new = ov.op.Constant(weights[node.get_friendly_name()])
+                    node.output(0).replace(new.output(0))
+            compiled = core.compile_model(model, "CPU", settings)
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO cannot load {graph}: {error}") from error
+            raise BackendError(f"OpenVINO cannot load {self._graph}: {error}") from error
         self._request: ov.InferRequest | None = compiled.create_infer_request()
+
+    def refit(self, weights: Feeds) -> None:
+        """Another model in the first one's place: its weights are packed for the processor."""
+        if weights or self._refitted:
+            self.close()
+            self._open(weights)
+        self._refitted = bool(weights)
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
         if self._request is None:

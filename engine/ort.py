@@ -38,22 +38,39 @@ class OrtEngine:
     def __init__(self, name: str, graph: Path, component: Component, provider: str) -> None:
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
+        self._graph, self._provider = graph, provider
+        self._weights: Feeds = {}
+        self._open()
+
+    def _open(self) -> None:
+        options = session_options()
+        if self._weights:  # read instead of the file's, before the graph is optimised
+            values = [ort.OrtValue.ortvalue_from_numpy(v) for v in self._weights.values()]
+            options.add_external_initializers(list(self._weights), values)
         try:
             self._session: ort.InferenceSession | None = ort.InferenceSession(
-                str(graph), session_options(), providers=[provider]
+                str(self._graph), options, providers=[self._provider]
             )
         except Exception as error:  # onnxruntime raises its own, undocumented classes
-            raise BackendError(f"ONNX Runtime cannot load {graph}: {error}") from error
-        if provider not in self._session.get_providers():
+            raise BackendError(f"ONNX Runtime cannot load {self._graph}: {error}") from error
+        if self._provider not in self._session.get_providers():
             raise BackendError(
-                f"ONNX Runtime fell back from {provider} to "
-                f"{', '.join(self._session.get_providers())} for {name}; "
+                f"ONNX Runtime fell back from {self._provider} to "
+                f"{', '.join(self._session.get_providers())} for {self.name}; "
                 "type sdrt doctor, or choose --backend onnxruntime on the CPU"
             )
-        self._binding = self._session.io_binding()
+        self._binding: ort.IOBinding | None = self._session.io_binding()
+
+    def refit(self, weights: Feeds) -> None:
+        """Another session in the first one's place: its weights are packed for the processor."""
+        if not weights and not self._weights:
+            return
+        self.close()
+        self._weights = {n: np.ascontiguousarray(array) for n, array in weights.items()}
+        self._open()
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        if self._session is None:
+        if self._session is None or self._binding is None:
             raise BackendError(f"{self.name} is closed")
         for name, array in checked_feeds(self.name, self.inputs, feeds).items():
             self._binding.bind_cpu_input(name, array)

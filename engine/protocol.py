@@ -28,6 +28,14 @@ class Engine(Protocol):
         """Run once; the arrays returned are valid until the next call."""
         ...
 
+    def refit(self, weights: Feeds) -> None:
+        """Compute with these in place of the stored weights of these names, of their shapes and
+        dtypes, and with the stored ones for all others, whatever was given before.
+
+        Raises BackendError if the backend does not take them.
+        """
+        ...
+
     def close(self) -> None:
         """Give the memory back; the engine cannot be called again."""
         ...
@@ -39,6 +47,7 @@ class LazyEngine:
     def __init__(self, load: Callable[[], Engine]) -> None:
         self._load = load
         self._engine: Engine | None = None
+        self._weights: Feeds = {}
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -54,7 +63,13 @@ class LazyEngine:
     def _loaded(self) -> Engine:
         if self._engine is None:
             self._engine = self._load()
+            self._engine.refit(self._weights)
         return self._engine
+
+    def refit(self, weights: Feeds) -> None:
+        self._weights = weights
+        if self._engine is not None:
+            self._engine.refit(weights)
 
     def close(self) -> None:
         if self._engine is not None:

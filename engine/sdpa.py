@@ -54,6 +54,8 @@ class TorchEngine:
                 f"{name} has nodes that the torch backend does not know: "
                 f"{', '.join(sorted(unknown))}; choose --backend onnxruntime"
             )
+        self._graph = graph
+        self._refitted: set[str] = set()
         self._values = _initializers(model.graph, graph.parent, self.device)
         self._nodes = [
             (OPERATIONS[n.op_type], list(n.input), list(n.output), _attributes(n))
@@ -78,6 +80,15 @@ class TorchEngine:
             for name in self._last_use.get(i, ()):
                 values.pop(name, None)
         return {spec.name: values[spec.name].cpu().numpy() for spec in self.outputs}
+
+    def refit(self, weights: Feeds) -> None:
+        """Nothing is compiled, so the tensors are put in each other's place."""
+        with safe_open(self._graph.with_name("model.safetensors"), framework="pt") as file:
+            for name in self._refitted - set(weights):
+                self._values[name] = file.get_tensor(name).to(self.device)
+        for name, array in weights.items():
+            self._values[name] = torch.tensor(array, device=self.device)
+        self._refitted = set(weights)
 
     def close(self) -> None:
         self._values.clear()

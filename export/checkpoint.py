@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sdrt.errors import CheckpointError
+from sdrt.runtime.lora import Lora, check_parts, deltas, parse_lora, read_lora
 
 from .hub import HUB_ID, PARTS, fetched
-from .lora import Lora, changes_from_tensors, fused, parse_lora
 from .weight_files import PICKLES, TO_CONVERT, open_safetensors, read_json, weight_files
 
 KNOWN = {
@@ -47,8 +47,9 @@ class Checkpoint:
         return made
 
     def with_loras(self, named: Sequence[str]) -> "Checkpoint":
-        """The same with LoRA files added, each `FILE` or `FILE:WEIGHT`; raises CheckpointError."""
-        read = [read_lora(text) for text in named]
+        """The same with LoRA files added, each `NAME` or `NAME:WEIGHT`; raises CheckpointError."""
+        read = [read_lora(*parse_lora(text)) for text in named]
+        check_parts(read, PARTS)
         said = "".join(f", lora {lora.name}:{lora.weight:g}" for lora in read)
         return replace(self, source=self.source + said, loras=(*self.loras, *read))
 
@@ -80,7 +81,10 @@ class Checkpoint:
         merged: dict[str, Tensor] = {}
         for path in self.weight_files(part):
             merged |= read_safetensors(path)
-        return fused(part, merged, self.loras)
+        shapes = {name: tuple(tensor.shape) for name, tensor in merged.items()}
+        for name, delta in deltas(part, shapes, self.loras):
+            merged[name] = merged[name].float() + torch.from_numpy(delta)
+        return merged
 
 
 def find_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
@@ -133,16 +137,6 @@ def find_part(part: str, where: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise CheckpointError(f"{path} holds no {part}: neither config.json nor {part}/config.json")
-
-
-def read_lora(text: str) -> Lora:
-    """A LoRA file and its weight; raises CheckpointError if it is a pickle, damaged or unknown."""
-    path, weight = parse_lora(text)
-    if path.suffix.lower() in PICKLES:
-        raise CheckpointError(f"{path} is a pickle, which is refused: {TO_CONVERT}")
-    if not path.is_file():
-        raise CheckpointError(f"there is no LoRA file {path}")
-    return Lora(path.name, changes_from_tensors(read_safetensors(path)), weight)
 
 
 def embedded_checkpoint(name: str) -> Path:

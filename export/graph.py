@@ -1,4 +1,5 @@
-"""A torch module to `model.onnx` beside `model.safetensors`: one copy of the weights.
+"""A torch module to `model.onnx` beside `model.safetensors`: one copy of the weights, each under
+the name that it has in the module, followed by `.T` where it is stored transposed.
 
 Knows torch's exporter and the ONNX intermediate representation; not which network it is given.
 """
@@ -16,12 +17,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from sdrt.bundle import TensorSpec
+from sdrt.bundle import TRANSPOSED, TensorSpec
 
 from .safetensors_file import Entry, write_safetensors
 
 OPSET = 23
-SMALLEST_EXTERNAL = 1024  # bytes; shapes and scalars stay inside the graph
+SMALLEST_EXTERNAL = 1024  # bytes; shapes and scalars stay inside the graph, weights never do
 SAFETENSORS_DTYPES = {
     ir.DataType.FLOAT: "F32",
     ir.DataType.FLOAT16: "F16",
@@ -50,7 +51,8 @@ def export_graph(
     folder.mkdir(parents=True, exist_ok=True)
     specs = _specs(model.graph.inputs), _specs(model.graph.outputs)
     _strip(model)
-    _move_weights(model, folder)
+    _name_weights(model, module.state_dict())
+    _move_weights(model, folder, set(module.state_dict()))
     ir.save(model, folder / "model.onnx")
     return specs
 
@@ -115,9 +117,34 @@ def _strip(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _move_weights(model: ir.Model, folder: Path) -> None:
-    """Write all but tiny initializers to safetensors and point the graph at them."""
-    large = [v for v in model.graph.initializers.values() if _bytes(v) >= SMALLEST_EXTERNAL]
+def _name_weights(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
+    """Give weights that the exporter stored transposed their name back, and the mark of it.
+
+    Two that share their first and last row cannot be told apart and keep the exporter's names.
+    """
+    originals: dict[Any, list[str]] = {}
+    for name, weight in weights.items():
+        if weight.ndim == 2:
+            originals.setdefault(_edges(weight.numpy()), []).append(name)
+    for value in list(model.graph.initializers.values()):
+        if value.name not in weights and len(_shape(value)) == 2:
+            names = originals.get(_edges(np.asarray(_tensor(value).numpy()).T), [])
+            if len(names) == 1 and names[0] not in model.graph.initializers:
+                value.name = names[0] + TRANSPOSED
+
+
+def _edges(array: np.ndarray) -> tuple[tuple[int, ...], bytes, bytes]:
+    """What tells weights apart without reading all of them."""
+    return array.shape, array[0].tobytes(), array[-1].tobytes()
+
+
+def _move_weights(model: ir.Model, folder: Path, weights: set[str]) -> None:
+    """Write the weights and all else that is large to safetensors; point the graph at them."""
+    large = [
+        value
+        for value in model.graph.initializers.values()
+        if _bytes(value) >= SMALLEST_EXTERNAL or str(value.name).removesuffix(TRANSPOSED) in weights
+    ]
     large.sort(key=lambda value: str(value.name))
     entries = [
         Entry(str(v.name), SAFETENSORS_DTYPES[_tensor(v).dtype], _shape(v), _bytes(v))

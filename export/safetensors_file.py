@@ -5,11 +5,13 @@ forbids holes, so the header is padded with spaces and the gaps are tensors call
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from sdrt.bundle import NAMES
 
 ALIGNMENT = 256
 
@@ -26,7 +28,7 @@ class Entry:
 
 def offsets(entries: Iterable[Entry]) -> tuple[bytes, list[int]]:
     """The file's head, its length field included, and where each tensor begins in the file."""
-    header: dict[str, dict[str, object]] = {}
+    header: dict[str, Mapping[str, object]] = {"__metadata__": NAMES}
     starts, at, pads = [], 0, 0
     for entry in entries:
         if gap := -at % ALIGNMENT:

@@ -3,6 +3,7 @@
 Knows numpy, the engine protocol and the bundle's manifest; not which backend runs.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,6 +18,7 @@ from sdrt.errors import SdrtError, UsageError
 
 from .conditioning import Known, contexts_of
 from .loop import Edit, Guidance, Run, Step, denoised, plan_of
+from .lora import Adapters
 from .options import Options, Request, options_from, requests_from
 from .pictures import images_from_decoded, parameters_text
 from .samplers.catalogue import config_from_name, title_of
@@ -61,6 +63,7 @@ class Pipeline:
     engines: Mapping[str, Engine]
     scheduler_config: Mapping[str, Any]
     backend: str
+    adapters: Adapters = field(repr=False, compare=False)
     known: Known = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(
@@ -166,6 +169,17 @@ class Pipeline:
             config = dict(scheduler)
         sampler_table(config, 8)
         return replace(self, scheduler_config=config)
+
+    def set_lora(self, loras: Mapping[str | os.PathLike[str], float]) -> None:
+        """Carry these LoRA files, each with its weight, and no others: `{}` takes all off.
+
+        loras: by path, or by the name of a file in the folder `loras` of sdrt's home
+        They act on all pipelines over these engines, and in the middle of a run that has begun:
+        finish it first. Raises CheckpointError for a file that is none or does not fit this model,
+        BundleError for a bundle that does not name its weights; nothing is changed then.
+        """
+        self.adapters.set(loras)
+        self.known.clear()
 
     def close(self) -> None:
         """Give the engines' memory back; pipelines over the same engines end too."""
@@ -291,7 +305,9 @@ class Pipeline:
             settings["CFG rescale"] = f"{options.guidance_rescale:g}"
         rng = {"cpu": "CPU", "cuda": "NV"}[options.rng]
         settings |= {"RNG": rng, "Version": f"sdrt {__version__}"}
-        return parameters_text(request.prompt, options.negative_prompt, settings)
+        return parameters_text(
+            request.prompt + self.adapters.text, options.negative_prompt, settings
+        )
 
 
 def parts_of_like_length(told: Mapping[Request, np.ndarray], most: int) -> Iterator[list[Request]]:
@@ -321,4 +337,5 @@ def load_pipeline(bundle: Bundle, candidate: Candidate) -> Pipeline:
         name: candidate.load(bundle, name) for name in ("text_encoder", "unet", "vae_decoder")
     }
     engines["vae_encoder"] = LazyEngine(partial(candidate.load, bundle, "vae_encoder"))
-    return Pipeline(manifest, tokenizer, engines, config, candidate.title)
+    adapters = Adapters(bundle, engines)
+    return Pipeline(manifest, tokenizer, engines, config, candidate.title, adapters)

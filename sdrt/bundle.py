@@ -18,6 +18,9 @@ from .errors import BundleError, UsageError
 FORMAT = 2
 MANIFEST = "sdrt.json"
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+# What a bundle's safetensors files say of themselves, and how a transposed weight's name ends.
+NAMES = {"names": "checkpoint"}
+TRANSPOSED = ".T"
 T = TypeVar("T")
 
 

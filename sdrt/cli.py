@@ -193,6 +193,13 @@ def _add_shared(to: argparse.ArgumentParser) -> None:
     to.add_argument("--guidance-scale", type=float, default=7.5, metavar="G")
     to.add_argument("--seed", type=_whole, metavar="N", help="default: drawn, and in the file")
     to.add_argument("--size", metavar="WxH")
+    to.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE|NAME[:WEIGHT]",
+        help="added for this run, repeatable; a NAME is a file in $SDRT_HOME/loras",
+    )
     to.add_argument("--backend", choices=BACKENDS, default="auto")
     to.add_argument("--exact", action="store_true", help="no lower precision than the bundle's")
     to.add_argument("--json", action="store_true", help="print paths, seeds and times as JSON")

@@ -22,6 +22,7 @@ from PIL import Image
 from . import load
 from .errors import UsageError
 from .runtime import Options, Pipeline, Preview, Step
+from .runtime.lora import parse_lora
 from .runtime.options import Request, options_from
 from .runtime.pictures import image_grid, labelled_sheet, open_image, save_png
 
@@ -54,7 +55,10 @@ def options_from_arguments(args: argparse.Namespace) -> Options:
 
 def opened(args: argparse.Namespace) -> Pipeline:
     """The pipeline that a command line asks for."""
-    return load(args.bundle, backend=args.backend, precision="exact" if args.exact else "auto")
+    pipe = load(args.bundle, backend=args.backend, precision="exact" if args.exact else "auto")
+    if args.lora:
+        pipe.set_lora(dict(map(parse_lora, args.lora)))
+    return pipe
 
 
 def _interval(text: str) -> tuple[float, float]:

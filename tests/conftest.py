@@ -51,6 +51,15 @@ def tiny(tmp_path_factory, embedded):
     return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny", embedded)
 
 
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny, tmp_path_factory):
+    """Its bundle in two sizes."""
+    from sdrt.export.build import BuildPlan, build_bundle
+
+    target = tmp_path_factory.mktemp("built") / "tiny"
+    return build_bundle(BuildPlan(str(tiny), target, sizes=((32, 32), (48, 32)), batch=(1, 1, 2)))
+
+
 def write_tiny(folder: Path, embedded: Path, **unet_options) -> Path:
     import shutil
 

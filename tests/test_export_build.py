@@ -29,12 +29,6 @@ def copy(tiny, tmp_path):
     return shutil.copytree(tiny, tmp_path / "model")
 
 
-@pytest.fixture(scope="session")
-def tiny_bundle(tiny, tmp_path_factory):
-    target = tmp_path_factory.mktemp("built") / "tiny"
-    return build_bundle(BuildPlan(str(tiny), target, sizes=((32, 32), (48, 32)), batch=(1, 1, 2)))
-
-
 def test_the_weights_are_stored_once_and_aligned(tiny_bundle):
     for graph in tiny_bundle.glob("*/model.onnx"):
         assert graph.stat().st_size < 500_000

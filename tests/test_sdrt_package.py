@@ -24,7 +24,7 @@ HEAVY = (
 )
 ALLOWED = {
     "engine": {"bundle", "errors", "engine"},
-    "runtime": {"bundle", "errors", "engine", "runtime", "__version__"},
+    "runtime": {"bundle", "errors", "engine", "runtime", "tensors", "__version__"},
     "export": {"bundle", "errors", "engine", "runtime", "export"},
     "serve": {"bundle", "errors", "runtime", "serve", "__version__"},
 }

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from sdrt.errors import CheckpointError, UsageError
 from sdrt.export.checkpoint import find_checkpoint
-from sdrt.export.lora import parse_lora
+from sdrt.runtime.lora import parse_lora
 
 pytestmark = [
     pytest.mark.reference,
@@ -75,7 +75,7 @@ def test_several_files_add_up_and_zero_is_none(tiny, weights, tmp_path):
     for name, tensor in once.items():
         assert torch.allclose(tensor, twice[name], atol=1e-5)
         assert torch.equal(none[name], weights[name])
-    assert "lora l.safetensors:0.8" in checkpoint.with_loras([f"{path}:0.8"]).source
+    assert "lora l:0.8" in checkpoint.with_loras([f"{path}:0.8"]).source
 
 
 def test_the_text_encoder_and_a_middle_factor(tiny, weights, tmp_path):

@@ -1,0 +1,278 @@
+"""LoRA files: small changes to a model's weights, added at the build or between pictures.
+
+Knows the key layouts of kohya's scripts (`lora_unet_..`, `lora_te_..`) and of PEFT and the
+reference library (`unet.` and `text_encoder.` with `lora_A`, `lora_B`, `lora.down`, `lora.up`),
+linear layers and convolutions, LoCon's middle factor included. Hu et al. 2021 (arXiv:2106.09685),
+eq. 3. Knows numpy; the weights may be a checkpoint's or a bundle's.
+"""
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdrt.bundle import NAMES, TRANSPOSED, Bundle, home
+from sdrt.engine import Engine
+from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
+from sdrt.tensors import Tensors
+
+MOST_WEIGHT = 10.0
+NAMED = 5  # keys that an error names
+PARTS = {
+    "lora_unet": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+    "unet": "unet",
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+}
+KOHYA = [prefix for prefix in PARTS if prefix.startswith("lora_")]
+KINDS = {
+    "lora_down": "down",
+    "lora_A": "down",
+    "lora.down": "down",
+    "lora_linear_layer.down": "down",
+    "lora_up": "up",
+    "lora_B": "up",
+    "lora.up": "up",
+    "lora_linear_layer.up": "up",
+    "lora_mid": "mid",
+}
+TAIL = re.compile(
+    r"(?:\.(?P<kind>lora_down|lora_up|lora_mid|lora_A|lora_B"
+    r"|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up)"
+    r"(?:\.default)?\.weight|_lora\.(?P<old>down|up)\.weight|\.(?P<alpha>alpha))$"
+)
+Place = tuple[str, str]  # a part, and a module of it with underscores for dots
+
+
+@dataclass(slots=True)
+class Change:
+    """What a file does to one weight: `alpha / rank * up @ mid @ down`."""
+
+    key: str
+    factors: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def delta(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The change, float32, in the weight's shape; raises CheckpointError if it misfits."""
+        if not {"down", "up"} <= set(self.factors):
+            raise CheckpointError(f"the LoRA's {self.key} lacks its down or its up factor")
+        down, up = (self.factors[name].astype(np.float32) for name in ("down", "up"))
+        alpha = float(self.factors.get("alpha", len(down)))
+        a, b = up.reshape(len(up), -1), down.reshape(len(down), -1)
+        try:
+            if "mid" in self.factors:
+                mid = self.factors["mid"].astype(np.float32)
+                product = np.einsum("or,rshw,si->oihw", a, mid, b, optimize=True)
+            else:
+                product = a @ b
+            if (len(up), down.shape[1]) != shape[:2]:
+                raise ValueError
+            return np.float32(alpha / len(down)) * product.reshape(shape)
+        except ValueError:
+            raise CheckpointError(
+                f"the LoRA's {self.key} is {list(up.shape)} by {list(down.shape)}, the weight "
+                f"{list(shape)}; it was made for another architecture"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A file's name, its changes by part and module, and how much of them is added."""
+
+    name: str
+    changes: Mapping[Place, Change]
+    weight: float
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """`"NAME"` or `"NAME:0.8"` -> the name and its weight; raises UsageError."""
+    name, colon, number = text.rpartition(":")
+    try:
+        return (name, checked_weight(float(number))) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def checked_weight(weight: float) -> float:
+    if not -MOST_WEIGHT <= weight <= MOST_WEIGHT:
+        raise UsageError(f"LoRA weight {weight:g}; expected -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}")
+    return weight
+
+
+def find_lora(name: str | os.PathLike[str]) -> Path:
+    """A file's path, or that of the file of this name in the folder `loras` of sdrt's home.
+
+    Raises CheckpointError if there is none.
+    """
+    path = Path(name).expanduser()
+    known = home() / "loras"
+    if path.suffix.lower() in (".pt", ".ckpt", ".bin", ".pth", ".pkl"):
+        raise CheckpointError(f"{path} is a pickle, which is refused; ask for a .safetensors file")
+    for found in (path, known / f"{name}.safetensors", known / path):
+        if found.is_file():
+            return found
+    have = ", ".join(sorted(file.stem for file in known.glob("*.safetensors"))) or "none"
+    raise CheckpointError(
+        f"there is no LoRA file {path}, nor one of that name in {known} (there: {have})"
+    )
+
+
+def read_lora(name: str | os.PathLike[str], weight: float) -> Lora:
+    """A LoRA file; raises CheckpointError if it is a pickle, damaged or of no known layout."""
+    path = find_lora(name)
+    try:
+        tensors = Tensors(path)
+        changes = changes_from_tensors(tensors, tensors.metadata)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name}: {error}") from error
+    except SdrtError as error:
+        raise CheckpointError(str(error)) from error
+    return Lora(path.stem, changes, checked_weight(weight))
+
+
+def changes_from_tensors(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> dict[Place, Change]:
+    """The changes of a file. Raises CheckpointError for keys of no known layout, counting them and
+    naming the first, and for numbers that are none.
+    """
+    changes: dict[Place, Change] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        tail = TAIL.search(key)
+        head = key[: tail.start()] if tail else ""
+        prefix, _, module = head.partition(".")
+        for start in KOHYA:
+            if head.startswith(f"{start}_"):
+                prefix, module = start, head[len(start) + 1 :]
+                break
+        if tail is None or prefix not in PARTS or not module:
+            unknown.append(key)
+            continue
+        if not np.isfinite(tensor).all():
+            raise CheckpointError(f"{key} holds NaN or infinity")
+        kind = tail["alpha"] or tail["old"] or KINDS[tail["kind"]]
+        place = PARTS[prefix], _flat(module.replace(".processor", ""))
+        changes.setdefault(place, Change(head)).factors[kind] = tensor
+    if unknown:
+        raise CheckpointError(
+            f"{_counted(unknown)} of no known layout; expected kohya's lora_unet_.. and "
+            "lora_te_.., or PEFT's unet. and text_encoder."
+        )
+    _add_alphas(changes, json.loads(metadata.get("lora_adapter_metadata", "{}")))
+    return changes
+
+
+def _add_alphas(changes: Mapping[Place, Change], settings: Mapping[str, Any]) -> None:
+    """PEFT keeps alphas beside the tensors: one for a part, and those of some modules."""
+    for (part, module), change in changes.items():
+        alpha = settings.get(f"{part}.lora_alpha")
+        for name, own in (settings.get(f"{part}.alpha_pattern") or {}).items():
+            alpha = own if module.endswith(_flat(name)) else alpha
+        if alpha is not None:
+            change.factors.setdefault("alpha", np.asarray(alpha, np.float32))
+
+
+def _flat(module: str) -> str:
+    """A module's name as kohya writes it, without what wrappers put before it."""
+    return module.replace(".", "_").removeprefix("model_").removeprefix("text_model_")
+
+
+def _counted(keys: Sequence[str]) -> str:
+    more = ", .." if len(keys) > NAMED else ""
+    return f"{len(keys)} {'keys' if len(keys) > 1 else 'key'} ({', '.join(keys[:NAMED])}{more})"
+
+
+def check_parts(loras: Sequence[Lora], parts: Collection[str]) -> None:
+    """Raise CheckpointError for a file that changes a part which the model does not have."""
+    for lora in loras:
+        surplus = [change.key for (part, _), change in lora.changes.items() if part not in parts]
+        if surplus:
+            raise CheckpointError(
+                f"{lora.name}: this model has no place for {surplus[0]}: {_counted(surplus)} do "
+                "not fit; the LoRA was made for another architecture"
+            )
+
+
+def deltas(
+    part: str, shapes: Mapping[str, tuple[int, ...]], loras: Sequence[Lora]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """What all files together add to each weight of a part, float32, as the weight is stored.
+
+    shapes: of all weights by name. Raises CheckpointError, before the first, for modules that the
+    part does not have, counting them and naming the first.
+    """
+    names = {
+        _flat(name.removesuffix(TRANSPOSED).removesuffix(".weight")): name
+        for name in shapes
+        if name.removesuffix(TRANSPOSED).endswith(".weight")
+    }
+    touched: dict[str, list[tuple[float, Change]]] = {}
+    for lora in loras:
+        own = {module: change for (of, module), change in lora.changes.items() if of == part}
+        if missing := [change.key for module, change in own.items() if module not in names]:
+            raise CheckpointError(
+                f"{lora.name}: this model's {part} has no {missing[0]}: {_counted(missing)} of "
+                f"{len(own)} do not fit; the LoRA was made for another architecture"
+            )
+        for module, change in own.items():
+            touched.setdefault(names[module], []).append((lora.weight, change))
+    for name, changes in touched.items():
+        turned = name.endswith(TRANSPOSED)
+        shape = shapes[name][::-1] if turned else shapes[name]
+        total = sum(np.float32(weight) * change.delta(shape) for weight, change in changes)
+        yield name, np.asarray(total).T if turned else np.asarray(total)
+
+
+class Adapters:
+    """The LoRA files that a bundle's engines carry. Every change starts from the bundle's own
+    weights, so that taking a file off leaves nothing of it.
+    """
+
+    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]) -> None:
+        self.loras: tuple[Lora, ...] = ()
+        self._bundle = bundle
+        self._engines = {part: engines[part] for part in set(PARTS.values()) & set(engines)}
+
+    def set(self, chosen: Mapping[str | os.PathLike[str], float]) -> None:
+        """Carry these files and no others. Nothing changes if one of them does not fit."""
+        loras = tuple(read_lora(name, weight) for name, weight in chosen.items())
+        check_parts(loras, self._engines)
+        refits = {part: self._refit(part, loras) for part in self._engines}
+        try:
+            for part, weights in refits.items():
+                self._engines[part].refit(weights)
+        except SdrtError:
+            for engine in self._engines.values():
+                engine.refit({})
+            self.loras = ()
+            raise
+        self.loras = loras
+
+    def _refit(self, part: str, loras: Sequence[Lora]) -> dict[str, np.ndarray]:
+        """The weights of a part that the files change, in the stored dtype and orientation."""
+        if not any(of == part for lora in loras for of, _ in lora.changes):
+            return {}
+        stored = Tensors(self._bundle.graph(part).with_name("model.safetensors"))
+        if stored.metadata != NAMES:
+            raise BundleError(
+                f"{self._bundle.folder} was built before bundles kept their weights' names, which "
+                f"LoRA needs; type: sdrt build --model {self._bundle.manifest.source} --force"
+            )
+        shapes = {name: stored.shape(name) for name in stored}
+        return {
+            name: (stored[name].astype(np.float32) + delta).astype(stored[name].dtype)
+            for name, delta in deltas(part, shapes, loras)
+        }
+
+    @property
+    def text(self) -> str:
+        """As other tools write it into a prompt: `<lora:name:0.8>`, and so on."""
+        return "".join(f" <lora:{lora.name}:{lora.weight:g}>" for lora in self.loras)

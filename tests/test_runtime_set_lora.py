@@ -1,0 +1,254 @@
+"""LoRA files put on and taken off between pictures, against diffusers' pictures and builds."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import sdrt
+from sdrt.bundle import home
+from sdrt.errors import BundleError, CheckpointError
+from sdrt.export.build import BuildPlan, build_bundle
+from sdrt.runtime.lora import read_lora
+
+pytestmark = [
+    pytest.mark.reference,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+PROMPT = "a red circle on a blue background"
+BACKENDS = ("onnxruntime", "openvino", "torch")
+
+
+def lora_file(path, checkpoint, layout, *, seed=0, strength=0.6, rank=4):
+    """Changes of every attention, feed-forward and convolution of the UNet and of the text
+    encoder's attention, in one of the layouts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
+    saved = {}
+    for part, stem in parts.items():
+        for name, weight in load_file(checkpoint / part / f"{stem}.safetensors").items():
+            module = name.removesuffix(".weight")
+            if weight.ndim not in (2, 4) or "embedding" in name or not name.endswith(".weight"):
+                continue
+            inside = weight[0].numel()
+            down = torch.randn((rank, *weight.shape[1:]), generator=generator) / inside**0.5
+            up = torch.randn((len(weight), rank, *[1] * (weight.ndim - 2)), generator=generator)
+            up *= strength * weight.std() * (inside / rank) ** 0.5
+            if layout == "kohya":
+                prefix = "lora_unet_" if part == "unet" else "lora_te_"
+                if part == "text_encoder" and not module.startswith("text_model"):
+                    prefix += "text_model_"
+                stem = prefix + module.replace(".", "_")
+                saved |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+                saved[f"{stem}.alpha"] = torch.tensor(rank / 2)
+            else:
+                if part == "text_encoder" and not module.startswith("text_model"):
+                    module = "text_model." + module
+                saved |= {f"{part}.{module}.lora_A.weight": down}
+                saved |= {f"{part}.{module}.lora_B.weight": up}
+    save_file({name: tensor.contiguous() for name, tensor in saved.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, embedded):
+    folder = tmp_path_factory.mktemp("loras")
+    return {
+        "kohya": lora_file(folder / "first.safetensors", embedded, "kohya"),
+        "peft": lora_file(folder / "second.safetensors", embedded, "peft", seed=1, strength=0.2),
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(embedded):
+    def made():
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(embedded).to(dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return made
+
+
+def their_picture(pipe, steps=6, guidance_scale=7.5):
+    found = pipe(
+        PROMPT,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(0),
+        output_type="np",
+    ).images[0]
+    return found.astype(np.float64)
+
+
+def our_picture(pipe, steps=6, **options):
+    *_, last = pipe.steps(PROMPT, num_inference_steps=steps, seed=0, **options)
+    return np.clip(pipe.decoded(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
+
+
+def psnr(a, b):
+    return -10 * np.log10(max(np.mean((a.astype(np.float64) - b) ** 2), 1e-12))
+
+
+@pytest.mark.parametrize("chosen", [{"kohya": 0.8}, {"peft": 1.0}, {"kohya": 0.5, "peft": -0.6}])
+def test_pictures_are_the_references(shapes, files, reference, chosen):
+    theirs = reference()
+    for name in chosen:
+        theirs.load_lora_weights(str(files[name]), adapter_name=name)
+    theirs.set_adapters(list(chosen), list(chosen.values()))
+    wanted = their_picture(theirs)
+    assert psnr(their_picture(reference()), wanted) < 25  # the files do something
+    for backend in BACKENDS:
+        with sdrt.load(shapes, backend=backend, precision="exact") as pipe:
+            pipe.set_lora({files[name]: weight for name, weight in chosen.items()})
+            assert psnr(our_picture(pipe), wanted) >= 50, backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_taken_off_leaves_nothing(shapes, files, backend):
+    def png(*loras):
+        pipe.set_lora({files[name]: 0.7 for name in loras})
+        return pipe(PROMPT, num_inference_steps=3, seed=0).images[0].tobytes()
+
+    with sdrt.load(shapes, backend=backend) as pipe:
+        bare = pipe(PROMPT, num_inference_steps=3, seed=0).images[0].tobytes()
+        first, second = png("kohya"), png("peft")
+        assert len({bare, first, second}) == 3
+        assert png("kohya") == first
+        assert png() == bare
+
+
+def test_the_picture_of_a_build_with_the_file(tiny, tiny_bundle, tmp_path):
+    path = lora_file(tmp_path / "l.safetensors", tiny, "kohya")
+    built = build_bundle(
+        BuildPlan(str(tiny), tmp_path / "fused", sizes=((32, 32),), loras=(f"{path}:0.8",))
+    )
+    with sdrt.load(built, backend="onnxruntime") as pipe:
+        wanted = our_picture(pipe)
+    with sdrt.load(tiny_bundle, backend="onnxruntime") as pipe:
+        assert psnr(our_picture(pipe), wanted) < 40
+        pipe.set_lora({path: 0.8})
+        assert psnr(our_picture(pipe), wanted) >= 50
+
+
+def test_an_lcm_lora_makes_a_pipeline_of_few_steps(shapes, files, reference):
+    theirs = reference()
+    theirs.scheduler = diffusers.LCMScheduler.from_config(theirs.scheduler.config)
+    theirs.load_lora_weights(str(files["kohya"]))
+    theirs.fuse_lora()
+    wanted = their_picture(theirs, steps=4, guidance_scale=1.0)
+    with sdrt.load(shapes, backend="onnxruntime") as pipe:
+        pipe.set_lora({files["kohya"]: 1.0})
+        found = our_picture(pipe.with_scheduler("LCM"), steps=4, guidance_scale=1.0)
+    assert psnr(found, wanted) >= 50
+
+
+def test_alphas_that_peft_keeps_beside_the_tensors(embedded, reference, tmp_path):
+    theirs = reference()
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["to_q", "to_v"], alpha_pattern={"to_v": 2}
+    )
+    config.init_lora_weights = False
+    theirs.unet.add_adapter(config)
+    from peft import get_peft_model_state_dict
+
+    kind = diffusers.StableDiffusionPipeline
+    kind.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(theirs.unet),
+        unet_lora_adapter_metadata=config.to_dict() | {"target_modules": ["to_q", "to_v"]},
+    )
+    wanted = reference()
+    wanted.load_lora_weights(tmp_path)
+    wanted.fuse_lora()
+    changes = read_lora(tmp_path / "pytorch_lora_weights.safetensors", 1.0).changes
+    state, base = wanted.unet.state_dict(), reference().unet.state_dict()
+    for (_, module), change in changes.items():
+        name = next(n for n in base if n.replace(".", "_") == f"{module}_weight")
+        fused = state[name.replace(".weight", ".base_layer.weight")].numpy()
+        delta = change.delta(fused.shape)
+        assert np.abs(delta).max() > 1e-3
+        np.testing.assert_allclose(base[name].numpy() + delta, fused, atol=1e-5)
+
+
+def test_bfloat16_files_are_read(files, embedded, tmp_path):
+    half = {n: t.bfloat16() for n, t in load_file(files["kohya"]).items()}
+    save_file(half, tmp_path / "half.safetensors")
+    found = read_lora(tmp_path / "half.safetensors", 1.0).changes
+    for place, change in read_lora(files["kohya"], 1.0).changes.items():
+        for kind, factor in change.factors.items():
+            wanted = torch.from_numpy(np.array(factor)).bfloat16().float().numpy()
+            assert np.array_equal(found[place].factors[kind], wanted)
+
+
+def test_files_for_another_model_are_refused_and_change_nothing(pipe, tmp_path, files):
+    bare = pipe(PROMPT, num_inference_steps=2, seed=0).images[0].tobytes()
+    other = {f"lora_unet_nowhere_{i}_to_q.lora_down.weight": torch.zeros(2, 8) for i in range(7)}
+    other["lora_unet_conv_in.lora_down.weight"] = torch.zeros(2, 4, 3, 3)
+    cases = {
+        "nowhere": other,
+        "unknown": {f"what.{i}": torch.zeros(1) for i in range(6)},
+        "part": {"lora_te2_text_model_x.lora_down.weight": torch.zeros(2, 2)},
+        "nan": {"lora_unet_conv_in.lora_down.weight": torch.full((2, 4, 3, 3), torch.nan)},
+    }
+    messages = {
+        "nowhere": r"no lora_unet_nowhere_0_to_q: 7 keys \(.*_4_to_q, \.\.\) of 8 do not fit",
+        "unknown": r"6 keys \(what.0, what.1, what.2, what.3, what.4, \.\.\) of no known layout",
+        "part": "no place for lora_te2_text_model_x",
+        "nan": "NaN",
+    }
+    for name, tensors in cases.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(CheckpointError, match=messages[name]):
+            pipe.set_lora({files["peft"]: 1.0, tmp_path / f"{name}.safetensors": 1.0})
+    (tmp_path / "cut.safetensors").write_bytes(files["peft"].read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="ends too soon"):
+        pipe.set_lora({tmp_path / "cut.safetensors": 1.0})
+    with pytest.raises(CheckpointError, match=r"nor one of that name in .*loras"):
+        pipe.set_lora({"unheard-of": 1.0})
+    assert pipe(PROMPT, num_inference_steps=2, seed=0).images[0].tobytes() == bare
+
+
+def test_a_bundle_without_names_says_what_to_type(shapes, files, tmp_path):
+    old = shutil.copytree(shapes, tmp_path / "old")
+    for part in ("unet", "text_encoder"):
+        path = old / part / "model.safetensors"
+        marked = path.read_bytes().replace(b'"names":"checkpoint"', b'"named":"checkpoint"', 1)
+        path.write_bytes(marked)
+    manifest = json.loads((old / "sdrt.json").read_text())
+    for part in ("unet", "text_encoder"):
+        del manifest["files"][f"{part}/model.safetensors"]
+    (old / "sdrt.json").write_text(json.dumps(manifest))
+    with (
+        sdrt.load(old, backend="onnxruntime") as pipe,
+        pytest.raises(BundleError, match="sdrt build --model shapes --force"),
+    ):
+        pipe.set_lora({files["kohya"]: 1.0})
+
+
+def test_the_command_line_takes_files_and_names(shapes, files, tmp_path):
+    (home() / "loras").mkdir(exist_ok=True)
+    shutil.copyfile(files["peft"], home() / "loras" / "style.safetensors")
+    command = [sys.executable, "-m", "sdrt", "run", PROMPT, "--steps", "2", "--seed", "0"]
+    command += ["--bundle", str(shapes), "--backend", "onnxruntime", "--output"]
+
+    def run(name, *more):
+        path = tmp_path / name
+        subprocess.run([*command, str(path), *more], check=True, capture_output=True)
+        return Image.open(path)
+
+    both = run("both.png", "--lora", "style:0.8", "--lora", f"{files['kohya']}:-0.3")
+    again = run("again.png", "--lora", f"{files['peft']}:0.8", "--lora", f"{files['kohya']}:-0.3")
+    assert both.tobytes() == again.tobytes() != run("bare.png").tobytes()
+    first = both.info["parameters"].splitlines()[0]
+    assert first == f"{PROMPT} <lora:style:0.8> <lora:first:-0.3>"
