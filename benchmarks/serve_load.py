@@ -1,0 +1,341 @@
+"""Requests as they come, served three ways in one run: in flight, by whole batches, and by a loop
+over the reference library.
+
+    python benchmarks/serve_load.py [--requests 150] [--loads 0.3,0.6,0.9] [--save]
+
+Poisson arrivals, the same for all three: 4 to 50 steps, guided and not, three samplers, two sizes,
+on the embedded model. The capacity is what the engine in flight makes when it is never idle. By
+whole batches: the same engines; whoever waits is batched with others of its size, the batch runs to
+its longest one's end, and then all of it is decoded. That is kinder than servers that batch only
+requests of equal steps, sampler and guidance. Last, the simulation of `serve_sim.py` runs the same
+arrivals on the measured costs.
+"""
+
+import argparse
+import math
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from results import FOLDER, save
+from serve_sim import Request, poisson, simulated
+
+import sdrt
+from sdrt.export.build import BuildPlan, build_bundle
+from sdrt.runtime import Pipeline
+from sdrt.runtime.inflight import InFlight
+from sdrt.runtime.loop import Gather
+from sdrt.runtime.options import options_from
+from sdrt.runtime.tickets import Refused
+
+PROMPT = "a red circle on a blue background"
+SIZES = ((64, 64), (96, 96))
+STEPS = (4, 8, 20, 30, 50)
+SAMPLERS = ("Euler", "DPM++ 2M Karras", "UniPC")
+SHORT = 8  # steps of what is called short
+WAIT = 0.05  # seconds that a batch waits to be filled
+WAYS = ("in flight", "by whole batches", "reference library, one by one")
+
+
+@dataclass(slots=True, eq=False)
+class Job(Request):
+    """A request with all that it asks for; `first` is when its first preview could be drawn."""
+
+    steps: int = 0
+    sampler: str = ""
+    size: tuple[int, int] = (64, 64)
+    seed: int = 0
+    first: float = math.nan
+    refused: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        width, height = self.size
+        return {
+            "num_inference_steps": self.steps,
+            "guidance_scale": 7.5 if self.rows == 2 else 1.0,
+            "size": f"{width}x{height}",
+            "seed": self.seed,
+        }
+
+
+def drawn(rng: np.random.Generator) -> Job:
+    steps, size = int(rng.choice(STEPS)), SIZES[int(rng.integers(2))]
+    rows, seed = int(rng.integers(1, 3)), int(rng.integers(2**31))
+    sampler = str(rng.choice(SAMPLERS))
+    return Job(0.0, steps, rows, (size,), steps=steps, sampler=sampler, size=size, seed=seed)
+
+
+def played(jobs: Sequence[Job], send: Callable[[Job], None]) -> float:
+    """Send every job at its second; gives when that began."""
+    began = time.perf_counter()
+    for job in jobs:
+        time.sleep(max(0.0, began + job.at - time.perf_counter()))
+        send(job)
+    return began
+
+
+def in_flight(pipe: Pipeline, jobs: Sequence[Job], engine: InFlight) -> None:
+    left = threading.Semaphore(0)
+    began = time.perf_counter()
+
+    def send(job: Job) -> None:
+        def stepped(_: object, step: object) -> None:
+            if math.isnan(job.first):
+                job.first = time.perf_counter() - began
+
+        def done(_: object) -> None:
+            job.done = time.perf_counter() - began
+            left.release()
+
+        try:
+            (ticket,) = engine.submit(PROMPT, job.options, scheduler=job.sampler, on_step=stepped)
+        except Refused:
+            job.refused = True
+            left.release()
+        else:
+            ticket.future.add_done_callback(done)
+
+    began = played(jobs, send)
+    for _ in jobs:
+        left.acquire()
+
+
+def by_batches(pipe: Pipeline, jobs: Sequence[Job], most: int) -> None:
+    """One worker; see the module."""
+    queue: list[Job] = []
+    changed = threading.Condition()
+    began = time.perf_counter()
+
+    def send(job: Job) -> None:
+        with changed:
+            queue.append(job)
+            changed.notify()
+
+    def work() -> None:
+        for _ in range(len(jobs)):
+            if all(not math.isnan(job.done) for job in jobs):
+                return
+            with changed:
+                changed.wait_for(lambda: queue)
+            time.sleep(WAIT if len(queue) < most else 0.0)
+            with changed:
+                batch = [job for job in queue if job.size == queue[0].size][:most]
+                for job in batch:
+                    queue.remove(job)
+            run_batch(pipe, batch, lambda: time.perf_counter() - began)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    began = played(jobs, send)
+    worker.join()
+
+
+def run_batch(pipe: Pipeline, batch: Sequence[Job], clock: Callable[[], float]) -> None:
+    runs = []
+    for job in batch:
+        own, options = pipe.with_scheduler(job.sampler), options_from(job.options)
+        requests, *_ = own.planned(PROMPT, options)
+        runs += [run for _, run, _ in own.separate(requests, options)]
+    gather = Gather()
+    while going := [run for run in runs if not run.finished]:
+        gather.evaluate(pipe.engines["unet"], going)
+        for job in batch:
+            job.first = clock() if math.isnan(job.first) else job.first
+    for run in runs:
+        pipe.decode(run.latents[None])
+    for job in batch:
+        job.done = clock()
+
+
+def one_by_one(reference: Any, jobs: Sequence[Job]) -> None:
+    """The reference library's pipeline, first come, first served."""
+    import diffusers
+    import torch
+
+    kinds = {
+        "Euler": ("EulerDiscreteScheduler", {}),
+        "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        "UniPC": ("UniPCMultistepScheduler", {}),
+    }
+    config = reference.scheduler.config
+    began = time.perf_counter()
+    for job in jobs:
+        time.sleep(max(0.0, began + job.at - time.perf_counter()))
+        name, options = kinds[job.sampler]
+        reference.scheduler = getattr(diffusers, name).from_config(config, **options)
+
+        def stepped(_: object, step: int, timestep: object, kept: dict, job: Job = job) -> dict:
+            if step == 0:
+                job.first = time.perf_counter() - began
+            return kept
+
+        reference(
+            PROMPT,
+            num_inference_steps=job.steps,
+            guidance_scale=job.options["guidance_scale"],
+            width=job.size[0],
+            height=job.size[1],
+            generator=torch.Generator().manual_seed(job.seed),
+            callback_on_step_end=stepped,
+        )
+        job.done = time.perf_counter() - began
+
+
+def reference_pipeline() -> Any:
+    import diffusers
+    import torch
+
+    from sdrt.export.checkpoint import embedded_checkpoint
+
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(
+        embedded_checkpoint("shapes"),
+        torch_dtype=torch.float32,
+        safety_checker=None,
+        requires_safety_checker=False,
+    )
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def figures_of(jobs: Sequence[Job], alone: Callable[[Job], float]) -> dict[str, float]:
+    """alone: seconds that a job takes if nothing else runs."""
+    kept = [job for job in jobs if not job.refused]
+    every = np.array([job.done - job.at for job in kept])
+    short = [job.done - job.at for job in kept if job.steps <= SHORT]
+    slowed = every / np.array([alone(job) for job in kept])
+    values = {
+        "pictures_per_second": len(kept) / max(job.done for job in kept),
+        **{f"p{q}": float(np.percentile(every, q)) for q in (50, 95, 99)},
+        "short_p95": float(np.percentile(short, 95)),
+        "first_step_p50": float(np.nanmedian([job.first - job.at for job in kept])),
+        "refused": sum(job.refused for job in jobs),
+        # Jain 1984: 1 where all are slowed down alike
+        "fairness": float(slowed.sum() ** 2 / (len(slowed) * (slowed**2).sum())),
+    }
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+def fresh(jobs: Sequence[Job]) -> list[Job]:
+    from dataclasses import replace
+
+    return [replace(job, done=math.nan, first=math.nan, refused=False) for job in jobs]
+
+
+def measured(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
+    with InFlight(pipe, waiting=10_000) as engine:
+        rates = engine.rates
+        most = max(size.most for size in engine.costs.sizes.values())
+
+        def alone(job: Job) -> float:
+            group = (job.size,)
+            return (
+                rates.before(group) + job.steps * rates.call(group, job.rows) + rates.after(group)
+            )
+
+        burst = poisson(args.requests, 1e6, drawn, 7)
+        in_flight(pipe, burst, engine)
+        capacity = len(burst) / max(job.done for job in burst)
+        reference = reference_pipeline()
+        ways = (
+            lambda jobs: in_flight(pipe, jobs, engine),
+            lambda jobs: by_batches(pipe, jobs, args.batch),
+            lambda jobs: one_by_one(reference, jobs),
+        )
+        batches = fresh(burst)
+        by_batches(pipe, batches, args.batch)
+        found: dict[str, Any] = {
+            "rows_of_a_call": most,
+            "capacity": round(capacity, 3),
+            "capacity_by_batches": round(len(burst) / max(job.done for job in batches), 3),
+        }
+        print(found)
+        for load in args.loads:
+            arrivals = poisson(args.requests, load * capacity, drawn, 11)
+            rows = {}
+            for name, way in zip(WAYS, ways, strict=True):
+                jobs = fresh(arrivals)
+                way(jobs)
+                rows[name] = figures_of(jobs, alone)
+                show(load, name, rows[name])
+            jobs = fresh(arrivals)
+            simulated(jobs, engine.rates, 1, engine.slots, shared=True)
+            for job in jobs:
+                job.first = job.begun
+            rows["simulated"] = figures_of(jobs, alone)
+            show(load, "simulated", rows["simulated"])
+            found[f"{load:.0%}"] = rows
+    return found
+
+
+def show(load: float, name: str, row: dict[str, float]) -> None:
+    print(f"{load:4.0%}  {name:30}", "  ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
+
+
+def draw(found: dict[str, Any], loads: Sequence[float], path: Path) -> None:
+    """p95 of short and of all requests over the load."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "sdrt"
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    kinds = ((f"up to {SHORT} steps", "short_p95"), ("all", "p95"))
+    for axis, (title, key) in zip(axes, kinds, strict=True):
+        for name in WAYS:
+            values = [found[f"{load:.0%}"][name][key] for load in loads]
+            axis.plot([100 * load for load in loads], values, marker="o", label=name)
+        axis.set(title=title, xlabel="load, % of capacity", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("95 % are done within, seconds")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--requests", type=int, default=150)
+    parser.add_argument(
+        "--loads", type=lambda t: [float(p) for p in t.split(",")], default="0.3,0.6,0.9"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="pictures of a whole batch")
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        plan = BuildPlan("shapes", output=Path(folder) / "shapes", sizes=SIZES)
+        with sdrt.load(build_bundle(plan), backend="onnxruntime") as pipe:
+            found = measured(pipe, args)
+    if args.save:
+        save("serve_load", claims_from(found), found)
+        draw(found, args.loads, FOLDER / "serve_load.svg")
+
+
+def claims_from(found: dict[str, Any]) -> dict[str, str]:
+    ours, batches, reference = (found["60%"][way] for way in WAYS)
+    simulated_row = found["60%"]["simulated"]
+    return {
+        "served at 60 % load, 95 % of requests of up to 8 steps": (
+            f"{ours['short_p95']:.2f} s in flight, {batches['short_p95']:.2f} s by whole batches, "
+            f"{reference['short_p95']:.2f} s the reference library one by one"
+        ),
+        "served when never idle, pictures a second": (
+            f"{found['capacity']:.2f} in flight, "
+            f"{found['capacity_by_batches']:.2f} by whole batches"
+        ),
+        "simulated against served, p50 and p95 at 60 % load": (
+            f"{simulated_row['p50'] / ours['p50']:.2f} and "
+            f"{simulated_row['p95'] / ours['p95']:.2f} of it"
+        ),
+    }
+
+
+if __name__ == "__main__":
+    main()
