@@ -17,6 +17,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MOST_SIDE = 8192
 SETTING = re.compile(r'\s*([\w ]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 EXIF, USER_COMMENT = 0x8769, 0x9286
+COMPRESSION = 4  # of PNG: as small as 6 on a picture, in a third of the time
 MOST_COMMENT = 60_000  # bytes; JPEG has room for 65,533 of EXIF
 
 
@@ -177,7 +178,7 @@ def encoded(image: Image.Image, parameters: str, kind: str = "PNG", quality: int
         info = PngInfo()
         if parameters:
             (info.add_text if parameters.isascii() else info.add_itxt)("parameters", parameters)
-        image.save(buffer, kind, pnginfo=info)
+        image.save(buffer, kind, pnginfo=info, compress_level=COMPRESSION)
     else:
         exif = Image.Exif()
         comment = parameters.encode("utf-16-be")[:MOST_COMMENT]

@@ -10,7 +10,6 @@ import hmac
 import logging
 import time
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +21,7 @@ log = logging.getLogger("sdrt.serve")
 
 OPEN = ("/", "/openapi.json")  # these, and what is in these folders, ask for no key
 OPEN_FOLDERS = ("/health/", "/page/")
+PROBED = ("/health/", "/metrics")  # by machines, every few seconds
 LINGER_SECONDS = 5.0
 
 
@@ -45,7 +45,9 @@ class Guard:
                 await problem_from(error).response(scope["path"])(scope, receive, answer)
         self.metrics.answered(_template(scope), answer.status)
         seconds = time.monotonic() - began
-        log.info("%s %s %d %.3f s", scope["method"], scope["path"], answer.status, seconds)
+        level = logging.DEBUG if scope["path"].startswith(PROBED) else logging.INFO
+        path = scope["raw_path"].decode("ascii", "replace")  # as sent: no line breaks
+        log.log(level, "%s %s %d %.3f s", scope["method"], path, answer.status, seconds)
 
     async def _guarded(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         headers = _headers(scope)
@@ -64,7 +66,7 @@ class Guard:
         """
         most, length = self.settings.most_body, headers.get("content-length", "0")
         large = Problem(413, f"a body of more than {most} bytes", code="body_too_large")
-        if length.isdigit() and int(length[:20]) > most:
+        if length.isascii() and length.isdigit() and int(length[:20]) > most:
             raise large
         body, more = bytearray(), True
         try:
@@ -141,7 +143,8 @@ def check_origin(headers: dict[str, str], hosts: tuple[str, ...] | None) -> None
             403, f"host {name!r} is not served here; type: sdrt serve --allow-host NAME", "host"
         )
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+    own = (f"http://{host}".lower(), f"https://{host}".lower())
+    if origin is not None and origin.lower() not in own:
         raise Problem(403, "a page from elsewhere may not call this server", code="foreign_origin")
 
 
@@ -151,7 +154,7 @@ def owner_of(headers: dict[str, str], path: str, keys: tuple[bytes, ...] | None)
         return None
     scheme, _, token = headers.get("authorization", "").partition(" ")
     given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-    digest = digest_from_key(given)
+    digest = digest_from_key(given.encode("latin-1"))
     # All are compared, so that the time tells nothing.
     matches = [i for i, key in enumerate(keys) if hmac.compare_digest(key, digest)]
     if not matches or not given:

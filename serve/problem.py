@@ -76,7 +76,7 @@ def problem_from(error: BaseException) -> Problem:
     if isinstance(error, Refused):
         return Problem(503, str(error), code=error.cause, retry_after=error.retry_after)
     if isinstance(error, Cancelled):
-        return Problem(503, str(error) or "cancelled", code="cancelled")
+        return Problem(503, str(error), code="cancelled", retry_after=1.0)
     if isinstance(error, HTTPException):
         return Problem(error.status_code, str(error.detail))
     log_failure(error)

@@ -31,7 +31,7 @@ def serve(sources: Mapping[str, Source], settings: Settings) -> None:
     second signal ends at once. Raises UsageError if it cannot listen there, and what loading a
     model raised.
     """
-    _allow_connections()
+    allow_connections()
     server = Server(sources, settings)
     try:
         server.run()
@@ -168,7 +168,7 @@ def _stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     return None
 
 
-def _allow_connections() -> None:
+def allow_connections() -> None:
     """As many open files, and so connections, as the system lets this process have."""
     try:
         import resource

@@ -48,8 +48,8 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def digest_from_key(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def digest_from_key(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def keys_from_file(path: Path) -> tuple[bytes, ...]:
@@ -73,7 +73,7 @@ def _digests(path: Path, lines: Iterable[str]) -> Iterable[bytes]:
         if not key or key.startswith("#"):
             continue
         if not key.startswith(HASHED):
-            yield digest_from_key(key)
+            yield digest_from_key(key.encode())
             continue
         text = key.removeprefix(HASHED)
         if len(text) != 64 or not set(text.lower()) <= set("0123456789abcdef"):

@@ -16,14 +16,14 @@ PROMPT = "a red circle on a blue background"
 
 
 @contextmanager
-def served(bundle, **settings):
+def served(bundle, names=("shapes",), **settings):
     """The server, ready, in a thread; ended and joined afterwards."""
     load = partial(sdrt.load, bundle, backend="onnxruntime")
-    server = Server({"shapes": Source(load)}, Settings(port=0, **settings))
+    server = Server(dict.fromkeys(names, Source(load)), Settings(port=0, **settings))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        wait_for(lambda: server.models.states == {"shapes": "ready"})
+        wait_for(lambda: set(server.models.states.values()) == {"ready"})
         yield server
     finally:
         server.should_exit = True

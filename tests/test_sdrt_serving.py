@@ -126,7 +126,7 @@ def test_hashed_keys_are_read(tmp_path):
 
     keys = tmp_path / "keys"
     keys.write_text(f"sha256:{hashlib.sha256(b'one').hexdigest()}\ntwo\n")
-    assert keys_from_file(keys) == (digest_from_key("one"), digest_from_key("two"))
+    assert keys_from_file(keys) == (digest_from_key(b"one"), digest_from_key(b"two"))
     keys.write_text("sha256:abc\n")
     with pytest.raises(UsageError, match="line 1"):
         keys_from_file(keys)

@@ -219,6 +219,27 @@ def test_a_deadline_that_cannot_be_kept_is_refused_with_a_time(api, server):
     assert caught.value.body["code"] == "deadline"
 
 
+def test_two_models(shapes):
+    with served(shapes, ("shapes", "other")) as server, client(server) as http:
+        listed = http.get("/v1/models").json()["data"]
+        assert [model["id"] for model in listed] == ["shapes", "other"]
+        for name, count in (("other", 2), ("shapes", 1), (None, 1)):
+            body = {"prompt": PROMPT, "model": name, "n": count, "num_inference_steps": 1}
+            assert http.post("/v1/images/generations", json=body).status_code == 200
+        text = http.get("/metrics").text
+    assert 'sdrt_picture_seconds_count{model="other"} 2.0' in text
+    assert 'sdrt_picture_seconds_count{model="shapes"} 2.0' in text
+
+
+def test_the_page_is_served(server):
+    with client(server) as http:
+        page = http.get("/")
+        assert page.headers["content-type"].startswith("text/html")
+        assert "default-src 'self'" in page.headers["content-security-policy"]
+        assert http.get("/page/page.js").status_code == 200
+        assert http.get("/page/%2e%2e/run.py").status_code == 404
+
+
 def test_the_schema_names_every_endpoint(server):
     with client(server) as http:
         schema = http.get("/openapi.json").json()
