@@ -150,19 +150,28 @@ class Run:
 
     def receive(self, output: np.ndarray) -> None:
         """Take the model's output [rows, C, H/8, W/8] and go on by one evaluation."""
-        k, guidance = self.done, self.guidance
-        place = self.plan.output_place(k)
-        if guidance.pairs:
+        k, place, clip = self.done, self.plan.output_place(self.done), self.table.clip
+        # Before the latents that it reads are written over.
+        change = clip.change(k, self.latents, self._guided(output)) if clip else None
+        if self.guidance.pairs:
             if len(output) == 2:
                 self.history.write(place, output[0])
             self.history.write(place + 1, output[-1])
-        elif len(output) == 2:
-            scale = float(guidance.scales[k])
-            self.history.write(place, rescaled(output[0], output[1], scale, guidance.rescale))
         else:
-            self.history.write(place, output[0])
+            self.history.write(place, self._guided(output))
         self.latents = self.history.combine(self.plan.rows[k + 1], self.plan.state_place(k))
         self.done += 1
+        if change is not None:
+            self.replace(self.latents + change)
+
+    def _guided(self, output: np.ndarray) -> np.ndarray:
+        if len(output) == 1:
+            return output[0]
+        unguided, prompted = output
+        guided = unguided + np.float32(self.guidance.scales[self.done]) * (prompted - unguided)
+        return (
+            rescaled(guided, prompted, self.guidance.rescale) if self.guidance.rescale else guided
+        )
 
     def replace(self, latents: np.ndarray) -> None:
         """Go on from other latents than those of the last evaluation."""
@@ -242,12 +251,9 @@ def step_of(table: SamplerTable, done: int, latents: np.ndarray) -> Step:
     return Step(done, table.evaluations, timestep, latents, *table.shares[done])
 
 
-def rescaled(
-    unguided: np.ndarray, prompted: np.ndarray, scale: float, rescale: float
-) -> np.ndarray:
+def rescaled(guided: np.ndarray, prompted: np.ndarray, rescale: float) -> np.ndarray:
     """The guided output with its spread brought back towards the prompt's own: Lin et al. 2023
     (arXiv:2305.08891), eqs. 15 and 16. Not linear, so it is no entry of the table.
     """
-    guided = unguided + np.float32(scale) * (prompted - unguided)
     factor = rescale * prompted.std(ddof=1) / guided.std(ddof=1) + 1.0 - rescale
     return guided * np.float32(factor)

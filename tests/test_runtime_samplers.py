@@ -6,6 +6,7 @@ import itertools
 import diffusers
 import numpy as np
 import pytest
+import torch
 from reference_schedulers import reference_from_picture, reference_table
 from sampler_grid import BASE, STEPS, configs
 
@@ -13,7 +14,7 @@ from sdrt.errors import UsageError
 from sdrt.runtime.noise import CpuNoise
 from sdrt.runtime.samplers import ladder, logsnr
 from sdrt.runtime.samplers import table as table_module
-from sdrt.runtime.samplers.catalogue import SAMPLERS
+from sdrt.runtime.samplers.catalogue import SAMPLERS, config_from_name
 from sdrt.runtime.samplers.ladder import beta_quantile
 from sdrt.runtime.samplers.schedule import Schedule
 from sdrt.runtime.samplers.table import sample, sampler_table
@@ -320,7 +321,7 @@ def test_guidance_is_two_columns():
     [
         ({"_class_name": "EulerDiscrete"}, "did you mean EulerDiscreteScheduler"),
         ({"_class_name": "MagicScheduler"}, "sdrt schedulers"),
-        ({"_class_name": "DDIMScheduler", "clip_sample": True}, "not linear"),
+        ({"_class_name": "HeunDiscreteScheduler", "clip_sample": True}, "not linear"),
         ({"_class_name": "DPMSolverMultistepScheduler", "thresholding": True}, "not linear"),
         ({"_class_name": "EulerDiscreteScheduler", "beta_schedule": "odd"}, "scaled_linear"),
         ({"_class_name": "EulerDiscreteScheduler", "use_flow_sigmas": True}, "flow matching"),
@@ -346,6 +347,50 @@ def test_guidance_is_two_columns():
 def test_what_cannot_be_a_table_is_refused_by_name(config, message):
     with pytest.raises(UsageError, match=message):
         sampler_table(config, 10)
+
+
+CLIPPING = ("DDIMScheduler", "DDPMScheduler", "LCMScheduler")
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", CLIPPING)
+def test_clipping_is_the_references(name, prediction):
+    """Pictures of pixels: the clean one that an evaluation foretells is kept within bounds."""
+    config = {**BASE, "_class_name": name, "prediction_type": prediction}
+    config |= {"clip_sample": True, "clip_sample_range": 0.8}
+    eta = {"eta": 0.5} if name == "DDIMScheduler" else {}
+    reference = getattr(diffusers, name).from_config(config)
+    reference.set_timesteps(7)
+    rng = np.random.default_rng(0)
+    init, weights = rng.normal(size=(2, 1, 3, 8, 8)).astype(np.float32)
+
+    def model(x, timestep):
+        return np.tanh(0.7 * x + weights * timestep / 1000)
+
+    table = sampler_table({**config, **eta}, 7)
+    stream = torch.Generator().manual_seed(1)
+    x = torch.from_numpy(init)
+    for t in reference.timesteps:
+        output = torch.from_numpy(model(x.numpy(), float(t)))
+        x = reference.step(output, t, x, generator=stream, **eta).prev_sample
+    own = CpuNoise(1)
+    noise = [own.randn(init.shape) for _ in range(table.noises)]
+    found = sample(table, model, init, noise)
+    assert np.abs(found - x.numpy()).max() <= 2e-5 * np.abs(x.numpy()).max()
+    plain = sample(sampler_table({**config, **eta, "clip_sample": False}, 7), model, init, noise)
+    assert np.abs(found - plain).max() > 0.05
+
+
+def test_a_sampler_by_name_clips_as_the_other_did():
+    for name, clip, wanted in (
+        ("DDPMScheduler", {}, True),  # its class's default
+        ("DDPMScheduler", {"clip_sample": False}, False),
+        ("PNDMScheduler", {}, False),
+    ):
+        config = {**BASE, "_class_name": name}
+        del config["clip_sample"]
+        assert config_from_name("DDIM", config | clip)["clip_sample"] is wanted
+        assert config_from_name("Euler", config | clip)["clip_sample"] is False
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, True])

@@ -15,6 +15,7 @@ from .schedule import Schedule
 
 KARRAS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
 ZERO_SNR = {"rescale_betas_zero_snr"}
+CLIP = {"clip_sample"}
 FINAL = {"final_sigmas_type"}
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 LINSPACE = {"timestep_spacing": "linspace"}
@@ -52,7 +53,7 @@ SAMPLERS: dict[str, Sampler] = {
         stepwise,
         "DDIM",
         {"set_alpha_to_one": True, "clip_sample": True},
-        ZERO_SNR | {"eta"},
+        ZERO_SNR | CLIP | {"eta"},
     ),
     "DDPMScheduler": Sampler(
         stepwise.ddpm,
@@ -60,7 +61,7 @@ SAMPLERS: dict[str, Sampler] = {
         stepwise,
         "DDPM",
         {"clip_sample": True},
-        ZERO_SNR,
+        ZERO_SNR | CLIP,
         draws=True,
     ),
     "PNDMScheduler": Sampler(stepwise.pndm, ladder.whole, stepwise, "PLMS", {}, set(), extra=9),
@@ -155,7 +156,7 @@ SAMPLERS: dict[str, Sampler] = {
         stepwise,
         "LCM",
         {**SD_BETAS, "beta_schedule": "scaled_linear", "set_alpha_to_one": True},
-        ZERO_SNR,
+        ZERO_SNR | CLIP,
         draws=True,
     ),
     "TCDScheduler": Sampler(
@@ -198,11 +199,11 @@ LEVELS = {
 
 def config_from_name(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration for a class name or a name such as `DPM++ 2M Karras`, over the noise
-    schedule of another. What clips is left off: latents are not pictures.
+    schedule of another. A sampler that can clip does so if the other does.
     """
     kept = {**config, "clip_sample": False, "thresholding": False}
     if name in SAMPLERS:
-        return {**kept, "_class_name": name}
+        return _clipping_as({**kept, "_class_name": name}, config)
     bare, _, law = name.rpartition(" ")
     key = LEVELS.get(law.capitalize())
     wanted = (bare if key else name).casefold()
@@ -211,10 +212,18 @@ def config_from_name(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     kept |= {key: True} if key else {}
     for title, (class_name, options) in titles().items():
         if title.casefold() == wanted and (not key or key in SAMPLERS[class_name].reads):
-            return {**kept, "_class_name": class_name, **options}
+            return _clipping_as({**kept, "_class_name": class_name, **options}, config)
     near = difflib.get_close_matches(name, [*SAMPLERS, *titles()], n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise UsageError(f"scheduler {name!r} is not known; {hint}type: sdrt schedulers")
+
+
+def _clipping_as(chosen: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    default = SAMPLERS[name].defaults if (name := str(other.get("_class_name"))) in SAMPLERS else {}
+    clips = other.get("clip_sample", default.get("clip_sample", False))
+    if not SAMPLERS[chosen["_class_name"]].reads >= CLIP:
+        clips = False
+    return {**chosen, "clip_sample": bool(clips)}
 
 
 def titles() -> dict[str, tuple[str, dict[str, Any]]]:

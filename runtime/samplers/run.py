@@ -15,6 +15,10 @@ class Run(Protocol):
         """The model's output at a timestep for x of `alpha * clean + sigma * noise`."""
         ...
 
+    def clipped(self, clean: Latent) -> Latent:
+        """The clean latent, kept within bounds where the configuration says so."""
+        ...
+
     def noise(self) -> Latent:
         """Fresh noise of unit variance."""
         ...

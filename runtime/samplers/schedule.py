@@ -18,10 +18,9 @@ from sdrt.errors import UsageError
 
 log = logging.getLogger(__name__)
 # Keys without a bearing on numbers here, and those that only matter to what is refused below.
-IGNORED = {"_class_name", "_diffusers_version", "clip_sample_range", "sample_max_value"}
+IGNORED = {"_class_name", "_diffusers_version", "sample_max_value"}
 IGNORED |= {"dynamic_thresholding_ratio", "flow_shift", "time_shift_type", "noise_sampler_seed"}
 REFUSED = {
-    "clip_sample": "clipping the predicted sample is not linear in the model's outputs",
     "thresholding": "dynamic thresholding is not linear in the model's outputs",
     "use_flow_sigmas": "flow matching is another family of models",
     "use_dynamic_shifting": "flow matching is another family of models",
@@ -82,6 +81,8 @@ class Schedule:
     skip_prk_steps: bool = False
     variance_type: str | None = None
     eta: float = 0.0
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
     solver_order: int = 2
     algorithm_type: str = "dpmsolver++"
     solver_type: str = "midpoint"
@@ -105,6 +106,11 @@ def schedule_from_config(
     for key, reason in REFUSED.items():
         if merged.get(key):
             raise UsageError(f"scheduler option {key}={merged[key]!r} is refused: {reason}")
+    if merged.get("clip_sample") and "clip_sample" not in reads:
+        raise UsageError(
+            "scheduler option clip_sample=True is refused: clipping is not linear in the model's "
+            "outputs, and only DDIM, DDPM and LCM have a step of their own for it"
+        )
     known = {field.name for field in fields(Schedule)}
     unread = set(merged) - known - IGNORED - set(REFUSED)
     unread |= {k for k in FOREIGN.keys() - reads if merged.pop(k, FOREIGN[k]) != FOREIGN[k]}

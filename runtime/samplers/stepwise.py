@@ -31,6 +31,7 @@ def ddim(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
         alpha, sigma = alpha_sigma(schedule, t)
         output = run.output(x, t, alpha, sigma)
         clean, noise = clean_and_noise(schedule, x, output, alpha, sigma)
+        clean = run.clipped(clean)
         alpha_to, sigma_to = alpha_sigma(schedule, to)
         fresh = 0.0
         if schedule.eta:
@@ -55,6 +56,7 @@ def ddpm(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
         alpha, sigma = math.sqrt(share), math.sqrt(1.0 - share)
         output = run.output(x, t, alpha, sigma)
         clean, _ = clean_and_noise(schedule, x, output, alpha, sigma)
+        clean = run.clipped(clean)
         beta = 1.0 - share / after
         x = (math.sqrt(after) * beta / (1.0 - share)) * clean + (
             math.sqrt(share / after) * (1.0 - after) / (1.0 - share)
@@ -144,6 +146,7 @@ def lcm(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
         alpha, sigma = alpha_sigma(schedule, t)
         output = run.output(x, t, alpha, sigma)
         clean, _ = clean_and_noise(schedule, x, output, alpha, sigma)
+        clean = run.clipped(clean)
         scaled, data = t * schedule.timestep_scaling, 0.5
         length = math.hypot(scaled, data)
         x = (scaled / length) * clean + (data / length) ** 2 * x

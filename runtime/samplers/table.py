@@ -18,9 +18,30 @@ from sdrt.errors import UsageError
 
 from . import exploding, ladder, stepwise
 from .catalogue import SAMPLERS, Sampler, sampler_name
-from .schedule import Schedule, schedule_from_config
+from .schedule import Schedule, clean_and_noise, schedule_from_config
 
 MOST_STEPS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """The clean picture that an evaluation foretells, kept within bounds. Not linear, so it is no
+    entry of the table but a step of its own after each row.
+
+    bound: the most of either sign
+    clean: [N, 2] shares of the model's input and of its guided output in the clean picture
+    weights: [N] the share of the clean picture in the next row
+    """
+
+    bound: float
+    clean: np.ndarray
+    weights: np.ndarray
+
+    def change(self, k: int, x: np.ndarray, output: np.ndarray) -> np.ndarray:
+        """What clipping after evaluation k adds to the row that follows; x is its input."""
+        of_input, of_output = self.clean[k].astype(np.float32)
+        clean = of_input * x + of_output * output
+        return np.float32(self.weights[k]) * (np.clip(clean, -self.bound, self.bound) - clean)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +59,7 @@ class SamplerTable:
     scales: [N + 1] float64; the solver's latents are its row times this (what edits add to)
     chain: [N + 1, columns + N] float64; the same rows, short: as the matrix without edits, then a
         column for each row from the first on, once it is known
+    clip: what is clipped after each row; None for most
     """
 
     timesteps: np.ndarray
@@ -46,6 +68,7 @@ class SamplerTable:
     shares: np.ndarray
     scales: np.ndarray
     chain: np.ndarray
+    clip: Clip | None = None
 
     @property
     def evaluations(self) -> int:
@@ -78,11 +101,12 @@ class Recorder:
     """The run that writes the table: latents are vectors over columns.
 
     Columns: start, picture, then three equal stretches of outputs, noises and states. A state is
-    the latents after an evaluation; it gets a column, so that what follows stays short.
+    the latents after an evaluation; it gets a column, so that what follows stays short. A run that
+    clips has a fourth stretch: what clipping adds to the clean picture of each evaluation.
     """
 
-    def __init__(self, evaluations: int) -> None:
-        self.most = evaluations
+    def __init__(self, evaluations: int, clips: bool = False) -> None:
+        self.most, self.clips = evaluations, clips
         self.rows: list[np.ndarray] = []
         self.states: list[np.ndarray] = []
         self.timesteps: list[float] = []
@@ -91,7 +115,7 @@ class Recorder:
         self.start, self.picture = self._basis(0), self._basis(1)
 
     def _basis(self, column: int) -> np.ndarray:
-        vector = np.zeros(2 + 3 * self.most)
+        vector = np.zeros(2 + (4 if self.clips else 3) * self.most)
         vector[column] = 1.0
         return vector
 
@@ -101,6 +125,11 @@ class Recorder:
         self.shares.append((alpha, sigma))
         return self._basis(1 + len(self.rows))
 
+    def clipped(self, clean: np.ndarray) -> np.ndarray:
+        if not self.clips:
+            return clean
+        return clean + self._basis(1 + 3 * self.most + len(self.rows))
+
     def noise(self) -> np.ndarray:
         self.noises += 1
         return self._basis(1 + self.most + self.noises)
@@ -108,6 +137,18 @@ class Recorder:
     def edited(self, x: np.ndarray) -> np.ndarray:
         self.states.append(x)
         return self._basis(1 + 2 * self.most + len(self.states))
+
+    def clip(self, schedule: Schedule) -> Clip | None:
+        if not self.clips:
+            return None
+        count = len(self.rows)
+        weights = np.array(self.states)[:, 2 + 3 * self.most :][:, :count]
+        assert (weights == np.diag(np.diag(weights))).all(), "a clean picture is read once"
+        clean = [
+            [clean_and_noise(schedule, x, 1.0 - x, *shares)[0] for x in (1.0, 0.0)]
+            for shares in self.shares
+        ]
+        return Clip(schedule.clip_sample_range, np.array(clean), np.diag(weights).copy())
 
     def chain(self, picture: bool, scales: np.ndarray) -> np.ndarray:
         """See `SamplerTable.chain`."""
@@ -180,7 +221,7 @@ def _table(
             f"{denoise_from!r} steps left out of {len(rungs.timesteps)}; expected fewer than all"
         )
     rungs = rungs.after(denoise_from)
-    run = Recorder(sampler.most_evaluations(len(rungs.timesteps)))
+    run = Recorder(sampler.most_evaluations(len(rungs.timesteps)), schedule.clip_sample)
     x = sampler.family.start(schedule, rungs) * run.start
     if picture:
         of_picture, of_noise = sampler.family.mix(schedule, rungs)
@@ -194,7 +235,8 @@ def _table(
     matrix = dense(chain, scales, edits)
     for array in (chain, matrix):
         array.setflags(write=False)
-    return SamplerTable(np.array(run.timesteps), matrix, run.noises, shares, scales, chain)
+    timesteps = np.array(run.timesteps)
+    return SamplerTable(timesteps, matrix, run.noises, shares, scales, chain, run.clip(schedule))
 
 
 def _ladder(
@@ -249,8 +291,11 @@ def sample(
         history[column] = np.asarray(value, np.float32).reshape(-1)
     x = (rows[0] @ history).reshape(init.shape)
     for k, timestep in enumerate(table.timesteps):
-        history[1 + k] = np.asarray(model(x, float(timestep))).reshape(-1)
+        output = np.asarray(model(x, float(timestep)), np.float32)
+        history[1 + k] = output.reshape(-1)
         history[len(fixed) + k] = rows[k + 1] @ history
+        if table.clip:
+            history[len(fixed) + k] += table.clip.change(k, x, output).reshape(-1)
         x = history[len(fixed) + k].reshape(init.shape).copy()
         if on_step:
             on_step(k + 1, x)
