@@ -37,6 +37,6 @@ def test_every_endpoint(case, server):
 
 @pytest.mark.slow
 @schema.parametrize()
-@settings(max_examples=1500, deadline=None, suppress_health_check=HEALTH)
+@settings(max_examples=500, deadline=None, suppress_health_check=HEALTH)
 def test_every_endpoint_for_long(case, server):
     check(case, server)
