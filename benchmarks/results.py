@@ -20,7 +20,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-PACKAGES = ("numpy", "onnxruntime", "torch", "diffusers", "transformers")
+PACKAGES = ("numpy", "onnxruntime", "torch", "diffusers", "transformers", "tensorrt-rtx")
 
 
 def save(name: str, claims: dict[str, str], figures: dict[str, object]) -> None:

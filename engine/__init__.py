@@ -1,7 +1,7 @@
 """One compiled component on one backend: ONNX Runtime or torch. See `protocol.py`."""
 
 from .choose import BACKENDS, PRECISIONS, Candidate, candidates, choose
-from .protocol import Engine, Feeds, History, LazyEngine, NumpyHistory
+from .protocol import Engine, Feeds, History, LazyEngine, NumpyHistory, Sampler, Schedule
 
 __all__ = [
     "BACKENDS",
@@ -12,6 +12,8 @@ __all__ = [
     "History",
     "LazyEngine",
     "NumpyHistory",
+    "Sampler",
+    "Schedule",
     "candidates",
     "choose",
 ]

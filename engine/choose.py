@@ -9,7 +9,9 @@ from pathlib import Path
 from sdrt.bundle import Bundle
 from sdrt.errors import BackendError, UsageError
 
+from .gpus import Machine, this_machine
 from .protocol import Engine
+from .trt_plans import FULL, RTX, why_not
 
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
 PRECISIONS = ("auto", "exact")
@@ -43,48 +45,65 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def candidates() -> list[Candidate]:
-    """Every backend in the order in which `auto` tries them."""
+def candidates(machine: Machine | None = None, device: int = 0) -> list[Candidate]:
+    """Every backend in the order in which `auto` tries them.
+
+    machine: its NVIDIA GPUs, asked from the driver by default
+    device: which of them to use. Raises UsageError if there is no such GPU.
+    """
+    machine = this_machine() if machine is None else machine
+    if device and not 0 <= device < len(machine.gpus):
+        have = ", ".join(f"{gpu.index} {gpu.name}" for gpu in machine.gpus)
+        raise UsageError(f"device {device}; here is {have or machine.why_none}")
     return [
-        Candidate("tensorrt", "cuda", _tensorrt_reason("tensorrt")),
-        Candidate("tensorrt-rtx", "cuda", _tensorrt_reason("tensorrt_rtx")),
-        Candidate("onnxruntime", "cuda", *_ort("CUDAExecutionProvider")),
-        *_torch_candidates(("cuda", "mps")),
+        _tensorrt(FULL, machine, device),
+        _tensorrt(RTX, machine, device),
+        _ort_cuda(machine, device),
+        *(_torch(kind, machine, device) for kind in ("cuda", "mps")),
         _openvino(),
-        Candidate("onnxruntime", "cpu", *_ort("CPUExecutionProvider")),
-        *_torch_candidates(("cpu",)),
+        _ort_cpu(),
+        _torch("cpu", machine, device),
     ]
 
 
-def has_nvidia_gpu() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/nvhost-gpu").exists()
+def _cuda(device: int) -> str:
+    return f"cuda:{device}" if device else "cuda"
 
 
-def _tensorrt_reason(module: str) -> str:
-    if not has_nvidia_gpu():
-        return "no NVIDIA GPU on this machine"
-    if not installed(module):
-        return f"{module} is not installed; pip install 'sdrt[gpu]'"
-    return "plans are not built by this version yet"
+def _tensorrt(kind: str, machine: Machine, device: int) -> Candidate:
+    def load(bundle: Bundle, name: str) -> Engine:
+        from .trt_engine import load_engine
+
+        return load_engine(bundle, name, kind, machine.gpus[device])
+
+    return Candidate(kind, _cuda(device), why_not(kind, machine, device), load)
 
 
-def _ort(provider: str) -> tuple[str | None, Callable[[Bundle, str], Engine] | None]:
+def _ort_cuda(machine: Machine, device: int) -> Candidate:
+    def load(bundle: Bundle, name: str) -> Engine:
+        from .ort_cuda import OrtCudaEngine
+
+        component = bundle.manifest.components[name]
+        return OrtCudaEngine(name, bundle.graph(name), component, device)
+
+    reason = machine.why_none
     if not installed("onnxruntime"):
-        return "onnxruntime is not installed; pip install 'sdrt[cpu]'", None
-    if provider == "CUDAExecutionProvider" and not has_nvidia_gpu():
-        return "no NVIDIA GPU on this machine", None
+        reason = "onnxruntime is not installed; pip install 'sdrt[gpu]'"
+    elif reason is None:
+        from .ort import available
 
+        reason = available("CUDAExecutionProvider")
+    return Candidate("onnxruntime", _cuda(device), reason, load)
+
+
+def _ort_cpu() -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
         from .ort import OrtEngine
 
-        graph = bundle.graph(name)
-        return OrtEngine(name, graph, bundle.manifest.components[name], provider)
+        return OrtEngine(name, bundle.graph(name), bundle.manifest.components[name])
 
-    if provider == "CPUExecutionProvider":
-        return None, load
-    from . import ort
-
-    return ort.available(provider), load
+    missing = "onnxruntime is not installed; pip install 'sdrt[cpu]'"
+    return Candidate("onnxruntime", "cpu", None if installed("onnxruntime") else missing, load)
 
 
 def _openvino() -> Candidate:
@@ -108,51 +127,61 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def _torch_candidates(devices: tuple[str, ...]) -> list[Candidate]:
-    def load(device: str) -> Callable[[Bundle, str], Engine]:
-        def load_component(bundle: Bundle, name: str) -> Engine:
-            from .sdpa import TorchEngine
+def _torch(kind: str, machine: Machine, device: int) -> Candidate:
+    """kind: cuda (which is AMD's GPUs too), mps or cpu"""
+    where = _cuda(device) if kind == "cuda" else kind
 
-            graph = bundle.graph(name)
-            return TorchEngine(name, graph, bundle.manifest.components[name], device)
+    def load(bundle: Bundle, name: str) -> Engine:
+        from .sdpa import TorchEngine
 
-        return load_component
+        return TorchEngine(name, bundle.graph(name), bundle.manifest.components[name], where)
 
-    return [Candidate("torch", d, _torch_reason(d), load(d)) for d in devices]
+    return Candidate("torch", where, _torch_reason(kind, machine), load)
 
 
-def _torch_reason(device: str) -> str | None:
+def _torch_reason(kind: str, machine: Machine) -> str | None:
     for module in ("torch", "onnx"):
         if not installed(module):
             return f"{module} is not installed; pip install 'sdrt[build]'"
-    if device == "cuda" and not has_nvidia_gpu() and not Path("/dev/kfd").exists():
-        return "no NVIDIA or AMD GPU on this machine"
-    if device == "mps" and sys.platform != "darwin":
+    if kind == "cuda" and machine.why_none and not Path("/dev/kfd").exists():
+        return f"{machine.why_none}, and no AMD one"
+    if kind == "mps" and sys.platform != "darwin":
         return "not a Mac"
-    if device == "cpu":
+    if kind == "cpu":
         return None
     from .sdpa import available
 
-    return available(device)
+    return available(kind)
 
 
-def choose(backend: str = "auto", size: int = SMALL) -> Candidate:
+def choose(
+    backend: str = "auto",
+    size: int = SMALL,
+    *,
+    machine: Machine | None = None,
+    device: int = 0,
+    failed: Mapping[str, str] | None = None,
+) -> Candidate:
     """The candidate to use for a bundle of so many bytes; raises BackendError with every reason if
     none fits.
+
+    machine, device: see `candidates`
+    failed: why those that were tried before, by their titles, did not load
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is unknown; one of: {', '.join(BACKENDS)}")
     refused: dict[str, list[str]] = {}
-    for candidate in candidates():
+    for candidate in candidates(machine, device):
         if backend not in ("auto", candidate.backend):
             continue
         if backend == "auto" and candidate.backend == "openvino" and size < SMALL:
             reason = "its longer start pays for large models only"
             refused.setdefault(reason, []).append(candidate.title)
             continue
-        if candidate.why_not is None:
+        why = candidate.why_not or (failed or {}).get(candidate.title)
+        if why is None:
             return replace(candidate, because=_reasons(refused) or "the first choice")
-        refused.setdefault(candidate.why_not, []).append(candidate.title)
+        refused.setdefault(why, []).append(candidate.title)
     raise BackendError(f"no backend can run here: {_reasons(refused)}; type sdrt doctor")
 
 

@@ -32,33 +32,30 @@ def session_options() -> ort.SessionOptions:
     return options
 
 
-class OrtEngine:
-    """One session; inputs and outputs are bound, not copied, where the provider is the CPU."""
+def options_with(weights: Feeds) -> ort.SessionOptions:
+    """Options for a session with other weights, by name, than those of the file."""
+    options = session_options()
+    if weights:  # read before the graph is optimised
+        values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
+        options.add_external_initializers(list(weights), values)
+    return options
 
-    def __init__(self, name: str, graph: Path, component: Component, provider: str) -> None:
+
+class OrtEngine:
+    """One session on the CPU; inputs and outputs are bound, not copied."""
+
+    def __init__(self, name: str, graph: Path, component: Component) -> None:
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
-        self._graph, self._provider = graph, provider
+        self._graph = graph
         self._weights: Feeds = {}
         self._open()
 
     def _open(self) -> None:
-        options = session_options()
-        if self._weights:  # read instead of the file's, before the graph is optimised
-            values = [ort.OrtValue.ortvalue_from_numpy(v) for v in self._weights.values()]
-            options.add_external_initializers(list(self._weights), values)
-        try:
-            self._session: ort.InferenceSession | None = ort.InferenceSession(
-                str(self._graph), options, providers=[self._provider]
-            )
-        except Exception as error:  # onnxruntime raises its own, undocumented classes
-            raise BackendError(f"ONNX Runtime cannot load {self._graph}: {error}") from error
-        if self._provider not in self._session.get_providers():
-            raise BackendError(
-                f"ONNX Runtime fell back from {self._provider} to "
-                f"{', '.join(self._session.get_providers())} for {self.name}; "
-                "type sdrt doctor, or choose --backend onnxruntime on the CPU"
-            )
+        options = options_with(self._weights)
+        self._session: ort.InferenceSession | None = session(
+            self.name, self._graph, options, "CPUExecutionProvider", {}
+        )
         self._binding: ort.IOBinding | None = self._session.io_binding()
 
     def refit(self, weights: Feeds) -> None:
@@ -78,7 +75,7 @@ class OrtEngine:
             self._binding.bind_output(spec.name, "cpu")
         try:
             self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # as above
+        except Exception as error:  # onnxruntime raises its own, undocumented classes
             raise BackendError(f"ONNX Runtime failed in {self.name}: {error}") from error
         values = self._binding.get_outputs()
         return {s.name: v.numpy() for s, v in zip(self.outputs, values, strict=True)}
@@ -86,3 +83,17 @@ class OrtEngine:
     def close(self) -> None:
         self._session = None
         self._binding = None
+
+
+def session(
+    name: str, graph: Path, options: ort.SessionOptions, provider: str, settings: dict[str, str]
+) -> ort.InferenceSession:
+    """A session that really uses the provider; raises BackendError else."""
+    try:
+        made = ort.InferenceSession(str(graph), options, providers=[(provider, settings)])
+    except Exception as error:  # as above
+        raise BackendError(f"ONNX Runtime cannot load {graph}: {error}") from error
+    if provider not in made.get_providers():
+        have = ", ".join(made.get_providers())
+        raise BackendError(f"ONNX Runtime fell back from {provider} to {have} for {name}")
+    return made

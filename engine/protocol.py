@@ -5,6 +5,7 @@ is the backend's own business.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -38,6 +39,47 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give the memory back; the engine cannot be called again."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A whole run of B pictures in N evaluations, all numbers known: what a backend that decides
+    nothing in between needs. Rows of the model are laid out picture by picture.
+
+    columns: [B, places, C, H/8, W/8] float32, with the starting noise and whatever is given
+    rows: [N + 1, B, places] float32, how every input and the result are mixed
+    timesteps: [N, B] float32
+    used: rows of a picture in every evaluation, 2 where it is guided
+    per: places of one evaluation's output; the last is the prompt's
+    output_places [N], state_places [N + 1]: where outputs and mixtures are kept
+    told: [B, 2 or 1, ..] of every other input; the last row is the prompt's
+    beside: [B, E, H/8, W/8] channels beside the latents
+    """
+
+    columns: np.ndarray
+    rows: np.ndarray
+    timesteps: np.ndarray
+    used: tuple[int, ...]
+    per: int
+    output_places: tuple[int, ...]
+    state_places: tuple[int, ...]
+    told: Feeds
+    beside: np.ndarray
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What two schedules share that one CUDA graph serves."""
+        shapes = tuple(value.shape for value in self.told.values())
+        places = self.used, self.per, self.output_places, self.state_places
+        return self.columns.shape, self.rows.shape, self.beside.shape, shapes, places
+
+
+class Sampler(Protocol):
+    """A UNet's engine that also runs a whole schedule."""
+
+    def sampled(self, schedule: Schedule) -> np.ndarray:
+        """The result's latents, [B, C, H/8, W/8] float32."""
         ...
 
 

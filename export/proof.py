@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from sdrt.bundle import Bundle, Component, Manifest
-from sdrt.engine import Candidate, candidates
+from sdrt.engine import Candidate, candidates, parity
 from sdrt.errors import ParityError
 from sdrt.runtime import Pipeline, load_pipeline, randn, sampler_table
 from sdrt.runtime.loop import Guidance, Run, denoised, plan_of
 
-from . import modules, parity
+from . import modules
 from .checkpoint import Checkpoint
 from .graph import export_graph
 

@@ -42,11 +42,15 @@ def load(
     *,
     backend: str = "auto",
     precision: str = "auto",
+    device: int = 0,
 ) -> Pipeline:
     """A pipeline over a bundle: its name, its folder, or None for the newest.
 
     backend: auto, tensorrt, tensorrt-rtx, onnxruntime, openvino or torch.
     precision: auto takes a lower one where the build admitted it, exact never does.
+    device: which NVIDIA GPU, as CUDA numbers them.
+    A backend that does not load is left, with a warning, for the next that may be taken: auto tries
+    every one, a backend that was named is tried on every device it serves.
     Raises BundleError if the bundle is missing or damaged, BackendError if nothing can run it.
     """
     from dataclasses import replace
@@ -55,14 +59,19 @@ def load(
     from .engine import PRECISIONS, choose
     from .runtime import load_pipeline
 
+    log = logging.getLogger(__name__)
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
     opened = open_bundle(bundle)
     if precision == "exact":
         opened = replace(opened, manifest=replace(opened.manifest, admitted={}))
-    candidate = choose(backend, opened.bytes)
-    lower = candidate.reduced if candidate.reduced in opened.manifest.admitted else "exact"
-    logging.getLogger(__name__).info(
-        "backend: %s, %s (%s)", candidate.title, lower, candidate.because
-    )
-    return load_pipeline(opened, candidate)
+    failed: dict[str, str] = {}
+    while True:
+        candidate = choose(backend, opened.bytes, device=device, failed=failed)
+        lower = candidate.reduced if candidate.reduced in opened.manifest.admitted else "exact"
+        log.info("backend: %s, %s (%s)", candidate.title, lower, candidate.because)
+        try:
+            return load_pipeline(opened, candidate)
+        except (BackendError, ParityError) as error:
+            log.warning("%s does not serve: %s", candidate.title, error)
+            failed[candidate.title] = str(error)

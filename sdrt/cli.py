@@ -201,6 +201,7 @@ def _add_shared(to: argparse.ArgumentParser) -> None:
         help="added for this run, repeatable; a NAME is a file in $SDRT_HOME/loras",
     )
     to.add_argument("--backend", choices=BACKENDS, default="auto")
+    to.add_argument("--device", type=_whole, default=0, metavar="N", help="which GPU")
     to.add_argument("--exact", action="store_true", help="no lower precision than the bundle's")
     to.add_argument("--json", action="store_true", help="print paths, seeds and times as JSON")
 

@@ -55,7 +55,8 @@ def options_from_arguments(args: argparse.Namespace) -> Options:
 
 def opened(args: argparse.Namespace) -> Pipeline:
     """The pipeline that a command line asks for."""
-    pipe = load(args.bundle, backend=args.backend, precision="exact" if args.exact else "auto")
+    precision = "exact" if args.exact else "auto"
+    pipe = load(args.bundle, backend=args.backend, precision=precision, device=args.device)
     if args.lora:
         pipe.set_lora(dict(map(parse_lora, args.lora)))
     return pipe

@@ -10,7 +10,14 @@ from .bundle import Bundle, home
 
 PACKAGES = (
     *("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "onnx"),
-    *("tensorrt", "tensorrt-rtx", "cuda-python", "polygraphy", "huggingface_hub"),
+    *(
+        "tensorrt",
+        "tensorrt-rtx",
+        "cuda-bindings",
+        "nvidia-cuda-nvrtc",
+        "polygraphy",
+        "huggingface_hub",
+    ),
 )
 
 
@@ -67,8 +74,10 @@ def megabytes(count: int) -> str:
 
 def diagnose() -> dict[str, Any]:
     """This machine, the packages found and every backend with the reason why it does not work."""
-    from .engine import candidates
+    from .engine import candidates, choose
+    from .engine.gpus import free_memory, this_machine
 
+    machine, chosen = this_machine(), choose()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -87,6 +96,21 @@ def diagnose() -> dict[str, Any]:
             }
             for c in candidates()
         ],
+        "driver": machine.driver,
+        "cuda": ".".join(map(str, machine.cuda)) if machine.cuda else None,
+        "no_gpu": machine.why_none,
+        "gpus": [
+            {
+                "index": gpu.index,
+                "name": gpu.name,
+                "sm": gpu.sm,
+                "bytes": gpu.memory,
+                "free_bytes": free_memory(gpu),
+            }
+            for gpu in machine.gpus
+        ],
+        "chosen": chosen.title,
+        "chosen_because": chosen.because,
     }
 
 
@@ -108,9 +132,22 @@ def text_from_diagnosis(found: dict[str, Any]) -> str:
         f"Python {found['python']} on {found['platform']}, {found['cores']} cores",
         f"bundles in {found['home']} ({found['free_bytes'] / 1e9:.0f} GB free)",
         "packages: " + ", ".join(f"{k} {v}" for k, v in found["packages"].items() if v),
+        *_gpu_lines(found),
         "backends, in the order in which auto tries them:",
     ]
     for entry in found["backends"]:
         mark = "works" if entry["works"] else f"no: {entry['reason']}"
         lines.append(f"  {entry['backend']:13} {entry['device']:5} {mark}")
+    lines.append(f"auto takes, for a large model: {found['chosen']}")
     return "\n".join(lines)
+
+
+def _gpu_lines(found: dict[str, Any]) -> list[str]:
+    if found["no_gpu"]:
+        return [f"GPUs: none ({found['no_gpu']})"]
+    lines = [f"NVIDIA driver {found['driver'] or 'of unknown version'}, CUDA {found['cuda']}"]
+    for gpu in found["gpus"]:
+        free = "unknown" if gpu["free_bytes"] is None else f"{gpu['free_bytes'] / 1e9:.1f} GB"
+        whole = f"{gpu['bytes'] / 1e9:.1f} GB"
+        lines.append(f"  GPU {gpu['index']}: {gpu['name']}, {gpu['sm']}, {whole}, {free} free")
+    return lines

@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 import sdrt
 from sdrt.bundle import open_bundle
-from sdrt.engine import choose
+from sdrt.engine import choose, parity
 from sdrt.engine.choose import cpu_has_bf16
 from sdrt.errors import BundleError, CheckpointError, ParityError, SdrtError
-from sdrt.export import build, parity
+from sdrt.export import build
 from sdrt.export.build import BuildPlan, build_bundle
 
 

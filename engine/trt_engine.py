@@ -1,0 +1,374 @@
+"""Components on TensorRT and on TensorRT for RTX, one code path for both.
+
+Knows the runtime half of their API and one `Device`. Every set of shapes has a context, buffers and
+a CUDA graph of its own; all components of the process take turns in the device's arena. Never run
+on a GPU yet.
+"""
+
+import contextlib
+import logging
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdrt.bundle import Bundle, Component
+from sdrt.errors import BackendError
+
+from . import parity
+from .cuda import Device, Graph, Pinned, device_of, reset_device
+from .gpus import Gpu
+from .plans import Plan, Profile
+from .protocol import Feeds, Schedule, checked_feeds
+from .trt_build import logger_of, module_of
+from .trt_plans import RTX, PlanOptions, trt_plan
+
+if TYPE_CHECKING:
+    from .trt_loop import Loops
+
+log = logging.getLogger(__name__)
+MOST_SHAPES = 8
+_loaded: dict[tuple[str, str, int], "Loaded"] = {}
+_loading = threading.Lock()
+
+
+@dataclass(slots=True)
+class Bound:
+    """One set of shapes: its context, the addresses of its tensors, and their host copies.
+
+    arena: where the scratch memory was when the context and the graph were made
+    """
+
+    context: Any
+    shapes: dict[str, tuple[int, ...]]
+    addresses: dict[str, int] = field(default_factory=dict)
+    host: dict[str, Pinned] = field(default_factory=dict)
+    scratch: int = 0
+    arena: int = 0
+    graph: Graph | None = None
+
+
+class Loaded:
+    """A plan on a GPU, shared by every pipeline of the process that uses it."""
+
+    def __init__(self, plan: Plan, component: Component, graph: Path, device: Device) -> None:
+        self.plan, self.component, self.device, self.users = plan, component, device, 0
+        self._trt = trt = module_of(plan.key.kind)
+        self._logger = logger_of(trt)
+        self._bound: OrderedDict[tuple[Any, ...], Bound] = OrderedDict()
+        self.loops: Loops | None = None
+        with device.use():
+            self._refuse_without_room()
+            self._runtime = trt.Runtime(self._logger)
+            self._engine = self._deserialized()
+            if plan.key.stripped:
+                self._fill_in(graph)
+            self._cache_path = plan.path.with_suffix(".kernels")
+            self._cache = self._runtime_cache()
+
+    def _refuse_without_room(self) -> None:
+        free, total = self.device.memory()
+        stripped = self.plan.key.stripped
+        log.info(
+            "%s: plan of %.0f MB%s; GPU %d has %.0f MB free of %.0f",
+            self.plan.key.component,
+            self.plan.size / 1e6,
+            ", weights beside it" if stripped else "",
+            self.device.index,
+            free / 1e6,
+            total / 1e6,
+        )
+        if self.plan.size > free:
+            raise BackendError(
+                f"{self.plan.key.component} needs {self.plan.size / 1e6:,.0f} MB of GPU memory and "
+                f"{free / 1e6:,.0f} MB are free; end what else uses GPU {self.device.index}"
+            )
+
+    def _deserialized(self) -> Any:
+        runtime = self._runtime
+        self._logger.errors = []
+        with self.plan.verified() as content:
+            engine = runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            said = " / ".join(self._logger.errors) or "it does not say why"
+            raise BackendError(f"TensorRT does not load {self.plan.path}: {said}")
+        return engine
+
+    def _fill_in(self, graph: Path) -> None:
+        """The weights of a plan that was built without, from the bundle's file."""
+        trt, engine = self._trt, self._engine
+        refitter = trt.Refitter(engine, self._logger)
+        parser_refitter = trt.OnnxParserRefitter(refitter, self._logger)
+        if not parser_refitter.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
+            missing = ", ".join(refitter.get_missing_weights()[:3])
+            raise BackendError(
+                f"{self.plan.path} cannot be filled with the bundle's weights ({missing})"
+            )
+
+    def _runtime_cache(self) -> Any:
+        """Kernels that TensorRT for RTX made for these shapes before; None for the other kind."""
+        if self.plan.key.kind != RTX:
+            return None
+        engine = self._engine
+        config = engine.create_runtime_config()
+        cache = config.create_runtime_cache()
+        with contextlib.suppress(OSError):
+            cache.deserialize(self._cache_path.read_bytes())
+        return cache
+
+    def _new_context(self) -> Any:
+        trt, engine = self._trt, self._engine
+        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._cache is None:
+            context = engine.create_execution_context(managed)
+        else:
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(managed)
+            config.set_runtime_cache(self._cache)
+            # Every shape has a graph of its own, which must not begin with a makeshift kernel.
+            eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
+            context = engine.create_execution_context(config)
+        if context is None:
+            raise BackendError(f"TensorRT makes no context of {self.plan.path.name}")
+        return context
+
+    def bound(self, shapes: dict[str, tuple[int, ...]]) -> Bound:
+        """What runs these input shapes; made where it is not there, the oldest is dropped."""
+        mark = tuple(shapes.values())
+        if mark not in self._bound:
+            self._bound[mark] = self._bind(shapes)
+        self._bound.move_to_end(mark)
+        while len(self._bound) > MOST_SHAPES:
+            self._release(self._bound.popitem(last=False)[1])
+        return self._bound[mark]
+
+    def _bind(self, shapes: dict[str, tuple[int, ...]]) -> Bound:
+        index = profile_index(self.plan.key.component, self.plan.key.profiles, shapes)
+        context, device = self._new_context(), self.device
+        context.set_optimization_profile_async(index, int(device.stream))
+        for name, shape in shapes.items():
+            context.set_input_shape(name, shape)
+        if missing := context.infer_shapes():
+            raise BackendError(f"{self.plan.key.component}: no shape for {', '.join(missing)}")
+        made = Bound(context, dict(shapes))
+        try:
+            for spec in (*self.component.inputs, *self.component.outputs):
+                shape = tuple(context.get_tensor_shape(spec.name))
+                made.shapes[spec.name] = shape
+                made.host[spec.name] = device.pinned(shape, spec.dtype)
+                address = device.allocate(made.host[spec.name].array.nbytes)
+                made.addresses[spec.name] = address
+                context.set_tensor_address(spec.name, address)
+            made.scratch = int(context.update_device_memory_size_for_shapes())
+        except BackendError:
+            self._release(made)
+            raise
+        return made
+
+    def ready(self, bound: Bound) -> bool:
+        """Give it the arena; returns whether graphs that were captured before still hold."""
+        device, context = self.device, bound.context
+        device.grown(bound.scratch)
+        if bound.arena == device.arena:
+            return True
+        context.set_device_memory(device.arena, device.arena_size)
+        bound.arena = device.arena
+        if bound.graph:
+            bound.graph.close()
+            bound.graph = None
+        return False
+
+    def enqueue(self, bound: Bound) -> None:
+        """Put one run into the stream; inputs and outputs are in GPU memory."""
+        context = bound.context
+        self._logger.errors = []
+        if not context.execute_async_v3(int(self.device.stream)):
+            said = " / ".join(self._logger.errors) or "it does not say why"
+            raise BackendError(f"TensorRT failed in {self.plan.key.component}: {said}")
+
+    def run(self, bound: Bound) -> None:
+        """One run by the shapes' CUDA graph, which the first run captures."""
+        self.ready(bound)
+        if bound.graph is None:
+            self.enqueue(bound)  # TensorRT prepares what a capture may not
+            self.device.synchronize()
+            with self.device.capturing() as graph:
+                self.enqueue(bound)
+            bound.graph = graph
+        bound.graph.launch()
+
+    def _release(self, bound: Bound) -> None:
+        if self.loops:
+            self.loops.clear()  # one of them may have been captured with it
+        if bound.graph:
+            bound.graph.close()
+        bound.context = None
+        for pinned in bound.host.values():
+            pinned.close()
+        for address in bound.addresses.values():
+            self.device.free(address)
+
+    def close(self) -> None:
+        """Contexts first, then the engine, then the runtime, as TensorRT wants it."""
+        if self.device.broken:
+            reset_device(self.device.index)
+            return
+        with self.device.use():
+            self.device.synchronize()
+            cache = self._cache
+            if cache is not None:
+                with contextlib.suppress(OSError):
+                    self._cache_path.write_bytes(bytes(cache.serialize()))
+            for bound in self._bound.values():
+                self._release(bound)
+            self._bound.clear()
+            self._cache = None
+            self._engine = None
+            self._runtime = None
+
+
+class TrtEngine:
+    """One component of one pipeline."""
+
+    def __init__(self, name: str, component: Component, loaded: Loaded) -> None:
+        self.name = name
+        self.inputs, self.outputs = component.inputs, component.outputs
+        self._loaded: Loaded | None = loaded
+        loaded.users += 1
+
+    @property
+    def loaded(self) -> Loaded:
+        if self._loaded is None:
+            raise BackendError(f"{self.name} is closed")
+        return self._loaded
+
+    def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        loaded = self.loaded
+        ready = checked_feeds(self.name, self.inputs, feeds)
+        device = loaded.device
+        with device.use():
+            bound = loaded.bound({name: array.shape for name, array in ready.items()})
+            for name, array in ready.items():
+                bound.host[name].array[...] = array
+                device.upload(bound.addresses[name], bound.host[name].array)
+            loaded.run(bound)
+            for spec in self.outputs:
+                device.download(bound.host[spec.name].array, bound.addresses[spec.name])
+            device.synchronize()
+            return {spec.name: bound.host[spec.name].array for spec in self.outputs}
+
+    def refit(self, weights: Feeds) -> None:
+        """Plans take the bundle's own weights and no others: that is what keeps their speed."""
+        if weights:
+            raise BackendError(
+                f"the plan of {self.name} takes no other weights; add them when the bundle is "
+                "built (sdrt build --lora), or choose --backend onnxruntime"
+            )
+
+    def close(self) -> None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return
+        with _loading:
+            loaded.users -= 1
+            if not loaded.users:
+                for mark in [mark for mark, value in _loaded.items() if value is loaded]:
+                    del _loaded[mark]
+                loaded.close()
+
+
+class TrtUnet(TrtEngine):
+    """A UNet, which also runs a whole schedule as one CUDA graph."""
+
+    def __init__(self, name: str, component: Component, loaded: Loaded, target: str) -> None:
+        from .trt_loop import Loops
+
+        super().__init__(name, component, loaded)
+        if loaded.loops is None:
+            loaded.loops = Loops(loaded, target)
+
+    def sampled(self, schedule: Schedule) -> np.ndarray:
+        """See `Sampler`."""
+        loops = self.loaded.loops
+        assert loops is not None
+        return loops.run(schedule)
+
+
+def profile_index(
+    component: str, profiles: tuple[Profile, ...], shapes: dict[str, tuple[int, ...]]
+) -> int:
+    """The profile that holds these shapes; raises BackendError if none does."""
+    for index, profile in enumerate(profiles):
+        if all(
+            low <= length <= high
+            for name, (least, _, most) in profile.items()
+            for low, length, high in zip(least, shapes[name], most, strict=True)
+        ):
+            return index
+    ranges = [
+        {name: f"{list(least)} to {list(most)}" for name, (least, _, most) in profile.items()}
+        for profile in profiles
+    ]
+    raise BackendError(
+        f"{component}: its plan has no profile for {shapes}; it has {ranges}. Make fewer pictures "
+        "at once or a shorter prompt, or build the bundle with another --batch or --size"
+    )
+
+
+def load_engine(bundle: Bundle, name: str, kind: str, gpu: Gpu) -> TrtEngine:
+    """A component on a GPU: its plan found or built, loaded or shared, and proven once.
+
+    Raises BackendError, and ParityError if it computes something else than the bundle's graph.
+    """
+    component = bundle.manifest.components[name]
+    plan = trt_plan(bundle, name, kind, gpu, PlanOptions())
+    mark = (str(plan.path), plan.sha256, gpu.index)
+    with _loading:
+        if mark not in _loaded:
+            _loaded[mark] = Loaded(plan, component, bundle.graph(name), device_of(gpu.index))
+        if name == "unet":
+            engine: TrtEngine = TrtUnet(name, component, _loaded[mark], gpu.sm)
+        else:
+            engine = TrtEngine(name, component, _loaded[mark])
+    try:
+        if plan.parity is None:
+            plan = plan.with_parity(compared(bundle, name, engine, plan.key.profiles))
+        parity.check(name, plan.parity or {}, component.dtype)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def compared(
+    bundle: Bundle, name: str, engine: Any, profiles: tuple[Profile, ...]
+) -> dict[str, float]:
+    """How an engine compares with ONNX Runtime on the CPU, at the usual shape of every profile."""
+    from .ort import OrtEngine
+
+    component = bundle.manifest.components[name]
+    exact = OrtEngine(name, bundle.graph(name), component)
+    every = []
+    for profile in profiles:
+        feeds = {spec.name: sample_of(spec.dtype, profile[spec.name][1]) for spec in engine.inputs}
+        wanted, found = exact(feeds), engine(feeds)
+        every += [
+            parity.measures(found[spec.name], wanted[spec.name], picture=name == "vae_decoder")
+            for spec in engine.outputs
+        ]
+    exact.close()
+    return parity.worst(every)
+
+
+def sample_of(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Something to feed: small whole numbers, timesteps from 1 to 999, or normal noise."""
+    rng = np.random.default_rng(0)
+    if dtype.startswith("int"):
+        return rng.integers(0, 16, shape).astype(dtype)
+    if len(shape) == 1:
+        return np.linspace(999, 1, shape[0], dtype=dtype)
+    return rng.normal(size=shape).astype(dtype)
