@@ -23,13 +23,13 @@ export async function models() {
   return (await (await request("/v1/models")).json()).data.map((each) => each.id);
 }
 
-/** One model, {sizes, …}; while the server loads it, `wait` hears why and it is asked again. */
+/** One model, {sizes, …}; while the server loads it, `wait` hears so and it is asked again. */
 export async function model(name, wait) {
   try {
     return await (await request(`/v1/models/${encodeURIComponent(name)}`)).json();
   } catch (error) {
     if (error.status !== 503 || !error.retryAfter) throw error;
-    wait(error.message);
+    wait("The model is being loaded…");
     await new Promise((resolve) => setTimeout(resolve, 1000 * error.retryAfter));
     return model(name, wait);
   }
@@ -114,8 +114,9 @@ async function errorOf(response) {
   } catch {
     // not JSON: the status has to do
   }
-  const seconds = Number.parseInt(response.headers.get("Retry-After"), 10);
-  return new ApiError(String(message), response.status, Number.isNaN(seconds) ? null : seconds);
+  const seconds = Number.parseInt(response.headers.get("Retry-After"), 10) || null;
+  if (seconds) message = `${message}. Try again in ${seconds} s.`;
+  return new ApiError(String(message), response.status, seconds);
 }
 
 /** Server-sent events of a body whose data are JSON; comments are skipped. */

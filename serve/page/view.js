@@ -24,7 +24,7 @@ export function stateOf(item) {
   if (state === "running" && total) return `Step ${step} of ${total}`;
   return {
     waiting: "Waiting for its turn",
-    queued: position ? `Place ${position} in the queue` : "In the queue",
+    queued: position ? `Waiting behind ${position} more` : "Next in the queue",
     running: "Begun",
     failed: "This picture was not made",
     cancelled: "Cancelled",
@@ -42,7 +42,7 @@ export function settingsText({ num_inference_steps, scheduler, guidance_scale, s
     size?.replace("x", " × "),
     model,
   ];
-  return parts.filter(Boolean).join(" · ");
+  return parts.filter(Boolean).map((part) => part.replaceAll(" ", "\u00a0")).join(" · ");
 }
 
 /** Show an item large, or the invitation if there is none. */

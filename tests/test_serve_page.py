@@ -1,0 +1,272 @@
+"""The page in a real Chromium, on a real server with the embedded model: pictures are made."""
+
+import re
+
+import pytest
+from browsing import chromium, downloaded, expect, finished, generate, loaded, opened
+from serving import PROMPT, client, served, wait_for
+
+from sdrt.serve.settings import digest_from_key
+
+pytestmark = pytest.mark.browser
+
+LONG = 900  # steps: seconds
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def server(shapes):
+    with served(shapes) as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser, server):
+    with opened(browser, server) as page:
+        yield loaded(page)
+
+
+def test_a_prompt_becomes_the_runtimes_picture(page, pipe):
+    generate(page, num_inference_steps=9, guidance_scale=5, seed=7)
+    finished(page)
+    shown = page.locator("#picture")
+    expect(shown).to_have_attribute("alt", PROMPT)
+    assert shown.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [64, 64]
+    box = shown.bounding_box()
+    assert box["width"] == box["height"] > 400
+    picture = downloaded(page)
+    alone = pipe(PROMPT, num_inference_steps=9, guidance_scale=5.0, seed=7)
+    assert picture.tobytes() == alone.images[0].tobytes()
+    assert picture.text["parameters"] == alone.parameters[0]
+
+
+def test_the_picture_forms_while_it_is_made(page):
+    generate(page, num_inference_steps=150)
+    expect(page.locator("#canvas[data-state=running] #picture")).to_be_visible()
+    previews = set()
+    while page.locator("#canvas[data-state=running]").count() and len(previews) < 3:
+        previews.add(page.locator("#picture").get_attribute("src"))
+        state = page.locator("#caption-state").inner_text()
+        page.wait_for_timeout(50)
+    assert len(previews) == 3
+    assert re.fullmatch(r"Step \d+ of 15\d", state)
+    finished(page)
+    expect(page.locator("#bar")).to_be_hidden()
+
+
+def running(server):
+    with client(server) as http:
+        lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("sdrt_running"))
+
+
+def test_several_are_queued_and_each_can_be_cancelled(page, server):
+    generate(page, num_inference_steps=LONG, count=6, seed=3)
+    expect(page.locator("#tiles li")).to_have_count(6)
+    expect(page.locator("#counts")).to_have_text("6 being made")
+    page.locator(".stop").nth(5).click()  # not yet sent
+    page.locator(".stop").nth(1).click()
+    expect(page.locator("#tiles li")).to_have_count(4)
+    wait_for(lambda: running(server) == 4)
+    page.click("#cancel-all")
+    expect(page.locator("#tiles li")).to_have_count(0)
+    wait_for(lambda: running(server) == 0, seconds=3)
+
+
+def test_one_request_is_some_pictures_of_seeds_that_count_on(page):
+    generate(page, num_inference_steps=2, count=6, seed=2**64 - 6)
+    finished(page, 6)
+    seeds = []
+    for i in range(6):
+        page.locator(".tile").nth(i).click()
+        seeds.append(downloaded(page).text["parameters"].split("Seed: ")[1].split(",")[0])
+    assert seeds == [str(2**64 - 6 + i) for i in range(6)]
+
+
+def test_a_refusal_is_told_by_the_button_and_loses_nothing(browser, server):
+    with opened(browser, server, refusals=True) as page:
+        generate(page, num_inference_steps=2)
+        finished(page)
+        prompt = "a red circle " * 3000
+        generate(page, prompt)
+        expect(page.locator("#error")).to_contain_text("32000 characters")
+        assert page.locator("#error").get_attribute("role") == "alert"
+        assert page.input_value("#prompt") == prompt
+        expect(page.locator("#tiles li")).to_have_count(2)
+        expect(page.locator("#retry")).to_be_visible()
+        generate(page)
+        expect(page.locator("#error")).to_be_hidden()
+
+
+def test_a_key_is_asked_for_once_and_the_queue_is_told(browser, shapes):
+    keys = (digest_from_key(b"open sesame"),)
+    with (
+        served(shapes, keys=keys, slots=1, waiting=1) as strict,
+        opened(browser, strict, refusals=True) as page,
+    ):
+        page.fill("#key", "a wrong one")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-why")).to_have_text("That key was not accepted.")
+        page.fill("#key", "open sesame")
+        page.keyboard.press("Enter")
+        expect(page.locator("#size option")).not_to_have_count(0)
+        page.reload()
+        expect(page.locator("#size option")).not_to_have_count(0)
+        generate(page, num_inference_steps=LONG, count=3)
+        expect(page.locator("#tiles li[data-state=running]")).to_have_count(1)
+        expect(page.locator("#tiles li[data-state=queued]")).to_have_count(1)
+        expect(page.locator("#tiles li[data-state=failed]")).to_have_count(1)
+        expect(page.locator("#error")).to_contain_text("Try again in")
+        page.locator("#tiles li[data-state=queued] .tile").click()
+        expect(page.locator("#caption-state")).to_have_text("Next in the queue")
+        page.keyboard.press("Escape")
+        expect(page.locator("#tiles li")).to_have_count(2)
+        page.click("#cancel")
+        expect(page.locator("#tiles li")).to_have_count(1)
+
+
+def test_a_server_that_is_gone_is_told_and_tried_again(browser, server):
+    with opened(browser, server, refusals=True) as page:
+        loaded(page).context.set_offline(True)
+        generate(page, num_inference_steps=2)
+        expect(page.locator("#error")).to_have_text("The server cannot be reached. Is it running?")
+        page.context.set_offline(False)
+        page.click("#retry")
+        finished(page)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("num_inference_steps", "0", "Steps: a whole number from 1 to 1000."),
+        ("num_inference_steps", "2.5", "Steps: a whole number from 1 to 1000."),
+        ("guidance_scale", "", "Guidance: 1 to 100."),
+        ("seed", str(2**64), f"Seed: a whole number from 0 to {2**64 - 1}"),
+        ("seed", "-1", f"Seed: a whole number from 0 to {2**64 - 1}"),
+        ("prompt", " ", "The prompt is empty."),
+    ],
+)
+def test_what_cannot_be_asked_is_told_before_it_is_asked(page, field, value, told):
+    page.fill("#prompt", PROMPT)
+    generate(page, **({"prompt": value} if field == "prompt" else {field: value}))
+    expect(page.locator("#error")).to_contain_text(told)
+    expect(page.locator(f"#{field}")).to_be_focused()
+    expect(page.locator("#tiles li")).to_have_count(0)
+
+
+TABS = [
+    *("prompt", "negative_prompt", "scheduler", "size"),
+    *("num_inference_steps", "Steps", "guidance_scale", "Guidance", "count", "Pictures"),
+    *("seed", "dice", "start-file", "settings-file"),
+]
+
+
+def test_all_of_it_by_keyboard(page):
+    expect(page.locator("#prompt")).to_be_focused()
+    page.keyboard.type(PROMPT)
+    reached = []
+    while (name := page.evaluate("document.activeElement.id")) != "generate":
+        outline = page.evaluate(
+            """() => {
+                const focused = document.activeElement;
+                const seen = focused.type === "file"
+                    ? document.querySelector(`label[for=${focused.id}]`) : focused;
+                return getComputedStyle(seen).outlineStyle;
+            }"""
+        )
+        assert outline == "solid", name
+        reached.append(name or page.evaluate("document.activeElement.ariaLabel"))
+        page.keyboard.press("Tab")
+    assert reached == TABS
+    for _ in range(len(TABS) - TABS.index("Guidance")):
+        page.keyboard.press("Shift+Tab")
+    page.keyboard.press("ArrowRight")
+    assert page.input_value("#guidance_scale") == "8"
+    page.keyboard.press("Control+Enter")
+    finished(page)
+    page.fill("#num_inference_steps", str(LONG))
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#canvas[data-state=running]")).to_be_visible()
+    page.keyboard.press("Escape")
+    finished(page)
+    page.locator(".tile").first.focus()
+    page.fill("#num_inference_steps", "2")
+    page.keyboard.press("Control+Enter")
+    finished(page, 2)
+    page.locator(".tile[tabindex='0']").focus()
+    page.keyboard.press("ArrowLeft" if current(page) else "ArrowRight")
+    assert current(page) in (0, 1)
+    expect(page.locator(".tile[tabindex='0']")).to_be_focused()
+
+
+def current(page):
+    return page.locator(".tile").evaluate_all(
+        "tiles => tiles.findIndex(tile => tile.ariaCurrent === 'true')"
+    )
+
+
+def test_a_prompt_is_never_markup(page):
+    prompt = '<img src="http://example.org/x.png" onerror="alert(1)">'
+    generate(page, prompt, num_inference_steps=2)
+    finished(page)
+    expect(page.locator("#caption-prompt")).to_have_text(prompt)
+    assert page.locator("#caption img, #tiles img[onerror]").count() == 0
+
+
+@pytest.mark.parametrize("options", [PHONE, {"viewport": {"width": 320, "height": 568}}])
+def test_a_phone_needs_no_sideways_scrolling(browser, server, options):
+    with opened(browser, server, **options) as page:
+        width = options["viewport"]["width"]
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        page.fill("#prompt", PROMPT + " " + "x" * 200)
+        page.fill("#num_inference_steps", "2")
+        page.fill("#count", "8")
+        page.click("#generate")
+        finished(page, 8)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        expect(page.locator("#picture")).to_be_in_viewport()
+        expect(page.locator("#generate")).to_be_in_viewport()  # always at hand
+
+
+CONTRAST = """() => {
+    const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) => [r, g, b]
+        .map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const ground = (element) => {
+        for (; element; element = element.parentElement) {
+            const colour = parse(getComputedStyle(element).backgroundColor);
+            if ((colour[3] ?? 1) > 0.5) return colour;
+        }
+    };
+    const low = [];
+    for (const element of document.querySelectorAll("body *")) {
+        const text = element.matches("input, textarea, select") ||
+            [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+        if (!text || !element.checkVisibility() || element.matches(":disabled, option")) continue;
+        const [a, b] = [parse(getComputedStyle(element).color), ground(element)].map(light);
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        if (ratio < 4.5) low.push([element.outerHTML.slice(0, 80), ratio]);
+    }
+    return low;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_can_be_read_and_controls_have_names(browser, server, scheme):
+    with opened(browser, server, refusals=True, color_scheme=scheme) as page:
+        assert page.evaluate(CONTRAST) == []
+        generate(page, "a red circle " * 3000)
+        expect(page.locator("#error")).not_to_be_empty()
+        assert page.evaluate(CONTRAST) == []
+        ground = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+        assert (int(re.search(r"\d+", ground)[0]) < 60) == (scheme == "dark")
+        for control in page.locator("input, textarea, select, button, a").all():
+            if control.is_visible():
+                expect(control).to_have_accessible_name(re.compile(r"\w"))
