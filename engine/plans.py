@@ -153,7 +153,7 @@ def key_of(
         level=level,
         workspace=workspace,
         stripped=stripped,
-        graph=_sha256(bundle, component, "model.onnx"),
+        graph=_sha256(bundle, component, bundle.graph_file),
         weights=_sha256(bundle, component, "model.safetensors"),
     )
 

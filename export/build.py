@@ -19,7 +19,7 @@ from sdrt.bundle import (
     json_from_manifest,
 )
 from sdrt.engine import Candidate, choose
-from sdrt.errors import BundleError, SdrtError
+from sdrt.errors import BundleError, SdrtError, UsageError
 
 from .checkpoint import Checkpoint, find_checkpoint
 from .graph import OPSET
@@ -174,7 +174,9 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
         parity={},
         preview=(),
         files={},
+        multiple=downscale * 2 ** (len(unet.block_out_channels) - 1),
     )
+    _check_sizes(manifest)
     proof = Proof(manifest, folder, plan.dtype, candidate)
     components = {}
     for number, recipe in enumerate(RECIPES, 1):
@@ -192,6 +194,15 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
     )
     (folder / MANIFEST).write_text(json_from_manifest(manifest))
     return manifest
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    for width, height in manifest.sizes:
+        if width % manifest.multiple or height % manifest.multiple:
+            raise UsageError(
+                f"size {width}x{height}; this model's pictures have sides that are multiples of "
+                f"{manifest.multiple}"
+            )
 
 
 def _copy_small_files(checkpoint: Checkpoint, folder: Path) -> None:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from sdrt.bundle import TRANSPOSED, TensorSpec
+from sdrt.bundle import FLOAT32_GRAPH, TRANSPOSED, TensorSpec
 
 from .safetensors_file import Entry, write_safetensors
 
@@ -55,6 +55,41 @@ def export_graph(
     _move_weights(model, folder, set(module.state_dict()))
     ir.save(model, folder / "model.onnx")
     return specs
+
+
+def write_float32_graph(folder: Path) -> None:
+    """Beside a half-precision graph one that computes in float32 from the same stored weights, with
+    the same inputs and outputs: for what overflows once in many pictures.
+    """
+    model = ir.load(folder / "model.onnx")
+    graph = model.graph
+    for node in graph:
+        for value in node.outputs:
+            if value.dtype == ir.DataType.FLOAT16:
+                value.dtype = ir.DataType.FLOAT
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT16:
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
+    sources = [*graph.inputs, *graph.initializers.values()]
+    for value in sources:
+        if value.dtype == ir.DataType.FLOAT16:
+            cast = _cast(value, ir.DataType.FLOAT)
+            value.replace_all_uses_with(cast.outputs[0])
+            cast.replace_input_with(0, value)
+            graph.insert_before(graph[0], cast)
+    for i, value in enumerate(graph.outputs):
+        cast = _cast(value, ir.DataType.FLOAT16)
+        cast.outputs[0].name, value.name = value.name, f"{value.name}_float32"
+        cast.outputs[0].shape = value.shape
+        graph.append(cast)
+        graph.outputs[i] = cast.outputs[0]
+    ir.save(model, folder / FLOAT32_GRAPH)
+
+
+def _cast(value: ir.Value, to: ir.DataType) -> ir.Node:
+    made = ir.node("Cast", [value], {"to": to}, name=f"{value.name}_to_{to.name.lower()}")
+    made.outputs[0].name = f"{value.name}_{to.name.lower()}"
+    made.outputs[0].dtype, made.outputs[0].shape = to, value.shape
+    return made
 
 
 def _exported(

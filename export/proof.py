@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdrt.bundle import Bundle, Component, Manifest
+from sdrt.bundle import FLOAT32_GRAPH, Bundle, Component, Manifest
 from sdrt.engine import Candidate, candidates, parity
 from sdrt.errors import ParityError
 from sdrt.runtime import Pipeline, load_pipeline, randn, sampler_table
@@ -25,7 +25,7 @@ from sdrt.runtime.loop import Guidance, Run, denoised, plan_of
 
 from . import modules
 from .checkpoint import Checkpoint
-from .graph import export_graph
+from .graph import export_graph, write_float32_graph
 
 log = logging.getLogger("sdrt.build")
 PROOF_PROMPT = "a red circle on a blue background"
@@ -109,7 +109,10 @@ class Proof:
         del module
         gc.collect()
         try:
-            return self._prove(recipe, cases, dtype, specs)
+            component = self._prove(recipe, cases, dtype, specs)
+            if recipe.picture and dtype == "float16":
+                self._add_float32(recipe, cases, component)
+            return component
         except ParityError as error:
             if dtype == "float32":
                 raise
@@ -137,16 +140,30 @@ class Proof:
     ) -> Component:
         component = Component(*specs, dtype, {})
         values = self._compare(recipe, component, cases)
-        log.info("      %s", "  ".join(f"{k} {v:.6g}" for k, v in values.items()))
+        log.info("      %s", _said(values))
         parity.check(recipe.name, values, dtype)
         return replace(component, parity=values)
+
+    def _add_float32(self, recipe: Recipe, cases: list[Any], component: Component) -> None:
+        """Add and prove the graph for pictures that overflow half precision."""
+        write_float32_graph(self.folder / recipe.name)
+        values = self._compare(recipe, component, cases, FLOAT32_GRAPH)
+        log.info("      again in float32: %s", _said(values))
+        parity.check(f"{recipe.name} in float32", values, "float16")
 
     @staticmethod
     def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.to(dtype) if tensor.ndim > 1 and tensor.is_floating_point() else tensor
 
-    def _compare(self, recipe: Recipe, component: Component, cases: list[Any]) -> dict[str, float]:
-        bundle = Bundle(self.folder, replace(self.manifest, components={recipe.name: component}))
+    def _compare(
+        self,
+        recipe: Recipe,
+        component: Component,
+        cases: list[Any],
+        graph_file: str = "model.onnx",
+    ) -> dict[str, float]:
+        manifest = replace(self.manifest, components={recipe.name: component})
+        bundle = Bundle(self.folder, manifest, graph_file)
         assert self.candidate.load is not None
         engine = self.candidate.load(bundle, recipe.name)
         every = []
@@ -225,7 +242,7 @@ class Proof:
                 found = self._drawn(pipe, size, PROOF_STEPS, guidance_scale=1.0)
                 every.append(parity.measures(found, wanted, picture=True))
         values = parity.worst(every)
-        log.info("end to end: %s", "  ".join(f"{k} {v:.6g}" for k, v in values.items()))
+        log.info("end to end: %s", _said(values))
         parity.check("the whole pipeline", values, self.dtype)
         return values
 
@@ -267,6 +284,10 @@ class Proof:
         """A picture of the first size with guidance, which is where precision shows."""
         with load_pipeline(Bundle(self.folder, manifest), candidate) as pipe:
             return self._drawn(pipe, manifest.sizes[0], GUIDED_STEPS, guidance_scale=7.5)
+
+
+def _said(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.6g}" for name, value in values.items())
 
 
 def give_memory_back() -> None:

@@ -107,6 +107,8 @@ class InFlight:
         self._check_open()
         pipe = self.pipe.with_scheduler(scheduler) if scheduler else self.pipe
         requests, table, guidance, size = pipe.planned(prompt, chosen)
+        if size not in self.costs.sizes:
+            raise UsageError(f"size {size[0]}x{size[1]}; what it costs was measured for no such")
         rows = 2 if (guidance.scales != 1.0).any() else 1
         submission = Submission(requests, chosen, pipe.scheduler_config, on_step)
         now = time.monotonic()

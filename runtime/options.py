@@ -34,7 +34,8 @@ class Options:
     seed: of the first picture, the next ones count on from it; or one each; None draws one
     rng: whose noise a seed gives, torch's on "cpu" or on "cuda"
     num_images_per_prompt: pictures of every prompt
-    size: "WIDTHxHEIGHT", one of the bundle's; None is its first
+    size: "WIDTHxHEIGHT"; None is the bundle's first. Others than the bundle's are unproven, and
+        what is larger than those goes through the autoencoder in tiles
     image, strength: a picture to start from, and the share of the run that it goes through; None
         is 0.8, with a mask 1
     mask_image: light where the picture is to be made new, of the picture's size

@@ -3,6 +3,7 @@
 Knows numpy, the engine protocol and the bundle's manifest; not which backend runs.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from sdrt.engine import Candidate, Engine, LazyEngine
 from sdrt.errors import SdrtError, UsageError
 
 from .conditioning import Known, contexts_of
+from .decoding import Tiling, decoded_picture, encoded_picture
 from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
 from .options import Options, Request, options_from, requests_from
@@ -27,6 +29,7 @@ from .start import Source, Start, source_of, start_of
 from .tokenizer import Tokenizer
 from .whole import sampled
 
+log = logging.getLogger(__name__)
 Prompt = str | Sequence[str] | None
 
 
@@ -126,6 +129,13 @@ class Pipeline:
         table, their guidance and their (width, height). Raises UsageError for what does not fit.
         """
         requests, size = requests_from(prompt, options), self._size(options)
+        if size not in self.manifest.sizes:
+            log.warning(
+                "%dx%d is none of the sizes that this bundle was proven at (%s); what is larger "
+                "than those is decoded in tiles",
+                *size,
+                ", ".join(f"{width}x{height}" for width, height in self.manifest.sizes),
+            )
         return requests, *self._run(options), size
 
     def separate(
@@ -146,17 +156,16 @@ class Pipeline:
     def decoded(self, latents: np.ndarray) -> np.ndarray:
         """The decoder's numbers, [B, 3, H, W] about [-1, 1]; raises SdrtError for NaN."""
         # One at a time: the decoder's activations dwarf all else, and a batch gains nothing.
-        parts = [
-            self.engines["vae_decoder"]({"latents": latents[i : i + 1]})["image"].copy()
+        pictures = [
+            decoded_picture(self.engines, self._tiling, latents[i : i + 1])
             for i in range(len(latents))
         ]
-        decoded = np.concatenate(parts).astype(np.float32)
-        if not np.isfinite(decoded).all():
-            raise SdrtError(
-                "the picture holds NaN or infinity, so it was not written; build the bundle with "
-                "--fp32, or lower the guidance scale"
-            )
-        return decoded
+        return np.concatenate(pictures)
+
+    @property
+    def _tiling(self) -> Tiling:
+        scale = self.manifest.downscale
+        return Tiling([(h // scale, w // scale) for w, h in self.manifest.sizes], scale)
 
     def with_scheduler(self, scheduler: str | Mapping[str, Any]) -> "Pipeline":
         """The same engines with another sampler: a class name or a name that other tools use for
@@ -212,11 +221,11 @@ class Pipeline:
     def _size(self, options: Options) -> tuple[int, int]:
         have = self.manifest.sizes
         size = parse_size(options.size) if options.size else have[0]
-        if size not in have:
+        multiple = self.manifest.multiple
+        if size not in have and any(side % multiple for side in size):
             raise UsageError(
                 f"size {size[0]}x{size[1]} is not in this bundle, which has "
-                f"{', '.join(f'{w}x{h}' for w, h in have)}; type: sdrt build --model "
-                f"{self.manifest.source} --size {size[0]}x{size[1]}"
+                f"{', '.join(f'{w}x{h}' for w, h in have)}; any other is a multiple of {multiple}"
             )
         return size
 
@@ -240,7 +249,11 @@ class Pipeline:
         contexts = contexts_of(encoder, self.tokenizer, most, requests, options, self.known)
         fed = {spec.name: spec for spec in self.manifest.components["unet"].inputs}["sample"]
         source = source_of(
-            self.engines["vae_encoder"], options, self._size(options), shape, int(fed.shape[1])
+            partial(encoded_picture, self.engines["vae_encoder"], self._tiling),
+            options,
+            self._size(options),
+            shape,
+            int(fed.shape[1]),
         )
         told = dict(zip(requests, contexts, strict=True))
         parts = parts_of_like_length(told, most) if together else [[r] for r in requests]
@@ -360,5 +373,8 @@ def load_pipeline(bundle: Bundle, candidate: Candidate) -> Pipeline:
             engine.close()
         raise
     engines["vae_encoder"] = LazyEngine(partial(candidate.load, bundle, "vae_encoder"))
+    if exact := bundle.in_float32("vae_decoder"):
+        load = partial(candidate.load, exact, "vae_decoder")
+        engines["vae_decoder_float32"] = LazyEngine(load)
     adapters = Adapters(bundle, engines)
     return Pipeline(manifest, tokenizer, engines, config, candidate.title, adapters)

@@ -3,12 +3,11 @@
 Noise is drawn in the reference library's order: the encoder's, the start's, then the fresh ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sdrt.engine import Engine
 from sdrt.errors import UsageError
 
 from .noise import Noise, noise_from_seed
@@ -17,6 +16,7 @@ from .pictures import depth_array, image_array, mask_array
 from .samplers.table import SamplerTable
 
 Shape = tuple[int, int, int]
+Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,11 @@ class Start:
 
 
 def source_of(
-    encoder: Engine, options: Options, size: tuple[int, int], shape: Shape, model_channels: int
+    encode: Encode, options: Options, size: tuple[int, int], shape: Shape, model_channels: int
 ) -> Source:
     """Encode what is given once for all seeds; raises UsageError for what does not fit.
 
+    encode: [1, 3, H, W] -> mean and deviation
     model_channels: of the UNet's input; more than the latents' for inpainting and depth models.
     """
     _check_latents(options, shape)
@@ -81,19 +82,14 @@ def source_of(
     if options.image is None:
         return Source(depth=depth)
     pixels = image_array(options.image, size)
-    picture = _encoded(encoder, pixels)
+    picture = Latents(*encode(pixels))
     mask = kept = None
     if options.mask_image is not None:
         mask = mask_array(options.mask_image, options.image, latent_size)[0]
         if beside:
             new = mask_array(options.mask_image, options.image, size)
-            kept = _encoded(encoder, pixels * (new < 0.5))
+            kept = Latents(*encode(pixels * (new < 0.5).astype(np.float32)))
     return Source(picture, kept, mask, depth)
-
-
-def _encoded(encoder: Engine, pixels: np.ndarray) -> Latents:
-    found = encoder({"image": pixels.astype(np.float32)})
-    return Latents(*(found[name][0].astype(np.float32) for name in ("mean", "std")))
 
 
 def _check_task(options: Options, beside: int, channels: int) -> None:

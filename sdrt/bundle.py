@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 # What a bundle's safetensors files say of themselves, and how a transposed weight's name ends.
 NAMES = {"names": "checkpoint"}
 TRANSPOSED = ".T"
+FLOAT32_GRAPH = "float32.onnx"
 T = TypeVar("T")
 
 
@@ -57,6 +58,7 @@ class Manifest:
 
     sizes: (width, height) in pixels, the first is the default
     preview: [3, latent_channels + 1], colours in [-1, 1] from scaled latents and 1
+    multiple: pixels; the sides of pictures of other sizes are multiples of it
     admitted: lower precisions that came near enough to the exact pictures, with the PSNR in dB
     """
 
@@ -73,6 +75,7 @@ class Manifest:
     preview: tuple[tuple[float, ...], ...]
     files: Mapping[str, FileRecord]
     admitted: Mapping[str, float] = field(default_factory=dict)
+    multiple: int = 64
     format: int = FORMAT
 
 
@@ -82,6 +85,7 @@ class Bundle:
 
     folder: Path
     manifest: Manifest = field(repr=False)
+    graph_file: str = "model.onnx"
 
     def json(self, path: str) -> dict[str, Any]:
         """One of the bundle's JSON files, such as `scheduler/scheduler_config.json`."""
@@ -92,7 +96,14 @@ class Bundle:
         if component not in self.manifest.components:
             have = ", ".join(self.manifest.components)
             raise BundleError(f"{self.folder} has no {component}; it has {have}")
-        return self.folder / component / "model.onnx"
+        return self.folder / component / self.graph_file
+
+    def in_float32(self, component: str) -> "Bundle | None":
+        """The same with the graph of a half-precision component that computes in float32, from the
+        same weights, inputs and outputs alike; None if the bundle has none.
+        """
+        has = f"{component}/{FLOAT32_GRAPH}" in self.manifest.files
+        return replace(self, graph_file=FLOAT32_GRAPH) if has else None
 
     @property
     def bytes(self) -> int:

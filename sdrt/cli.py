@@ -192,7 +192,7 @@ def _add_shared(to: argparse.ArgumentParser) -> None:
     to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
     to.add_argument("--guidance-scale", type=float, default=7.5, metavar="G")
     to.add_argument("--seed", type=_whole, metavar="N", help="default: drawn, and in the file")
-    to.add_argument("--size", metavar="WxH")
+    to.add_argument("--size", metavar="WxH", help="larger than the bundle's is decoded in tiles")
     to.add_argument(
         "--lora",
         action="append",

@@ -78,7 +78,7 @@ def test_with_scheduler_shares_the_engines(pipe):
         {"seed": 2**64},
         {"seed": [1, 2]},
         {"size": "63x64"},
-        {"size": "128x128"},
+        {"size": "72x64"},
     ],
 )
 def test_bad_values_are_refused(pipe, bad):
