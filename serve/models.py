@@ -124,6 +124,8 @@ class Models:
             return all(list(pool.map(lambda model: model.engine.drain(seconds), models)))
 
     def close(self) -> None:
-        for model in self._loaded.values():
+        """End the engines, cancelling what is unfinished, and give their memory back; once."""
+        while self._loaded:
+            _, model = self._loaded.popitem()
             model.engine.close()
             model.pipe.close()
