@@ -62,7 +62,7 @@ def running_pictures(http):
 def test_what_runs_when_it_is_told_to_end_is_finished(shapes):
     with process("--bundle", shapes) as (running, http):
         answers = []
-        asking = ask(http, answers, num_inference_steps=300)
+        asking = ask(http, answers, num_inference_steps=150)
         running.send_signal(signal.SIGTERM)
         wait_for(lambda: http.get("/health/ready").status_code == 503)
         assert http.get("/health/live").status_code == 200

@@ -304,7 +304,7 @@ def test_one_key_does_not_interrupt_another(shapes):
     with served(shapes, keys=(digest_from_key(b"one"), digest_from_key(b"two"))) as server:
         mine, other = ({"x-api-key": name} for name in ("one", "two"))
         answers = []
-        body = {"prompt": PROMPT, "steps": 400}
+        body = {"prompt": PROMPT, "steps": 200}
 
         def ask():
             with client(server, headers=mine) as http:

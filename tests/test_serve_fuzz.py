@@ -30,7 +30,7 @@ def check(case, server):
 
 
 @schema.parametrize()
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=HEALTH)
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=HEALTH)
 def test_every_endpoint(case, server):
     check(case, server)
 
