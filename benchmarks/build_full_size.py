@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from published import TEXT
 from results import save
 
 
@@ -26,7 +27,7 @@ def write_checkpoint(folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     import sdrt
-    from sdrt.export.original_layout import SCHEDULER_CONFIG, TEXT_CONFIG
+    from sdrt.export.original_config import FAMILIES
     from sdrt.export.unet import Unet, UnetConfig
     from sdrt.export.vae import AutoencoderKL, VaeConfig
 
@@ -34,8 +35,9 @@ def write_checkpoint(folder: Path) -> None:
     shapes = Path(sdrt.__file__).parent / "models" / "shapes"
     shutil.copytree(shapes / "tokenizer", folder / "tokenizer")
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER_CONFIG))
-    text = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG)).half()
+    scheduler = json.dumps(FAMILIES[0].scheduler)
+    (folder / "scheduler" / "scheduler_config.json").write_text(scheduler)
+    text = CLIPTextModel(CLIPTextConfig(**TEXT)).half()
     text.save_pretrained(folder / "text_encoder")
     for part, kind, config in (("unet", Unet, UnetConfig()), ("vae", AutoencoderKL, VaeConfig())):
         (folder / part).mkdir()

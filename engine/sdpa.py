@@ -164,6 +164,29 @@ def _gather(given: list[Any], attributes: Attributes) -> Tensor:
     return picked.reshape(*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :])
 
 
+def _range(given: list[Any], _: Attributes) -> Tensor:
+    start, limit, delta = (value.item() for value in given)
+    return torch.arange(start, limit, delta, dtype=given[0].dtype)
+
+
+def _largest(given: list[Any], attributes: Attributes) -> Tensor:
+    axis, kept = attributes.get("axis", 0), bool(attributes.get("keepdims", 1))
+    # Where several are the largest, ONNX means the first; on some devices torch takes any.
+    highest = given[0] == given[0].amax(axis, keepdim=True)
+    places = torch.arange(given[0].shape[axis], 0, -1, device=given[0].device)
+    shape = [-1 if i == axis % given[0].ndim else 1 for i in range(given[0].ndim)]
+    largest: Tensor = (highest * places.reshape(shape)).argmax(axis, keepdim=kept)
+    return largest
+
+
+def _gather_places(given: list[Any], attributes: Attributes) -> Tensor:
+    if attributes.get("batch_dims", 0):
+        raise BackendError("the torch backend gathers places without batch dimensions only")
+    data, places = given
+    found: Tensor = data[tuple(places.to(data.device).unbind(-1))]
+    return found
+
+
 def _linear(given: list[Any], attributes: Attributes) -> Tensor:
     a = given[0].T if attributes.get("transA", 0) else given[0]
     b = given[1].T if attributes.get("transB", 0) else given[1]
@@ -236,6 +259,7 @@ def _gelu(given: list[Any], attributes: Attributes) -> Tensor:
 
 OPERATIONS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Add": lambda x, _: x[0] + x[1],
+    "ArgMax": _largest,
     "Attention": _attention,
     "Cast": lambda x, a: x[0].to(TORCH_DTYPES[a["to"]]),
     "Clip": lambda x, _: x[0].clamp(x[1], x[2]),
@@ -243,15 +267,18 @@ OPERATIONS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Conv": _convolution,
     "Cos": lambda x, _: x[0].cos(),
     "Div": _divide,
+    "Equal": lambda x, _: x[0] == x[1].to(x[0].device),
     "Exp": lambda x, _: x[0].exp(),
     "Expand": _expand,
     "Gather": _gather,
+    "GatherND": _gather_places,
     "Gelu": _gelu,
     "Gemm": _linear,
     "GroupNormalization": _group_norm,
     "LayerNormalization": _layer_norm,
     "MatMul": lambda x, _: x[0] @ x[1],
     "Mul": lambda x, _: x[0] * x[1],
+    "Range": _range,
     "Reshape": _reshape,
     "Resize": _resize,
     "Shape": _shape,

@@ -20,10 +20,11 @@ from sdrt.bundle import (
 )
 from sdrt.engine import Candidate, choose
 from sdrt.errors import BundleError, SdrtError, UsageError
+from sdrt.runtime.tokenizer import END
 
-from .checkpoint import Checkpoint, find_checkpoint
+from .checkpoint import TOKENIZER_FILES, TOKENIZERS, Checkpoint, find_checkpoint
 from .graph import OPSET
-from .modules import latent_shape
+from .modules import check_fit, latent_shape
 from .proof import RECIPES, Proof
 from .unet import UnetConfig
 
@@ -57,6 +58,7 @@ def build_bundle(plan: BuildPlan) -> Path:
     checkpoint = find_checkpoint(plan.model, plan.revision)
     checkpoint = checkpoint.with_parts({"vae": plan.vae, "unet": plan.unet})
     checkpoint = checkpoint.with_loras(plan.loras)
+    check_fit(checkpoint)
     target = (plan.output or bundles_folder() / checkpoint.name).expanduser()
     if target.exists() and not (target / MANIFEST).is_file():
         raise BundleError(f"{target} exists and is not a bundle; name another --output")
@@ -175,12 +177,14 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
         preview=(),
         files={},
         multiple=downscale * 2 ** (len(unet.block_out_channels) - 1),
+        zero_empty_prompt=checkpoint.zeroes_empty_prompt(),
     )
     _check_sizes(manifest)
     proof = Proof(manifest, folder, plan.dtype, candidate)
     components = {}
-    for number, recipe in enumerate(RECIPES, 1):
-        log.info("[%d/%d] %s: read, export, prove", number, len(RECIPES), recipe.name)
+    recipes = [r for r in RECIPES if r.name not in TOKENIZERS or r.name in checkpoint.parts]
+    for number, recipe in enumerate(recipes, 1):
+        log.info("[%d/%d] %s: read, export, prove", number, len(recipes), recipe.name)
         components[recipe.name] = proof.component(checkpoint, recipe)
     manifest = replace(manifest, components=components)
     (folder / MANIFEST).write_text(json_from_manifest(manifest))
@@ -209,6 +213,11 @@ def _copy_small_files(checkpoint: Checkpoint, folder: Path) -> None:
     (folder / "scheduler").mkdir()
     text = json.dumps(checkpoint.scheduler_config(), indent=2, sort_keys=True) + "\n"
     (folder / "scheduler" / "scheduler_config.json").write_text(text)
-    (folder / "tokenizer").mkdir()
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(checkpoint.folder / "tokenizer" / name, folder / "tokenizer" / name)
+    for part in checkpoint.text_encoders:
+        tokenizer = TOKENIZERS[part]
+        (folder / tokenizer).mkdir()
+        for name in TOKENIZER_FILES:
+            shutil.copyfile(checkpoint.folder / tokenizer / name, folder / tokenizer / name)
+        if (pad := checkpoint.pad_token(tokenizer)) not in (None, END):
+            config = json.dumps({"pad_token": pad}) + "\n"
+            (folder / tokenizer / "tokenizer_config.json").write_text(config)

@@ -17,14 +17,18 @@ from torch import Tensor
 from sdrt.errors import CheckpointError
 from sdrt.runtime.lora import Lora, check_parts, deltas, parse_lora, read_lora
 
-from .hub import HUB_ID, PARTS, fetched
+from .hub import HUB_ID, fetched
 from .weight_files import PICKLES, TO_CONVERT, open_safetensors, read_json, weight_files
 
 KNOWN = {
     "stable-diffusion-v1-4": "CompVis/stable-diffusion-v1-4",
     "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stable-diffusion-xl-base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
+    "ssd-1b": "segmind/SSD-1B",
 }
 EMBEDDED = ("shapes",)
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +53,18 @@ class Checkpoint:
     def with_loras(self, named: Sequence[str]) -> "Checkpoint":
         """The same with LoRA files added, each `NAME` or `NAME:WEIGHT`; raises CheckpointError."""
         read = [read_lora(*parse_lora(text)) for text in named]
-        check_parts(read, PARTS)
+        check_parts(read, self.parts)
         said = "".join(f", lora {lora.name}:{lora.weight:g}" for lora in read)
         return replace(self, source=self.source + said, loras=(*self.loras, *read))
 
     @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """One, or two in models such as XL."""
+        return tuple(TOKENIZERS)[: 2 if self.part_folder("text_encoder_2").is_dir() else 1]
+
+    @property
     def parts(self) -> tuple[str, ...]:
-        return PARTS
+        return (*self.text_encoders, "unet", "vae")
 
     def part_folder(self, part: str) -> Path:
         return self.others.get(part, self.folder / part)
@@ -65,6 +74,22 @@ class Checkpoint:
 
     def scheduler_config(self) -> dict[str, Any]:
         return read_json(self.folder / "scheduler" / "scheduler_config.json")
+
+    def pad_token(self, tokenizer: str) -> str | None:
+        """The token that pads prompts, if a tokenizer's files name one."""
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            path = self.folder / tokenizer / name
+            said = read_json(path).get("pad_token") if path.is_file() else None
+            said = said.get("content") if isinstance(said, dict) else said
+            if isinstance(said, str):
+                return said
+        return None
+
+    def zeroes_empty_prompt(self) -> bool:
+        """Whether an empty negative prompt is zeros: with two text encoders, unless told not to."""
+        path = self.folder / "model_index.json"
+        told = read_json(path).get("force_zeros_for_empty_prompt", True) if path.is_file() else True
+        return len(self.text_encoders) > 1 and bool(told)
 
     def weight_files(self, part: str) -> list[Path]:
         """The part's safetensors files, full precision preferred; raises CheckpointError."""
@@ -146,15 +171,17 @@ def embedded_checkpoint(name: str) -> Path:
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    needed = ["scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"]
-    needed += [f"{part}/config.json" for part in PARTS]
+    needed = ["scheduler/scheduler_config.json"]
+    for part in checkpoint.text_encoders:
+        needed += [f"{TOKENIZERS[part]}/{name}" for name in TOKENIZER_FILES]
+    needed += [f"{part}/config.json" for part in checkpoint.parts]
     for name in needed:
         if not (checkpoint.folder / name).is_file():
             raise CheckpointError(
                 f"{checkpoint.folder} is not a Stable Diffusion checkpoint: {name} is missing; "
-                f"expected folders scheduler, tokenizer, {', '.join(PARTS)}"
+                f"expected folders scheduler, tokenizer, {', '.join(checkpoint.parts)}"
             )
-    for part in PARTS:
+    for part in checkpoint.parts:
         checkpoint.weight_files(part)
     return checkpoint
 

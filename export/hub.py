@@ -16,8 +16,8 @@ from .weight_files import PICKLES, TO_CONVERT, weight_names
 
 log = logging.getLogger("sdrt.build")
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
-PARTS = ("text_encoder", "unet", "vae")
-FOLDERS = ("scheduler/", "tokenizer/")  # of small files, all of which are fetched
+PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
+FOLDERS = ("scheduler/", "tokenizer/", "tokenizer_2/")  # of small files, all of which are fetched
 AT_THE_ROOT = ("model_index.json", "scheduler_config.json")
 
 

@@ -29,23 +29,55 @@ class TextEncoder(nn.Module):
         return contexts
 
 
-def text_encoder(checkpoint: Checkpoint) -> TextEncoder:
-    from transformers import CLIPTextConfig, CLIPTextModel
+class PairedTextEncoder(nn.Module):
+    """One of two text encoders, as XL reads them: input_ids [B, N] int32 -> contexts
+    [B, layers, N, width], the hidden states before every layer without the final norm, so that the
+    last is the last layer but one's; and from a model with a projection the prompt as a whole,
+    pooled [B, width].
+    """
 
-    config = CLIPTextConfig(**checkpoint.config("text_encoder"))
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Any:
+        found = self.model(input_ids=input_ids, output_hidden_states=True)
+        contexts = torch.stack(found.hidden_states[:-1], dim=1)
+        pooled: Tensor | None = getattr(found, "text_embeds", None)
+        return contexts if pooled is None else (contexts, pooled)
+
+
+def text_encoder(checkpoint: Checkpoint) -> TextEncoder | PairedTextEncoder:
+    paired = len(checkpoint.text_encoders) > 1
+    model = _clip(checkpoint, "text_encoder", "CLIPTextModel")
+    return (PairedTextEncoder if paired else TextEncoder)(model).eval()
+
+
+def text_encoder_2(checkpoint: Checkpoint) -> PairedTextEncoder:
+    model = _clip(checkpoint, "text_encoder_2", "CLIPTextModelWithProjection")
+    return PairedTextEncoder(model).eval()
+
+
+def _clip(checkpoint: Checkpoint, part: str, kind: str) -> Any:
+    """One of transformers' text models, filled."""
+    import transformers
+
+    config = transformers.CLIPTextConfig(**checkpoint.config(part))
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model = CLIPTextModel(config)
+        model: Any = getattr(transformers, kind)(config)
     # transformers has had this network with and without the prefix.
     names = set(model.state_dict())
     weights = {}
-    for name, tensor in checkpoint.weights("text_encoder").items():
+    for name, tensor in checkpoint.weights(part).items():
         bare = name.removeprefix("text_model.")
         chosen = next((n for n in (name, bare, f"text_model.{name}") if n in names), name)
         if not name.endswith("position_ids"):
             weights[chosen] = tensor
-    model = _filled(CLIPTextModel(config), weights, "text_encoder")
-    return TextEncoder(model).eval()
+    # No weight, and not in any file.
+    positions = torch.arange(config.max_position_embeddings)[None]
+    getattr(model, "text_model", model).embeddings.position_ids = positions
+    return _filled(model, weights, part)
 
 
 def unet(checkpoint: Checkpoint) -> Unet:
@@ -83,6 +115,33 @@ def latent_shape(checkpoint: Checkpoint) -> tuple[int, int]:
     return config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
 
 
+def check_fit(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the parts were made for one another."""
+    unet = UnetConfig.from_json(checkpoint.config("unet"))
+    encoders = [checkpoint.config(part) for part in checkpoint.text_encoders]
+    if unet.pooled_width and len(encoders) < 2:
+        raise CheckpointError(
+            f"this UNet is told of the prompt as a whole, and {checkpoint.folder} has no "
+            "text_encoder_2 to do so; it lacks a part, or the UNet is another model's"
+        )
+    if not unet.pooled_width and len(encoders) > 1:
+        raise CheckpointError(
+            "this UNet is not told of the prompt as a whole, and the model has a text_encoder_2; "
+            "the UNet is another model's"
+        )
+    pooled = encoders[-1].get("projection_dim", 512) if unet.pooled_width else 0
+    for what, found, wanted in (
+        ("context", sum(e.get("hidden_size", 512) for e in encoders), unet.cross_attention_dim),
+        ("whole prompt", pooled, unet.pooled_width),
+        ("latent", latent_shape(checkpoint)[0], unet.out_channels),
+    ):
+        if found != wanted:
+            raise CheckpointError(
+                f"the UNet's {what} is {wanted} wide, the other parts' {found}; "
+                "one of them is another model's"
+            )
+
+
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -110,7 +169,8 @@ def _filled(module: Any, weights: dict[str, Tensor], part: str) -> Any:
             raise CheckpointError(
                 f"{part}: {name} is {list(weights[name].shape)}, expected {list(shape)}"
             )
-    full = {name: tensor.to(torch.float32) for name, tensor in weights.items()}
+    # One by one, so that what is stored and what is made of it are not both whole in memory.
+    full = {name: weights.pop(name).to(torch.float32) for name in wanted}
     module.load_state_dict(full, assign=True)
     return module.eval().requires_grad_(False)
 

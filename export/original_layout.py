@@ -1,14 +1,17 @@
-"""A single `.safetensors` file in the original key layout of Stable Diffusion 1.x.
+"""A single `.safetensors` file in the original key layout of Stable Diffusion 1.x, 2.x and XL.
 
-Knows both layouts' names. The file holds weights only: the configuration is the published one of
-1.x, and the tokenizer comes from a `tokenizer` folder beside the file, or from the hub.
+Knows both layouts' names; `original_config.py` tells the families apart. The file holds weights
+only: the tokenizer comes from a `tokenizer` folder beside the file, or from the hub.
 """
 
 import hashlib
 import json
+import logging
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,36 +19,10 @@ from torch import Tensor
 from sdrt.bundle import home
 from sdrt.errors import CheckpointError
 
+from .original_config import Family, configs_of, family_of
+
+log = logging.getLogger("sdrt.build")
 TOKENIZER_SOURCE = "openai/clip-vit-large-patch14"
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.transformer.",
-}
-TEXT_CONFIG = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "projection_dim": 768,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "pad_token_id": 1,
-}
-SCHEDULER_CONFIG = {
-    "_class_name": "PNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
 RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -57,6 +34,8 @@ RESNET = {
 UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
@@ -68,6 +47,20 @@ VAE_ATTENTION = {
     "v": "to_v",
     "proj_out": "to_out.0",
 }
+OPEN_CLIP_ENDS = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+OPEN_CLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+LAYERS_READ = 23  # of 24 in 2.x: its context is the last layer's but one
 
 
 def unet_name(name: str) -> str | None:
@@ -108,7 +101,9 @@ def vae_name(name: str) -> str | None:
     name = name.replace("norm_out", "conv_norm_out").replace("nin_shortcut", "conv_shortcut")
     name = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", name)
     name = re.sub(
-        r"mid\.attn_1\.(\w+)", lambda m: f"mid_block.attentions.0.{VAE_ATTENTION[m[1]]}", name
+        r"mid\.attn_1\.(\w+)",
+        lambda m: f"mid_block.attentions.0.{VAE_ATTENTION.get(m[1], m[1])}",
+        name,
     )
     name = re.sub(r"down\.(\d)\.block\.(\d)", r"down_blocks.\1.resnets.\2", name)
     name = re.sub(r"down\.(\d)\.downsample\.", r"down_blocks.\1.downsamplers.0.", name)
@@ -120,24 +115,68 @@ def vae_name(name: str) -> str | None:
     )
 
 
-def converted(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The parts' weights under their published names; raises CheckpointError for another make."""
-    rename = {"unet": unet_name, "vae": vae_name, "text_encoder": lambda name: name}
-    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PREFIXES}
+def open_clip_weights(tensors: Mapping[str, Tensor], projects: bool) -> dict[str, Tensor]:
+    """OpenCLIP's text encoder under transformers' names: its fused query, key and value in thirds.
+
+    projects: keep the projection of the prompt as a whole, and every layer
+    """
+    made: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in OPEN_CLIP_ENDS:
+            made[f"text_model.{OPEN_CLIP_ENDS[name]}"] = tensor
+        elif name == "text_projection" and projects:
+            made["text_projection.weight"] = tensor.T.contiguous()
+        elif match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", name):
+            layer = f"text_model.encoder.layers.{match[1]}"
+            if int(match[1]) >= LAYERS_READ and not projects:
+                continue
+            if match[2] == "attn.in_proj":
+                for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                    made[f"{layer}.self_attn.{letter}_proj.{match[3]}"] = part.clone()
+            elif match[2] in OPEN_CLIP_LAYER:
+                made[f"{layer}.{OPEN_CLIP_LAYER[match[2]]}.{match[3]}"] = tensor
+    return made
+
+
+def vae_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An autoencoder under published names, its attention's 1x1 convolutions as linear layers."""
+    made = {}
     for key, tensor in tensors.items():
-        for part, prefix in PREFIXES.items():
-            if key.startswith(prefix):
-                name = rename[part](key.removeprefix(prefix))
-                if name and not name.endswith("position_ids") and not name.startswith("loss"):
-                    squeeze = part == "vae" and ".attentions." in name and tensor.ndim == 4
-                    parts[part][name] = tensor[:, :, 0, 0].contiguous() if squeeze else tensor
-    for part, weights in parts.items():
-        if not weights:
-            raise CheckpointError(
-                f"this file has no {part}: no key begins with {PREFIXES[part]}; expected a "
-                "Stable Diffusion 1.x checkpoint in the original layout"
-            )
-    return parts
+        if (name := vae_name(key)) and not name.startswith("loss"):
+            squeeze = ".attentions." in name and tensor.ndim == 4
+            made[name] = tensor[:, :, 0, 0].contiguous() if squeeze else tensor
+    return made
+
+
+def converted(tensors: Mapping[str, Tensor]) -> tuple[Family, dict[str, dict[str, Tensor]]]:
+    """The file's family, and its parts' weights under their published names; raises CheckpointError
+    for another make.
+    """
+    family = family_of(tensors)
+
+    def of(part: str) -> dict[str, Tensor]:
+        prefix = family.prefixes[part]
+        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        if part in family.open_clip:
+            return open_clip_weights(own, projects=part == "text_encoder_2")
+        if part == "vae":
+            return vae_weights(own)
+        rename: Callable[[str], str | None] = unet_name if part == "unet" else str
+        named = {rename(name): tensor for name, tensor in own.items()}
+        return {n: t for n, t in named.items() if n and not n.endswith("position_ids")}
+
+    return family, {part: of(part) for part in family.prefixes}
+
+
+def prediction_of(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
+    """What the file says that its model predicts, in its metadata or by a key that marks it."""
+    from .checkpoint import open_safetensors
+
+    with open_safetensors(path) as file:
+        said = (file.metadata() or {}).get("modelspec.prediction_type")
+    if "v_pred" in tensors or said in ("v", "v_prediction"):
+        return "v_prediction"
+    return "epsilon" if said == "epsilon" else None
 
 
 def checkpoint_from_file(path: Path) -> Path:
@@ -148,27 +187,45 @@ def checkpoint_from_file(path: Path) -> Path:
     folder = home() / "converted" / hashlib.sha256(mark.encode()).hexdigest()[:16]
     if folder.is_dir():
         return folder
-    parts = converted(read_safetensors(path))
+    tensors = read_safetensors(path)
+    family, parts = converted(tensors)
+    configs = configs_of(family, parts, prediction_of(path, tensors))
+    if "ztsnr" in tensors:
+        configs["scheduler"]["rescale_betas_zero_snr"] = True
+    log.info("%s: %s, %s", path, family.name, configs["scheduler"]["prediction_type"])
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(partial, parts, path)
+        _copy_tokenizers(family, path.parent / "tokenizer", partial)
+        _write(partial, parts, configs)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def _write(folder: Path, parts: dict[str, dict[str, Tensor]], source: Path) -> None:
-    _copy_tokenizer(source.parent / "tokenizer", folder / "tokenizer")
+def _write(
+    folder: Path, parts: dict[str, dict[str, Tensor]], configs: Mapping[str, Mapping[str, Any]]
+) -> None:
     (folder / "scheduler").mkdir(parents=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER_CONFIG))
-    configs = {"unet": {}, "vae": {}, "text_encoder": TEXT_CONFIG}
+    scheduler = json.dumps(configs["scheduler"])
+    (folder / "scheduler" / "scheduler_config.json").write_text(scheduler)
     for part, weights in parts.items():
         (folder / part).mkdir()
         (folder / part / "config.json").write_text(json.dumps(configs[part]))
-        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
         save_file(weights, folder / part / f"{stem}.safetensors")
+
+
+def _copy_tokenizers(family: Family, beside: Path, folder: Path) -> None:
+    """The tokenizer of every text encoder: all read the same tokens, and pad with their own."""
+    from .checkpoint import TOKENIZERS
+
+    for part, name in TOKENIZERS.items():
+        if part in family.prefixes:
+            _copy_tokenizer(beside, folder / name)
+            if part in family.open_clip:
+                (folder / name / "tokenizer_config.json").write_text('{"pad_token": "!"}')
 
 
 def _copy_tokenizer(beside: Path, target: Path) -> None:

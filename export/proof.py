@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from sdrt.bundle import FLOAT32_GRAPH, Bundle, Component, Manifest
 from sdrt.engine import Candidate, candidates, parity
 from sdrt.errors import ParityError
-from sdrt.runtime import Pipeline, load_pipeline, randn, sampler_table
+from sdrt.runtime import Options, Pipeline, load_pipeline, randn, sampler_table
+from sdrt.runtime.conditioning import Told, time_ids_of
 from sdrt.runtime.loop import Guidance, Run, denoised, plan_of
+from sdrt.runtime.options import requests_from
 
 from . import modules
 from .checkpoint import Checkpoint
@@ -33,6 +35,7 @@ PROOF_SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False}
 PROOF_STEPS = 2
 GUIDED_STEPS = 4
 HALF_MAX = 65504.0
+EXACT = ("timestep", "time_ids")  # inputs that half precision would round
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,15 @@ class Recipe:
 LATENT_AXES = {0: "rows", 2: "latent_height", 3: "latent_width"}
 RECIPES = (
     Recipe("text_encoder", ("contexts",), {"input_ids": {0: "rows"}}),
+    Recipe("text_encoder_2", ("contexts", "pooled"), {"input_ids": {0: "rows"}}),
     Recipe(
         "unet",
         ("output",),
-        {"sample": LATENT_AXES, "timestep": {0: "rows"}, "context": {0: "rows", 1: "tokens"}},
+        {
+            "sample": LATENT_AXES,
+            "context": {0: "rows", 1: "tokens"},
+            **{name: {0: "rows"} for name in ("timestep", "pooled", "time_ids")},
+        },
     ),
     Recipe("vae_decoder", ("image",), {"latents": LATENT_AXES}, picture=True),
     Recipe("vae_encoder", ("mean", "std"), {"image": {0: "rows", 2: "height", 3: "width"}}),
@@ -90,7 +98,7 @@ class Proof:
         self.folder = folder
         self.dtype = dtype
         self.candidate = candidate
-        self.contexts = np.zeros(0)
+        self.told: Told = {}
         self.latents: dict[tuple[int, int], np.ndarray] = {}
         self.images: dict[tuple[int, int], np.ndarray] = {}
         self.preview: tuple[tuple[float, ...], ...] = ()
@@ -128,7 +136,7 @@ class Proof:
     ) -> tuple[Any, Any]:
         """Write graph and weights; the specifications of inputs and outputs."""
         kind = getattr(torch, dtype)
-        example = {k: self._cast(torch.from_numpy(v), kind) for k, v in cases[0][0].items()}
+        example = {k: self._cast(k, torch.from_numpy(v), kind) for k, v in cases[0][0].items()}
         folder = self.folder / recipe.name
         shutil.rmtree(folder, ignore_errors=True)
         return export_graph(
@@ -152,8 +160,9 @@ class Proof:
         parity.check(f"{recipe.name} in float32", values, "float16")
 
     @staticmethod
-    def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        return tensor.to(dtype) if tensor.ndim > 1 and tensor.is_floating_point() else tensor
+    def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        exact = name in EXACT or not tensor.is_floating_point()
+        return tensor if exact else tensor.to(dtype)
 
     def _compare(
         self,
@@ -177,13 +186,23 @@ class Proof:
         return parity.worst(every)
 
     def _text_encoder_cases(self, module: nn.Module) -> list[Any]:
+        ids = self._ids("tokenizer")
+        contexts = module(torch.from_numpy(ids)).numpy()
+        self.told["context"] = contexts[1:, -1]
+        return [({"input_ids": ids}, {"contexts": contexts})]
+
+    def _text_encoder_2_cases(self, module: nn.Module) -> list[Any]:
+        ids = self._ids("tokenizer_2")
+        contexts, pooled = (found.numpy() for found in module(torch.from_numpy(ids)))
+        both = [self.told["context"], contexts[1:, -1]]
+        self.told = {"context": np.concatenate(both, axis=-1), "pooled": pooled[1:]}
+        return [({"input_ids": ids}, {"contexts": contexts, "pooled": pooled})]
+
+    def _ids(self, tokenizer: str) -> np.ndarray:
         from sdrt.runtime import Tokenizer
 
-        tokenizer = Tokenizer.from_folder(self.folder / "tokenizer", self.manifest.max_tokens)
-        ids = tokenizer(["", PROOF_PROMPT])
-        contexts = module(torch.from_numpy(ids)).numpy()
-        self.contexts = contexts[:, -1]
-        return [({"input_ids": ids}, {"contexts": contexts})]
+        read = Tokenizer.from_folder(self.folder / tokenizer, self.manifest.max_tokens)
+        return read(["", PROOF_PROMPT])
 
     def _unet_cases(self, module: Any) -> list[Any]:
         table = sampler_table(PROOF_SCHEDULER, PROOF_STEPS)
@@ -196,8 +215,10 @@ class Proof:
                 feeds = {
                     "sample": np.concatenate([mixed, self._beside(size)], axis=1),
                     "timestep": np.full(1, timestep, np.float32),
-                    "context": self.contexts[1:],
+                    **self.told,
                 }
+                if module.add_embedding is not None:
+                    feeds["time_ids"] = time_ids_of(Options(), size)[1:]
                 output = module(**{n: torch.from_numpy(v) for n, v in feeds.items()}).numpy()
                 history.append(output)
                 cases.append((feeds, {"output": output}))
@@ -250,12 +271,11 @@ class Proof:
         self, pipe: Pipeline, size: tuple[int, int], steps: int, guidance_scale: float
     ) -> np.ndarray:
         """The proof's picture, [1, 3, H, W], by a bundle's engines."""
-        ids = pipe.tokenizer(["", PROOF_PROMPT])
-        context = pipe.engines["text_encoder"]({"input_ids": ids})["contexts"][:, -1]
+        options = Options(size=f"{size[0]}x{size[1]}", guidance_scale=guidance_scale)
+        (told,) = pipe.told(requests_from(PROOF_PROMPT, options), options)
         table = sampler_table(PROOF_SCHEDULER, steps)
         guidance = Guidance(np.full(steps, guidance_scale))
         start = randn(0, self._latent_shape(size))[0]
-        told = {"context": context.astype(np.float32)}
         run = Run(table, guidance, plan_of(table, guidance), [start], told, self._beside(size)[0])
         *_, last = denoised(pipe.engines["unet"], [run])
         return pipe.decoded(last.latents)

@@ -1,116 +1,257 @@
-"""What the UNet is told: prompts through the text encoder, or embeddings given.
+"""What the UNet is told besides latents and time: prompts through the text encoders, or embeddings
+given, and sizes.
 
-Knows the text encoder's interface: ids in, the context after every layer out.
+Knows the text encoders' interface: ids in, the context after every layer out, and from some the
+prompt as a whole (`pooled`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from sdrt.engine import Engine
 from sdrt.errors import UsageError
 
-from .options import Options, Request
+from .options import SIZES, Options, Request
 from .prompt import Chunks, chunks_from_prompt, weighted
 from .tokenizer import Tokenizer
 
-# Contexts of stretches encoded before, by the bytes of their ids and the layers left out.
-Known = dict[tuple[bytes, int], np.ndarray]
+# What the UNet is fed by input name, [rows, ..]. Of a picture that is guided there are two rows,
+# what is steered away from first; else one.
+Told = dict[str, np.ndarray]
 MOST_KNOWN = 256
 
 
-def contexts_of(
-    encoder: Engine,
-    tokenizer: Tokenizer,
-    most: int,
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """What an encoder made of a stretch of tokens: [tokens, width], and as a whole [width] from the
+    encoders that give it.
+    """
+
+    context: np.ndarray
+    pooled: np.ndarray | None
+
+
+# Stretches encoded before, by the encoder's name, the bytes of their ids and the layers left out.
+Known = dict[tuple[str, bytes, int], Stretch]
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """One of a model's text encoders.
+
+    most: rows of one call
+    known: see `Known`; kept up to date, the oldest are dropped
+    """
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    most: int
+    known: Known
+
+    def chunks(self, texts: Iterable[str], options: Options) -> dict[str, Chunks]:
+        """Every text's stretches of tokens."""
+        return {
+            text: chunks_from_prompt(
+                text,
+                self.tokenizer,
+                weighting=options.weighting,
+                chunking=options.long_prompts == "chunk",
+            )
+            for text in texts
+        }
+
+    def encoded(self, chunks: Iterable[Chunks], clip_skip: int) -> dict[bytes, Stretch]:
+        """Every different stretch, by the bytes of its ids; raises UsageError for a clip_skip that
+        leaves no layer.
+        """
+        rows = {row.tobytes(): row for each in chunks for row in each.ids}
+        places = {key: (self.name, key, clip_skip) for key in rows}
+        found = {key: self.known[at] for key, at in places.items() if at in self.known}
+        keys = [key for key in rows if key not in found]
+        for i in range(0, len(keys), self.most):
+            part = keys[i : i + self.most]
+            made = self.engine({"input_ids": np.stack([rows[key] for key in part])})
+            layers, pooled = made["contexts"], made.get("pooled")
+            if clip_skip >= layers.shape[1]:
+                raise UsageError(
+                    f"clip_skip {clip_skip}; this text encoder has {layers.shape[1]} layers"
+                )
+            for j, key in enumerate(part):
+                context = np.array(layers[j, layers.shape[1] - 1 - clip_skip], np.float32)
+                whole = None if pooled is None else np.array(pooled[j], np.float32)
+                found[key] = self.known[places[key]] = Stretch(context, whole)
+        while len(self.known) > MOST_KNOWN:
+            del self.known[next(iter(self.known))]
+        return found
+
+
+class Reading:
+    """Texts as all of a model's encoders read them."""
+
+    def __init__(
+        self, encoders: Sequence[TextEncoder], texts: Sequence[str], options: Options
+    ) -> None:
+        every = dict.fromkeys([*texts, ""])
+        self.chunks = [encoder.chunks(every, options) for encoder in encoders]
+        self.stretches = [
+            encoder.encoded(chunks.values(), options.clip_skip)
+            for encoder, chunks in zip(encoders, self.chunks, strict=True)
+        ]
+
+    def stretches_of(self, text: str) -> int:
+        return max(len(chunks[text]) for chunks in self.chunks)
+
+    def told(self, text: str, count: int) -> Told:
+        """A text in `count` stretches, the ones that it lacks empty: its context [tokens, width],
+        the encoders' side by side, and as a whole [width] by its first stretch.
+        """
+        told: Told = {}
+        contexts = []
+        for chunks, stretches in zip(self.chunks, self.stretches, strict=True):
+            own, empty = chunks[text], chunks[""]
+            filled = [(own, i) for i in range(len(own))] + [(empty, 0)] * (count - len(own))
+            read = [(stretches[each.ids[i].tobytes()], each.weights[i]) for each, i in filled]
+            contexts.append(np.concatenate([weighted(s.context, w) for s, w in read]))
+            if (whole := read[0][0].pooled) is not None:
+                told["pooled"] = whole
+        return {"context": np.concatenate(contexts, axis=-1), **told}
+
+
+def told_of(
+    encoders: Sequence[TextEncoder],
     requests: Sequence[Request],
     options: Options,
-    known: Known,
-) -> list[np.ndarray]:
-    """The context of every picture, [2, tokens, width] with what is steered away from first, or
-    [1, tokens, width] if nothing is guided.
+    *,
+    fed: Collection[str],
+    size: tuple[int, int],
+    zeroed: bool = False,
+) -> list[Told]:
+    """What the UNet is told of every picture.
 
-    most: rows of one call of the encoder. known: see `encoded_stretches`.
-    Raises UsageError for embeddings that do not fit.
+    fed: the names of the UNet's inputs
+    size: (width, height) of the pictures
+    zeroed: an empty negative prompt is zeros
+    Raises UsageError for embeddings that do not fit, and for sizes that the model is not told of.
     """
-    given, avoided = options.prompt_embeds, options.negative_prompt_embeds
-    texts = [r.prompt for r in requests] if given is None else []
-    if options.guided and avoided is None:
-        texts.append(options.negative_prompt)
-    chunks = {
-        text: chunks_from_prompt(
-            text,
-            tokenizer,
-            weighting=options.weighting,
-            chunking=options.long_prompts == "chunk",
-        )
-        for text in dict.fromkeys([*texts, ""])
-    }
-    stretches = encoded_stretches(encoder, chunks.values(), most, options.clip_skip, known)
+    _check_taken(options, fed)
+    told = _told_of_prompts(encoders, requests, options, "pooled" in fed, zeroed)
+    if "time_ids" in fed:
+        time_ids = time_ids_of(options, size)[0 if options.guided else 1 :]
+        told = [{**each, "time_ids": time_ids} for each in told]
+    return told
 
-    def of_text(text: str, count: int) -> np.ndarray:
-        """The context of a text in `count` stretches; the ones that it lacks are empty."""
-        filled = [(chunks[text], i) for i in range(len(chunks[text]))]
-        filled += [(chunks[""], 0)] * (count - len(filled))
-        return np.concatenate(
-            [weighted(stretches[c.ids[i].tobytes()], c.weights[i]) for c, i in filled]
-        )
 
-    contexts = []
-    for request in requests:
-        negative = chunks.get(options.negative_prompt, ()) if avoided is None else ()
-        if given is None:
-            count = max(len(chunks[request.prompt]), len(negative) if options.guided else 0)
-            prompted = of_text(request.prompt, count)
+def _check_taken(options: Options, fed: Collection[str]) -> None:
+    """Raise UsageError for what this model is not told of."""
+    for name, side in (("time_ids", SIZES), ("pooled", ("pooled_prompt_embeds",))):
+        for option in (*side, *(f"negative_{each}" for each in side)):
+            if name not in fed and getattr(options, option) is not None:
+                raise UsageError(f"{option} is for models such as XL; this one does not take it")
+
+
+def _told_of_prompts(
+    encoders: Sequence[TextEncoder],
+    requests: Sequence[Request],
+    options: Options,
+    pooled: bool,
+    zeroed: bool,
+) -> list[Told]:
+    """The context of every picture, and the prompt as a whole if it is `pooled`."""
+    prompted = avoided = None
+    if options.prompt_embeds is not None:
+        prompted = _given(options, "", pooled)
+    if options.guided and options.negative_prompt_embeds is not None:
+        avoided = _given(options, "negative_", pooled)
+    negative = options.negative_prompt
+    reads_negative = options.guided and avoided is None and not (zeroed and not negative)
+    texts = [r.prompt for r in requests] if prompted is None else []
+    reading = Reading(encoders, texts + [negative] * reads_negative, options)
+
+    def told(request: Request) -> Told:
+        if prompted is None:
+            count = reading.stretches_of(request.prompt)
+            if reads_negative:
+                count = max(count, reading.stretches_of(negative))
+            wanted = reading.told(request.prompt, count)
         else:
-            prompted = _given("prompt_embeds", given, request.prompt_index)
-            count = -(-len(prompted) // tokenizer.length)
+            wanted = _row(prompted, request.prompt_index)
+            count = -(-len(wanted["context"]) // encoders[0].tokenizer.length)
         if not options.guided:
-            contexts.append(prompted[None])
-            continue
-        if avoided is None:
-            unwanted = of_text(options.negative_prompt, count)
+            return {name: value[None] for name, value in wanted.items()}
+        if avoided is not None:
+            unwanted = _row(avoided, request.prompt_index)
+        elif reads_negative:
+            unwanted = reading.told(negative, count)
         else:
-            unwanted = _given("negative_prompt_embeds", avoided, request.prompt_index)
-        if unwanted.shape != prompted.shape:
+            unwanted = {name: np.zeros_like(value) for name, value in wanted.items()}
+        return _both(unwanted, wanted)
+
+    return [told(request) for request in requests]
+
+
+def _both(unwanted: Told, wanted: Told) -> Told:
+    for name, value in wanted.items():
+        if unwanted[name].shape != value.shape:
+            what = "" if name == "context" else "pooled "
             raise UsageError(
-                f"the negative prompt's embeddings are {list(unwanted.shape)}, the prompt's "
-                f"{list(prompted.shape)}; give both of one shape"
+                f"the negative prompt's {what}embeddings are {list(unwanted[name].shape)}, the "
+                f"prompt's {list(value.shape)}; give both of one shape"
             )
-        contexts.append(np.stack([unwanted, prompted]))
-    return contexts
+    return {name: np.stack([unwanted[name], value]) for name, value in wanted.items()}
 
 
-def _given(name: str, embeddings: np.ndarray, index: int) -> np.ndarray:
-    """One picture's embeddings [tokens, width]; one for all is enough."""
-    array = np.asarray(embeddings, np.float32)
-    if array.ndim != 3 or index >= len(array) > 1 or not np.isfinite(array).all():
-        raise UsageError(
-            f"{name} are {list(array.shape)}; expected [pictures or 1, tokens, width] of finite "
-            "numbers"
-        )
-    return array[min(index, len(array) - 1)]
+def _given(options: Options, side: str, pooled: bool) -> Told:
+    """Embeddings instead of a prompt; raises UsageError unless they are all that the model needs.
 
-
-def encoded_stretches(
-    encoder: Engine, chunks: Iterable[Chunks], most: int, clip_skip: int, known: Known
-) -> dict[bytes, np.ndarray]:
-    """The context [tokens, width] of every different stretch, by the bytes of its ids.
-
-    known: those of earlier calls; kept up to date, the oldest are dropped.
+    side: "" or "negative_"
     """
-    rows = {row.tobytes(): row for each in chunks for row in each.ids}
-    found = {key: known[key, clip_skip] for key in rows if (key, clip_skip) in known}
-    keys = [key for key in rows if key not in found]
-    for i in range(0, len(keys), most):
-        part = keys[i : i + most]
-        layers = encoder({"input_ids": np.stack([rows[key] for key in part])})["contexts"]
-        if clip_skip >= layers.shape[1]:
+    name, whole = f"{side}prompt_embeds", f"{side}pooled_prompt_embeds"
+    told = {"context": _checked(name, getattr(options, name), "tokens, width")}
+    if pooled:
+        if getattr(options, whole) is None:
+            raise UsageError(f"{name} without {whole}; this model is told of the whole prompt too")
+        told["pooled"] = _checked(whole, getattr(options, whole), "width")
+    return told
+
+
+def _checked(name: str, embeddings: np.ndarray, axes: str) -> np.ndarray:
+    array = np.asarray(embeddings, np.float32)
+    if array.ndim != 2 + axes.count(",") or not len(array) or not np.isfinite(array).all():
+        raise UsageError(
+            f"{name} are {list(array.shape)}; expected [pictures or 1, {axes}] of finite numbers"
+        )
+    return array
+
+
+def _row(told: Told, index: int) -> Told:
+    """One picture's; one for all is enough."""
+    for name, value in told.items():
+        if index >= len(value) > 1:
             raise UsageError(
-                f"clip_skip {clip_skip}; this text encoder has {layers.shape[1]} layers"
+                f"{len(value)} embeddings ({name}) for picture {index + 1}; give one each, or one"
             )
-        for key, context in zip(part, layers[:, layers.shape[1] - 1 - clip_skip], strict=True):
-            found[key] = known[key, clip_skip] = np.array(context, np.float32)
-    while len(known) > MOST_KNOWN:
-        del known[next(iter(known))]
-    return found
+    return {name: value[min(index, len(value) - 1)] for name, value in told.items()}
+
+
+def parts_of_like_length(told: Mapping[Request, Told], most: int) -> Iterator[list[Request]]:
+    """Pictures whose contexts are of one length, at most so many together."""
+    lengths = {request: each["context"].shape[1] for request, each in told.items()}
+    for tokens in sorted(set(lengths.values())):
+        alike = [request for request, length in lengths.items() if length == tokens]
+        for i in range(0, len(alike), most):
+            yield alike[i : i + most]
+
+
+def time_ids_of(options: Options, size: tuple[int, int]) -> np.ndarray:
+    """The six numbers of sizes that some models are told, [2, 6] float32, those for what is steered
+    away from first: Podell et al. 2023 (arXiv:2307.01952), section 2.2. size: (width, height)
+    """
+    width, height = size
+    usual = dict(zip(SIZES, ((height, width), (0, 0), (height, width)), strict=True))
+    wanted = {name: getattr(options, name) or usual[name] for name in SIZES}
+    unwanted = {name: getattr(options, f"negative_{name}") or wanted[name] for name in SIZES}
+    return np.array([[*chain(*each.values())] for each in (unwanted, wanted)], np.float32)

@@ -13,11 +13,14 @@ from PIL.Image import Image
 from sdrt.errors import UsageError
 
 from .noise import STREAMS
+from .pictures import MOST_SIDE
 
 MOST_IMAGES = 1000
 MOST_GUIDANCE = 100.0
 LONG_PROMPTS = ("chunk", "cut")
 Seed = int | Sequence[int] | None
+Pair = tuple[int, int] | None
+SIZES = ("original_size", "crops_coords_top_left", "target_size")
 Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 
 
@@ -42,6 +45,13 @@ class Options:
     depth_map: for models that take one: near is light
     latents: [B, C, H/8, W/8] starting noise of unit variance instead of the seeds'
     prompt_embeds, negative_prompt_embeds: [B or 1, tokens, width] instead of prompts
+    pooled_prompt_embeds, negative_pooled_prompt_embeds: [B or 1, width] with them, for models that
+        are told of the prompt as a whole
+    original_size, crops_coords_top_left, target_size: (height, width), (top, left), (height, width)
+        for models that are told of sizes: the picture's before it was cut, what was cut, and the
+        wanted one's; None is the size made, (0, 0) and the size made
+    negative_original_size, negative_crops_coords_top_left, negative_target_size: the same for what
+        is steered away from; None is as above
     timesteps, sigmas: rungs instead of the scheduler's own
     clip_skip: layers of the text encoder left out, from its end
     long_prompts: "chunk" reads on in another stretch, "cut" stops and warns
@@ -66,6 +76,14 @@ class Options:
     latents: np.ndarray | None = field(default=None, compare=False)
     prompt_embeds: np.ndarray | None = field(default=None, compare=False)
     negative_prompt_embeds: np.ndarray | None = field(default=None, compare=False)
+    pooled_prompt_embeds: np.ndarray | None = field(default=None, compare=False)
+    negative_pooled_prompt_embeds: np.ndarray | None = field(default=None, compare=False)
+    original_size: Pair = None
+    crops_coords_top_left: Pair = None
+    target_size: Pair = None
+    negative_original_size: Pair = None
+    negative_crops_coords_top_left: Pair = None
+    negative_target_size: Pair = None
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None
     clip_skip: int = 0
@@ -127,6 +145,12 @@ def _check_inputs(options: Options) -> None:
     ):
         if value not in allowed:
             raise UsageError(f"{name} {value!r}; expected {' or '.join(allowed)}")
+    for name in (*SIZES, *(f"negative_{each}" for each in SIZES)):
+        pair = getattr(options, name)
+        if pair is not None and not (
+            len(pair) == 2 and all(isinstance(n, int) and 0 <= n <= MOST_SIDE for n in pair)
+        ):
+            raise UsageError(f"{name} {pair!r}; expected two whole numbers from 0 to {MOST_SIDE}")
     if options.mask_image is not None and options.image is None:
         raise UsageError("a mask without a picture; give image too")
     if options.image is not None:

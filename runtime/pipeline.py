@@ -17,7 +17,7 @@ from sdrt.bundle import Bundle, Manifest, parse_size
 from sdrt.engine import Candidate, Engine, LazyEngine
 from sdrt.errors import SdrtError, UsageError
 
-from .conditioning import Known, contexts_of
+from .conditioning import Known, TextEncoder, Told, parts_of_like_length, told_of
 from .decoding import Tiling, decoded_picture, encoded_picture
 from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
@@ -46,18 +46,18 @@ class Output:
 class Batch:
     """Pictures that are made together.
 
-    contexts: of each, [2 or 1, tokens, width], what is steered away from first
+    told: what the model is fed of each besides latents and time; see `loop.Run`
     """
 
     requests: Sequence[Request]
-    contexts: Sequence[np.ndarray]
+    told: Sequence[Told]
     starts: Sequence[Start]
     source: Source
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Engines, tokenizer and sampler configuration. Made by `load_pipeline`; call it for pictures.
+    """Engines, tokenizers and sampler configuration. Made by `load_pipeline`; call it for pictures.
 
     Immutable: `with_scheduler` gives another pipeline over the same engines.
     """
@@ -68,6 +68,7 @@ class Pipeline:
     scheduler_config: Mapping[str, Any]
     backend: str
     adapters: Adapters = field(repr=False, compare=False)
+    tokenizer_2: Tokenizer | None = None
     known: Known = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(
@@ -245,8 +246,7 @@ class Pipeline:
         alone.
         """
         most, shape = self.manifest.batch[2], self._latent_shape(options)
-        encoder = self.engines["text_encoder"]
-        contexts = contexts_of(encoder, self.tokenizer, most, requests, options, self.known)
+        told = dict(zip(requests, self.told(requests, options), strict=True))
         fed = {spec.name: spec for spec in self.manifest.components["unet"].inputs}["sample"]
         source = source_of(
             partial(encoded_picture, self.engines["vae_encoder"], self._tiling),
@@ -255,7 +255,6 @@ class Pipeline:
             shape,
             int(fed.shape[1]),
         )
-        told = dict(zip(requests, contexts, strict=True))
         parts = parts_of_like_length(told, most) if together else [[r] for r in requests]
         for part in parts:
             starts = [start_of(r, options, table, shape, source) for r in part]
@@ -279,6 +278,23 @@ class Pipeline:
             if on_step:
                 on_step(step)
         return step.latents
+
+    @property
+    def text_encoders(self) -> list[TextEncoder]:
+        """One, or two in models such as XL."""
+        most, tokenizers = self.manifest.batch[2], {"text_encoder": self.tokenizer}
+        if self.tokenizer_2 is not None:
+            tokenizers["text_encoder_2"] = self.tokenizer_2
+        return [
+            TextEncoder(name, self.engines[name], tokenizer, most, self.known)
+            for name, tokenizer in tokenizers.items()
+        ]
+
+    def told(self, requests: Sequence[Request], options: Options) -> list[Told]:
+        """What the model is fed of every picture besides latents and time; raises UsageError."""
+        fed = [spec.name for spec in self.manifest.components["unet"].inputs]
+        size, zeroed = self._size(options), self.manifest.zero_empty_prompt
+        return told_of(self.text_encoders, requests, options, fed=fed, size=size, zeroed=zeroed)
 
     def _steps(
         self, batch: Batch, options: Options, table: SamplerTable, guidance: Guidance
@@ -341,20 +357,12 @@ class Pipeline:
         )
 
 
-def parts_of_like_length(told: Mapping[Request, np.ndarray], most: int) -> Iterator[list[Request]]:
-    """Pictures whose contexts [.., tokens, width] are of one length, at most so many together."""
-    for tokens in sorted({context.shape[1] for context in told.values()}):
-        alike = [request for request, context in told.items() if context.shape[1] == tokens]
-        for i in range(0, len(alike), most):
-            yield alike[i : i + most]
-
-
 def runs_of(batch: Batch, table: SamplerTable, guidance: Guidance) -> list[Run]:
     """The runs of a batch, at their beginning."""
     plan = plan_of(table, guidance)
     return [
-        Run(table, guidance, plan, start.columns, {"context": context}, start.beside)
-        for context, start in zip(batch.contexts, batch.starts, strict=True)
+        Run(table, guidance, plan, start.columns, told, start.beside)
+        for told, start in zip(batch.told, batch.starts, strict=True)
     ]
 
 
@@ -362,11 +370,15 @@ def load_pipeline(bundle: Bundle, candidate: Candidate) -> Pipeline:
     """Load a bundle's engines on the chosen backend; raises BackendError if one does not load."""
     assert candidate.load is not None
     manifest = bundle.manifest
-    tokenizer = Tokenizer.from_folder(bundle.folder / "tokenizer", manifest.max_tokens)
+
+    def tokenizer(folder: str) -> Tokenizer:
+        return Tokenizer.from_folder(bundle.folder / folder, manifest.max_tokens)
+
     config = bundle.json("scheduler/scheduler_config.json")
+    names = ["text_encoder", "text_encoder_2", "unet", "vae_decoder"]
     engines: dict[str, Engine] = {}
     try:
-        for name in ("text_encoder", "unet", "vae_decoder"):
+        for name in (each for each in names if each in manifest.components):
             engines[name] = candidate.load(bundle, name)
     except BaseException:
         for engine in engines.values():
@@ -377,4 +389,6 @@ def load_pipeline(bundle: Bundle, candidate: Candidate) -> Pipeline:
         load = partial(candidate.load, exact, "vae_decoder")
         engines["vae_decoder_float32"] = LazyEngine(load)
     adapters = Adapters(bundle, engines)
-    return Pipeline(manifest, tokenizer, engines, config, candidate.title, adapters)
+    first = tokenizer("tokenizer")
+    second = tokenizer("tokenizer_2") if "text_encoder_2" in manifest.components else None
+    return Pipeline(manifest, first, engines, config, candidate.title, adapters, second)

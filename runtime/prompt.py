@@ -69,11 +69,12 @@ def chunks_from_prompt(
 
 
 def _padded(rows: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> Chunks:
-    ids = np.full((len(rows), tokenizer.length), tokenizer.vocab[END], np.int32)
+    ids = np.full((len(rows), tokenizer.length), tokenizer.pad, np.int32)
     weights = np.ones((len(rows), tokenizer.length), np.float32)
     ids[:, 0] = tokenizer.vocab[START]
     for i, row in enumerate(rows):
         ids[i, 1 : 1 + len(row)] = [token for token, _ in row]
+        ids[i, 1 + len(row)] = tokenizer.vocab[END]
         weights[i, 1 : 1 + len(row)] = [weight for _, weight in row]
     return Chunks(ids, weights)
 

@@ -23,32 +23,41 @@ LONGEST_PROMPT = 10_000
 class Tokenizer:
     """Text to the ids that the text encoder reads."""
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int) -> None:
-        """`length` is the number of ids of every prompt, start and end included."""
+    def __init__(
+        self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int, pad: str = END
+    ) -> None:
+        """length: the number of ids of every prompt, start and end included
+        pad: the token that fills what a prompt leaves; the end again, but for OpenCLIP's encoders
+        """
         self.vocab = vocab
         self.length = length
+        self.pad = vocab[pad]
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self._letters = byte_letters()
         self._word_ids = lru_cache(maxsize=4096)(self._ids_from_word)
 
     @classmethod
     def from_folder(cls, folder: Path, length: int) -> "Tokenizer":
-        """Read `vocab.json` and `merges.txt`; raises BundleError if they do not fit together."""
+        """Read `vocab.json`, `merges.txt` and, where there is one, `tokenizer_config.json` for the
+        token that pads; raises BundleError if they do not fit together.
+        """
         try:
             vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
             lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-        except (OSError, ValueError) as error:
+            config = folder / "tokenizer_config.json"
+            pad = json.loads(config.read_text("utf-8"))["pad_token"] if config.is_file() else END
+        except (OSError, ValueError, KeyError) as error:
             raise BundleError(f"{folder} holds no readable tokenizer: {error}") from error
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         for pair in merges:
             if len(pair) != 2 or "".join(pair) not in vocab:
                 raise BundleError(f"{folder}/merges.txt: {' '.join(pair)!r} is not in vocab.json")
-        if not {START, END} <= set(vocab):
-            raise BundleError(f"{folder}/vocab.json lacks {START} or {END}")
-        return cls(vocab, merges, length)  # type: ignore[arg-type]
+        if not {START, END, pad} <= set(vocab):
+            raise BundleError(f"{folder}/vocab.json lacks {START}, {END} or {pad}")
+        return cls(vocab, merges, length, pad)  # type: ignore[arg-type]
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """Ids [len(texts), length] int32: start, the text's, end, and end again as padding."""
+        """Ids [len(texts), length] int32: start, the text's, end, and padding."""
         return np.array([self._padded(text) for text in texts], np.int32)
 
     def ids(self, text: str) -> list[int]:
@@ -62,9 +71,8 @@ class Tokenizer:
 
     def _padded(self, text: str) -> list[int]:
         ids, room = self.ids(text), self.length - 2
-        end = self.vocab[END]
-        head = [self.vocab[START], *ids[:room]]
-        return head + [end] * (self.length - len(head))
+        head = [self.vocab[START], *ids[:room], self.vocab[END]]
+        return head + [self.pad] * (self.length - len(head))
 
     def _ids_from_word(self, word: str) -> tuple[int, ...]:
         if word in (START, END):

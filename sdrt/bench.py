@@ -44,7 +44,8 @@ class Engine:
 def contestants(bundle: Bundle) -> list[Engine]:
     """The reference library first, where it and the checkpoint's folder are there."""
     found = []
-    if installed("diffusers") and checkpoint_folder(bundle):
+    paired = "text_encoder_2" in bundle.manifest.components  # not measured here
+    if installed("diffusers") and checkpoint_folder(bundle) and not paired:
         found.append(Engine(REFERENCE, "reference", "exact"))
     for candidate in candidates():
         if candidate.why_not is None:
@@ -181,15 +182,17 @@ def _own(backend: str, precision: str, folder: str, size: str, steps: int) -> di
         "timestep": np.full(2, 500, np.float32),
         "context": context.astype(np.float32),
     }
+    for name in set(shapes) - set(feeds):
+        feeds[name] = np.ones((2, int(shapes[name][1])), np.float32)
     latents = {"latents": sample[:1, : pipe.manifest.latent_channels]}
-    ids = {"input_ids": pipe.tokenizer(["", PROMPT])}
+    texts = [(e.engine, {"input_ids": e.tokenizer(["", PROMPT])}) for e in pipe.text_encoders]
 
     def picture() -> object:
         pipe.known.clear()
         return pipe(PROMPT, num_inference_steps=steps, size=size, seed=0)
 
     parts: dict[str, Part] = {
-        "text": lambda: pipe.engines["text_encoder"](ids),
+        "text": lambda: [encoder(ids) for encoder, ids in texts],
         "unet": lambda: pipe.engines["unet"](feeds),
         "decode": lambda: pipe.engines["vae_decoder"](latents),
     }

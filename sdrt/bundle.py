@@ -17,7 +17,7 @@ from .errors import BundleError, UsageError
 
 FORMAT = 2
 MANIFEST = "sdrt.json"
-COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
 # What a bundle's safetensors files say of themselves, and how a transposed weight's name ends.
 NAMES = {"names": "checkpoint"}
 TRANSPOSED = ".T"
@@ -60,6 +60,7 @@ class Manifest:
     preview: [3, latent_channels + 1], colours in [-1, 1] from scaled latents and 1
     multiple: pixels; the sides of pictures of other sizes are multiples of it
     admitted: lower precisions that came near enough to the exact pictures, with the PSNR in dB
+    zero_empty_prompt: whether an empty negative prompt is zeros rather than what is read of it
     """
 
     name: str
@@ -76,6 +77,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     admitted: Mapping[str, float] = field(default_factory=dict)
     multiple: int = 64
+    zero_empty_prompt: bool = False
     format: int = FORMAT
 
 

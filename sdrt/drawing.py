@@ -46,6 +46,9 @@ def options_from_arguments(args: argparse.Namespace) -> Options:
             "mask_image": open_image(args.mask) if args.mask else None,
             "depth_map": open_image(args.depth) if args.depth else None,
             "strength": args.strength,
+            "original_size": _told("--original-size", args.original_size),
+            "crops_coords_top_left": _told("--crop", args.crop),
+            "target_size": _told("--target-size", args.target_size),
             "clip_skip": args.clip_skip,
             "long_prompts": "cut" if args.cut else "chunk",
             "weighting": not args.literal,
@@ -68,6 +71,16 @@ def _interval(text: str) -> tuple[float, float]:
     except ValueError:
         raise UsageError(f"guidance interval {text!r} is not FROM:TO; such as 0.1:0.8") from None
     return low, high
+
+
+def _told(option: str, text: str | None) -> tuple[int, int] | None:
+    """`"1024x768"` across and down -> (768, 1024), as models are told."""
+    if text is None:
+        return None
+    across, x, down = text.lower().partition("x")
+    if not (x and across.isdigit() and down.isdigit()):
+        raise UsageError(f"{option} {text!r} is not two whole numbers; such as 1024x1024")
+    return int(down), int(across)
 
 
 def with_scheduler(pipe: Pipeline, name: str | None, settings: Sequence[str]) -> Pipeline:

@@ -1,14 +1,22 @@
-"""Names of the original layout against the published ones, over all of Stable Diffusion 1.x."""
+"""Single files in the original layout: names, values and configuration against the published ones.
 
+The way into the layout is written here on its own, and the reference library's conversion agrees.
+"""
+
+import dataclasses
+import json
+import re
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from sdrt.errors import CheckpointError
+from sdrt.export import modules
+from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.checkpoint import find_checkpoint
-from sdrt.export.original_layout import PREFIXES, converted, unet_name, vae_name
+from sdrt.export.original_layout import converted, unet_name, vae_name
 from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig
 
@@ -76,39 +84,357 @@ def test_every_vae_name_is_converted():
     assert {vae_name(original_vae_name(name)) for name in published} == published
 
 
-def test_a_file_becomes_a_checkpoint(tiny, tmp_path):
-    """The parts of a file in the original layout come out under their published names."""
-    vae = load_file(tiny / "vae" / "diffusion_pytorch_model.safetensors")
-    tensors = {}
-    for name, tensor in vae.items():
-        square = ".attentions." in name and tensor.ndim == 2
-        tensors[PREFIXES["vae"] + original_vae_name(name)] = (
-            tensor[:, :, None, None].contiguous() if square else tensor
-        )
-    tensors[PREFIXES["unet"] + "input_blocks.0.0.weight"] = torch.ones(3)
-    tensors[PREFIXES["text_encoder"] + "text_model.final_layer_norm.weight"] = torch.ones(2)
-    tensors["model_ema.decay"] = torch.ones(1)
-    parts = converted(tensors)
-    assert parts["vae"].keys() == vae.keys()
-    assert all(torch.equal(parts["vae"][name], vae[name]) for name in vae)
-    assert list(parts["unet"]) == ["conv_in.weight"]
+PREFIX = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    ("1.x", "text_encoder"): "cond_stage_model.transformer.",
+    ("2.x", "text_encoder"): "cond_stage_model.model.",
+    ("XL", "text_encoder"): "conditioner.embedders.0.transformer.",
+    ("XL", "text_encoder_2"): "conditioner.embedders.1.model.",
+}
+ENDS = {
+    "time_embedding.linear_": "time_embed.",
+    "add_embedding.linear_": "label_emb.0.",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+INNER = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 
-    save_file(tensors, tmp_path / "model.safetensors")
+
+def original_unet_name(name, names):
+    """The other direction for two layers a block; names: all, to see which blocks attend."""
+    for new, old in ENDS.items():
+        if name.startswith(new):
+            stem, kind = name.rsplit(".", 1)
+            last = str(2 * (int(stem[-1]) - 1)) if stem[-1].isdigit() else ""
+            return f"{old}{last}.{kind}"
+    side, *rest = re.fullmatch(r"(\w+_block)(?:s\.(\d+))?\.(\w+)\.(\d+)\.(.+)", name).groups()
+    block, part, layer, inner = int(rest[0] or 0), rest[1], int(rest[2]), rest[3]
+    if part == "resnets":
+        stem, kind = inner.rsplit(".", 1)
+        inner = f"{INNER[stem]}.{kind}"
+    slot = 0 if part == "resnets" else 1
+    if side == "mid_block":
+        return f"middle_block.{2 * layer if part == 'resnets' else 1}.{inner}"
+    if part == "downsamplers":
+        return f"input_blocks.{3 * block + 3}.0.{inner.replace('conv', 'op')}"
+    if part == "upsamplers":
+        attends = any(n.startswith(f"up_blocks.{block}.attentions") for n in names)
+        return f"output_blocks.{3 * block + 2}.{1 + attends}.{inner}"
+    if side == "down_block":
+        return f"input_blocks.{3 * block + layer + 1}.{slot}.{inner}"
+    return f"output_blocks.{3 * block + layer}.{slot}.{inner}"
+
+
+def original_text(weights):
+    """A text encoder in OpenCLIP's layout."""
+    made = {}
+    for name, tensor in weights.items():
+        bare = name.removeprefix("text_model.")
+        if "self_attn" in bare and "out_proj" not in bare:
+            kind = bare.rsplit(".", 1)[1]
+            key = bare.replace("encoder.layers", "transformer.resblocks")
+            key = re.sub(r"self_attn\.[qkv]_proj\..*", f"attn.in_proj_{kind}", key)
+            three = [weights[re.sub(r"[qkv]_proj", f"{x}_proj", name)] for x in "qkv"]
+            made[key] = torch.cat(three)
+            continue
+        for new, old in {
+            "encoder.layers": "transformer.resblocks",
+            "layer_norm1": "ln_1",
+            "layer_norm2": "ln_2",
+            "self_attn": "attn",
+            "fc1": "c_fc",
+            "fc2": "c_proj",
+            "final_layer_norm": "ln_final",
+            "embeddings.token_embedding": "token_embedding",
+            "embeddings.position_embedding.weight": "positional_embedding",
+            "text_projection.weight": "text_projection",
+        }.items():
+            bare = bare.replace(new, old)
+        made[bare] = tensor.T.contiguous() if bare == "text_projection" else tensor
+    return made
+
+
+UNETS = {
+    "1.x": {"attention_head_dim": 8, "cross_attention_dim": 64},
+    "1.x inpainting": {"attention_head_dim": 8, "cross_attention_dim": 64, "in_channels": 9},
+    "2.x": {"use_linear_projection": True, "upcast_attention": True, "cross_attention_dim": 64},
+    "XL": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "cross_attention_dim": 192,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 112,
+    },
+    "XL, unlike depths": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, (2, 1)),
+        "reverse_transformer_layers_per_block": ((3, 1, 2), 1),
+        "mid_block_type": "UNetMidBlock2D",
+        "use_linear_projection": True,
+        "cross_attention_dim": 192,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 112,
+    },
+}
+SAMPLE_SIZES = {"1.x": 64, "2.x": 96, "XL": 128}
+
+
+def text_config(vocabulary, **options):
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 1,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 32,
+        "eos_token_id": 2,
+        "hidden_act": "quick_gelu",
+        **options,
+    }
+
+
+def tiny_parts(case, vocabulary):
+    """(configuration, weights) of every part, with channels that fit all published heads."""
+    import transformers
+
+    torch.manual_seed(0)
+    family = case.split()[0].removesuffix(",")
+    unet = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (64, 128),
+        "attention_head_dim": (1, 2),
+        "sample_size": SAMPLE_SIZES[family],
+        **UNETS[case],
+    }
+    vae = {"block_out_channels": [32] * 4, "layers_per_block": 1}
+    vae["scaling_factor"] = 0.13025 if family == "XL" else 0.18215
+    open_clip = {"hidden_act": "gelu", "num_hidden_layers": 3}
+    texts = {"text_encoder": text_config(vocabulary, **(open_clip if family == "2.x" else {}))}
+    if family == "XL":
+        wide = {**open_clip, "hidden_size": 128, "num_attention_heads": 2, "projection_dim": 64}
+        texts["text_encoder_2"] = text_config(vocabulary, **wide)
+    parts = {
+        "unet": (unet, Unet(UnetConfig(**unet)).state_dict()),
+        "vae": (vae, AutoencoderKL(VaeConfig.from_json(vae)).state_dict()),
+    }
+    for part, config in texts.items():
+        kind = "CLIPTextModel" + ("WithProjection" if part == "text_encoder_2" else "")
+        weights = getattr(transformers, kind)(transformers.CLIPTextConfig(**config)).state_dict()
+        named = {
+            n if n.startswith(("text_model.", "text_proj")) else f"text_model.{n}": t
+            for n, t in weights.items()
+        }
+        parts[part] = (config, named)
+    return family, parts
+
+
+def single_file(family, parts):
+    """Every part's weights under the original names."""
+    tensors = {"model_ema.decay": torch.ones(1)}
+    for part, (_, weights) in parts.items():
+        if part == "unet":
+            own = {original_unet_name(n, weights): t for n, t in weights.items()}
+        elif part == "vae":
+            own = {
+                original_vae_name(n): t[:, :, None, None]
+                if ".attentions." in n and t.ndim == 2
+                else t
+                for n, t in weights.items()
+            }
+        elif (family, part) in (("2.x", "text_encoder"), ("XL", "text_encoder_2")):
+            own = {**original_text(weights), "logit_scale": torch.ones(())}
+        else:
+            own = {**weights, "text_model.embeddings.position_ids": torch.arange(32)[None]}
+        prefix = PREFIX.get(part) or PREFIX[family, part]
+        tensors |= {prefix + name: tensor.contiguous() for name, tensor in own.items()}
+    if family == "2.x":  # what 2.x leaves unread
+        layer = "cond_stage_model.model.transformer.resblocks.23"
+        tensors |= {
+            f"{layer}.ln_1.weight": torch.ones(64),
+            f"{layer[:-27]}text_projection": torch.ones(64, 8),
+        }
+    return tensors
+
+
+@pytest.fixture
+def vocabulary(tiny):
+    return len(json.loads((tiny / "tokenizer" / "vocab.json").read_text()))
+
+
+@pytest.fixture
+def written(tiny, tmp_path):
+    """A function that writes tensors as a file beside a tokenizer, and gives its path."""
     shutil.copytree(tiny / "tokenizer", tmp_path / "tokenizer")
-    checkpoint = find_checkpoint(str(tmp_path / "model.safetensors"))
-    assert checkpoint.name == "model" and checkpoint.weights("vae").keys() == vae.keys()
+
+    def write(tensors, **options):
+        save_file(tensors, tmp_path / "model.safetensors", **options)
+        return tmp_path / "model.safetensors"
+
+    return write
+
+
+@pytest.mark.parametrize("case", UNETS)
+def test_there_and_back_is_the_same(case, written, vocabulary):
+    family, parts = tiny_parts(case, vocabulary)
+    checkpoint = find_checkpoint(str(written(single_file(family, parts))))
+    assert set(checkpoint.parts) == set(parts)
+    for part, (config, weights) in parts.items():
+        found = checkpoint.weights(part)
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
+        told = checkpoint.config(part)
+        if part == "unet":
+            own, wanted = UnetConfig.from_json(told), UnetConfig(**config)
+            if family == "1.x" or isinstance(wanted.transformer_layers_per_block, int):
+                wanted = dataclasses.replace(wanted, transformer_layers_per_block=(1, 1))
+            assert own == wanted
+        elif part == "vae":
+            assert VaeConfig.from_json(told) == VaeConfig.from_json(config)
+        else:
+            assert {key: told[key] for key in config} == config
+        getattr(modules, part)(checkpoint)
+    modules.check_fit(checkpoint)
+    pads = [checkpoint.pad_token(name) for name in ("tokenizer", "tokenizer_2")]
+    assert pads == {"1.x": [None, None], "2.x": ["!", None], "XL": [None, "!"]}[family]
+
+
+@pytest.mark.slow
+def test_a_build_from_a_file_is_that_from_the_folder(written, vocabulary, tmp_path):
+    family, parts = tiny_parts("XL", vocabulary)
+    file = written(single_file(family, parts))
+    folder = tmp_path / "folder"
+    converted_folder = find_checkpoint(str(file)).folder
+    for name in ("scheduler", "tokenizer", "tokenizer_2"):
+        shutil.copytree(converted_folder / name, folder / name)
+    for part, (config, weights) in parts.items():
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps(config))
+        save_file(weights, folder / part / "model.safetensors")
+    built = [
+        build_bundle(BuildPlan(str(model), tmp_path / name, sizes=((32, 32),)))
+        for name, model in (("a", file), ("b", folder))
+    ]
+    for part in ("unet", "vae_decoder", "vae_encoder", "text_encoder", "text_encoder_2"):
+        one, other = (bundle / part / "model.safetensors" for bundle in built)
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("case", "metadata", "marks", "wanted"),
+    [
+        ("1.x", None, (), "epsilon"),
+        ("2.x", None, (), "v_prediction"),
+        ("2.x", {"modelspec.prediction_type": "epsilon"}, (), "epsilon"),
+        ("XL", None, (), "epsilon"),
+        ("XL", None, ("v_pred", "ztsnr"), "v_prediction"),
+    ],
+)
+def test_what_a_file_says_of_its_prediction(
+    case, metadata, marks, wanted, written, vocabulary, monkeypatch
+):
+    family, parts = tiny_parts(case, vocabulary)
+    tensors = single_file(family, parts) | {mark: torch.zeros(1) for mark in marks}
+    checkpoint = find_checkpoint(str(written(tensors, metadata=metadata)))
+    scheduler = checkpoint.scheduler_config()
+    assert scheduler["prediction_type"] == wanted
+    assert scheduler.get("rescale_betas_zero_snr", False) == bool(marks)
+    if case == "2.x":
+        assert checkpoint.config("unet")["sample_size"] == (64 if metadata else 96)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("case", ["2.x", "XL"])
+def test_the_references_conversion_agrees(case, vocabulary):
+    utilities = pytest.importorskip("diffusers.loaders.single_file_utils")
+    family, parts = tiny_parts(case, vocabulary)
+    tensors = single_file(family, parts)
+    _, own = converted(tensors)
+    part = "text_encoder_2" if family == "XL" else "text_encoder"
+    prefix = PREFIX[family, part]
+    model = type("Model", (), {"config": None})()
+    model.config = type("Config", (), {"hidden_size": parts[part][0]["hidden_size"]})()
+    # It takes the width of the fused projection from that of the prompt as a whole.
+    kept = {k: v for k, v in tensors.items() if not k.endswith("text_projection")}
+    wanted = utilities.convert_open_clip_checkpoint(model, kept, prefix=prefix)
+    found = {n: t for n, t in own[part].items() if not n.startswith("text_projection")}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    vae = utilities.convert_ldm_vae_checkpoint(
+        dict(tensors), {"down_block_types": [0] * 4, "up_block_types": [0] * 4}
+    )
+    assert own["vae"].keys() == vae.keys()
+
+
+XL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+    "up_block_types": (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+@pytest.mark.reference
+def test_every_name_of_the_published_xl_is_the_references():
+    """On weights without values: the reference's conversion and the one here give the same ones."""
+    utilities = pytest.importorskip("diffusers.loaders.single_file_utils")
+    with torch.device("meta"):
+        published = Unet(UnetConfig(**XL)).state_dict()
+    tensors = {original_unet_name(name, published): t for name, t in published.items()}
+    assert len(tensors) == len(published) == 1680
+    file = {PREFIX["unet"] + name: tensor for name, tensor in tensors.items()}
+    wanted = utilities.convert_ldm_unet_checkpoint(dict(file), {"layers_per_block": 2, **XL})
+    found = {unet_name(name): tensor for name, tensor in tensors.items()}
+    assert found.keys() == wanted.keys() == published.keys()
+    assert all(found[name] is wanted[name] is published[name] for name in published)
 
 
 def test_a_file_of_another_make_is_refused(tmp_path):
-    save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="no unet"):
+    save_file({"x.y": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"no unet: .* recognised nothing, keys begin with x;"
+    ):
         find_checkpoint(str(tmp_path / "other.safetensors"))
 
 
-def test_a_file_without_a_tokenizer_says_where_to_put_one(tmp_path):
-    names = ("unet", "input_blocks.0.0.weight"), ("vae", "encoder.conv_in.weight")
-    tensors = {PREFIXES[part] + name: torch.ones(1) for part, name in names}
-    tensors[PREFIXES["text_encoder"] + "text_model.x"] = torch.ones(1)
-    save_file(tensors, tmp_path / "model.safetensors")
+@pytest.mark.parametrize(
+    ("case", "lost", "message"),
+    [
+        ("1.x", "cond_stage_model.", "no text_encoder: no key begins with cond_stage_model.trans"),
+        ("XL", "conditioner.embedders.1.", "no text_encoder_2: .*recognised its unet"),
+        ("XL", "conditioner.embedders.0.", "no text_encoder: .*embedders.0"),
+        ("2.x", "model.diffusion_model.input_blocks.0.", "lacks conv_in.weight"),
+    ],
+)
+def test_a_file_that_lacks_a_part_is_refused(case, lost, message, written, vocabulary):
+    family, parts = tiny_parts(case, vocabulary)
+    tensors = {k: t for k, t in single_file(family, parts).items() if not k.startswith(lost)}
+    with pytest.raises(CheckpointError, match=message):
+        find_checkpoint(str(written(tensors)))
+
+
+def test_a_file_without_a_tokenizer_says_where_to_put_one(tmp_path, vocabulary):
+    family, parts = tiny_parts("1.x", vocabulary)
+    save_file(single_file(family, parts), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"vocab\.json and merges\.txt into"):
         find_checkpoint(str(tmp_path / "model.safetensors"))

@@ -1,0 +1,235 @@
+"""Models with two text encoders and sizes: a tiny one of random weights, against the reference."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sdrt
+from sdrt.errors import UsageError
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.reference,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+PROMPT = "a red circle on a blue background"
+NEGATIVE = "a green cross"
+STEPS = 6
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_xl_bundle):
+    with sdrt.load(tiny_xl_bundle, backend="onnxruntime") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_xl):
+    """A function that runs one of the reference's pipelines with a scheduler of ours."""
+    clip = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+    parts = {
+        name: getattr(transformers, kind).from_pretrained(tiny_xl / name).eval()
+        for name, kind in clip.items()
+    }
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        parts[name] = transformers.CLIPTokenizer.from_pretrained(
+            str(tiny_xl / name), pad_token=pad, model_max_length=32
+        )
+    parts["unet"] = diffusers.UNet2DConditionModel.from_pretrained(tiny_xl / "unet").eval()
+    parts["vae"] = diffusers.AutoencoderKL.from_pretrained(tiny_xl / "vae").eval()
+
+    def run(kind, own, seed=0, **arguments):
+        config = own.scheduler_config
+        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        made = getattr(diffusers, kind)(**parts, scheduler=scheduler, add_watermarker=False)
+        made.set_progress_bar_config(disable=True)
+        return made(
+            generator=torch.Generator("cpu").manual_seed(seed),
+            num_inference_steps=STEPS,
+            output_type="np",
+            **{"guidance_scale": 7.5, **arguments},
+        ).images[0]
+
+    return run
+
+
+def decibels(own, wanted, prompt=PROMPT, **options):
+    *_, last = own.steps(prompt, **{"num_inference_steps": STEPS, "seed": 0, **options})
+    found = np.clip(own.decoded(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
+    return 10 * np.log10(1.0 / max(np.mean((found.astype(np.float64) - wanted) ** 2), 1e-12))
+
+
+def picture(size=(SIDE, SIDE)):
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"],
+)
+def test_pictures_are_the_references(pipe, reference, name):
+    own = pipe.with_scheduler(name)
+    wanted = reference("StableDiffusionXLPipeline", own, prompt=PROMPT)
+    assert decibels(own, wanted) >= 50
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_image_to_image_is_the_references(pipe, reference, name, strength):
+    own, options = pipe.with_scheduler(name), {"image": picture(), "strength": strength}
+    wanted = reference("StableDiffusionXLImg2ImgPipeline", own, prompt=PROMPT, **options)
+    assert decibels(own, wanted, **options) >= 50
+
+
+def test_inpainting_is_the_references(pipe, reference):
+    light = np.zeros((SIDE, SIDE), np.uint8)
+    light[8:24, 0:16] = 255
+    options = {"image": picture(), "mask_image": Image.fromarray(light), "strength": 0.7}
+    own, side = pipe.with_scheduler("EulerDiscreteScheduler"), {"width": SIDE, "height": SIDE}
+    wanted = reference("StableDiffusionXLInpaintPipeline", own, prompt=PROMPT, **side, **options)
+    assert decibels(own, wanted, **options) >= 50
+
+
+SIZES = {"original_size": (512, 300), "crops_coords_top_left": (16, 4), "target_size": (64, 96)}
+UNLIKE = {"negative_original_size": (100, 90), "negative_target_size": (1024, 1024)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_scale": 1.0},
+        {"negative_prompt": NEGATIVE},
+        {"guidance_rescale": 0.6},
+        {"clip_skip": 1, "guidance_scale": 1.0},  # the reference leaves it out of the negative's
+        SIZES,
+        {**SIZES, **UNLIKE, "negative_crops_coords_top_left": (1, 2)},
+    ],
+    ids=lambda options: "+".join(options)[:40],
+)
+def test_options_are_the_references(pipe, reference, options):
+    wanted = reference("StableDiffusionXLPipeline", pipe, prompt=PROMPT, **options)
+    assert decibels(pipe, wanted, **options) >= 50
+
+
+def test_sizes_of_a_picture_to_start_from_are_the_references(pipe, reference):
+    options = {"image": picture(), "strength": 0.8, **SIZES, **UNLIKE}
+    # The reference takes the crop of what is wanted for what is not.
+    same = options | {"negative_crops_coords_top_left": SIZES["crops_coords_top_left"]}
+    own = pipe.with_scheduler("EulerDiscreteScheduler")
+    wanted = reference("StableDiffusionXLImg2ImgPipeline", own, prompt=PROMPT, **options)
+    assert decibels(own, wanted, **same) >= 50
+
+
+def test_every_size_tells_the_model_its_own(pipe, reference):
+    wanted = reference("StableDiffusionXLPipeline", pipe, prompt=PROMPT, width=48, height=32)
+    assert wanted.shape == (32, 48, 3)
+    assert decibels(pipe, wanted, size="48x32") >= 50
+
+
+def embeddings():
+    rng = np.random.default_rng(0)
+    shapes = {"prompt_embeds": (1, 32, 40), "pooled_prompt_embeds": (1, 20)}
+    return {
+        f"{side}{name}": rng.normal(size=shape).astype(np.float32)
+        for side in ("", "negative_")
+        for name, shape in shapes.items()
+    }
+
+
+def test_embeddings_given_are_the_references(pipe, reference):
+    given = embeddings()
+    tensors = {name: torch.from_numpy(array) for name, array in given.items()}
+    wanted = reference("StableDiffusionXLPipeline", pipe, **tensors)
+    assert decibels(pipe, wanted, None, **given) >= 50
+
+
+def test_an_empty_negative_prompt_is_read_where_the_model_says_so(pipe, reference):
+    wanted = reference("StableDiffusionXLPipeline", pipe, prompt=PROMPT, negative_prompt="")
+    own = replace(pipe, manifest=replace(pipe.manifest, zero_empty_prompt=False))
+    assert pipe.manifest.zero_empty_prompt
+    assert decibels(own, wanted) >= 50 > decibels(pipe, wanted)
+
+
+def test_one_picture_is_the_same_whatever_is_in_its_batch(pipe):
+    long = PROMPT + " BREAK " + NEGATIVE
+    prompts = [PROMPT, NEGATIVE, long, PROMPT]
+    together = pipe(prompts, seed=[1, 2, 3, 4], num_inference_steps=3).images
+    for prompt, seed, image in zip(prompts, (1, 2, 3, 4), together, strict=True):
+        alone = pipe(prompt, seed=seed, num_inference_steps=3).images[0]
+        assert np.abs(np.asarray(image, int) - np.asarray(alone, int)).max() <= 1
+
+
+def told(pipe, prompt, **options):
+    from sdrt.runtime.options import options_from, requests_from
+
+    chosen = options_from({"seed": 0, "guidance_scale": 1.0, **options})
+    return pipe.told(requests_from(prompt, chosen), chosen)[0]
+
+
+def test_attention_weighs_both_contexts_and_leaves_the_whole(pipe):
+    plain, heavy = told(pipe, PROMPT), told(pipe, PROMPT.replace("red", "(red:1.5)"))
+    assert plain["context"].shape == (1, 32, 40) and plain["time_ids"].tolist() == [
+        [SIDE, SIDE, 0, 0, SIDE, SIDE]
+    ]
+    for columns in (slice(0, 16), slice(16, 40)):
+        before, after = plain["context"][0, :, columns], heavy["context"][0, :, columns]
+        assert before.mean() == pytest.approx(after.mean(), rel=1e-4)
+        factors = np.median(after / before, axis=1)
+        assert factors[2] == pytest.approx(1.5 * factors[1], rel=1e-4)
+    assert np.array_equal(plain["pooled"], heavy["pooled"])
+
+
+def test_a_long_prompt_is_known_as_a_whole_by_its_first_stretch(pipe):
+    first, both = told(pipe, PROMPT), told(pipe, PROMPT + " BREAK " + NEGATIVE)
+    assert both["context"].shape == (1, 64, 40)
+    assert np.array_equal(both["context"][:, :32], first["context"])
+    assert np.array_equal(both["pooled"], first["pooled"])
+
+
+def test_torch_draws_the_same(pipe, tiny_xl_bundle):
+    options = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 0}
+    wanted = np.asarray(pipe(**options).images[0], int)
+    with sdrt.load(tiny_xl_bundle, backend="torch") as other:
+        assert np.abs(np.asarray(other(**options).images[0], int) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"original_size": (512,)}, "original_size"),
+        ({"target_size": (512, -1)}, "target_size"),
+        ({"clip_skip": 2}, "2 layers"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(pipe, options, message):
+    with pytest.raises(UsageError, match=message):
+        pipe(PROMPT, num_inference_steps=1, **options)
+
+
+def test_embeddings_that_do_not_fit_are_refused(pipe):
+    given = embeddings()
+    for name in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
+        lacking = {key: value for key, value in given.items() if key != name}
+        with pytest.raises(UsageError, match=f"without {name}"):
+            pipe(None, num_inference_steps=1, **lacking)
+    with pytest.raises(UsageError, match="pooled embeddings"):
+        pipe(None, num_inference_steps=1, **given | {"pooled_prompt_embeds": np.zeros((1, 9))})
+    with pytest.raises(UsageError, match="context is"):
+        narrow = {"prompt_embeds": np.zeros((1, 32, 16)), "guidance_scale": 1.0}
+        pipe(None, num_inference_steps=1, **given | narrow)
+
+
+@pytest.mark.parametrize("option", ["original_size", "negative_pooled_prompt_embeds"])
+def test_what_another_model_is_told_is_refused(shapes, option):
+    value = (64, 64) if "size" in option else np.zeros((1, 20))
+    with (
+        sdrt.load(shapes, backend="onnxruntime") as other,
+        pytest.raises(UsageError, match=f"{option} is for models such as XL"),
+    ):
+        other(PROMPT, num_inference_steps=1, **{option: value})
