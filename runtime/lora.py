@@ -59,22 +59,23 @@ class Change:
     key: str
     factors: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def delta(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The change, float32, in the weight's shape; raises CheckpointError if it misfits."""
+    def delta(self, shape: tuple[int, ...], weight: float, turned: bool = False) -> np.ndarray:
+        """`weight` times the change, float32, in the shape of the model's weight, or of that
+        transposed; raises CheckpointError if it misfits.
+        """
         if not {"down", "up"} <= set(self.factors):
             raise CheckpointError(f"the LoRA's {self.key} lacks its down or its up factor")
         down, up = (self.factors[name].astype(np.float32) for name in ("down", "up"))
-        alpha = float(self.factors.get("alpha", len(down)))
-        a, b = up.reshape(len(up), -1), down.reshape(len(down), -1)
+        scale = weight * float(self.factors.get("alpha", len(down))) / len(down)
+        a = up.reshape(len(up), -1) * np.float32(scale)
+        b = down.reshape(len(down), -1)
         try:
-            if "mid" in self.factors:
-                mid = self.factors["mid"].astype(np.float32)
-                product = np.einsum("or,rshw,si->oihw", a, mid, b, optimize=True)
-            else:
-                product = a @ b
             if (len(up), down.shape[1]) != shape[:2]:
                 raise ValueError
-            return np.float32(alpha / len(down)) * product.reshape(shape)
+            if "mid" in self.factors:
+                mid = self.factors["mid"].astype(np.float32)
+                return np.einsum("or,rshw,si->oihw", a, mid, b, optimize=True).reshape(shape)
+            return b.T @ a.T if turned else (a @ b).reshape(shape)
         except ValueError:
             raise CheckpointError(
                 f"the LoRA's {self.key} is {list(up.shape)} by {list(down.shape)}, the weight "
@@ -227,8 +228,11 @@ def deltas(
     for name, changes in touched.items():
         turned = name.endswith(TRANSPOSED)
         shape = shapes[name][::-1] if turned else shapes[name]
-        total = sum(np.float32(weight) * change.delta(shape) for weight, change in changes)
-        yield name, np.asarray(total).T if turned else np.asarray(total)
+        (weight, first), *others = changes
+        total = first.delta(shape, weight, turned)
+        for weight, change in others:
+            total += change.delta(shape, weight, turned)
+        yield name, total
 
 
 class Adapters:
@@ -262,15 +266,17 @@ class Adapters:
             return {}
         stored = Tensors(self._bundle.graph(part).with_name("model.safetensors"))
         if stored.metadata != NAMES:
+            model = self._bundle.manifest.source.split(",")[0]
             raise BundleError(
                 f"{self._bundle.folder} was built before bundles kept their weights' names, which "
-                f"LoRA needs; type: sdrt build --model {self._bundle.manifest.source} --force"
+                f"LoRA needs; type: sdrt build --model {model} --force"
             )
         shapes = {name: stored.shape(name) for name in stored}
-        return {
-            name: (stored[name].astype(np.float32) + delta).astype(stored[name].dtype)
-            for name, delta in deltas(part, shapes, loras)
-        }
+        refit = {}
+        for name, array in deltas(part, shapes, loras):
+            array += stored[name]
+            refit[name] = array.astype(stored[name].dtype, copy=False)
+        return refit
 
     @property
     def text(self) -> str:

@@ -54,6 +54,12 @@ def test_every_size_of_a_bundle_makes_pictures(tiny_bundle):
             pipe("a", size="40x32")
 
 
+def test_sides_that_the_model_cannot_halve_are_refused(tiny, tmp_path):
+    with pytest.raises(sdrt.UsageError, match=r"40x32; .* multiples of 16"):
+        build_bundle(BuildPlan(str(tiny), tmp_path / "b", sizes=((40, 32),)))
+    assert nothing_but_the_lock(tmp_path)
+
+
 def test_torch_backend_draws_the_same(tiny_bundle):
     images = {}
     for backend in ("torch", "onnxruntime"):

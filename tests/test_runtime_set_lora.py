@@ -176,7 +176,7 @@ def test_alphas_that_peft_keeps_beside_the_tensors(embedded, reference, tmp_path
     for (_, module), change in changes.items():
         name = next(n for n in base if n.replace(".", "_") == f"{module}_weight")
         fused = state[name.replace(".weight", ".base_layer.weight")].numpy()
-        delta = change.delta(fused.shape)
+        delta = change.delta(fused.shape, 1.0)
         assert np.abs(delta).max() > 1e-3
         np.testing.assert_allclose(base[name].numpy() + delta, fused, atol=1e-5)
 
