@@ -118,13 +118,12 @@ def costs_of(pipe: "Pipeline", most: int, kept: Path | None = None) -> Costs:
 def measured(pipe: "Pipeline", most: int) -> Costs:
     """Call every engine at every size, with more rows as long as that pays and fits."""
     base = resident_bytes()
-    engines, manifest = pipe.engines, pipe.manifest
+    manifest = pipe.manifest
     sizes = {}
     for width, height in manifest.sizes:
         sides = height // manifest.downscale, width // manifest.downscale
         sizes[width, height] = _size_costs(pipe, sides, most, base)
-    tokens = made_up(engines["text_encoder"], 1, (0, 0), manifest.max_tokens)
-    encode = _seconds(partial(engines["text_encoder"], tokens))
+    encode = sum(_seconds_of(pipe, name, (0, 0)) for name in ("text_encoder", "text_encoder_2"))
     return Costs(encode, sizes, base)
 
 
@@ -142,9 +141,15 @@ def _size_costs(pipe: "Pipeline", sides: tuple[int, int], most: int, base: int) 
         best, rows = rows, rows * 2
         if 2 * grown[best] > MEMORY_SHARE * (available_bytes() + grown[best]):
             break
-    decoder = pipe.engines["vae_decoder"]
-    decode = _seconds(partial(decoder, made_up(decoder, 1, sides, 0)))
-    return SizeCosts(calls, grown, best, decode)
+    return SizeCosts(calls, grown, best, _seconds_of(pipe, "vae_decoder", sides))
+
+
+def _seconds_of(pipe: "Pipeline", name: str, sides: tuple[int, int]) -> float:
+    """Of one call of a component; 0 where the model has none."""
+    if name not in pipe.manifest.components:
+        return 0.0
+    engine = pipe.engines[name]
+    return _seconds(partial(engine, made_up(engine, 1, sides, pipe.manifest.max_tokens)))
 
 
 def _seconds(call: Callable[[], object]) -> float:

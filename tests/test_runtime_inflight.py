@@ -366,6 +366,7 @@ def test_what_is_unfinished_at_the_end_is_cancelled(watched):
         {"options": {"nonesuch": 1}},
         {"options": {"num_inference_steps": 0}},
         {"options": {"size": "8x8"}},
+        {"options": {"size": "128x64"}},
         {"options": {"size": "128x128"}},
         {"options": {"seed": -1}},
     ],
