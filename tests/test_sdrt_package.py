@@ -21,6 +21,11 @@ HEAVY = (
     "tensorrt_rtx",
     "onnxruntime",
     "diffusers",
+    "fastapi",
+    "starlette",
+    "pydantic",
+    "uvicorn",
+    "prometheus_client",
 )
 ALLOWED = {
     "engine": {"bundle", "errors", "engine"},
