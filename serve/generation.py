@@ -20,7 +20,8 @@ from .requests import Generation
 from .stream import EventStream, event_bytes
 from .watch import Watch, failure_of
 
-PULSE_SECONDS = 0.5
+PULSE_SECONDS, QUIET_SECONDS = 0.5, 15.0
+NOTHING_NEW = b":\n\n"  # a comment, so that no proxy takes the stream for dead
 T = TypeVar("T")
 
 
@@ -100,15 +101,15 @@ class _Telling:
         """Every picture's way. A failure is raised, which cancels the others."""
         for event in self._queued():
             yield event
-        pulse = PULSE_SECONDS if self.body.progress else None
+        pulse = PULSE_SECONDS if self.body.progress else QUIET_SECONDS
         async with contextlib.aclosing(self.watch.events(request.receive, pulse)) as heard:
             async for ticket, step in heard:
                 if ticket is None:
-                    told = self._queued()
+                    told = list(self._queued()) or [NOTHING_NEW]
                 elif step is None:
-                    told = iter([await self.context.off_loop(self._completed, ticket)])
+                    told = [await self.context.off_loop(self._completed, ticket)]
                 else:
-                    told = iter(await self.context.off_loop(self._stepped, ticket, step))
+                    told = await self.context.off_loop(self._stepped, ticket, step)
                 for event in told:
                     yield event
 

@@ -35,7 +35,7 @@ class Settings:
     log_prompts: bool = False
     most_work: int = 2**30
     most_body: int = 32 * 2**20
-    body_seconds: float = 30.0
+    body_seconds: float = 60.0
     head_seconds: float = 15.0
     stalled_seconds: float = 60.0
 

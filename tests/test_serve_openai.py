@@ -2,13 +2,14 @@
 
 import base64
 import json
+from contextlib import ExitStack
 from io import BytesIO
 
 import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving import PROMPT, client, served
+from serving import PROMPT, client, engine_of, served, wait_for
 
 from sdrt.runtime.pictures import settings_from_text, text_of
 
@@ -78,6 +79,33 @@ def test_a_stream_tells_its_way(api, pipe):
         return np.abs(np.asarray(picture(event.b64_json), float) - np.asarray(small)).mean()
 
     assert far(partial[-1]) < far(partial[0])
+
+
+def test_who_waits_hears_where(shapes):
+    """One slot; the second and third wait, and move up when the first one leaves."""
+    with served(shapes, slots=1) as server, client(server) as http, ExitStack() as stack:
+        body = {"prompt": PROMPT, "stream": True, "progress": True, "num_inference_steps": 900}
+        asked, streams = [], []
+        for _ in range(3):
+            asked.append(ExitStack())
+            stack.push(asked[-1])
+            answer = asked[-1].enter_context(
+                http.stream("POST", "/v1/images/generations", json=body)
+            )
+            streams.append(answer.iter_lines())
+            first = _event(streams[-1])
+        wait_for(lambda: len(engine_of(server).tickets()) == 3)
+        assert (first["type"], first["position"]) == ("image_generation.queued", 1)
+        assert next(line for line in streams[2] if line).startswith(":")  # nothing new, but alive
+        asked[0].close()
+        assert _event(streams[2])["position"] == 0
+        while _event(streams[1])["type"] != "image_generation.progress":
+            pass
+
+
+def _event(lines):
+    line = next(line for line in lines if line.startswith("data: "))
+    return json.loads(line.removeprefix("data: "))
 
 
 def test_a_plain_stream_has_what_openai_names(api):
