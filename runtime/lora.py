@@ -1,9 +1,10 @@
 """LoRA files: small changes to a model's weights, added at the build or between pictures.
 
-Knows the key layouts of kohya's scripts (`lora_unet_..`, `lora_te_..`) and of PEFT and the
-reference library (`unet.` and `text_encoder.` with `lora_A`, `lora_B`, `lora.down`, `lora.up`),
-linear layers and convolutions, LoCon's middle factor included. Hu et al. 2021 (arXiv:2106.09685),
-eq. 3. Knows numpy; the weights may be a checkpoint's or a bundle's.
+Knows the key layouts of kohya's scripts (`lora_unet_..`, `lora_te_..`), under the original layout's
+names too as files for XL have them (`lora_unet_input_blocks_4_1_..`), and of PEFT and the reference
+library (`unet.` and `text_encoder.` with `lora_A`, `lora_B`, `lora.down`, `lora.up`), linear layers
+and convolutions, LoCon's middle factor included. Hu et al. 2021 (arXiv:2106.09685), eq. 3. Knows
+numpy; the weights may be a checkpoint's or a bundle's.
 """
 
 import json
@@ -49,6 +50,21 @@ TAIL = re.compile(
     r"|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up)"
     r"(?:\.default)?\.weight|_lora\.(?P<old>down|up)\.weight|\.(?P<alpha>alpha))$"
 )
+ORIGINAL_ENDS = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}
+ORIGINAL_RESNET = {
+    "in_layers_2": "conv1",
+    "emb_layers_1": "time_emb_proj",
+    "out_layers_3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+SIDES = {"input": "down_blocks", "output": "up_blocks"}
 Place = tuple[str, str]  # a part, and a module of it with underscores for dots
 
 
@@ -160,7 +176,7 @@ def changes_from_tensors(
         if not np.isfinite(tensor).all():
             raise CheckpointError(f"{key} holds NaN or infinity")
         kind = tail["alpha"] or tail["old"] or KINDS[tail["kind"]]
-        place = PARTS[prefix], _flat(module.replace(".processor", ""))
+        place = PARTS[prefix], _published(_flat(module.replace(".processor", "")))
         changes.setdefault(place, Change(head)).factors[kind] = tensor
     if unknown:
         raise CheckpointError(
@@ -184,6 +200,26 @@ def _add_alphas(changes: Mapping[Place, Change], settings: Mapping[str, Any]) ->
 def _flat(module: str) -> str:
     """A module's name as kohya writes it, without what wrappers put before it."""
     return module.replace(".", "_").removeprefix("model_").removeprefix("text_model_")
+
+
+def _published(module: str) -> str:
+    """The usual name of a module that the original layout of XL names, as its LoRA files do."""
+    if module in ORIGINAL_ENDS:
+        return ORIGINAL_ENDS[module]
+    match = re.fullmatch(r"(input|middle|output)_blocks?_(\d+)_(.+)", module)
+    if not match:
+        return module + "_0" if module.endswith("_to_out") else module
+    side, number, rest = match[1], int(match[2]), match[3]
+    if side == "middle":
+        place = "attentions_0" if number == 1 else f"resnets_{number // 2}"
+        return f"mid_block_{place}_{ORIGINAL_RESNET.get(rest, rest)}"
+    slot, _, rest = rest.partition("_")
+    block, layer = divmod(number - 1 if side == "input" else number, 3)
+    if rest in ("op", "conv"):
+        change = "downsamplers" if side == "input" else "upsamplers"
+        return f"{SIDES[side]}_{block}_{change}_0_conv"
+    part = "resnets" if slot == "0" else "attentions"
+    return f"{SIDES[side]}_{block}_{part}_{layer}_{ORIGINAL_RESNET.get(rest, rest)}"
 
 
 def _counted(keys: Sequence[str]) -> str:

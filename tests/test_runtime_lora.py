@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from sdrt.errors import CheckpointError, UsageError
 from sdrt.export.checkpoint import find_checkpoint
-from sdrt.runtime.lora import parse_lora
+from sdrt.runtime.lora import parse_lora, read_lora
 
 pytestmark = [
     pytest.mark.reference,
@@ -137,3 +137,34 @@ def test_files_that_are_none_are_refused(tiny):
     with pytest.raises(UsageError, match="LoRA weight 99"):
         parse_lora("l.safetensors:99")
     assert parse_lora("l.safetensors:0.25")[1] == 0.25
+
+
+def test_names_of_the_original_layout_are_the_references(tmp_path):
+    """As files for XL name them; the reference's own conversion says which module is meant."""
+    modules = [
+        *("input_blocks_4_1_transformer_blocks_0_attn1_to_q", "input_blocks_4_1_proj_in"),
+        *("input_blocks_4_0_in_layers_2", "input_blocks_4_0_emb_layers_1"),
+        *("input_blocks_4_0_skip_connection", "input_blocks_3_0_op", "middle_block_2_in_layers_2"),
+        *("middle_block_1_transformer_blocks_0_attn2_to_k", "middle_block_0_out_layers_3"),
+        *("output_blocks_0_1_transformer_blocks_3_ff_net_0_proj", "output_blocks_2_2_conv"),
+        *("output_blocks_8_0_in_layers_2", "output_blocks_5_1_proj_out", "output_blocks_5_2_conv"),
+        "input_blocks_8_1_transformer_blocks_9_attn1_to_out_0",
+    ]
+    own = set()
+    converted = {}
+    for i, module in enumerate(modules):
+        saved = {
+            f"lora_unet_{module}.lora_down.weight": torch.full((2, 8), float(i + 1)),
+            f"lora_unet_{module}.lora_up.weight": torch.ones((8, 2)),
+            f"lora_unet_{module}.alpha": torch.tensor(1.0),
+        }
+        save_file(saved, tmp_path / "one.safetensors")
+        ((_, place),) = read_lora(tmp_path / "one.safetensors", 1.0).changes
+        own.add((place, i + 1))
+        converted |= saved
+    config = type("Config", (), {"layers_per_block": 2})
+    kind = diffusers.StableDiffusionXLPipeline
+    state, _ = kind.lora_state_dict(dict(converted), unet_config=config)
+    save_file(state, tmp_path / "theirs.safetensors")  # which is the reference's older layout
+    theirs = read_lora(tmp_path / "theirs.safetensors", 1.0).changes
+    assert own == {(m, int(change.factors["down"].max())) for (_, m), change in theirs.items()}
