@@ -20,6 +20,7 @@ from sdrt.bundle import home
 from sdrt.errors import CheckpointError
 
 from .original_config import Family, configs_of, family_of
+from .weight_files import open_safetensors
 
 log = logging.getLogger("sdrt.build")
 TOKENIZER_SOURCE = "openai/clip-vit-large-patch14"
@@ -170,8 +171,6 @@ def converted(tensors: Mapping[str, Tensor]) -> tuple[Family, dict[str, dict[str
 
 def prediction_of(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
     """What the file says that its model predicts, in its metadata or by a key that marks it."""
-    from .checkpoint import open_safetensors
-
     with open_safetensors(path) as file:
         said = (file.metadata() or {}).get("modelspec.prediction_type")
     if "v_pred" in tensors or said in ("v", "v_prediction"):

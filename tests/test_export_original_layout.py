@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.original_layout import converted, unet_name, vae_name
 from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig
+from sdrt.runtime.lora import changes_from_tensors
 
 
 def original_unet_names():
@@ -407,6 +409,17 @@ def test_every_name_of_the_published_xl_is_the_references():
     found = {unet_name(name): tensor for name, tensor in tensors.items()}
     assert found.keys() == wanted.keys() == published.keys()
     assert all(found[name] is wanted[name] is published[name] for name in published)
+
+
+def test_lora_files_may_name_modules_as_in_the_original_layout():
+    with torch.device("meta"):
+        names = Unet(UnetConfig(**XL)).state_dict()
+    for name in (name for name, weight in names.items() if weight.ndim > 1):
+        flat = name.rpartition(".")[0].replace(".", "_")
+        original = original_unet_name(name, names).rpartition(".")[0].replace(".", "_")
+        for module in (flat, original):
+            key = f"lora_unet_{module}.lora_down.weight"
+            assert list(changes_from_tensors({key: np.zeros((1, 1))}, {})) == [("unet", flat)]
 
 
 def test_a_file_of_another_make_is_refused(tmp_path):
