@@ -124,7 +124,7 @@ def load(component: str, folder: Path) -> dict[str, Any]:
     import numpy as np
     import onnxruntime as ort
 
-    from sdrt.export.parity import measures
+    from sdrt.engine.parity import measures
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
