@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export SDRT_HOME ?= $(CURDIR)/build/sdrt
 
-.PHONY: demo test test-slow check lint types wheel bundle bench clean
+.PHONY: demo test test-slow gpu-check check lint types wheel bundle bench clean
 
 demo: $(READY)
 	$(BIN)/sdrt build --model shapes --force
@@ -16,6 +16,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow
+
+# On a machine with a GPU: all that needs one; the results go to benchmarks/results.
+gpu-check: $(READY)
+	$(BIN)/python tools/gpu_check.py
 
 check: lint types test
 

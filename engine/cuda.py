@@ -16,6 +16,8 @@ from cuda.bindings import driver, nvrtc
 
 from sdrt.errors import BackendError
 
+from .gpus import this_machine
+
 OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
 # After these nothing works in the process until the GPU's context is made anew.
 STICKY = {
@@ -38,6 +40,10 @@ class Device:
     """
 
     def __init__(self, index: int) -> None:
+        """Raises BackendError where there is no such GPU."""
+        machine = this_machine()
+        if index >= len(machine.gpus):
+            raise BackendError(machine.why_none or f"there is no GPU {index}")
         self.index = index
         self.broken: str | None = None
         self.lock = threading.RLock()

@@ -25,6 +25,8 @@ from sdrt.errors import BackendError, BundleError
 log = logging.getLogger(__name__)
 PICTURE_ROWS = 1  # the runtime decodes and encodes one picture at a time
 MOST_STRETCHES = 4  # of a prompt, each of the text encoder's length
+# Files whose sha256 this process has compared, so that gigabytes are not hashed twice in a load.
+_unchanged: set[tuple[object, ...]] = set()
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # for each input: least, usual, most
 
@@ -88,19 +90,22 @@ class Plan:
         """The plan's bytes; raises BackendError if they are not those that were written."""
         try:
             with self.path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                mark = (self.path, self.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ino)
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise BackendError(f"{self.path} cannot be read: {error}") from error
         with content:
-            if reason := self._damage(content):
+            if reason := self._damage(content, mark):
                 raise BackendError(f"{reason}; delete it, it is built again")
             yield content
 
-    def _damage(self, content: mmap.mmap) -> str | None:
+    def _damage(self, content: mmap.mmap, mark: tuple[object, ...]) -> str | None:
         if len(content) != self.size:
             return f"{self.path} has {len(content)} bytes, {self.size} were written"
-        if hashlib.sha256(content).hexdigest() != self.sha256:
+        if mark not in _unchanged and hashlib.sha256(content).hexdigest() != self.sha256:
             return f"{self.path} is damaged: its sha256 is not that of the plan that was written"
+        _unchanged.add(mark)
         return None
 
     def damage(self) -> str | None:
@@ -231,12 +236,13 @@ def differences(found: PlanKey, wanted: PlanKey, ignored: Sequence[str] = ()) ->
 def find_plan(
     folder: Path, wanted: PlanKey, ignored: Sequence[str] = ()
 ) -> tuple[Plan | None, str]:
-    """A plan that may be used, or None and the reason: the nearest plan and how it differs.
+    """A plan that may be used, the one for the fewest other GPUs, or None and the reason: the
+    nearest plan and how it differs.
 
     ignored: parts of the key that may differ
     """
     nearest: tuple[int, str] | None = None
-    for plan in _plans(folder, wanted.component):
+    for plan in sorted(_plans(folder, wanted.component), key=lambda plan: len(plan.key.targets)):
         texts = differences(plan.key, wanted, ignored)
         if not texts and (damage := plan.damage()) is None:
             return plan, ""

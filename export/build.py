@@ -18,7 +18,7 @@ from sdrt.bundle import (
     describe_files,
     json_from_manifest,
 )
-from sdrt.engine import Candidate, choose
+from sdrt.engine import Candidate, Machine, choose
 from sdrt.errors import BundleError, SdrtError, UsageError
 from sdrt.runtime.tokenizer import END
 
@@ -53,8 +53,10 @@ def build_bundle(plan: BuildPlan) -> Path:
 
     Raises CheckpointError, ParityError, BackendError, and BundleError where the folder is taken.
     """
-    # On the CPU the proof runs on ONNX Runtime unless asked otherwise: it needs the least memory.
-    candidate = choose(plan.backend, size=0)
+    # The proof runs on the CPU unless asked otherwise, so that a bundle does not depend on the GPU
+    # that was near, and there on ONNX Runtime: it needs the least memory.
+    hidden = Machine(why_none="bundles are proven on the CPU") if plan.backend == "auto" else None
+    candidate = choose(plan.backend, size=0, machine=hidden)
     checkpoint = find_checkpoint(plan.model, plan.revision)
     checkpoint = checkpoint.with_parts({"vae": plan.vae, "unet": plan.unet})
     checkpoint = checkpoint.with_loras(plan.loras)

@@ -267,10 +267,10 @@ def build(args: argparse.Namespace) -> None:
     """`sdrt build`: prints the bundle's folder."""
     from .bundle import open_bundle
 
-    planned = planning.wanted(args)
+    kind = planning.wanted(args)
     folder = open_bundle(args.bundle).folder if args.bundle else _built(args)
-    if planned:
-        planning.build_plans(open_bundle(folder), args)
+    if kind:
+        planning.build_plans(open_bundle(folder), kind, args)
     print(folder)
 
 

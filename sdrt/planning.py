@@ -29,20 +29,26 @@ def add_arguments(to: argparse.ArgumentParser) -> None:
     plans.add_argument("--workspace", type=int, metavar="MB", help="most scratch memory")
 
 
-def wanted(args: argparse.Namespace) -> bool:
-    """Whether plans are to be built; raises UsageError for what does not fit, before any work."""
+def wanted(args: argparse.Namespace) -> str | None:
+    """The kind of plans to build: the one asked for, or the one that this machine would run.
+
+    Raises UsageError for what does not fit, before any work.
+    """
+    from .engine import choose
+    from .engine.trt_plans import targets_of
+
     if args.backend not in KINDS:
         if args.target or args.bundle:
             given = "--target" if args.target else "--bundle"
             raise UsageError(f"{given} is for plans; type --backend tensorrt-rtx with it")
-        return False
-    from .engine.trt_plans import targets_of
+        chosen = choose().backend if args.backend == "auto" else ""
+        return chosen if chosen in KINDS else None
 
     for name, most in (("optimization_level", 5), ("workspace", 1_000_000)):
         if (value := getattr(args, name)) is not None and not 0 <= value <= most:
             raise UsageError(f"--{name.replace('_', '-')} {value}; expected 0 to {most}")
     targets_of(args.backend, _gpu(), tuple(args.target))
-    return True
+    return str(args.backend)
 
 
 def proving(backend: str) -> str:
@@ -57,15 +63,24 @@ def proving(backend: str) -> str:
         return "auto"
 
 
-def build_plans(bundle: Bundle, args: argparse.Namespace) -> None:
-    """Build the plan of every component that has none that fits."""
+def build_plans(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
+    """Build the plan of every component that has none that fits. Where nobody asked for them the
+    bundle is good without: what went wrong is a warning.
+    """
+    try:
+        _build(bundle, kind, args)
+    except BackendError as error:
+        if args.backend == kind:
+            raise
+        log.warning("no plans of %s: %s", kind, error)
+
+
+def _build(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
     from .engine.trt_plans import PlanOptions, trt_plan
 
     workspace = None if args.workspace is None else args.workspace * 1_000_000
     options = PlanOptions(tuple(args.target), args.optimization_level, workspace)
-    plans = [
-        trt_plan(bundle, name, args.backend, _gpu(), options) for name in bundle.manifest.components
-    ]
+    plans = [trt_plan(bundle, name, kind, _gpu(), options) for name in bundle.manifest.components]
     log.info(
         "%d plans for %s, %.0f MB, in %s",
         len(plans),

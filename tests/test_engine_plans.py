@@ -55,6 +55,18 @@ def test_a_plan_serves_what_it_was_built_for_and_more(tmp_path):
     assert find_plan(tmp_path, replace(KEY, level=5), ignored=("level",))[0]
 
 
+def test_the_plan_for_the_fewest_other_gpus_is_taken(tmp_path):
+    plan_of(tmp_path, KEY, build)
+    only = replace(KEY, targets=("sm_89",))
+    find = tmp_path / only.path.parent
+    find.mkdir()
+    elsewhere = plan_of(tmp_path / "other", only, build)
+    for path in elsewhere.path.parent.iterdir():
+        path.rename(find / path.name)
+    assert find_plan(tmp_path, only)[0].key.targets == ("sm_89",)
+    assert find_plan(tmp_path, replace(KEY, targets=("sm_86",)))[0].key.targets == KEY.targets
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -1,0 +1,325 @@
+"""Full-size Stable Diffusion 1.5 on this machine's GPU, with every engine that runs here.
+
+    python benchmarks/gpu.py [--sizes 512x512,768x768] [--steps 20,50] [--rounds 20] [--work FOLDER]
+                             [--engines A,B] [--save]
+
+Weights are random, of the published configuration: speed does not depend on their values. Engines
+are the reference library in fp16, as it is and compiled (`torch.compile`, channels last), ONNX
+Runtime on CUDA, and the TensorRT that this GPU takes; each lives in a process of its own. Measured
+are the text encoder, the UNet at 1 to 16 rows, decoding, whole pictures with guidance, load, memory
+and the time from a process's start to its first picture, next to what the GPU reaches in a large
+product and a large copy. Minutes, and about 10 GB of disk. Never run yet.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from build_full_size import write_checkpoint
+from results import save
+
+from sdrt.bundle import parse_size
+from sdrt.engine import candidates
+from sdrt.engine.gpus import free_memory, this_machine
+
+PROMPT = "a lighthouse at dusk"
+ROWS = (1, 2, 4, 8, 16)
+REFERENCES = ("reference fp16", "reference fp16 compiled")
+Part = Callable[[], object]
+
+
+def contestants() -> dict[str, str | None]:
+    """Every engine, and why it cannot run here."""
+    found: dict[str, str | None] = {}
+    torch = next(c for c in candidates() if c.backend == "torch" and c.device == "cuda")
+    for name in REFERENCES:
+        found[name] = torch.why_not
+    for candidate in candidates():
+        if candidate.device == "cuda":
+            found[candidate.backend] = candidate.why_not
+    return found
+
+
+def make_bundle(folder: Path, sizes: list[str]) -> tuple[Path, Path]:
+    """A checkpoint of random weights and its fp16 bundle, made once for a folder."""
+    model, bundle = folder / "model", folder / "bundle"
+    if not (model / "vae").exists():
+        model.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, __file__, "--checkpoint", str(model)], check=True)
+    if not (bundle / "sdrt.json").exists():
+        command = [sys.executable, "-m", "sdrt", "build", "--model", str(model), "--fp16"]
+        command += ["--output", str(bundle), "--batch", f"1:1:{max(ROWS) // 2}"]
+        for size in sizes:
+            command += ["--size", size]
+        subprocess.run(command, check=True)
+    return model, bundle
+
+
+def own_parts(backend: str, bundle: Path, sizes: list[str], steps: list[int]) -> dict[str, Part]:
+    """What a worker with this project's pipeline can time, by name."""
+    import sdrt
+
+    pipe = sdrt.load(bundle, backend=backend)
+    if not pipe.backend.endswith("cuda"):
+        sys.exit(f"{backend} fell back to {pipe.backend}")
+    return parts_of(pipe, sizes, steps)
+
+
+def parts_of(pipe: Any, sizes: list[str], steps: list[int]) -> dict[str, Part]:
+    """What is timed of one of this project's pipelines."""
+    rng, engines = np.random.default_rng(0), pipe.engines
+    shapes = {spec.name: spec.shape for spec in pipe.manifest.components["unet"].inputs}
+    tokens, width = pipe.manifest.max_tokens, shapes["context"][2]
+    ids = {"input_ids": pipe.tokenizer(["", PROMPT])}
+    parts: dict[str, Part] = {"text encoder": partial(engines["text_encoder"], ids)}
+    for size in sizes:
+        sides = [side // pipe.manifest.downscale for side in reversed(parse_size(size))]
+        for rows in ROWS:
+            feeds = {
+                "sample": rng.normal(size=(rows, 4, *sides)).astype(np.float16),
+                "timestep": np.full(rows, 500, np.float32),
+                "context": rng.normal(size=(rows, tokens, width)).astype(np.float16),
+            }
+            parts[f"UNet {size}, {rows} rows"] = partial(engines["unet"], feeds)
+        latents = {"latents": rng.normal(size=(1, 4, *sides)).astype(np.float16)}
+        parts[f"decode {size}"] = partial(engines["vae_decoder"], latents)
+        for count in steps:
+            options: dict[str, Any] = {"num_inference_steps": count, "size": size, "seed": 0}
+            parts[f"picture {size}, {count} steps"] = partial(pipe, PROMPT, **options)
+    return parts
+
+
+def reference_pipeline(model: Path) -> Any:
+    """The reference library's pipeline of the checkpoint, fp16."""
+    import diffusers
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+    for module, part in ((unet, "unet"), (vae, "vae")):
+        module.load_state_dict(load_file(model / part / "diffusion_pytorch_model.safetensors"))
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=transformers.CLIPTextModel.from_pretrained(model / "text_encoder"),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(
+            str(model / "tokenizer"), pad_token="<|endoftext|>", model_max_length=77
+        ),
+        unet=unet,
+        scheduler=diffusers.PNDMScheduler.from_pretrained(model / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(dtype=torch.float16)
+
+
+def reference_parts(
+    model: Path, compiled: bool, sizes: list[str], steps: list[int], device: str = "cuda"
+) -> dict[str, Part]:
+    """The same parts of the reference library's pipeline."""
+    import torch
+
+    pipe = reference_pipeline(model).to(device)
+    if compiled:
+        for name in ("unet", "vae"):
+            getattr(pipe, name).to(memory_format=torch.channels_last)
+        pipe.unet = torch.compile(pipe.unet, mode="max-autotune")
+        pipe.vae.decode = torch.compile(pipe.vae.decode, mode="max-autotune")
+    half = partial(torch.randn, device=device, dtype=torch.float16)
+    ids = pipe.tokenizer(
+        ["", PROMPT], padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids.to(device)
+    parts: dict[str, Part] = {"text encoder": partial(pipe.text_encoder, ids)}
+    for size in sizes:
+        width, height = parse_size(size)
+        shape = (4, height // 8, width // 8)
+        time_now = torch.tensor(500.0, device=device)
+        for rows in ROWS:
+            fed = half((rows, *shape)), time_now, half((rows, 77, 768))
+            parts[f"UNet {size}, {rows} rows"] = partial(pipe.unet, *fed)
+        parts[f"decode {size}"] = partial(pipe.vae.decode, half((1, *shape)))
+        for count in steps:
+            options: dict[str, Any] = {"num_inference_steps": count}
+            options |= {"width": width, "height": height}
+            parts[f"picture {size}, {count} steps"] = partial(pipe, PROMPT, **options)
+
+    def waited(part: Part) -> None:
+        with torch.inference_mode():
+            part()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return {name: partial(waited, part) for name, part in parts.items()}
+
+
+def ceilings() -> dict[str, float]:
+    """What the GPU reaches: a product of large fp16 matrices of noise, and a large copy."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
+    source = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    found = {}
+    for name, part, amount in (
+        ("fp16 product, TFLOP/s", lambda: a @ b, 2 * 8192**3 / 1e12),
+        ("copy, GB/s", lambda: target.copy_(source), 2 * (1 << 30) / 1e9),
+    ):
+        seconds = []
+        for _ in range(30):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            part()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        found[name] = amount / float(np.median(seconds[5:]))
+    return found
+
+
+def work(args: argparse.Namespace) -> None:
+    """A worker: loads, says how long that took, then times what its standard input names."""
+    began = time.perf_counter()
+    sizes, steps = args.sizes.split(","), [int(n) for n in args.steps.split(",")]
+    if args.worker in REFERENCES:
+        compiled = args.worker.endswith("compiled")
+        parts = reference_parts(args.work / "model", compiled, sizes, steps)
+    else:
+        parts = own_parts(args.worker, args.work / "bundle", sizes, steps)
+    loaded = time.perf_counter() - began
+    parts[f"picture {sizes[0]}, {steps[0]} steps"]()
+    first = time.perf_counter() - began
+    print(json.dumps({"load": loaded, "first picture": first, "parts": list(parts)}), flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        parts[line.strip()]()
+        print(time.perf_counter() - began, flush=True)
+
+
+def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One engine's figures. Its first runs of a part are not counted."""
+    gpu = this_machine().gpus[0]
+    before = free_memory(gpu)
+    command = [sys.executable, __file__, "--worker", name, "--work", str(args.work)]
+    command += ["--sizes", args.sizes, "--steps", args.steps]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert worker.stdin is not None and worker.stdout is not None
+    began = time.perf_counter()
+    try:
+        line = worker.stdout.readline()
+        if not line:
+            return {"failed": f"ended with {worker.wait()}"}
+        started = json.loads(line)
+        found: dict[str, Any] = {"cold start": time.perf_counter() - began, **started, "parts": {}}
+        for part in started["parts"]:
+            seconds = []
+            for _ in range(args.rounds + 3):
+                worker.stdin.write(f"{part}\n")
+                worker.stdin.flush()
+                seconds.append(float(worker.stdout.readline()))
+            low, high = np.percentile(seconds[3:], [50, 99]).tolist()
+            found["parts"][part] = {"p50": low, "p99": high}
+        if before is not None and (left := free_memory(gpu)) is not None:
+            found["bytes"] = before - left
+        return found
+    except ValueError:  # it ended in the middle, and its last answer is empty
+        return {"failed": f"ended with {worker.wait()}"}
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def text_of(found: dict[str, dict[str, Any]]) -> str:
+    """A table: parts down, engines across; milliseconds, median and 99th percentile."""
+    good = {name: figures for name, figures in found.items() if "parts" in figures}
+    parts = list(dict.fromkeys(part for figures in good.values() for part in figures["parts"]))
+    lines = ["| ms: p50 (p99) | " + " | ".join(good) + " |", "|---" * (len(good) + 1) + "|"]
+    for part in parts:
+        cells = []
+        for figures in good.values():
+            value = figures["parts"].get(part)
+            cells.append(f"{value['p50'] * 1e3:.1f} ({value['p99'] * 1e3:.1f})" if value else "–")
+        lines.append(f"| {part} | " + " | ".join(cells) + " |")
+    for title, key, unit in (("load, s", "load", 1), ("cold start, s", "cold start", 1)):
+        lines.append(
+            f"| {title} | " + " | ".join(f"{f[key] / unit:.1f}" for f in good.values()) + " |"
+        )
+    cells = [f"{f['bytes'] / 1e9:.2f}" if "bytes" in f else "–" for f in good.values()]
+    lines.append("| GPU memory, GB | " + " | ".join(cells) + " |")
+    failed = [f"{name}: {f['failed']}" for name, f in found.items() if "failed" in f]
+    return "\n".join([*lines, *failed])
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", default="512x512,768x768")
+    parser.add_argument("--steps", default="20,50")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--work", type=Path, help="keep the model and the bundle here")
+    parser.add_argument("--engines", help="only these, by name")
+    parser.add_argument("--save", action="store_true", help="keep the figures for the README")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if args.checkpoint:
+        return write_checkpoint(args.checkpoint)
+    if args.worker:
+        return work(args)
+    if reason := this_machine().why_none:
+        sys.exit(f"gpu.py: {reason}; this benchmark needs one")
+    gpu, engines = this_machine().gpus[0], contestants()
+    for name, why_not in engines.items():
+        if why_not:
+            print(f"{name}: not here: {why_not}", file=sys.stderr)
+    chosen = [name for name, why_not in engines.items() if not why_not]
+    if args.engines:
+        chosen = [name for name in args.engines.split(",") if name in chosen]
+    with tempfile.TemporaryDirectory() as temporary:
+        args.work = args.work or Path(temporary)
+        began = time.perf_counter()
+        make_bundle(args.work, args.sizes.split(","))
+        building = time.perf_counter() - began
+        found = {name: measured(name, args) for name in chosen}
+        plans = [json.loads(path.read_text()) for path in args.work.glob("bundle/plans/*/*.json")]
+    limits = ceilings() if REFERENCES[0] in chosen else {}
+    print(text_of(found))
+    print(json.dumps({"ceilings": limits, "bundle seconds": building}, indent=2))
+    if args.save:
+        figures: dict[str, object] = {"gpu": gpu.name, "engines": found, "ceilings": limits}
+        built = {p["key"]["component"]: (p["seconds"], p["size"]) for p in plans}
+        figures |= {"driver": this_machine().driver, "bundle seconds": building, "plans": built}
+        save(f"gpu_{gpu.sm}", claims_of(gpu.name, found), figures)
+
+
+def claims_of(gpu: str, found: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What the README says of the whole pictures."""
+    return {
+        f"{gpu}, {part}, {name}": f"{at['p50'] * 1e3:.1f} ms, 99 % within {at['p99'] * 1e3:.1f}"
+        for name, figures in found.items()
+        for part, at in figures.get("parts", {}).items()
+        if part.startswith("picture")
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The GPU benchmark without a GPU: it says so, and what it would time runs."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdrt.engine.gpus import this_machine
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    sys.path.insert(0, str(FOLDER))
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", FOLDER / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(FOLDER))
+
+
+@pytest.mark.parametrize("script", ["benchmarks/gpu.py", "tools/gpu_check.py"])
+def test_without_a_gpu_it_is_refused_with_the_reason(script):
+    if this_machine().gpus:
+        pytest.skip("there is a GPU")
+    command = [sys.executable, str(FOLDER.parent / script)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "no NVIDIA GPU on this machine" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_engine_has_its_reason(benchmark):
+    found = benchmark.contestants()
+    assert {*benchmark.REFERENCES, "tensorrt", "tensorrt-rtx", "onnxruntime", "torch"} == set(found)
+
+
+def test_every_part_that_would_be_timed_runs(benchmark, pipe, monkeypatch):
+    monkeypatch.setattr(benchmark, "ROWS", (1, 2))
+    parts = benchmark.parts_of(pipe, ["64x64"], [1])
+    for part in parts.values():
+        assert part() is not None
+    assert len(parts) == 5
+
+
+def test_the_table_has_every_part_and_what_failed(benchmark):
+    figures = {"load": 1.5, "cold start": 2.0, "bytes": 3e9}
+    figures["parts"] = {"UNet": {"p50": 0.01, "p99": 0.02}, "picture": {"p50": 1, "p99": 2}}
+    text = benchmark.text_of({"a": figures, "b": {"failed": "ended with 1"}})
+    assert "| UNet | 10.0 (20.0) |" in text and "b: ended with 1" in text
+    assert list(benchmark.claims_of("L4", {"a": figures})) == ["L4, picture, a"]

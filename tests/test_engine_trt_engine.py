@@ -1,0 +1,61 @@
+"""What of running plans needs no GPU: which profile serves, what is fed, what is said."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+from sdrt.engine import Schedule
+from sdrt.engine.cuda import device_of
+from sdrt.engine.gpus import this_machine
+from sdrt.engine.trt_engine import profile_index, sample_of
+from sdrt.engine.trt_loop import feeds_of
+from sdrt.errors import BackendError
+
+SMALL = {"sample": ((1, 4, 8, 8), (2, 4, 8, 8), (8, 4, 8, 8)), "timestep": ((1,), (2,), (8,))}
+WIDE = {"sample": ((1, 4, 8, 12), (2, 4, 8, 12), (8, 4, 8, 12)), "timestep": ((1,), (2,), (8,))}
+
+
+def shapes(rows, width):
+    return {"sample": (rows, 4, 8, width), "timestep": (rows,)}
+
+
+def test_a_profile_is_found_by_its_size():
+    assert profile_index("unet", (SMALL, WIDE), shapes(1, 8)) == 0
+    assert profile_index("unet", (SMALL, WIDE), shapes(8, 12)) == 1
+    for wrong in (shapes(9, 8), shapes(2, 16), shapes(0, 8)):
+        with pytest.raises(BackendError, match="--batch or --size"):
+            profile_index("unet", (SMALL, WIDE), wrong)
+
+
+def test_a_plan_is_compared_on_what_a_model_is_really_fed():
+    assert sample_of("int32", (2, 32)).max() < 16
+    assert sample_of("float32", (3,)).tolist() == [999, 500, 1]
+    noise = sample_of("float16", (2, 4, 64, 64))
+    assert noise.dtype == np.float16 and 0.9 < noise.std() < 1.1
+
+
+def test_rows_are_laid_out_picture_by_picture():
+    schedule = Schedule(
+        columns=np.zeros((2, 5, 4, 3, 3), np.float32),
+        rows=np.zeros((2, 2, 5), np.float32),
+        timesteps=np.zeros((1, 2), np.float32),
+        used=(2,),
+        per=2,
+        output_places=(1,),
+        state_places=(4, 4),
+        told={"context": np.arange(4).reshape(2, 2, 1, 1)},
+        beside=np.stack([np.full((1, 3, 3), 7.0), np.full((1, 3, 3), 8.0)]),
+    )
+    both, prompted = feeds_of(schedule, 2), feeds_of(schedule, 1)
+    assert both["context"].ravel().tolist() == [0, 1, 2, 3]
+    assert prompted["context"].ravel().tolist() == [1, 3]
+    assert both["sample"].shape == (4, 5, 3, 3) and prompted["timestep"].shape == (2,)
+    assert both["sample"][:, 4].mean((1, 2)).tolist() == [7, 7, 8, 8]
+    assert not both["sample"][:, :4].any()
+
+
+def test_without_a_gpu_there_is_no_device():
+    if this_machine().gpus:
+        pytest.skip("there is a GPU")
+    with pytest.raises(BackendError, match="NVIDIA"):
+        device_of(0)

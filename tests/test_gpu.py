@@ -1,0 +1,296 @@
+"""What only a GPU can show: run by `make gpu-check`, on the embedded model. Each backend that works
+here is tried; the others are skipped with their reason.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import sdrt
+from sdrt.bundle import open_bundle
+from sdrt.engine import candidates, parity
+from sdrt.engine.gpus import free_memory, this_machine
+from sdrt.engine.ort import OrtEngine
+from sdrt.engine.trt_plans import FULL, RTX, PlanOptions, trt_plan
+from sdrt.errors import BackendError
+from sdrt.runtime import load_pipeline
+
+pytestmark = pytest.mark.gpu
+PROMPT = "a red circle on a blue background"
+OPTIONS = {"num_inference_steps": 8, "seed": 0}
+PLANNED = (FULL, RTX)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu():
+    if reason := this_machine().why_none:
+        pytest.skip(reason)
+    return this_machine().gpus[0]
+
+
+def candidate_of(backend):
+    found = next(c for c in candidates() if c.backend == backend and c.device == "cuda")
+    if found.why_not:
+        pytest.skip(found.why_not)
+    return found
+
+
+@pytest.fixture(params=[*PLANNED, "onnxruntime", "torch"])
+def backend(request):
+    candidate_of(request.param)
+    return request.param
+
+
+@pytest.fixture(params=PLANNED)
+def planned(request):
+    candidate_of(request.param)
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def bundle(request, shapes, tmp_path_factory):
+    """The embedded model in a folder of its own, so that its plans are built here."""
+    from sdrt.export.build import BuildPlan, build_bundle
+
+    folder = tmp_path_factory.mktemp(request.param) / "shapes"
+    if request.param == "float32":
+        return shutil.copytree(shapes, folder, ignore=shutil.ignore_patterns("plans"))
+    return build_bundle(BuildPlan("shapes", folder, dtype="float16", backend="onnxruntime"))
+
+
+def loaded(bundle, backend):
+    pipe = sdrt.load(bundle, backend=backend)
+    if not pipe.backend.endswith("cuda"):
+        pipe.close()
+        pytest.fail(f"{backend} fell back to {pipe.backend}")
+    return pipe
+
+
+def sidecars_of(bundle, kind):
+    """Of the UNet's plans of a kind."""
+    every = bundle.glob("plans/*/unet-*.json")
+    return [path for path in every if json.loads(path.read_text())["key"]["kind"] == kind]
+
+
+def psnr(a, b):
+    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    return 10 * np.log10(255.0**2 / max(float(np.mean(difference**2)), 1e-9))
+
+
+def feeds_of(component, lengths):
+    rng = np.random.default_rng(1)
+    feeds = {}
+    for spec in component.inputs:
+        shape = tuple(lengths[a] if isinstance(a, str) else a for a in spec.shape)
+        if spec.dtype.startswith("int"):
+            feeds[spec.name] = rng.integers(0, 20, shape).astype(spec.dtype)
+        elif len(shape) == 1:
+            feeds[spec.name] = rng.uniform(1, 999, shape).astype(spec.dtype)
+        else:
+            feeds[spec.name] = rng.normal(size=shape).astype(spec.dtype)
+    return feeds
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
+def test_components_are_those_of_the_cpu_at_every_number_of_rows(bundle, backend, name):
+    opened = open_bundle(bundle)
+    component = opened.manifest.components[name]
+    exact = OrtEngine(name, opened.graph(name), component)
+    engine = candidate_of(backend).load(opened, name)
+    sides = {"latent_height": 8, "latent_width": 8, "height": 64, "width": 64}
+    for rows in (1,) if name.startswith("vae") else (1, 2, 8, 2):
+        for tokens in (32, 64) if name == "unet" else (32,):
+            feeds = feeds_of(component, {"rows": rows, "tokens": tokens, **sides})
+            found, wanted = engine(feeds), exact(feeds)
+            for spec in component.outputs:
+                values = parity.measures(found[spec.name], wanted[spec.name], picture=False)
+                parity.check(f"{name} at {rows} rows", values, component.dtype)
+    engine.close()
+    exact.close()
+
+
+def test_pictures_are_those_of_the_cpu(bundle, backend):
+    with loaded(bundle, backend) as own:
+        found = own(PROMPT, num_images_per_prompt=3, **OPTIONS).images
+    cpu = next(c for c in candidates() if c.title == "onnxruntime on cpu")
+    with load_pipeline(open_bundle(bundle), cpu) as pipe:
+        wanted = pipe(PROMPT, num_images_per_prompt=3, **OPTIONS).images
+    for a, b in zip(found, wanted, strict=True):
+        assert psnr(a, b) >= 35
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "Euler a", "UniPC", "DPM++ 2M Karras", "Heun"])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.6)])
+def test_the_loop_in_one_launch_is_the_loop_step_by_step(bundle, planned, scheduler, interval):
+    with loaded(bundle, planned) as pipe:
+        own = pipe.with_scheduler(scheduler)
+        options = {**OPTIONS, "guidance_interval": interval, "num_images_per_prompt": 2}
+        for _ in range(2):  # captured, then replayed
+            whole = own(PROMPT, **options).images
+        steps = own(PROMPT, on_step=lambda step: None, **options).images
+        for a, b in zip(whole, steps, strict=True):
+            assert psnr(a, b) >= 40
+
+
+def test_layouts_take_turns_without_mixing_their_graphs(bundle, planned):
+    with loaded(bundle, planned) as pipe:
+        calls = [
+            {"num_inference_steps": n, "num_images_per_prompt": b} for n in (3, 5) for b in (1, 3)
+        ]
+        first = [pipe(PROMPT, seed=1, **call).images for call in calls]
+        again = [pipe(PROMPT, seed=1, **call).images for call in calls]
+        for a, b in zip(first, again, strict=True):
+            assert [np.asarray(x).tobytes() for x in a] == [np.asarray(x).tobytes() for x in b]
+
+
+def test_two_pipelines_share_plans_and_arena(bundle, planned):
+    one, two = loaded(bundle, planned), loaded(bundle, planned)
+    assert one.engines["unet"].loaded is two.engines["unet"].loaded
+    assert one.engines["unet"].loaded.device is one.engines["vae_decoder"].loaded.device
+    wanted = np.asarray(one(PROMPT, **OPTIONS).images[0])
+    one.close()
+    assert (np.asarray(two(PROMPT, **OPTIONS).images[0]) == wanted).all()
+    with pytest.raises(BackendError, match="closed"):
+        one(PROMPT, **OPTIONS)
+    two.close()
+
+
+def test_memory_comes_back_when_a_pipeline_is_closed(bundle, planned, gpu):
+    for _ in range(2):
+        loaded(bundle, planned).close()
+    before = free_memory(gpu)
+    for _ in range(3):
+        with loaded(bundle, planned) as pipe:
+            pipe(PROMPT, **OPTIONS)
+    assert free_memory(gpu) >= before - (64 << 20)
+
+
+def test_a_stripped_plan_filled_in_computes_what_a_full_one_does(bundle, planned, tmp_path, gpu):
+    from functools import partial
+
+    from sdrt.engine.cuda import device_of
+    from sdrt.engine.plans import plan_of, plans_folder
+    from sdrt.engine.trt_build import build_plan
+    from sdrt.engine.trt_engine import Loaded, TrtEngine
+
+    opened = open_bundle(bundle)
+    component, graph = opened.manifest.components["unet"], opened.graph("unet")
+    stripped = trt_plan(opened, "unet", planned, gpu, PlanOptions())
+    assert stripped.key.stripped and plans_folder(opened) in stripped.path.parents
+    key = replace(stripped.key, stripped=False)
+    full = plan_of(tmp_path, key, partial(build_plan, key, graph))
+    assert stripped.size < full.size
+    feeds = feeds_of(component, {"rows": 2, "tokens": 32, "latent_height": 8, "latent_width": 8})
+    found = []
+    for plan in (stripped, full):
+        engine = TrtEngine("unet", component, Loaded(plan, component, graph, device_of(0)))
+        found.append(engine(feeds)["output"].copy())
+        engine.close()
+    parity.check("stripped", parity.measures(*found, picture=False), component.dtype)
+
+
+def test_a_tampered_plan_is_built_again(bundle, planned, caplog):
+    loaded(bundle, planned).close()
+    plan = next(
+        p
+        for p in bundle.glob("plans/*/unet-*.plan")
+        if planned in p.with_suffix(".json").read_text()
+    )
+    content = bytearray(plan.read_bytes())
+    content[len(content) // 2] ^= 1
+    plan.write_bytes(content)
+    with caplog.at_level("INFO"):
+        loaded(bundle, planned).close()
+    assert "sha256" in caplog.text
+
+
+def test_a_plan_that_computes_something_else_is_left_for_the_next_backend(bundle, planned, caplog):
+    loaded(bundle, planned).close()
+    for sidecar in sidecars_of(bundle, planned):
+        values = {**json.loads(sidecar.read_text()), "parity": {"cosine": 0.5, "error": 1.0}}
+        sidecar.write_text(json.dumps(values))
+    with pytest.raises(BackendError, match="differs"):
+        sdrt.load(bundle, backend=planned)
+    with sdrt.load(bundle) as pipe:
+        assert not pipe.backend.startswith(f"{planned} ")
+    assert any(r.levelname == "WARNING" and "differs" in r.message for r in caplog.records)
+    shutil.rmtree(bundle / "plans")
+
+
+def test_without_memory_it_says_so_and_stays_usable(bundle, planned, gpu):
+    from sdrt.engine.cuda import device_of
+
+    device, taken = device_of(0), []
+    with device.use():
+        try:
+            while True:
+                taken.append(device.allocate(256 << 20))
+        except BackendError as error:
+            assert "out of memory" in str(error)
+        with pytest.raises(BackendError):
+            sdrt.load(bundle, backend=planned)(PROMPT, num_images_per_prompt=4, **OPTIONS)
+        for address in taken:
+            device.free(address)
+    with loaded(bundle, planned) as pipe:
+        assert pipe(PROMPT, **OPTIONS).images
+
+
+def test_after_a_fault_for_good_it_says_so_and_a_new_load_works(bundle, planned, gpu):
+    """In a process of its own: the GPU's context is lost."""
+    code = f"""
+import sdrt
+from cuda.bindings import driver
+from sdrt.engine.cuda import compiled, device_of
+from sdrt.errors import BackendError
+from sdrt.runtime import load_pipeline
+pipe = sdrt.load({str(bundle)!r}, backend={planned!r})
+device = device_of(0)
+source = 'extern "C" __global__ void bad() {{ *(int*)8 = 1; }}'
+try:
+    with device.use():
+        module = device.ask(driver.cuModuleLoadData(compiled(source, {gpu.sm!r})))
+        function = device.ask(driver.cuModuleGetFunction(module, b"bad"))
+        device.ask(driver.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, device.stream, 0, 0))
+        device.synchronize()
+except BackendError as error:
+    print("FAULT", error)
+try:
+    pipe({PROMPT!r}, num_inference_steps=1)
+except BackendError as error:
+    print("BROKEN", error)
+pipe.close()
+with sdrt.load({str(bundle)!r}, backend={planned!r}) as pipe:
+    print("AGAIN", len(pipe({PROMPT!r}, num_inference_steps=1).images))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "FAULT" in done.stdout, done.stderr
+    assert "load the pipeline again" in done.stdout and "AGAIN 1" in done.stdout, done.stderr
+
+
+def test_hidden_gpus_and_missing_devices_are_said(bundle):
+    command = [sys.executable, "-m", "sdrt", "run", PROMPT, "--bundle", str(bundle)]
+    hidden = subprocess.run(
+        [*command, "--backend", "tensorrt-rtx"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert hidden.returncode == 5 and "CUDA_VISIBLE_DEVICES" in hidden.stderr
+    missing = subprocess.run([*command, "--device", "99"], capture_output=True, text=True)
+    assert missing.returncode == 2 and "device 99" in missing.stderr
+
+
+def test_no_torch_in_the_process(bundle, planned, tmp_path):
+    code = f"""
+import sys, sdrt
+with sdrt.load({str(bundle)!r}, backend={planned!r}) as pipe:
+    pipe({PROMPT!r}, num_inference_steps=2)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
