@@ -24,9 +24,8 @@ from sdrt.runtime.tokenizer import END
 
 from .checkpoint import TOKENIZER_FILES, TOKENIZERS, Checkpoint, find_checkpoint
 from .graph import OPSET
-from .modules import check_fit, latent_shape
+from .modules import check_fit, latent_shape, native_size, unet_config
 from .proof import RECIPES, Proof
-from .unet import UnetConfig
 
 log = logging.getLogger("sdrt.build")
 
@@ -162,29 +161,27 @@ def _publish(folder: Path, target: Path) -> None:
 def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder: Path) -> Manifest:
     _copy_small_files(checkpoint, folder)
     latent_channels, downscale = latent_shape(checkpoint)
-    unet = UnetConfig.from_json(checkpoint.config("unet"))
-    text = checkpoint.config("text_encoder")
-    native = unet.sample_size * downscale
+    texts = [checkpoint.config(part) for part in checkpoint.text_encoders]
     manifest = Manifest(
         name=checkpoint.name,
         source=checkpoint.source,
-        sizes=plan.sizes or ((native, native),),
+        sizes=plan.sizes or (native_size(checkpoint),),
         batch=plan.batch,
         latent_channels=latent_channels,
         downscale=downscale,
-        max_tokens=int(text.get("max_position_embeddings", 77)),
+        max_tokens=int(texts[0].get("max_position_embeddings", 77)) if texts else 0,
         opset=OPSET,
         components={},
         parity={},
         preview=(),
         files={},
-        multiple=downscale * 2 ** (len(unet.block_out_channels) - 1),
+        multiple=downscale * 2 ** (len(unet_config(checkpoint).block_out_channels) - 1),
         zero_empty_prompt=checkpoint.zeroes_empty_prompt(),
     )
     _check_sizes(manifest)
     proof = Proof(manifest, folder, plan.dtype, candidate)
     components = {}
-    recipes = [r for r in RECIPES if r.name not in TOKENIZERS or r.name in checkpoint.parts]
+    recipes = [recipe for recipe in RECIPES if recipe.part in checkpoint.parts]
     for number, recipe in enumerate(recipes, 1):
         log.info("[%d/%d] %s: read, export, prove", number, len(recipes), recipe.name)
         components[recipe.name] = proof.component(checkpoint, recipe)

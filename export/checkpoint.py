@@ -58,13 +58,21 @@ class Checkpoint:
         return replace(self, source=self.source + said, loras=(*self.loras, *read))
 
     @property
+    def unconditional(self) -> bool:
+        """Whether it draws pixels and is told nothing: a UNet is all there is."""
+        path = self.part_folder("unet") / "config.json"
+        return path.is_file() and read_json(path).get("_class_name") == "UNet2DModel"
+
+    @property
     def text_encoders(self) -> tuple[str, ...]:
-        """One, or two in models such as XL."""
+        """One, two in models such as XL, none in unconditional ones."""
+        if self.unconditional:
+            return ()
         return tuple(TOKENIZERS)[: 2 if self.part_folder("text_encoder_2").is_dir() else 1]
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return (*self.text_encoders, "unet", "vae")
+        return ("unet",) if self.unconditional else (*self.text_encoders, "unet", "vae")
 
     def part_folder(self, part: str) -> Path:
         return self.others.get(part, self.folder / part)
@@ -73,7 +81,9 @@ class Checkpoint:
         return read_json(self.part_folder(part) / "config.json")
 
     def scheduler_config(self) -> dict[str, Any]:
-        return read_json(self.folder / "scheduler" / "scheduler_config.json")
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        beside = self.part_folder("unet") / path.name  # where there is one part, at the root
+        return read_json(beside if beside.is_file() else path)
 
     def pad_token(self, tokenizer: str) -> str | None:
         """The token that pads prompts, if a tokenizer's files name one."""
@@ -171,6 +181,13 @@ def embedded_checkpoint(name: str) -> Path:
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    at_the_root = replace(checkpoint, others={"unet": checkpoint.folder})
+    if not (checkpoint.folder / "unet").is_dir() and at_the_root.unconditional:
+        checkpoint = at_the_root
+    if checkpoint.unconditional:
+        checkpoint.scheduler_config()
+        checkpoint.weight_files("unet")
+        return checkpoint
     needed = ["scheduler/scheduler_config.json"]
     for part in checkpoint.text_encoders:
         needed += [f"{TOKENIZERS[part]}/{name}" for name in TOKENIZER_FILES]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sdrt.errors import CheckpointError
 
 from .checkpoint import Checkpoint
+from .pixel_unet import PixelUnet, PixelUnetConfig
 from .tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from .unet import Unet, UnetConfig
 from .vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
@@ -80,7 +81,13 @@ def _clip(checkpoint: Checkpoint, part: str, kind: str) -> Any:
     return _filled(model, weights, part)
 
 
-def unet(checkpoint: Checkpoint) -> Unet:
+def unet(checkpoint: Checkpoint) -> Unet | PixelUnet:
+    if checkpoint.unconditional:
+        with torch.device("meta"):
+            pixels = PixelUnet(PixelUnetConfig.from_json(checkpoint.config("unet")))
+        weights = {_modern(name): t for name, t in checkpoint.weights("unet").items()}
+        drawing: PixelUnet = _filled(pixels, weights, "unet")
+        return drawing
     config = UnetConfig.from_json(checkpoint.config("unet"))
     with torch.device("meta"):
         module = Unet(config)
@@ -107,6 +114,8 @@ def vae(checkpoint: Checkpoint) -> AutoencoderKL | AutoencoderTiny:
 
 def latent_shape(checkpoint: Checkpoint) -> tuple[int, int]:
     """Channels of the latents, and how many pixels are one of theirs."""
+    if checkpoint.unconditional:
+        return PixelUnetConfig.from_json(checkpoint.config("unet")).in_channels, 1
     raw = checkpoint.config("vae")
     if raw.get("_class_name") == "AutoencoderTiny":
         tiny = TinyVaeConfig.from_json(raw)
@@ -115,8 +124,24 @@ def latent_shape(checkpoint: Checkpoint) -> tuple[int, int]:
     return config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
 
 
+def native_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Width and height in pixels that the model was trained on."""
+    config = unet_config(checkpoint)
+    if isinstance(config, PixelUnetConfig):
+        return config.size
+    side = config.sample_size * latent_shape(checkpoint)[1]
+    return side, side
+
+
+def unet_config(checkpoint: Checkpoint) -> UnetConfig | PixelUnetConfig:
+    kind = PixelUnetConfig if checkpoint.unconditional else UnetConfig
+    return kind.from_json(checkpoint.config("unet"))
+
+
 def check_fit(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the parts were made for one another."""
+    if checkpoint.unconditional:
+        return
     unet = UnetConfig.from_json(checkpoint.config("unet"))
     encoders = [checkpoint.config(part) for part in checkpoint.text_encoders]
     if unet.pooled_width and len(encoders) < 2:
@@ -146,7 +171,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 
 def _modern(name: str) -> str:
-    """Early checkpoints call the VAE's attention layers query, key, value and proj_attn."""
+    """Early checkpoints call attention layers over positions query, key, value and proj_attn."""
     head, _, tail = name.rpartition(".")
     stem, _, last = head.rpartition(".")
     return f"{stem}.{OLD_ATTENTION[last]}.{tail}" if last in OLD_ATTENTION else name

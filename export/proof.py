@@ -24,10 +24,12 @@ from sdrt.runtime import Options, Pipeline, load_pipeline, randn, sampler_table
 from sdrt.runtime.conditioning import Told, time_ids_of
 from sdrt.runtime.loop import Guidance, Run, denoised, plan_of
 from sdrt.runtime.options import requests_from
+from sdrt.runtime.pictures import pixels_of
 
 from . import modules
 from .checkpoint import Checkpoint
 from .graph import export_graph, write_float32_graph
+from .pixel_unet import PixelUnet
 
 log = logging.getLogger("sdrt.build")
 PROOF_PROMPT = "a red circle on a blue background"
@@ -46,6 +48,11 @@ class Recipe:
     outputs: tuple[str, ...]
     axes: dict[str, dict[int, str]]
     picture: bool = False
+
+    @property
+    def part(self) -> str:
+        """The checkpoint's part that it is made of."""
+        return "vae" if self.name.startswith("vae") else self.name
 
 
 LATENT_AXES = {0: "rows", 2: "latent_height", 3: "latent_width"}
@@ -217,12 +224,17 @@ class Proof:
                     "timestep": np.full(1, timestep, np.float32),
                     **self.told,
                 }
-                if module.add_embedding is not None:
+                if getattr(module, "add_embedding", None) is not None:
                     feeds["time_ids"] = time_ids_of(Options(), size)[1:]
                 output = module(**{n: torch.from_numpy(v) for n, v in feeds.items()}).numpy()
                 history.append(output)
                 cases.append((feeds, {"output": output}))
             self.latents[size] = self._mix(table.matrix[-1], history)
+        if isinstance(module, PixelUnet):  # what it leaves is the picture
+            self.images = {size: pixels_of(drawn) for size, drawn in self.latents.items()}
+            channels = self.manifest.latent_channels
+            colours = np.eye(3) if channels == 3 else np.ones((3, 1))
+            self.preview = tuple((*row, 0.0) for row in colours.tolist())
         return cases
 
     @staticmethod
@@ -271,10 +283,11 @@ class Proof:
         self, pipe: Pipeline, size: tuple[int, int], steps: int, guidance_scale: float
     ) -> np.ndarray:
         """The proof's picture, [1, 3, H, W], by a bundle's engines."""
-        options = Options(size=f"{size[0]}x{size[1]}", guidance_scale=guidance_scale)
+        scale = guidance_scale if pipe.takes_prompt else 1.0
+        options = Options(size=f"{size[0]}x{size[1]}", guidance_scale=scale)
         (told,) = pipe.told(requests_from(PROOF_PROMPT, options), options)
         table = sampler_table(PROOF_SCHEDULER, steps)
-        guidance = Guidance(np.full(steps, guidance_scale))
+        guidance = Guidance(np.full(steps, scale))
         start = randn(0, self._latent_shape(size))[0]
         run = Run(table, guidance, plan_of(table, guidance), [start], told, self._beside(size)[0])
         *_, last = denoised(pipe.engines["unet"], [run])

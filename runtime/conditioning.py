@@ -239,7 +239,7 @@ def _row(told: Told, index: int) -> Told:
 
 def parts_of_like_length(told: Mapping[Request, Told], most: int) -> Iterator[list[Request]]:
     """Pictures whose contexts are of one length, at most so many together."""
-    lengths = {request: each["context"].shape[1] for request, each in told.items()}
+    lengths = {r: each["context"].shape[1] if each else 0 for r, each in told.items()}
     for tokens in sorted(set(lengths.values())):
         alike = [request for request, length in lengths.items() if length == tokens]
         for i in range(0, len(alike), most):

@@ -14,6 +14,8 @@ import numpy as np
 from sdrt.engine import Engine
 from sdrt.errors import SdrtError
 
+from .pictures import pixels_of
+
 log = logging.getLogger(__name__)
 DECODERS = ("vae_decoder", "vae_decoder_float32")
 OVERLAP = 0.25  # of a tile
@@ -25,13 +27,16 @@ def decoded_picture(
     engines: Mapping[str, Engine], tiling: "Tiling", latents: np.ndarray
 ) -> np.ndarray:
     """One picture, [1, C, H/8, W/8] -> [1, 3, H, W] float32 about [-1, 1]: in float32 where half
-    precision overflows and the bundle can. Raises SdrtError rather than give NaN or infinity.
+    precision overflows and the bundle can. Without a decoder the latents are the picture. Raises
+    SdrtError rather than give NaN or infinity.
     """
     if not np.isfinite(latents).all():
         raise SdrtError(
             "the model's latents hold NaN or infinity, so no picture was written; build the bundle "
             "with --fp32, or lower the guidance scale"
         )
+    if DECODERS[0] not in engines:
+        return pixels_of(latents)
     for name in DECODERS:
         if name in engines:
             picture = tiling.decoded(partial(_image, engines[name]), latents)

@@ -197,6 +197,30 @@ def requests_from(prompt: str | Sequence[str] | None, options: Options) -> list[
     return [Request(i, i // each, prompts[i // each], seed) for i, seed in enumerate(seeds)]
 
 
+def requests_without_prompt(prompt: object, options: Options) -> list[Request]:
+    """Every picture of a call of a model that is told nothing; raises UsageError for what it
+    cannot be told.
+    """
+    given = {
+        "prompt": prompt not in (None, []),
+        "negative_prompt": bool(options.negative_prompt),
+        **{
+            name: getattr(options, name) is not None
+            for name in (
+                *("prompt_embeds", "negative_prompt_embeds", "image", "mask_image", "depth_map"),
+                *("original_size", "crops_coords_top_left", "target_size"),
+            )
+        },
+        "clip_skip": bool(options.clip_skip),
+    }
+    if named := [name for name, is_given in given.items() if is_given]:
+        raise UsageError(
+            f"this model takes no {named[0]}: it draws what it was trained on, told nothing; "
+            "type sdrt run without it"
+        )
+    return requests_from("", options)
+
+
 def _seeds(seed: Seed, total: int) -> list[int]:
     if seed is None:
         seed = secrets.randbelow(2**32)

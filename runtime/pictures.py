@@ -28,6 +28,13 @@ def images_from_decoded(decoded: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in pixels]
 
 
+def pixels_of(drawn: np.ndarray) -> np.ndarray:
+    """What a model of pixels leaves, [B, 3 or 1, H, W], as [B, 3, H, W] float32: grey is three
+    alike.
+    """
+    return np.repeat(drawn, 3 // drawn.shape[1], axis=1).astype(np.float32)
+
+
 def open_image(path: Path) -> Image.Image:
     """A picture from a file, not yet decoded; raises UsageError if it is none or far too large."""
     try:

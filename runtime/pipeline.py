@@ -21,7 +21,7 @@ from .conditioning import Known, TextEncoder, Told, parts_of_like_length, told_o
 from .decoding import Tiling, decoded_picture, encoded_picture
 from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
-from .options import Options, Request, options_from, requests_from
+from .options import Options, Request, options_from, requests_from, requests_without_prompt
 from .pictures import images_from_decoded, parameters_text
 from .samplers.catalogue import config_from_name, title_of
 from .samplers.table import SamplerTable, sampler_table
@@ -63,7 +63,7 @@ class Pipeline:
     """
 
     manifest: Manifest
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     engines: Mapping[str, Engine]
     scheduler_config: Mapping[str, Any]
     backend: str
@@ -129,7 +129,8 @@ class Pipeline:
         """What is known of a call before anything is computed: its pictures, their sampler's
         table, their guidance and their (width, height). Raises UsageError for what does not fit.
         """
-        requests, size = requests_from(prompt, options), self._size(options)
+        reading = requests_from if self.takes_prompt else requests_without_prompt
+        requests, size = reading(prompt, options), self._size(options)
         if size not in self.manifest.sizes:
             log.warning(
                 "%dx%d is none of the sizes that this bundle was proven at (%s); what is larger "
@@ -216,7 +217,8 @@ class Pipeline:
         share = np.arange(table.evaluations) / table.evaluations
         low, high = options.guidance_interval
         inside = (share >= low) & (share < high) if high < 1.0 else share >= low
-        scales = np.where(inside, options.guidance_scale, 1.0)
+        scale = options.guidance_scale if self.takes_prompt else 1.0
+        scales = np.where(inside, scale, 1.0)
         return table, Guidance(scales, options.guidance_rescale)
 
     def _size(self, options: Options) -> tuple[int, int]:
@@ -280,18 +282,24 @@ class Pipeline:
         return step.latents
 
     @property
+    def takes_prompt(self) -> bool:
+        """Whether there is a text encoder; an unconditional model is told nothing."""
+        return self.tokenizer is not None
+
+    @property
     def text_encoders(self) -> list[TextEncoder]:
-        """One, or two in models such as XL."""
-        most, tokenizers = self.manifest.batch[2], {"text_encoder": self.tokenizer}
-        if self.tokenizer_2 is not None:
-            tokenizers["text_encoder_2"] = self.tokenizer_2
+        """One, two in models such as XL, none in unconditional ones."""
+        both = {"text_encoder": self.tokenizer, "text_encoder_2": self.tokenizer_2}
         return [
-            TextEncoder(name, self.engines[name], tokenizer, most, self.known)
-            for name, tokenizer in tokenizers.items()
+            TextEncoder(name, self.engines[name], tokenizer, self.manifest.batch[2], self.known)
+            for name, tokenizer in both.items()
+            if tokenizer is not None
         ]
 
     def told(self, requests: Sequence[Request], options: Options) -> list[Told]:
         """What the model is fed of every picture besides latents and time; raises UsageError."""
+        if not self.takes_prompt:
+            return [{} for _ in requests]
         fed = [spec.name for spec in self.manifest.components["unet"].inputs]
         size, zeroed = self._size(options), self.manifest.zero_empty_prompt
         return told_of(self.text_encoders, requests, options, fed=fed, size=size, zeroed=zeroed)
@@ -339,7 +347,7 @@ class Pipeline:
         settings: dict[str, object] = {
             "Steps": options.num_inference_steps,
             "Sampler": title_of(self.scheduler_config),
-            "CFG scale": f"{options.guidance_scale:g}",
+            **({"CFG scale": f"{options.guidance_scale:g}"} if self.takes_prompt else {}),
             "Seed": request.seed,
             "Size": f"{width}x{height}",
             "Model": self.manifest.name,
@@ -371,7 +379,9 @@ def load_pipeline(bundle: Bundle, candidate: Candidate) -> Pipeline:
     assert candidate.load is not None
     manifest = bundle.manifest
 
-    def tokenizer(folder: str) -> Tokenizer:
+    def tokenizer(encoder: str, folder: str) -> Tokenizer | None:
+        if encoder not in manifest.components:
+            return None
         return Tokenizer.from_folder(bundle.folder / folder, manifest.max_tokens)
 
     config = bundle.json("scheduler/scheduler_config.json")
@@ -389,6 +399,6 @@ def load_pipeline(bundle: Bundle, candidate: Candidate) -> Pipeline:
         load = partial(candidate.load, exact, "vae_decoder")
         engines["vae_decoder_float32"] = LazyEngine(load)
     adapters = Adapters(bundle, engines)
-    first = tokenizer("tokenizer")
-    second = tokenizer("tokenizer_2") if "text_encoder_2" in manifest.components else None
+    first = tokenizer("text_encoder", "tokenizer")
+    second = tokenizer("text_encoder_2", "tokenizer_2")
     return Pipeline(manifest, first, engines, config, candidate.title, adapters, second)

@@ -68,6 +68,8 @@ def checkpoint_folder(bundle: Bundle) -> Path | None:
 def bench(args: argparse.Namespace) -> None:
     """Prints a table, or JSON."""
     bundle = open_bundle(args.bundle)
+    if "text_encoder" not in bundle.manifest.components:
+        raise UsageError(f"{bundle.manifest.name} takes no prompt; bench measures models that do")
     width, height = parse_size(args.size) if args.size else bundle.manifest.sizes[0]
     if not 1 <= args.rounds <= 1000 or not 1 <= args.steps <= 1000:
         raise UsageError(f"{args.rounds} rounds of {args.steps} steps; expected 1 to 1000 of each")

@@ -159,7 +159,12 @@ def _add_build(to: argparse.ArgumentParser) -> None:
 
 
 def _add_run(to: argparse.ArgumentParser) -> None:
-    to.add_argument("prompt", nargs="+", metavar="PROMPT", help="(word:1.3), [word] and BREAK work")
+    to.add_argument(
+        "prompt",
+        nargs="*",
+        metavar="PROMPT",
+        help="(word:1.3), [word] and BREAK work; none for models that take none",
+    )
     to.add_argument("--negative-prompt", default="", metavar="TEXT")
     to.add_argument("--steps", type=_whole, default=20, metavar="N")
     to.add_argument(

@@ -103,8 +103,9 @@ def with_scheduler(pipe: Pipeline, name: str | None, settings: Sequence[str]) ->
 def run(args: argparse.Namespace) -> None:
     """Prints the path of every picture, or JSON; what is finished is kept when interrupted."""
     began = time.perf_counter()
-    total = 1 if args.grid else len(args.prompt) * args.num_images
-    picture_path(args.output, args.prompt[0], 0, total, 0)
+    total = 1 if args.grid else max(1, len(args.prompt)) * args.num_images
+    words = " ".join(args.prompt[:1])
+    picture_path(args.output, words, 0, total, 0)
     with opened(args) as pipe, ExitStack() as stack:
         chosen = with_scheduler(pipe, args.scheduler, args.scheduler_option)
         options = options_from_arguments(args)
@@ -112,11 +113,11 @@ def run(args: argparse.Namespace) -> None:
         watchers = [stack.enter_context(_bar(args))]
         if args.preview:
             watchers.append(stack.enter_context(_preview(chosen, args.output)))
-        made = chosen.pictures(args.prompt, options, partial(_tell, watchers))
+        made = chosen.pictures(args.prompt or None, options, partial(_tell, watchers))
         finished: list[tuple[Request, Image.Image, Path]] = []
         try:
             for request, image in made:
-                path = picture_path(args.output, args.prompt[0], request.index, total, request.seed)
+                path = picture_path(args.output, words, request.index, total, request.seed)
                 if not args.grid:
                     save_png(image, path, chosen.parameters(request, options))
                     if not args.json:
