@@ -45,6 +45,7 @@ class BuildPlan:
     unet: str | None = None
     loras: tuple[str, ...] = ()
     revision: str | None = None
+    safety_checker: bool = False
 
 
 def build_bundle(plan: BuildPlan) -> Path:
@@ -56,7 +57,7 @@ def build_bundle(plan: BuildPlan) -> Path:
     # that was near, and there on ONNX Runtime: it needs the least memory.
     hidden = Machine(why_none="bundles are proven on the CPU") if plan.backend == "auto" else None
     candidate = choose(plan.backend, size=0, machine=hidden)
-    checkpoint = find_checkpoint(plan.model, plan.revision)
+    checkpoint = find_checkpoint(plan.model, plan.revision, plan.safety_checker)
     checkpoint = checkpoint.with_parts({"vae": plan.vae, "unet": plan.unet})
     checkpoint = checkpoint.with_loras(plan.loras)
     check_fit(checkpoint)
@@ -79,6 +80,8 @@ def build_bundle(plan: BuildPlan) -> Path:
 
 def _announce(checkpoint: Checkpoint, plan: BuildPlan, target: Path) -> None:
     """Say what will be done; raise SdrtError if the disk cannot hold it."""
+    more = "; --safety-checker adds the checkpoint's" if checkpoint.has_safety_checker else ""
+    log.info("safety checker: %s", "on" if checkpoint.safety_checker else f"off{more}")
     needed = _bytes(checkpoint, plan.dtype)
     free = shutil.disk_usage(target.parent).free
     log.info(

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdrt.errors import CheckpointError
 from sdrt.runtime.lora import Lora, check_parts, deltas, parse_lora, read_lora
 
-from .hub import HUB_ID, fetched
+from .hub import HUB_ID, PARTS, fetched
 from .weight_files import PICKLES, TO_CONVERT, open_safetensors, read_json, weight_files
 
 KNOWN = {
@@ -40,6 +40,19 @@ class Checkpoint:
     folder: Path
     others: Mapping[str, Path] = field(default_factory=dict)
     loras: tuple[Lora, ...] = ()
+    safety_checker: bool = False
+
+    def with_safety_checker(self) -> "Checkpoint":
+        """The same with its safety checker as a part; raises CheckpointError if it has none."""
+        if not self.has_safety_checker:
+            raise CheckpointError(f"{self.folder} has no safety_checker; build without it")
+        made = replace(self, safety_checker=True)
+        made.weight_files("safety_checker")
+        return made
+
+    @property
+    def has_safety_checker(self) -> bool:
+        return (self.part_folder("safety_checker") / "config.json").is_file()
 
     def with_parts(self, parts: Mapping[str, str | None]) -> "Checkpoint":
         """The same with parts from elsewhere: a folder, or a hub id. Raises CheckpointError."""
@@ -72,7 +85,10 @@ class Checkpoint:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return ("unet",) if self.unconditional else (*self.text_encoders, "unet", "vae")
+        after = ("safety_checker",) if self.safety_checker else ()
+        return (
+            ("unet", *after) if self.unconditional else (*self.text_encoders, "unet", "vae", *after)
+        )
 
     def part_folder(self, part: str) -> Path:
         return self.others.get(part, self.folder / part)
@@ -122,20 +138,29 @@ class Checkpoint:
         return merged
 
 
-def find_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+def find_checkpoint(
+    model: str, revision: str | None = None, safety_checker: bool = False
+) -> Checkpoint:
     """The checkpoint behind a well-known name, hub id, folder or file.
 
-    revision: a branch, tag or commit of a model on the hub.
+    revision: a branch, tag or commit of a model on the hub
+    safety_checker: whether it is a part
     Raises CheckpointError: unknown name (with near matches), no network, a missing component, a
     pickle, an unreadable file.
     """
+    if safety_checker:
+        return _found(model, revision, (*PARTS, "safety_checker")).with_safety_checker()
+    return _found(model, revision, PARTS)
+
+
+def _found(model: str, revision: str | None, parts: Sequence[str]) -> Checkpoint:
     path = Path(model).expanduser()
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(f"{model} is a pickle, which is refused: {TO_CONVERT}")
     repository, here = KNOWN.get(model, model), path.exists() or path.suffix == ".safetensors"
     if not here and model not in EMBEDDED and re.fullmatch(HUB_ID, repository):
         source = f"{repository}@{revision}" if revision else repository
-        folder = fetched(repository, revision=revision)
+        folder = fetched(repository, parts, revision)
         return _checked(Checkpoint(model.split("/")[-1], source, folder))
     if revision:
         raise CheckpointError(f"revision {revision!r} of {model}: only models on the hub have any")

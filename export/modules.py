@@ -9,6 +9,7 @@ from sdrt.errors import CheckpointError
 
 from .checkpoint import Checkpoint
 from .pixel_unet import PixelUnet, PixelUnetConfig
+from .safety import SafetyChecker, renamed
 from .tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from .unet import Unet, UnetConfig
 from .vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
@@ -79,6 +80,17 @@ def _clip(checkpoint: Checkpoint, part: str, kind: str) -> Any:
     positions = torch.arange(config.max_position_embeddings)[None]
     getattr(model, "text_model", model).embeddings.position_ids = positions
     return _filled(model, weights, part)
+
+
+def safety_checker(checkpoint: Checkpoint) -> SafetyChecker:
+    from transformers import CLIPConfig
+
+    config: Any = CLIPConfig(**checkpoint.config("safety_checker"))
+    config.vision_config._attn_implementation = "sdpa"
+    module = SafetyChecker(config)
+    weights = renamed(checkpoint.weights("safety_checker"), set(module.state_dict()))
+    filled: SafetyChecker = _filled(module, weights, "safety_checker")
+    return filled
 
 
 def unet(checkpoint: Checkpoint) -> Unet | PixelUnet:

@@ -24,7 +24,8 @@ from sdrt.runtime import Options, Pipeline, load_pipeline, randn, sampler_table
 from sdrt.runtime.conditioning import Told, time_ids_of
 from sdrt.runtime.loop import Guidance, Run, denoised, plan_of
 from sdrt.runtime.options import requests_from
-from sdrt.runtime.pictures import pixels_of
+from sdrt.runtime.pictures import images_from_decoded, pixels_of
+from sdrt.runtime.safety import clip_pixels
 
 from . import modules
 from .checkpoint import Checkpoint
@@ -69,6 +70,7 @@ RECIPES = (
         },
     ),
     Recipe("vae_decoder", ("image",), {"latents": LATENT_AXES}, picture=True),
+    Recipe("safety_checker", ("special", "concepts"), {"pixels": {0: "rows"}}),
     Recipe("vae_encoder", ("mean", "std"), {"image": {0: "rows", 2: "height", 3: "width"}}),
 )
 
@@ -116,7 +118,8 @@ class Proof:
         module: nn.Module = getattr(modules, recipe.name)(checkpoint)
         with torch.no_grad(), largest_activation(module) as peak:
             cases = getattr(self, f"_{recipe.name}_cases")(module)
-        dtype = self.dtype
+        # What a threshold decides should not hang on precision.
+        dtype = "float32" if recipe.name == "safety_checker" else self.dtype
         if dtype == "float16" and peak[0] > HALF_MAX:
             log.info("      activations reach %.3g, beyond float16; kept in float32", peak[0])
             dtype = "float32"
@@ -265,6 +268,15 @@ class Proof:
             picture = np.clip(image, -1, 1)
             mean, std = module(torch.from_numpy(picture))
             cases.append(({"image": picture}, {"mean": mean.numpy(), "std": std.numpy()}))
+        return cases
+
+    def _safety_checker_cases(self, module: Any) -> list[Any]:
+        side = module.vision_model.config.image_size
+        cases = []
+        for image in self.images.values():
+            pixels = clip_pixels(images_from_decoded(image)[0], side)
+            special, concepts = (found.numpy() for found in module(torch.from_numpy(pixels)))
+            cases.append(({"pixels": pixels}, {"special": special, "concepts": concepts}))
         return cases
 
     def end_to_end(self, manifest: Manifest) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """Prompt to picture: tokenizer, noise, samplers, guidance, pipeline. Knows numpy and engines."""
 
+from .loading import load_pipeline
 from .loop import Step
 from .noise import CpuNoise, CudaNoise, noise_from_seed, randn
 from .options import Options
-from .pipeline import Output, Pipeline, load_pipeline
+from .pipeline import Output, Pipeline
 from .preview import Preview
 from .samplers.table import SamplerTable, sample, sampler_table
 from .tokenizer import Tokenizer

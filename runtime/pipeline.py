@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from sdrt.bundle import Bundle, Manifest, parse_size
-from sdrt.engine import Candidate, Engine, LazyEngine
+from sdrt.bundle import Manifest, parse_size
+from sdrt.engine import Engine
 from sdrt.errors import SdrtError, UsageError
 
 from .conditioning import Known, TextEncoder, Told, parts_of_like_length, told_of
@@ -23,6 +23,7 @@ from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
 from .options import Options, Request, options_from, requests_from, requests_without_prompt
 from .pictures import images_from_decoded, parameters_text
+from .safety import checked, is_flagged
 from .samplers.catalogue import config_from_name, title_of
 from .samplers.table import SamplerTable, sampler_table
 from .start import Source, Start, source_of, start_of
@@ -35,11 +36,14 @@ Prompt = str | Sequence[str] | None
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The pictures of a call, the seed of each, and the text that goes into each file."""
+    """The pictures of a call, the seed of each, the text that goes into each file, and whether the
+    safety checker made it black.
+    """
 
     images: list[Image]
     seeds: list[int]
     parameters: list[str]
+    flagged: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Engines, tokenizers and sampler configuration. Made by `load_pipeline`; call it for pictures.
+    """Engines, tokenizers and sampler configuration. Made by `loading.load_pipeline`; call it for pictures.
 
     Immutable: `with_scheduler` gives another pipeline over the same engines.
     """
@@ -86,7 +90,8 @@ class Pipeline:
         chosen = options_from(options)
         made = sorted(self.pictures(prompt, chosen, on_step), key=lambda each: each[0].index)
         texts = [self.parameters(request, chosen) for request, _ in made]
-        return Output([image for _, image in made], [request.seed for request, _ in made], texts)
+        images, seeds = [image for _, image in made], [request.seed for request, _ in made]
+        return Output(images, seeds, texts, [is_flagged(image) for image in images])
 
     def pictures(
         self,
@@ -152,8 +157,11 @@ class Pipeline:
             yield batch.requests[0], run, self._edit(batch, options, table)
 
     def decode(self, latents: np.ndarray) -> list[Image]:
-        """Pictures of latents [B, C, H/8, W/8]; raises SdrtError if they hold NaN or infinity."""
-        return images_from_decoded(self.decoded(latents))
+        """Pictures of latents [B, C, H/8, W/8], black where the safety checker flags one; raises
+        SdrtError if they hold NaN or infinity.
+        """
+        images = images_from_decoded(self.decoded(latents))
+        return checked(self.engines["safety_checker"], images) if self.checks else images
 
     def decoded(self, latents: np.ndarray) -> np.ndarray:
         """The decoder's numbers, [B, 3, H, W] about [-1, 1]; raises SdrtError for NaN."""
@@ -287,6 +295,11 @@ class Pipeline:
         return self.tokenizer is not None
 
     @property
+    def checks(self) -> bool:
+        """Whether there is a safety checker."""
+        return "safety_checker" in self.engines
+
+    @property
     def text_encoders(self) -> list[TextEncoder]:
         """One, two in models such as XL, none in unconditional ones."""
         both = {"text_encoder": self.tokenizer, "text_encoder_2": self.tokenizer_2}
@@ -372,33 +385,3 @@ def runs_of(batch: Batch, table: SamplerTable, guidance: Guidance) -> list[Run]:
         Run(table, guidance, plan, start.columns, told, start.beside)
         for told, start in zip(batch.told, batch.starts, strict=True)
     ]
-
-
-def load_pipeline(bundle: Bundle, candidate: Candidate) -> Pipeline:
-    """Load a bundle's engines on the chosen backend; raises BackendError if one does not load."""
-    assert candidate.load is not None
-    manifest = bundle.manifest
-
-    def tokenizer(encoder: str, folder: str) -> Tokenizer | None:
-        if encoder not in manifest.components:
-            return None
-        return Tokenizer.from_folder(bundle.folder / folder, manifest.max_tokens)
-
-    config = bundle.json("scheduler/scheduler_config.json")
-    names = ["text_encoder", "text_encoder_2", "unet", "vae_decoder"]
-    engines: dict[str, Engine] = {}
-    try:
-        for name in (each for each in names if each in manifest.components):
-            engines[name] = candidate.load(bundle, name)
-    except BaseException:
-        for engine in engines.values():
-            engine.close()
-        raise
-    engines["vae_encoder"] = LazyEngine(partial(candidate.load, bundle, "vae_encoder"))
-    if exact := bundle.in_float32("vae_decoder"):
-        load = partial(candidate.load, exact, "vae_decoder")
-        engines["vae_decoder_float32"] = LazyEngine(load)
-    adapters = Adapters(bundle, engines)
-    first = tokenizer("text_encoder", "tokenizer")
-    second = tokenizer("text_encoder_2", "tokenizer_2")
-    return Pipeline(manifest, first, engines, config, candidate.title, adapters, second)

@@ -17,11 +17,10 @@ from .errors import BundleError, UsageError
 
 FORMAT = 2
 MANIFEST = "sdrt.json"
-COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
-# What a bundle's safetensors files say of themselves, and how a transposed weight's name ends.
-NAMES = {"names": "checkpoint"}
-TRANSPOSED = ".T"
-FLOAT32_GRAPH = "float32.onnx"
+COMPONENTS = (
+    *("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"),
+    "safety_checker",
+)
 T = TypeVar("T")
 
 

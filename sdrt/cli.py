@@ -146,6 +146,11 @@ def _add_build(to: argparse.ArgumentParser) -> None:
         metavar="FILE[:WEIGHT]",
         help="added to the weights, repeatable",
     )
+    to.add_argument(
+        "--safety-checker",
+        action="store_true",
+        help="with the checkpoint's own: flagged pictures are black (default: off)",
+    )
     precision = to.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="half precision")
     precision.add_argument("--fp32", action="store_true", help="single precision (default)")
@@ -301,6 +306,7 @@ def _built(args: argparse.Namespace) -> Path:
         unet=args.unet,
         loras=tuple(args.lora),
         revision=args.revision,
+        safety_checker=args.safety_checker,
     )
     return build_bundle(plan)
 

@@ -25,8 +25,10 @@ from .runtime import Options, Pipeline, Preview, Step
 from .runtime.lora import parse_lora
 from .runtime.options import Request, options_from
 from .runtime.pictures import image_grid, labelled_sheet, open_image, save_png
+from .runtime.safety import is_flagged
 
 PREVIEW_SIDE = 256
+FLAGGED = "seed {}: the safety checker flagged the picture, so it is black"
 
 
 def options_from_arguments(args: argparse.Namespace) -> Options:
@@ -117,6 +119,8 @@ def run(args: argparse.Namespace) -> None:
         finished: list[tuple[Request, Image.Image, Path]] = []
         try:
             for request, image in made:
+                if is_flagged(image):
+                    print(FLAGGED.format(request.seed), file=sys.stderr)
                 path = picture_path(args.output, words, request.index, total, request.seed)
                 if not args.grid:
                     save_png(image, path, chosen.parameters(request, options))
@@ -135,6 +139,8 @@ def run(args: argparse.Namespace) -> None:
         report = {
             "images": [str(path) for _, _, path in finished[:total]],
             "seeds": [request.seed for request, _, _ in finished],
+            "flagged": [is_flagged(image) for _, image, _ in finished],
+            "safety_checker": pipe.checks,
             "bundle": pipe.manifest.name,
             "backend": pipe.backend,
             "load_seconds": round(loaded - began, 4),

@@ -34,6 +34,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "batch": list(manifest.batch),
         "opset": manifest.opset,
         "parity": dict(manifest.parity),
+        "safety_checker": "safety_checker" in manifest.components,
         "components": {
             name: {
                 "dtype": component.dtype,
@@ -59,7 +60,8 @@ def _text_from_bundle(bundle: dict[str, Any]) -> str:
         f"{bundle['name']}  ({bundle['folder']})",
         f"  source {bundle['source']}   {megabytes(bundle['bytes'])}   opset {bundle['opset']}",
         f"  sizes {', '.join(bundle['sizes'])}   batch {':'.join(map(str, bundle['batch']))}"
-        f"   plans {len(bundle['plans'])}",
+        f"   plans {len(bundle['plans'])}   safety checker "
+        f"{'on' if bundle['safety_checker'] else 'off'}",
     ]
     for name, part in bundle["components"].items():
         proof = "  ".join(f"{key} {value:.3g}" for key, value in part["parity"].items())

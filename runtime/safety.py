@@ -1,0 +1,58 @@
+"""Whether a picture is shown: what the safety checker's distances decide.
+
+Knows numpy, Pillow and the component's interface: pixels in, distances to concepts out.
+"""
+
+import numpy as np
+from PIL import Image
+
+from sdrt.engine import Engine
+
+# What CLIP's vision towers were trained on: Radford et al. 2021 (arXiv:2103.00020).
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+CARE = np.float32(0.01)  # by how much the special concepts make the others stricter
+MARK = "flagged"
+
+
+def clip_pixels(image: Image.Image, side: int) -> np.ndarray:
+    """A picture as CLIP reads it, [1, 3, side, side] float32: the short side to `side` (bicubic),
+    the middle cut out, normalised.
+    """
+    short = min(image.size)
+    width, height = (side if length == short else side * length // short for length in image.size)
+    whole = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    pixels = np.asarray(whole.crop((left, top, left + side, top + side)), np.float32)
+    return ((pixels / np.float32(255.0) - MEAN) / DEVIATION).transpose(2, 0, 1)[None]
+
+
+def scores_of(special: np.ndarray, concepts: np.ndarray) -> np.ndarray:
+    """Of every concept [17], above 0 where the picture shows it, from distances less thresholds,
+    [3] and [17]; rounded to three digits, as the reference library decides.
+    """
+    care = np.float32(0.0)
+    for score in special.astype(np.float32):
+        care = CARE if np.round(score + care, 3) > 0 else care
+    return np.round(concepts.astype(np.float32) + care, 3)
+
+
+def checked(engine: Engine, images: list[Image.Image]) -> list[Image.Image]:
+    """The pictures, in place of some a black one that `is_flagged`."""
+    return [_black(image) if _shows(engine, image) else image for image in images]
+
+
+def _shows(engine: Engine, image: Image.Image) -> bool:
+    found = engine({"pixels": clip_pixels(image, int(engine.inputs[0].shape[2]))})
+    return bool((scores_of(found["special"][0], found["concepts"][0]) > 0).any())
+
+
+def _black(image: Image.Image) -> Image.Image:
+    black = Image.new("RGB", image.size)
+    black.info[MARK] = True
+    return black
+
+
+def is_flagged(image: Image.Image) -> bool:
+    """Whether the safety checker put black in the picture's place."""
+    return bool(image.info.get(MARK))
