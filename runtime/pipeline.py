@@ -61,7 +61,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Engines, tokenizers and sampler configuration. Made by `loading.load_pipeline`; call it for pictures.
+    """Engines, tokenizers and sampler configuration. Made by `load_pipeline`; call it for pictures.
 
     Immutable: `with_scheduler` gives another pipeline over the same engines.
     """

@@ -21,6 +21,10 @@ COMPONENTS = (
     *("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"),
     "safety_checker",
 )
+# What a bundle's safetensors files say of themselves, and how a transposed weight's name ends.
+NAMES = {"names": "checkpoint"}
+TRANSPOSED = ".T"
+FLOAT32_GRAPH = "float32.onnx"
 T = TypeVar("T")
 
 
