@@ -54,12 +54,22 @@ async def _told(request: Request, error: Exception) -> Response:
     return problem.response(path)
 
 
+class PageFiles(StaticFiles):
+    """Asked for anew on every visit: an old module beside a new one would break the page."""
+
+    def file_response(self, *args: Any, **named: Any) -> Response:
+        response = super().file_response(*args, **named)
+        response.headers["cache-control"] = "no-cache"
+        return response
+
+
 def _page(app: FastAPI) -> None:
-    app.mount("/page", StaticFiles(directory=PAGE))
+    app.mount("/page", PageFiles(directory=PAGE))
+    headers = {"content-security-policy": POLICY, "cache-control": "no-cache"}
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(PAGE / "index.html", headers={"content-security-policy": POLICY})
+        return FileResponse(PAGE / "index.html", headers=headers)
 
 
 def _schema(app: FastAPI) -> None:

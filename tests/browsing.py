@@ -17,6 +17,7 @@ from serving import PROMPT
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 expect = sync_api.expect
 
+expect.set_options(timeout=20_000)
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 
 

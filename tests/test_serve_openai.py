@@ -264,7 +264,11 @@ def test_the_page_is_served(server):
         page = http.get("/")
         assert page.headers["content-type"].startswith("text/html")
         assert "default-src 'self'" in page.headers["content-security-policy"]
-        assert http.get("/page/page.js").status_code == 200
+        module = http.get("/page/page.js")
+        assert module.status_code == 200
+        assert page.headers["cache-control"] == module.headers["cache-control"] == "no-cache"
+        told = {"if-none-match": module.headers["etag"]}
+        assert http.get("/page/page.js", headers=told).status_code == 304
         assert http.get("/page/%2e%2e/run.py").status_code == 404
 
 

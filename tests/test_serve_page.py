@@ -11,6 +11,7 @@ from sdrt.serve.settings import digest_from_key
 pytestmark = pytest.mark.browser
 
 LONG = 900  # steps: seconds
+SIDEWAYS = {"viewport": {"width": 844, "height": 390}, "is_mobile": True, "has_touch": True}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 
 
@@ -219,7 +220,7 @@ def test_a_prompt_is_never_markup(page):
     assert page.locator("#caption img, #tiles img[onerror]").count() == 0
 
 
-@pytest.mark.parametrize("options", [PHONE, {"viewport": {"width": 320, "height": 568}}])
+@pytest.mark.parametrize("options", [PHONE, {"viewport": {"width": 320, "height": 568}}, SIDEWAYS])
 def test_a_phone_needs_no_sideways_scrolling(browser, server, options):
     with opened(browser, server, **options) as page:
         width = options["viewport"]["width"]

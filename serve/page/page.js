@@ -39,7 +39,7 @@ function make(settings) {
   items.unshift(...made);
   if (!shown || !inFlight(shown)) show(made[0]);
   queue.add(made);
-  if (matchMedia("(max-width: 820px)").matches) $("stage").scrollIntoView({ block: "start" });
+  if (matchMedia("(max-width: 820px), (max-height: 480px)").matches) $("stage").scrollIntoView({ block: "start" });
   showAll();
   announce(made.length > 1 ? `${made.length} pictures asked for` : "Asked for");
 }
