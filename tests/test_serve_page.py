@@ -108,7 +108,7 @@ def test_a_refusal_is_told_by_the_button_and_loses_nothing(browser, server):
 def test_a_key_is_asked_for_once_and_the_queue_is_told(browser, shapes):
     keys = (digest_from_key(b"open sesame"),)
     with (
-        served(shapes, keys=keys, slots=1, waiting=1) as strict,
+        served(shapes, keys=keys, slots=1, waiting=2) as strict,
         opened(browser, strict, refusals=True) as page,
     ):
         page.fill("#key", "a wrong one")
@@ -119,16 +119,20 @@ def test_a_key_is_asked_for_once_and_the_queue_is_told(browser, shapes):
         expect(page.locator("#size option")).not_to_have_count(0)
         page.reload()
         expect(page.locator("#size option")).not_to_have_count(0)
-        generate(page, num_inference_steps=LONG, count=3)
+        page.select_option("#scheduler", "Heun")  # two evaluations a step
+        generate(page, num_inference_steps=LONG)
         expect(page.locator("#tiles li[data-state=running]")).to_have_count(1)
-        expect(page.locator("#tiles li[data-state=queued]")).to_have_count(1)
+        generate(page, count=2)
+        waiting = page.locator("#tiles li[data-state=queued] .tile")
+        expect(waiting).to_have_count(2)
+        generate(page, count=1)
         expect(page.locator("#tiles li[data-state=failed]")).to_have_count(1)
         expect(page.locator("#error")).to_contain_text("Try again in")
-        page.locator("#tiles li[data-state=queued] .tile").click()
-        expect(page.locator("#caption-state")).to_have_text("Next in the queue")
+        waiting.first.click()
+        expect(page.locator("#caption-state")).to_have_text(re.compile("Next in|Waiting behind"))
         page.keyboard.press("Escape")
-        expect(page.locator("#tiles li")).to_have_count(2)
-        page.click("#cancel")
+        expect(page.locator("#tiles li")).to_have_count(3)
+        page.click("#cancel-all")
         expect(page.locator("#tiles li")).to_have_count(1)
 
 

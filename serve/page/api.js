@@ -39,12 +39,14 @@ export async function samplers() {
   return (await request("/sdapi/v1/samplers")).json();
 }
 
-/** Events of one picture as they come: {type, ...}; raises ApiError. Aborting cancels the run. */
+/** Events of one picture as they come: {type, ...}, the first one that it was accepted; raises
+ * ApiError. Aborting cancels the run. */
 export async function* generate(settings, signal) {
   const { start, mask, ...rest } = settings;
   const asked = { ...rest, n: 1, stream: true, partial_images: 100, progress: true, output_format: "png" };
   const [path, options] = start ? edit(asked, start, mask) : generation(asked);
   const response = await request(path, { ...options, method: "POST", signal });
+  yield { type: "accepted" };
   for await (const event of eventsOf(response.body)) {
     if (event.type === "error") throw new ApiError(event.error?.message || "The server failed.");
     yield event;

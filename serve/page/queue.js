@@ -22,22 +22,31 @@ function newId() {
 export function createQueue(changed) {
   const waiting = [];
   const running = new Map();
+  let sent = null; // and not yet accepted: one by one they keep their order at the server
 
   function pump() {
-    while (waiting.length && running.size < MOST_STREAMS) {
-      const item = waiting.shift();
-      const controller = new AbortController();
-      running.set(item, controller);
-      run(item, controller.signal).finally(() => {
-        running.delete(item);
-        pump();
-      });
-    }
+    if (sent || !waiting.length || running.size >= MOST_STREAMS) return;
+    sent = waiting.shift();
+    const item = sent;
+    const controller = new AbortController();
+    running.set(item, controller);
+    run(item, controller.signal).finally(() => {
+      running.delete(item);
+      next(item);
+    });
+  }
+
+  function next(item) {
+    if (sent === item) sent = null;
+    pump();
   }
 
   async function run(item, signal) {
     try {
-      for await (const event of generate(item.settings, signal)) take(item, event, changed);
+      for await (const event of generate(item.settings, signal)) {
+        if (event.type === "accepted") next(item);
+        else take(item, event, changed);
+      }
       if (item.state !== "done") throw new Error("The connection ended before the picture was finished.");
     } catch (error) {
       if (item.state === "done") return;
