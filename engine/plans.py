@@ -345,10 +345,9 @@ def _built(
 
 
 def _drop_outdated(plan: Plan) -> None:
-    """Plans of the same folder whose graph or weights this bundle no longer has."""
-    key = plan.key
-    for other in list(_plans(plan.path.parent.parent, key.component)):
+    """Plans of the same folder with weights that this bundle no longer has."""
+    for other in list(_plans(plan.path.parent.parent, plan.key.component)):
         same = other.path.parent == plan.path.parent
-        if same and (other.key.graph, other.key.weights) != (key.graph, key.weights):
+        if same and other.key.weights != plan.key.weights:
             other.path.with_suffix(".json").unlink(missing_ok=True)
             other.path.unlink(missing_ok=True)

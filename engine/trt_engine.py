@@ -49,6 +49,7 @@ class Bound:
     scratch: int = 0
     arena: int = 0
     graph: Graph | None = None
+    capturable: bool = True
 
 
 class Loaded:
@@ -193,13 +194,26 @@ class Loaded:
     def run(self, bound: Bound) -> None:
         """One run by the shapes' CUDA graph, which the first run captures."""
         self.ready(bound)
+        if bound.graph is None and bound.capturable:
+            self._capture(bound)
         if bound.graph is None:
-            self.enqueue(bound)  # TensorRT prepares what a capture may not
-            self.device.synchronize()
+            self.enqueue(bound)
+        else:
+            bound.graph.launch()
+
+    def _capture(self, bound: Bound) -> None:
+        self.enqueue(bound)  # TensorRT prepares what a capture may not
+        self.device.synchronize()
+        try:
             with self.device.capturing() as graph:
                 self.enqueue(bound)
-            bound.graph = graph
-        bound.graph.launch()
+        except BackendError as error:
+            if self.device.broken:
+                raise
+            log.warning("%s runs without a CUDA graph: %s", self.plan.key.component, error)
+            bound.capturable = False
+            return
+        bound.graph = graph
 
     def _release(self, bound: Bound) -> None:
         if self.loops:

@@ -3,16 +3,20 @@
 Knows a loaded UNet's plan, the device and schedules; not samplers. Never run on a GPU yet.
 """
 
+import logging
 from collections import OrderedDict
 from typing import Any
 
 import numpy as np
+
+from sdrt.errors import BackendError
 
 from .cuda import Graph
 from .kernels import Advance
 from .protocol import Schedule, checked_feeds
 from .trt_engine import Bound, Loaded
 
+log = logging.getLogger(__name__)
 MOST_LOOPS = 4
 
 
@@ -24,7 +28,7 @@ class Loop:
         arrays = schedule.columns, schedule.rows, schedule.timesteps
         self._addresses = [self._device.allocate(array.nbytes) for array in arrays]
         self._graph: Graph | None = None
-        self._arena = 0
+        self._arena, self._capturable = 0, True
         self._bounds: dict[int, Bound] = {}
 
     def run(self, schedule: Schedule, bounds: dict[int, Bound]) -> np.ndarray:
@@ -36,9 +40,11 @@ class Loop:
             device.upload(address, array)
         fed = self._feed(schedule)
         if self._graph is None or self._arena != device.arena:
-            self._capture(schedule)
-        assert self._graph is not None
-        self._graph.launch()
+            self._prepare(schedule)
+        if self._graph is None:
+            self._evaluations(schedule)
+        else:
+            self._graph.launch()
         pictures, places, *shape = schedule.columns.shape
         latents = np.empty((pictures, *shape), np.float32)
         size = latents[0].nbytes
@@ -60,16 +66,26 @@ class Loop:
                 fed.append(array)
         return fed
 
-    def _capture(self, schedule: Schedule) -> None:
+    def _prepare(self, schedule: Schedule) -> None:
+        """Capture the graph; without one, kernels are launched one by one."""
         bounds = list(self._bounds.values())
         while not all([self._loaded.ready(bound) for bound in bounds]):
             continue  # one of them moved the arena under another
+        self.close_graph()
+        if not self._capturable:
+            return
         for bound in bounds:
             self._loaded.enqueue(bound)  # TensorRT prepares what a capture may not
         self._device.synchronize()
-        self.close_graph()
-        with self._device.capturing() as graph:
-            self._evaluations(schedule)
+        try:
+            with self._device.capturing() as graph:
+                self._evaluations(schedule)
+        except BackendError as error:
+            if self._device.broken:
+                raise
+            log.warning("the loop is launched kernel by kernel, without a CUDA graph: %s", error)
+            self._capturable = False
+            return
         self._graph, self._arena = graph, self._device.arena
 
     def _evaluations(self, schedule: Schedule) -> None:

@@ -80,7 +80,10 @@ def _build(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
 
     workspace = None if args.workspace is None else args.workspace * 1_000_000
     options = PlanOptions(tuple(args.target), args.optimization_level, workspace)
-    plans = [trt_plan(bundle, name, kind, _gpu(), options) for name in bundle.manifest.components]
+    graphs = [(bundle, name) for name in bundle.manifest.components]
+    if exact := bundle.in_float32("vae_decoder"):
+        graphs.append((exact, "vae_decoder"))
+    plans = [trt_plan(of, name, kind, _gpu(), options) for of, name in graphs]
     log.info(
         "%d plans for %s, %.0f MB, in %s",
         len(plans),

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from sdrt.bundle import Component, Manifest, TensorSpec
+from sdrt.bundle import FLOAT32_GRAPH, Bundle, Component, FileRecord, Manifest, TensorSpec
 from sdrt.engine.gpus import NO_DEVICE, Gpu, Machine, why_none
-from sdrt.engine.plans import PlanKey, differences, find_plan, plan_of, profiles_of
+from sdrt.engine.plans import PlanKey, differences, find_plan, key_of, plan_of, profiles_of
 from sdrt.engine.trt_plans import PORTABLE, RTX, targets_of, why_not
 from sdrt.errors import BackendError, BundleError, UsageError
 
@@ -145,8 +145,20 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
 def test_plans_of_weights_that_are_gone_go_too(tmp_path):
     old = plan_of(tmp_path, replace(KEY, weights="c" * 64), build)
     elsewhere = plan_of(tmp_path, replace(KEY, weights="c" * 64, version="2"), build)
+    beside = plan_of(tmp_path, replace(KEY, graph="d" * 64), build)
     plan_of(tmp_path, KEY, build)
-    assert not old.path.exists() and elsewhere.path.exists()
+    assert not old.path.exists() and elsewhere.path.exists() and beside.path.exists()
+
+
+def test_a_components_second_graph_has_a_plan_of_its_own(tmp_path):
+    names = ("model.onnx", FLOAT32_GRAPH, "model.safetensors")
+    files = {f"vae_decoder/{name}": FileRecord(1, name) for name in names}
+    bundle = Bundle(tmp_path, replace(manifest(), files=files))
+    asked = {"kind": RTX, "version": "1", "targets": ("sm_89",)}
+    usual = key_of(bundle, "vae_decoder", **asked)
+    exact = key_of(bundle.in_float32("vae_decoder"), "vae_decoder", **asked)
+    assert usual.graph != exact.graph and usual.path != exact.path
+    assert usual.weights == exact.weights
 
 
 def slow_build(out):
