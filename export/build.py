@@ -1,13 +1,9 @@
 """`sdrt build`: from a checkpoint to a proven bundle that appears whole or not at all."""
 
-import errno
-import fcntl
 import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +15,8 @@ from sdrt.bundle import (
     json_from_manifest,
 )
 from sdrt.engine import Candidate, Machine, choose
-from sdrt.errors import BundleError, SdrtError, UsageError
+from sdrt.errors import SdrtError, UsageError
+from sdrt.folders import published
 from sdrt.runtime.tokenizer import END
 
 from .checkpoint import TOKENIZER_FILES, TOKENIZERS, Checkpoint, find_checkpoint
@@ -62,19 +59,13 @@ def build_bundle(plan: BuildPlan) -> Path:
     checkpoint = checkpoint.with_loras(plan.loras)
     check_fit(checkpoint)
     target = (plan.output or bundles_folder() / checkpoint.name).expanduser()
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise BundleError(f"{target} exists and is not a bundle; name another --output")
-    with _folder_errors(target), _lock(target):
-        if target.exists() and not plan.force:
-            raise BundleError(f"{target} is there already; --force builds it again")
+    with published(target, MANIFEST, plan.force) as folder:
         began = time.monotonic()
-        with _workshop(target) as folder:
-            _announce(checkpoint, plan, target)
-            log.info("proving on %s (%s)", candidate.title, candidate.because)
-            manifest = _make(checkpoint, plan, candidate, folder)
-            _publish(folder, target)
-        size = sum(record.size for record in manifest.files.values())
-        log.info("done in %.0f s, %.1f MB", time.monotonic() - began, size / 1e6)
+        _announce(checkpoint, plan, target)
+        log.info("proving on %s (%s)", candidate.title, candidate.because)
+        manifest = _make(checkpoint, plan, candidate, folder)
+    size = sum(record.size for record in manifest.files.values())
+    log.info("done in %.0f s, %.1f MB", time.monotonic() - began, size / 1e6)
     return target
 
 
@@ -105,60 +96,6 @@ def _bytes(checkpoint: Checkpoint, dtype: str) -> int:
     )
     parameters = stored // checkpoint.bytes_per_parameter()
     return parameters * (2 if dtype == "float16" else 4)
-
-
-@contextmanager
-def _folder_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SdrtError(
-                f"no space left for {target}; nothing was published. Free some, or name another "
-                "--output or SDRT_HOME"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise SdrtError(
-                f"cannot write {target}: {error.strerror}; name another --output or SDRT_HOME"
-            ) from error
-        raise
-
-
-@contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    """Two builds of one bundle wait for each other; the kernel drops a killed build's lock."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another build of %s is running; waiting for it", target)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _workshop(target: Path) -> Iterator[Path]:
-    """A folder beside the target that is gone afterwards, and whatever killed builds left."""
-    folder = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(_old(target), ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _old(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
-
-
-def _publish(folder: Path, target: Path) -> None:
-    if target.exists():
-        target.rename(_old(target))
-    folder.rename(target)
-    shutil.rmtree(_old(target), ignore_errors=True)
 
 
 def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder: Path) -> Manifest:

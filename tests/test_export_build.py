@@ -193,7 +193,7 @@ def test_a_bundle_is_replaced_only_by_force(tiny, tiny_bundle):
 
 def test_a_folder_that_is_no_bundle_is_left_alone(tiny, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(BundleError, match="not a bundle"):
+    with pytest.raises(BundleError, match=r"no sdrt\.json"):
         build_bundle(BuildPlan(str(tiny), tmp_path, force=True))
     assert (tmp_path / "mine.txt").read_text() == "keep"
 

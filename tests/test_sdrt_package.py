@@ -30,7 +30,7 @@ HEAVY = (
 ALLOWED = {
     "engine": {"bundle", "errors", "engine"},
     "runtime": {"bundle", "errors", "engine", "runtime", "tensors", "__version__"},
-    "export": {"bundle", "errors", "engine", "runtime", "export"},
+    "export": {"bundle", "errors", "engine", "export", "folders", "runtime"},
     "serve": {"bundle", "errors", "runtime", "serve", "__version__"},
 }
 
