@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export SDRT_HOME ?= $(CURDIR)/build/sdrt
 
-.PHONY: demo test test-slow gpu-check check lint types wheel bundle bench clean
+.PHONY: demo test test-slow test-fleet gpu-check check lint types wheel bundle bench clean
 
 demo: $(READY)
 	$(BIN)/sdrt build --model shapes --force
@@ -20,6 +20,11 @@ test-slow: $(READY)
 # On a machine with a GPU: all that needs one; the results go to benchmarks/results.
 gpu-check: $(READY)
 	$(BIN)/python tools/gpu_check.py
+
+# Ray is large, and its tests take minutes.
+test-fleet: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[ray]" -c constraints.txt
+	$(BIN)/pytest -m slow tests/test_serve_fleet.py
 
 check: lint types test
 

@@ -11,10 +11,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from . import planning
+from .arguments import BACKENDS, add_export_triton, add_serve
+from .arguments import whole as _whole
 from .errors import SdrtError, UsageError
 
 EXAMPLES = """examples:
@@ -27,13 +30,13 @@ EXAMPLES = """examples:
   sdrt run "a white cross" --image drawing.png --mask mask.png --strength 0.9
   sdrt compare "a red circle on a blue background" --schedulers "Euler,DDIM" --steps 5,20
   sdrt serve --port 7860
+  sdrt export-triton --bundle shapes --output repository
   sdrt inspect --json
   sdrt doctor
 
 exit codes: 0 done, 1 failed, 2 usage, 3 bundle, 4 checkpoint, 5 backend, 6 parity, 130 interrupted
 """
 TINY_VAE = "madebyollin/taesd"
-BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +99,10 @@ def parser() -> argparse.ArgumentParser:
     bench_parser.add_argument("--steps", type=_whole, default=20, metavar="N")
     bench_parser.add_argument("--rounds", type=_whole, default=7, metavar="N")
     bench_parser.add_argument("--json", action="store_true", help="for machines")
-    _add_serve(_command(commands, "serve", serve, "answer requests over HTTP"))
+    add_serve(_command(commands, "serve", serve, "answer requests over HTTP"))
+    add_export_triton(
+        _command(commands, "export-triton", export_triton, "write a model repository for Triton")
+    )
     inspect_parser = _command(commands, "inspect", inspect, "show bundles and what is in them")
     inspect_parser.add_argument("--bundle", metavar="NAME|FOLDER", help="only this one")
     inspect_parser.add_argument("--json", action="store_true", help="for machines")
@@ -228,51 +234,6 @@ def _add_compare(to: argparse.ArgumentParser) -> None:
     _add_shared(to)
 
 
-def _add_serve(to: argparse.ArgumentParser) -> None:
-    to.add_argument(
-        "--bundle",
-        action="append",
-        default=[],
-        metavar="NAME|FOLDER",
-        help="repeatable; the first is the default; default: the newest",
-    )
-    to.add_argument("--host", default="127.0.0.1", metavar="ADDRESS")
-    to.add_argument("--port", type=_whole, default=7860, metavar="N")
-    to.add_argument("--backend", choices=BACKENDS, default="auto")
-    to.add_argument("--exact", action="store_true", help="no lower precision than the bundle's")
-    to.add_argument(
-        "--slots", type=_whole, default=16, metavar="N", help="pictures begun at one time"
-    )
-    to.add_argument("--waiting", type=_whole, default=64, metavar="N", help="that may wait for one")
-    to.add_argument(
-        "--deterministic", action="store_true", help="on GPUs too, the same bytes in any company"
-    )
-    to.add_argument(
-        "--drain", type=float, default=30.0, metavar="SECONDS", help="for what runs at the end"
-    )
-    access = to.add_argument_group("who may call")
-    keys = access.add_mutually_exclusive_group()
-    keys.add_argument(
-        "--keys", type=Path, metavar="FILE", help="API keys, one a line, plain or sha256:HEX"
-    )
-    keys.add_argument("--no-keys", action="store_true", help="let everyone in who can reach --host")
-    access.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a name that callers may use for this server, repeatable",
-    )
-    to.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
 def build(args: argparse.Namespace) -> None:
     """`sdrt build`: prints the bundle's folder."""
     from .bundle import open_bundle
@@ -356,6 +317,14 @@ def serve(args: argparse.Namespace) -> None:
     from .serving import serve
 
     serve(args)
+
+
+def export_triton(args: argparse.Namespace) -> None:
+    """`sdrt export-triton`: prints the model's folder."""
+    from .triton_export import TritonPlan, export_triton
+
+    chosen = {field.name: getattr(args, field.name) for field in fields(TritonPlan)}
+    print(export_triton(TritonPlan(**chosen)))
 
 
 def inspect(args: argparse.Namespace) -> None:

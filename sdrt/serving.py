@@ -9,6 +9,7 @@ from .bundle import open_bundle
 from .errors import SdrtError, UsageError
 
 if TYPE_CHECKING:
+    from .serve.models import Source
     from .serve.settings import Settings
 
 
@@ -17,13 +18,24 @@ def serve(args: argparse.Namespace) -> None:
     while it loads.
     """
     try:
-        from .serve.models import Source
         from .serve.run import serve
     except ImportError as error:
         raise SdrtError(
             f"serving needs {error.name}, which is not installed; pip install 'sdrt[serve]'"
         ) from error
+    if args.ray:
+        from .fleet import serve_fleet
+
+        serve_fleet(args)
+        return
     settings = settings_from_arguments(args)
+    serve(sources_from_arguments(args), settings)
+
+
+def sources_from_arguments(args: argparse.Namespace) -> "dict[str, Source]":
+    """The bundles of a command line by name; raises BundleError or UsageError."""
+    from .serve.models import Source
+
     precision = "exact" if args.exact else "auto"
     sources = {}
     for name in args.bundle or [None]:
@@ -32,7 +44,7 @@ def serve(args: argparse.Namespace) -> None:
             raise UsageError(f"two bundles are called {bundle.manifest.name}; serve one of them")
         one = partial(load, bundle.folder, backend=args.backend, precision=precision)
         sources[bundle.manifest.name] = Source(one, bundle.folder / "plans")
-    serve(sources, settings)
+    return sources
 
 
 def settings_from_arguments(args: argparse.Namespace) -> "Settings":

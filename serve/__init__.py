@@ -9,4 +9,6 @@ command that serves.
     models     the engines by name: loading, draining, closing
     watch      one request's tickets, followed until they end or the client is gone
     problem    every refusal and failure as a status and a body
+    front      a fleet on Ray Serve as its clients see it; replica: one of many behind it;
+               merged: the answers of all as one
 """

@@ -19,7 +19,7 @@ async def live() -> Response:
 async def ready(request: Request) -> Response:
     """Every model can be given work; 503 while one is loading, draining or broken."""
     states = context_of(request).models.states
-    fit = all(state == "ready" for state in states.values())
+    fit = all(state in ("ready", "unloaded") for state in states.values())
     body = {"status": "ready" if fit else "not ready", "models": states}
     return json_response(body, 200 if fit else 503, {} if fit else {"retry-after": "1"})
 

@@ -48,32 +48,48 @@ class Model:
 class Models:
     """
     sources: the models by name; the first is the default
+    on_demand: each is started when it is asked for, not all by `load`
     failed: why loading ended the server
     """
 
     sources: Mapping[str, Source]
     settings: Settings
     metrics: Metrics
+    on_demand: bool = False
     begun: int = field(default_factory=lambda: int(time.time()))
     failed: Exception | None = None
     _loaded: dict[str, Model] = field(default_factory=dict)
     _ending: threading.Event = field(default_factory=threading.Event)
+    _engines: dict[str, InFlight] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.metrics.watch(self._engines)
 
     def load(self) -> None:
         """Load every model and start its engine; `failed` holds what went wrong."""
-        engines: dict[str, InFlight] = {}
-        self.metrics.watch(engines)
-        for name, source in self.sources.items():
+        for name in self.sources:
             if self._ending.is_set():
                 return
             try:
-                model = self._started(name, source)
+                self.start(name)
             except Exception as error:
                 self.failed = error
                 return
-            engines[name] = model.engine
-            self._loaded[name] = model
-            log.info("ready: %s, %s", name, ", ".join(model.sizes))
+
+    def start(self, name: str) -> None:
+        """Load one model and start its engine; raises what loading raises."""
+        model = self._started(name, self.sources[name])
+        self._engines[name] = model.engine
+        self._loaded[name] = model
+        log.info("ready: %s, %s", name, ", ".join(model.sizes))
+
+    def stop(self, name: str) -> None:
+        """Let what one model has begun end within the limit, then close it, if it is loaded."""
+        if model := self._loaded.get(name):
+            model.engine.drain(self.settings.drain)
+            del self._engines[name], self._loaded[name]
+            model.engine.close()
+            model.pipe.close()
 
     def _started(self, name: str, source: Source) -> Model:
         pipe, settings = source.load(), self.settings
@@ -89,14 +105,19 @@ class Models:
         engine.start()
         return Model(name, pipe, engine)
 
-    def named(self, name: str | None) -> Model:
-        """A model, or the first; raises Problem 404 for an unknown one, 503 while it is loading."""
+    def known(self, name: str | None) -> str:
+        """The name of a model, or of the first; raises Problem 404 for an unknown one."""
         wanted = next(iter(self.sources)) if name is None else name
         if wanted not in self.sources:
             have = ", ".join(self.sources)
             raise Problem(
                 404, f"no model {wanted!r}; this server has {have}", "model", "model_not_found"
             )
+        return wanted
+
+    def named(self, name: str | None) -> Model:
+        """A model, or the first; raises Problem 404 for an unknown one, 503 while it is loading."""
+        wanted = self.known(name)
         if wanted not in self._loaded:
             state = self.states[wanted]
             raise Problem(503, f"{wanted} is {state}", code=state, retry_after=LOADING_SECONDS)
@@ -104,11 +125,14 @@ class Models:
 
     @property
     def states(self) -> dict[str, str]:
-        """Each model's engine's state: loading, ready, draining, broken or closed."""
-        ending = "draining" if self._ending.is_set() else "loading"
+        """Each model's engine's state: loading, ready, draining, broken or closed; unloaded where
+        models are started when they are asked for.
+        """
+        absent = "unloaded" if self.on_demand else "loading"
+        absent = "draining" if self._ending.is_set() else absent
+        loaded = dict(self._loaded)
         return {
-            name: self._loaded[name].engine.state if name in self._loaded else ending
-            for name in self.sources
+            name: loaded[name].engine.state if name in loaded else absent for name in self.sources
         }
 
     def sizes(self, name: str) -> list[str]:

@@ -39,8 +39,7 @@ async def models(request: Request) -> Response:
 async def model(request: Request, name: str) -> Response:
     """One model."""
     context = context_of(request)
-    found = context.models.named(name)
-    return json_response(_described(context, found.name))
+    return json_response(_described(context, context.models.known(name)))
 
 
 def _described(context: Context, name: str) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""Arguments of the commands that serve, and what other commands' arguments share.
+
+Knows argparse; imports nothing of sdrt, so that `sdrt --help` is immediate.
+"""
+
+import argparse
+from pathlib import Path
+
+BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
+
+
+def whole(text: str) -> int:
+    """A whole number, or an error as argparse tells it."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def add_serve(to: argparse.ArgumentParser) -> None:
+    """What `sdrt serve` takes."""
+    to.add_argument(
+        "--bundle",
+        action="append",
+        default=[],
+        metavar="NAME|FOLDER",
+        help="repeatable; the first is the default; default: the newest",
+    )
+    to.add_argument("--host", default="127.0.0.1", metavar="ADDRESS")
+    to.add_argument("--port", type=whole, default=7860, metavar="N")
+    to.add_argument("--backend", choices=BACKENDS, default="auto")
+    to.add_argument("--exact", action="store_true", help="no lower precision than the bundle's")
+    to.add_argument(
+        "--slots", type=whole, default=16, metavar="N", help="pictures begun at one time"
+    )
+    to.add_argument("--waiting", type=whole, default=64, metavar="N", help="that may wait for one")
+    to.add_argument(
+        "--deterministic", action="store_true", help="on GPUs too, the same bytes in any company"
+    )
+    to.add_argument(
+        "--drain", type=float, default=30.0, metavar="SECONDS", help="for what runs at the end"
+    )
+    access = to.add_argument_group("who may call")
+    keys = access.add_mutually_exclusive_group()
+    keys.add_argument(
+        "--keys", type=Path, metavar="FILE", help="API keys, one a line, plain or sha256:HEX"
+    )
+    keys.add_argument("--no-keys", action="store_true", help="let everyone in who can reach --host")
+    access.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that callers may use for this server, repeatable",
+    )
+    to.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
+    fleet = to.add_argument_group("many machines")
+    fleet.add_argument("--ray", action="store_true", help="engines as replicas on Ray Serve")
+    fleet.add_argument("--replicas", default="1", metavar="N|MIN:MAX", help="by what waits")
+    fleet.add_argument(
+        "--models-per-replica", type=whole, metavar="N", help="loaded at a time; default: all"
+    )
+    fleet.add_argument(
+        "--gpus-per-replica", type=float, metavar="N", help="default: 1 where Ray has GPUs, else 0"
+    )
+
+
+def add_export_triton(to: argparse.ArgumentParser) -> None:
+    """What `sdrt export-triton` takes."""
+    to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
+    to.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the repository")
+    to.add_argument("--name", help="of the model; default: the bundle's")
+    to.add_argument("--backend", choices=BACKENDS, default="auto", help="that the model loads")
+    to.add_argument(
+        "--instances", type=whole, default=1, metavar="N", help="on each GPU, or else in all"
+    )
+    to.add_argument("--slots", type=whole, default=16, metavar="N", help="of each instance")
+    to.add_argument("--waiting", type=whole, default=64, metavar="N", help="of each instance")
+    to.add_argument("--force", action="store_true", help="replace a model that is there")

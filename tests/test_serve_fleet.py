@@ -1,0 +1,432 @@
+"""A fleet on a Ray of this machine: two replicas on the CPU, asked by real clients, one killed."""
+
+import asyncio
+import base64
+import io
+import itertools
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+pytest.importorskip("ray", reason="pip install 'sdrt[ray]', 450 MB with what it needs")
+pytestmark = pytest.mark.slow
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+log = logging.getLogger("fleet")
+PROMPT = "a red circle on a blue background"
+PATH = "/v1/images/generations"
+
+
+@pytest.fixture(scope="module")
+def cluster(home):
+    """The address of an empty Ray Serve on this machine."""
+    import ray
+    from ray import serve
+
+    port = free_port()
+    ray.init(num_cpus=6, log_to_driver=False, include_dashboard=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture
+def deploy(cluster):
+    """Deploys the fleet with options of `sdrt serve`; gone after the test."""
+    from ray import serve
+
+    from sdrt.fleet import app
+
+    def deployed(**options):
+        given = {"backend": "onnxruntime", "replicas": "2", **options}
+        serve.run(app(given), name="fleet")
+        until(lambda: httpx.get(f"{cluster}/health/ready").status_code == 200)
+        return cluster
+
+    yield deployed
+    serve.delete("fleet")
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def until(holds, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def replica_pids():
+    """Processes of this Ray's engines, by what Ray calls them."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            title = path.read_bytes()
+        except OSError:
+            continue
+        if b"ServeReplica:fleet:Replica" in title:
+            found.add(int(path.parent.name))
+    return found
+
+
+def samples(url, name):
+    """[(labels, value)] of one figure."""
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=30).text)
+    return [(s.labels, s.value) for family in families for s in family.samples if s.name == name]
+
+
+def replicas_in(url):
+    return {labels["replica"] for labels, _ in samples(url, "process_resident_memory_bytes")}
+
+
+def picture_of(base64_text):
+    image = Image.open(io.BytesIO(base64.b64decode(base64_text)))
+    image.load()
+    assert image.size == (64, 64)
+    return image
+
+
+async def asked(client, number, steps):
+    """How one request of the real client ended: a picture, or the code of a typed error."""
+    import openai
+
+    body = {"negative_prompt": "blurred", "num_inference_steps": steps, "seed": number}
+    try:
+        if number % 3:
+            answer = await client.images.generate(prompt=PROMPT, model="shapes", extra_body=body)
+            picture_of(answer.data[0].b64_json)
+            return "picture"
+        stream = await client.images.generate(
+            prompt=PROMPT, model="shapes", stream=True, partial_images=2, extra_body=body
+        )
+        kinds = [event async for event in stream]
+        picture_of(kinds[-1].b64_json)
+        assert kinds[-1].type == "image_generation.completed"
+        return "picture"
+    except openai.APIStatusError as error:
+        assert error.body["message"] and error.body["type"], error.body
+        return error.body["code"]
+    except openai.APIConnectionError:
+        raise  # neither a picture nor a typed error
+    except openai.APIError as error:  # the last event of a stream
+        assert error.body["message"] and error.body["type"], error.body
+        return error.body["code"]
+
+
+async def load(url, count, steps, meanwhile):
+    """Many requests at once; `meanwhile` runs in a thread once they have begun."""
+    import openai
+
+    limits = httpx.Limits(max_connections=None)
+    http = httpx.AsyncClient(limits=limits, timeout=3000)
+    async with openai.AsyncOpenAI(
+        base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http
+    ) as client:
+        asking = [asyncio.create_task(asked(client, i, steps)) for i in range(count)]
+        await asyncio.sleep(1.0)
+        assert not all(task.done() for task in asking)
+        await asyncio.to_thread(meanwhile)
+        return Counter(await asyncio.gather(*asking))
+
+
+def test_a_replica_killed_under_load_loses_no_request(deploy, shapes):
+    url = deploy(bundle=str(shapes), slots=8, waiting=64)
+    before = replica_pids()
+    assert len(before) == 2
+
+    def kill():
+        os.kill(min(before), signal.SIGKILL)
+
+    ends = asyncio.run(load(url, 36, 100, kill))
+    log.info("%s", dict(ends))
+    assert ends.total() == 36
+    # What had not begun to be answered was made elsewhere; streams that had say what happened.
+    assert set(ends) <= {"picture", "unavailable"}
+    assert ends["unavailable"] <= 12
+    until(lambda: len(replica_pids()) == 2 and len(replicas_in(url)) == 2)
+    assert len(replica_pids() & before) == 1
+    assert asyncio.run(load(url, 12, 100, lambda: None)) == {"picture": 12}
+
+
+def test_a_stream_whose_replica_is_killed_ends_with_a_typed_error(deploy, shapes):
+    url = deploy(bundle=str(shapes))
+    body = {"prompt": PROMPT, "num_inference_steps": 900, "stream": True, "progress": True}
+    with httpx.stream("POST", f"{url}{PATH}", json=body, timeout=300) as answer:
+        lines = answer.iter_lines()
+        assert any("image_generation.progress" in line for line in lines)
+        for pid in replica_pids():
+            os.kill(pid, signal.SIGKILL)
+        rest = [line for line in lines if line.startswith("data: ")]
+    last = json.loads(rest[-1].removeprefix("data: "))
+    assert (last["type"], last["error"]["code"]) == ("error", "unavailable")
+    until(lambda: len(replica_pids()) == 2)
+
+
+def with_sampler(bundle, folder, kind):
+    """A copy of a bundle with another default sampler."""
+    from dataclasses import replace
+
+    from sdrt.bundle import describe_files, json_from_manifest, manifest_from_json, read_json
+
+    shutil.copytree(bundle, folder)
+    config = folder / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": kind}))
+    path = folder / "sdrt.json"
+    manifest = manifest_from_json(read_json(path), path)
+    path.write_text(json_from_manifest(replace(manifest, files=describe_files(folder))))
+    return folder
+
+
+def test_a_new_bundle_replaces_the_old_one_without_a_lost_request(deploy, shapes, tmp_path):
+    url = deploy(bundle=str(shapes), slots=8)
+    new = with_sampler(shapes, tmp_path / "new", "EulerDiscreteScheduler")
+    before, updated = replica_pids(), []
+
+    def texts():
+        answer = httpx.post(f"{url}{PATH}", json={"prompt": PROMPT}, timeout=300)
+        return picture_of(answer.json()["data"][0]["b64_json"]).text["parameters"]
+
+    assert "Sampler: PLMS" in texts()
+
+    def update():
+        deploy(bundle=str(new), slots=8)
+        updated.append(time.monotonic())
+
+    async def ask_until_updated():
+        ends = Counter()
+        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+
+            async def ask():
+                while not updated or time.monotonic() < updated[0] + 2.0:
+                    answer = await client.post(
+                        PATH, json={"prompt": PROMPT, "num_inference_steps": 40}
+                    )
+                    ends[answer.status_code] += 1
+
+            await asyncio.gather(asyncio.to_thread(update), *(ask() for _ in range(8)))
+        return ends
+
+    ends = asyncio.run(ask_until_updated())
+    log.info("%s", dict(ends))
+    assert set(ends) == {200}
+    assert ends[200] > 20
+    until(lambda: len(replica_pids()) == 2 and not replica_pids() & before)
+    assert "Sampler: Euler" in texts()
+
+
+def test_requests_for_a_bundle_go_where_it_is_loaded(deploy, shapes, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(shapes, other)
+    path = other / "sdrt.json"
+    path.write_text(path.read_text().replace('"name": "shapes"', '"name": "other"'))
+    url = deploy(bundle=[str(shapes), str(other)], models_per_replica=1)
+
+    def ask(model):
+        body = {"prompt": PROMPT, "model": model, "num_inference_steps": 5}
+        answer = httpx.post(f"{url}{PATH}", json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+
+    def made():
+        return {
+            (labels["replica"], labels["model"]): value
+            for labels, value in samples(url, "sdrt_pictures_total")
+        }
+
+    ask("other")
+    time.sleep(3.0)  # Ray hears of it
+    before = made()
+    for _ in range(8):
+        ask("other")
+        ask("shapes")
+    grown = {key: value - before.get(key, 0.0) for key, value in made().items()}
+    homes = [(replica, model) for (replica, model), count in grown.items() if count]
+    assert sorted(model for _, model in homes) == ["other", "shapes"], grown
+    assert len({replica for replica, _ in homes}) == 2, grown
+    assert httpx.get(f"{url}/v1/models/other").json()["state"] == "ready"
+    models = httpx.get(f"{url}/v1/models").json()["data"]
+    assert {one["id"]: one["state"] for one in models} == {"shapes": "ready", "other": "ready"}
+
+
+def test_the_api_is_that_of_one_server(deploy, shapes, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("one\ntwo\n")
+    url = deploy(bundle=str(shapes), keys=str(keys))
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+    assert httpx.get(f"{url}/health/live").json() == {"status": "live"}
+    with httpx.Client(base_url=url, headers={"x-api-key": "one"}, timeout=300) as http:
+        wrong = http.post(PATH, json={"prompt": "x", "model": "none"})
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (404, "model_not_found")
+        wrong = http.post(PATH, json={"prompt": "x", "stesp": 3})
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "unknown_parameter")
+        assert http.post(PATH, content=b"{").status_code == 400
+        assert http.post(PATH, content=b"x" * 40_000_000).status_code == 413
+        late = http.post(PATH, json={"prompt": "x", "deadline_seconds": 1e-6})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "deadline")
+        assert int(late.headers["retry-after"]) >= 1
+
+        # Events come as they are made, and a client that leaves frees its slot.
+        body = {"prompt": PROMPT, "num_inference_steps": 900, "stream": True, "progress": True}
+        with http.stream("POST", PATH, json=body) as answer:
+            lines = itertools.islice(answer.iter_lines(), 1500)
+            times = [time.monotonic() for _ in lines]
+        assert times[-1] - times[0] > 0.1
+        until(lambda: all(value == 0 for _, value in _running(http)), 5.0)
+        ended = [(labels["state"], value) for labels, value in _of(http, "sdrt_pictures_total")]
+        assert ("cancelled", 1.0) in ended
+
+        # Another's key does not interrupt; one's own does, whichever replica works.
+        with httpx.Client(base_url=url, headers={"x-api-key": "two"}) as stranger:
+            assert asyncio.run(_interrupted(url, http, stranger)) == [0]
+
+
+async def _interrupted(url, http, stranger):
+    """How many pictures an interrupted request came back with."""
+    async with httpx.AsyncClient(base_url=url, headers=http.headers, timeout=300) as client:
+        asking = asyncio.create_task(
+            client.post("/sdapi/v1/txt2img", json={"prompt": PROMPT, "steps": 900})
+        )
+        await asyncio.sleep(0.5)
+        assert stranger.get("/sdapi/v1/progress").json()["progress"] == 0.0
+        stranger.post("/sdapi/v1/interrupt")
+        await asyncio.sleep(0.3)
+        assert 0.0 < http.get("/sdapi/v1/progress").json()["progress"] < 1.0
+        assert not asking.done()
+        http.post("/sdapi/v1/interrupt")
+        answer = await asking
+        assert answer.status_code == 200, answer.text
+        return [len(answer.json()["images"])]
+
+
+def _of(http, name):
+    families = text_string_to_metric_families(http.get("/metrics").text)
+    return [(s.labels, s.value) for family in families for s in family.samples if s.name == name]
+
+
+def _running(http):
+    return _of(http, "sdrt_running")
+
+
+def test_a_replica_whose_engine_stays_broken_is_replaced(cluster, shapes, tmp_path):
+    from ray import serve
+
+    from sdrt.fleet import Fleet, bound
+    from sdrt.serve.models import Source
+    from sdrt.serve.settings import Settings
+
+    flag = tmp_path / "broken"  # holds the process whose device fails
+
+    def breakable():
+        import os
+
+        import sdrt
+
+        pipe = sdrt.load(shapes, backend="onnxruntime")
+        unet = pipe.engines["unet"]
+
+        class Breakable:
+            inputs, outputs = unet.inputs, unet.outputs
+
+            def __call__(self, feeds):
+                if flag.exists() and flag.read_text() == str(os.getpid()):
+                    raise sdrt.BackendError("the device fell off")
+                return unet(feeds)
+
+            def close(self):
+                unet.close()
+
+        pipe.engines["unet"] = Breakable()
+        return pipe
+
+    serve.run(bound({"shapes": Source(breakable)}, Settings(), Fleet((2, 2), 1, 0.0)), name="fleet")
+    broken = min(replica_pids())
+    flag.write_text(str(broken))
+    codes = Counter()
+
+    def replaced():
+        answer = httpx.post(f"{cluster}{PATH}", json={"prompt": PROMPT}, timeout=300)
+        codes[answer.status_code, answer.json().get("error", {}).get("code")] += 1
+        return broken not in replica_pids() and len(replica_pids()) == 2
+
+    until(replaced, 120.0)
+    log.info("%s", dict(codes))
+    assert set(codes) <= {(200, None), (500, "engine_error"), (503, "broken")}
+    assert codes[500, "engine_error"] >= 1
+    assert codes[200, None] > 3 * codes[503, "broken"]  # the other one takes what it refuses
+    assert httpx.get(f"{cluster}/health/ready").status_code == 200
+    serve.delete("fleet")
+
+
+def test_the_command_serves_until_it_is_told_to_end(shapes):
+    port = free_port()
+    words = ["--bundle", shapes, "--backend", "onnxruntime", "--port", str(port)]
+    process = subprocess.Popen([sys.executable, "-m", "sdrt", "serve", "--ray", *words])
+    url, answers = f"http://127.0.0.1:{port}", []
+
+    def ready():
+        try:
+            return httpx.get(f"{url}/health/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    until(ready)
+    body = {"prompt": PROMPT, "num_inference_steps": 900}
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{url}{PATH}", json=body, timeout=300))
+    )
+    asking.start()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    asking.join()
+    assert answers[0].status_code == 200  # what was begun was finished
+    picture_of(answers[0].json()["data"][0]["b64_json"])
+    assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"replicas": "0"}, {"replicas": "3:2"}, {"replicas": "x"}, {"models_per_replica": 0}]
+    + [{"none": 1}, {"slots": "many"}, {"host": "0.0.0.0"}],
+)
+def test_options_that_do_not_fit(shapes, options, capfd):
+    from sdrt.errors import UsageError
+    from sdrt.fleet import app
+
+    with pytest.raises(UsageError):
+        app({"bundle": str(shapes), **options})
+
+
+def test_what_waits_brings_another_replica(deploy, shapes):
+    url = deploy(bundle=str(shapes), slots=2, replicas="1:2")
+    assert len(replicas_in(url)) == 1
+
+    async def asked_for(seconds):
+        end = time.monotonic() + seconds
+        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+
+            async def ask():
+                while time.monotonic() < end and len(replica_pids()) < 2:
+                    answer = await client.post(PATH, json={"prompt": PROMPT})
+                    assert answer.status_code == 200
+
+            await asyncio.gather(*(ask() for _ in range(10)))
+
+    asyncio.run(asked_for(60.0))
+    until(lambda: len(replicas_in(url)) == 2)
