@@ -11,6 +11,8 @@ import time
 import pytest
 import torch
 from test_export_modules import FAMILIES, THREE, XL
+from test_export_pixel_unet import SMALL as PIXELS
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection
 
 from sdrt.bundle import open_bundle
 from sdrt.cli import main
@@ -21,7 +23,9 @@ from sdrt.errors import BackendError
 from sdrt.export import modules
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.graph import export_graph
+from sdrt.export.pixel_unet import PixelUnet, PixelUnetConfig
 from sdrt.export.proof import RECIPES
+from sdrt.export.safety import SafetyChecker
 from sdrt.export.tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
@@ -261,3 +265,28 @@ def test_the_text_encoder_of_a_checkpoint_is_a_tensorrt_graph(tiny, tmp_path):
     module = modules.text_encoder(find_checkpoint(str(tiny)))
     ids = {"input_ids": torch.zeros((2, 32), dtype=torch.int32)}
     parsed(exported(tmp_path, "text_encoder", module, ids))
+
+
+def test_unets_of_pixels_are_tensorrt_graphs(tmp_path):
+    config = PixelUnetConfig.from_json({**PIXELS, "attention_head_dim": 8})
+    inputs = {"sample": torch.randn(2, 3, 16, 16), "timestep": torch.tensor([3.0, 700.0])}
+    parsed(exported(tmp_path, "unet", PixelUnet(config), inputs))
+
+
+def test_the_safety_checker_is_a_tensorrt_graph(tmp_path):
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(vision_config=vision, projection_dim=8)
+    config.vision_config._attn_implementation = "sdpa"
+    inputs = {"pixels": torch.randn(2, 3, 32, 32)}
+    parsed(exported(tmp_path, "safety_checker", SafetyChecker(config), inputs, torch.float32))
+
+
+def test_the_paired_text_encoders_of_xl_are_tensorrt_graphs(tmp_path):
+    config = CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    config._attn_implementation = "sdpa"
+    module = modules.PairedTextEncoder(CLIPTextModelWithProjection(config))
+    ids = {"input_ids": torch.zeros((2, 77), dtype=torch.int32)}
+    parsed(exported(tmp_path, "text_encoder_2", module, ids))
