@@ -7,6 +7,7 @@ import shutil
 from typing import Any
 
 from .bundle import Bundle, home
+from .errors import BackendError
 
 PACKAGES = (
     *("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "onnx"),
@@ -79,7 +80,12 @@ def diagnose() -> dict[str, Any]:
     from .engine import candidates, choose
     from .engine.gpus import free_memory, this_machine
 
-    machine, chosen = this_machine(), choose()
+    machine = this_machine()
+    try:
+        chosen = choose()
+        taken, because = chosen.title, chosen.because
+    except BackendError as error:
+        taken, because = None, str(error)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -111,8 +117,8 @@ def diagnose() -> dict[str, Any]:
             }
             for gpu in machine.gpus
         ],
-        "chosen": chosen.title,
-        "chosen_because": chosen.because,
+        "chosen": taken,
+        "chosen_because": because,
     }
 
 
@@ -140,7 +146,7 @@ def text_from_diagnosis(found: dict[str, Any]) -> str:
     for entry in found["backends"]:
         mark = "works" if entry["works"] else f"no: {entry['reason']}"
         lines.append(f"  {entry['backend']:13} {entry['device']:5} {mark}")
-    lines.append(f"auto takes, for a large model: {found['chosen']}")
+    lines.append(f"auto takes, for a large model: {found['chosen'] or 'nothing: none works'}")
     return "\n".join(lines)
 
 

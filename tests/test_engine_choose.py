@@ -164,3 +164,17 @@ def test_the_binding_of_the_cuda_engine_computes_the_same_on_the_cpu(refused_by_
     bound.close()
     with pytest.raises(BackendError, match="closed"):
         bound(feeds)
+
+
+def test_doctor_on_a_machine_where_nothing_works_still_says_why():
+    """Packages that are not found, as on a machine that has only what sdrt itself needs."""
+    code = """
+import importlib.util, sys
+from sdrt.cli import main
+found, absent = importlib.util.find_spec, ("onnxruntime", "openvino", "torch", "tensorrt_rtx")
+importlib.util.find_spec = lambda name, *rest: None if name in absent else found(name, *rest)
+sys.exit(main(["doctor"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "onnxruntime is not installed" in done.stdout and "none works" in done.stdout
