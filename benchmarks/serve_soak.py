@@ -141,7 +141,8 @@ def slope(sizes: list[tuple[int, int]]) -> float:
 
 
 def held(port: int, count: int) -> list[socket.socket]:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count + 1000, count + 1000))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(count)]
 
 
