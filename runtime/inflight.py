@@ -17,17 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sdrt.errors import BackendError, SdrtError, UsageError
+from sdrt.errors import UsageError
 
 from .costs import Costs, costs_of, works
 from .loop import Edit, Gather, Run, step_of
 from .options import Request, options_from
 from .pipeline import Pipeline, Prompt
-from .tickets import Cancelled, Observer, OnStep, Picture, Refused, Submission, Ticket, Times
-from .turns import Turn, forecast, sharing
+from .tickets import Cancelled, Observer, OnStep, Picture, Refused, Submission, Ticket, Times, typed
+from .turns import Turn, forecast, lateness, sharing
 
 log = logging.getLogger(__name__)
-MARGIN = 1.1  # what a forecast may be wrong by before a promise is refused
 MOST_DEADLINE = 86400.0
 MOST_GROUPS = 8  # whose buffers are kept
 LONGEST_PAUSE = 30.0  # seconds between two tries to bring a broken engine back
@@ -48,7 +47,7 @@ class InFlight:
         reload: Callable[[], Pipeline] | None = None,
         kept: Path | None = None,
     ) -> None:
-        """slots: pictures that are begun at one time. waiting: pictures that may wait for one
+        """slots: pictures that are begun and not finished. waiting: pictures that may wait for one
         rows: of one call of the model at most; None takes what is measured to pay
         deterministic: every call has that many rows, for backends whose sums depend on it
         reload: gives the pipeline anew when its device broke
@@ -77,7 +76,8 @@ class InFlight:
             self._rows = max(2, *(size.most for size in self.costs.sizes.values()))
         self.rates = self.costs.rates(self._rows)
         for work in (self._prepare, self._denoise, self._decode):
-            thread = threading.Thread(target=work, name=f"sdrt{work.__name__}", daemon=True)
+            name = f"sdrt{work.__name__}"
+            thread = threading.Thread(target=self._work, args=(work,), name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
         self.state = "ready"
@@ -159,19 +159,15 @@ class InFlight:
         turns = [*others, *(ticket.turn for ticket in tickets)]
         if not any(turn.promised for turn in turns):
             return
-        late = self._lateness(turns, now)
+        late = lateness(turns, now, self.rates, self.slots)
         if turn.promised and (new := max(late[len(others) :])) > 0.0:
             raise Refused("deadline", f"it would be done {new:.2g} s too late", new)
         if any(other.promised and by > 0.0 for other, by in zip(others, late, strict=False)):
-            for other, by, before in zip(others, late, self._lateness(others, now), strict=False):
+            then = lateness(others, now, self.rates, self.slots)
+            for other, by, before in zip(others, late, then, strict=False):
                 if other.promised and before <= 0.0 < by:
                     message = "a picture that was promised earlier would come too late"
                     raise Refused("deadline", message, other.due - now)
-
-    def _lateness(self, turns: Sequence[Turn], now: float) -> list[float]:
-        """Seconds by which each may come too late."""
-        done = forecast(turns, now, self.rates, self.slots)
-        return [MARGIN * (at - now) - (t.due - now) for t, at in zip(turns, done, strict=True)]
 
     def tickets(self) -> list[Ticket]:
         """Those that are not finished, in the order of their turns."""
@@ -244,20 +240,31 @@ class InFlight:
                 self._changed.wait_for(
                     lambda: self.state == "closed" or (self.state != "broken" and tickets())
                 )
-                found = [] if self.state == "closed" else tickets()
-                wanted = [ticket for ticket in found if not ticket.unwanted]
-            for ticket in found:
-                if ticket.unwanted:
-                    self._end(ticket, Cancelled("cancelled"))
-            if wanted or not found:
+                found = [] if self.state == "closed" else list(tickets())
+                unwanted = [ticket for ticket in found if ticket.unwanted]
+            for ticket in unwanted:  # one that is cancelled from here on takes part once more
+                self._end(ticket, Cancelled("cancelled"))
+            if len(unwanted) < len(found) or not found:
                 now = time.monotonic()
+                wanted = (ticket for ticket in found if ticket not in unwanted)
                 return sorted(wanted, key=lambda ticket: ticket.turn.key(now))
+
+    def _work(self, work: Callable[[], None]) -> None:
+        """A thread's whole life. A mistake of this module ends the engine for all to see."""
+        try:
+            work()
+        except Exception as error:
+            log.exception("the engine in flight ends")
+            self.state = "closed"
+            for ticket in self._unfinished():
+                self._end(ticket, typed(error))
 
     def _prepare(self) -> None:
         """A thread: whoever gets a slot is encoded."""
 
         def candidates() -> list[Ticket]:
-            return self._waiting if len(self._inside) < self.slots else []
+            begun = len(self._inside) + len(self._decoding)
+            return self._waiting if begun < self.slots else []
 
         while ordered := self._next(candidates):
             ticket = ordered[0]
@@ -390,11 +397,3 @@ class InFlight:
         with self._changed:
             self.state = before
             self._changed.notify_all()
-
-
-def typed(error: Exception) -> SdrtError:
-    """An error of the tree, whatever went wrong."""
-    if isinstance(error, SdrtError):
-        return error
-    log.error("a picture failed", exc_info=error)
-    return BackendError(f"{type(error).__name__}: {error}")

@@ -3,6 +3,7 @@
 Knows nothing of how pictures are made.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -10,11 +11,13 @@ from typing import Any, Literal, Protocol
 
 from PIL.Image import Image
 
-from sdrt.errors import SdrtError
+from sdrt.errors import BackendError, SdrtError
 
 from .loop import Edit, Run, Step
 from .options import Options, Request
 from .turns import Turn
+
+log = logging.getLogger(__name__)
 
 Cause = Literal["queue", "deadline", "memory", "draining", "broken"]
 
@@ -104,3 +107,11 @@ class Observer(Protocol):
     def finished(self, ticket: Ticket) -> None: ...
 
     def refused(self, cause: Cause) -> None: ...
+
+
+def typed(error: Exception) -> SdrtError:
+    """An error of the tree, whatever went wrong."""
+    if isinstance(error, SdrtError):
+        return error
+    log.error("a picture failed", exc_info=error)
+    return BackendError(f"{type(error).__name__}: {error}")

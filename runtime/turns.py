@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 STRETCH = 4.0
 PATIENCE = 30.0
+MARGIN = 1.1  # what a forecast may be wrong by before a promise is refused
 
 
 @dataclass(slots=True, eq=False)
@@ -109,3 +110,9 @@ def forecast(turns: Sequence[Turn], now: float, rates: Rates, slots: int) -> lis
                 decoder = max(decoder, clock) + rates.after(group)  # one picture after another
                 done[i] = decoder
     return done
+
+
+def lateness(turns: Sequence[Turn], now: float, rates: Rates, slots: int) -> list[float]:
+    """Seconds by which each of the pictures may come too late; negative where it comes in time."""
+    done = forecast(turns, now, rates, slots)
+    return [MARGIN * (at - now) - (turn.due - now) for turn, at in zip(turns, done, strict=True)]

@@ -33,7 +33,7 @@ class Watched:
     def __call__(self, feeds):
         self.entered.set()
         assert self.open.wait(SECONDS)
-        self.calls.append(np.array(feeds["timestep"]))
+        self.calls.append(np.array(feeds.get("timestep", ())))
         if self.fails:
             self.fails -= 1
             raise BackendError("the device is lost")
@@ -170,6 +170,42 @@ def test_a_cancelled_picture_gives_its_slot_back(watched):
             with pytest.raises(Cancelled):
                 result(ticket)
         assert long.done_evaluations <= 1 and engine.tickets() == []
+
+
+def test_pictures_that_are_cancelled_at_any_moment_stop_nothing(pipe):
+    rng = np.random.default_rng(0)
+    with started(pipe, slots=4, waiting=1000) as engine:
+        tickets = []
+        for seed in range(300):
+            tickets += engine.submit("a", {"num_inference_steps": 1, "seed": seed})
+            for _ in range(2):
+                tickets[rng.integers(max(0, seed - 8), seed + 1)].cancel()
+            time.sleep(float(rng.uniform(0.0, 0.01)))
+        ended = [ticket.future.exception(SECONDS) for ticket in tickets]
+        assert all(error is None or isinstance(error, Cancelled) for error in ended)
+        assert None in ended and engine.state == "ready" and engine.tickets() == []
+
+
+def test_a_slow_decoder_holds_the_newcomers_back(watched):
+    own, _ = watched
+    decoder = Watched(own.engines["vae_decoder"])
+    with started(replace(own, engines={**own.engines, "vae_decoder": decoder}), slots=2) as engine:
+        decoder.open.clear()
+        tickets = engine.submit("a", {"num_inference_steps": 1, "num_images_per_prompt": 5})
+        wait_for(lambda: [t.state for t in tickets].count("decoding") == 2)
+        time.sleep(0.05)
+        assert [t.state for t in tickets].count("waiting") == 3
+        decoder.open.set()
+        assert all(result(ticket) for ticket in tickets)
+
+
+def test_a_mistake_of_the_engine_ends_it_for_all_to_see(pipe, monkeypatch):
+    with started(pipe) as engine:
+        monkeypatch.setattr(engine, "_stepped", None)
+        (ticket,) = engine.submit("a", {"num_inference_steps": 2})
+        with pytest.raises(BackendError):
+            result(ticket)
+        assert engine.state == "closed"
 
 
 def test_an_engine_error_ends_the_pictures_of_its_call_only(watched):

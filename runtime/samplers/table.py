@@ -21,6 +21,7 @@ from .catalogue import SAMPLERS, Sampler, sampler_name
 from .schedule import Schedule, clean_and_noise, schedule_from_config
 
 MOST_STEPS = 1000
+LONG = 100  # steps of tables of which few are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +202,8 @@ def sampler_table(
         raise UsageError("timesteps and sigmas both; give one of them")
     text = json.dumps(dict(config), sort_keys=True)
     begin = denoise_from, picture or bool(denoise_from)
-    return _table(text, num_inference_steps, own, begin, edits)
+    long = isinstance(num_inference_steps, int) and num_inference_steps > LONG
+    return (_long_table if long else _table)(text, num_inference_steps, own, begin, edits)
 
 
 Rungs = tuple[float, ...] | None
@@ -237,6 +239,10 @@ def _table(
         array.setflags(write=False)
     timesteps = np.array(run.timesteps)
     return SamplerTable(timesteps, matrix, run.noises, shares, scales, chain, run.clip(schedule))
+
+
+# A table grows with the square of the steps: of a thousand it holds 24 MB.
+_long_table = lru_cache(maxsize=2)(_table.__wrapped__)
 
 
 def _ladder(
