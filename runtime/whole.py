@@ -22,14 +22,14 @@ def sampled(unet: Engine, runs: Sequence[Run]) -> np.ndarray | None:
 
 
 def schedule_of(runs: Sequence[Run]) -> Schedule | None:
-    """What runs at their beginning will do; None if they are not alike, or set the spread of the
-    guided output back, which is not linear.
+    """What runs at their beginning will do; None if they are not alike, or do what is not linear:
+    set the spread of the guided output back, or clip.
     """
     first = runs[0]
     plan, guidance, count = first.plan, first.guidance, first.evaluations
     used = tuple(2 if scale != 1.0 else 1 for scale in guidance.scales)
     alike = all(run.plan is plan and run.guidance is guidance and not run.done for run in runs)
-    if not alike or (2 in used and not guidance.pairs):
+    if not alike or first.table.clip or (2 in used and not guidance.pairs):
         return None
     return Schedule(
         columns=np.stack([run.history.columns.reshape(-1, *run.history.shape) for run in runs]),

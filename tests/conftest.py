@@ -163,4 +163,5 @@ def tiny_xl(tmp_path_factory, embedded):
 def tiny_xl_bundle(tiny_xl):
     from sdrt.export.build import BuildPlan, build_bundle
 
-    return build_bundle(BuildPlan(str(tiny_xl), sizes=((32, 32), (48, 32))))
+    target = tiny_xl.parent / "tiny-xl-bundle"
+    return build_bundle(BuildPlan(str(tiny_xl), target, sizes=((32, 32), (48, 32))))

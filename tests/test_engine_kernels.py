@@ -132,8 +132,8 @@ def model(feeds):
     return {"output": np.tanh(sample[:, :4] * 0.3 + shift + 0.1 * sample[:, 4:].sum(1)[:, None])}
 
 
-def runs_of(scheduler, scales, pictures, beside=0):
-    config = config_from_name(scheduler, {"_class_name": "DDIMScheduler"})
+def runs_of(scheduler, scales, pictures, beside=0, clip=False):
+    config = config_from_name(scheduler, {"_class_name": "DDIMScheduler", "clip_sample": clip})
     table = sampler_table(config, len(scales))
     scales = np.resize(scales, table.evaluations)
     guidance, rng = Guidance(scales), np.random.default_rng(0)
@@ -180,6 +180,7 @@ def test_runs_that_are_no_table_or_begun_are_not_handed_over():
     rescaled = runs_of("DDIMScheduler", [7.5] * 3, 1)
     rescaled[0].guidance = replace(rescaled[0].guidance, rescale=0.7)
     assert schedule_of(rescaled) is None
+    assert schedule_of(runs_of("DDIMScheduler", [7.5] * 3, 1, clip=True)) is None
     next(iter(denoised(model, runs)))
     assert schedule_of(runs) is None
     assert sampled(model, runs_of("DDIMScheduler", [7.5] * 3, 1)) is None
