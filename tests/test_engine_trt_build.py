@@ -105,7 +105,9 @@ KINDS = {  # every kind of node that a family brings
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "1.x")) for kind in KINDS]
+)
 def test_unets_are_tensorrt_graphs(kind, tmp_path):
     config = UnetConfig.from_json(KINDS[kind])
     network, *_ = parsed(exported(tmp_path, "unet", Unet(config), unet_inputs(config)))
@@ -267,6 +269,7 @@ def test_the_text_encoder_of_a_checkpoint_is_a_tensorrt_graph(tiny, tmp_path):
     parsed(exported(tmp_path, "text_encoder", module, ids))
 
 
+@pytest.mark.slow
 def test_unets_of_pixels_are_tensorrt_graphs(tmp_path):
     config = PixelUnetConfig.from_json({**PIXELS, "attention_head_dim": 8})
     inputs = {"sample": torch.randn(2, 3, 16, 16), "timestep": torch.tensor([3.0, 700.0])}

@@ -129,6 +129,7 @@ def test_a_model_index_may_want_the_empty_prompt_read(copy):
     assert not find_checkpoint(str(copy)).zeroes_empty_prompt()
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_the_sizes_exact(tiny_xl, tmp_path):
     bundle = build_bundle(BuildPlan(str(tiny_xl), tmp_path / "half", dtype="float16"))
     components = open_bundle(bundle).manifest.components

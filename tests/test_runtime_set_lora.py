@@ -127,6 +127,7 @@ def test_what_is_taken_off_leaves_nothing(shapes, files, backend):
         assert png() == bare
 
 
+@pytest.mark.slow
 def test_the_picture_of_a_build_with_the_file(tiny, tiny_bundle, tmp_path):
     path = lora_file(tmp_path / "l.safetensors", tiny, "kohya")
     built = build_bundle(

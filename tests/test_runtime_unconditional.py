@@ -67,7 +67,13 @@ def decibels(own, wanted, steps, seed):
 # 16 dB at 100, for noise that differs by 1e-6.
 @pytest.mark.parametrize(
     ("kind", "steps"),
-    [("DDPM", 10), ("DDPM", 50), ("DDPM", 1000), ("DDIM", 10), ("DDIM", 40)],
+    [
+        ("DDPM", 10),
+        ("DDPM", 50),
+        pytest.param("DDPM", 1000, marks=pytest.mark.slow),
+        ("DDIM", 10),
+        ("DDIM", 40),
+    ],
 )
 def test_pictures_are_the_references(model, pixels, kind, steps):
     scheduler = f"{kind}Scheduler"
@@ -124,6 +130,7 @@ def test_several_in_flight(pixels):
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
+@pytest.mark.slow
 def test_one_part_at_the_root_with_early_names(model, bundle, tmp_path):
     """As google/ddpm-cat-256 lies on the hub; one channel of grey is another matter."""
     root = tmp_path / "flat"
@@ -141,6 +148,7 @@ def test_one_part_at_the_root_with_early_names(model, bundle, tmp_path):
     assert graphs[0] == graphs[1]
 
 
+@pytest.mark.slow
 def test_grey_pictures(tmp_path):
     folder = tmp_path / "grey"
     unet = diffusers.UNet2DModel(**{**SMALL, "in_channels": 1, "out_channels": 1})
