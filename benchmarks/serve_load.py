@@ -294,7 +294,7 @@ def draw(found: dict[str, Any], loads: Sequence[float], path: Path) -> None:
         axis.set(title=title, xlabel="load, % of capacity", yscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("95 % are done within, seconds")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, metadata={"Date": None})
 
 
