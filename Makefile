@@ -51,6 +51,8 @@ bench: $(READY)
 	$(BIN)/sdrt build --model shapes --force --quiet
 	$(BIN)/python benchmarks/start_to_picture.py --save
 	$(BIN)/python benchmarks/serve_cost.py --save
+	$(BIN)/python benchmarks/serve_load.py --save
+	$(BIN)/python benchmarks/serve_sim.py --save
 	$(BIN)/python benchmarks/loop_cost.py --save
 	$(BIN)/python benchmarks/shapes_quality.py --save
 	$(BIN)/python benchmarks/build_full_size.py --save
