@@ -7,8 +7,8 @@ Poisson arrivals, the same for all three: 4 to 50 steps, guided and not, three s
 on the embedded model. The capacity is what the engine in flight makes when it is never idle. By
 whole batches: the same engines; whoever waits is batched with others of its size, the batch runs to
 its longest one's end, and then all of it is decoded. That is kinder than servers that batch only
-requests of equal steps, sampler and guidance. Last, the simulation of `serve_sim.py` runs the same
-arrivals on the measured costs.
+requests of equal steps, sampler and guidance. The simulation of `serve_sim.py` runs the same
+arrivals on what the calls of the run in flight took.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from results import FOLDER, save
 from serve_sim import Request, poisson, simulated
 
 import sdrt
+from sdrt.engine import Engine, Feeds
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.runtime import Pipeline
 from sdrt.runtime.inflight import InFlight
 from sdrt.runtime.loop import Gather
 from sdrt.runtime.options import options_from
 from sdrt.runtime.tickets import Refused
+from sdrt.runtime.turns import Rates
 
 PROMPT = "a red circle on a blue background"
 SIZES = ((64, 64), (96, 96))
@@ -69,6 +72,48 @@ def drawn(rng: np.random.Generator) -> Job:
     rows, seed = int(rng.integers(1, 3)), int(rng.integers(2**31))
     sampler = str(rng.choice(SAMPLERS))
     return Job(0.0, steps, rows, (size,), steps=steps, sampler=sampler, size=size, seed=seed)
+
+
+class Timed:
+    """An engine that keeps what its calls took: seconds by the size of its input and its rows."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.inputs, self.outputs = engine, engine.inputs, engine.outputs
+        self.seconds: dict[tuple[Any, int], list[float]] = {}
+
+    def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        began = time.perf_counter()
+        made = self.engine(feeds)
+        shape = next(iter(feeds.values())).shape
+        self.seconds.setdefault((shape[-1], shape[0]), []).append(time.perf_counter() - began)
+        return made
+
+    def refit(self, weights: Feeds) -> None:
+        self.engine.refit(weights)
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def mean(self, side: int, rows: int) -> float:
+        """Of calls of this side and so many rows; between and beyond those seen, by a line."""
+        seen = {r: float(np.mean(v)) for (s, r), v in self.seconds.items() if s == side}
+        slope, start = np.polyfit(list(seen), list(seen.values()), 1) if len(seen) > 1 else (0, 0)
+        return seen.get(rows) or float(max(start + slope * rows, min(seen.values())))
+
+
+def rates_of(pipe: Pipeline, rates: Rates) -> Rates:
+    """What the calls of a run really took, in place of what was expected of them."""
+    unet, decoder = pipe.engines["unet"], pipe.engines["vae_decoder"]
+    assert isinstance(unet, Timed) and isinstance(decoder, Timed)
+
+    def side(group: Any) -> int:
+        return int(group[0][0] // pipe.manifest.downscale)
+
+    return replace(
+        rates,
+        call=cache(lambda group, rows: unet.mean(side(group), rows)),
+        after=cache(lambda group: decoder.mean(side(group), 1)),
+    )
 
 
 def played(jobs: Sequence[Job], send: Callable[[Job], None]) -> float:
@@ -222,8 +267,6 @@ def figures_of(jobs: Sequence[Job], alone: Callable[[Job], float]) -> dict[str, 
 
 
 def fresh(jobs: Sequence[Job]) -> list[Job]:
-    from dataclasses import replace
-
     return [replace(job, done=math.nan, first=math.nan, refused=False) for job in jobs]
 
 
@@ -257,19 +300,21 @@ def measured(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
         print(found)
         for load in args.loads:
             arrivals = poisson(args.requests, load * capacity, drawn, 11)
-            rows = {}
+            rows = found[f"{load:.0%}"] = {}
+            for timed in (pipe.engines["unet"], pipe.engines["vae_decoder"]):
+                timed.seconds.clear()
             for name, way in zip(WAYS, ways, strict=True):
                 jobs = fresh(arrivals)
                 way(jobs)
                 rows[name] = figures_of(jobs, alone)
                 show(load, name, rows[name])
-            jobs = fresh(arrivals)
-            simulated(jobs, engine.rates, 1, engine.slots, shared=True)
-            for job in jobs:
-                job.first = job.begun
-            rows["simulated"] = figures_of(jobs, alone)
-            show(load, "simulated", rows["simulated"])
-            found[f"{load:.0%}"] = rows
+                if name == WAYS[0]:  # on what the calls of this very run took
+                    jobs = fresh(arrivals)
+                    simulated(jobs, rates_of(pipe, engine.rates), 1, engine.slots)
+                    for job in jobs:
+                        job.first = job.begun
+                    rows["simulated"] = figures_of(jobs, alone)
+                    show(load, "simulated", rows["simulated"])
     return found
 
 
@@ -311,8 +356,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         plan = BuildPlan("shapes", output=Path(folder) / "shapes", sizes=SIZES)
-        with sdrt.load(build_bundle(plan), backend="onnxruntime") as pipe:
-            found = measured(pipe, args)
+        with sdrt.load(build_bundle(plan), backend="onnxruntime") as loaded:
+            timed = {name: Timed(loaded.engines[name]) for name in ("unet", "vae_decoder")}
+            found = measured(replace(loaded, engines={**loaded.engines, **timed}), args)
     if args.save:
         save("serve_load", claims_from(found), found)
         draw(found, args.loads, FOLDER / "serve_load.svg")
