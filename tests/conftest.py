@@ -3,12 +3,16 @@
 import json
 import logging
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # Before any test file imports what reads it: no test reaches the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell starts what runs in its background deaf to Ctrl-C, which children would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -103,7 +103,7 @@ def test_a_backend_that_does_not_load_is_left_for_the_next_with_a_warning(
 ):
     broken, whole = refused_by_onnxruntime
     options = {"prompt": "a circle", "num_inference_steps": 2, "seed": 0}
-    with caplog.at_level("INFO"), sdrt.load(broken) as pipe:
+    with caplog.at_level("INFO", logger="sdrt"), sdrt.load(broken) as pipe:
         assert pipe.backend == "torch on cpu"
         found = np.asarray(pipe(**options).images[0], np.int16)
     warned = [r.message for r in caplog.records if r.levelname == "WARNING"]

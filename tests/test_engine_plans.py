@@ -111,7 +111,7 @@ def test_a_damaged_plan_is_never_handed_out(tmp_path, damage, said, caplog):
     damage(made.path)
     with pytest.raises(BackendError, match=said), made.verified():
         raise AssertionError("it was handed out")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="sdrt"):
         again = plan_of(tmp_path, KEY, build)
     assert said in caplog.text
     with again.verified() as content:

@@ -205,7 +205,7 @@ def test_a_tampered_plan_is_built_again(bundle, planned, caplog):
     content = bytearray(plan.read_bytes())
     content[len(content) // 2] ^= 1
     plan.write_bytes(content)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="sdrt"):
         loaded(bundle, planned).close()
     assert "sha256" in caplog.text
 
