@@ -7,7 +7,7 @@ from browsing import chromium, downloaded, drop, expect, finished, generate, loa
 from PIL import Image
 from serving import PROMPT, served
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
