@@ -4,7 +4,6 @@ Knows the hub's names: one file, or shards with an index that says where each te
 precision or as a `variant`. No pickle is ever read.
 """
 
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from sdrt import bundle
 from sdrt.errors import CheckpointError
 
 STEMS = ("model", "diffusion_pytorch_model")
@@ -95,11 +95,5 @@ def open_safetensors(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises CheckpointError with the file's name."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, expected an object")
-    return value
+    """A JSON object from a checkpoint's file; raises CheckpointError with the file's name."""
+    return bundle.read_json(path, CheckpointError)

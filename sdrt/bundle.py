@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import BundleError, UsageError
+from .errors import BundleError, SdrtError, UsageError
 
 FORMAT = 2
 MANIFEST = "sdrt.json"
@@ -213,14 +213,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises BundleError with the file's name."""
+def read_json(path: Path, error_class: type[SdrtError] = BundleError) -> dict[str, Any]:
+    """A JSON object from a file; raises the error with the file's name."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read as JSON: {error}") from error
+        raise error_class(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise BundleError(f"{path} holds {type(value).__name__}, expected an object")
+        raise error_class(f"{path} holds {type(value).__name__}, expected an object")
     return value
 
 

@@ -169,3 +169,29 @@ def tiny_xl_bundle(tiny_xl):
 
     target = tiny_xl.parent / "tiny-xl-bundle"
     return build_bundle(BuildPlan(str(tiny_xl), target, sizes=((32, 32), (48, 32))))
+
+
+@pytest.fixture(scope="module")
+def server(shapes):
+    """A server of the embedded model, with the settings that it has by default."""
+    from serving import served
+
+    with served(shapes) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from browsing import chromium
+
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser, server):
+    """The server's page, loaded."""
+    from browsing import loaded, opened
+
+    with opened(browser, server) as page:
+        yield loaded(page)

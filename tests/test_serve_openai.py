@@ -17,12 +17,6 @@ FAST = {"num_inference_steps": 4, "seed": 3}
 
 
 @pytest.fixture(scope="module")
-def server(shapes):
-    with served(shapes) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def api(server):
     return openai.OpenAI(
         base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from browsing import chromium, downloaded, expect, finished, generate, loaded, opened
+from browsing import downloaded, expect, finished, generate, loaded, opened
 from serving import PROMPT, client, served, wait_for
 
 from sdrt.serve.settings import digest_from_key
@@ -13,24 +13,6 @@ pytestmark = pytest.mark.browser
 LONG = 900  # steps: seconds
 SIDEWAYS = {"viewport": {"width": 844, "height": 390}, "is_mobile": True, "has_touch": True}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def server(shapes):
-    with served(shapes) as running:
-        yield running
-
-
-@pytest.fixture
-def page(browser, server):
-    with opened(browser, server) as page:
-        yield loaded(page)
 
 
 def test_a_prompt_becomes_the_runtimes_picture(page, pipe):

@@ -3,29 +3,11 @@
 import io
 
 import pytest
-from browsing import chromium, downloaded, drop, expect, finished, generate, loaded, opened, png
+from browsing import downloaded, drop, expect, finished, generate, png
 from PIL import Image
-from serving import PROMPT, served
+from serving import PROMPT
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def server(shapes):
-    with served(shapes) as running:
-        yield running
-
-
-@pytest.fixture
-def page(browser, server):
-    with opened(browser, server) as page:
-        yield loaded(page)
 
 
 TEXT = """a "quoted" (circle:1.2)

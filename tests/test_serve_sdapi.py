@@ -8,15 +8,9 @@ import numpy as np
 import pytest
 import webuiapi
 from PIL import Image
-from serving import PROMPT, client, engine_of, served, wait_for
+from serving import PROMPT, client, engine_of, wait_for
 
 LONG = {"steps": 900, "width": 64, "height": 64}
-
-
-@pytest.fixture(scope="module")
-def server(shapes):
-    with served(shapes) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
