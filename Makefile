@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export SDRT_HOME ?= $(CURDIR)/build/sdrt
 
-.PHONY: demo test test-slow test-fleet gpu-check check lint types wheel bundle bench clean
+.PHONY: demo test test-slow test-fleet gpu-check check lint types mutations wheel bundle bench clean
 
 demo: $(READY)
 	$(BIN)/sdrt build --model shapes --force
@@ -37,6 +37,10 @@ types: $(READY)
 	rm -rf build/types && mkdir -p build/types
 	$(PYTHON) tools/link_package.py build/types
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p sdrt
+
+# Takes each check of SECURITY.md out in turn: its test must fail.
+mutations: $(READY)
+	$(BIN)/python tools/mutations.py --save
 
 bundle: $(READY)
 	$(BIN)/sdrt build --model shapes --force --quiet --output sdrt/models/shapes.bundle

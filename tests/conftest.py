@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -27,11 +28,17 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shapes(home):
-    """The bundle of the embedded model, built once."""
+    """The bundle of the embedded model, built once; `$SDRT_TEST_SHAPES` keeps it between runs."""
     from sdrt.export.build import BuildPlan, build_bundle
 
     logging.getLogger("sdrt").setLevel(logging.WARNING)
-    return build_bundle(BuildPlan("shapes"))
+    kept = os.environ.get("SDRT_TEST_SHAPES")
+    if kept and Path(kept).is_dir():
+        return Path(shutil.copytree(kept, home / "bundles" / "shapes"))
+    built = build_bundle(BuildPlan("shapes"))
+    if kept:
+        shutil.copytree(built, kept)
+    return built
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +72,6 @@ def tiny_bundle(tiny, tmp_path_factory):
 
 
 def write_tiny(folder: Path, embedded: Path, **unet_options) -> Path:
-    import shutil
-
     import torch
     from safetensors.torch import save_file
 
@@ -127,8 +132,6 @@ def write_text_encoder(folder: Path, part: str, kind: str, **options) -> None:
 
 def write_tiny_xl(folder: Path, embedded: Path, **unet_options) -> Path:
     """Shaped like XL: two text encoders, 16 and 24 wide, and a pooled prompt of 20."""
-    import shutil
-
     options = {
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
