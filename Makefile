@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export SDRT_HOME ?= $(CURDIR)/build/sdrt
 
-.PHONY: demo test test-slow test-fleet gpu-check check lint types mutations wheel bundle bench clean
+.PHONY: demo test test-slow test-fleet gpu-check check lint types mutations wheel bundle bench fuzz lock audit clean
 
 demo: $(READY)
 	$(BIN)/sdrt build --model shapes --force
@@ -45,10 +45,30 @@ mutations: $(READY)
 bundle: $(READY)
 	$(BIN)/sdrt build --model shapes --force --quiet --output sdrt/models/shapes.bundle
 
+# The same commit gives the same bytes; beside the wheel lies what it stands on, as CycloneDX has it.
+wheel: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
 wheel: bundle
-	$(BIN)/pytest -m release
+	$(BIN)/pytest -m release tests/test_shipped_bundle.py
 	rm -rf dist build/lib build/bdist*
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/python tools/third_party.py --wheel dist/*.whl
+	$(BIN)/pytest -m release tests/test_supply.py
+
+# Ten million executions of whatever reads what strangers send; what fails is kept in tests/corpus.
+fuzz: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[fuzz]" -c constraints.txt
+	$(BIN)/python tools/fuzz.py
+
+# The newest versions of all that development needs, into constraints.txt.
+lock: $(READY)
+	$(BIN)/python tools/lock.py
+	$(MAKE) $(READY)
+	$(BIN)/python tools/third_party.py
+
+# Known holes in the versions of constraints.txt; needs the Python registry's JSON.
+audit: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[audit]" -c constraints.txt
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 # Measures, keeps the figures in benchmarks/results and writes them into the README.
 bench: $(READY)
@@ -66,6 +86,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[build,cpu,serve,dev]" -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps open_clip_torch -c constraints.txt
 	touch $@
 
 clean:

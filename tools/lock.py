@@ -1,0 +1,51 @@
+"""The versions that development is done with: writes constraints.txt below its first blank line.
+
+    python tools/lock.py        # or make lock
+
+Asks pip what the extras resolve to today and installs nothing. Knows pip's installation report,
+not what the packages are for.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+LOCK = ROOT / "constraints.txt"
+EXTRAS = "build,cpu,serve,dev,ray,fuzz,audit"
+VOCABULARY = "open_clip_torch"  # for the file in it; what it asks for is not wanted
+ABOVE = """\
+# A plain or ranged torch pulls gigabytes of CUDA onto machines without a GPU.
+torch==2.13.0
+"""
+BELOW = f"""
+# All else that [{EXTRAS}] comes to on Python 3.11 and Linux, as `make lock` found it.
+# Without hashes: pip wants them for all or for none, and torch's wheels for the CPU are not the
+# same file everywhere.
+"""
+
+
+def resolved(*wanted: str) -> dict[str, str]:
+    """Name -> version of all that pip would install into an empty environment."""
+    ask = ["install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
+    command = [sys.executable, "-m", "pip", *ask, "--constraint", "/dev/stdin", *wanted]
+    done = subprocess.run(
+        command, input=ABOVE, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return {each["metadata"]["name"]: each["metadata"]["version"] for each in found["install"]}
+
+
+def main() -> None:
+    versions = resolved("-e", f".[{EXTRAS}]") | resolved("--no-deps", VOCABULARY)
+    ours = {"sdrt", "torch", "pip"}
+    lines = [f"{name}=={versions[name]}" for name in sorted(versions, key=str.lower)]
+    kept = [line for line in lines if line.split("==")[0] not in ours]
+    LOCK.write_text(ABOVE + BELOW + "\n".join(kept) + "\n")
+    print(f"{LOCK.name}: {len(kept) + 1} packages")
+
+
+if __name__ == "__main__":
+    main()
