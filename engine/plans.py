@@ -6,7 +6,6 @@ sidecar's sha256 before anything reads them.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,6 +20,7 @@ from typing import Any
 
 from sdrt.bundle import Bundle, Manifest, TensorSpec, home, sha256_of
 from sdrt.errors import BackendError, BundleError
+from sdrt.files import identity, locked, whole, write_whole
 
 log = logging.getLogger(__name__)
 PICTURE_ROWS = 1  # the runtime decodes and encodes one picture at a time
@@ -91,7 +91,7 @@ class Plan:
         try:
             with self.path.open("rb") as file:
                 stat = os.fstat(file.fileno())
-                mark = (self.path, self.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+                mark = (self.path, self.sha256, identity(stat))
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise BackendError(f"{self.path} cannot be read: {error}") from error
@@ -278,9 +278,8 @@ def _plan_from_json(sidecar: Path) -> Plan:
 def _write_sidecar(plan: Plan) -> None:
     values: dict[str, Any] = asdict(plan)
     del values["path"]
-    partial = plan.path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    partial.replace(plan.path.with_suffix(".json"))
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    write_whole(plan.path.with_suffix(".json"), text.encode())
 
 
 def plan_of(
@@ -301,38 +300,21 @@ def plan_of(
         return found
     path = folder / wanted.path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_name(f".{wanted.component}.lock")):
+        with locked(path.with_name(wanted.component)):
             found, reason = find_plan(folder, wanted, ignored)
             return found or _built(path, wanted, reason, build)
     except OSError as error:
         raise BundleError(f"cannot write {path}: {error}; name another SDRT_HOME") from error
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """The kernel drops a killed process's lock."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process builds a plan in %s; waiting for it", path.parent)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _built(
     path: Path, key: PlanKey, reason: str, build: Callable[[Path], tuple[float, int]]
 ) -> Plan:
     log.info("%s: building a plan for %s (%s)", key.component, ", ".join(key.targets), reason)
-    partial = path.with_suffix(".partial")  # one builder at a time, and what a killed one left
-    try:
+    with whole(path) as partial:
         seconds, peak = build(partial)
         plan = Plan(path, key, sha256_of(partial), partial.stat().st_size, seconds, peak)
-        partial.replace(path)
-        _write_sidecar(plan)
-    finally:
-        partial.unlink(missing_ok=True)
+    _write_sidecar(plan)
     log.info(
         "%s: %.0f MB in %.1f s, peak memory %.2f GB",
         path.name,

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import importlib
 import logging
-import os
 import platform
 import resource
 import signal
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from sdrt.bundle import home
 from sdrt.errors import BackendError
+from sdrt.files import write_whole
 
 from .plans import PlanKey
 from .trt_plans import INSTALL, MODULES, RTX
@@ -233,11 +233,8 @@ def _timing_cache(config: Any, key: PlanKey) -> Iterator[None]:
 
 def _keep(path: Path, content: bytes) -> None:
     """A cache: where it cannot be written, TensorRT measures again next time."""
-    partial = path.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_whole(path, content)
 
 
 def _forget_peak() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from sdrt.bundle import Bundle, Component
 from sdrt.errors import BackendError
+from sdrt.files import write_whole
 
 from . import parity
 from .cuda import Device, Graph, Pinned, device_of, reset_device
@@ -236,7 +237,7 @@ class Loaded:
             cache = self._cache
             if cache is not None:
                 with contextlib.suppress(OSError):
-                    self._cache_path.write_bytes(bytes(cache.serialize()))
+                    write_whole(self._cache_path, bytes(cache.serialize()))
             for bound in self._bound.values():
                 self._release(bound)
             self._bound.clear()

@@ -126,7 +126,6 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
         log.info("[%d/%d] %s: read, export, prove", number, len(recipes), recipe.name)
         components[recipe.name] = proof.component(checkpoint, recipe)
     manifest = replace(manifest, components=components)
-    (folder / MANIFEST).write_text(json_from_manifest(manifest))
     end_to_end = proof.end_to_end(manifest)
     manifest = replace(
         manifest,

@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sdrt.bundle import home
 from sdrt.errors import CheckpointError
+from sdrt.folders import made_once
 
 from .original_config import Family, configs_of, family_of
 from .weight_files import open_safetensors
@@ -180,27 +182,22 @@ def prediction_of(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
 
 def checkpoint_from_file(path: Path) -> Path:
     """A folder in the hub's layout with the file's weights, kept in sdrt's home."""
-    from .checkpoint import read_safetensors
-
     mark = f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}"
     folder = home() / "converted" / hashlib.sha256(mark.encode()).hexdigest()[:16]
-    if folder.is_dir():
-        return folder
+    return made_once(folder, partial(_convert, path))
+
+
+def _convert(path: Path, folder: Path) -> None:
+    from .checkpoint import read_safetensors
+
     tensors = read_safetensors(path)
     family, parts = converted(tensors)
     configs = configs_of(family, parts, prediction_of(path, tensors))
     if "ztsnr" in tensors:
         configs["scheduler"]["rescale_betas_zero_snr"] = True
     log.info("%s: %s, %s", path, family.name, configs["scheduler"]["prediction_type"])
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        _copy_tokenizers(family, path.parent / "tokenizer", partial)
-        _write(partial, parts, configs)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    _copy_tokenizers(family, path.parent / "tokenizer", folder)
+    _write(folder, parts, configs)
 
 
 def _write(

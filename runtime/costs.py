@@ -21,6 +21,7 @@ import numpy as np
 
 from sdrt.bundle import TensorSpec
 from sdrt.engine import Engine, Feeds
+from sdrt.files import write_whole
 
 from .turns import Rates
 
@@ -106,10 +107,7 @@ def costs_of(pipe: "Pipeline", most: int, kept: Path | None = None) -> Costs:
     costs = measured(pipe, most)
     if path:
         try:
-            path.parent.mkdir(exist_ok=True)
-            draft = path.with_suffix(f".{os.getpid()}.tmp")
-            draft.write_text(json.dumps(_json_from_costs(costs), indent=1))
-            draft.replace(path)
+            write_whole(path, json.dumps(_json_from_costs(costs), indent=1).encode())
         except OSError as error:  # a read-only bundle is measured at every start
             log.info("costs are not kept: %s", error)
     return costs

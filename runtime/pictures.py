@@ -1,7 +1,6 @@
 """Pictures at the edge: from the decoder's numbers to files that users' tools read, and back."""
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from sdrt.errors import UsageError
+from sdrt.files import write_whole
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MOST_SIDE = 8192
@@ -208,12 +208,7 @@ def text_of(image: Image.Image) -> str:
 
 def save_png(image: Image.Image, path: Path, parameters: str) -> None:
     """Write a PNG with its `parameters` text; the file appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(encoded(image, parameters))
-        partial.replace(path)
+        write_whole(path, encoded(image, parameters))
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

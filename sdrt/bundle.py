@@ -4,6 +4,7 @@ Knows files, JSON and hashes; not what a graph computes. `sdrt.json` is written 
 a folder without it is not a bundle.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import BundleError, SdrtError, UsageError
+from .files import beside, identity, locked, write_whole
 
 FORMAT = 2
 MANIFEST = "sdrt.json"
@@ -134,7 +136,10 @@ def embedded(name: str) -> Path:
 
 def list_bundles() -> list[Path]:
     """Folders of all bundles built here, newest first, then the ones shipped with the package."""
-    built = [path.parent for path in bundles_folder().glob(f"*/{MANIFEST}")]
+    for old in bundles_folder().glob(".*.old"):
+        _put_back(old.with_name(old.name[1 : -len(".old")]))
+    # What begins with a dot is not finished.
+    built = [path.parent for path in bundles_folder().glob(f"[!.]*/{MANIFEST}")]
     built.sort(key=lambda folder: (folder / MANIFEST).stat().st_mtime, reverse=True)
     shipped = sorted(path.parent for path in embedded("x").parent.glob(f"*.bundle/{MANIFEST}"))
     return built + shipped
@@ -147,13 +152,27 @@ def find_bundle(name: str | os.PathLike[str] | None) -> Path:
             return found[0]
         raise BundleError("no bundle has been built yet; type: sdrt build --model shapes")
     for folder in (Path(name).expanduser(), bundles_folder() / name, embedded(str(name))):
-        if (folder / MANIFEST).is_file():
-            return folder
+        _put_back(folder)
+        try:
+            if (folder / MANIFEST).is_file():
+                return folder
+        except OSError as error:
+            raise BundleError(f"{folder} cannot be read: {error.strerror}") from error
     names = ", ".join(sorted({folder.stem for folder in list_bundles()})) or "none"
     raise BundleError(
         f"no bundle called {str(name)!r}: neither a folder with {MANIFEST} nor one of those built "
         f"here ({names}); type: sdrt build --model {name}"
     )
+
+
+def _put_back(folder: Path) -> None:
+    """Where a build that replaced a bundle was cut off between two renames, end that."""
+    with contextlib.suppress(OSError):
+        if folder.name and not folder.exists() and beside(folder, "old").exists():
+            from .folders import restore
+
+            with locked(folder):
+                restore(folder)
 
 
 def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
@@ -175,10 +194,10 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             stat = path.stat()
         except OSError as error:
             raise BundleError(f"{path} is missing; build the bundle again with --force") from error
-        mark = f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}:{record.sha256}"
+        mark = f"{identity(stat)}:{record.sha256}"
         if known.get(str(path.resolve())) == mark:
             continue
-        if stat.st_size != record.size or sha256_of(path) != record.sha256:
+        if stat.st_size != record.size or _sha256_of_part(path) != record.sha256:
             raise BundleError(
                 f"{path} is damaged: its bytes are not those that were built "
                 f"({stat.st_size} bytes found, {record.size} expected, or another sha256); "
@@ -187,6 +206,13 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         fresh[str(path.resolve())] = mark
     if fresh:
         _remember(memory, known | fresh)
+
+
+def _sha256_of_part(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _remembered(memory: Path) -> dict[str, str]:
@@ -199,13 +225,8 @@ def _remembered(memory: Path) -> dict[str, str]:
 
 def _remember(memory: Path, known: Mapping[str, str]) -> None:
     """A cache: where it cannot be written, files are hashed again next time."""
-    partial = memory.with_name(f".{memory.name}.{os.getpid()}")
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(known))
-        partial.replace(memory)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        write_whole(memory, json.dumps(known).encode())
 
 
 def sha256_of(path: Path) -> str:

@@ -133,7 +133,7 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path):
 
     with pytest.raises(BackendError):
         plan_of(tmp_path, KEY, fail)
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [".unet.lock"]
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):

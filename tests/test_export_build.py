@@ -57,7 +57,7 @@ def test_every_size_of_a_bundle_makes_pictures(tiny_bundle):
 def test_sides_that_the_model_cannot_halve_are_refused(tiny, tmp_path):
     with pytest.raises(sdrt.UsageError, match=r"40x32; .* multiples of 16"):
         build_bundle(BuildPlan(str(tiny), tmp_path / "b", sizes=((40, 32),)))
-    assert nothing_but_the_lock(tmp_path)
+    assert nothing_in(tmp_path)
 
 
 def test_torch_backend_draws_the_same(tiny_bundle):
@@ -143,7 +143,7 @@ def test_a_component_below_the_floor_in_half_is_kept_in_single(tiny, tmp_path, m
     monkeypatch.setitem(parity.FLOORS, "float16", floor)
     with pytest.raises(ParityError, match="whole pipeline"):
         build_bundle(BuildPlan(str(tiny), tmp_path / "b", dtype="float16"))
-    assert nothing_but_the_lock(tmp_path)
+    assert nothing_in(tmp_path)
 
 
 def test_a_closed_openvino_engine_says_so(shapes):
@@ -198,8 +198,8 @@ def test_a_folder_that_is_no_bundle_is_left_alone(tiny, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 
-def nothing_but_the_lock(folder):
-    return [p.name for p in folder.iterdir() if not p.name.endswith(".lock")] == []
+def nothing_in(folder):
+    return list(folder.iterdir()) == []
 
 
 def change_weights(path, change):
@@ -223,7 +223,7 @@ def test_below_the_floor_nothing_is_published(tiny, tmp_path, monkeypatch):
     out.mkdir()
     with pytest.raises(ParityError, match="text_encoder differs from torch: error"):
         build_bundle(BuildPlan(str(tiny), out / "b"))
-    assert nothing_but_the_lock(out)
+    assert nothing_in(out)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_damaged_checkpoint_is_refused(copy, tmp_path, damage, message):
     out.mkdir()
     with pytest.raises(CheckpointError, match=message):
         build_bundle(BuildPlan(str(copy), out / "b"))
-    assert nothing_but_the_lock(out)
+    assert nothing_in(out)
 
 
 def truncate(path):
@@ -298,7 +298,7 @@ def test_a_full_disk_leaves_nothing(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("sdrt.export.graph.write_safetensors", full)
     with pytest.raises(SdrtError, match="no space left"):
         build_bundle(BuildPlan(str(tiny), tmp_path / "b"))
-    assert nothing_but_the_lock(tmp_path)
+    assert nothing_in(tmp_path)
 
 
 def test_too_small_a_disk_is_said_before_work_begins(tiny, tmp_path, monkeypatch):
