@@ -2,18 +2,30 @@
 
 from .choose import BACKENDS, PRECISIONS, Candidate, candidates, choose
 from .gpus import Machine
-from .protocol import Engine, Feeds, History, LazyEngine, NumpyHistory, Sampler, Schedule
+from .protocol import (
+    Drawn,
+    Engine,
+    Feeds,
+    History,
+    LazyEngine,
+    NumpyHistory,
+    Read,
+    Sampler,
+    Schedule,
+)
 
 __all__ = [
     "BACKENDS",
     "PRECISIONS",
     "Candidate",
+    "Drawn",
     "Engine",
     "Feeds",
     "History",
     "LazyEngine",
     "Machine",
     "NumpyHistory",
+    "Read",
     "Sampler",
     "Schedule",
     "candidates",

@@ -45,46 +45,53 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def candidates(machine: Machine | None = None, device: int = 0) -> list[Candidate]:
+def candidates(machine: Machine | None = None, device: int = 0, stream: int = 0) -> list[Candidate]:
     """Every backend in the order in which `auto` tries them.
 
     machine: its NVIDIA GPUs, asked from the driver by default
     device: which of them to use. Raises UsageError if there is no such GPU.
+    stream: the address of the caller's CUDA stream to work in, where there is one
     """
     machine = this_machine() if machine is None else machine
     if device and not 0 <= device < len(machine.gpus):
         have = ", ".join(f"{gpu.index} {gpu.name}" for gpu in machine.gpus)
         raise UsageError(f"device {device}; here is {have or machine.why_none}")
-    return [
-        _tensorrt(FULL, machine, device),
-        _tensorrt(RTX, machine, device),
-        _ort_cuda(machine, device),
+    with_stream = [
+        _tensorrt(FULL, machine, device, stream),
+        _tensorrt(RTX, machine, device, stream),
+        _ort_cuda(machine, device, stream),
+    ]
+    others = [
         *(_torch(kind, machine, device) for kind in ("cuda", "mps")),
         _openvino(),
         _ort_cpu(),
         _torch("cpu", machine, device),
     ]
+    if stream:
+        none = "it takes no CUDA stream of the caller's"
+        others = [replace(other, why_not=other.why_not or none) for other in others]
+    return with_stream + others
 
 
 def _cuda(device: int) -> str:
     return f"cuda:{device}" if device else "cuda"
 
 
-def _tensorrt(kind: str, machine: Machine, device: int) -> Candidate:
+def _tensorrt(kind: str, machine: Machine, device: int, stream: int) -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
         from .trt_engine import load_engine
 
-        return load_engine(bundle, name, kind, machine.gpus[device])
+        return load_engine(bundle, name, kind, machine.gpus[device], stream)
 
     return Candidate(kind, _cuda(device), why_not(kind, machine, device), load)
 
 
-def _ort_cuda(machine: Machine, device: int) -> Candidate:
+def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
         from .ort_cuda import OrtCudaEngine
 
         component = bundle.manifest.components[name]
-        return OrtCudaEngine(name, bundle.graph(name), component, device)
+        return OrtCudaEngine(name, bundle.graph(name), component, device, stream=stream)
 
     reason = machine.why_none
     if not installed("onnxruntime"):
@@ -160,18 +167,19 @@ def choose(
     *,
     machine: Machine | None = None,
     device: int = 0,
+    stream: int = 0,
     failed: Mapping[str, str] | None = None,
 ) -> Candidate:
     """The candidate to use for a bundle of so many bytes; raises BackendError with every reason if
     none fits.
 
-    machine, device: see `candidates`
+    machine, device, stream: see `candidates`
     failed: why those that were tried before, by their titles, did not load
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is unknown; one of: {', '.join(BACKENDS)}")
     refused: dict[str, list[str]] = {}
-    for candidate in candidates(machine, device):
+    for candidate in candidates(machine, device, stream):
         if backend not in ("auto", candidate.backend):
             continue
         if backend == "auto" and candidate.backend == "openvino" and size < SMALL:

@@ -77,13 +77,20 @@ class Device:
         return f" ({free / 1e6:,.0f} MB free of {total / 1e6:,.0f})"
 
     @contextlib.contextmanager
-    def use(self) -> Iterator[None]:
-        """This GPU is this thread's, and no other thread uses it meanwhile."""
+    def use(self, stream: int = 0) -> Iterator[None]:
+        """This GPU is this thread's, and no other thread uses it meanwhile.
+
+        stream: the caller's own (a CUstream's address) that all is put into; 0 for the device's
+        """
         with self.lock:
             if self.broken:
                 raise BackendError(f"{self.broken}; it failed for good: load the pipeline again")
             self.ask(driver.cuCtxSetCurrent(self._context))
-            yield
+            before, self.stream = self.stream, driver.CUstream(stream) if stream else self.stream
+            try:
+                yield
+            finally:
+                self.stream = before
 
     def memory(self) -> tuple[int, int]:
         """Bytes free and in all."""
@@ -109,9 +116,6 @@ class Device:
         self.arena = self.allocate(wanted)
         self.arena_size = wanted
         return True
-
-    def pinned(self, shape: tuple[int, ...], dtype: str) -> "Pinned":
-        return Pinned(self, shape, dtype)
 
     def upload(self, address: int, array: np.ndarray) -> None:
         """Copy a contiguous array to the GPU, in the stream's order."""
@@ -182,6 +186,33 @@ class Pinned:
         if self._address and not self._device.broken:
             self._device.ask(driver.cuMemFreeHost(self._address))
         self._address = 0
+
+
+class Mirrored:
+    """An array in pinned host memory and its room on the GPU; copies go in the stream's order, and
+    both addresses stay, so that a graph may hold the copies too.
+    """
+
+    def __init__(self, device: Device, shape: tuple[int, ...], dtype: str) -> None:
+        self._device = device
+        self._host = Pinned(device, shape, dtype)
+        self.array = self._host.array
+        try:
+            self.address = device.allocate(self.array.nbytes)
+        except BackendError:
+            self._host.close()
+            raise
+
+    def upload(self) -> None:
+        self._device.upload(self.address, self.array)
+
+    def download(self) -> None:
+        self._device.download(self.array, self.address)
+
+    def close(self) -> None:
+        self._device.free(self.address)
+        self._host.close()
+        self.address = 0
 
 
 @functools.cache

@@ -56,9 +56,10 @@ class OrtCudaOptions:
             values[name] = value if name == "conv_search" else value == "1"
         return cls(**values)
 
-    def settings(self, device: int) -> dict[str, str]:
-        """The provider's own options."""
+    def settings(self, device: int, stream: int = 0) -> dict[str, str]:
+        """The provider's own options; stream: the caller's own, 0 for none"""
         return {
+            **({"user_compute_stream": str(stream)} if stream else {}),
             "device_id": str(device),
             "use_tf32": str(int(self.tf32)),
             "cudnn_conv_algo_search": self.conv_search,
@@ -83,12 +84,21 @@ class OrtCudaEngine:
     """One session on one GPU, with buffers and a CUDA graph for each of the last few shapes."""
 
     def __init__(
-        self, name: str, graph: Path, component: Component, device: int, place: str = "cuda"
+        self,
+        name: str,
+        graph: Path,
+        component: Component,
+        device: int,
+        place: str = "cuda",
+        stream: int = 0,
     ) -> None:
-        """place: cuda; the tests bind the same way on the cpu"""
+        """place: cuda; the tests bind the same way on the cpu
+        stream: the caller's own, by its address; 0 for one of ONNX Runtime's
+        """
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
         self._graph, self._device, self._place = graph, device, place
+        self._stream = stream
         self._bound: OrderedDict[tuple[Any, ...], _Bound] = OrderedDict()
         self._graphs = 0
         self._weights: Feeds = {}
@@ -99,7 +109,7 @@ class OrtCudaEngine:
         provider, settings = "CPUExecutionProvider", dict[str, str]()
         if self._place == "cuda":
             ort.preload_dlls()  # CUDA and cuDNN from their wheels, where they are installed so
-            provider, settings = PROVIDER, chosen.settings(self._device)
+            provider, settings = PROVIDER, chosen.settings(self._device, self._stream)
         self._session: ort.InferenceSession | None = session(
             self.name, self._graph, options_with(self._weights), provider, settings
         )

@@ -24,7 +24,7 @@ from sdrt.files import identity, locked, whole, write_whole
 
 log = logging.getLogger(__name__)
 PICTURE_ROWS = 1  # the runtime decodes and encodes one picture at a time
-MOST_STRETCHES = 4  # of a prompt, each of the text encoder's length
+MOST_STRETCHES = 16  # of a prompt, each of the text encoder's length: all that are read
 # Files whose sha256 this process has compared, so that gigabytes are not hashed twice in a load.
 _unchanged: set[tuple[object, ...]] = set()
 Shape = tuple[int, ...]

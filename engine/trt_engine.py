@@ -20,10 +20,10 @@ from sdrt.errors import BackendError
 from sdrt.files import write_whole
 
 from . import parity
-from .cuda import Device, Graph, Pinned, device_of, reset_device
+from .cuda import Device, Graph, Mirrored, device_of, reset_device
 from .gpus import Gpu
 from .plans import Plan, Profile
-from .protocol import Feeds, Schedule, checked_feeds
+from .protocol import Drawn, Feeds, Schedule, checked_feeds
 from .trt_build import logger_of, module_of
 from .trt_plans import RTX, PlanOptions, trt_plan
 
@@ -38,15 +38,14 @@ _loading = threading.Lock()
 
 @dataclass(slots=True)
 class Bound:
-    """One set of shapes: its context, the addresses of its tensors, and their host copies.
+    """One set of shapes: its context, and its tensors here and on the GPU.
 
     arena: where the scratch memory was when the context and the graph were made
     """
 
     context: Any
     shapes: dict[str, tuple[int, ...]]
-    addresses: dict[str, int] = field(default_factory=dict)
-    host: dict[str, Pinned] = field(default_factory=dict)
+    tensors: dict[str, Mirrored] = field(default_factory=dict)
     scratch: int = 0
     arena: int = 0
     graph: Graph | None = None
@@ -161,10 +160,8 @@ class Loaded:
             for spec in (*self.component.inputs, *self.component.outputs):
                 shape = tuple(context.get_tensor_shape(spec.name))
                 made.shapes[spec.name] = shape
-                made.host[spec.name] = device.pinned(shape, spec.dtype)
-                address = device.allocate(made.host[spec.name].array.nbytes)
-                made.addresses[spec.name] = address
-                context.set_tensor_address(spec.name, address)
+                tensor = made.tensors[spec.name] = Mirrored(device, shape, spec.dtype)
+                context.set_tensor_address(spec.name, tensor.address)
             made.scratch = int(context.update_device_memory_size_for_shapes())
         except BackendError:
             self._release(made)
@@ -217,15 +214,11 @@ class Loaded:
         bound.graph = graph
 
     def _release(self, bound: Bound) -> None:
-        if self.loops:
-            self.loops.clear()  # one of them may have been captured with it
         if bound.graph:
             bound.graph.close()
         bound.context = None
-        for pinned in bound.host.values():
-            pinned.close()
-        for address in bound.addresses.values():
-            self.device.free(address)
+        for tensor in bound.tensors.values():
+            tensor.close()
 
     def close(self) -> None:
         """Contexts first, then the engine, then the runtime, as TensorRT wants it."""
@@ -238,6 +231,8 @@ class Loaded:
             if cache is not None:
                 with contextlib.suppress(OSError):
                     write_whole(self._cache_path, bytes(cache.serialize()))
+            if self.loops:
+                self.loops.close()
             for bound in self._bound.values():
                 self._release(bound)
             self._bound.clear()
@@ -249,8 +244,9 @@ class Loaded:
 class TrtEngine:
     """One component of one pipeline."""
 
-    def __init__(self, name: str, component: Component, loaded: Loaded) -> None:
-        self.name = name
+    def __init__(self, name: str, component: Component, loaded: Loaded, stream: int = 0) -> None:
+        """stream: the caller's own, by its address; 0 for the device's"""
+        self.name, self.stream = name, stream
         self.inputs, self.outputs = component.inputs, component.outputs
         self._loaded: Loaded | None = loaded
         loaded.users += 1
@@ -265,16 +261,16 @@ class TrtEngine:
         loaded = self.loaded
         ready = checked_feeds(self.name, self.inputs, feeds)
         device = loaded.device
-        with device.use():
+        with device.use(self.stream):
             bound = loaded.bound({name: array.shape for name, array in ready.items()})
             for name, array in ready.items():
-                bound.host[name].array[...] = array
-                device.upload(bound.addresses[name], bound.host[name].array)
+                bound.tensors[name].array[...] = array
+                bound.tensors[name].upload()
             loaded.run(bound)
             for spec in self.outputs:
-                device.download(bound.host[spec.name].array, bound.addresses[spec.name])
+                bound.tensors[spec.name].download()
             device.synchronize()
-            return {spec.name: bound.host[spec.name].array for spec in self.outputs}
+            return {spec.name: bound.tensors[spec.name].array for spec in self.outputs}
 
     def refit(self, weights: Feeds) -> None:
         """Plans take the bundle's own weights and no others: that is what keeps their speed."""
@@ -299,18 +295,22 @@ class TrtEngine:
 class TrtUnet(TrtEngine):
     """A UNet, which also runs a whole schedule as one CUDA graph."""
 
-    def __init__(self, name: str, component: Component, loaded: Loaded, target: str) -> None:
+    def __init__(
+        self, name: str, component: Component, loaded: Loaded, target: str, stream: int = 0
+    ) -> None:
         from .trt_loop import Loops
 
-        super().__init__(name, component, loaded)
+        super().__init__(name, component, loaded, stream)
         if loaded.loops is None:
             loaded.loops = Loops(loaded, target)
 
-    def sampled(self, schedule: Schedule) -> np.ndarray:
+    def drawn(self, schedule: Schedule, encoder: Any, decoder: Any) -> Drawn:
         """See `Sampler`."""
-        loops = self.loaded.loops
+        loops, device = self.loaded.loops, self.loaded.device
         assert loops is not None
-        return loops.run(schedule)
+        with device.use(self.stream):
+            read = encoder.loaded if schedule.read else None
+            return loops.run(schedule, read, decoder.loaded if decoder else None)
 
 
 def profile_index(
@@ -334,8 +334,10 @@ def profile_index(
     )
 
 
-def load_engine(bundle: Bundle, name: str, kind: str, gpu: Gpu) -> TrtEngine:
+def load_engine(bundle: Bundle, name: str, kind: str, gpu: Gpu, stream: int = 0) -> TrtEngine:
     """A component on a GPU: its plan found or built, loaded or shared, and proven once.
+
+    stream: the caller's own, by its address; 0 for the device's
 
     Raises BackendError, and ParityError if it computes something else than the bundle's graph.
     """
@@ -346,9 +348,9 @@ def load_engine(bundle: Bundle, name: str, kind: str, gpu: Gpu) -> TrtEngine:
         if mark not in _loaded:
             _loaded[mark] = Loaded(plan, component, bundle.graph(name), device_of(gpu.index))
         if name == "unet":
-            engine: TrtEngine = TrtUnet(name, component, _loaded[mark], gpu.sm)
+            engine: TrtEngine = TrtUnet(name, component, _loaded[mark], gpu.sm, stream)
         else:
-            engine = TrtEngine(name, component, _loaded[mark])
+            engine = TrtEngine(name, component, _loaded[mark], stream)
     try:
         if plan.parity is None:
             plan = plan.with_parity(compared(bundle, name, engine, plan.key.profiles))

@@ -17,6 +17,7 @@ from sdrt.errors import UsageError
 from .options import SIZES, Options, Request
 from .prompt import Chunks, chunks_from_prompt, weighted
 from .tokenizer import Tokenizer
+from .whole import IDS, WEIGHTS
 
 # What the UNet is fed by input name, [rows, ..]. Of a picture that is guided there are two rows,
 # what is steered away from first; else one.
@@ -68,6 +69,7 @@ class TextEncoder:
         """Every different stretch, by the bytes of its ids; raises UsageError for a clip_skip that
         leaves no layer.
         """
+        self.check_skip(clip_skip)
         rows = {row.tobytes(): row for each in chunks for row in each.ids}
         places = {key: (self.name, key, clip_skip) for key in rows}
         found = {key: self.known[at] for key, at in places.items() if at in self.known}
@@ -76,10 +78,6 @@ class TextEncoder:
             part = keys[i : i + self.most]
             made = self.engine({"input_ids": np.stack([rows[key] for key in part])})
             layers, pooled = made["contexts"], made.get("pooled")
-            if clip_skip >= layers.shape[1]:
-                raise UsageError(
-                    f"clip_skip {clip_skip}; this text encoder has {layers.shape[1]} layers"
-                )
             for j, key in enumerate(part):
                 context = np.array(layers[j, layers.shape[1] - 1 - clip_skip], np.float32)
                 whole = None if pooled is None else np.array(pooled[j], np.float32)
@@ -87,6 +85,12 @@ class TextEncoder:
         while len(self.known) > MOST_KNOWN:
             del self.known[next(iter(self.known))]
         return found
+
+    def check_skip(self, clip_skip: int) -> None:
+        """Raise UsageError for a clip_skip that leaves no layer."""
+        layers = next(spec for spec in self.engine.outputs if spec.name == "contexts").shape[1]
+        if clip_skip >= int(layers):
+            raise UsageError(f"clip_skip {clip_skip}; this text encoder has {layers} layers")
 
 
 class Reading:
@@ -143,6 +147,32 @@ def told_of(
         time_ids = time_ids_of(options, size)[0 if options.guided else 1 :]
         told = [{**each, "time_ids": time_ids} for each in told]
     return told
+
+
+def texts_of(
+    encoder: TextEncoder, requests: Sequence[Request], options: Options
+) -> list[Told] | None:
+    """Of every picture the ids of its text's stretches, `input_ids` [2 or 1, stretches, tokens],
+    and their `weights`, for an engine that reads them in its run; None where there is more than
+    the encoder takes at once.
+    """
+    encoder.check_skip(options.clip_skip)
+    _check_taken(options, ("context",))
+    texts = [request.prompt for request in requests]
+    chunks = encoder.chunks(dict.fromkeys([*texts, options.negative_prompt, ""]), options)
+    pairs = [[options.negative_prompt, text] if options.guided else [text] for text in texts]
+    told = [_text_of([chunks[text] for text in pair], chunks[""]) for pair in pairs]
+    rows = {row.tobytes() for each in told for stretches in each[IDS] for row in stretches}
+    return told if len(rows) <= 2 * encoder.most else None
+
+
+def _text_of(texts: Sequence[Chunks], empty: Chunks) -> Told:
+    """Texts in as many stretches as the longest has, the ones that they lack empty."""
+    count = max(len(text) for text in texts)
+    filled = [[text, *[empty] * (count - len(text))] for text in texts]
+    ids = [np.concatenate([each.ids for each in stretches]) for stretches in filled]
+    weights = [np.concatenate([each.weights for each in stretches]) for stretches in filled]
+    return {IDS: np.stack(ids), WEIGHTS: np.stack(weights).astype(np.float32)}
 
 
 def _check_taken(options: Options, fed: Collection[str]) -> None:
@@ -238,8 +268,8 @@ def _row(told: Told, index: int) -> Told:
 
 
 def parts_of_like_length(told: Mapping[Request, Told], most: int) -> Iterator[list[Request]]:
-    """Pictures whose contexts are of one length, at most so many together."""
-    lengths = {r: each["context"].shape[1] if each else 0 for r, each in told.items()}
+    """Pictures whose contexts, or texts, are of one length, at most so many together."""
+    lengths = {r: next(iter(each.values())).shape[1] if each else 0 for r, each in told.items()}
     for tokens in sorted(set(lengths.values())):
         alike = [request for request, length in lengths.items() if length == tokens]
         for i in range(0, len(alike), most):

@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 
 from sdrt.bundle import Manifest, parse_size
-from sdrt.engine import Engine
+from sdrt.engine import Drawn, Engine
 from sdrt.errors import SdrtError, UsageError
 
-from .conditioning import Known, TextEncoder, Told, parts_of_like_length, told_of
+from .conditioning import Known, TextEncoder, Told, parts_of_like_length, texts_of, told_of
 from .decoding import Tiling, decoded_picture, encoded_picture
 from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
@@ -28,10 +28,11 @@ from .samplers.catalogue import config_from_name, title_of
 from .samplers.table import SamplerTable, sampler_table
 from .start import Source, Start, source_of, start_of
 from .tokenizer import Tokenizer
-from .whole import sampled
+from .whole import drawn, linear, reads_text
 
 log = logging.getLogger(__name__)
 Prompt = str | Sequence[str] | None
+Watch = Callable[[Step], None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Pipeline:
         self,
         prompt: Prompt = None,
         *,
-        on_step: Callable[[Step], None] | None = None,
+        on_step: Watch = None,
         **options: Any,
     ) -> Output:
         """Make pictures of every prompt; the named arguments are those of `Options`.
@@ -94,21 +95,19 @@ class Pipeline:
         return Output(images, seeds, texts, [is_flagged(image) for image in images])
 
     def pictures(
-        self,
-        prompt: Prompt,
-        options: Options,
-        on_step: Callable[[Step], None] | None = None,
+        self, prompt: Prompt, options: Options, on_step: Watch = None
     ) -> Iterator[tuple[Request, Image]]:
         """The pictures of a call, as they are finished; SdrtError, after all others, for one that
         holds no numbers.
         """
         requests, table, guidance, _ = self.planned(prompt, options)
-        failed: SdrtError | None = None
-        for batch in self._batches(requests, options, table):
-            latents = self._finished(batch, options, table, guidance, on_step)
+        failed = None
+        told = None if on_step else self._texts(requests, options, table, guidance)
+        for batch in self._batches(requests, options, table, told=told):
+            made = self._finished(batch, options, table, guidance, on_step)
             for i, request in enumerate(batch.requests):
                 try:
-                    image = self.decode(latents[i : i + 1])[0]
+                    image = self._image(made, i)
                 except SdrtError as error:
                     failed = SdrtError(f"seed {request.seed}: {error}")
                     continue
@@ -160,8 +159,7 @@ class Pipeline:
         """Pictures of latents [B, C, H/8, W/8], black where the safety checker flags one; raises
         SdrtError if they hold NaN or infinity.
         """
-        images = images_from_decoded(self.decoded(latents))
-        return checked(self.engines["safety_checker"], images) if self.checks else images
+        return self._checked(images_from_decoded(self.decoded(latents)))
 
     def decoded(self, latents: np.ndarray) -> np.ndarray:
         """The decoder's numbers, [B, 3, H, W] about [-1, 1]; raises SdrtError for NaN."""
@@ -240,35 +238,33 @@ class Pipeline:
             )
         return size
 
-    def _latent_shape(self, options: Options) -> tuple[int, int, int]:
-        width, height = self._size(options)
-        scale = self.manifest.downscale
-        return self.manifest.latent_channels, height // scale, width // scale
-
     def _batches(
         self,
         requests: Sequence[Request],
         options: Options,
         table: SamplerTable,
         together: bool = True,
+        told: list[Told] | None = None,
     ) -> Iterator[Batch]:
         """Pictures whose contexts are of one length together, as many as the bundle takes, or each
-        alone.
+        alone. told: of every picture, where it is known already
         """
-        most, shape = self.manifest.batch[2], self._latent_shape(options)
-        told = dict(zip(requests, self.told(requests, options), strict=True))
+        most, (width, height) = self.manifest.batch[2], self._size(options)
+        scale = self.manifest.downscale
+        shape = self.manifest.latent_channels, height // scale, width // scale
+        each = dict(zip(requests, told or self.told(requests, options), strict=True))
         fed = {spec.name: spec for spec in self.manifest.components["unet"].inputs}["sample"]
         source = source_of(
             partial(encoded_picture, self.engines["vae_encoder"], self._tiling),
             options,
-            self._size(options),
+            (width, height),
             shape,
             int(fed.shape[1]),
         )
-        parts = parts_of_like_length(told, most) if together else [[r] for r in requests]
+        parts = parts_of_like_length(each, most) if together else [[r] for r in requests]
         for part in parts:
             starts = [start_of(r, options, table, shape, source) for r in part]
-            yield Batch(part, [told[r] for r in part], starts, source)
+            yield Batch(part, [each[r] for r in part], starts, source)
 
     def _finished(
         self,
@@ -276,18 +272,34 @@ class Pipeline:
         options: Options,
         table: SamplerTable,
         guidance: Guidance,
-        on_step: Callable[[Step], None] | None,
-    ) -> np.ndarray:
-        """A batch's result [B, C, H/8, W/8]; in one go where nobody looks and the engine can."""
+        on_step: Watch,
+    ) -> Drawn:
+        """A batch's result; in one go where nobody looks and the engine can."""
         if on_step is None and self._edit(batch, options, table) is None:
             runs = runs_of(batch, table, guidance)
-            latents = sampled(self.engines["unet"], runs)
-            if latents is not None:
-                return latents
+            whole = self._size(options) in self.manifest.sizes  # others are decoded in tiles
+            if made := drawn(self.engines, runs, decoded=whole, skip=options.clip_skip):
+                return made
         for step in self._steps(batch, options, table, guidance):
             if on_step:
                 on_step(step)
-        return step.latents
+        return Drawn(step.latents)
+
+    def _image(self, made: Drawn, i: int) -> Image:
+        """One picture of a batch; raises as `decode`."""
+        if made.pixels is None or not made.good[i]:
+            return self.decode(made.latents[i : i + 1])[0]
+        return self._checked([fromarray(made.pixels[i])])[0]
+
+    def _checked(self, images: list[Image]) -> list[Image]:
+        return checked(self.engines["safety_checker"], images) if self.checks else images
+
+    def _texts(
+        self, requests: Sequence[Request], options: Options, table: SamplerTable, guidance: Guidance
+    ) -> list[Told] | None:
+        """The text of every picture, where the engine reads it in the run; else None."""
+        reads = reads_text(self.manifest, self.engines, options) and linear(table, guidance)
+        return texts_of(self.text_encoders[0], requests, options) if reads else None
 
     @property
     def takes_prompt(self) -> bool:

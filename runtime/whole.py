@@ -3,35 +3,71 @@
 Knows runs and the engine protocol; not how a backend does it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from sdrt.engine import Engine, Schedule
+from sdrt.bundle import Manifest
+from sdrt.engine import Drawn, Engine, Read, Schedule
 
-from .loop import Run
+from .loop import Guidance, Run
+from .options import Options
+from .samplers.table import SamplerTable
 
-
-def sampled(unet: Engine, runs: Sequence[Run]) -> np.ndarray | None:
-    """The result's latents [B, C, H/8, W/8], or None where the engine or the runs cannot do it."""
-    whole = getattr(unet, "sampled", None)
-    if whole is None or (schedule := schedule_of(runs)) is None:
-        return None
-    latents: np.ndarray = whole(schedule)
-    return latents
+IDS, WEIGHTS = "input_ids", "weights"  # of what a run is told where the engine reads text itself
 
 
-def schedule_of(runs: Sequence[Run]) -> Schedule | None:
-    """What runs at their beginning will do; None if they are not alike, or do what is not linear:
-    set the spread of the guided output back, or clip.
+def linear(table: SamplerTable, guidance: Guidance) -> bool:
+    """Whether a run is nothing but rows of numbers: it neither clips nor sets the spread of the
+    guided output back.
     """
+    guided = bool((guidance.scales != 1.0).any())
+    return not table.clip and (guidance.pairs or not guided)
+
+
+def reads_text(manifest: Manifest, engines: Mapping[str, Engine], options: Options) -> bool:
+    """Whether the engine can run the text encoder too: there is one, its context is all that the
+    UNet is told, and nobody looks in between.
+    """
+    fed = {spec.name for spec in manifest.components["unet"].inputs}
+    given = (options.prompt_embeds, options.negative_prompt_embeds, options.mask_image)
+    return (
+        hasattr(engines["unet"], "drawn")
+        and fed == {"sample", "timestep", "context"}
+        and "text_encoder" in engines
+        and "text_encoder_2" not in engines
+        and not manifest.zero_empty_prompt
+        and all(each is None for each in (*given, options.callback_on_step_end))
+    )
+
+
+def drawn(
+    engines: Mapping[str, Engine], runs: Sequence[Run], *, decoded: bool, skip: int = 0
+) -> Drawn | None:
+    """What becomes of runs, or None where the engine or the runs cannot be handed over.
+
+    decoded: whether the decoder takes part
+    skip: layers that a text encoder leaves out, where the runs are told text
+    """
+    whole = getattr(engines["unet"], "drawn", None)
+    if whole is None or (schedule := schedule_of(runs, skip)) is None:
+        return None
+    decoder = engines.get("vae_decoder") if decoded else None
+    made: Drawn = whole(schedule, engines.get("text_encoder"), decoder)
+    return made
+
+
+def schedule_of(runs: Sequence[Run], skip: int = 0) -> Schedule | None:
+    """What runs at their beginning will do; None if they are not alike, or not linear."""
     first = runs[0]
     plan, guidance, count = first.plan, first.guidance, first.evaluations
     used = tuple(2 if scale != 1.0 else 1 for scale in guidance.scales)
     alike = all(run.plan is plan and run.guidance is guidance and not run.done for run in runs)
-    if not alike or first.table.clip or (2 in used and not guidance.pairs):
+    if not alike or not linear(first.table, guidance):
         return None
-    return Schedule(
+    told = {name: np.stack([run.told[name] for run in runs]) for name in first.told}
+    schedule = Schedule(
         columns=np.stack([run.history.columns.reshape(-1, *run.history.shape) for run in runs]),
         rows=np.repeat(plan.rows[:, None], len(runs), axis=1),
         timesteps=np.repeat(
@@ -41,6 +77,10 @@ def schedule_of(runs: Sequence[Run]) -> Schedule | None:
         per=plan.per,
         output_places=tuple(plan.output_place(k) for k in range(count)),
         state_places=(plan.state_place(count - 1), *(plan.state_place(k) for k in range(count))),
-        told={name: np.stack([run.told[name] for run in runs]) for name in first.told},
+        told=told,
         beside=np.stack([run.beside for run in runs]),
     )
+    if IDS not in told:
+        return schedule
+    read = Read(told.pop(IDS), told.pop(WEIGHTS), skip)
+    return replace(schedule, read=read)

@@ -43,12 +43,15 @@ def load(
     backend: str = "auto",
     precision: str = "auto",
     device: int = 0,
+    stream: int = 0,
 ) -> Pipeline:
     """A pipeline over a bundle: its name, its folder, or None for the newest.
 
     backend: auto, tensorrt, tensorrt-rtx, onnxruntime, openvino or torch.
     precision: auto takes a lower one where the build admitted it, exact never does.
     device: which NVIDIA GPU, as CUDA numbers them.
+    stream: the address of a CUDA stream of the caller's on it, in which all work is put; of a torch
+        stream that is `cuda_stream`. Backends that take none are not chosen.
     A backend that does not load is left, with a warning, for the next that may be taken: auto tries
     every one, a backend that was named is tried on every device it serves.
     Raises BundleError if the bundle is missing or damaged, BackendError if nothing can run it.
@@ -67,7 +70,7 @@ def load(
         opened = replace(opened, manifest=replace(opened.manifest, admitted={}))
     failed: dict[str, str] = {}
     while True:
-        candidate = choose(backend, opened.bytes, device=device, failed=failed)
+        candidate = choose(backend, opened.bytes, device=device, stream=stream, failed=failed)
         lower = candidate.reduced if candidate.reduced in opened.manifest.admitted else "exact"
         log.info("backend: %s, %s (%s)", candidate.title, lower, candidate.because)
         try:

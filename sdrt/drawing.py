@@ -112,10 +112,11 @@ def run(args: argparse.Namespace) -> None:
         chosen = with_scheduler(pipe, args.scheduler, args.scheduler_option)
         options = options_from_arguments(args)
         loaded = time.perf_counter()
-        watchers = [stack.enter_context(_bar(args))]
+        watchers = stack.enter_context(_bar(args))
         if args.preview:
             watchers.append(stack.enter_context(_preview(chosen, args.output)))
-        made = chosen.pictures(args.prompt or None, options, partial(_tell, watchers))
+        on_step = partial(_tell, watchers) if watchers else None  # so that it may run whole
+        made = chosen.pictures(args.prompt or None, options, on_step)
         finished: list[tuple[Request, Image.Image, Path]] = []
         try:
             for request, image in made:
@@ -168,10 +169,10 @@ def picture_path(output: Path, prompt: str, index: int, total: int, seed: int) -
 
 
 @contextmanager
-def _bar(args: argparse.Namespace) -> Iterator[Callable[[Step], None]]:
-    """A bar over evaluations, on a terminal only."""
+def _bar(args: argparse.Namespace) -> Iterator[list[Callable[[Step], None]]]:
+    """A bar over evaluations, on a terminal only; nobody watches elsewhere."""
     if args.quiet or not sys.stderr.isatty():
-        yield lambda step: None
+        yield []
         return
     from tqdm import tqdm
 
@@ -183,7 +184,7 @@ def _bar(args: argparse.Namespace) -> Iterator[Callable[[Step], None]]:
             if step.index == step.total:
                 bar.reset()
 
-        yield on_step
+        yield [on_step]
 
 
 @contextmanager

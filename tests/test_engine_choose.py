@@ -60,6 +60,15 @@ def test_a_backend_that_was_named_is_not_replaced(backend):
         choose(backend, machine=NONE)
 
 
+def test_a_stream_of_the_callers_is_for_what_takes_one():
+    pytest.importorskip("tensorrt_rtx")
+    chosen = choose("auto", LARGE, machine=Machine((L4,), (13, 0), "580.1"), stream=1)
+    assert chosen.title == "tensorrt-rtx on cuda"
+    with pytest.raises(BackendError, match="stream of the caller's, so not openvino on cpu"):
+        choose("auto", LARGE, machine=NONE, stream=1)
+    assert OrtCudaOptions().settings(0, 77)["user_compute_stream"] == "77"
+
+
 def test_a_hidden_gpu_is_told_from_none():
     hidden = Machine(why_none=why_none(NO_DEVICE, ""))
     assert "unset it" in choose("auto", LARGE, machine=hidden).because

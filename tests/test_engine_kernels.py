@@ -1,4 +1,6 @@
-"""The loop's kernel: compiled for every GPU, and its very source run on the CPU against numpy."""
+"""The kernels of a whole run: compiled for every GPU, and their very source run on the CPU against
+numpy.
+"""
 
 import ast
 import ctypes
@@ -6,24 +8,30 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from sdrt.errors import BackendError
+from sdrt.engine import Drawn
+from sdrt.errors import BackendError, UsageError
 from sdrt.runtime.loop import Guidance, Run, denoised, plan_of
+from sdrt.runtime.pictures import images_from_decoded
 from sdrt.runtime.samplers.catalogue import config_from_name
 from sdrt.runtime.samplers.table import sampler_table
-from sdrt.runtime.whole import sampled, schedule_of
+from sdrt.runtime.whole import drawn, schedule_of
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from sdrt.engine import cuda, kernels
+from sdrt.engine.trt_loop import different, feeds_of
 
 SHIM = """
-#include <cstdio>
+#include <cmath>
 #define __global__
 #define __device__
 static struct { int x; } blockIdx, blockDim, threadIdx;
+struct Any { void* p; Any(void* p) : p(p) {} template <class T> operator T*() { return (T*)p; } };
 """
 HALF = """
 typedef unsigned short REAL;
@@ -31,23 +39,29 @@ static float to_float(REAL h) { _Float16 f; __builtin_memcpy(&f, &h, 2); return 
 static REAL from_float(float f) { _Float16 g = (_Float16)f; REAL h; __builtin_memcpy(&h, &g, 2); return h; }
 """  # noqa: E501
 LAUNCH = """
-extern "C" void launch(float* rows, float* timesteps, float* columns, REAL* output, REAL* sample,
-    float* timestep, int pictures, int places, int size, int stride, int used, int next, int per,
-    int output_place, int state_place) {
+extern "C" void launch_{name}(int threads{declared}) {{
     blockDim.x = 256;
-    for (blockIdx.x = 0; blockIdx.x <= pictures * size / 256; blockIdx.x++)
+    for (blockIdx.x = 0; blockIdx.x * 256 < threads; blockIdx.x++)
         for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x++)
-            advance_pictures(rows, timesteps, columns, output, sample, timestep, pictures,
-                places, size, stride, used, next, per, output_place, state_place);
-}
+            {name}({given});
+}}
 """
+
+
+def launcher_of(name):
+    """A function of the host that calls a kernel for every thread."""
+    addresses, numbers = kernels.PARAMETERS[name]
+    declared = [f", void* p{i}" for i in range(addresses)] + [f", int n{i}" for i in range(numbers)]
+    given = [f"(Any)p{i}" for i in range(addresses)] + [f"n{i}" for i in range(numbers)]
+    return LAUNCH.format(name=name, declared="".join(declared), given=", ".join(given))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120"])
 def test_it_compiles_for_every_gpu(target, dtype):
     code = cuda.compiled(kernels.source_of(dtype), target)
-    assert code.startswith(b"\x7fELF") and b"advance_pictures" in code
+    assert code.startswith(b"\x7fELF")
+    assert all(name.encode() in code for name in kernels.PARAMETERS)
 
 
 def test_what_the_compiler_says_is_in_the_error():
@@ -57,25 +71,33 @@ def test_what_the_compiler_says_is_in_the_error():
 
 @pytest.fixture(scope="module", params=["float32", "float16"])
 def kernel(request, tmp_path_factory):
-    """The kernel as a function of the host, by the host's compiler."""
+    """The kernels as one function of the host, by the host's compiler, called as `Kernels` is; and
+    their dtype.
+    """
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler here")
     folder = tmp_path_factory.mktemp("kernel")
     prefix = HALF if request.param == "float16" else kernels.SINGLE
-    (folder / "k.cpp").write_text(SHIM + prefix + kernels.ADVANCE + LAUNCH)
+    launchers = "".join(map(launcher_of, kernels.PARAMETERS))
+    (folder / "k.cpp").write_text(SHIM + prefix + kernels.BODY + launchers)
     command = [compiler, "-O1", "-fPIC", "-shared", "-std=c++17", str(folder / "k.cpp")]
     done = subprocess.run([*command, "-o", str(folder / "k.so")], capture_output=True, text=True)
     if done.returncode and "_Float16" in done.stderr:
         pytest.skip("this compiler has no half precision")
     assert done.returncode == 0, done.stderr
-    launch = ctypes.CDLL(str(folder / "k.so")).launch
-    launch.argtypes = [*(ctypes.c_void_p,) * 6, *(ctypes.c_int,) * 9]
+    library = ctypes.CDLL(str(folder / "k.so"))
+
+    def launch(name, threads, *values):
+        found = [v.ctypes.data if isinstance(v, np.ndarray) else v for v in values]
+        arguments = [kind(v) for kind, v in zip(kernels.kinds_of(name), found, strict=True)]
+        getattr(library, f"launch_{name}")(ctypes.c_int(threads), *arguments)
+
     return launch, request.param
 
 
 class Emulated:
-    """A whole run as the GPU's loop does it: the same kernel with the same parameters around the
+    """A whole run as the GPU's loop does it: the same kernels with the same parameters around the
     model, on the host. What it cannot show is that the launches are right on a GPU.
     """
 
@@ -83,20 +105,46 @@ class Emulated:
         self.launch, self.dtype = kernel
         self.unet = unet
 
-    def sampled(self, schedule):
-        from sdrt.engine.trt_loop import feeds_of
+    def drawn(self, schedule, encoder, decoder):
+        fed = {used: self.fed(schedule, used, encoder) for used in set(schedule.used)}
+        columns = self.evaluated(schedule, fed)
+        latents = columns[:, schedule.state_places[-1]]
+        if decoder is None:
+            return Drawn(latents)
+        made = [self.decoded(np.ascontiguousarray(each), decoder) for each in latents]
+        return Drawn(latents, np.stack([p for p, _ in made]), [not bad[0] for _, bad in made])
 
+    def fed(self, schedule, used, encoder):
+        feeds = feeds_of(schedule, used)
+        if schedule.read:
+            feeds["context"] = self.context(schedule.read, used, encoder)
+        half = {name: self.dtype for name in ("sample", "context")}
+        return {n: np.ascontiguousarray(v, half.get(n, v.dtype)) for n, v in feeds.items()}
+
+    def context(self, read, used, encoder):
+        ids, places = different(read)
+        made = np.ascontiguousarray(encoder({"input_ids": ids})["contexts"], self.dtype)
+        stretches, layers, tokens, width = made.shape
+        numbers = layers, layers - 1 - read.skip, tokens, width
+        sums = np.empty((stretches, tokens), np.float32)
+        self.launch("sum_tokens", sums.size, made, sums, stretches, *numbers)
+        pictures, rows, each, _ = read.ids.shape
+        context = np.empty((pictures * used, each * tokens, width), self.dtype)
+        counts = pictures, rows, used, each, *numbers
+        weights = np.ascontiguousarray(read.weights)
+        self.launch("write_context", context.size, made, sums, places, weights, context, *counts)
+        return context
+
+    def decoded(self, result, decoder):
+        fed, bad = np.empty((1, *result.shape), self.dtype), np.ones(1, np.int32)
+        self.launch("write_latents", result.size, result, fed, bad, result.size)
+        return pixels_by_kernel(self.launch, decoder({"latents": fed})["image"], self.dtype, bad)
+
+    def evaluated(self, schedule, fed):
         pictures, places, *shape = schedule.columns.shape
         size, count = int(np.prod(shape)), len(schedule.used)
         columns, rows = schedule.columns.copy(), np.ascontiguousarray(schedule.rows)
         timesteps = np.ascontiguousarray(schedule.timesteps)
-        fed = {
-            used: {
-                name: np.ascontiguousarray(value, self.dtype if name == "sample" else value.dtype)
-                for name, value in feeds_of(schedule, used).items()
-            }
-            for used in set(schedule.used)
-        }
         output = None
         for k in range(count + 1):
             after = fed[schedule.used[k]] if k < count else None
@@ -105,12 +153,14 @@ class Emulated:
                 made = self.unet({**feeds, "sample": feeds["sample"].astype(np.float32)})["output"]
                 output = np.ascontiguousarray(made, self.dtype)
             self.launch(
-                rows[k].ctypes.data,
-                timesteps[min(k, count - 1)].ctypes.data,
-                columns.ctypes.data,
-                output.ctypes.data if k else 0,
-                after["sample"].ctypes.data if after else 0,
-                after["timestep"].ctypes.data if after else 0,
+                "advance_pictures",
+                pictures * size,
+                rows[k],
+                timesteps[min(k, count - 1)],
+                columns,
+                output if k else 0,
+                after["sample"] if after else 0,
+                after["timestep"] if after else 0,
                 *(pictures, places, size),
                 int(np.prod(after["sample"].shape[1:])) if after else size,
                 schedule.used[k - 1] if k else 1,
@@ -119,7 +169,15 @@ class Emulated:
                 schedule.output_places[k - 1] if k else 0,
                 schedule.state_places[k],
             )
-        return columns[:, schedule.state_places[-1]]
+        return columns
+
+
+def pixels_by_kernel(launch, image, dtype, bad):
+    """[1, 3, H, W] -> [H, W, 3] uint8, and what the kernel left in `bad`."""
+    size = image.shape[2] * image.shape[3]
+    pixels = np.empty((*image.shape[2:], 3), np.uint8)
+    launch("write_pixels", size, np.ascontiguousarray(image, dtype), pixels, bad, size)
+    return pixels, bad
 
 
 def model(feeds):
@@ -167,7 +225,8 @@ def runs_of(scheduler, scales, pictures, beside=0, clip=False):
 def test_a_whole_run_by_the_kernel_is_the_loops(kernel, scheduler, scales, pictures, beside):
     arguments = scheduler, scales, pictures, beside
     *_, last = denoised(model, runs_of(*arguments))
-    found = sampled(Emulated(kernel, model), runs_of(*arguments))
+    engines = {"unet": Emulated(kernel, model)}
+    found = drawn(engines, runs_of(*arguments), decoded=False).latents
     error = np.abs(found - last.latents).max() / np.abs(last.latents).max()
     assert error < (2e-2 if kernel[1] == "float16" else 1e-5)
 
@@ -183,33 +242,94 @@ def test_runs_that_are_no_table_or_begun_are_not_handed_over():
     assert schedule_of(runs_of("DDIMScheduler", [7.5] * 3, 1, clip=True)) is None
     next(iter(denoised(model, runs)))
     assert schedule_of(runs) is None
-    assert sampled(model, runs_of("DDIMScheduler", [7.5] * 3, 1)) is None
+    assert drawn({"unet": model}, runs_of("DDIMScheduler", [7.5] * 3, 1), decoded=True) is None
 
 
-def test_pictures_come_out_whole_where_the_engine_can(pipe, kernel):
-    if kernel[1] == "float16":
-        pytest.skip("the embedded bundle is fp32")
-    unet = pipe.engines["unet"]
-    handed = []
+def test_pixels_are_those_of_the_host_to_the_last_bit(kernel):
+    launch, dtype = kernel
+    rng = np.random.default_rng(0)
+    image = rng.uniform(-1.2, 1.2, (1, 3, 64, 33))
+    image[0, 0, :32] = (np.arange(32 * 33).reshape(32, 33) % 256 + 0.5) / 127.5 - 1  # ties
+    image = image.astype(dtype)
+    pixels, bad = pixels_by_kernel(launch, image, dtype, np.zeros(1, np.int32))
+    assert (pixels == np.asarray(images_from_decoded(image.astype(np.float32))[0])).all()
+    assert bad[0] == 0
+    for wrong in (np.nan, np.inf, -np.inf):
+        image[0, 2, 3, 4] = wrong
+        assert pixels_by_kernel(launch, image, dtype, np.zeros(1, np.int32))[1][0] == 1
+
+
+PROMPT = "a (red:1.4) circle on a [blue] background"
+CALLS = {
+    "guided for a while": {"num_images_per_prompt": 2, "guidance_interval": (0.0, 0.5)},
+    "two texts in stretches": {"negative_prompt": "a square BREAK (green:1.2) BREAK flat"},
+    "unguided": {"guidance_scale": 1.0},
+    "an image": {"image": Image.new("RGB", (64, 64), "red"), "strength": 0.7},
+}
+
+
+def whole(pipe, kernel):
+    """The pipeline with a UNet that runs whole pictures and nothing else."""
 
     class Whole(Emulated):
-        inputs, outputs = unet.inputs, unet.outputs
+        inputs, outputs = pipe.engines["unet"].inputs, pipe.engines["unet"].outputs
+        handed: ClassVar = []
 
         def __call__(self, feeds):
             raise AssertionError("nobody looked, so no step was wanted")
 
-        def sampled(self, schedule):
-            handed.append(schedule.used)
-            return super().sampled(schedule)
+        def drawn(self, schedule, encoder, decoder):
+            self.handed.append((schedule, decoder))
+            return super().drawn(schedule, encoder, decoder)
 
-    other = replace(pipe, engines={**pipe.engines, "unet": Whole(kernel, unet)})
-    options = {"num_inference_steps": 6, "seed": [3, 4], "num_images_per_prompt": 2}
-    options["guidance_interval"] = (0.0, 0.5)
-    wanted = pipe("a red circle on a blue background", **options).images
-    found = other("a red circle on a blue background", **options).images
-    assert handed == [(2, 2, 2, 2, 1, 1, 1)]
+    unet = Whole(kernel, pipe.engines["unet"])
+    return replace(pipe, engines={**pipe.engines, "unet": unet}), unet.handed
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_pictures_come_out_whole_where_the_engine_can(pipe, kernel, call):
+    if kernel[1] == "float16":
+        pytest.skip("the embedded bundle is fp32")
+    other, handed = whole(pipe, kernel)
+    options = {"num_inference_steps": 5, "seed": 3, **CALLS[call]}
+    wanted, found = pipe(PROMPT, **options).images, other(PROMPT, **options).images
+    ((schedule, decoder),) = handed
+    assert schedule.read is not None and "context" not in schedule.told and decoder is not None
     for a, b in zip(wanted, found, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
+
+
+def test_what_the_engine_cannot_read_or_decode_is_done_around_it(pipe, kernel):
+    if kernel[1] == "float16":
+        pytest.skip("the embedded bundle is fp32")
+    other, handed = whole(pipe, kernel)
+    given = np.random.default_rng(0).normal(size=(1, 32, 64)).astype(np.float32)
+    width = {s.name: s.shape for s in pipe.engines["unet"].inputs}["context"][2]
+    given = np.resize(given, (1, 32, width))
+    options = {"num_inference_steps": 2, "seed": 3, "prompt_embeds": given}
+    assert other(**options).images == pipe(**options).images
+    assert handed[-1][0].read is None and handed[-1][1] is not None
+    other(PROMPT, num_inference_steps=1, size="128x64")
+    assert handed[-1][0].read is not None and handed[-1][1] is None
+    with pytest.raises(UsageError, match="clip_skip"):
+        other(PROMPT, clip_skip=50)
+
+
+def test_a_decoder_that_overflows_is_not_believed(pipe, kernel):
+    if kernel[1] == "float16":
+        pytest.skip("the embedded bundle is fp32")
+    decoder, calls = pipe.engines["vae_decoder"], []
+
+    def overflowing(feeds):
+        calls.append(feeds)
+        image = decoder(feeds)["image"]
+        return {"image": np.full_like(image, np.inf) if len(calls) == 1 else image}
+
+    other, _ = whole(pipe, kernel)
+    other = replace(other, engines={**other.engines, "vae_decoder": overflowing})
+    options = {"num_inference_steps": 2, "seed": 3}
+    assert other("a", **options).images == pipe("a", **options).images
+    assert len(calls) == 2
 
 
 def attributes(path, base):

@@ -213,7 +213,7 @@ def test_one_profile_a_size_with_two_rows_a_picture():
     first, second = profiles_of(m, "unet", m.components["unet"].inputs)
     assert first["sample"] == ((1, 4, 64, 64), (4, 4, 64, 64), (8, 4, 64, 64))
     assert second["sample"][1] == (4, 4, 64, 96)
-    assert second["context"] == ((1, 77, 768), (4, 77, 768), (8, 308, 768))
+    assert second["context"] == ((1, 77, 768), (4, 77, 768), (8, 1232, 768))
     decoder = profiles_of(m, "vae_decoder", m.components["vae_decoder"].inputs)
     assert decoder[1]["latents"] == ((1, 4, 64, 96),) * 3
     with pytest.raises(BackendError, match="'frames'"):

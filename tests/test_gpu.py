@@ -138,6 +138,59 @@ def test_the_loop_in_one_launch_is_the_loop_step_by_step(bundle, planned, schedu
             assert psnr(a, b) >= 40
 
 
+CALLS = {
+    "an attention's weights": {"prompt": "a (red:1.4) circle on a [blue] background"},
+    "two stretches": {"prompt": "a red circle BREAK on a blue background", "negative_prompt": "x"},
+    "sixteen stretches": {"prompt": "a BREAK " * 15 + "b"},
+    "unguided": {"guidance_scale": 1.0},
+    "embeddings": {"prompt": None},
+    "clip skip": {"clip_skip": 1},
+    "rescaled, so step by step": {"guidance_rescale": 0.7},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_picture_in_one_launch_is_that_of_its_steps(bundle, planned, call):
+    """Text encoder, loop and decoder in one graph, against each called for itself."""
+    options = {"prompt": PROMPT, "num_images_per_prompt": 2, **OPTIONS, **CALLS[call]}
+    with loaded(bundle, planned) as pipe:
+        if call == "embeddings":
+            width = {s.name: s.shape for s in pipe.engines["unet"].inputs}["context"][2]
+            options["prompt_embeds"] = np.random.default_rng(0).normal(size=(1, 32, width))
+        for _ in range(2):  # captured, then replayed
+            whole = pipe(**options).images
+        steps = pipe(on_step=lambda step: None, **options).images
+        for a, b in zip(whole, steps, strict=True):
+            assert psnr(a, b) >= 40
+
+
+def test_texts_take_turns_in_one_graph(bundle, planned):
+    with loaded(bundle, planned) as pipe:
+        first = [np.asarray(pipe(text, **OPTIONS).images[0]) for text in ("a red circle", PROMPT)]
+        again = [np.asarray(pipe(text, **OPTIONS).images[0]) for text in ("a red circle", PROMPT)]
+        assert all((a == b).all() for a, b in zip(first, again, strict=True))
+        assert (first[0] != first[1]).any()
+
+
+def test_a_stream_of_the_callers_is_worked_in(bundle, planned):
+    from cuda.bindings import driver
+
+    from sdrt.engine.cuda import device_of
+
+    device = device_of(0)
+    with device.use():
+        stream = device.ask(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+    with loaded(bundle, planned) as pipe:
+        wanted = np.asarray(pipe(PROMPT, **OPTIONS).images[0])
+    with sdrt.load(bundle, backend=planned, stream=int(stream)) as pipe:
+        assert pipe.engines["unet"].stream == int(stream)
+        for on_step in (None, lambda step: None):
+            found = pipe(PROMPT, on_step=on_step, **OPTIONS).images[0]
+            assert psnr(found, wanted) >= 40
+    with device.use():
+        device.ask(driver.cuStreamDestroy(stream))
+
+
 def test_layouts_take_turns_without_mixing_their_graphs(bundle, planned):
     with loaded(bundle, planned) as pipe:
         calls = [
