@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from sdrt.bundle import Component
 from sdrt.errors import BackendError
+from sdrt.manifest import Component
 
 from .protocol import Feeds, checked_feeds
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from sdrt.bundle import Component
 from sdrt.errors import BackendError, UsageError
+from sdrt.manifest import Component
 
 from .ort import options_with, session
 from .protocol import Feeds, checked_feeds

@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sdrt.bundle import Bundle, Manifest, TensorSpec, home, sha256_of
+from sdrt.bundle import Bundle, home, sha256_of
 from sdrt.errors import BackendError, BundleError
 from sdrt.files import identity, locked, whole, write_whole
+from sdrt.manifest import Manifest, TensorSpec
 
 log = logging.getLogger(__name__)
 PICTURE_ROWS = 1  # the runtime decodes and encodes one picture at a time

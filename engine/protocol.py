@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from sdrt.bundle import TensorSpec
 from sdrt.errors import UsageError
+from sdrt.manifest import TensorSpec
 
 Feeds = Mapping[str, np.ndarray]
 

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdrt.bundle import Component
 from sdrt.errors import BackendError
+from sdrt.manifest import Component
 
 from .protocol import Feeds, checked_feeds
 

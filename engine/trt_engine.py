@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdrt.bundle import Bundle, Component
+from sdrt.bundle import Bundle
 from sdrt.errors import BackendError
 from sdrt.files import write_whole
+from sdrt.manifest import Component
 
 from . import parity
 from .cuda import Device, Graph, Mirrored, device_of, reset_device

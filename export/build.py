@@ -7,16 +7,11 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdrt.bundle import (
-    MANIFEST,
-    Manifest,
-    bundles_folder,
-    describe_files,
-    json_from_manifest,
-)
+from sdrt.bundle import bundles_folder, describe_files
 from sdrt.engine import Candidate, Machine, choose
 from sdrt.errors import SdrtError, UsageError
 from sdrt.folders import published
+from sdrt.manifest import MANIFEST, Manifest, json_from_manifest
 from sdrt.runtime.tokenizer import END
 
 from .checkpoint import TOKENIZER_FILES, TOKENIZERS, Checkpoint, find_checkpoint

@@ -17,7 +17,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from sdrt.bundle import FLOAT32_GRAPH, TRANSPOSED, TensorSpec
+from sdrt.bundle import FLOAT32_GRAPH, TRANSPOSED
+from sdrt.manifest import TensorSpec
 
 from .safetensors_file import Entry, write_safetensors
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdrt.bundle import FLOAT32_GRAPH, Bundle, Component, Manifest
+from sdrt.bundle import FLOAT32_GRAPH, Bundle
 from sdrt.engine import Candidate, candidates, parity
 from sdrt.errors import ParityError
+from sdrt.manifest import Component, Manifest
 from sdrt.runtime import Options, Pipeline, load_pipeline, randn, sampler_table
 from sdrt.runtime.conditioning import Told, time_ids_of
 from sdrt.runtime.loop import Guidance, Run, denoised, plan_of

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sdrt import bundle
+from sdrt import reading
 from sdrt.errors import CheckpointError
 
 STEMS = ("model", "diffusion_pytorch_model")
@@ -96,4 +96,4 @@ def open_safetensors(path: Path) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint's file; raises CheckpointError with the file's name."""
-    return bundle.read_json(path, CheckpointError)
+    return reading.read_json(path, CheckpointError)

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdrt.bundle import TensorSpec
 from sdrt.engine import Engine, Feeds
 from sdrt.files import write_whole
+from sdrt.manifest import TensorSpec
 
 from .turns import Rates
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image, fromarray
 
-from sdrt.bundle import Manifest, parse_size
+from sdrt.bundle import parse_size
 from sdrt.engine import Drawn, Engine
 from sdrt.errors import SdrtError, UsageError
+from sdrt.manifest import Manifest
 
 from .conditioning import Known, TextEncoder, Told, parts_of_like_length, texts_of, told_of
 from .decoding import Tiling, decoded_picture, encoded_picture

@@ -1,7 +1,7 @@
 """The bundle: a folder with ONNX graphs, one copy of the weights, and a manifest that names it all.
 
-Knows files, JSON and hashes; not what a graph computes. `sdrt.json` is written last and read first:
-a folder without it is not a bundle.
+Knows files and hashes; not what a graph computes. `sdrt.json` is written last and read first: a
+folder without it is not a bundle. One from elsewhere holds nothing but what its manifest lists.
 """
 
 import contextlib
@@ -10,80 +10,19 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from .errors import BundleError, SdrtError, UsageError
+from .errors import BundleError, UsageError
 from .files import beside, identity, locked, write_whole
+from .manifest import MANIFEST, MOST_MANIFEST, FileRecord, Manifest, manifest_from_json
+from .reading import read_json
 
-FORMAT = 2
-MANIFEST = "sdrt.json"
-COMPONENTS = (
-    *("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"),
-    "safety_checker",
-)
 # What a bundle's safetensors files say of themselves, and how a transposed weight's name ends.
 NAMES = {"names": "checkpoint"}
 TRANSPOSED = ".T"
 FLOAT32_GRAPH = "float32.onnx"
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One input or output: a name for each dynamic axis, a number for each fixed one."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Component:
-    """One network: `<name>/model.onnx`, its tensors, its precision and how it was proven."""
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    dtype: str
-    parity: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """Size in bytes and sha256 of one file."""
-
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What `sdrt.json` says.
-
-    sizes: (width, height) in pixels, the first is the default
-    preview: [3, latent_channels + 1], colours in [-1, 1] from scaled latents and 1
-    multiple: pixels; the sides of pictures of other sizes are multiples of it
-    admitted: lower precisions that came near enough to the exact pictures, with the PSNR in dB
-    zero_empty_prompt: whether an empty negative prompt is zeros rather than what is read of it
-    """
-
-    name: str
-    source: str
-    sizes: tuple[tuple[int, int], ...]
-    batch: tuple[int, int, int]
-    latent_channels: int
-    downscale: int
-    max_tokens: int
-    opset: int
-    components: Mapping[str, Component]
-    parity: Mapping[str, float]
-    preview: tuple[tuple[float, ...], ...]
-    files: Mapping[str, FileRecord]
-    admitted: Mapping[str, float] = field(default_factory=dict)
-    multiple: int = 64
-    zero_empty_prompt: bool = False
-    format: int = FORMAT
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +117,36 @@ def _put_back(folder: Path) -> None:
 def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
     """Read and check a bundle; raises BundleError: missing, damaged, of another format."""
     folder = find_bundle(name)
-    manifest = manifest_from_json(read_json(folder / MANIFEST), folder / MANIFEST)
+    raw = read_json(folder / MANIFEST, most=MOST_MANIFEST)
+    manifest = manifest_from_json(raw, folder / MANIFEST)
+    check_listed(folder, manifest)
     check_files(folder, manifest)
     return Bundle(folder, manifest)
+
+
+def check_listed(folder: Path, manifest: Manifest) -> None:
+    """Raise BundleError unless the folder's parts hold the files that the manifest lists, and no
+    others, which nobody vouches for. Plans are not the bundle's: they are known by their sidecars.
+
+    Links that lead outside are refused, and what is no file; hard links are not, since a copy may
+    be made of them and what they hold is compared with the manifest.
+    """
+    for part in manifest.components:
+        for name in (f"{part}/model.onnx", f"{part}/model.safetensors"):
+            if name not in manifest.files:
+                raise BundleError(f"{folder / MANIFEST} is not a manifest: it lists no {name}")
+    inside = folder.resolve()
+    for name in manifest.files:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(inside):
+            raise BundleError(f"{folder / name} is a link to {path}, outside of the bundle")
+        if path.exists() and not path.is_file():
+            raise BundleError(f"{folder / name} is no file")
+    for top in sorted({name.split("/")[0] for name in manifest.files}):
+        for found in sorted((folder / top).rglob("[!.]*")):
+            name = found.relative_to(folder).as_posix()
+            if name not in manifest.files and not found.is_dir():
+                raise BundleError(f"{found} is not in {MANIFEST}; delete it, or build again")
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -232,74 +198,6 @@ def _remember(memory: Path, known: Mapping[str, str]) -> None:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path, error_class: type[SdrtError] = BundleError) -> dict[str, Any]:
-    """A JSON object from a file; raises the error with the file's name."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise error_class(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise error_class(f"{path} holds {type(value).__name__}, expected an object")
-    return value
-
-
-def json_from_manifest(manifest: Manifest) -> str:
-    return json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
-
-
-def manifest_from_json(raw: Mapping[str, Any], path: Path) -> Manifest:
-    """Explicit parsing; unknown and missing fields are refused by name."""
-    if raw.get("format") != FORMAT:
-        raise BundleError(
-            f"{path} has format {raw.get('format')!r}, this version reads {FORMAT}; "
-            "build the bundle again with --force"
-        )
-    try:
-        values = dict(raw)
-        values["sizes"] = tuple((int(w), int(h)) for w, h in raw["sizes"])
-        values["batch"] = tuple(int(n) for n in raw["batch"])
-        values["preview"] = tuple(tuple(float(v) for v in row) for row in raw["preview"])
-        values["components"] = {
-            _component(name, path): _component_from_json(value, path)
-            for name, value in raw["components"].items()
-        }
-        values["files"] = {
-            _inside(name, path): _strict(FileRecord, value, path)
-            for name, value in raw["files"].items()
-        }
-        return _strict(Manifest, values, path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(f"{path} is not a manifest: {type(error).__name__}: {error}") from error
-
-
-def _component_from_json(raw: Mapping[str, Any], path: Path) -> Component:
-    values = dict(raw)
-    for side in ("inputs", "outputs"):
-        specs = [{**spec, "shape": tuple(spec["shape"])} for spec in raw[side]]
-        values[side] = tuple(_strict(TensorSpec, spec, path) for spec in specs)
-    return _strict(Component, values, path)
-
-
-def _component(name: str, path: Path) -> str:
-    if name not in COMPONENTS:
-        raise BundleError(f"{path} names a component {name!r}; known: {', '.join(COMPONENTS)}")
-    return name
-
-
-def _inside(name: str, path: Path) -> str:
-    parts = Path(name).parts
-    if Path(name).is_absolute() or ".." in parts or not parts:
-        raise BundleError(f"{path} names a file outside the bundle: {name!r}")
-    return name
-
-
-def _strict(kind: type[T], raw: Mapping[str, Any], path: Path) -> T:
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(set(raw) - known):
-        raise BundleError(f"{path} has unknown fields in {kind.__name__}: {', '.join(unknown)}")
-    return kind(**raw)
 
 
 def parse_size(text: str) -> tuple[int, int]:

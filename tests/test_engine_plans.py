@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from sdrt.bundle import FLOAT32_GRAPH, Bundle, Component, FileRecord, Manifest, TensorSpec
+from sdrt.bundle import FLOAT32_GRAPH, Bundle
 from sdrt.engine.gpus import NO_DEVICE, Gpu, Machine, why_none
 from sdrt.engine.plans import PlanKey, differences, find_plan, key_of, plan_of, profiles_of
 from sdrt.engine.trt_plans import PORTABLE, RTX, targets_of, why_not
 from sdrt.errors import BackendError, BundleError, UsageError
+from sdrt.manifest import Component, FileRecord, Manifest, TensorSpec
 
 KEY = PlanKey(
     component="unet",

@@ -41,7 +41,7 @@ def test_a_missing_file_is_found(copy):
     ("change", "message"),
     [
         ({"format": 99}, "format 99"),
-        ({"surprise": 1}, "unknown fields in Manifest: surprise"),
+        ({"surprise": 1}, "unknown fields in Manifest: 'surprise'"),
         ({"files": {"../escape": {"size": 1, "sha256": ""}}}, "outside the bundle"),
         ({"files": {"/etc/passwd": {"size": 1, "sha256": ""}}}, "outside the bundle"),
         ({"sizes": "big"}, "not a manifest"),

@@ -27,10 +27,11 @@ HEAVY = (
     "uvicorn",
     "prometheus_client",
 )
+SHARED = ("bundle", "errors", "files", "manifest", "reading", "tensors")
 ALLOWED = {
-    "engine": {"bundle", "errors", "engine"},
-    "runtime": {"bundle", "errors", "engine", "runtime", "tensors", "__version__"},
-    "export": {"bundle", "errors", "engine", "export", "folders", "runtime"},
+    "engine": {*SHARED, "engine"},
+    "runtime": {*SHARED, "engine", "runtime", "__version__"},
+    "export": {*SHARED, "engine", "export", "folders", "runtime"},
     "serve": {"bundle", "errors", "runtime", "serve", "__version__"},
 }
 

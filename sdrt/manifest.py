@@ -1,0 +1,171 @@
+"""The manifest, `sdrt.json`: what a bundle says of itself, and which values of it are taken.
+
+Knows the fields and their bounds; not the disk. A manifest may come from anywhere: its names reach
+paths and terminals, its numbers reach allocations.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError
+from .reading import Reader, mapping, number, one_of, record, row, text, truth, whole
+
+FORMAT = 2
+MANIFEST = "sdrt.json"
+MOST_MANIFEST = 4_000_000  # bytes
+COMPONENTS = (
+    *("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"),
+    "safety_checker",
+)
+DTYPES = ("float32", "float16", "int64", "int32")
+MOST_FILES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output: a name for each dynamic axis, a number for each fixed one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One network: `<name>/model.onnx`, its tensors, its precision and how it was proven."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dtype: str
+    parity: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `sdrt.json` says.
+
+    sizes: (width, height) in pixels, the first is the default
+    preview: [3, latent_channels + 1], colours in [-1, 1] from scaled latents and 1
+    multiple: pixels; the sides of pictures of other sizes are multiples of it
+    admitted: lower precisions that came near enough to the exact pictures, with the PSNR in dB
+    zero_empty_prompt: whether an empty negative prompt is zeros rather than what is read of it
+    """
+
+    name: str
+    source: str
+    sizes: tuple[tuple[int, int], ...]
+    batch: tuple[int, int, int]
+    latent_channels: int
+    downscale: int
+    max_tokens: int
+    opset: int
+    components: Mapping[str, Component]
+    parity: Mapping[str, float]
+    preview: tuple[tuple[float, ...], ...]
+    files: Mapping[str, FileRecord]
+    admitted: Mapping[str, float] = field(default_factory=dict)
+    multiple: int = 64
+    zero_empty_prompt: bool = False
+    format: int = FORMAT
+
+
+def json_from_manifest(manifest: Manifest) -> str:
+    return json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
+
+
+def manifest_from_json(raw: Mapping[str, Any], path: Path) -> Manifest:
+    """Raises BundleError for another format, unknown or missing fields, and values out of bounds,
+    all by name.
+    """
+    if raw.get("format") != FORMAT:
+        raise BundleError(
+            f"{path} has format {raw.get('format')!r:.60}, this version reads {FORMAT}; "
+            "build the bundle again with --force"
+        )
+    try:
+        manifest = READ(raw, "it")
+        _check_sums(manifest)
+    except ValueError as error:
+        raise BundleError(f"{path} is not a manifest: {error}") from error
+    return manifest
+
+
+def _check_sums(manifest: Manifest) -> None:
+    """Raise ValueError for what is wrong between fields."""
+    if not 1 <= manifest.batch[0] <= manifest.batch[1] <= manifest.batch[2]:
+        raise ValueError(f"batch {manifest.batch} does not grow")
+    if any(len(colours) != manifest.latent_channels + 1 for colours in manifest.preview):
+        raise ValueError(f"its preview is not of {manifest.latent_channels} channels")
+    for name, component in manifest.components.items():
+        specs = [spec.name for spec in (*component.inputs, *component.outputs)]
+        if len(set(specs)) < len(specs):
+            raise ValueError(f"{name} has two inputs or outputs of one name")
+
+
+def _axis(value: Any, where: str) -> int | str:
+    return AXIS_NAME(value, where) if isinstance(value, str) else LENGTH(value, where)
+
+
+FILE_NAME = text(r"\w[\w.-]*(/\w[\w.-]*){0,3}", "a file inside, none outside the bundle")
+AXIS_NAME = text(r"[\w ()+*/-]{1,128}", "an axis")  # of outputs, an expression
+
+LENGTH = whole(1, 2**31 - 1)
+SIDE = whole(8, 8192)
+MEASURES = mapping(number(), text(r"[\w .-]{1,64}", "a measure"), 64)
+SPEC = record(
+    TensorSpec,
+    {
+        "name": text(r"\w{1,64}", "a tensor's name"),
+        "dtype": one_of(DTYPES),
+        "shape": row(_axis, 0, 8),
+    },
+)
+COMPONENT = record(
+    Component,
+    {
+        "inputs": row(SPEC, 1, 32),
+        "outputs": row(SPEC, 1, 32),
+        "dtype": one_of(DTYPES),
+        "parity": MEASURES,
+    },
+)
+RECORD = record(
+    FileRecord,
+    {
+        "size": whole(0, 2**44),
+        "sha256": text(r"[0-9a-f]{64}", "64 hexadecimal digits"),
+    },
+)
+READ: Reader[Manifest] = record(
+    Manifest,
+    {
+        # It becomes a folder's name.
+        "name": text(r"[^\W_][^/\\\x00-\x1f\x7f-\x9f]{0,199}", "a name of a file"),
+        "source": text(r"[^\x00-\x1f\x7f-\x9f]{0,4000}", "one line"),
+        "sizes": row(row(SIDE, 2, 2), 1, 64),
+        "batch": row(whole(1, 1024), 3, 3),
+        "latent_channels": whole(1, 128),
+        "downscale": whole(1, 64),
+        "max_tokens": whole(0, 4096),
+        "opset": whole(1, 99),
+        "components": mapping(COMPONENT, one_of(COMPONENTS), len(COMPONENTS)),
+        "parity": MEASURES,
+        "preview": row(row(number(-1e6, 1e6), 2, 129), 0, 3),
+        "files": mapping(RECORD, FILE_NAME, MOST_FILES),
+        "admitted": MEASURES,
+        "multiple": whole(1, 8192),
+        "zero_empty_prompt": truth,
+        "format": whole(FORMAT, FORMAT),
+    },
+)

@@ -1,0 +1,165 @@
+"""JSON that strangers wrote: bounded, no name twice, every value of the type and range asked for.
+
+Knows JSON; not what a file is for. A reader takes a value and where it stands, and gives it back
+checked, or raises ValueError with both. Readers are made of readers.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import BundleError, SdrtError
+
+T = TypeVar("T")
+Reader = Callable[[Any, str], T]
+MOST_JSON = 16_000_000  # bytes; a vocabulary of 49,408 tokens has one million
+
+
+def read_json(
+    path: Path, error_class: type[SdrtError] = BundleError, most: int = MOST_JSON
+) -> dict[str, Any]:
+    """A JSON object from a file of at most so many bytes; raises the error with the file's name."""
+    try:
+        return json_object(read_bytes(path, most))
+    except (OSError, ValueError) as error:
+        raise error_class(f"{path} cannot be read as JSON: {error}") from error
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file; raises ValueError if it is larger or none, such as a pipe that never ends."""
+    if not path.is_file() and path.exists():
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"more than {most:,} bytes")
+    return data
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """RFC 8259 in UTF-8, infinities besides; raises ValueError for all else."""
+    try:
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {type(value).__name__}, expected an object")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice[:60]!r} comes twice")
+    return made
+
+
+def _constant(name: str) -> float:
+    """Published sampler configurations hold -Infinity."""
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name)
+
+
+def _wrong(value: Any, where: str, expected: str) -> ValueError:
+    return ValueError(f"{where} is {shortened(value)}; expected {expected}")
+
+
+def shortened(value: Any) -> str:
+    """A stranger's value for a message: one line, not long."""
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, endless nesting
+        text = type(value).__name__
+    return text if len(text) <= 60 else text[:57] + ".."
+
+
+def whole(low: int, high: int) -> Reader[int]:
+    def read(value: Any, where: str) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise _wrong(value, where, f"a whole number from {low} to {high}")
+        return value
+
+    return read
+
+
+def number(low: float = -math.inf, high: float = math.inf) -> Reader[float]:
+    def read(value: Any, where: str) -> float:
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise _wrong(value, where, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    return read
+
+
+def truth(value: Any, where: str) -> bool:
+    if type(value) is not bool:
+        raise _wrong(value, where, "true or false")
+    return value
+
+
+def text(pattern: str, expected: str) -> Reader[str]:
+    def read(value: Any, where: str) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise _wrong(value, where, expected)
+        return value
+
+    return read
+
+
+def one_of(names: Collection[str]) -> Reader[str]:
+    def read(value: Any, where: str) -> str:
+        if not isinstance(value, str) or value not in names:
+            raise _wrong(value, where, f"one of {', '.join(names)}")
+        return value
+
+    return read
+
+
+def row(reader: Reader[T], least: int, most: int) -> Reader[tuple[T, ...]]:
+    def read(value: Any, where: str) -> tuple[T, ...]:
+        if not isinstance(value, list) or not least <= len(value) <= most:
+            raise _wrong(value, where, f"a list of {least} to {most}")
+        return tuple(reader(each, f"{where}[{i}]") for i, each in enumerate(value))
+
+    return read
+
+
+def mapping(reader: Reader[T], names: Reader[str], most: int) -> Reader[dict[str, T]]:
+    def read(value: Any, where: str) -> dict[str, T]:
+        if not isinstance(value, dict) or len(value) > most:
+            raise _wrong(value, where, f"an object of at most {most}")
+        return {names(n, f"a name in {where}"): reader(v, f"{where}.{n}") for n, v in value.items()}
+
+    return read
+
+
+def record(kind: type[T], readers: Mapping[str, Reader[Any]]) -> Reader[T]:
+    """A dataclass, field by field; unknown and missing ones are refused by name."""
+    needed = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    optional = {
+        f.name
+        for f in fields(kind)  # type: ignore[arg-type]
+        if f.default is not MISSING or f.default_factory is not MISSING
+    }
+    assert needed == set(readers), kind
+
+    def read(value: Any, where: str) -> T:
+        if not isinstance(value, dict):
+            raise _wrong(value, where, "an object")
+        if unknown := sorted(set(value) - needed):
+            names = ", ".join(shortened(name) for name in unknown[:5])
+            raise ValueError(f"{where} has unknown fields in {kind.__name__}: {names}")
+        if missing := sorted(needed - optional - set(value)):
+            raise ValueError(f"{where} lacks {', '.join(missing)} of {kind.__name__}")
+        return kind(**{n: readers[n](v, f"{where}.{n}") for n, v in value.items()})
+
+    return read
