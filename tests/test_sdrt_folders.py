@@ -14,10 +14,11 @@ import pytest
 from killing import killed_at, points_of
 
 from sdrt import folders
-from sdrt.bundle import MANIFEST, find_bundle, list_bundles
+from sdrt.bundle import find_bundle, list_bundles
 from sdrt.errors import BundleError, SdrtError
 from sdrt.files import beside, locked, write_whole
 from sdrt.folders import published
+from sdrt.manifest import MANIFEST
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
 
