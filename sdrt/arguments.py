@@ -65,6 +65,23 @@ def add_serve(to: argparse.ArgumentParser) -> None:
     )
 
 
+def add_bench(to: argparse.ArgumentParser) -> None:
+    """What `sdrt bench` takes."""
+    to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
+    to.add_argument("--size", metavar="WxH")
+    to.add_argument("--steps", default="20", metavar="N,M", help="of whole pictures; 1,4,20,50")
+    to.add_argument("--rounds", type=whole, default=7, metavar="N")
+    to.add_argument("--engines", metavar="A,B", help="only those with these in their names")
+    to.add_argument(
+        "--compiled", action="store_true", help="the reference library compiled too; minutes"
+    )
+    to.add_argument("--json", action="store_true", help="for machines, with every turn")
+    to.add_argument("--plot", type=Path, metavar="FILE.png", help="bars, the limit as a line")
+    to.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="exit code 1 for what became slower"
+    )
+
+
 def add_export_triton(to: argparse.ArgumentParser) -> None:
     """What `sdrt export-triton` takes."""
     to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")

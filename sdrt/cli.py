@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import planning
-from .arguments import BACKENDS, add_export_triton, add_serve
+from .arguments import BACKENDS, add_bench, add_export_triton, add_serve
 from .arguments import whole as _whole
 from .errors import SdrtError, UsageError
 
@@ -93,12 +93,7 @@ def parser() -> argparse.ArgumentParser:
     )
     schedulers_parser = _command(commands, "schedulers", schedulers, "list the samplers")
     schedulers_parser.add_argument("--json", action="store_true", help="for machines")
-    bench_parser = _command(commands, "bench", bench, "measure a bundle on every engine here")
-    bench_parser.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
-    bench_parser.add_argument("--size", metavar="WxH")
-    bench_parser.add_argument("--steps", type=_whole, default=20, metavar="N")
-    bench_parser.add_argument("--rounds", type=_whole, default=7, metavar="N")
-    bench_parser.add_argument("--json", action="store_true", help="for machines")
+    add_bench(_command(commands, "bench", bench, "measure a bundle on every engine here"))
     add_serve(_command(commands, "serve", serve, "answer requests over HTTP"))
     add_export_triton(
         _command(commands, "export-triton", export_triton, "write a model repository for Triton")
@@ -307,7 +302,7 @@ def schedulers(args: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """`sdrt bench`: prints a table, or JSON."""
-    from .bench import bench
+    from .bench.command import bench
 
     bench(args)
 

@@ -1,0 +1,174 @@
+"""What users would run instead, on the bundle's own checkpoint, and the parts that can be timed.
+
+Knows the peers' interfaces; imported in a worker only, and a peer only where it is installed.
+"""
+
+import io
+import json
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sdrt.bundle import Bundle, open_bundle, parse_size
+from sdrt.engine.choose import cpu_has_bf16, installed
+
+from .worker import PROMPT, Part, Spent, Timed, picture_of
+
+TEXT_TO_IMAGE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+OPTIMUM = "pip install 'optimum-onnx[onnxruntime]' diffusers"
+
+
+def checkpoint_folder(bundle: Bundle) -> Path | None:
+    """Where the bundle's checkpoint lies, if it is a folder that the reference library reads."""
+    source = bundle.manifest.source
+    shipped = Path(__file__).parents[1] / "models" / source
+    for folder in (shipped, Path(source).expanduser()):
+        if (folder / "model_index.json").is_file():
+            return folder
+    return None
+
+
+def peers(bundle: Bundle, compiled: bool) -> dict[str, tuple[str, str, str | None]]:
+    """Every peer's name: its backend and precision, and why it is left out, or None."""
+    away = None if checkpoint_folder(bundle) else f"its checkpoint {bundle.manifest.source} is away"
+    library = away or (None if installed("diffusers") else "pip install diffusers torch")
+    lower = library or (None if cpu_has_bf16() else "this processor has no bf16")
+    slow = lower or (None if compiled else "takes minutes; --compiled measures it")
+    both = installed("optimum") and find_spec("optimum.onnxruntime") is not None
+    exported = away or (None if both else OPTIMUM)
+    built = None if installed("stable_diffusion_cpp") else "pip install stable-diffusion-cpp-python"
+    small = "it takes published shapes only" if bundle.manifest.downscale != 8 else None
+    return {
+        "reference fp32": ("reference", "float32", library),
+        "reference bf16": ("reference", "bfloat16", lower),
+        "reference bf16 compiled": ("reference", "compiled", slow),
+        "optimum onnxruntime": ("optimum", "exact", exported),
+        "stable-diffusion.cpp": ("sd.cpp", "exact", away or built or small),
+    }
+
+
+def _checkpoint(folder: str) -> Path:
+    found = checkpoint_folder(open_bundle(folder))
+    assert found is not None  # `peers` has looked
+    return found
+
+
+def reference(
+    folder: str, precision: str, size: str, steps: list[int], spent: Spent
+) -> dict[str, Part]:
+    """The reference library: fp32 as it comes, bf16 with channels last, and that compiled."""
+    import diffusers
+    import torch
+
+    checkpoint = _checkpoint(folder)
+    kind = torch.float32 if precision == "float32" else torch.bfloat16
+    without = {"safety_checker": None} if _checks(checkpoint) else {}
+    kinds: Any = diffusers.DiffusionPipeline
+    pipe = kinds.from_pretrained(checkpoint, **without)
+    pipe.to(dtype=kind)
+    if precision != "float32":
+        for module in (pipe.unet, pipe.vae):
+            module.to(memory_format=torch.channels_last)
+    if precision == "compiled":
+        import torch._inductor.config
+
+        torch._inductor.config.freezing = True
+        pipe.unet = torch.compile(pipe.unet)
+        pipe.vae.decode = torch.compile(pipe.vae.decode)
+    return _parts(pipe, kind, size, steps, spent)
+
+
+def _checks(checkpoint: Path) -> bool:
+    return "safety_checker" in json.loads((checkpoint / "model_index.json").read_text())
+
+
+def optimum(
+    folder: str, precision: str, size: str, steps: list[int], spent: Spent
+) -> dict[str, Part]:
+    """Optimum's pipeline over ONNX Runtime, of its own export."""
+    import torch
+    from optimum.onnxruntime import ORTDiffusionPipeline
+
+    pipe = ORTDiffusionPipeline.from_pretrained(_checkpoint(folder), export=True)
+    return _parts(pipe, torch.float32, size, steps, spent)
+
+
+def _parts(pipe: Any, kind: Any, size: str, steps: list[int], spent: Spent) -> dict[str, Part]:
+    """The parts of a pipeline with the reference library's interface."""
+    import torch
+
+    pipe.set_progress_bar_config(disable=True)
+    width, height = parse_size(size)
+    unet, vae, texts = pipe.unet, pipe.vae, _texts(pipe)
+    for encoder, _ in texts:
+        encoder.forward = Timed(encoder.forward, "text", spent)
+    unet.forward = Timed(unet.forward, "unet", spent)
+    vae.decode = Timed(vae.decode, "decode", spent)
+    sides = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+    latents = torch.randn(2, unet.config.in_channels, *sides).to(kind)
+    if kind != torch.float32:
+        latents = latents.to(memory_format=torch.channels_last)
+    latent = latents[:1, : vae.config.latent_channels] / vae.config.scaling_factor
+    timesteps, told = torch.tensor([500.0, 500.0]), _told(pipe, kind)
+
+    def guarded(part: Part) -> object:
+        with torch.no_grad():
+            return part()
+
+    def picture(count: int) -> None:
+        given = {"num_inference_steps": count, "width": width, "height": height}
+        image = pipe(PROMPT, **given).images[0]
+        Timed(image.save, "PNG", spent)(io.BytesIO(), "PNG")
+
+    parts: dict[str, Part] = {
+        "text": lambda: [encoder(ids) for encoder, ids in texts],
+        "unet": lambda: unet(latents, timesteps, **told),
+        "decode": lambda: vae.decode(latent),
+    }
+    if type(pipe).__name__.removeprefix("ORT") in TEXT_TO_IMAGE:
+        parts |= {picture_of(count): partial(picture, count) for count in steps}
+    return {name: partial(guarded, part) for name, part in parts.items()}
+
+
+def _texts(pipe: Any) -> list[tuple[Any, Any]]:
+    """Every text encoder with the ids of two prompts."""
+    reading = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return [
+        (encoder, getattr(pipe, f"tokenizer{end}")(["", PROMPT], **reading).input_ids)
+        for end in ("", "_2")
+        if (encoder := getattr(pipe, f"text_encoder{end}", None)) is not None
+    ]
+
+
+def _told(pipe: Any, kind: Any) -> dict[str, Any]:
+    """Noise in place of what two prompts say."""
+    import torch
+
+    config, tokens = pipe.unet.config, pipe.tokenizer.model_max_length
+    told: dict[str, Any] = {
+        "encoder_hidden_states": torch.randn(2, tokens, config.cross_attention_dim).to(kind)
+    }
+    if getattr(config, "addition_embed_type", None) == "text_time":
+        ids = 6 * config.addition_time_embed_dim
+        pooled = torch.randn(2, config.projection_class_embeddings_input_dim - ids).to(kind)
+        sizes = torch.ones(2, 6, dtype=kind)
+        told["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
+    return told
+
+
+def sd_cpp(
+    folder: str, precision: str, size: str, steps: list[int], spent: Spent
+) -> dict[str, Part]:
+    """stable-diffusion.cpp's Python package: whole pictures only."""
+    from stable_diffusion_cpp import StableDiffusion
+
+    model = StableDiffusion(model_path=str(_checkpoint(folder)), wtype="f32", verbose=False)
+    width, height = parse_size(size)
+
+    def picture(count: int) -> None:
+        given = {"width": width, "height": height, "sample_steps": count, "cfg_scale": 7.5}
+        (image,) = model.generate_image(PROMPT, seed=0, **given)
+        Timed(image.save, "PNG", spent)(io.BytesIO(), "PNG")
+
+    return {picture_of(count): partial(picture, count) for count in steps}
