@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from sdrt.errors import CheckpointError
 from sdrt.runtime.lora import Lora, check_parts, deltas, parse_lora, read_lora
+from sdrt.tensors import read_header
 
 from .hub import HUB_ID, PARTS, fetched
 from .weight_files import PICKLES, TO_CONVERT, open_safetensors, read_json, weight_files
@@ -123,9 +123,8 @@ class Checkpoint:
 
     def bytes_per_parameter(self) -> int:
         """2 or 4: how the UNet's weights are stored."""
-        with safe_open(self.weight_files("unet")[0], framework="pt") as file:
-            name = next(iter(file.keys()))
-            return 2 if file.get_slice(name).get_dtype() in ("F16", "BF16") else 4
+        records = read_header(self.weight_files("unet")[0], CheckpointError).records
+        return 2 if {each.dtype for each in records.values()} & {"F16", "BF16"} else 4
 
     def weights(self, part: str) -> dict[str, Tensor]:
         """All tensors of a part, on the CPU, as stored."""

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from sdrt import reading
 from sdrt.errors import CheckpointError
+from sdrt.tensors import read_header
 
 STEMS = ("model", "diffusion_pytorch_model")
 VARIANTS = ("", ".fp16")
@@ -86,6 +87,7 @@ def _shards(index: Path) -> list[Path]:
 
 def open_safetensors(path: Path) -> Any:
     """The file, its header checked; raises CheckpointError if it is damaged."""
+    read_header(path, CheckpointError)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -1,17 +1,20 @@
 """Safetensors files as numpy arrays, mapped into memory, bfloat16 included.
 
-Knows the file's format and numpy; not what the tensors are for. The `safetensors` package gives
+Knows the file's format and numpy; not what the tensors are for. Every header passes here before
+any other library sees the file: a file is whole, or it is refused. The `safetensors` package gives
 numpy no bfloat16, which many LoRA files are in.
 """
 
-import json
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import SdrtError
+from .reading import json_object, mapping, one_of, record, row, shortened, text, whole
 
 DTYPES = {
     "F64": np.float64,
@@ -22,7 +25,85 @@ DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+# Bytes of an element; more are known to the format than are read here.
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+WIDTHS |= {"I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 MOST_HEADER = 100_000_000  # bytes, as the format has it
+MOST_AXES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """What a header says of one tensor: `data_offsets` are bytes after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A file's tensors, in the order of their bytes. start: where the first byte of data is"""
+
+    records: Mapping[str, TensorRecord]
+    metadata: Mapping[str, str]
+    start: int
+
+
+_RECORD = record(
+    TensorRecord,
+    {
+        "dtype": one_of(WIDTHS),
+        "shape": row(whole(0, 2**48), 0, MOST_AXES),
+        "data_offsets": row(whole(0, 2**48), 2, 2),
+    },
+)
+_ANY = text(r"[\s\S]*", "text")
+_METADATA = mapping(_ANY, _ANY, 10_000)
+
+
+def read_header(path: Path, error_class: type[SdrtError] = SdrtError) -> Header:
+    """Raises the error unless the file is a whole safetensors file: a header of at most 100 MB that
+    lies inside, no name twice, every tensor of the length of its shape, all side by side from the
+    header to the end of the file without a hole or an overlap.
+    """
+    try:
+        if not path.is_file() and path.exists():
+            raise ValueError("it is no file")
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(MOST_HEADER, size - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = _header(file.read(length), size)
+    except (OSError, ValueError) as error:
+        raise error_class(
+            f"{path} is not a whole safetensors file: {error}; fetch it again"
+        ) from error
+    return header
+
+
+def _header(data: bytes, size: int) -> Header:
+    if data[:1] != b"{":
+        raise ValueError(f"a header that begins with {data[:1]!r}")
+    raw: dict[str, Any] = json_object(data)
+    metadata = _METADATA(raw.pop("__metadata__", {}), "its metadata")
+    records = {name: _RECORD(value, shortened(name)) for name, value in raw.items()}
+    ordered = sorted(records.items(), key=lambda item: item[1].data_offsets)
+    end = 0
+    for name, each in ordered:
+        low, high = each.data_offsets
+        if low != end or high < low:
+            raise ValueError(
+                f"{shortened(name)} lies at {low} to {high}, expected to begin at {end}"
+            )
+        if (length := math.prod(each.shape) * WIDTHS[each.dtype]) != high - low:
+            raise ValueError(f"{shortened(name)} has {high - low} bytes, its shape {length}")
+        end = high
+    start = 8 + len(data)
+    if start + end != size:
+        raise ValueError(f"it has {size} bytes, its tensors end at {start + end}")
+    return Header(dict(ordered), metadata, start)
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -30,40 +111,27 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __init__(self, path: Path) -> None:
         """Raises SdrtError if the file is not a whole safetensors file."""
+        header = read_header(path)
+        self.metadata = header.metadata
+        self._path, self._start, self._records = path, header.start, header.records
         try:
             self._bytes = np.memmap(path, np.uint8, "r")
-            length = int.from_bytes(self._bytes[:8].tobytes(), "little")
-            if not 2 <= length <= min(MOST_HEADER, len(self._bytes) - 8):
-                raise ValueError(f"a header of {length} bytes")
-            header: dict[str, Any] = json.loads(self._bytes[8 : 8 + length].tobytes())
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            self._start = 8 + length
-            self._records = {name: record for name, record in header.items()}
-            ends = [int(record["data_offsets"][1]) for record in header.values()]
-            if self._start + max(ends, default=0) > len(self._bytes):
-                raise ValueError("it ends too soon")
-        except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise SdrtError(
-                f"{path} is not a whole safetensors file: {error}; fetch it again"
-            ) from error
-        self._path = path
+        except (OSError, ValueError) as error:
+            raise SdrtError(f"{path} cannot be read: {error}") from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         record = self._records[name]
-        low, high = record["data_offsets"]
+        low, high = record.data_offsets
         raw = np.asarray(self._bytes[self._start + low : self._start + high])
-        if record["dtype"] == "BF16":
-            return (
-                (raw.view(np.uint16).astype(np.uint32) << 16)
-                .view(np.float32)
-                .reshape(record["shape"])
-            )
-        if record["dtype"] not in DTYPES:
-            raise SdrtError(f"{self._path}: {name} is {record['dtype']}, which is not read")
-        return raw.view(DTYPES[record["dtype"]]).reshape(record["shape"])
+        if record.dtype == "BF16":
+            wide = raw.view(np.uint16).astype(np.uint32) << 16
+            return wide.view(np.float32).reshape(record.shape)
+        if record.dtype not in DTYPES:
+            raise SdrtError(f"{self._path}: {name} is {record.dtype}, which is not read")
+        return raw.view(DTYPES[record.dtype]).reshape(record.shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._records[name]["shape"])
+        return self._records[name].shape
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._records)

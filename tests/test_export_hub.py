@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hub_server import Hub, Repository, serving
 from safetensors.numpy import load_file, save_file
+from strangers import safetensors_bytes
 
 from sdrt.errors import CheckpointError
 from sdrt.export.checkpoint import find_checkpoint
@@ -253,4 +254,13 @@ def test_shards_that_do_not_fit_are_refused(folder, damage, message):
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     damage(index, shards)
     with pytest.raises(CheckpointError, match=message):
+        weight_files(folder)
+
+
+def test_a_file_passes_our_own_reader_first(folder):
+    """A field that the library passes over."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    record = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1], "surprise": 1}
+    path.write_bytes(safetensors_bytes({"a": record}, b"x"))
+    with pytest.raises(CheckpointError, match="unknown fields in TensorRecord: 'surprise'"):
         weight_files(folder)
