@@ -8,7 +8,7 @@ export SDRT_HOME ?= $(CURDIR)/build/sdrt
 .PHONY: demo test test-slow test-fleet gpu-check check lint types mutations wheel bundle bench fuzz lock audit clean
 
 demo: $(READY)
-	$(BIN)/sdrt build --model shapes --force
+	$(BIN)/sdrt build --model shapes --feature-reuse --force
 	$(BIN)/sdrt run "a red circle on a blue background" --seed 0 --output out/demo.png
 
 test: $(READY)
@@ -43,7 +43,7 @@ mutations: $(READY)
 	$(BIN)/python tools/mutations.py --save
 
 bundle: $(READY)
-	$(BIN)/sdrt build --model shapes --force --quiet --output sdrt/models/shapes.bundle
+	$(BIN)/sdrt build --model shapes --feature-reuse --force --quiet --output sdrt/models/shapes.bundle
 
 # The same commit gives the same bytes; beside the wheel lies what it stands on, as CycloneDX has it.
 wheel: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
@@ -72,7 +72,7 @@ audit: $(READY)
 
 # Measures, keeps the figures in benchmarks/results and writes them into the README.
 bench: $(READY)
-	$(BIN)/sdrt build --model shapes --force --quiet
+	$(BIN)/sdrt build --model shapes --feature-reuse --force --quiet
 	$(BIN)/python benchmarks/start_to_picture.py --save
 	$(BIN)/python benchmarks/serve_cost.py --save
 	$(BIN)/python benchmarks/serve_load.py --save

@@ -189,7 +189,7 @@ def run_batch(pipe: Pipeline, batch: Sequence[Job], clock: Callable[[], float]) 
         runs += [run for _, run, _ in own.separate(requests, options)]
     gather = Gather()
     while going := [run for run in runs if not run.finished]:
-        gather.evaluate(pipe.engines["unet"], going)
+        gather.evaluate(pipe.engines, going)
         for job in batch:
             job.first = clock() if math.isnan(job.first) else job.first
     for run in runs:

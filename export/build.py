@@ -11,12 +11,12 @@ from sdrt.bundle import bundles_folder, describe_files
 from sdrt.engine import Candidate, Machine, choose
 from sdrt.errors import SdrtError, UsageError
 from sdrt.folders import published
-from sdrt.manifest import MANIFEST, Manifest, json_from_manifest
+from sdrt.manifest import MANIFEST, Component, Manifest, json_from_manifest
 from sdrt.runtime.tokenizer import END
 
 from .checkpoint import TOKENIZER_FILES, TOKENIZERS, Checkpoint, find_checkpoint
 from .graph import OPSET
-from .modules import check_fit, latent_shape, native_size, unet_config
+from .modules import check_branch, check_fit, latent_shape, native_size, unet_config
 from .proof import RECIPES, Proof
 
 log = logging.getLogger("sdrt.build")
@@ -38,6 +38,7 @@ class BuildPlan:
     loras: tuple[str, ...] = ()
     revision: str | None = None
     safety_checker: bool = False
+    feature_reuse: int | None = None
 
 
 def build_bundle(plan: BuildPlan) -> Path:
@@ -53,6 +54,7 @@ def build_bundle(plan: BuildPlan) -> Path:
     checkpoint = checkpoint.with_parts({"vae": plan.vae, "unet": plan.unet})
     checkpoint = checkpoint.with_loras(plan.loras)
     check_fit(checkpoint)
+    check_branch(checkpoint, plan.feature_reuse)
     target = (plan.output or bundles_folder() / checkpoint.name).expanduser()
     with published(target, MANIFEST, plan.force) as folder:
         began = time.monotonic()
@@ -114,12 +116,12 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
         zero_empty_prompt=checkpoint.zeroes_empty_prompt(),
     )
     _check_sizes(manifest)
-    proof = Proof(manifest, folder, plan.dtype, candidate)
-    components = {}
+    proof = Proof(manifest, folder, plan.dtype, candidate, plan.feature_reuse)
+    components: dict[str, Component] = {}
     recipes = [recipe for recipe in RECIPES if recipe.part in checkpoint.parts]
     for number, recipe in enumerate(recipes, 1):
         log.info("[%d/%d] %s: read, export, prove", number, len(recipes), recipe.name)
-        components[recipe.name] = proof.component(checkpoint, recipe)
+        components |= proof.components(checkpoint, recipe)
     manifest = replace(manifest, components=components)
     end_to_end = proof.end_to_end(manifest)
     manifest = replace(

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
-from sdrt.bundle import FLOAT32_GRAPH, TRANSPOSED
-from sdrt.manifest import TensorSpec
+from sdrt.bundle import FLOAT32_GRAPH, SHALLOW_GRAPH, TRANSPOSED
+from sdrt.manifest import FEATURE, Component, TensorSpec
 
 from .safetensors_file import Entry, write_safetensors
 
@@ -84,6 +85,28 @@ def write_float32_graph(folder: Path) -> None:
         graph.append(cast)
         graph.outputs[i] = cast.outputs[0]
     ir.save(model, folder / FLOAT32_GRAPH)
+
+
+def write_shallow_graph(folder: Path, dtype: str) -> Component:
+    """Beside a UNet's graph with an output `feature` one with that as an input: what remains of the
+    network, from the same stored weights. Returns it, unproven.
+    """
+    model = ir.load(folder / "model.onnx")
+    graph = model.graph
+    output, made = graph.outputs
+    sample, deep = (list(value.shape or ()) for value in (graph.inputs[0], made))
+    shape = ir.Shape([*sample[:1], *deep[1:2], *sample[2:]])  # as the sample names its sides
+    given = ir.Value(name=FEATURE, shape=shape, type=made.type)
+    made.name = f"{FEATURE}_made"
+    graph.outputs.remove(made)
+    made.replace_all_uses_with(given)
+    graph.inputs.append(given)
+    RemoveUnusedNodesPass()(model)
+    ir.save(model, folder / SHALLOW_GRAPH)
+    values = graph.initializers.values()
+    stored = (v.name for v in values if isinstance(v.const_value, ir.ExternalTensor))
+    weights = tuple(sorted(str(name) for name in stored))
+    return Component(_specs(graph.inputs), _specs([output]), dtype, {}, weights)
 
 
 def _cast(value: ir.Value, to: ir.DataType) -> ir.Node:

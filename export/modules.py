@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdrt.errors import CheckpointError
+from sdrt.errors import CheckpointError, UsageError
 
 from .checkpoint import Checkpoint
 from .pixel_unet import PixelUnet, PixelUnetConfig
@@ -177,6 +177,17 @@ def check_fit(checkpoint: Checkpoint) -> None:
                 f"the UNet's {what} is {wanted} wide, the other parts' {found}; "
                 "one of them is another model's"
             )
+
+
+def check_branch(checkpoint: Checkpoint, branch: int | None) -> None:
+    """Raise UsageError unless the UNet has this branch at its first resolution, or it is None."""
+    if branch is None:
+        return
+    if checkpoint.unconditional:
+        raise UsageError("--feature-reuse is for models of latents; this one draws pixels")
+    most = UnetConfig.from_json(checkpoint.config("unet")).layers_per_block
+    if not 0 <= branch <= most:
+        raise UsageError(f"--feature-reuse {branch}; this UNet has the branches 0 to {most}")
 
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

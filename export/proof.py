@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sdrt.bundle import FLOAT32_GRAPH, Bundle
 from sdrt.engine import Candidate, candidates, parity
 from sdrt.errors import ParityError
-from sdrt.manifest import Component, Manifest
+from sdrt.manifest import FEATURE, SHALLOW, Component, Manifest
 from sdrt.runtime import Options, Pipeline, load_pipeline, randn, sampler_table
 from sdrt.runtime.conditioning import Told, time_ids_of
 from sdrt.runtime.loop import Guidance, Run, denoised, plan_of
@@ -30,8 +30,9 @@ from sdrt.runtime.safety import clip_pixels
 
 from . import modules
 from .checkpoint import Checkpoint
-from .graph import export_graph, write_float32_graph
+from .graph import export_graph, write_float32_graph, write_shallow_graph
 from .pixel_unet import PixelUnet
+from .vae import preview_projection
 
 log = logging.getLogger("sdrt.build")
 PROOF_PROMPT = "a red circle on a blue background"
@@ -103,20 +104,34 @@ class Proof:
     that they are also the end-to-end reference.
     """
 
-    def __init__(self, manifest: Manifest, folder: Path, dtype: str, candidate: Candidate) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        dtype: str,
+        candidate: Candidate,
+        branch: int | None = None,
+    ) -> None:
+        """branch: of the UNet, above which it is also exported as a network of its own"""
         self.manifest = manifest
         self.folder = folder
         self.dtype = dtype
         self.candidate = candidate
+        self.branch = branch
         self.told: Told = {}
         self.latents: dict[tuple[int, int], np.ndarray] = {}
         self.images: dict[tuple[int, int], np.ndarray] = {}
         self.preview: tuple[tuple[float, ...], ...] = ()
         self.model_channels = manifest.latent_channels
+        self.shallow_cases: list[Any] = []
 
-    def component(self, checkpoint: Checkpoint, recipe: Recipe) -> Component:
-        """Export one component and prove it; in float32 where half precision does not hold it."""
-        module: nn.Module = getattr(modules, recipe.name)(checkpoint)
+    def components(self, checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Component]:
+        """Export what a recipe makes and prove it; in float32 where half precision does not hold
+        it.
+        """
+        if recipe.name == "unet" and self.branch is not None:
+            recipe = replace(recipe, outputs=(*recipe.outputs, FEATURE))
+        module = self._module(checkpoint, recipe)
         with torch.no_grad(), largest_activation(module) as peak:
             cases = getattr(self, f"_{recipe.name}_cases")(module)
         # What a threshold decides should not hang on precision.
@@ -128,19 +143,20 @@ class Proof:
         del module
         gc.collect()
         try:
-            component = self._prove(recipe, cases, dtype, specs)
-            if recipe.picture and dtype == "float16":
-                self._add_float32(recipe, cases, component)
-            return component
+            return self._proven(recipe, cases, dtype, specs)
         except ParityError as error:
             if dtype == "float32":
                 raise
             log.info("      %s; kept in float32", error)
-        again: nn.Module = getattr(modules, recipe.name)(checkpoint)
-        specs = self._export(again, recipe, cases, "float32")
-        del again
+        specs = self._export(self._module(checkpoint, recipe), recipe, cases, "float32")
         gc.collect()
-        return self._prove(recipe, cases, "float32", specs)
+        return self._proven(recipe, cases, "float32", specs)
+
+    def _module(self, checkpoint: Checkpoint, recipe: Recipe) -> Any:
+        module = getattr(modules, recipe.name)(checkpoint)
+        if FEATURE in recipe.outputs:
+            module.branch = self.branch
+        return module
 
     def _export(
         self, module: nn.Module, recipe: Recipe, cases: list[Any], dtype: str
@@ -154,13 +170,25 @@ class Proof:
             module.to(kind), _two_rows(example), recipe.outputs, recipe.axes, folder
         )
 
-    def _prove(
+    def _proven(
         self, recipe: Recipe, cases: list[Any], dtype: str, specs: tuple[Any, Any]
-    ) -> Component:
+    ) -> dict[str, Component]:
+        """What was exported, and what is made of its graph."""
         component = Component(*specs, dtype, {})
+        made = {recipe.name: self._prove(recipe, component, cases)}
+        if recipe.picture and dtype == "float16":
+            self._add_float32(recipe, cases, component)
+        if FEATURE in recipe.outputs:
+            shallow = write_shallow_graph(self.folder / recipe.name, dtype)
+            log.info("      the layers above branch %d alone:", self.branch)
+            own = Recipe(SHALLOW, ("output",), {})
+            made[SHALLOW] = self._prove(own, shallow, self.shallow_cases)
+        return made
+
+    def _prove(self, recipe: Recipe, component: Component, cases: list[Any]) -> Component:
         values = self._compare(recipe, component, cases)
         log.info("      %s", _said(values))
-        parity.check(recipe.name, values, dtype)
+        parity.check(recipe.name, values, component.dtype)
         return replace(component, parity=values)
 
     def _add_float32(self, recipe: Recipe, cases: list[Any], component: Component) -> None:
@@ -221,6 +249,7 @@ class Proof:
         cases = []
         for size in self.manifest.sizes:
             history = [randn(0, self._latent_shape(size))]
+            wanted: Told = {}
             for k, timestep in enumerate(table.timesteps):
                 mixed = self._mix(table.matrix[k], history)
                 feeds = {
@@ -230,9 +259,9 @@ class Proof:
                 }
                 if getattr(module, "add_embedding", None) is not None:
                     feeds["time_ids"] = time_ids_of(Options(), size)[1:]
-                output = module(**{n: torch.from_numpy(v) for n, v in feeds.items()}).numpy()
-                history.append(output)
-                cases.append((feeds, {"output": output}))
+                wanted = self._unet_answers(module, feeds, wanted)
+                history.append(wanted["output"])
+                cases.append((feeds, wanted))
             self.latents[size] = self._mix(table.matrix[-1], history)
         if isinstance(module, PixelUnet):  # what it leaves is the picture
             self.images = {size: pixels_of(drawn) for size, drawn in self.latents.items()}
@@ -240,6 +269,20 @@ class Proof:
             colours = np.eye(3) if channels == 3 else np.ones((3, 1))
             self.preview = tuple((*row, 0.0) for row in colours.tolist())
         return cases
+
+    def _unet_answers(self, module: Any, feeds: Told, before: Told) -> Told:
+        """What torch's module puts out. Where it has a branch, also what its layers above that make
+        of the feature of the evaluation before, as in a run.
+        """
+        given = {name: torch.from_numpy(value) for name, value in feeds.items()}
+        if self.branch is None:
+            return {"output": module(**given).numpy()}
+        if FEATURE in before:
+            shallow = module.shallow(**given, feature=torch.from_numpy(before[FEATURE])).numpy()
+            kept = {FEATURE: before[FEATURE]}
+            self.shallow_cases.append(({**feeds, **kept}, {"output": shallow}))
+        output, feature = (made.numpy() for made in module(**given))
+        return {"output": output, FEATURE: feature}
 
     @staticmethod
     def _mix(row: np.ndarray, history: list[np.ndarray]) -> np.ndarray:
@@ -303,7 +346,7 @@ class Proof:
         guidance = Guidance(np.full(steps, scale))
         start = randn(0, self._latent_shape(size))[0]
         run = Run(table, guidance, plan_of(table, guidance), [start], told, self._beside(size)[0])
-        *_, last = denoised(pipe.engines["unet"], [run])
+        *_, last = denoised(pipe.engines, [run])
         return pipe.decoded(last.latents)
 
     def admitted(self, manifest: Manifest) -> dict[str, float]:
@@ -349,16 +392,3 @@ def _two_rows(example: dict[str, Tensor]) -> dict[str, Tensor]:
         name: tensor if len(tensor) > 1 else torch.cat([tensor, tensor])
         for name, tensor in example.items()
     }
-
-
-def preview_projection(encoder: nn.Module, downscale: int) -> tuple[tuple[float, ...], ...]:
-    """Colours from latents by least squares over soft patches of colour, [3, C + 1]."""
-    side = 16
-    generator = torch.Generator().manual_seed(0)
-    patches = torch.rand((1, 3, side // 2, side // 2), generator=generator) * 2.0 - 1.0
-    picture = nn.functional.interpolate(patches, scale_factor=2 * downscale, mode="bilinear")
-    mean, _ = encoder(picture)
-    colours = nn.functional.avg_pool2d(picture, downscale)
-    known = torch.cat([mean, torch.ones_like(mean[:, :1])], dim=1).flatten(2)[0].double()
-    fitted = torch.linalg.lstsq(known.T, colours.flatten(2)[0].double().T).solution.T
-    return tuple(tuple(round(float(value), 5) for value in row) for row in fitted)

@@ -176,16 +176,20 @@ class DownStage(nn.Module):
         self.downsamplers = None if last else nn.ModuleList([Downsample(channels, symmetric=True)])
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        skips = []
-        for i, resnet in enumerate(self.resnets):
+        skips = self.layers(x, time, context, len(self.resnets))
+        for change in self.downsamplers or ():
+            skips.append(change(skips[-1]))
+        return skips[-1], skips
+
+    def layers(self, x: Tensor, time: Tensor, context: Tensor, count: int) -> list[Tensor]:
+        """What each of the first layers puts out."""
+        made = []
+        for i, resnet in enumerate(self.resnets[:count]):
             x = resnet(x, time)
             if self.attentions:
                 x = self.attentions[i](x, context)
-            skips.append(x)
-        for change in self.downsamplers or ():
-            x = change(x)
-            skips.append(x)
-        return x, skips
+            made.append(x)
+        return made
 
 
 class MidStage(nn.Module):
@@ -221,12 +225,19 @@ class UpStage(nn.Module):
         self.upsamplers = None if stage == 0 else nn.ModuleList([Upsample(channels)])
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
-            if self.attentions:
-                x = self.attentions[i](x, context)
+        x = self.layers(x, skips, time, context, slice(None))
         for change in self.upsamplers or ():
             x = change(x)
+        return x
+
+    def layers(
+        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, which: slice
+    ) -> Tensor:
+        """Some of its layers, one after the other."""
+        for i in range(len(self.resnets))[which]:
+            x = self.resnets[i](torch.cat([x, skips.pop()], dim=1), time)
+            if self.attentions:
+                x = self.attentions[i](x, context)
         return x
 
 
@@ -247,11 +258,15 @@ class Unet(nn.Module):
 
     pooled [B, pooled_width] and time_ids [B, 6] float32 where the configuration adds them: the
     prompt as a whole, and the sizes of Podell et al. 2023 (arXiv:2307.01952), section 2.2.
+
+    With a `branch` also what the layers below it made, feature [B, C, H, W]: what comes from below
+    where the skip of that number, from 0, is added (Ma et al. 2023, arXiv:2312.00858, section 3.2).
     """
 
     def __init__(self, config: UnetConfig) -> None:
         super().__init__()
         self.config = config
+        self.branch: int | None = None
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], config.time_channels)
@@ -273,13 +288,8 @@ class Unet(nn.Module):
         context: Tensor,
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
-    ) -> Tensor:
-        features = timestep_embedding(timestep, self.config.block_out_channels[0])
-        time = self.time_embedding(features.to(sample.dtype))  # [B, time_channels]
-        if self.add_embedding is not None and pooled is not None and time_ids is not None:
-            each = timestep_embedding(time_ids.flatten(), self.config.addition_time_embed_dim or 0)
-            told = each.unflatten(0, (-1, TIME_IDS)).flatten(1).to(sample.dtype)
-            time = time + self.add_embedding(torch.cat([pooled, told], dim=-1))
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        time = self._time(sample, timestep, pooled, time_ids)
         x = self.conv_in(sample)
         skips = [x]
         for down in self.down_blocks:
@@ -287,9 +297,51 @@ class Unet(nn.Module):
             skips += made
         if self.mid_block is not None:
             x = self.mid_block(x, time, context)
-        for up in self.up_blocks:
+        for up in self.up_blocks[:-1]:
             x = up(x, skips, time, context)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        last: Any = self.up_blocks[-1]
+        if self.branch is None:
+            return self._out(last(x, skips, time, context))
+        below = self.config.layers_per_block - self.branch
+        feature = last.layers(x, skips, time, context, slice(below))
+        return self._out(last.layers(feature, skips, time, context, slice(below, None))), feature
+
+    def shallow(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        feature: Tensor,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The output with the feature of an earlier evaluation in place of what lies below the
+        branch, which is not computed.
+        """
+        branch = self.branch or 0
+        time = self._time(sample, timestep, pooled, time_ids)
+        first: Any = self.down_blocks[0]
+        last: Any = self.up_blocks[-1]
+        x = self.conv_in(sample)
+        skips = [x, *first.layers(x, time, context, branch)]
+        above = slice(self.config.layers_per_block - branch, None)
+        return self._out(last.layers(feature, skips, time, context, above))
+
+    def _time(
+        self, sample: Tensor, timestep: Tensor, pooled: Tensor | None, time_ids: Tensor | None
+    ) -> Tensor:
+        """What every residual block is told, [B, time_channels]."""
+        features = timestep_embedding(timestep, self.config.block_out_channels[0])
+        time: Tensor = self.time_embedding(features.to(sample.dtype))
+        if self.add_embedding is not None and pooled is not None and time_ids is not None:
+            each = timestep_embedding(time_ids.flatten(), self.config.addition_time_embed_dim or 0)
+            told = each.unflatten(0, (-1, TIME_IDS)).flatten(1).to(sample.dtype)
+            time = time + self.add_embedding(torch.cat([pooled, told], dim=-1))
+        return time
+
+    def _out(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return out
 
 
 def up_widths(widths: tuple[int, ...], layers: int) -> list[list[int]]:

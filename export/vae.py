@@ -191,3 +191,16 @@ class VaeEncoder(nn.Module):
         mean, log_variance = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         return mean * self.scale, std * self.scale
+
+
+def preview_projection(encoder: nn.Module, downscale: int) -> tuple[tuple[float, ...], ...]:
+    """Colours from latents by least squares over soft patches of colour, [3, C + 1]."""
+    side = 16
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.rand((1, 3, side // 2, side // 2), generator=generator) * 2.0 - 1.0
+    picture = nn.functional.interpolate(patches, scale_factor=2 * downscale, mode="bilinear")
+    mean, _ = encoder(picture)
+    colours = nn.functional.avg_pool2d(picture, downscale)
+    known = torch.cat([mean, torch.ones_like(mean[:, :1])], dim=1).flatten(2)[0].double()
+    fitted = torch.linalg.lstsq(known.T, colours.flatten(2)[0].double().T).solution.T
+    return tuple(tuple(round(float(value), 5) for value in row) for row in fitted)

@@ -108,8 +108,6 @@ class InFlight:
         pipe = self.pipe.with_scheduler(scheduler) if scheduler else self.pipe
         requests, table, guidance, size = pipe.planned(prompt, chosen)
         if size not in self.costs.sizes:
-            raise UsageError(f"size {size[0]}x{size[1]}; what it costs was measured for no such")
-        if size not in self.costs.sizes:
             raise UsageError(
                 f"size {size[0]}x{size[1]} was not measured; one of "
                 f"{', '.join(f'{w}x{h}' for w, h in self.costs.sizes)}"
@@ -283,6 +281,7 @@ class InFlight:
             shapes = tuple((name, value.shape[1:]) for name, value in run.told.items())
             with self._changed:
                 ticket.turn.group = (*ticket.turn.group[:1], shapes)  # type: ignore[index]
+                ticket.turn.network = run.component
                 ticket.run, ticket.edit, ticket.state = run, edit, "running"
                 ticket.times.prepared = time.monotonic()
                 self._changed.notify_all()
@@ -323,7 +322,7 @@ class InFlight:
         )
         began = time.monotonic()
         try:
-            gather.evaluate(self.pipe.engines["unet"], runs)
+            gather.evaluate(self.pipe.engines, runs)
         except Exception as error:
             for ticket in tickets:
                 self._end(ticket, typed(error))
@@ -332,7 +331,8 @@ class InFlight:
                 self._recover()
             return
         seconds = time.monotonic() - began
-        self.costs.of(group).observe(rows, seconds)
+        if tickets[0].turn.network == "unet":  # others cost less than forecasts say
+            self.costs.of(group).observe(rows, seconds)
         if self._observer:
             self._observer.called(rows, seconds)
         for ticket, run in zip(tickets, runs, strict=True):
@@ -351,7 +351,7 @@ class InFlight:
             return
         ticket.turn.left = run.evaluations - run.done
         if not run.finished:
-            ticket.turn.rows = run.rows
+            ticket.turn.rows, ticket.turn.network = run.rows, run.component
             return
         with self._changed:
             self._inside.remove(ticket)

@@ -7,6 +7,7 @@ from functools import partial
 
 from sdrt.bundle import Bundle
 from sdrt.engine import Candidate, Engine, LazyEngine
+from sdrt.manifest import SHALLOW
 
 from .lora import Adapters
 from .pipeline import Pipeline
@@ -35,6 +36,8 @@ def load_pipeline(bundle: Bundle, candidate: Candidate) -> Pipeline:
             engine.close()
         raise
     engines["vae_encoder"] = LazyEngine(partial(candidate.load, bundle, "vae_encoder"))
+    if SHALLOW in manifest.components and not candidate.backend.startswith("tensorrt"):
+        engines[SHALLOW] = LazyEngine(partial(candidate.load, bundle, SHALLOW))
     if exact := bundle.in_float32("vae_decoder"):
         load = partial(candidate.load, exact, "vae_decoder")
         engines["vae_decoder_float32"] = LazyEngine(load)

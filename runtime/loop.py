@@ -4,12 +4,13 @@ several runs make one call of the model.
 Knows the engine protocol and sampler tables; not prompts, seeds or pictures.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sdrt.engine import Engine, Feeds, NumpyHistory
+from sdrt.manifest import FEATURE, SHALLOW
 
 from .samplers.table import SamplerTable, guided_matrix
 
@@ -108,6 +109,7 @@ class Run:
 
     latents: [C, H/8, W/8] float32, the next model input, or the result after the last evaluation
     done: evaluations done
+    feature: [rows, ..] of the last full evaluation, while others need it
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Run:
         for i, value in enumerate(others):
             self.history.write(plan.others_base + i, value)
         self.done = 0
+        self.feature: np.ndarray | None = None
         self.latents = self.history.combine(plan.rows[0], plan.state_place(self.evaluations - 1))
 
     @property
@@ -147,6 +150,16 @@ class Run:
     def rows(self) -> int:
         """Rows of the next evaluation: two where it is guided."""
         return 2 if self.guidance.scales[self.done] != 1.0 else 1
+
+    @property
+    def component(self) -> str:
+        """Which network the next evaluation runs: the whole one, or its shallow part."""
+        return "unet" if self.table.is_full(self.done) else SHALLOW
+
+    def keep(self, feature: np.ndarray) -> None:
+        """Take a full evaluation's feature [rows, ..] if the next evaluation needs one."""
+        needed = self.done + 1 < self.evaluations and not self.table.is_full(self.done + 1)
+        self.feature = feature.copy() if needed else None
 
     def receive(self, output: np.ndarray) -> None:
         """Take the model's output [rows, C, H/8, W/8] and go on by one evaluation."""
@@ -181,7 +194,7 @@ class Run:
 
 class Gather:
     """The rows of several runs as one call of the model. They need not agree on anything but
-    shapes; what stays from call to call is laid out once.
+    shapes and which network is next; what stays from call to call is laid out once.
     """
 
     def __init__(self, padded: int = 0) -> None:
@@ -191,22 +204,34 @@ class Gather:
         self._sample = self._timesteps = np.empty(0, np.float32)
         self._told: dict[str, np.ndarray] = {}
 
-    def evaluate(self, unet: Engine, runs: Sequence[Run]) -> None:
-        """One evaluation of every run."""
+    def evaluate(self, engines: Mapping[str, Engine], runs: Sequence[Run]) -> None:
+        """One evaluation of every run; engines: by component."""
         laid = [(run, run.rows) for run in runs]
         if laid != self._laid:
             self._lay(laid)
+        component = runs[0].component
         at = 0
         for run, rows in laid:
+            assert run.component == component, "runs of a call run one network"
             self._sample[at : at + rows, : len(run.latents)] = run.latents
             self._timesteps[at : at + rows] = run.table.timesteps[run.done]
             at += rows
         feeds = {"sample": self._sample, "timestep": self._timesteps, **self._told}
-        output = unet(feeds)["output"]
+        if component == SHALLOW:
+            feeds[FEATURE] = self._features(laid)
+        found = engines[component](feeds)
         at = 0
         for run, rows in laid:
-            run.receive(output[at : at + rows])
+            if FEATURE in found:
+                run.keep(found[FEATURE][at : at + rows])
+            run.receive(found["output"][at : at + rows])
             at += rows
+
+    def _features(self, laid: list[tuple[Run, int]]) -> np.ndarray:
+        """Of every row, as its run's last full evaluation left it."""
+        kept = [run.feature[-rows:] for run, rows in laid if run.feature is not None]
+        short = len(self._sample) - sum(rows for _, rows in laid)
+        return np.concatenate([*kept, *[np.zeros_like(kept[0][:1])] * short])
 
     def _lay(self, laid: list[tuple[Run, int]]) -> None:
         """Buffers for these runs, with what no evaluation changes in place."""
@@ -229,14 +254,17 @@ class Gather:
         self._laid = laid
 
 
-def denoised(unet: Engine, runs: Sequence[Run], edit: Edit | None = None) -> Iterator[Step]:
+def denoised(
+    engines: Mapping[str, Engine], runs: Sequence[Run], edit: Edit | None = None
+) -> Iterator[Step]:
     """One `Step` per evaluation of runs that share one table.
 
+    engines: by component
     edit: given the evaluations done and the latents [B, ..], may give others in their place
     """
     gather, table = Gather(), runs[0].table
     for k in range(1, table.evaluations + 1):
-        gather.evaluate(unet, runs)
+        gather.evaluate(engines, runs)
         latents = np.stack([run.latents for run in runs])
         if edit:
             latents = np.array(edit(k, latents), np.float32)

@@ -20,6 +20,7 @@ import numpy as np
 from sdrt.bundle import NAMES, TRANSPOSED, Bundle, home
 from sdrt.engine import Engine
 from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
+from sdrt.manifest import SHALLOW
 from sdrt.tensors import Tensors
 
 MOST_WEIGHT = 10.0
@@ -280,6 +281,7 @@ class Adapters:
         self.loras: tuple[Lora, ...] = ()
         self._bundle = bundle
         self._engines = {part: engines[part] for part in set(PARTS.values()) & set(engines)}
+        self._shallow = engines.get(SHALLOW)
 
     def set(self, chosen: Mapping[str | os.PathLike[str], float]) -> None:
         """Carry these files and no others. Nothing changes if one of them does not fit."""
@@ -288,13 +290,19 @@ class Adapters:
         refits = {part: self._refit(part, loras) for part in self._engines}
         try:
             for part, weights in refits.items():
-                self._engines[part].refit(weights)
+                self._give(part, weights)
         except SdrtError:
-            for engine in self._engines.values():
-                engine.refit({})
+            for part in self._engines:
+                self._give(part, {})
             self.loras = ()
             raise
         self.loras = loras
+
+    def _give(self, part: str, weights: Mapping[str, np.ndarray]) -> None:
+        self._engines[part].refit(weights)
+        if part == "unet" and self._shallow is not None:
+            reads = self._bundle.manifest.components[SHALLOW].weights
+            self._shallow.refit({name: weights[name] for name in reads if name in weights})
 
     def _refit(self, part: str, loras: Sequence[Lora]) -> dict[str, np.ndarray]:
         """The weights of a part that the files change, in the stored dtype and orientation."""

@@ -17,6 +17,7 @@ from .pictures import MOST_SIDE
 
 MOST_IMAGES = 1000
 MOST_GUIDANCE = 100.0
+MOST_REUSE = 100  # evaluations of which one is full
 LONG_PROMPTS = ("chunk", "cut")
 Seed = int | Sequence[int] | None
 Pair = tuple[int, int] | None
@@ -34,6 +35,9 @@ class Options:
     guidance_rescale: 0 to 1, Lin et al. 2023 (arXiv:2305.08891), eq. 16
     guidance_interval: shares of the run within which guidance acts; outside it the unguided row is
         not computed (Kynkaanniemi et al. 2024, arXiv:2404.07724)
+    feature_reuse: every so many evaluations run the whole model, the others its shallow part with
+        what the deep one made last; 1 is all (Ma et al. 2023, arXiv:2312.00858). For bundles built
+        for it
     seed: of the first picture, the next ones count on from it; or one each; None draws one
     rng: whose noise a seed gives, torch's on "cpu" or on "cuda"
     num_images_per_prompt: pictures of every prompt
@@ -65,6 +69,7 @@ class Options:
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    feature_reuse: int = 1
     seed: Seed = None
     rng: str = "cpu"
     num_images_per_prompt: int = 1
@@ -109,6 +114,19 @@ class Options:
             return self.strength
         return 0.8 if self.mask_image is None else 1.0
 
+    @property
+    def unusual(self) -> dict[str, object]:
+        """What a picture's text says only where it was asked for, under the names of other tools
+        where they have one.
+        """
+        asked = {
+            "Denoising strength": self.image is not None and f"{self.share:g}",
+            "Clip skip": self.clip_skip and self.clip_skip + 1,  # others count the last layer too
+            "CFG rescale": self.guidance_rescale and f"{self.guidance_rescale:g}",
+            "Feature reuse": self.feature_reuse > 1 and self.feature_reuse,
+        }
+        return {name: value for name, value in asked.items() if value}
+
 
 def options_from(arguments: Mapping[str, Any]) -> Options:
     """Checked options; raises UsageError for an unknown name or a value out of range."""
@@ -139,6 +157,9 @@ def _check_numbers(options: Options) -> None:
 
 
 def _check_inputs(options: Options) -> None:
+    reuse = options.feature_reuse
+    if isinstance(reuse, bool) or not isinstance(reuse, int) or not 1 <= reuse <= MOST_REUSE:
+        raise UsageError(f"feature_reuse {reuse!r}; expected a whole number from 1 to {MOST_REUSE}")
     for name, value, allowed in (
         ("rng", options.rng, tuple(STREAMS)),
         ("long_prompts", options.long_prompts, LONG_PROMPTS),

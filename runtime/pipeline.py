@@ -24,6 +24,7 @@ from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
 from .options import Options, Request, options_from, requests_from, requests_without_prompt
 from .pictures import images_from_decoded, parameters_text
+from .reuse import check_reuse, reusing
 from .safety import checked, is_flagged
 from .samplers.catalogue import config_from_name, title_of
 from .samplers.table import SamplerTable, sampler_table
@@ -226,6 +227,9 @@ class Pipeline:
         inside = (share >= low) & (share < high) if high < 1.0 else share >= low
         scale = options.guidance_scale if self.takes_prompt else 1.0
         scales = np.where(inside, scale, 1.0)
+        if options.feature_reuse > 1:
+            check_reuse(self.manifest, self.engines, self.backend)
+            table = reusing(table, options.feature_reuse, 1 + (scales != 1.0))
         return table, Guidance(scales, options.guidance_rescale)
 
     def _size(self, options: Options) -> tuple[int, int]:
@@ -334,7 +338,7 @@ class Pipeline:
         self, batch: Batch, options: Options, table: SamplerTable, guidance: Guidance
     ) -> Iterator[Step]:
         runs = runs_of(batch, table, guidance)
-        return denoised(self.engines["unet"], runs, self._edit(batch, options, table))
+        return denoised(self.engines, runs, self._edit(batch, options, table))
 
     def _edit(self, batch: Batch, options: Options, table: SamplerTable) -> Edit | None:
         masked = batch.source.mask is not None and not batch.source.model_masks
@@ -378,12 +382,7 @@ class Pipeline:
             "Size": f"{width}x{height}",
             "Model": self.manifest.name,
         }
-        if options.image is not None:
-            settings["Denoising strength"] = f"{options.share:g}"
-        if options.clip_skip:
-            settings["Clip skip"] = options.clip_skip + 1  # others count the last layer too
-        if options.guidance_rescale:
-            settings["CFG rescale"] = f"{options.guidance_rescale:g}"
+        settings |= options.unusual
         rng = {"cpu": "CPU", "cuda": "NV"}[options.rng]
         settings |= {"RNG": rng, "Version": f"sdrt {__version__}"}
         return parameters_text(

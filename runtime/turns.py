@@ -21,7 +21,7 @@ MARGIN = 1.1  # what a forecast may be wrong by before a promise is refused
 class Turn:
     """What the rules know of a picture.
 
-    group: pictures of one group can share a call
+    group: pictures of one group can share a call, while their next evaluations run one network
     rows: rows of one evaluation; left: evaluations left
     due: seconds on the caller's clock; promised: whether somebody was promised it
     priority: larger goes first
@@ -36,6 +36,7 @@ class Turn:
     priority: int = 0
     promised: bool = False
     started: bool = False
+    network: str = "unet"
 
     def key(self, now: float) -> tuple[float, float, float]:
         """The smallest goes first."""
@@ -48,10 +49,11 @@ def sharing(ordered: Sequence[Turn], most: Callable[[Hashable], int]) -> list[Tu
 
     most: rows of one call of a group
     """
-    group = ordered[0].group
-    room, chosen = max(most(group), ordered[0].rows), []
+    first = ordered[0]
+    room, chosen = max(most(first.group), first.rows), []
     for turn in ordered:
-        if turn.group == group and turn.rows <= room:
+        alike = turn.group == first.group and turn.network == first.network
+        if alike and turn.rows <= room:
             chosen.append(turn)
             room -= turn.rows
     return chosen

@@ -20,10 +20,11 @@ IDS, WEIGHTS = "input_ids", "weights"  # of what a run is told where the engine 
 
 def linear(table: SamplerTable, guidance: Guidance) -> bool:
     """Whether a run is nothing but rows of numbers: it neither clips nor sets the spread of the
-    guided output back.
+    guided output back, nor reuses features.
     """
     guided = bool((guidance.scales != 1.0).any())
-    return not table.clip and (guidance.pairs or not guided)
+    plain = not table.clip and table.full is None
+    return plain and (guidance.pairs or not guided)
 
 
 def reads_text(manifest: Manifest, engines: Mapping[str, Engine], options: Options) -> bool:

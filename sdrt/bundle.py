@@ -16,13 +16,22 @@ from typing import Any
 
 from .errors import BundleError, UsageError
 from .files import beside, identity, locked, write_whole
-from .manifest import MANIFEST, MOST_MANIFEST, FileRecord, Manifest, manifest_from_json
+from .manifest import (
+    MANIFEST,
+    MOST_MANIFEST,
+    SHALLOW,
+    FileRecord,
+    Manifest,
+    manifest_from_json,
+)
 from .reading import read_json
 
 # What a bundle's safetensors files say of themselves, and how a transposed weight's name ends.
 NAMES = {"names": "checkpoint"}
 TRANSPOSED = ".T"
 FLOAT32_GRAPH = "float32.onnx"
+# A UNet's layers nearest to its input and output lie beside it: its weights are theirs.
+SHALLOW_GRAPH = "shallow.onnx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +51,7 @@ class Bundle:
         if component not in self.manifest.components:
             have = ", ".join(self.manifest.components)
             raise BundleError(f"{self.folder} has no {component}; it has {have}")
-        return self.folder / component / self.graph_file
+        return self.folder / graph_name(component, self.graph_file)
 
     def in_float32(self, component: str) -> "Bundle | None":
         """The same with the graph of a half-precision component that computes in float32, from the
@@ -54,6 +63,11 @@ class Bundle:
     @property
     def bytes(self) -> int:
         return sum(record.size for record in self.manifest.files.values())
+
+
+def graph_name(component: str, file: str = "model.onnx") -> str:
+    """Where a component's graph is in a bundle."""
+    return f"unet/{SHALLOW_GRAPH}" if component == SHALLOW else f"{component}/{file}"
 
 
 def home() -> Path:
@@ -132,7 +146,8 @@ def check_listed(folder: Path, manifest: Manifest) -> None:
     be made of them and what they hold is compared with the manifest.
     """
     for part in manifest.components:
-        for name in (f"{part}/model.onnx", f"{part}/model.safetensors"):
+        graph = graph_name(part)
+        for name in (graph, f"{graph.partition('/')[0]}/model.safetensors"):
             if name not in manifest.files:
                 raise BundleError(f"{folder / MANIFEST} is not a manifest: it lists no {name}")
     inside = folder.resolve()

@@ -152,6 +152,14 @@ def _add_build(to: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with the checkpoint's own: flagged pictures are black (default: off)",
     )
+    to.add_argument(
+        "--feature-reuse",
+        nargs="?",
+        type=_whole,
+        const=0,
+        metavar="BRANCH",
+        help="so that sdrt run --reuse works; a higher branch is slower and nearer (default: 0)",
+    )
     precision = to.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="half precision")
     precision.add_argument("--fp32", action="store_true", help="single precision (default)")
@@ -186,6 +194,13 @@ def _add_run(to: argparse.ArgumentParser) -> None:
     guidance.add_argument("--guidance-rescale", type=float, default=0.0, metavar="0..1")
     guidance.add_argument(
         "--guidance-interval", default="0:1", metavar="FROM:TO", help="of the run"
+    )
+    to.add_argument(
+        "--reuse",
+        type=_whole,
+        default=1,
+        metavar="N",
+        help="every Nth evaluation runs the whole model: faster, less exact (default: 1)",
     )
     start = to.add_argument_group("starting from a picture")
     start.add_argument("--image", type=Path, metavar="FILE", help="the picture to start from")
@@ -263,6 +278,7 @@ def _built(args: argparse.Namespace) -> Path:
         loras=tuple(args.lora),
         revision=args.revision,
         safety_checker=args.safety_checker,
+        feature_reuse=args.feature_reuse,
     )
     return build_bundle(plan)
 

@@ -40,6 +40,7 @@ def options_from_arguments(args: argparse.Namespace) -> Options:
             "guidance_scale": args.guidance_scale,
             "guidance_rescale": args.guidance_rescale,
             "guidance_interval": _interval(args.guidance_interval),
+            "feature_reuse": args.reuse,
             "seed": args.seed,
             "rng": args.rng,
             "num_images_per_prompt": args.num_images,

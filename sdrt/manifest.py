@@ -16,12 +16,15 @@ from .reading import Reader, mapping, number, one_of, record, row, text, truth, 
 FORMAT = 2
 MANIFEST = "sdrt.json"
 MOST_MANIFEST = 4_000_000  # bytes
+SHALLOW = "unet_shallow"
+FEATURE = "feature"  # what the shallow part is given of the whole UNet
 COMPONENTS = (
-    *("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"),
+    *("text_encoder", "text_encoder_2", "unet", SHALLOW, "vae_decoder", "vae_encoder"),
     "safety_checker",
 )
 DTYPES = ("float32", "float16", "int64", "int32")
 MOST_FILES = 1000
+MOST_WEIGHTS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +38,17 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One network: `<name>/model.onnx`, its tensors, its precision and how it was proven."""
+    """One network: `<name>/model.onnx`, its tensors, its precision and how it was proven.
+
+    `unet_shallow` is `unet/shallow.onnx`, the layers of the UNet nearest to its input and output:
+    its input `feature` is an output of the UNet. weights: those that it reads of the UNet's
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     dtype: str
     parity: Mapping[str, float]
+    weights: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +128,8 @@ def _axis(value: Any, where: str) -> int | str:
 FILE_NAME = text(r"\w[\w.-]*(/\w[\w.-]*){0,3}", "a file inside, none outside the bundle")
 AXIS_NAME = text(r"[\w ()+*/-]{1,128}", "an axis")  # of outputs, an expression
 
+WEIGHT_NAME = text(r"[\w.]{1,300}", "a weight's name")
+
 LENGTH = whole(1, 2**31 - 1)
 SIDE = whole(8, 8192)
 MEASURES = mapping(number(), text(r"[\w .-]{1,64}", "a measure"), 64)
@@ -138,6 +148,7 @@ COMPONENT = record(
         "outputs": row(SPEC, 1, 32),
         "dtype": one_of(DTYPES),
         "parity": MEASURES,
+        "weights": row(WEIGHT_NAME, 0, MOST_WEIGHTS),
     },
 )
 RECORD = record(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from .bundle import Bundle
 from .errors import BackendError, UsageError
+from .manifest import SHALLOW
 
 if TYPE_CHECKING:
     from .engine.gpus import Gpu
@@ -80,7 +81,8 @@ def _build(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
 
     workspace = None if args.workspace is None else args.workspace * 1_000_000
     options = PlanOptions(tuple(args.target), args.optimization_level, workspace)
-    graphs = [(bundle, name) for name in bundle.manifest.components]
+    # Runs of plans do not reuse features.
+    graphs = [(bundle, name) for name in bundle.manifest.components if name != SHALLOW]
     if exact := bundle.in_float32("vae_decoder"):
         graphs.append((exact, "vae_decoder"))
     plans = [trt_plan(of, name, kind, _gpu(), options) for of, name in graphs]

@@ -41,6 +41,7 @@ def call_from(found: Model, body: Generation, given: Mapping[str, Any]) -> Call:
         "negative_prompt": body.negative_prompt or "",
         "num_inference_steps": _or(body.num_inference_steps, 20),
         "guidance_scale": _or(body.guidance_scale, 7.5),
+        "feature_reuse": _or(body.feature_reuse, 1),
         "seed": body.seed,
         "num_images_per_prompt": _or(body.n, 1),
         "size": None if body.size in (None, "auto") else known_size(str(body.size)),

@@ -40,6 +40,9 @@ class Generation(BaseModel):
     guidance_scale: float | None = Field(7.5, ge=1.0, le=100.0)
     seed: int | None = Field(None, ge=0, le=LAST_SEED, description="default: drawn")
     scheduler: str | None = Field(None, max_length=100, description="such as DPM++ 2M Karras")
+    feature_reuse: int | None = Field(
+        1, ge=1, le=100, description="every Nth evaluation is full, for models built for it"
+    )
     priority: int | None = Field(0, ge=-100, le=100, description="higher goes first")
     deadline_seconds: float | None = Field(
         None, gt=0.0, le=86_400.0, description="refused at once if it cannot be kept"

@@ -35,7 +35,7 @@ def shapes(home):
     kept = os.environ.get("SDRT_TEST_SHAPES")
     if kept and Path(kept).is_dir():
         return Path(shutil.copytree(kept, home / "bundles" / "shapes"))
-    built = build_bundle(BuildPlan("shapes"))
+    built = build_bundle(BuildPlan("shapes", feature_reuse=0))
     if kept:
         shutil.copytree(built, kept)
     return built

@@ -224,7 +224,7 @@ def runs_of(scheduler, scales, pictures, beside=0, clip=False):
 )
 def test_a_whole_run_by_the_kernel_is_the_loops(kernel, scheduler, scales, pictures, beside):
     arguments = scheduler, scales, pictures, beside
-    *_, last = denoised(model, runs_of(*arguments))
+    *_, last = denoised({"unet": model}, runs_of(*arguments))
     engines = {"unet": Emulated(kernel, model)}
     found = drawn(engines, runs_of(*arguments), decoded=False).latents
     error = np.abs(found - last.latents).max() / np.abs(last.latents).max()
@@ -240,7 +240,7 @@ def test_runs_that_are_no_table_or_begun_are_not_handed_over():
     rescaled[0].guidance = replace(rescaled[0].guidance, rescale=0.7)
     assert schedule_of(rescaled) is None
     assert schedule_of(runs_of("DDIMScheduler", [7.5] * 3, 1, clip=True)) is None
-    next(iter(denoised(model, runs)))
+    next(iter(denoised({"unet": model}, runs)))
     assert schedule_of(runs) is None
     assert drawn({"unet": model}, runs_of("DDIMScheduler", [7.5] * 3, 1), decoded=True) is None
 

@@ -127,6 +127,26 @@ def test_what_is_taken_off_leaves_nothing(shapes, files, backend):
         assert png() == bare
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_shallow_part_carries_them_too(shapes, files, backend):
+    rng = np.random.default_rng(0)
+    feeds = {
+        "sample": rng.normal(size=(1, 4, 8, 8)).astype(np.float32),
+        "timestep": np.array([500.0], np.float32),
+        "context": rng.normal(size=(1, 32, 128)).astype(np.float32),
+    }
+    with sdrt.load(shapes, backend=backend, precision="exact") as pipe:
+        unet, shallow = (pipe.engines[name] for name in ("unet", "unet_shallow"))
+        bare = unet(feeds)["output"].copy()
+        pipe.set_lora({files["kohya"]: 0.8})
+        found = {name: array.copy() for name, array in unet(feeds).items()}
+        again = shallow({**feeds, "feature": found["feature"]})["output"]
+        assert np.abs(again - found["output"]).max() < 1e-5 < np.abs(bare - again).max()
+        pipe.set_lora({})
+        feature = unet(feeds)["feature"].copy()
+        assert np.abs(shallow({**feeds, "feature": feature})["output"] - bare).max() < 1e-5
+
+
 @pytest.mark.slow
 def test_the_picture_of_a_build_with_the_file(tiny, tiny_bundle, tmp_path):
     path = lora_file(tmp_path / "l.safetensors", tiny, "kohya")

@@ -61,6 +61,8 @@ class SamplerTable:
     chain: [N + 1, columns + N] float64; the same rows, short: as the matrix without edits, then a
         column for each row from the first on, once it is known
     clip: what is clipped after each row; None for most
+    full: [N] bool, which evaluations run the whole model; the others run its shallow part with the
+        feature of the last that did (see `reuse.py`). None is all
     """
 
     timesteps: np.ndarray
@@ -70,6 +72,7 @@ class SamplerTable:
     scales: np.ndarray
     chain: np.ndarray
     clip: Clip | None = None
+    full: np.ndarray | None = None
 
     @property
     def evaluations(self) -> int:
@@ -79,6 +82,10 @@ class SamplerTable:
     def begins_at_picture(self) -> bool:
         """Whether there is a column for the latents of a picture."""
         return self.chain.shape[1] > 1 + 2 * self.evaluations + self.noises
+
+    def is_full(self, k: int) -> bool:
+        """Whether evaluation k runs the whole model."""
+        return self.full is None or bool(self.full[k])
 
     def guided(self, guidance_scale: float | np.ndarray) -> np.ndarray:
         """The matrix over both outputs of every evaluation, [N + 1, 1 + 2 N + ..] float64.
