@@ -256,12 +256,13 @@ def find_plan(
 def _plans(folder: Path, component: str) -> Iterator[Plan]:
     for sidecar in sorted(folder.glob(f"*/{component}-*.json")):
         try:
-            yield _plan_from_json(sidecar)
+            yield plan_from_json(sidecar)
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is no sidecar of a plan and is left alone: %s", sidecar, error)
 
 
-def _plan_from_json(sidecar: Path) -> Plan:
+def plan_from_json(sidecar: Path) -> Plan:
+    """Raises OSError, ValueError, KeyError or TypeError for a file that is no sidecar."""
     raw = json.loads(sidecar.read_text("utf-8"))
     key = dict(raw.pop("key"))
     key["targets"] = tuple(key["targets"])

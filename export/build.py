@@ -12,6 +12,7 @@ from sdrt.engine import Candidate, Machine, choose
 from sdrt.errors import SdrtError, UsageError
 from sdrt.folders import published
 from sdrt.manifest import MANIFEST, Component, Manifest, json_from_manifest
+from sdrt.runtime.proving import ANSWERS, json_from_answers
 from sdrt.runtime.tokenizer import END
 
 from .checkpoint import TOKENIZER_FILES, TOKENIZERS, Checkpoint, find_checkpoint
@@ -124,6 +125,7 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
         components |= proof.components(checkpoint, recipe)
     manifest = replace(manifest, components=components)
     end_to_end = proof.end_to_end(manifest)
+    (folder / ANSWERS).write_text(json_from_answers(proof.answers))
     manifest = replace(
         manifest,
         parity=end_to_end,

@@ -18,14 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from sdrt.bundle import FLOAT32_GRAPH, Bundle
-from sdrt.engine import Candidate, candidates, parity
+from sdrt.engine import Candidate, Feeds, candidates, parity
 from sdrt.errors import ParityError
 from sdrt.manifest import FEATURE, SHALLOW, Component, Manifest
-from sdrt.runtime import Options, Pipeline, load_pipeline, randn, sampler_table
+from sdrt.runtime import Options, load_pipeline, randn, sampler_table
 from sdrt.runtime.conditioning import Told, time_ids_of
-from sdrt.runtime.loop import Guidance, Run, denoised, plan_of
-from sdrt.runtime.options import requests_from
 from sdrt.runtime.pictures import images_from_decoded, pixels_of
+from sdrt.runtime.proving import (
+    GUIDED_STEPS,
+    PROMPT,
+    SCHEDULER,
+    STEPS,
+    Answers,
+    beside,
+    drawn,
+    kept,
+    latent_shape,
+    made_up,
+)
 from sdrt.runtime.safety import clip_pixels
 
 from . import modules
@@ -35,10 +45,6 @@ from .pixel_unet import PixelUnet
 from .vae import preview_projection
 
 log = logging.getLogger("sdrt.build")
-PROOF_PROMPT = "a red circle on a blue background"
-PROOF_SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False}
-PROOF_STEPS = 2
-GUIDED_STEPS = 4
 HALF_MAX = 65504.0
 EXACT = ("timestep", "time_ids")  # inputs that half precision would round
 
@@ -122,8 +128,8 @@ class Proof:
         self.latents: dict[tuple[int, int], np.ndarray] = {}
         self.images: dict[tuple[int, int], np.ndarray] = {}
         self.preview: tuple[tuple[float, ...], ...] = ()
-        self.model_channels = manifest.latent_channels
         self.shallow_cases: list[Any] = []
+        self.samples: dict[str, dict[str, list[float]]] = {}
 
     def components(self, checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Component]:
         """Export what a recipe makes and prove it; in float32 where half precision does not hold
@@ -134,6 +140,10 @@ class Proof:
         module = self._module(checkpoint, recipe)
         with torch.no_grad(), largest_activation(module) as peak:
             cases = getattr(self, f"_{recipe.name}_cases")(module)
+            cases.append(self._kept(recipe, module, cases[0][0]))
+            if FEATURE in recipe.outputs:
+                like, own = self.shallow_cases[0][0], Recipe(SHALLOW, ("output",), {})
+                self.shallow_cases.append(self._kept(own, module.shallow, like))
         # What a threshold decides should not hang on precision.
         dtype = "float32" if recipe.name == "safety_checker" else self.dtype
         if dtype == "float16" and peak[0] > HALF_MAX:
@@ -157,6 +167,23 @@ class Proof:
         if FEATURE in recipe.outputs:
             module.branch = self.branch
         return module
+
+    def _kept(
+        self, recipe: Recipe, module: Any, like: dict[str, np.ndarray]
+    ) -> tuple[Feeds, dict[str, np.ndarray]]:
+        """Torch's answers to inputs that any machine can make up, of which samples are kept."""
+        shapes = {name: value.shape for name, value in like.items()}
+        feeds = made_up(shapes, like.get("input_ids"), self.manifest.sizes[0])
+        found = module(**{name: torch.from_numpy(value) for name, value in feeds.items()})
+        outputs = found if isinstance(found, tuple) else (found,)
+        answers = {name: o.numpy() for name, o in zip(recipe.outputs, outputs, strict=True)}
+        self.samples[recipe.name] = {name: kept(answer) for name, answer in answers.items()}
+        return feeds, answers
+
+    @property
+    def answers(self) -> Answers:
+        """What the bundle keeps of torch's."""
+        return Answers(self.samples, kept(self.images[self.manifest.sizes[0]]))
 
     def _export(
         self, module: nn.Module, recipe: Recipe, cases: list[Any], dtype: str
@@ -241,19 +268,19 @@ class Proof:
         from sdrt.runtime import Tokenizer
 
         read = Tokenizer.from_folder(self.folder / tokenizer, self.manifest.max_tokens)
-        return read(["", PROOF_PROMPT])
+        return read(["", PROMPT])
 
     def _unet_cases(self, module: Any) -> list[Any]:
-        table = sampler_table(PROOF_SCHEDULER, PROOF_STEPS)
-        self.model_channels = module.config.in_channels
+        table = sampler_table(SCHEDULER, STEPS)
         cases = []
         for size in self.manifest.sizes:
-            history = [randn(0, self._latent_shape(size))]
+            history = [randn(0, latent_shape(self.manifest, size))]
+            more = beside(self.manifest, size, module.config.in_channels)
             wanted: Told = {}
             for k, timestep in enumerate(table.timesteps):
                 mixed = self._mix(table.matrix[k], history)
                 feeds = {
-                    "sample": np.concatenate([mixed, self._beside(size)], axis=1),
+                    "sample": np.concatenate([mixed, more], axis=1),
                     "timestep": np.full(1, timestep, np.float32),
                     **self.told,
                 }
@@ -279,8 +306,8 @@ class Proof:
             return {"output": module(**given).numpy()}
         if FEATURE in before:
             shallow = module.shallow(**given, feature=torch.from_numpy(before[FEATURE])).numpy()
-            kept = {FEATURE: before[FEATURE]}
-            self.shallow_cases.append(({**feeds, **kept}, {"output": shallow}))
+            case = {**feeds, FEATURE: before[FEATURE]}, {"output": shallow}
+            self.shallow_cases.append(case)
         output, feature = (made.numpy() for made in module(**given))
         return {"output": output, FEATURE: feature}
 
@@ -288,15 +315,6 @@ class Proof:
     def _mix(row: np.ndarray, history: list[np.ndarray]) -> np.ndarray:
         mixed = sum(np.float32(a) * b for a, b in zip(row, history, strict=False))
         return np.asarray(mixed, np.float32)
-
-    def _latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        scale = self.manifest.downscale
-        return (1, self.manifest.latent_channels, size[1] // scale, size[0] // scale)
-
-    def _beside(self, size: tuple[int, int]) -> np.ndarray:
-        """What some models are fed beside the latents, made up: [1, E, H/8, W/8], E mostly 0."""
-        _, channels, *sides = self._latent_shape(size)
-        return randn(1, (1, self.model_channels, *sides))[:, channels:]
 
     def _vae_decoder_cases(self, module: nn.Module) -> list[Any]:
         for size, latents in self.latents.items():
@@ -328,26 +346,12 @@ class Proof:
         every = []
         with load_pipeline(Bundle(self.folder, manifest), self.candidate) as pipe:
             for size, wanted in self.images.items():
-                found = self._drawn(pipe, size, PROOF_STEPS, guidance_scale=1.0)
+                found = drawn(pipe, size)
                 every.append(parity.measures(found, wanted, picture=True))
         values = parity.worst(every)
         log.info("end to end: %s", _said(values))
         parity.check("the whole pipeline", values, self.dtype)
         return values
-
-    def _drawn(
-        self, pipe: Pipeline, size: tuple[int, int], steps: int, guidance_scale: float
-    ) -> np.ndarray:
-        """The proof's picture, [1, 3, H, W], by a bundle's engines."""
-        scale = guidance_scale if pipe.takes_prompt else 1.0
-        options = Options(size=f"{size[0]}x{size[1]}", guidance_scale=scale)
-        (told,) = pipe.told(requests_from(PROOF_PROMPT, options), options)
-        table = sampler_table(PROOF_SCHEDULER, steps)
-        guidance = Guidance(np.full(steps, scale))
-        start = randn(0, self._latent_shape(size))[0]
-        run = Run(table, guidance, plan_of(table, guidance), [start], told, self._beside(size)[0])
-        *_, last = denoised(pipe.engines, [run])
-        return pipe.decoded(last.latents)
 
     def admitted(self, manifest: Manifest) -> dict[str, float]:
         """The lower precisions of this machine whose pictures are near enough to the exact ones.
@@ -372,7 +376,7 @@ class Proof:
     def _guided(self, manifest: Manifest, candidate: Candidate) -> np.ndarray:
         """A picture of the first size with guidance, which is where precision shows."""
         with load_pipeline(Bundle(self.folder, manifest), candidate) as pipe:
-            return self._drawn(pipe, manifest.sizes[0], GUIDED_STEPS, guidance_scale=7.5)
+            return drawn(pipe, manifest.sizes[0], GUIDED_STEPS, guidance_scale=7.5)
 
 
 def _said(values: dict[str, float]) -> str:

@@ -25,7 +25,7 @@ from .lora import Adapters
 from .options import Options, Request, options_from, requests_from, requests_without_prompt
 from .pictures import images_from_decoded, parameters_text
 from .reuse import check_reuse, reusing
-from .safety import checked, is_flagged
+from .safety import checked, marks_of
 from .samplers.catalogue import config_from_name, title_of
 from .samplers.table import SamplerTable, sampler_table
 from .start import Source, Start, source_of, start_of
@@ -39,14 +39,15 @@ Watch = Callable[[Step], None] | None
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The pictures of a call, the seed of each, the text that goes into each file, and whether the
-    safety checker made it black.
+    """The pictures of a call, the seed of each, the text that goes into each file, whether the
+    safety checker made it black, and whether the model made it one colour all over.
     """
 
     images: list[Image]
     seeds: list[int]
     parameters: list[str]
     flagged: list[bool] = field(default_factory=list)
+    flat: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class Pipeline:
         made = sorted(self.pictures(prompt, chosen, on_step), key=lambda each: each[0].index)
         texts = [self.parameters(request, chosen) for request, _ in made]
         images, seeds = [image for _, image in made], [request.seed for request, _ in made]
-        return Output(images, seeds, texts, [is_flagged(image) for image in images])
+        return Output(images, seeds, texts, *marks_of(images))
 
     def pictures(
         self, prompt: Prompt, options: Options, on_step: Watch = None
@@ -297,7 +298,7 @@ class Pipeline:
         return self._checked([fromarray(made.pixels[i])])[0]
 
     def _checked(self, images: list[Image]) -> list[Image]:
-        return checked(self.engines["safety_checker"], images) if self.checks else images
+        return checked(self.engines.get("safety_checker"), images)
 
     def _texts(
         self, requests: Sequence[Request], options: Options, table: SamplerTable, guidance: Guidance
@@ -310,11 +311,6 @@ class Pipeline:
     def takes_prompt(self) -> bool:
         """Whether there is a text encoder; an unconditional model is told nothing."""
         return self.tokenizer is not None
-
-    @property
-    def checks(self) -> bool:
-        """Whether there is a safety checker."""
-        return "safety_checker" in self.engines
 
     @property
     def text_encoders(self) -> list[TextEncoder]:

@@ -1,18 +1,25 @@
-"""Whether a picture is shown: what the safety checker's distances decide.
+"""Whether a picture is shown: what the safety checker's distances decide, and what is told of it.
 
 Knows numpy, Pillow and the component's interface: pixels in, distances to concepts out.
 """
+
+import logging
 
 import numpy as np
 from PIL import Image
 
 from sdrt.engine import Engine
 
+log = logging.getLogger(__name__)
 # What CLIP's vision towers were trained on: Radford et al. 2021 (arXiv:2103.00020).
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 CARE = np.float32(0.01)  # by how much the special concepts make the others stricter
 MARK = "flagged"
+FLAT = (
+    "a picture is one colour all over, as an overflow or broken weights leave it; unless that was "
+    "asked for, type sdrt verify, or build with --fp32"
+)
 
 
 def clip_pixels(image: Image.Image, side: int) -> np.ndarray:
@@ -37,8 +44,15 @@ def scores_of(special: np.ndarray, concepts: np.ndarray) -> np.ndarray:
     return np.round(concepts.astype(np.float32) + care, 3)
 
 
-def checked(engine: Engine, images: list[Image.Image]) -> list[Image.Image]:
-    """The pictures, in place of some a black one that `is_flagged`."""
+def checked(engine: Engine | None, images: list[Image.Image]) -> list[Image.Image]:
+    """The pictures, in place of some a black one that `is_flagged`; warns of those that are flat.
+
+    engine: None where the bundle has no safety checker
+    """
+    if any(is_flat(image) for image in images):
+        log.warning(FLAT)
+    if engine is None:
+        return images
     return [_black(image) if _shows(engine, image) else image for image in images]
 
 
@@ -56,3 +70,16 @@ def _black(image: Image.Image) -> Image.Image:
 def is_flagged(image: Image.Image) -> bool:
     """Whether the safety checker put black in the picture's place."""
     return bool(image.info.get(MARK))
+
+
+def is_flat(image: Image.Image) -> bool:
+    """Whether the model made a picture one colour all over: an overflow or broken weights leave
+    that, and now and then it is what was asked for, so that it is told and not refused.
+    """
+    pixels = np.asarray(image)
+    return bool((pixels == pixels[0, 0]).all()) and not is_flagged(image)
+
+
+def marks_of(images: list[Image.Image]) -> tuple[list[bool], list[bool]]:
+    """Which are flagged, and which flat."""
+    return [is_flagged(image) for image in images], [is_flat(image) for image in images]

@@ -82,6 +82,20 @@ def add_bench(to: argparse.ArgumentParser) -> None:
     )
 
 
+def add_verify(to: argparse.ArgumentParser) -> None:
+    """What `sdrt verify` takes."""
+    to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
+    to.add_argument("--backend", choices=BACKENDS, default="auto")
+    to.add_argument("--device", type=whole, default=0, metavar="N", help="which GPU")
+    to.add_argument("--json", action="store_true", help="for machines")
+
+
+def add_gc(to: argparse.ArgumentParser) -> None:
+    """What `sdrt gc` takes."""
+    to.add_argument("--yes", action="store_true", help="free it; without, it is only shown")
+    to.add_argument("--json", action="store_true", help="for machines")
+
+
 def add_export_triton(to: argparse.ArgumentParser) -> None:
     """What `sdrt export-triton` takes."""
     to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -164,10 +164,13 @@ def check_listed(folder: Path, manifest: Manifest) -> None:
                 raise BundleError(f"{found} is not in {MANIFEST}; delete it, or build again")
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with the manifest; an unchanged file is hashed once, then remembered."""
+def check_files(folder: Path, manifest: Manifest, anew: bool = False) -> None:
+    """Compare every file with the manifest; an unchanged file is hashed once, then remembered.
+
+    anew: hash all, whatever is remembered
+    """
     memory = home() / "verified.json"
-    known = _remembered(memory)
+    known = {} if anew else _remembered(memory)
     fresh = {}
     for name, record in manifest.files.items():
         path = folder / name
@@ -179,6 +182,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         if known.get(str(path.resolve())) == mark:
             continue
         if stat.st_size != record.size or _sha256_of_part(path) != record.sha256:
+            forget([str(path.resolve())])
             raise BundleError(
                 f"{path} is damaged: its bytes are not those that were built "
                 f"({stat.st_size} bytes found, {record.size} expected, or another sha256); "
@@ -186,7 +190,28 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             )
         fresh[str(path.resolve())] = mark
     if fresh:
-        _remember(memory, known | fresh)
+        _remember(memory, _remembered(memory) | fresh)
+
+
+def forget(paths: Iterable[str]) -> None:
+    """Hash these files when they are next opened, whatever their times say."""
+    known = _remembered(memory := home() / "verified.json")
+    kept = {path: mark for path, mark in known.items() if path not in set(paths)}
+    if len(kept) < len(known):
+        _remember(memory, kept)
+
+
+def changed_memory() -> list[str]:
+    """The remembered files that are gone or not as they were."""
+
+    def changed(path: str, mark: str) -> bool:
+        try:
+            return not str(mark).startswith(identity(Path(path).stat()))
+        except (OSError, ValueError):
+            return True
+
+    known = _remembered(home() / "verified.json")
+    return [path for path, mark in known.items() if changed(path, mark)]
 
 
 def _sha256_of_part(path: Path) -> str:

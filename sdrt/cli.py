@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import planning
-from .arguments import BACKENDS, add_bench, add_export_triton, add_serve
+from .arguments import BACKENDS, add_bench, add_export_triton, add_gc, add_serve, add_verify
 from .arguments import whole as _whole
 from .errors import SdrtError, UsageError
 
@@ -32,6 +32,8 @@ EXAMPLES = """examples:
   sdrt serve --port 7860
   sdrt export-triton --bundle shapes --output repository
   sdrt inspect --json
+  sdrt verify --bundle shapes
+  sdrt gc --yes
   sdrt doctor
 
 exit codes: 0 done, 1 failed, 2 usage, 3 bundle, 4 checkpoint, 5 backend, 6 parity, 130 interrupted
@@ -101,6 +103,8 @@ def parser() -> argparse.ArgumentParser:
     inspect_parser = _command(commands, "inspect", inspect, "show bundles and what is in them")
     inspect_parser.add_argument("--bundle", metavar="NAME|FOLDER", help="only this one")
     inspect_parser.add_argument("--json", action="store_true", help="for machines")
+    add_verify(_command(commands, "verify", verify, "prove a bundle again, on this machine"))
+    add_gc(_command(commands, "gc", gc, "show or free what is left over in sdrt's folders"))
     doctor_parser = _command(commands, "doctor", doctor, "show which backends work here, and why")
     doctor_parser.add_argument("--json", action="store_true", help="for machines")
     return top
@@ -349,6 +353,20 @@ def inspect(args: argparse.Namespace) -> None:
     bundles = [open_bundle(folder) for folder in folders]
     described = [report.describe(bundle) for bundle in bundles]
     print(json.dumps(described, indent=2) if args.json else report.text_from_bundles(described))
+
+
+def verify(args: argparse.Namespace) -> None:
+    """`sdrt verify`: prints every check, or JSON."""
+    from .verifying import verify
+
+    verify(args)
+
+
+def gc(args: argparse.Namespace) -> None:
+    """`sdrt gc`: prints what is left over, or JSON."""
+    from .leftovers import collect
+
+    collect(args)
 
 
 def doctor(args: argparse.Namespace) -> None:

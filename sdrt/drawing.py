@@ -25,7 +25,7 @@ from .runtime import Options, Pipeline, Preview, Step
 from .runtime.lora import parse_lora
 from .runtime.options import Request, options_from
 from .runtime.pictures import image_grid, labelled_sheet, open_image, save_png
-from .runtime.safety import is_flagged
+from .runtime.safety import is_flagged, is_flat
 
 PREVIEW_SIDE = 256
 FLAGGED = "seed {}: the safety checker flagged the picture, so it is black"
@@ -142,7 +142,8 @@ def run(args: argparse.Namespace) -> None:
             "images": [str(path) for _, _, path in finished[:total]],
             "seeds": [request.seed for request, _, _ in finished],
             "flagged": [is_flagged(image) for _, image, _ in finished],
-            "safety_checker": pipe.checks,
+            "flat": [is_flat(image) for _, image, _ in finished],
+            "safety_checker": "safety_checker" in pipe.engines,
             "bundle": pipe.manifest.name,
             "backend": pipe.backend,
             "load_seconds": round(loaded - began, 4),

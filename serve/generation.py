@@ -10,6 +10,7 @@ from PIL.Image import Image
 from starlette.responses import Response
 
 from sdrt.runtime import Preview, Step
+from sdrt.runtime.safety import FLAT, is_flat
 from sdrt.runtime.tickets import Picture, Ticket
 
 from .context import Call, Context, context_of, known_size
@@ -67,8 +68,16 @@ async def answer(request: Request, body: Generation, call: Call, kind: str) -> R
 
 
 def _response(made: Sequence[Picture], body: Generation, call: Call) -> Response:
-    data = [{"b64_json": _file(one.image, body, one.parameters), "seed": one.seed} for one in made]
+    data = [
+        {"b64_json": _file(one.image, body, one.parameters), "seed": one.seed, **_warned(one.image)}
+        for one in made
+    ]
     return json_response({"created": int(time.time()), "data": data, **_shared(body, call)})
+
+
+def _warned(image: Image) -> dict[str, str]:
+    """What is said of a picture beside it, where there is anything to say."""
+    return {"warning": FLAT} if is_flat(image) else {}
 
 
 def _file(image: Image, body: Generation, parameters: str = "") -> str:
@@ -154,5 +163,5 @@ class _Telling:
         if partial is not None:
             fields["partial_image_index"] = partial
         else:
-            fields["seed"] = ticket.request.seed
+            fields |= {"seed": ticket.request.seed, **_warned(image)}
         return self._event(what, ticket, b64_json=_file(image, self.body, text), **fields)

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -167,13 +169,32 @@ def test_the_manifest_records_the_proof(tiny_bundle):
         assert component.parity["cosine"] > 0.999999
 
 
+def bytes_of(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 def test_builds_are_reproducible(tiny, tiny_bundle, tmp_path):
     again = build_bundle(
         BuildPlan(str(tiny), tmp_path / "tiny", sizes=((32, 32), (48, 32)), batch=(1, 1, 2))
     )
-    for path in tiny_bundle.rglob("*"):
-        if path.is_file() and path.name != "sdrt.json":
-            assert path.read_bytes() == (again / path.relative_to(tiny_bundle)).read_bytes()
+    assert bytes_of(again) == bytes_of(tiny_bundle)
+
+
+@pytest.mark.slow
+def test_builds_of_other_processes_places_and_times_are_the_same(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "tiny")
+    made = []
+    for seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": seed, "SDRT_HOME": str(tmp_path / f"home{seed}")}
+        target = tmp_path / f"elsewhere{seed}" / "b"
+        command = [sys.executable, "-m", "sdrt", "build", "--model", "tiny", "--output", target]
+        subprocess.run(command, cwd=tmp_path, env={**os.environ, **environment}, check=True)
+        made.append(bytes_of(target))
+        for name, content in made[-1].items():
+            for place in (tmp_path, Path.home(), Path(sys.prefix), Path(torch.__file__).parent):
+                assert str(place).encode() not in content, (name, place)
+    assert made[0] == made[1]
 
 
 def test_fp16_is_stored_in_half(tiny, tiny_bundle, tmp_path):

@@ -24,7 +24,7 @@ def points_of(work: Work) -> list[str]:
         _watch(lambda name: os.write(write, f"{name}\n".encode()))
         work()
 
-    died = _in_child(told)
+    died = in_child(told)
     os.close(write)
     with os.fdopen(read) as lines:
         names = lines.read().split("\n")[:-1]
@@ -48,7 +48,7 @@ def killed_at(point: int, work: Work) -> None:
         work()
         count("the end")
 
-    if (died := _in_child(doomed)) != -signal.SIGKILL:
+    if (died := in_child(doomed)) != -signal.SIGKILL:
         raise RuntimeError(f"not killed at {point} but ended with {died}")
 
 
@@ -71,7 +71,7 @@ def _watch(see: Callable[[str], object]) -> None:
     sys.addaudithook(hook)
 
 
-def _in_child(work: Work) -> int:
+def in_child(work: Work) -> int:
     """0, its exit status, or less the signal that ended it."""
     sys.stdout.flush()
     child = os.fork()

@@ -1,0 +1,136 @@
+"""What a bundle is proven by: made-up inputs of its components and a picture, all from seeds, and
+what torch answered at the build, so that any machine can ask its own engines the same.
+
+Knows numpy, the engines' interface and the runtime's own loop; not torch.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from sdrt.bundle import Bundle
+from sdrt.engine import Feeds
+from sdrt.errors import BundleError
+from sdrt.manifest import COMPONENTS, Manifest
+from sdrt.reading import Reader, mapping, number, one_of, record, row, text
+
+from .conditioning import time_ids_of
+from .loop import Guidance, Run, denoised, plan_of
+from .noise import randn
+from .options import Options, requests_from
+from .pipeline import Pipeline
+from .samplers.table import sampler_table
+
+PROMPT = "a red circle on a blue background"
+SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False}
+STEPS, GUIDED_STEPS = 2, 4
+TIMESTEP = 500.0
+ANSWERS = "proof.json"
+SAMPLES = 256  # of an answer are kept, evenly spread
+DIGITS = 6  # of each
+Size = tuple[int, int]  # width and height in pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Samples of torch's answers.
+
+    components: of each component's outputs to `made_up` inputs, by their names
+    picture: of what `drawn` draws in the first size
+    """
+
+    components: Mapping[str, Mapping[str, Sequence[float]]]
+    picture: Sequence[float]
+
+
+NUMBERS = row(number(), 1, SAMPLES)
+OUTPUTS = mapping(NUMBERS, text(r"\w{1,64}", "an output's name"), 32)
+READ: Reader[Answers] = record(
+    Answers,
+    {
+        "components": mapping(OUTPUTS, one_of(COMPONENTS), len(COMPONENTS)),
+        "picture": NUMBERS,
+    },
+)
+
+
+def made_up(shapes: Mapping[str, tuple[int, ...]], ids: np.ndarray | None, size: Size) -> Feeds:
+    """Inputs of a component of the given names and shapes; ids: of a prompt, where it reads one."""
+    fixed = {
+        "input_ids": ids,
+        "time_ids": time_ids_of(Options(), size)[1:],
+        "timestep": np.full(1, TIMESTEP, np.float32),
+    }
+    feeds = {}
+    for seed, (name, shape) in enumerate(sorted(shapes.items())):
+        value = fixed[name] if name in fixed else randn(seed, shape)
+        assert value is not None
+        feeds[name] = np.clip(value / 2, -1, 1) if name == "image" else value
+    return feeds
+
+
+def samples_of(answer: np.ndarray) -> np.ndarray:
+    """At most SAMPLES numbers of an array, evenly spread over it."""
+    flat = answer.ravel()
+    return flat[np.unique(np.linspace(0, flat.size - 1, SAMPLES).astype(np.int64))]
+
+
+def kept(answer: np.ndarray) -> list[float]:
+    """Samples as they are kept."""
+    return [float(f"{value:.{DIGITS}g}") for value in samples_of(answer)]
+
+
+def json_from_answers(answers: Answers) -> str:
+    return json.dumps(asdict(answers), indent=1, sort_keys=True) + "\n"
+
+
+def answers_of(bundle: Bundle) -> Answers:
+    """What a bundle's build kept; raises BundleError where it kept none."""
+    if ANSWERS not in bundle.manifest.files:
+        raise BundleError(
+            f"{bundle.folder} has no {ANSWERS}: it was built before proofs were kept; build it "
+            "again with --force"
+        )
+    try:
+        return READ(bundle.json(ANSWERS), "it")
+    except ValueError as error:
+        raise BundleError(f"{bundle.folder / ANSWERS} holds no answers: {error}") from error
+
+
+def latent_shape(manifest: Manifest, size: Size) -> tuple[int, int, int, int]:
+    """[1, C, H/8, W/8] of a picture's size."""
+    scale = manifest.downscale
+    return 1, manifest.latent_channels, size[1] // scale, size[0] // scale
+
+
+def beside(manifest: Manifest, size: Size, channels: int) -> np.ndarray:
+    """What some models are fed beside the latents, made up: [1, E, H/8, W/8], E mostly 0.
+
+    channels: of the model's input
+    """
+    _, latents, *sides = latent_shape(manifest, size)
+    return randn(1, (1, channels, *sides))[:, latents:]
+
+
+def drawn(
+    pipe: Pipeline,
+    size: Size,
+    steps: int = STEPS,
+    guidance_scale: float = 1.0,
+    seeds: Sequence[int] = (0,),
+) -> np.ndarray:
+    """The proof's picture of each seed, made together, [B, 3, H, W], by a bundle's engines."""
+    manifest = pipe.manifest
+    scale = guidance_scale if pipe.takes_prompt else 1.0
+    options = Options(size=f"{size[0]}x{size[1]}", guidance_scale=scale)
+    (told,) = pipe.told(requests_from(PROMPT, options), options)
+    table = sampler_table(SCHEDULER, steps)
+    guidance = Guidance(np.full(steps, scale))
+    fed = {spec.name: spec.shape for spec in manifest.components["unet"].inputs}["sample"]
+    more = beside(manifest, size, int(fed[1]))[0]
+    plan, shape = plan_of(table, guidance), latent_shape(manifest, size)
+    runs = [Run(table, guidance, plan, [randn(seed, shape)[0]], told, more) for seed in seeds]
+    *_, last = denoised(pipe.engines, runs)
+    return pipe.decoded(last.latents)

@@ -1,0 +1,208 @@
+"""`sdrt gc`: what killed processes, other GPUs and files that are gone have left in sdrt's folders.
+
+Knows names, locks and plans' sidecars. Bundles are not touched, nor what somebody holds the lock
+of. Pictures go where users say: what is left of one that was cut off is written over by the next
+of its name.
+"""
+
+import argparse
+import fcntl
+import importlib.metadata
+import json
+import logging
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .bundle import (
+    Bundle,
+    bundles_folder,
+    changed_memory,
+    embedded,
+    forget,
+    home,
+    list_bundles,
+)
+from .engine.gpus import Machine, this_machine
+from .engine.plans import Plan, plan_from_json, plans_folder
+from .engine.trt_plans import MODULES
+from .errors import BundleError, SdrtError
+from .files import beside, locked
+from .manifest import MANIFEST, MOST_MANIFEST, manifest_from_json
+from .reading import read_json
+from .report import megabytes
+
+log = logging.getLogger(__name__)
+REASONS = {
+    ".partial": "what a killed process had made of {}",
+    ".old": "what stood in the place of {}",
+    ".lock": "a lock that nobody holds",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A file, a folder, or a plan with its sidecar; why it is of no use."""
+
+    path: Path
+    reason: str
+
+    @property
+    def target(self) -> Path:
+        """What it belongs to, under whose lock it is taken away."""
+        if self.path.suffix in REASONS:
+            return self.path.with_name(self.path.stem.removeprefix("."))
+        return self.path.with_name(self.path.name.partition("-")[0])
+
+    @property
+    def files(self) -> list[Path]:
+        if self.path.suffix == ".plan":
+            both = (self.path, self.path.with_suffix(".json"))
+            return [path for path in both if path.is_file()]
+        inside = self.path.rglob("*") if self.path.is_dir() else iter([self.path])
+        return [path for path in inside if path.is_file() and not path.is_symlink()]
+
+    @property
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+    def free(self) -> None:
+        """Take it away; raises BlockingIOError where somebody has begun to make it again."""
+        with locked(self.target, wait=False):
+            if self.path.suffix == ".plan":
+                for path in reversed(self.files):  # a plan without its sidecar is no plan
+                    path.unlink()
+            elif self.path.is_dir():
+                shutil.rmtree(self.path)
+            else:
+                self.path.unlink(missing_ok=True)
+
+
+def collect(args: argparse.Namespace) -> None:
+    """Print what is left over, or JSON; with `--yes` free it."""
+    found, stale = list(leftovers(this_machine())), changed_memory()
+    described: list[dict[str, Any]] = [
+        {"path": str(f.path), "bytes": f.bytes, "reason": f.reason} for f in found
+    ]
+    if stale:
+        reason = f"{len(stale)} remembered files are gone or changed"
+        described.append({"path": str(home() / "verified.json"), "bytes": 0, "reason": reason})
+    if args.yes:
+        _free(found)
+        forget(stale)
+    total = sum(leftover.bytes for leftover in found)
+    if args.json:
+        print(json.dumps({"leftovers": described, "bytes": total, "freed": args.yes}, indent=2))
+        return
+    for each in described:
+        print(f"{megabytes(each['bytes']):>12}  {each['path']}  ({each['reason']})")
+    verb = "freed" if args.yes else "to free; type sdrt gc --yes" if described else "to free"
+    print(f"{megabytes(total):>12}  {verb}")
+
+
+def _free(found: list[Leftover]) -> None:
+    for leftover in found:
+        try:
+            leftover.free()
+        except BlockingIOError:
+            log.info("%s is made again just now; it stays", leftover.target)
+        except OSError as error:
+            raise SdrtError(f"{leftover.path} cannot be freed: {error.strerror}") from error
+
+
+def leftovers(machine: Machine) -> Iterator[Leftover]:
+    """All that is left over; machine: whose GPUs plans are for."""
+    bundles = dict(_bundles())
+    plans = {*bundles, *_subfolders(home() / "plans")}
+    places = [home(), bundles_folder(), embedded("x").parent, home() / "converted"]
+    places += [home() / "timing", *plans, *(folder for of in plans for folder in _subfolders(of))]
+    for place in places:
+        yield from _unfinished(place)
+    for folder in sorted(plans):
+        yield from _useless(folder, bundles.get(folder), machine)
+
+
+def _bundles() -> Iterator[tuple[Path, Bundle]]:
+    """Every bundle whose manifest can be read, by the folder of its plans."""
+    for folder in list_bundles():
+        path = folder / MANIFEST
+        try:
+            manifest = manifest_from_json(read_json(path, most=MOST_MANIFEST), path)
+        except BundleError:  # nothing is known of its plans, so they stay
+            continue
+        bundle = Bundle(folder, manifest)
+        yield plans_folder(bundle), bundle
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def _unfinished(place: Path) -> Iterator[Leftover]:
+    for path in sorted(place.iterdir()) if place.is_dir() else []:
+        if path.name.startswith(".") and path.suffix in REASONS:
+            leftover = Leftover(path, REASONS[path.suffix].format(path.stem[1:]))
+            alone = path.suffix == ".old" and not leftover.target.exists()  # it is the bundle
+            if not alone and not _is_held(leftover.target):
+                yield leftover
+
+
+def _is_held(target: Path) -> bool:
+    try:
+        with beside(target, "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _useless(folder: Path, bundle: Bundle | None, machine: Machine) -> Iterator[Leftover]:
+    """Plans that nothing here can use, and parts of plans."""
+    sidecars = set(folder.glob("*/*-*.json"))
+    for sidecar in sorted(sidecars):
+        try:
+            plan = plan_from_json(sidecar)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # written by another version: it is left alone
+        if not plan.path.is_file():
+            yield Leftover(plan.path, "a sidecar whose plan is gone")
+        elif reason := _why_useless(plan, bundle, machine):
+            yield Leftover(plan.path, reason)
+    for path in sorted(folder.glob("*/*-*.plan")):
+        leftover = Leftover(path, "a plan without its sidecar")
+        if path.with_suffix(".json") not in sidecars and not _is_held(leftover.target):
+            yield leftover
+
+
+def _why_useless(plan: Plan, bundle: Bundle | None, machine: Machine) -> str | None:
+    """On a machine without a GPU plans may be made for others, so that theirs are not useless."""
+    key, here = plan.key, f"{platform.system()}-{platform.machine()}".lower()
+    if key.system != here:
+        return f"for {key.system}, this is {here}"
+    if (installed := _installed(key.kind)) and not installed.startswith(key.version):
+        return f"of {key.kind} {key.version}, here is {installed}"
+    if machine.gpus and not {gpu.sm for gpu in machine.gpus} & set(key.targets):
+        return f"for {', '.join(key.targets)}, here is {machine.gpus[0].sm}"
+    if machine.gpus and key.gpu and key.gpu not in {gpu.name for gpu in machine.gpus}:
+        return f"for {key.gpu}, here is {machine.gpus[0].name}"
+    if bundle and not _has(bundle, key.component, (key.graph, key.weights)):
+        return "of a graph or weights that the bundle no longer has"
+    return None
+
+
+def _has(bundle: Bundle, component: str, hashes: tuple[str, ...]) -> bool:
+    files = bundle.manifest.files.items()
+    known = {record.sha256 for name, record in files if name.startswith(f"{component}/")}
+    return set(hashes) <= known
+
+
+def _installed(kind: str) -> str | None:
+    try:
+        return importlib.metadata.version(MODULES[kind])
+    except (KeyError, importlib.metadata.PackageNotFoundError):
+        return None

@@ -1,0 +1,128 @@
+"""`sdrt verify`: a bundle proven again, by this machine's engines, against what torch answered when
+it was built. Needs no torch.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from .bundle import Bundle, check_files, open_bundle
+from .engine import Candidate, Feeds, choose, parity
+from .errors import ParityError
+from .manifest import Manifest
+from .runtime import Pipeline, load_pipeline
+from .runtime.proving import GUIDED_STEPS, PROMPT, Answers, answers_of, drawn, made_up, samples_of
+
+log = logging.getLogger(__name__)
+GUIDANCE = 7.5
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was asked, and whether it is as it should be."""
+
+    what: str
+    found: str
+    wanted: str
+    passed: bool
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Print every check; raise ParityError if one is missed, BundleError for other bytes than those
+    that were built.
+    """
+    bundle = open_bundle(args.bundle)
+    check_files(bundle.folder, bundle.manifest, anew=True)
+    candidate = choose(args.backend, bundle.bytes, device=args.device)
+    log.info("backend: %s (%s)", candidate.title, candidate.because)
+    checks = [Check("files", f"{len(bundle.manifest.files)} of the sha256 built", "all", True)]
+    for check in proven(bundle, candidate):
+        checks.append(check)
+        log.debug("%s", _line(check))
+    missed = [check for check in checks if not check.passed]
+    if args.json:
+        described = {"bundle": str(bundle.folder), "backend": candidate.title}
+        print(json.dumps({**described, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        print("\n".join(_line(check) for check in checks))
+    if missed:
+        raise ParityError(
+            f"{bundle.folder} is not proven on {candidate.title}: {missed[0].what} has "
+            f"{missed[0].found}, wanted {missed[0].wanted} ({len(missed)} of {len(checks)} checks "
+            "missed); use another --backend, or build it again with --force"
+        )
+
+
+def _line(check: Check) -> str:
+    mark = "ok" if check.passed else "MISSED"
+    return f"{mark:7} {check.what:32} {check.found}  (wanted: {check.wanted})"
+
+
+def proven(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
+    """Every component in every precision, the whole pipeline, and whether a seed is one picture."""
+    answers, size = answers_of(bundle), bundle.manifest.sizes[0]
+    exact = replace(bundle, manifest=replace(bundle.manifest, admitted={}))
+    with load_pipeline(exact, candidate) as pipe:
+        for name in pipe.engines:
+            if name.removesuffix("_float32") in bundle.manifest.components:
+                yield _component(pipe, name, answers)
+        picture = drawn(pipe, size)
+        halves = any(part.dtype == "float16" for part in bundle.manifest.components.values())
+        kept, dtype = {"picture": answers.picture}, "float16" if halves else "float32"
+        yield _compared("the whole pipeline", {"picture": picture}, kept, dtype)
+        same = drawn(pipe, size).tobytes() == picture.tobytes()
+        said = "the same bytes" if same else "other bytes"
+        yield Check("the same seed again", said, "the same bytes", same)
+        if bundle.manifest.batch[2] > 1:  # a call of more rows may round otherwise
+            shared, alone = drawn(pipe, size, seeds=(1, 0))[1:], samples_of(picture)
+            yield _compared("the seed in company", {"picture": shared}, {"picture": alone}, dtype)
+        reduced = candidate.reduced in bundle.manifest.admitted
+        wanted = drawn(pipe, size, GUIDED_STEPS, GUIDANCE) if reduced else picture
+    if reduced:
+        with load_pipeline(bundle, candidate) as pipe:
+            found = drawn(pipe, size, GUIDED_STEPS, GUIDANCE)
+        psnr, floor = parity.measures(found, wanted, picture=True)["psnr"], parity.PICTURE_FLOOR
+        what = f"a picture in {candidate.reduced}"
+        yield Check(what, f"psnr {psnr:.1f} dB", f"at least {floor} dB", psnr >= floor)
+
+
+def _component(pipe: Pipeline, name: str, answers: Answers) -> Check:
+    part = name.removesuffix("_float32")
+    component, size = pipe.manifest.components[part], pipe.manifest.sizes[0]
+    tokenizer = pipe.tokenizer_2 if part == "text_encoder_2" else pipe.tokenizer
+    ids = tokenizer(["", PROMPT]) if tokenizer else None
+    found = pipe.engines[name](made_up(_shapes(pipe.manifest, part), ids, size))
+    dtype = component.dtype if name == part else f"{component.dtype} weights in float32"
+    kept = answers.components.get(part, {})
+    return _compared(f"{part}, {dtype}", found, kept, component.dtype)
+
+
+def _shapes(manifest: Manifest, part: str) -> dict[str, tuple[int, ...]]:
+    """Of a component's inputs, for one picture of the first size."""
+    (width, height), down = manifest.sizes[0], manifest.downscale
+    lengths = {"rows": 1, "tokens": manifest.max_tokens, "width": width, "height": height}
+    lengths |= {"latent_width": width // down, "latent_height": height // down}
+    return {
+        spec.name: tuple(lengths[axis] if isinstance(axis, str) else axis for axis in spec.shape)
+        for spec in manifest.components[part].inputs
+    }
+
+
+def _compared(
+    what: str, found: Feeds, kept: Mapping[str, Sequence[float] | np.ndarray], dtype: str
+) -> Check:
+    """Answers against the samples that are kept of torch's, by the floor of a precision."""
+    floor = parity.FLOORS[dtype]
+    wanted = f"cosine at least {floor.cosine}, error at most {floor.error}"
+    samples = {name: samples_of(answer) for name, answer in found.items()}
+    if {name: len(each) for name, each in samples.items()} != {n: len(k) for n, k in kept.items()}:
+        return Check(what, "other outputs than those that are kept", wanted, False)
+    every = [parity.measures(samples[name], np.array(kept[name]), picture=False) for name in kept]
+    values = parity.worst(every)
+    passed = values["cosine"] >= floor.cosine and values["error"] <= floor.error
+    said = f"cosine {values['cosine']:.7g}, error {values['error']:.2g}"
+    return Check(what, said, wanted, passed)

@@ -1,0 +1,138 @@
+"""A bundle proven again: what passes on a machine that has not built it, and what is noticed."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sdrt.bundle import _remember, _remembered, describe_files, home, open_bundle
+from sdrt.cli import main
+from sdrt.engine import choose
+from sdrt.errors import BundleError
+from sdrt.files import identity
+from sdrt.verifying import proven
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = sys.modules["onnx"] = None
+from sdrt.cli import main
+sys.exit(main(["verify", "--json", "--quiet", "--bundle", sys.argv[1]]))
+"""
+
+
+@pytest.fixture
+def copy(tiny_bundle, tmp_path):
+    return shutil.copytree(tiny_bundle, tmp_path / "copy")
+
+
+def admit(folder, change=lambda manifest: None):
+    """Have the manifest say what the folder holds, as one who wants to deceive would."""
+    path = folder / "sdrt.json"
+    manifest = json.loads(path.read_text())
+    files = {n: {"size": r.size, "sha256": r.sha256} for n, r in describe_files(folder).items()}
+    manifest["files"] = files
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def verified(folder, capsys):
+    """The exit code, what was missed, and what was said."""
+    code = main(["verify", "--json", "--quiet", "--bundle", str(folder)])
+    told = capsys.readouterr()
+    checks = json.loads(told.out)["checks"] if told.out else []
+    return code, [check["what"] for check in checks if not check["passed"]], told.err
+
+
+def test_a_bundle_is_proven_without_torch(tiny_bundle):
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(tiny_bundle)]
+    told = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    checks = {check["what"]: check["passed"] for check in told["checks"]}
+    assert all(checks.values())
+    parts = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+    again = ("the same seed again", "the seed in company")
+    assert set(checks) == {*(f"{p}, float32" for p in parts), "files", "the whole pipeline", *again}
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
+def test_other_weights_under_a_matching_manifest_are_noticed(copy, capsys, part):
+    path = copy / part / "model.safetensors"
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    changed = np.frombuffer(content[start:], np.float32) * np.float32(1.02)
+    path.write_bytes(content[:start] + changed.tobytes())
+    admit(copy)
+    code, missed, said = verified(copy, capsys)
+    assert code == 6 and f"{part}, float32" in missed
+    assert "is not proven on onnxruntime on cpu" in said
+    assert ("the whole pipeline" in missed) == (part != "vae_encoder")
+
+
+def test_bytes_that_the_disk_lost_are_found_though_the_times_are_the_same(copy, capsys):
+    path = copy / "unet" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    record = open_bundle_record(copy, "unet/model.safetensors")
+    mark = f"{identity(path.stat())}:{record}"
+    memory = home() / "verified.json"
+    _remember(memory, _remembered(memory) | {str(path.resolve()): mark})
+    open_bundle(copy)  # as remembered
+    code, _, said = verified(copy, capsys)
+    assert code == 3 and "damaged" in said
+    with pytest.raises(BundleError, match="damaged"):
+        open_bundle(copy)
+
+
+def open_bundle_record(folder, name):
+    return json.loads((folder / "sdrt.json").read_text())["files"][name]["sha256"]
+
+
+def test_a_bundle_without_answers_says_what_to_do(copy, capsys):
+    (copy / "proof.json").unlink()
+    admit(copy)
+    code, _, said = verified(copy, capsys)
+    assert code == 3 and "build it again with --force" in said
+
+
+@pytest.mark.parametrize("text", ["{}", '{"components": {"unet": 1}, "picture": []}', "[1]"])
+def test_answers_that_are_none_are_refused(copy, capsys, text):
+    (copy / "proof.json").write_text(text)
+    admit(copy)
+    code, _, said = verified(copy, capsys)
+    assert code == 3 and "proof.json" in said
+
+
+def test_answers_of_another_shape_are_a_miss(copy, capsys):
+    kept = json.loads((copy / "proof.json").read_text())
+    kept["components"]["unet"]["output"].pop()
+    del kept["components"]["vae_encoder"]["std"]
+    (copy / "proof.json").write_text(json.dumps(kept))
+    admit(copy)
+    code, missed, _ = verified(copy, capsys)
+    assert code == 6 and missed == ["unet, float32", "vae_encoder, float32"]
+
+
+def test_an_engine_that_answers_otherwise_each_time_is_noticed(tiny_bundle):
+    candidate = choose("onnxruntime")
+
+    class Unsteady:
+        """A real engine whose last bit changes from call to call."""
+
+        def __init__(self, engine):
+            self.engine, self.calls = engine, 0
+
+        def __getattr__(self, name):
+            return getattr(self.engine, name)
+
+        def __call__(self, feeds):
+            self.calls += 1
+            small = np.float32(1 + self.calls * 1e-6)
+            return {name: value * small for name, value in self.engine(feeds).items()}
+
+    unsteady = replace(candidate, load=lambda b, name: Unsteady(candidate.load(b, name)))
+    missed = {c.what for c in proven(open_bundle(tiny_bundle), unsteady) if not c.passed}
+    assert missed == {"the same seed again"}
