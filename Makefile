@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export SDRT_HOME ?= $(CURDIR)/build/sdrt
 
-.PHONY: demo test test-slow test-fleet gpu-check check lint types mutations wheel bundle bench fuzz lock audit clean
+.PHONY: demo test test-slow test-fleet gpu-check check lint types mutations wheel bundle bench fuzz lock audit clean kill-points
 
 demo: $(READY)
 	$(BIN)/sdrt build --model shapes --feature-reuse --force
@@ -27,6 +27,11 @@ test-fleet: $(READY)
 	$(BIN)/pytest -m slow tests/test_serve_fleet.py
 
 check: lint types test
+
+# Some two hundred builds that are killed, each begun again.
+kill-points: $(READY)
+	$(BIN)/python benchmarks/kill_points.py --save
+	$(BIN)/python benchmarks/results.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -166,46 +166,78 @@ def test_who_makes_the_same_waits(target):
 
 
 ON_A_SMALL_DISK = """
+import subprocess
 from pathlib import Path
+from sdrt.files import write_whole
 from sdrt.folders import published
 
-target = Path("{folder}/b")
+disk = Path("{folder}")
+target = disk / "b"
 
 
-def publish(size, force=True):
+def publish(content):
+    with published(target, "sdrt.json", force=True) as folder:
+        for name in ("1", "2", "3", "sdrt.json"):
+            (folder / name).write_text(content * 5000)
+
+
+def attempt(work, content):
     try:
-        with published(target, "sdrt.json", force) as folder:
-            for i in range(4):
-                (folder / str(i)).write_bytes(b"x" * size)
-            (folder / "sdrt.json").write_text(str(size))
+        work(content)
     except Exception as error:
-        print(type(error).__name__, str(error).split(";")[0])
-    print(*(path.name for path in target.parent.iterdir()), (target / "sdrt.json").read_text())
+        return f"{{type(error).__name__}}: {{str(error).split(';')[0]}}"
+    return "made"
 
 
-publish(10)
-for size in (5000, 12000, 30000, 70000):
-    publish(size)
-import subprocess
+def there():
+    contents = {{path.read_text()[:1] for path in [*target.iterdir(), disk / "f"]}}
+    return (*sorted(path.name for path in disk.iterdir()), *sorted(contents))
 
+
+publish("o")
+write_whole(disk / "f", b"o" * 9000)
+before = there()
+for free in range(12, -1, -1):  # pages of 4096 bytes; the folder takes 8, the file 3
+    filler = disk / "filler"
+    filler.touch()
+    with filler.open("wb", buffering=0) as file:
+        while attempt(lambda c: file.write(c), b"x" * 4096) == "made":
+            pass
+        file.truncate(max(0, file.tell() - free * 4096))
+    print(free, attempt(publish, "n"), attempt(lambda c: write_whole(disk / "f", c), b"n" * 9000))
+    filler.unlink()
+    print(*there())
+    publish("o")
+    write_whole(disk / "f", b"o" * 9000)
+    assert there() == before
 subprocess.run(["mount", "-o", "remount,ro", "{folder}"], check=True)
-publish(10)
+print("read-only", attempt(publish, "n"), attempt(lambda c: write_whole(disk / "f", c), b"n"))
+print(*there())
 """
 
 
 def test_a_full_or_read_only_disk_leaves_the_old_and_nothing_else(tmp_path):
-    """On a real one: a small file system in memory, in a mount namespace of its own."""
+    """On a real one, full at every write in turn: a small file system in memory, in a mount
+    namespace of its own.
+    """
     script = tmp_path / "script.py"
     (folder := tmp_path / "disk").mkdir()
     script.write_text(ON_A_SMALL_DISK.format(folder=folder))
-    mount = f"mount -t tmpfs -o size=64k tmpfs {folder}"
+    mount = f"mount -t tmpfs -o size=160k tmpfs {folder}"
     command = ["unshare", "-Urm", "sh", "-c", f"{mount} && exec {sys.executable} {script}"]
     made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode and not made.stdout:
         pytest.skip(f"no file system of its own: {made.stderr.strip()}")
-    full = [f"SdrtError no space left for {folder}/b", "b 5000"]
-    read_only = [f"SdrtError cannot write {folder}/b: Read-only file system", "b 5000"]
-    assert made.stdout.splitlines() == ["b 10", "b 5000", *full * 3, *read_only]
+    lines = made.stdout.splitlines()
+    assert len(lines) == 2 * 14, made.stderr
+    full = f"SdrtError: no space left for {folder}/b OSError: [Errno 28] No space left on device"
+    seen = set()
+    for said, there in zip(lines[::2], lines[1::2], strict=True):
+        folder_made, file_made = "SdrtError" not in said, "OSError" not in said
+        seen.add((folder_made, file_made))
+        assert there.split() == ["b", "f", *sorted({"on"[folder_made], "on"[file_made]})]
+    assert lines[0] == "12 made made" and lines[-4] == f"0 {full}" and len(seen) == 3
+    assert lines[-2].startswith(f"read-only SdrtError: cannot write {folder}/b: Read-only file")
 
 
 def test_a_folder_without_permission_is_said(target):
@@ -223,3 +255,14 @@ def test_a_folder_without_permission_is_said(target):
 
     points_of(nobody)  # in a child, which fails if this does
     assert names_in(target.parent) == ["closed"]
+
+
+@pytest.mark.slow
+def test_killed_builds_end_with_the_same_bundle():
+    """Every twentieth point of real builds; `make kill-points` has all of them."""
+    script = Path(__file__).parent.parent / "benchmarks" / "kill_points.py"
+    command = [sys.executable, script, "--every", "20", "--kills", "0"]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    found, of = made.stdout.rpartition(" points recovered")[0].split()[-3::2]
+    assert int(found) == int(of) >= 10
