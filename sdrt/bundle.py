@@ -16,10 +16,12 @@ from typing import Any
 
 from .errors import BundleError, UsageError
 from .files import beside, identity, locked, write_whole
+from .graphs import check_graph
 from .manifest import (
     MANIFEST,
     MOST_MANIFEST,
     SHALLOW,
+    Component,
     FileRecord,
     Manifest,
     manifest_from_json,
@@ -30,8 +32,13 @@ from .reading import read_json
 NAMES = {"names": "checkpoint"}
 TRANSPOSED = ".T"
 FLOAT32_GRAPH = "float32.onnx"
+WEIGHTS = "model.safetensors"
 # A UNet's layers nearest to its input and output lie beside it: its weights are theirs.
 SHALLOW_GRAPH = "shallow.onnx"
+# All that a bundle may hold beside graphs and their weights.
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+SMALL_FILES = {f"tokenizer{which}/{name}" for which in ("", "_2") for name in TOKENIZER_FILES}
+SMALL_FILES |= {"scheduler/scheduler_config.json", "proof.json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +152,13 @@ def check_listed(folder: Path, manifest: Manifest) -> None:
     Links that lead outside are refused, and what is no file; hard links are not, since a copy may
     be made of them and what they hold is compared with the manifest.
     """
-    for part in manifest.components:
-        graph = graph_name(part)
-        for name in (graph, f"{graph.partition('/')[0]}/model.safetensors"):
-            if name not in manifest.files:
-                raise BundleError(f"{folder / MANIFEST} is not a manifest: it lists no {name}")
+    graphs = graphs_of(manifest)
+    weights = {str(Path(graph).with_name(WEIGHTS)) for graph in graphs}
+    needed = {graph_name(part) for part in manifest.components} | weights
+    if missing := sorted(needed - set(manifest.files)):
+        raise BundleError(f"{folder / MANIFEST} is not a manifest: it lists no {missing[0]}")
+    if unused := sorted(set(manifest.files) - set(graphs) - weights - SMALL_FILES):
+        raise BundleError(f"{folder / MANIFEST} lists {unused[0]}, which no bundle has")
     inside = folder.resolve()
     for name in manifest.files:
         path = (folder / name).resolve()
@@ -164,8 +173,15 @@ def check_listed(folder: Path, manifest: Manifest) -> None:
                 raise BundleError(f"{found} is not in {MANIFEST}; delete it, or build again")
 
 
+def graphs_of(manifest: Manifest) -> dict[str, Component]:
+    """Every graph that a bundle may hold, and the component whose inputs and outputs it has."""
+    made = {f"{part}/{FLOAT32_GRAPH}": each for part, each in manifest.components.items()}
+    return made | {graph_name(part): each for part, each in manifest.components.items()}
+
+
 def check_files(folder: Path, manifest: Manifest, anew: bool = False) -> None:
-    """Compare every file with the manifest; an unchanged file is hashed once, then remembered.
+    """Compare every file with the manifest, and look into graphs; both are done once and
+    remembered for as long as neither the file nor its weights change.
 
     anew: hash all, whatever is remembered
     """
@@ -178,7 +194,8 @@ def check_files(folder: Path, manifest: Manifest, anew: bool = False) -> None:
             stat = path.stat()
         except OSError as error:
             raise BundleError(f"{path} is missing; build the bundle again with --force") from error
-        mark = f"{identity(stat)}:{record.sha256}"
+        weights = manifest.files.get(str(Path(name).with_name(WEIGHTS)), record)
+        mark = f"{identity(stat)}:{record.sha256}:{weights.sha256}"
         if known.get(str(path.resolve())) == mark:
             continue
         if stat.st_size != record.size or _sha256_of_part(path) != record.sha256:
@@ -188,6 +205,8 @@ def check_files(folder: Path, manifest: Manifest, anew: bool = False) -> None:
                 f"({stat.st_size} bytes found, {record.size} expected, or another sha256); "
                 "build the bundle again with --force"
             )
+        if path.suffix == ".onnx":
+            check_graph(path, graphs_of(manifest)[name])
         fresh[str(path.resolve())] = mark
     if fresh:
         _remember(memory, _remembered(memory) | fresh)
