@@ -175,8 +175,9 @@ def check_listed(folder: Path, manifest: Manifest) -> None:
 
 def graphs_of(manifest: Manifest) -> dict[str, Component]:
     """Every graph that a bundle may hold, and the component whose inputs and outputs it has."""
-    made = {f"{part}/{FLOAT32_GRAPH}": each for part, each in manifest.components.items()}
-    return made | {graph_name(part): each for part, each in manifest.components.items()}
+    parts = manifest.components.items()
+    made = {graph_name(part, FLOAT32_GRAPH): component for part, component in parts}
+    return made | {graph_name(part): component for part, component in parts}
 
 
 def check_files(folder: Path, manifest: Manifest, anew: bool = False) -> None:

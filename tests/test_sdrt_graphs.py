@@ -10,7 +10,7 @@ from strangers import graph, list_files, loaded, state_of, write_bundle
 
 import sdrt.bundle
 from sdrt import graphs
-from sdrt.bundle import open_bundle
+from sdrt.bundle import graph_name, open_bundle
 from sdrt.errors import BundleError
 from sdrt.manifest import manifest_from_json
 from sdrt.reading import read_json
@@ -232,7 +232,7 @@ def facts_here(data):
 def test_graphs_of_a_build_are_read_as_onnx_reads_them(shapes):
     manifest = manifest_from_json(read_json(shapes / "sdrt.json"), shapes)
     for name, component in manifest.components.items():
-        path = shapes / name / "model.onnx"
+        path = shapes / graph_name(name)
         graphs.check_graph(path, component)
         assert facts_here(path.read_bytes()) == facts(loaded(path))
         with pytest.raises(BundleError, match="the manifest"):
