@@ -14,6 +14,7 @@ from serving import PROMPT, client, engine_of, served, wait_for
 from sdrt.runtime.pictures import settings_from_text, text_of
 
 FAST = {"num_inference_steps": 4, "seed": 3}
+FEWER = {"guidance_scale": 5.0, "feature_reuse": 2}
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +34,8 @@ def generate(api, **options):
 
 
 def test_a_picture_is_the_pipelines_own(api, pipe):
-    answer = generate(api, n=2, extra_body={"scheduler": "Euler", "guidance_scale": 5.0})
-    wanted = pipe.with_scheduler("Euler")(
-        PROMPT, num_images_per_prompt=2, guidance_scale=5.0, **FAST
-    )
+    answer = generate(api, n=2, extra_body={**FEWER, "scheduler": "Euler"})
+    wanted = pipe.with_scheduler("Euler")(PROMPT, num_images_per_prompt=2, **FEWER, **FAST)
     assert answer.size == "64x64"
     for data, image, text in zip(answer.data, wanted.images, wanted.parameters, strict=True):
         made = picture(data.b64_json)
@@ -195,6 +194,7 @@ NUMBERS = (
     "partial_images",
     "num_inference_steps",
     "guidance_scale",
+    "feature_reuse",
     "seed",
     "priority",
     "deadline_seconds",

@@ -1,0 +1,299 @@
+"""What fewer and cheaper evaluations save, and how far their pictures are from the full run's.
+
+    python benchmarks/fewer.py [--work FOLDER] [--size 256x256] [--rounds 3] [--save]
+
+Without `--work` the embedded model: many captions and seeds, their pictures against those of the
+full run, and what a reader of shapes makes of them. With it full-size Stable Diffusion 1.5 of
+random weights, made and built in FOLDER (7 GB; kept there): whole pictures of 20 steps in turns
+with the reference library's, in fp32 and bf16. Random weights say nothing of how good a picture is,
+only how far it is from the same run in full.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from results import save
+from similarity import psnr, ssim
+
+import sdrt
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+from shapes_reader import verdict
+from shapes_scenes import caption, scene_from_random
+
+STEPS = 20
+PROMPT = "a red circle on a blue background"
+SAMPLER = "DPM++ 2M"
+WAYS: dict[str, dict[str, object]] = {
+    "full": {},
+    "guidance in the first 60 %": {"guidance_interval": (0.0, 0.6)},
+    "reuse 2": {"feature_reuse": 2},
+    "reuse 3": {"feature_reuse": 3},
+    "reuse 5": {"feature_reuse": 5},
+    "both, reuse 2": {"feature_reuse": 2, "guidance_interval": (0.0, 0.6)},
+    "both, reuse 3": {"feature_reuse": 3, "guidance_interval": (0.0, 0.6)},
+}
+
+
+def distance(found: list[np.ndarray], wanted: list[np.ndarray]) -> dict[str, float]:
+    """PSNR in dB, the median and the worst, and SSIM, the median."""
+    near = [psnr(a, b) for a, b in zip(found, wanted, strict=True)]
+    alike = [ssim(a, b) for a, b in zip(found, wanted, strict=True)]
+    return {
+        "psnr": statistics.median(near),
+        "psnr_worst": min(near),
+        "ssim": statistics.median(alike),
+    }
+
+
+def embedded(count: int, rounds: int) -> dict[str, dict[str, float]]:
+    """The embedded model: distance, what a reader makes of its pictures, seconds each."""
+    rng = np.random.default_rng(2026)
+    scenes = [scene_from_random(rng) for _ in range(count)]
+    captions = [caption(scene) for scene in scenes]
+    found: dict[str, dict[str, float]] = {}
+    with sdrt.load("shapes", backend="onnxruntime") as loaded:
+        pipe = loaded.with_scheduler(SAMPLER)
+        times: dict[str, list[float]] = {name: [] for name in WAYS}
+        for turn in range(rounds + 1):  # the first sets things up
+            for name, options in WAYS.items():
+                began = time.perf_counter()
+                pipe(PROMPT, num_inference_steps=STEPS, seed=0, **options)
+                times[name] += [time.perf_counter() - began] if turn else []
+        wanted: list[np.ndarray] = []
+        for name, options in WAYS.items():
+            out = pipe(captions, num_inference_steps=STEPS, seed=0, **options)
+            pictures = [np.asarray(image) for image in out.images]
+            wanted = wanted or pictures
+            read = [verdict(p, s) for p, s in zip(pictures, scenes, strict=True)]
+            right = {
+                part: float(np.mean([getattr(each, part) for each in read]))
+                for part in ("background", "colour", "shape")
+            }
+            found[name] = {
+                **distance(pictures, wanted),
+                **right,
+                "seconds": statistics.median(times[name]),
+                "times_faster": paired(times["full"], times[name]),
+            }
+    return found
+
+
+def paired(base: list[float], own: list[float]) -> float:
+    """How many times faster, the median of the rounds."""
+    return statistics.median(a / b for a, b in zip(base, own, strict=True))
+
+
+def shares(checkpoint: Path, size: tuple[int, int]) -> dict[str, float]:
+    """Floating-point operations of a guided evaluation, attention included, in 1e9: the whole UNet
+    and its shallow part from each branch.
+    """
+    import json
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from sdrt.export.unet import Unet, UnetConfig
+
+    config = UnetConfig.from_json(json.loads((checkpoint / "unet" / "config.json").read_text()))
+    with torch.device("meta"):
+        unet = Unet(config)
+        sides = size[1] // 8, size[0] // 8
+        given = {
+            "sample": torch.zeros(2, config.in_channels, *sides),
+            "timestep": torch.zeros(2),
+            "context": torch.zeros(2, 77, config.cross_attention_dim),
+        }
+
+    def counted(call, **more) -> float:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call(**given, **more)
+        return counter.get_total_flops() / 1e9
+
+    found = {"whole": counted(unet)}
+    for branch in range(config.layers_per_block + 1):
+        unet.branch = branch
+        with torch.no_grad():
+            _, feature = unet(**given)
+        found[f"branch {branch}"] = counted(unet.shallow, feature=feature)
+    return found
+
+
+REFERENCES = {"reference fp32": "float32", "reference bf16": "bfloat16"}
+OWN = ("full", "reuse 2", "reuse 3", "both, reuse 2", "both, reuse 3")
+
+
+def work(name: str, folder: Path, size: tuple[int, int]) -> None:
+    """A worker: loads, makes a picture for every line, prints the seconds; the picture it saves."""
+    draw = reference(folder / "model", REFERENCES[name], size) if name in REFERENCES else None
+    draw = draw or own(folder / "bundle", size)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        way, path = line.strip().split("\t")
+        began = time.perf_counter()
+        picture = draw(way)
+        print(time.perf_counter() - began, flush=True)
+        np.save(path, picture)
+
+
+def own(bundle: Path, size: tuple[int, int]):
+    pipe = sdrt.load(bundle, backend="openvino").with_scheduler(SAMPLER)
+
+    def draw(way: str) -> np.ndarray:
+        pipe.known.clear()
+        options = {"num_inference_steps": STEPS, "seed": 0, "size": f"{size[0]}x{size[1]}"}
+        return np.asarray(pipe(PROMPT, **options, **WAYS[way]).images[0])
+
+    return draw
+
+
+def reference(checkpoint: Path, dtype: str, size: tuple[int, int]):
+    """The reference library's pipeline, channels last in bf16, as its users run it."""
+    import diffusers
+    import torch
+    from safetensors.torch import load_file
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    kind = getattr(torch, dtype)
+    unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+    for module, part in ((unet, "unet"), (vae, "vae")):
+        module.load_state_dict(
+            load_file(checkpoint / part / "diffusion_pytorch_model.safetensors"), assign=True
+        )
+        module.to(kind).eval()
+        if dtype == "bfloat16":
+            module.to(memory_format=torch.channels_last)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae,
+        unet=unet,
+        text_encoder=CLIPTextModel.from_pretrained(checkpoint / "text_encoder", dtype=kind),
+        tokenizer=CLIPTokenizer.from_pretrained(checkpoint / "tokenizer", model_max_length=77),
+        scheduler=diffusers.DPMSolverMultistepScheduler.from_pretrained(checkpoint / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(_: str) -> np.ndarray:
+        generator = torch.Generator("cpu").manual_seed(0)
+        sides = {"width": size[0], "height": size[1]}
+        out = pipe(PROMPT, num_inference_steps=STEPS, generator=generator, **sides)
+        return np.asarray(out.images[0])
+
+    return draw
+
+
+def full_size(folder: Path, size: str, rounds: int) -> dict[str, dict[str, object]]:
+    """Whole pictures in turns: seconds, how many times faster, and distance from our full run."""
+    if not (folder / "bundle").exists():
+        if not (folder / "model").exists():
+            (folder / "model").mkdir(parents=True)
+            maker = str(Path(__file__).with_name("build_full_size.py"))
+            command = [sys.executable, maker, "--checkpoint", str(folder / "model")]
+            subprocess.run(command, check=True)
+        build = [sys.executable, "-m", "sdrt", "build", "--model", str(folder / "model")]
+        build += ["--size", size, "--feature-reuse", "--output", str(folder / "bundle")]
+        subprocess.run(build, check=True)
+    workers = {name: started(name, folder, size) for name in (*REFERENCES, "own")}
+    turns = [(name, name, "full") for name in REFERENCES] + [(way, "own", way) for way in OWN]
+    seconds: dict[str, list[float]] = {name: [] for name, _, _ in turns}
+    pictures: dict[str, np.ndarray] = {}
+    for _ in range(rounds):
+        for name, worker, way in turns:
+            path = folder / f"{name}.npy"
+            seconds[name].append(asked(workers[worker], f"{way}\t{path}"))
+            print(f"{name:24} {seconds[name][-1]:7.2f} s", flush=True)
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    for name in seconds:
+        pictures[name] = np.load(folder / f"{name}.npy")
+        (folder / f"{name}.npy").unlink()
+    return {
+        name: {
+            "seconds": taken,
+            "times_fp32": paired(seconds["reference fp32"], taken),
+            "times_bf16": paired(seconds["reference bf16"], taken),
+            **distance([pictures[name]], [pictures["full"]]),
+        }
+        for name, taken in seconds.items()
+    }
+
+
+def started(name: str, folder: Path, size: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, __file__, "--worker", name, "--work", str(folder), "--size", size]
+    worker = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert worker.stdout is not None and worker.stdout.readline().strip() == "ready", name
+    return worker
+
+
+def asked(worker: "subprocess.Popen[str]", line: str) -> float:
+    assert worker.stdin is not None and worker.stdout is not None
+    worker.stdin.write(line + "\n")
+    worker.stdin.flush()
+    return float(worker.stdout.readline())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--size", default="256x256")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--captions", type=int, default=200, help="of the embedded model")
+    parser.add_argument("--save", action="store_true", help="keep the figures for the README")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    width, height = (int(side) for side in args.size.split("x"))
+    if args.worker:
+        work(args.worker, args.work, (width, height))
+        return
+    claims = {}
+    if args.work:
+        ways = full_size(args.work, args.size, args.rounds)
+        parts = shares(args.work / "model", (width, height))
+        for name, found in ways.items():
+            print(f"{name:24} " + "  ".join(f"{k} {v}" for k, v in found.items()))
+            if name not in REFERENCES:
+                claims[f"full-size picture, {args.size}, {STEPS} steps, guidance 7.5, {name}"] = (
+                    f"{statistics.median(found['seconds']):.1f} s, {found['times_fp32']:.2f} × the "
+                    f"reference's fp32, {found['times_bf16']:.2f} × its bf16; "
+                    f"{found['psnr']:.1f} dB of ours in full"
+                )
+        print(parts)
+        claims |= {
+            f"operations of the shallow UNet, {name}, {args.size}": (
+                f"{value / parts['whole']:.1%} of the whole one's {parts['whole']:.0f} GFLOP"
+            )
+            for name, value in parts.items()
+            if name != "whole"
+        }
+        figures = {"ways": ways, "gflop": parts}
+    else:
+        figures = {"ways": embedded(args.captions, args.rounds)}
+        for name, found in figures["ways"].items():
+            print(f"{name:28} " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()))
+            if name != "full":
+                claims[f"`shapes`, {args.captions} captions, {STEPS} steps, {name}"] = (
+                    f"{found['times_faster']:.2f} × as fast; {found['psnr']:.1f} dB, SSIM "
+                    f"{found['ssim']:.3f} of the full run's; shape right {found['shape']:.1%}"
+                )
+    if args.save:
+        save(f"fewer_{args.size}" if args.work else "fewer_shapes", claims, figures)
+
+
+if __name__ == "__main__":
+    main()
