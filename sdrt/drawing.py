@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -119,17 +120,23 @@ def run(args: argparse.Namespace) -> None:
         on_step = partial(_tell, watchers) if watchers else None  # so that it may run whole
         made = chosen.pictures(args.prompt or None, options, on_step)
         finished: list[tuple[Request, Image.Image, Path]] = []
+        writer = stack.enter_context(ThreadPoolExecutor(1))
+        writing: list[Future[None]] = []
         try:
             for request, image in made:
                 if is_flagged(image):
                     print(FLAGGED.format(request.seed), file=sys.stderr)
                 path = picture_path(args.output, words, request.index, total, request.seed)
                 if not args.grid:
-                    save_png(image, path, chosen.parameters(request, options))
-                    if not args.json:
-                        print(path, flush=True)
+                    text = chosen.parameters(request, options)
+                    writing.append(writer.submit(_write, image, path, text, not args.json))
                 finished.append((request, image, path))
+                for each in writing:
+                    if each.done():
+                        each.result()  # a full disk ends the run
         finally:
+            for each in writing:
+                each.result()
             finished.sort(key=lambda each: each[0].index)
             if finished and args.grid:
                 request, _, path = finished[0]
@@ -150,6 +157,13 @@ def run(args: argparse.Namespace) -> None:
             "run_seconds": round(time.perf_counter() - loaded, 4),
         }
         print(json.dumps(report))
+
+
+def _write(image: Image.Image, path: Path, text: str, told: bool) -> None:
+    """A picture's file, while the next picture is made."""
+    save_png(image, path, text)
+    if told:
+        print(path, flush=True)
 
 
 def _tell(watchers: Sequence[Callable[[Step], None]], step: Step) -> None:

@@ -160,6 +160,56 @@ def test_the_preview_is_replaced_at_every_step(shapes, tmp_path, monkeypatch):
     assert red[0] > red[2] and blue[2] > blue[0]
 
 
+def test_a_file_is_written_while_the_next_picture_is_made(shapes, tmp_path, capsys, monkeypatch):
+    """The first file waits until the decoder works on the second picture."""
+    import threading
+    from dataclasses import replace
+
+    import sdrt
+    from sdrt import drawing
+
+    second, saved = threading.Event(), []
+
+    class Decoder:
+        def __init__(self, engine):
+            self.engine, self.calls = engine, 0
+
+        def __call__(self, feeds):
+            self.calls += 1
+            if self.calls == 2:
+                second.set()
+            return self.engine(feeds)
+
+        def close(self):
+            self.engine.close()
+
+    def opened(args):
+        pipe = sdrt.load(shapes, backend="onnxruntime")
+        decoder = Decoder(pipe.engines["vae_decoder"])
+        return replace(pipe, engines={**pipe.engines, "vae_decoder": decoder})
+
+    def save(image, path, text):
+        assert second.wait(20)
+        saved.append(path)
+        write(image, path, text)
+
+    write = drawing.save_png
+    monkeypatch.setattr(drawing, "opened", opened)
+    monkeypatch.setattr(drawing, "save_png", save)
+    arguments = ["run", PROMPT, "--num-images", "3", "--steps", "1", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.split() == [str(path) for path in saved] and len(saved) == 3
+    assert all(Image.open(path).text["parameters"] for path in saved)
+
+
+def test_a_file_that_cannot_be_written_ends_the_run(shapes, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = ["run", PROMPT, "--num-images", "2", "--steps", "1"]
+    assert main([*arguments, "--output", str(tmp_path / "file" / "a.png")]) == 2
+    said = capsys.readouterr()
+    assert "cannot write" in said.err and not said.out
+
+
 def test_what_is_finished_is_kept_when_interrupted(shapes, tmp_path, capsys, monkeypatch):
     from sdrt.runtime import Pipeline
 
