@@ -84,6 +84,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/serve_sim.py --save
 	$(BIN)/python benchmarks/loop_cost.py --save
 	$(BIN)/python benchmarks/shapes_quality.py --save
+	$(BIN)/python benchmarks/fewer.py --save
 	$(BIN)/python benchmarks/build_full_size.py --save
 	$(BIN)/python benchmarks/results.py
 
