@@ -12,6 +12,7 @@ from .protocol import (
     Read,
     Sampler,
     Schedule,
+    Turn,
 )
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Read",
     "Sampler",
     "Schedule",
+    "Turn",
     "candidates",
     "choose",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from sdrt.bundle import Bundle
 from sdrt.errors import BackendError, UsageError
 
-from .gpus import Machine, this_machine
+from .gpus import Gpu, Machine, this_machine
 from .protocol import Engine
 from .trt_plans import FULL, RTX, why_not
 
@@ -26,6 +26,8 @@ class Candidate:
     load: opens one component of a bundle
     reduced: the name of its lower precision, used for the bundles that admit it; None if it has
         none here
+    streams: whether it can leave weights with the host
+    gpu: the NVIDIA GPU that it runs on, if it does
     because: why this one was chosen, filled in by `choose`
     """
 
@@ -35,6 +37,8 @@ class Candidate:
     load: Callable[[Bundle, str], Engine] | None = None
     because: str = ""
     reduced: str | None = None
+    streams: bool = False
+    gpu: Gpu | None = None
 
     @property
     def title(self) -> str:
@@ -45,20 +49,26 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def candidates(machine: Machine | None = None, device: int = 0, stream: int = 0) -> list[Candidate]:
+def candidates(
+    machine: Machine | None = None,
+    device: int = 0,
+    stream: int = 0,
+    low_memory: bool = False,
+) -> list[Candidate]:
     """Every backend in the order in which `auto` tries them.
 
     machine: its NVIDIA GPUs, asked from the driver by default
     device: which of them to use. Raises UsageError if there is no such GPU.
     stream: the address of the caller's CUDA stream to work in, where there is one
+    low_memory: weights stay with the host where a backend can stream them
     """
     machine = this_machine() if machine is None else machine
     if device and not 0 <= device < len(machine.gpus):
         have = ", ".join(f"{gpu.index} {gpu.name}" for gpu in machine.gpus)
         raise UsageError(f"device {device}; here is {have or machine.why_none}")
     with_stream = [
-        _tensorrt(FULL, machine, device, stream),
-        _tensorrt(RTX, machine, device, stream),
+        _tensorrt(FULL, machine, device, stream, low_memory),
+        _tensorrt(RTX, machine, device, stream, low_memory),
         _ort_cuda(machine, device, stream),
     ]
     others = [
@@ -73,17 +83,23 @@ def candidates(machine: Machine | None = None, device: int = 0, stream: int = 0)
     return with_stream + others
 
 
+def _gpu(machine: Machine, device: int) -> Gpu | None:
+    return machine.gpus[device] if machine.gpus else None
+
+
 def _cuda(device: int) -> str:
     return f"cuda:{device}" if device else "cuda"
 
 
-def _tensorrt(kind: str, machine: Machine, device: int, stream: int) -> Candidate:
+def _tensorrt(kind: str, machine: Machine, device: int, stream: int, low_memory: bool) -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
-        from .trt_engine import load_engine
+        from .trt_load import load_engine
 
-        return load_engine(bundle, name, kind, machine.gpus[device], stream)
+        return load_engine(bundle, name, kind, machine.gpus[device], stream, streamed=low_memory)
 
-    return Candidate(kind, _cuda(device), why_not(kind, machine, device), load)
+    reason = why_not(kind, machine, device)
+    gpu = _gpu(machine, device)
+    return Candidate(kind, _cuda(device), reason, load, streams=True, gpu=gpu)
 
 
 def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
@@ -100,7 +116,8 @@ def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
         from .ort import available
 
         reason = available("CUDAExecutionProvider")
-    return Candidate("onnxruntime", _cuda(device), reason, load)
+    gpu = _gpu(machine, device)
+    return Candidate("onnxruntime", _cuda(device), reason, load, gpu=gpu)
 
 
 def _ort_cpu() -> Candidate:
@@ -143,7 +160,8 @@ def _torch(kind: str, machine: Machine, device: int) -> Candidate:
 
         return TorchEngine(name, bundle.graph(name), bundle.manifest.components[name], where)
 
-    return Candidate("torch", where, _torch_reason(kind, machine), load)
+    gpu = _gpu(machine, device) if kind == "cuda" else None
+    return Candidate("torch", where, _torch_reason(kind, machine), load, gpu=gpu)
 
 
 def _torch_reason(kind: str, machine: Machine) -> str | None:
@@ -168,18 +186,19 @@ def choose(
     machine: Machine | None = None,
     device: int = 0,
     stream: int = 0,
+    low_memory: bool = False,
     failed: Mapping[str, str] | None = None,
 ) -> Candidate:
     """The candidate to use for a bundle of so many bytes; raises BackendError with every reason if
     none fits.
 
-    machine, device, stream: see `candidates`
+    machine, device, stream, low_memory: see `candidates`
     failed: why those that were tried before, by their titles, did not load
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is unknown; one of: {', '.join(BACKENDS)}")
     refused: dict[str, list[str]] = {}
-    for candidate in candidates(machine, device, stream):
+    for candidate in candidates(machine, device, stream, low_memory):
         if backend not in ("auto", candidate.backend):
             continue
         if backend == "auto" and candidate.backend == "openvino" and size < SMALL:

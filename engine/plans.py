@@ -40,6 +40,7 @@ class PlanKey:
     gpu: the GPU's name, empty where one plan serves every GPU of its targets
     level: builder optimisation, 0 to 5. workspace: bytes of scratch memory, 0 for any
     stripped: whether the weights are left out, to be filled in from the bundle
+    streamed: whether the weights can stay with the host
     graph, weights: sha256 of both files
     """
 
@@ -55,6 +56,7 @@ class PlanKey:
     stripped: bool
     graph: str
     weights: str
+    streamed: bool = False
 
     @property
     def digest(self) -> str:
@@ -145,6 +147,7 @@ def key_of(
     level: int = 3,
     workspace: int = 0,
     stripped: bool = False,
+    streamed: bool = False,
 ) -> PlanKey:
     """The key of the plan that a component of a bundle needs."""
     inputs = bundle.manifest.components[component].inputs
@@ -159,6 +162,7 @@ def key_of(
         level=level,
         workspace=workspace,
         stripped=stripped,
+        streamed=streamed,
         graph=_sha256(bundle, component, bundle.graph_file),
         weights=_sha256(bundle, component, "model.safetensors"),
     )
@@ -221,6 +225,7 @@ def differences(found: PlanKey, wanted: PlanKey, ignored: Sequence[str] = ()) ->
         "profiles": "its sizes, batch or prompt length are others",
         "level": "its optimisation level is {found}, not {wanted}",
         "workspace": "its scratch memory is limited otherwise",
+        "streamed": "weights stay with the host: {found}, wanted {wanted}",
         "graph": "the graph has changed",
         "weights": "the weights have changed",
     }

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from sdrt.errors import UsageError
-from sdrt.manifest import TensorSpec
+from sdrt.errors import BackendError, UsageError
+from sdrt.manifest import Component, TensorSpec
 
 Feeds = Mapping[str, np.ndarray]
 
@@ -115,27 +115,50 @@ class Sampler(Protocol):
         ...
 
 
-class LazyEngine:
-    """An engine that loads when it is first needed."""
+class Turn:
+    """Engines that take turns: one of them is loaded, the others are not."""
 
-    def __init__(self, load: Callable[[], Engine]) -> None:
-        self._load = load
+    def __init__(self) -> None:
+        self.holder: LazyEngine | None = None
+
+    def take(self, engine: "LazyEngine") -> None:
+        if self.holder not in (None, engine):
+            self.holder.unload()
+        self.holder = engine
+
+
+class LazyEngine:
+    """An engine that loads when it is first needed, and where it takes turns with others goes when
+    one of them is.
+    """
+
+    def __init__(
+        self, load: Callable[[], Engine], component: Component | None, turn: Turn | None = None
+    ) -> None:
+        """component: None if there is none, which `load` says"""
+        self._load, self._component, self._turn = load, component, turn
         self._engine: Engine | None = None
         self._weights: Feeds = {}
+        self._closed = False
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._loaded().inputs
+        return (self._component or self.loaded()).inputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._loaded().outputs
+        return (self._component or self.loaded()).outputs
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        return self._loaded()(feeds)
+        return self.loaded()(feeds)
 
-    def _loaded(self) -> Engine:
+    def loaded(self) -> Engine:
+        """The engine itself; raises BackendError when closed, and whatever loading it raises."""
+        if self._closed:
+            raise BackendError("the pipeline is closed")
         if self._engine is None:
+            if self._turn:
+                self._turn.take(self)
             self._engine = self._load()
             self._engine.refit(self._weights)
         return self._engine
@@ -145,9 +168,15 @@ class LazyEngine:
         if self._engine is not None:
             self._engine.refit(weights)
 
-    def close(self) -> None:
+    def unload(self) -> None:
+        """Give the memory back until it is needed again; what it returned last is void."""
         if self._engine is not None:
             self._engine.close()
+        self._engine = None
+
+    def close(self) -> None:
+        self.unload()
+        self._closed = True
 
 
 class History(Protocol):

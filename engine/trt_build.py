@@ -195,12 +195,15 @@ def _serialized(trt: Any, key: PlanKey, graph: Path, progress: Progress) -> Any:
 
 def _configure(trt: Any, builder: Any, config: Any, key: PlanKey) -> None:
     config.builder_optimization_level = key.level
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers name their nodes
     config.clear_flag(trt.BuilderFlag.TF32)  # single precision is single precision
     if key.workspace:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, key.workspace)
     if key.stripped:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+    if key.streamed:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if key.kind == RTX:
         config.num_compute_capabilities = len(key.targets)
         for i, target in enumerate(key.targets):

@@ -9,32 +9,30 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdrt.bundle import Bundle
 from sdrt.errors import BackendError
 from sdrt.files import write_whole
 from sdrt.manifest import Component
 
-from . import parity
-from .cuda import Device, Graph, Mirrored, device_of, reset_device
-from .gpus import Gpu
+from .cuda import Device, Graph, Mirrored, reset_device
 from .plans import Plan, Profile
 from .protocol import Drawn, Feeds, Schedule, checked_feeds
 from .trt_build import logger_of, module_of
-from .trt_plans import RTX, PlanOptions, trt_plan
+from .trt_plans import RTX
 
 if TYPE_CHECKING:
     from .trt_loop import Loops
 
 log = logging.getLogger(__name__)
 MOST_SHAPES = 8
-_loaded: dict[tuple[str, str, int], "Loaded"] = {}
-_loading = threading.Lock()
+loaded_plans: dict[tuple[str, str, int], "Loaded"] = {}
+loading = threading.Lock()
 
 
 @dataclass(slots=True)
@@ -68,6 +66,8 @@ class Loaded:
             self._engine = self._deserialized()
             if plan.key.stripped:
                 self._fill_in(graph)
+            if plan.key.streamed:
+                self._stream_weights()
             self._cache_path = plan.path.with_suffix(".kernels")
             self._cache = self._runtime_cache()
 
@@ -83,7 +83,7 @@ class Loaded:
             free / 1e6,
             total / 1e6,
         )
-        if self.plan.size > free:
+        if self.plan.size > free and not self.plan.key.streamed:
             raise BackendError(
                 f"{self.plan.key.component} needs {self.plan.size / 1e6:,.0f} MB of GPU memory and "
                 f"{free / 1e6:,.0f} MB are free; end what else uses GPU {self.device.index}"
@@ -98,6 +98,18 @@ class Loaded:
             said = " / ".join(self._logger.errors) or "it does not say why"
             raise BackendError(f"TensorRT does not load {self.plan.path}: {said}")
         return engine
+
+    def _stream_weights(self) -> None:
+        """As many of the weights as have room live on the GPU; the others come when needed."""
+        engine = self._engine
+        room = int(engine.get_weight_streaming_automatic_budget())
+        engine.weight_streaming_budget_v2 = min(room, int(engine.streamable_weights_size))
+        log.info(
+            "%s: %.0f MB of its %.0f MB of weights on the GPU",
+            self.plan.key.component,
+            engine.weight_streaming_budget_v2 / 1e6,
+            engine.streamable_weights_size / 1e6,
+        )
 
     def _fill_in(self, graph: Path) -> None:
         """The weights of a plan that was built without, from the bundle's file."""
@@ -137,6 +149,13 @@ class Loaded:
         if context is None:
             raise BackendError(f"TensorRT makes no context of {self.plan.path.name}")
         return context
+
+    def layers(self) -> list[Mapping[str, Any]]:
+        """What the engine inspector tells of every layer."""
+        from .trt_layers import inspected
+
+        with self.device.use():
+            return inspected(self._trt, self._engine)
 
     def bound(self, shapes: dict[str, tuple[int, ...]]) -> Bound:
         """What runs these input shapes; made where it is not there, the oldest is dropped."""
@@ -285,11 +304,11 @@ class TrtEngine:
         loaded, self._loaded = self._loaded, None
         if loaded is None:
             return
-        with _loading:
+        with loading:
             loaded.users -= 1
             if not loaded.users:
-                for mark in [mark for mark, value in _loaded.items() if value is loaded]:
-                    del _loaded[mark]
+                for mark in [mark for mark, value in loaded_plans.items() if value is loaded]:
+                    del loaded_plans[mark]
                 loaded.close()
 
 
@@ -333,60 +352,3 @@ def profile_index(
         f"{component}: its plan has no profile for {shapes}; it has {ranges}. Make fewer pictures "
         "at once or a shorter prompt, or build the bundle with another --batch or --size"
     )
-
-
-def load_engine(bundle: Bundle, name: str, kind: str, gpu: Gpu, stream: int = 0) -> TrtEngine:
-    """A component on a GPU: its plan found or built, loaded or shared, and proven once.
-
-    stream: the caller's own, by its address; 0 for the device's
-
-    Raises BackendError, and ParityError if it computes something else than the bundle's graph.
-    """
-    component = bundle.manifest.components[name]
-    plan = trt_plan(bundle, name, kind, gpu, PlanOptions())
-    mark = (str(plan.path), plan.sha256, gpu.index)
-    with _loading:
-        if mark not in _loaded:
-            _loaded[mark] = Loaded(plan, component, bundle.graph(name), device_of(gpu.index))
-        if name == "unet":
-            engine: TrtEngine = TrtUnet(name, component, _loaded[mark], gpu.sm, stream)
-        else:
-            engine = TrtEngine(name, component, _loaded[mark], stream)
-    try:
-        if plan.parity is None:
-            plan = plan.with_parity(compared(bundle, name, engine, plan.key.profiles))
-        parity.check(name, plan.parity or {}, component.dtype)
-    except BaseException:
-        engine.close()
-        raise
-    return engine
-
-
-def compared(
-    bundle: Bundle, name: str, engine: Any, profiles: tuple[Profile, ...]
-) -> dict[str, float]:
-    """How an engine compares with ONNX Runtime on the CPU, at the usual shape of every profile."""
-    from .ort import OrtEngine
-
-    component = bundle.manifest.components[name]
-    exact = OrtEngine(name, bundle.graph(name), component)
-    every = []
-    for profile in profiles:
-        feeds = {spec.name: sample_of(spec.dtype, profile[spec.name][1]) for spec in engine.inputs}
-        wanted, found = exact(feeds), engine(feeds)
-        every += [
-            parity.measures(found[spec.name], wanted[spec.name], picture=name == "vae_decoder")
-            for spec in engine.outputs
-        ]
-    exact.close()
-    return parity.worst(every)
-
-
-def sample_of(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Something to feed: small whole numbers, timesteps from 1 to 999, or normal noise."""
-    rng = np.random.default_rng(0)
-    if dtype.startswith("int"):
-        return rng.integers(0, 16, shape).astype(dtype)
-    if len(shape) == 1:
-        return np.linspace(999, 1, shape[0], dtype=dtype)
-    return rng.normal(size=shape).astype(dtype)

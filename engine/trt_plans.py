@@ -31,11 +31,13 @@ class PlanOptions:
     targets: compute capabilities; empty for the GPU at hand, or without one for `PORTABLE`
     level: builder optimisation, 0 to 5. workspace: bytes of scratch memory, 0 for unlimited.
         None takes a plan of any, and builds one of the default.
+    streamed: the UNet's weights may stay with the host
     """
 
     targets: tuple[str, ...] = ()
     level: int | None = None
     workspace: int | None = None
+    streamed: bool = False
 
 
 def why_not(kind: str, machine: Machine, index: int = 0) -> str | None:
@@ -86,6 +88,7 @@ def wanted_key(
     """
     from .trt_build import module_of
 
+    streamed = options.streamed and component == "unet"
     return key_of(
         bundle,
         component,
@@ -96,7 +99,8 @@ def wanted_key(
         level=LEVEL if options.level is None else options.level,
         workspace=options.workspace or 0,
         # Filling weights in needs a GPU already when the plan is built.
-        stripped=gpu is not None and gpu.sm in (options.targets or (gpu.sm,)),
+        stripped=gpu is not None and gpu.sm in (options.targets or (gpu.sm,)) and not streamed,
+        streamed=streamed,
     )
 
 

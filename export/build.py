@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdrt.bundle import bundles_folder, describe_files
+from sdrt.bundle import Bundle, bundles_folder, describe_files
 from sdrt.engine import Candidate, Machine, choose
 from sdrt.errors import SdrtError, UsageError
 from sdrt.folders import published
@@ -17,6 +17,7 @@ from sdrt.runtime.tokenizer import END
 
 from .checkpoint import TOKENIZER_FILES, TOKENIZERS, Checkpoint, find_checkpoint
 from .graph import OPSET
+from .memory import most_pictures
 from .modules import check_branch, check_fit, latent_shape, native_size, unet_config
 from .proof import RECIPES, Proof
 
@@ -25,13 +26,13 @@ log = logging.getLogger("sdrt.build")
 
 @dataclass(frozen=True, slots=True)
 class BuildPlan:
-    """What `sdrt build` was asked for."""
+    """What `sdrt build` was asked for. batch: None for as many pictures at once as fit"""
 
     model: str
     output: Path | None = None
     dtype: str = "float32"
     sizes: tuple[tuple[int, int], ...] = ()
-    batch: tuple[int, int, int] = (1, 1, 4)
+    batch: tuple[int, int, int] | None = (1, 1, 4)
     backend: str = "auto"
     force: bool = False
     vae: str | None = None
@@ -104,7 +105,7 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
         name=checkpoint.name,
         source=checkpoint.source,
         sizes=plan.sizes or (native_size(checkpoint),),
-        batch=plan.batch,
+        batch=plan.batch or (1, 1, 1),
         latent_channels=latent_channels,
         downscale=downscale,
         max_tokens=int(texts[0].get("max_position_embeddings", 77)) if texts else 0,
@@ -133,6 +134,9 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
         files=describe_files(folder),
         admitted=proof.admitted(manifest),
     )
+    if plan.batch is None:
+        most = most_pictures(Bundle(folder, manifest), candidate)
+        manifest = replace(manifest, batch=(1, 1, most))
     (folder / MANIFEST).write_text(json_from_manifest(manifest))
     return manifest
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdrt.bundle import FLOAT32_GRAPH, Bundle
+from sdrt.bundle import FLOAT32_GRAPH, Bundle, graph_name
 from sdrt.engine import Candidate, Feeds, candidates, parity
 from sdrt.errors import ParityError
 from sdrt.manifest import FEATURE, SHALLOW, Component, Manifest
@@ -41,6 +41,7 @@ from sdrt.runtime.safety import clip_pixels
 from . import modules
 from .checkpoint import Checkpoint
 from .graph import export_graph, write_float32_graph, write_shallow_graph
+from .memory import alive_bytes
 from .pixel_unet import PixelUnet
 from .vae import preview_projection
 
@@ -216,7 +217,8 @@ class Proof:
         values = self._compare(recipe, component, cases)
         log.info("      %s", _said(values))
         parity.check(recipe.name, values, component.dtype)
-        return replace(component, parity=values)
+        alive = alive_bytes(self.folder / graph_name(recipe.name), self.manifest)
+        return replace(component, parity=values, activations=alive)
 
     def _add_float32(self, recipe: Recipe, cases: list[Any], component: Component) -> None:
         """Add and prove the graph for pictures that overflow half precision."""

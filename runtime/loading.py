@@ -6,7 +6,7 @@ Knows which of a bundle's components are loaded at once and which when they are 
 from functools import partial
 
 from sdrt.bundle import Bundle
-from sdrt.engine import Candidate, Engine, LazyEngine
+from sdrt.engine import Candidate, Engine, LazyEngine, Turn
 from sdrt.manifest import SHALLOW
 
 from .lora import Adapters
@@ -16,31 +16,43 @@ from .tokenizer import Tokenizer
 AT_ONCE = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "safety_checker")
 
 
-def load_pipeline(bundle: Bundle, candidate: Candidate) -> Pipeline:
-    """Load a bundle's engines on the chosen backend; raises BackendError if one does not load."""
-    assert candidate.load is not None
-    manifest = bundle.manifest
+def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -> Pipeline:
+    """Load a bundle's engines on the chosen backend; raises BackendError if one does not load.
+
+    in_turn: one component at a time is loaded, when it is needed; only the first now
+    """
+    load = candidate.load
+    assert load is not None
+    manifest, turn = bundle.manifest, Turn() if in_turn else None
 
     def tokenizer(encoder: str, folder: str) -> Tokenizer | None:
         if encoder not in manifest.components:
             return None
         return Tokenizer.from_folder(bundle.folder / folder, manifest.max_tokens)
 
+    def lazy(of: Bundle, name: str) -> LazyEngine:
+        return LazyEngine(partial(load, of, name), manifest.components.get(name), turn)
+
     config = bundle.json("scheduler/scheduler_config.json")
+    names = [name for name in AT_ONCE if name in manifest.components]
     engines: dict[str, Engine] = {}
     try:
-        for name in (each for each in AT_ONCE if each in manifest.components):
-            engines[name] = candidate.load(bundle, name)
+        if in_turn:
+            in_order = {name: lazy(bundle, name) for name in names}
+            in_order[names[0]].loaded()  # so that a backend that does not load is left now
+            engines.update(in_order)
+        else:
+            for name in names:
+                engines[name] = load(bundle, name)
     except BaseException:
         for engine in engines.values():
             engine.close()
         raise
-    engines["vae_encoder"] = LazyEngine(partial(candidate.load, bundle, "vae_encoder"))
+    engines["vae_encoder"] = lazy(bundle, "vae_encoder")
     if SHALLOW in manifest.components and not candidate.backend.startswith("tensorrt"):
-        engines[SHALLOW] = LazyEngine(partial(candidate.load, bundle, SHALLOW))
+        engines[SHALLOW] = lazy(bundle, SHALLOW)
     if exact := bundle.in_float32("vae_decoder"):
-        load = partial(candidate.load, exact, "vae_decoder")
-        engines["vae_decoder_float32"] = LazyEngine(load)
+        engines["vae_decoder_float32"] = lazy(exact, "vae_decoder")
     adapters = Adapters(bundle, engines)
     first = tokenizer("text_encoder", "tokenizer")
     second = tokenizer("text_encoder_2", "tokenizer_2")

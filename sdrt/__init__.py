@@ -44,6 +44,7 @@ def load(
     precision: str = "auto",
     device: int = 0,
     stream: int = 0,
+    low_memory: bool = False,
 ) -> Pipeline:
     """A pipeline over a bundle: its name, its folder, or None for the newest.
 
@@ -52,6 +53,8 @@ def load(
     device: which NVIDIA GPU, as CUDA numbers them.
     stream: the address of a CUDA stream of the caller's on it, in which all work is put; of a torch
         stream that is `cuda_stream`. Backends that take none are not chosen.
+    low_memory: one component is loaded at a time, when it is needed; TensorRT leaves weights with
+        the host that have no room.
     A backend that does not load is left, with a warning, for the next that may be taken: auto tries
     every one, a backend that was named is tried on every device it serves.
     Raises BundleError if the bundle is missing or damaged, BackendError if nothing can run it.
@@ -60,6 +63,7 @@ def load(
 
     from .bundle import open_bundle
     from .engine import PRECISIONS, choose
+    from .engine.budget import check_room
     from .runtime import load_pipeline
 
     log = logging.getLogger(__name__)
@@ -70,11 +74,19 @@ def load(
         opened = replace(opened, manifest=replace(opened.manifest, admitted={}))
     failed: dict[str, str] = {}
     while True:
-        candidate = choose(backend, opened.bytes, device=device, stream=stream, failed=failed)
+        candidate = choose(
+            backend,
+            opened.bytes,
+            device=device,
+            stream=stream,
+            low_memory=low_memory,
+            failed=failed,
+        )
         lower = candidate.reduced if candidate.reduced in opened.manifest.admitted else "exact"
         log.info("backend: %s, %s (%s)", candidate.title, lower, candidate.because)
         try:
-            return load_pipeline(opened, candidate)
+            check_room(opened, candidate.gpu, low_memory, low_memory and candidate.streams)
+            return load_pipeline(opened, candidate, low_memory)
         except (BackendError, ParityError) as error:
             log.warning("%s does not serve: %s", candidate.title, error)
             failed[candidate.title] = str(error)

@@ -102,6 +102,9 @@ def parser() -> argparse.ArgumentParser:
     )
     inspect_parser = _command(commands, "inspect", inspect, "show bundles and what is in them")
     inspect_parser.add_argument("--bundle", metavar="NAME|FOLDER", help="only this one")
+    inspect_parser.add_argument(
+        "--layers", action="store_true", help="what TensorRT makes of attention and normalisation"
+    )
     inspect_parser.add_argument("--json", action="store_true", help="for machines")
     add_verify(_command(commands, "verify", verify, "prove a bundle again, on this machine"))
     add_gc(_command(commands, "gc", gc, "show or free what is left over in sdrt's folders"))
@@ -170,7 +173,7 @@ def _add_build(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--size", action="append", metavar="WxH", help="picture size, repeatable; first is default"
     )
-    to.add_argument("--batch", default="1:1:4", metavar="MIN:OPT:MAX", help="pictures at once")
+    to.add_argument("--batch", default="1:1:4", metavar="MIN:OPT:MAX|auto", help="pictures at once")
     to.add_argument("--backend", choices=BACKENDS, default="auto")
     to.add_argument("--force", action="store_true", help="replace a bundle that is there")
     planning.add_arguments(to)
@@ -237,6 +240,7 @@ def _add_shared(to: argparse.ArgumentParser) -> None:
     to.add_argument("--backend", choices=BACKENDS, default="auto")
     to.add_argument("--device", type=_whole, default=0, metavar="N", help="which GPU")
     to.add_argument("--exact", action="store_true", help="no lower precision than the bundle's")
+    to.add_argument("--low-memory", action="store_true", help="one component loaded at a time")
     to.add_argument("--json", action="store_true", help="print paths, seeds and times as JSON")
 
 
@@ -287,7 +291,9 @@ def _built(args: argparse.Namespace) -> Path:
     return build_bundle(plan)
 
 
-def _batch(text: str) -> tuple[int, int, int]:
+def _batch(text: str) -> tuple[int, int, int] | None:
+    if text == "auto":
+        return None
     parts = text.split(":")
     if len(parts) == 3 and all(part.isdigit() for part in parts):
         low, usual, high = (int(part) for part in parts)
@@ -295,7 +301,7 @@ def _batch(text: str) -> tuple[int, int, int]:
             return low, usual, high
     raise UsageError(
         f"batch {text!r} is not MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX <= 256; "
-        "type for example --batch 1:1:4"
+        "type for example --batch 1:1:4 or --batch auto"
     )
 
 
@@ -351,7 +357,7 @@ def inspect(args: argparse.Namespace) -> None:
     if not folders:
         open_bundle(None)
     bundles = [open_bundle(folder) for folder in folders]
-    described = [report.describe(bundle) for bundle in bundles]
+    described = [report.describe(bundle, layers=args.layers) for bundle in bundles]
     print(json.dumps(described, indent=2) if args.json else report.text_from_bundles(described))
 
 

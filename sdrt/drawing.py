@@ -63,7 +63,13 @@ def options_from_arguments(args: argparse.Namespace) -> Options:
 def opened(args: argparse.Namespace) -> Pipeline:
     """The pipeline that a command line asks for."""
     precision = "exact" if args.exact else "auto"
-    pipe = load(args.bundle, backend=args.backend, precision=precision, device=args.device)
+    pipe = load(
+        args.bundle,
+        backend=args.backend,
+        precision=precision,
+        device=args.device,
+        low_memory=args.low_memory,
+    )
     if args.lora:
         pipe.set_lora(dict(map(parse_lora, args.lora)))
     return pipe

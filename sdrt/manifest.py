@@ -42,6 +42,7 @@ class Component:
 
     `unet_shallow` is `unet/shallow.onnx`, the layers of the UNet nearest to its input and output:
     its input `feature` is an output of the UNet. weights: those that it reads of the UNet's
+    activations: bytes that are alive at once when one row of the first size runs; 0 if unknown
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -49,6 +50,7 @@ class Component:
     dtype: str
     parity: Mapping[str, float]
     weights: tuple[str, ...] = ()
+    activations: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,7 @@ COMPONENT = record(
         "dtype": one_of(DTYPES),
         "parity": MEASURES,
         "weights": row(WEIGHT_NAME, 0, MOST_WEIGHTS),
+        "activations": whole(0, 2**44),
     },
 )
 RECORD = record(

@@ -27,6 +27,11 @@ def add_arguments(to: argparse.ArgumentParser) -> None:
     plans.add_argument(
         "--optimization-level", type=int, metavar="0..5", help="3; higher builds longer"
     )
+    plans.add_argument(
+        "--stream-weights",
+        action="store_true",
+        help="the UNet's may stay with the host, for run --low-memory",
+    )
     plans.add_argument("--workspace", type=int, metavar="MB", help="most scratch memory")
 
 
@@ -80,7 +85,9 @@ def _build(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
     from .engine.trt_plans import PlanOptions, trt_plan
 
     workspace = None if args.workspace is None else args.workspace * 1_000_000
-    options = PlanOptions(tuple(args.target), args.optimization_level, workspace)
+    options = PlanOptions(
+        tuple(args.target), args.optimization_level, workspace, args.stream_weights
+    )
     # Runs of plans do not reuse features.
     graphs = [(bundle, name) for name in bundle.manifest.components if name != SHALLOW]
     if exact := bundle.in_float32("vae_decoder"):

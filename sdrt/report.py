@@ -22,8 +22,10 @@ PACKAGES = (
 )
 
 
-def describe(bundle: Bundle) -> dict[str, Any]:
-    """A bundle as plain values."""
+def describe(bundle: Bundle, *, layers: bool = False) -> dict[str, Any]:
+    """A bundle as plain values; layers: with what TensorRT makes of its graphs, which raises
+    BackendError where there is none.
+    """
     manifest = bundle.manifest
     weights = {name: record.size for name, record in manifest.files.items()}
     return {
@@ -43,6 +45,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
                 "inputs": {spec.name: list(spec.shape) for spec in component.inputs},
                 "outputs": {spec.name: list(spec.shape) for spec in component.outputs},
                 "parity": dict(component.parity),
+                "activations": component.activations,
+                **({"layers": _layers(bundle, name)} if layers else {}),
             }
             for name, component in manifest.components.items()
         },
@@ -50,6 +54,29 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             str(p.relative_to(bundle.folder)) for p in bundle.folder.glob("plans/*/*.plan")
         ),
     }
+
+
+def _layers(bundle: Bundle, name: str) -> dict[str, Any]:
+    """A component's nodes that TensorRT has kernels of its own for, and where there is a GPU the
+    layers of its engine that they went into.
+    """
+    from .engine import choose
+    from .engine.choose import installed
+    from .engine.trt_layers import layers_of, nodes_of
+    from .engine.trt_plans import FULL, MODULES, RTX
+
+    kind = next((kind for kind in (FULL, RTX) if installed(MODULES[kind])), RTX)
+    found: dict[str, Any] = {"nodes": nodes_of(kind, bundle.graph(name))}
+    try:
+        candidate = choose(kind)
+    except BackendError as error:
+        return {**found, "engine": None, "why_no_engine": str(error)}
+    assert candidate.load is not None
+    engine: Any = candidate.load(bundle, name)
+    nodes = [node for of in found["nodes"].values() for node in of]
+    found["engine"] = layers_of(nodes, engine.loaded.layers())
+    engine.close()
+    return found
 
 
 def text_from_bundles(described: list[dict[str, Any]]) -> str:
@@ -67,8 +94,17 @@ def _text_from_bundle(bundle: dict[str, Any]) -> str:
     for name, part in bundle["components"].items():
         proof = "  ".join(f"{key} {value:.3g}" for key, value in part["parity"].items())
         lines.append(f"  {name:13} {part['dtype']:8} {megabytes(part['bytes']):>10}  {proof}")
+        lines += _layer_lines(part["layers"]) if "layers" in part else []
     proof = "  ".join(f"{key} {value:.3g}" for key, value in bundle["parity"].items())
     return "\n".join([*lines, f"  {'end to end':13} {proof}"])
+
+
+def _layer_lines(found: dict[str, Any]) -> list[str]:
+    counts = ", ".join(f"{what} {len(nodes)}" for what, nodes in found["nodes"].items())
+    lines = [f"    TensorRT must fuse: {counts}"]
+    if found["engine"] is None:
+        return [*lines, f"    no engine to look into: {found['why_no_engine']}"]
+    return [*lines, *(f"    {n}: {', '.join(of) or 'none'}" for n, of in found["engine"].items())]
 
 
 def megabytes(count: int) -> str:

@@ -193,6 +193,46 @@ def test_the_embedded_model_has_plans_without_a_gpu(planned, capsys):
     assert {path: path.stat().st_mtime_ns for path in planned.rglob("*.plan")} == before
 
 
+def test_weights_may_stay_with_the_host(planned):
+    options = PlanOptions(("sm_89",), streamed=True)
+    plan = trt_plan(open_bundle(planned), "unet", RTX, None, options)
+    assert plan.key.streamed and not plan.key.stripped
+    usual = trt_plan(open_bundle(planned), "unet", RTX, None, PlanOptions(("sm_89",)))
+    assert usual.path != plan.path and not usual.key.streamed
+    other = trt_plan(open_bundle(planned), "text_encoder", RTX, None, options)
+    assert not other.key.streamed
+
+
+def test_inspect_says_what_must_be_fused(planned, capsys):
+    from sdrt.engine.gpus import this_machine
+
+    if this_machine().gpus:
+        pytest.skip("there is a GPU")
+    assert main(["inspect", "--bundle", str(planned), "--layers", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    unet = found["components"]["unet"]["layers"]
+    assert {what: len(nodes) for what, nodes in unet["nodes"].items()} == {
+        "attention": 0,
+        "attention, decomposed": 8,  # single precision has no fused kernel
+        "normalisation": 33,
+    }
+    assert unet["engine"] is None and "no NVIDIA GPU" in unet["why_no_engine"]
+    assert main(["inspect", "--bundle", str(planned), "--layers"]) == 0
+    assert "normalisation 33" in capsys.readouterr().out
+
+
+def test_layers_are_found_by_the_nodes_that_they_name(planned):
+    """By the marks that the parser really puts into a network, which the inspector repeats."""
+    from sdrt.engine.trt_layers import layers_of
+
+    network, *_ = parsed(open_bundle(planned).graph("unet"))
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    told = [{"Name": layer.name, "Metadata": layer.metadata} for layer in layers]
+    found = layers_of(["node_group_norm", "node_scaled_dot_product_attention", "none"], told)
+    assert found["node_group_norm"] == ["node_group_norm"] and found["none"] == []
+    assert found["node_scaled_dot_product_attention"]
+
+
 def test_one_plan_serves_every_target(planned):
     plan = trt_plan(open_bundle(planned), "text_encoder", RTX, None, PlanOptions())
     assert plan.key.targets == PORTABLE and "portable" in str(plan.path)

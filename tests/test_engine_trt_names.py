@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = ("trt_build.py", "trt_engine.py")
+FILES = ("trt_build.py", "trt_engine.py", "trt_layers.py")
 CLASSES = {  # what a variable of this name holds
     "builder": "Builder",
     "network": "INetworkDefinition",
@@ -22,6 +22,7 @@ CLASSES = {  # what a variable of this name holds
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
     "refitter": "Refitter",
+    "inspector": "EngineInspector",
     "parser_refitter": "OnnxParserRefitter",
 }
 OWN = {  # the same name holds different things in different files

@@ -191,6 +191,50 @@ def test_a_stream_of_the_callers_is_worked_in(bundle, planned):
         device.ask(driver.cuStreamDestroy(stream))
 
 
+def test_in_turn_less_memory_is_taken_and_weights_stream(bundle, planned, gpu):
+    options = {"num_images_per_prompt": 2, **OPTIONS}
+    with loaded(bundle, planned) as pipe:
+        wanted = pipe(PROMPT, on_step=lambda step: None, **options).images
+        usual = free_memory(gpu)
+    with sdrt.load(bundle, backend=planned, low_memory=True) as pipe:
+        found = pipe(PROMPT, **options).images
+        assert free_memory(gpu) > usual
+    for a, b in zip(found, wanted, strict=True):
+        assert psnr(a, b) >= 40
+    assert any(
+        json.loads(path.read_text())["key"]["streamed"] for path in sidecars_of(bundle, planned)
+    )
+
+
+def test_the_budget_is_what_is_taken(bundle, planned, gpu):
+    from sdrt.engine.budget import budget_of
+
+    manifest = open_bundle(bundle).manifest
+    before = free_memory(gpu)
+    with loaded(bundle, planned) as pipe:
+        pipe(PROMPT, **OPTIONS)
+        taken = before - free_memory(gpu)
+    assert taken < 2 * budget_of(manifest, (64, 64), 2).total + (600 << 20)  # the context's own
+
+
+def test_the_largest_batch_is_found_by_one_probe(bundle, backend):
+    from sdrt.export.memory import most_pictures
+
+    assert most_pictures(open_bundle(bundle), candidate_of(backend)) == 16
+
+
+def test_attention_is_fused_as_the_inspector_tells(bundle, planned, capsys):
+    from sdrt.engine.trt_layers import ATTENTION, layers_of, nodes_of
+
+    opened = open_bundle(bundle)
+    nodes = nodes_of(planned, opened.graph("unet"))
+    engine = candidate_of(planned).load(opened, "unet")
+    layers = engine.loaded.layers()
+    engine.close()
+    found = layers_of(nodes[ATTENTION], layers)
+    assert found and all(len(into) == 1 for into in found.values()), (found, layers[:5])
+
+
 def test_layouts_take_turns_without_mixing_their_graphs(bundle, planned):
     with loaded(bundle, planned) as pipe:
         calls = [

@@ -1,0 +1,56 @@
+"""What became of a graph's attention and normalisation in TensorRT.
+
+Knows the network half of TensorRT's API, and the engine inspector's JSON. Without a GPU it is said
+which nodes TensorRT has to serve by a fused kernel, or else its build fails; with one, which layers
+of the built engine every node went into. The inspector has never run.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .trt_build import logger_of, module_of, parsed_network
+
+ATTENTION, NORMALISATION, DECOMPOSED = "attention", "normalisation", "attention, decomposed"
+
+
+def nodes_of(kind: str, graph: Path) -> dict[str, list[str]]:
+    """The graph's nodes by what TensorRT makes of them: attention that must have a fused kernel,
+    attention that is decomposed into products and a softmax, and normalisation.
+
+    Raises BackendError where this TensorRT is missing or does not take the graph.
+    """
+    trt = module_of(kind)
+    builder = trt.Builder(logger_of(trt))
+    network, _parser = parsed_network(trt, builder, graph)
+    found: dict[str, list[str]] = {ATTENTION: [], DECOMPOSED: [], NORMALISATION: []}
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            name = layer.name.removesuffix("_AttentionInput")
+            layer.__class__ = trt.IAttentionInputLayer
+            found[DECOMPOSED if layer.attention.decomposable else ATTENTION].append(name)
+        elif layer.type == trt.LayerType.NORMALIZATION:
+            found[NORMALISATION].append(layer.name)
+    return found
+
+
+def inspected(trt: Any, engine: Any) -> list[Mapping[str, Any]]:
+    """The layers of a built engine, as its inspector tells them."""
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    layers: list[Mapping[str, Any]] = json.loads(text)["Layers"]
+    return layers
+
+
+def layers_of(nodes: Iterable[str], layers: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Of every node, the names of the engine's layers that it went into. A layer names the nodes
+    that it computes as `[ONNX Layer: NAME]`.
+    """
+    found: dict[str, list[str]] = {node: [] for node in nodes}
+    for told in layers:
+        for mark in str(told.get("Metadata", "")).split("[ONNX Layer: ")[1:]:
+            if (node := mark.split("]")[0]) in found:
+                found[node].append(str(told.get("Name", "")))
+    return found

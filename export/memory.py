@@ -1,0 +1,118 @@
+"""How many bytes of a graph's values are alive at once, from the shapes that the exporter wrote,
+and how many pictures therefore fit.
+
+Knows ONNX and the engine protocol. What is alive is a lower bound of what running a graph needs
+besides its weights: no backend keeps less, most keep more.
+"""
+
+import ast
+import logging
+import operator
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from sdrt.bundle import Bundle
+from sdrt.engine import Candidate, budget
+from sdrt.errors import BackendError
+from sdrt.manifest import Manifest, TensorSpec
+
+log = logging.getLogger("sdrt.build")
+
+OPERATORS: dict[type[ast.operator], Any] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def activations(graph: Path, lengths: Mapping[str, int]) -> int:
+    """The most bytes alive while the graph's nodes run in order; lengths: of its dynamic axes."""
+    model = onnx.load(graph, load_external_data=False).graph
+    values = (*model.value_info, *model.output)
+    sizes = {value.name: _bytes(value.type.tensor_type, lengths) for value in values}
+    last = {name: i for i, node in enumerate(model.node) for name in node.input}
+    alive: dict[str, int] = {}
+    most = 0
+    for i, node in enumerate(model.node):
+        alive |= {name: sizes.get(name, 0) for name in node.output}
+        most = max(most, sum(alive.values()))
+        for name in [name for name in alive if last.get(name) == i]:
+            del alive[name]
+    return most
+
+
+def _bytes(tensor: Any, lengths: Mapping[str, int]) -> int:
+    size = int(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize)
+    for axis in tensor.shape.dim:
+        size *= evaluated(axis.dim_param, lengths) if axis.dim_param else axis.dim_value
+    return size
+
+
+def evaluated(expression: str, lengths: Mapping[str, int]) -> int:
+    """An axis such as `8*((latent_height - 1)//8) + 8`; raises ValueError for what is none."""
+
+    def value(node: ast.expr) -> int:
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            found: int = OPERATORS[type(node.op)](value(node.left), value(node.right))
+            return found
+        if isinstance(node, ast.Name) and node.id in lengths:
+            return lengths[node.id]
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        raise ValueError(f"the axis {expression!r} is not known")
+
+    return value(ast.parse(expression, mode="eval").body)
+
+
+def alive_bytes(graph: Path, manifest: Manifest) -> int:
+    """`activations` of one row of the first size."""
+    return activations(graph, lengths_of(manifest, manifest.sizes[0]))
+
+
+def lengths_of(manifest: Manifest, size: tuple[int, int]) -> dict[str, int]:
+    """Of the axes of one row of a size (width, height)."""
+    width, height = size
+    scale = manifest.downscale
+    latent = {"latent_width": width // scale, "latent_height": height // scale}
+    return {"rows": 1, "tokens": manifest.max_tokens, "width": width, "height": height, **latent}
+
+
+def most_pictures(bundle: Bundle, candidate: Candidate) -> int:
+    """The most pictures at once, by calculation, confirmed by one evaluation of all of them; where
+    that fails it is half of them.
+    """
+    free = int((budget.free_bytes(candidate.gpu) or 0) * budget.SHARE[bool(candidate.gpu)])
+    count = budget.most_pictures(bundle.manifest, free)
+    log.info("batch: %d pictures by calculation, %.0f MB may be used", count, free / 1e6)
+    while count > 1:
+        try:
+            _evaluate(bundle, candidate, count)
+            return count
+        except BackendError as error:
+            count //= 2
+            log.info("batch: %s; so %d pictures", error, count)
+    return count
+
+
+def _evaluate(bundle: Bundle, candidate: Candidate, pictures: int) -> None:
+    """One evaluation of so many guided pictures of the largest size."""
+    manifest = replace(bundle.manifest, batch=(1, 1, pictures))
+    size = max(manifest.sizes, key=lambda sides: sides[0] * sides[1])
+    lengths = {**lengths_of(manifest, size), "rows": 2 * pictures}
+    assert candidate.load is not None
+    engine = candidate.load(replace(bundle, manifest=manifest), "unet")
+    try:
+        engine({spec.name: _zeros(spec, lengths) for spec in engine.inputs})
+    finally:
+        engine.close()
+
+
+def _zeros(spec: TensorSpec, lengths: Mapping[str, int]) -> np.ndarray:
+    shape = [lengths[axis] if isinstance(axis, str) else axis for axis in spec.shape]
+    return np.zeros(shape, spec.dtype)
