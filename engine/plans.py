@@ -2,7 +2,8 @@
 
 Knows files, keys and hashes; not TensorRT. A plan is native code tied to what it was built from and
 for, so it lies beside a sidecar that names all of that, and its bytes are compared with the
-sidecar's sha256 before anything reads them.
+sidecar's sha256 before anything reads them. A sidecar carries the mark of who built here: one
+without it came with a bundle from elsewhere, and its plan is left alone.
 """
 
 import contextlib
@@ -22,9 +23,13 @@ from sdrt.bundle import Bundle, home, sha256_of
 from sdrt.errors import BackendError, BundleError
 from sdrt.files import identity, locked, whole, write_whole
 from sdrt.manifest import Manifest, TensorSpec
+from sdrt.reading import json_object, read_bytes, shortened
+
+from .trust import VARIABLE, is_ours, mark_of, named
 
 log = logging.getLogger(__name__)
 PICTURE_ROWS = 1  # the runtime decodes and encodes one picture at a time
+MOST_SIDECAR = 1_000_000  # bytes
 MOST_STRETCHES = 16  # of a prompt, each of the text encoder's length: all that are read
 # Files whose sha256 this process has compared, so that gigabytes are not hashed twice in a load.
 _unchanged: set[tuple[object, ...]] = set()
@@ -78,6 +83,7 @@ class Plan:
 
     seconds, peak_bytes: what building it took
     parity: how it compared with the bundle's graph on its GPU; None until it has run
+    mark: this user's, on all of that
     """
 
     path: Path
@@ -87,6 +93,19 @@ class Plan:
     seconds: float
     peak_bytes: int
     parity: Mapping[str, float] | None = None
+    mark: str = ""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether it was built here, or the operator vouches for it."""
+        return is_ours(self._sealed(), self.mark) or str(self.sha256) in named()
+
+    def marked(self) -> "Plan":
+        return replace(self, mark=mark_of(self._sealed()))
+
+    def _sealed(self) -> bytes:
+        values = {name: value for name, value in asdict(self).items() if name != "mark"}
+        return json.dumps({**values, "path": self.path.name}, sort_keys=True).encode()
 
     @contextlib.contextmanager
     def verified(self) -> Iterator[mmap.mmap]:
@@ -123,6 +142,7 @@ class Plan:
         """The same plan, proven; the sidecar is written anew where that is allowed."""
         proven = replace(self, parity=dict(parity))
         with contextlib.suppress(OSError):
+            proven = proven.marked()
             _write_sidecar(proven)
         return proven
 
@@ -249,13 +269,20 @@ def find_plan(
     """
     nearest: tuple[int, str] | None = None
     for plan in sorted(_plans(folder, wanted.component), key=lambda plan: len(plan.key.targets)):
-        texts = differences(plan.key, wanted, ignored)
+        texts = differences(plan.key, wanted, ignored) if plan.trusted else [_foreign(plan)]
         if not texts and (damage := plan.damage()) is None:
             return plan, ""
         reason = "; ".join(texts) or str(damage)
         if nearest is None or len(texts) < nearest[0]:
             nearest = len(texts), f"the plan {plan.path.name} cannot be used: {reason}"
     return None, nearest[1] if nearest else "there is no plan yet"
+
+
+def _foreign(plan: Plan) -> str:
+    return (
+        "it was not built here, and a plan is native code; if you trust who built it, "
+        f"set {VARIABLE} to its sha256, which its sidecar says is {shortened(plan.sha256)}"
+    )
 
 
 def _plans(folder: Path, component: str) -> Iterator[Plan]:
@@ -268,7 +295,7 @@ def _plans(folder: Path, component: str) -> Iterator[Plan]:
 
 def plan_from_json(sidecar: Path) -> Plan:
     """Raises OSError, ValueError, KeyError or TypeError for a file that is no sidecar."""
-    raw = json.loads(sidecar.read_text("utf-8"))
+    raw = json_object(read_bytes(sidecar, MOST_SIDECAR))
     key = dict(raw.pop("key"))
     key["targets"] = tuple(key["targets"])
     key["profiles"] = tuple(
@@ -309,6 +336,7 @@ def plan_of(
     try:
         with locked(path.with_name(wanted.component)):
             found, reason = find_plan(folder, wanted, ignored)
+            mark_of(b"")  # what cannot be marked is not built for minutes first
             return found or _built(path, wanted, reason, build)
     except OSError as error:
         raise BundleError(f"cannot write {path}: {error}; name another SDRT_HOME") from error
@@ -320,7 +348,7 @@ def _built(
     log.info("%s: building a plan for %s (%s)", key.component, ", ".join(key.targets), reason)
     with whole(path) as partial:
         seconds, peak = build(partial)
-        plan = Plan(path, key, sha256_of(partial), partial.stat().st_size, seconds, peak)
+        plan = Plan(path, key, sha256_of(partial), partial.stat().st_size, seconds, peak).marked()
     _write_sidecar(plan)
     log.info(
         "%s: %.0f MB in %.1f s, peak memory %.2f GB",

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdrt.errors import BackendError
-from sdrt.files import write_whole
 from sdrt.manifest import Component
 
 from .cuda import Device, Graph, Mirrored, reset_device
@@ -25,6 +24,7 @@ from .plans import Plan, Profile
 from .protocol import Drawn, Feeds, Schedule, checked_feeds
 from .trt_build import logger_of, module_of
 from .trt_plans import RTX
+from .trust import read_ours, write_ours
 
 if TYPE_CHECKING:
     from .trt_loop import Loops
@@ -130,7 +130,7 @@ class Loaded:
         config = engine.create_runtime_config()
         cache = config.create_runtime_cache()
         with contextlib.suppress(OSError):
-            cache.deserialize(self._cache_path.read_bytes())
+            cache.deserialize(read_ours(self._cache_path))
         return cache
 
     def _new_context(self) -> Any:
@@ -250,7 +250,7 @@ class Loaded:
             cache = self._cache
             if cache is not None:
                 with contextlib.suppress(OSError):
-                    write_whole(self._cache_path, bytes(cache.serialize()))
+                    write_ours(self._cache_path, bytes(cache.serialize()))
             if self.loops:
                 self.loops.close()
             for bound in self._bound.values():

@@ -22,6 +22,7 @@ import numpy as np
 from sdrt.engine import Engine, Feeds
 from sdrt.files import write_whole
 from sdrt.manifest import TensorSpec
+from sdrt.reading import json_object, number, read_bytes, whole
 
 from .turns import Rates
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Size = tuple[int, int]
 REPEATS = 3
+MOST_KEPT = 1_000_000  # bytes of a file of figures, which may have come with a bundle
+SECONDS, ROWS, COUNT = number(0.0, 1e6), whole(1, 4096), whole(-(2**50), 2**50)
 GAIN = 1.05  # more rows in a call must make this much more of a picture a second
 LEARNED = 0.1  # share of a new measurement in the drift
 MEMORY_SHARE = 0.8  # of the memory that is free, for calls of the model
@@ -101,8 +104,8 @@ def costs_of(pipe: "Pipeline", most: int, kept: Path | None = None) -> Costs:
     path = kept / f"costs-{_key(pipe, most)}.json" if kept else None
     if path and path.is_file():
         try:
-            return _costs_from_json(json.loads(path.read_text()))
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            return _costs_from_json(json_object(read_bytes(path, MOST_KEPT)))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             log.warning("%s is not readable (%s); measuring again", path, error)
     costs = measured(pipe, most)
     if path:
@@ -207,13 +210,17 @@ def _json_from_costs(costs: Costs) -> dict[str, Any]:
 
 
 def _costs_from_json(raw: dict[str, Any]) -> Costs:
+    """Raises ValueError, KeyError, TypeError or AttributeError for what are no figures."""
     sizes = {}
     for name, each in raw["sizes"].items():
         width, height = (int(side) for side in name.split("x"))
-        calls = {int(rows): float(seconds) for rows, seconds in each["calls"].items()}
-        grown = {int(rows): int(count) for rows, count in each["bytes"].items()}
-        sizes[width, height] = SizeCosts(calls, grown, int(each["most"]), float(each["decode"]))
-    return Costs(float(raw["encode"]), sizes, resident_bytes())
+        calls = {int(rows): SECONDS(seconds, "a call") for rows, seconds in each["calls"].items()}
+        grown = {int(rows): COUNT(count, "bytes") for rows, count in each["bytes"].items()}
+        most, decode = ROWS(each["most"], "most"), SECONDS(each["decode"], "a decode")
+        if not calls or not grown or min(*calls, *grown) < 1 or not all(calls.values()):
+            raise ValueError(f"no figures of {width}x{height}")
+        sizes[width, height] = SizeCosts(calls, grown, most, decode)
+    return Costs(SECONDS(raw["encode"], "encode"), sizes, resident_bytes())
 
 
 def resident_bytes() -> int:

@@ -12,6 +12,7 @@ from sdrt.bundle import FLOAT32_GRAPH, Bundle
 from sdrt.engine.gpus import NO_DEVICE, Gpu, Machine, why_none
 from sdrt.engine.plans import PlanKey, differences, find_plan, key_of, plan_of, profiles_of
 from sdrt.engine.trt_plans import PORTABLE, RTX, targets_of, why_not
+from sdrt.engine.trust import is_ours, mark_of, read_ours, write_ours
 from sdrt.errors import BackendError, BundleError, UsageError
 from sdrt.manifest import Component, FileRecord, Manifest, TensorSpec
 
@@ -258,3 +259,78 @@ def test_sidecars_are_plain_json(tmp_path):
     made = plan_of(tmp_path, KEY, build)
     raw = json.loads(made.path.with_suffix(".json").read_text())
     assert raw["key"]["targets"] == ["sm_86", "sm_89"] and raw["parity"] is None
+
+
+def elsewhere(folder, monkeypatch, tmp_path):
+    """What a stranger built, in a home of its own."""
+    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "stranger"))
+    made = plan_of(folder, KEY, build)
+    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "mine"))
+    return made
+
+
+def test_a_plan_from_elsewhere_is_not_used(tmp_path, monkeypatch):
+    made = elsewhere(tmp_path / "plans", monkeypatch, tmp_path)
+    for _ in range(2):  # before this home has a key of its own, and after
+        found, reason = find_plan(tmp_path / "plans", KEY)
+        assert found is None and "not built here" in reason and made.sha256[:50] in reason
+        mark_of(b"")
+    again = plan_of(tmp_path / "plans", KEY, build)
+    assert again.mark != made.mark and find_plan(tmp_path / "plans", KEY)[0] == again
+
+
+def test_a_plan_that_the_operator_names_is_used(tmp_path, monkeypatch):
+    made = elsewhere(tmp_path / "plans", monkeypatch, tmp_path)
+    monkeypatch.setenv("SDRT_TRUST_PLANS", f"{'0' * 64}, {made.sha256.upper()}")
+    assert find_plan(tmp_path / "plans", KEY)[0] == made
+    monkeypatch.setenv("SDRT_TRUST_PLANS", "all")
+    with pytest.raises(UsageError, match="SDRT_TRUST_PLANS holds 'all'"):
+        find_plan(tmp_path / "plans", KEY)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sha256": "0" * 64}, {"size": 3}, {"mark": "0" * 64}, {"mark": ""}, {"mark": 7}],
+)
+def test_a_sidecar_that_was_changed_is_a_strangers(tmp_path, change):
+    sidecar = plan_of(tmp_path, KEY, build).path.with_suffix(".json")
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | change))
+    assert "not built here" in find_plan(tmp_path, KEY)[1]
+    plan_of(tmp_path, KEY, build)
+    raw = json.loads(sidecar.read_text())
+    raw["key"]["component"] = "vae_decoder"
+    sidecar.with_name("vae_decoder-0.json").write_text(json.dumps(raw))
+    assert "not built here" in find_plan(tmp_path, replace(KEY, component="vae_decoder"))[1]
+
+
+def test_a_key_that_others_may_read_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "home"))
+    mark = mark_of(b"x")
+    key = tmp_path / "home" / "plans.key"
+    assert key.stat().st_mode & 0o777 == 0o600 and is_ours(b"x", mark) and not is_ours(b"y", mark)
+    assert [*key.parent.iterdir()] == [key]
+    key.chmod(0o644)
+    assert not is_ours(b"x", mark)
+    assert mark_of(b"x") != mark and key.stat().st_mode & 0o777 == 0o600
+    key.write_bytes(b"")
+    assert is_ours(b"x", mark_of(b"x")) and len(key.read_bytes()) == 32
+
+
+def test_kernels_from_elsewhere_are_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.kernels"
+    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "stranger"))
+    write_ours(path, b"native code")
+    assert read_ours(path) == b"native code"
+    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "mine"))
+    for data in (path.read_bytes(), b"", b"native code"):
+        path.write_bytes(data)
+        with pytest.raises(OSError, match="not made here"):
+            read_ours(path)
+
+
+def test_a_sidecar_without_end_is_left_alone(tmp_path, caplog):
+    sidecar = plan_of(tmp_path, KEY, build).path.with_suffix(".json")
+    for text in ("[" * 100_000, " " * 2_000_000):
+        sidecar.write_text(text)
+        assert find_plan(tmp_path, KEY) == (None, "there is no plan yet")
+        assert "left alone" in caplog.text
