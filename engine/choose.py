@@ -122,9 +122,11 @@ def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
 
 def _ort_cpu() -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
-        from .ort import OrtEngine
+        from .ort import OrtEngine, session_options
+        from .ort_plans import optimised
 
-        return OrtEngine(name, bundle.graph(name), bundle.manifest.components[name])
+        kept = optimised(bundle, name, session_options())
+        return OrtEngine(name, bundle.graph(name), bundle.manifest.components[name], kept)
 
     missing = "onnxruntime is not installed; pip install 'sdrt[cpu]'"
     return Candidate("onnxruntime", "cpu", None if installed("onnxruntime") else missing, load)

@@ -8,6 +8,7 @@ import openvino as ov
 from sdrt.errors import BackendError
 from sdrt.manifest import Component
 
+from .mapped import let_go
 from .protocol import Feeds, checked_feeds
 
 
@@ -18,7 +19,10 @@ class OpenVinoEngine:
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
         self._graph, self._precision = graph, precision
+        self._weights = graph.with_name("model.safetensors")
         self._refitted = False
+        # What OpenVINO has packed it packs by shape, and reads from the mapped file to do so.
+        self._packed: set[tuple[tuple[int, ...], ...]] = set()
         self._open({})
 
     def _open(self, weights: Feeds) -> None:
@@ -37,6 +41,8 @@ class OpenVinoEngine:
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {self._graph}: {error}") from error
         self._request: ov.InferRequest | None = compiled.create_infer_request()
+        self._packed.clear()
+        let_go(self._weights)
 
     def refit(self, weights: Feeds) -> None:
         """Another model in the first one's place: its weights are packed for the processor."""
@@ -53,6 +59,10 @@ class OpenVinoEngine:
             self._request.infer(ready, share_inputs=True, share_outputs=True)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed in {self.name}: {error}") from error
+        shapes = tuple(array.shape for array in ready.values())
+        if shapes not in self._packed:
+            self._packed.add(shapes)
+            let_go(self._weights)
         return {spec.name: self._request.get_tensor(spec.name).data for spec in self.outputs}
 
     def close(self) -> None:

@@ -42,19 +42,27 @@ def options_with(weights: Feeds) -> ort.SessionOptions:
 
 
 class OrtEngine:
-    """One session on the CPU; inputs and outputs are bound, not copied."""
+    """One session on the CPU; inputs and outputs are bound, not copied.
 
-    def __init__(self, name: str, graph: Path, component: Component) -> None:
+    optimised: the same graph as ONNX Runtime has optimised it, if it is kept
+    """
+
+    def __init__(
+        self, name: str, graph: Path, component: Component, optimised: Path | None = None
+    ) -> None:
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
-        self._graph = graph
+        self._graph, self._optimised = graph, optimised
         self._weights: Feeds = {}
         self._open()
 
     def _open(self) -> None:
-        options = options_with(self._weights)
+        options, graph = options_with(self._weights), self._graph
+        if self._optimised and not self._weights:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            graph = self._optimised
         self._session: ort.InferenceSession | None = session(
-            self.name, self._graph, options, "CPUExecutionProvider", {}
+            self.name, graph, options, "CPUExecutionProvider", {}
         )
         self._binding: ort.IOBinding | None = self._session.io_binding()
 

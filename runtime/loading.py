@@ -3,6 +3,8 @@
 Knows which of a bundle's components are loaded at once and which when they are first needed.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from sdrt.bundle import Bundle
@@ -36,18 +38,12 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
     config = bundle.json("scheduler/scheduler_config.json")
     names = [name for name in AT_ONCE if name in manifest.components]
     engines: dict[str, Engine] = {}
-    try:
-        if in_turn:
-            in_order = {name: lazy(bundle, name) for name in names}
-            in_order[names[0]].loaded()  # so that a backend that does not load is left now
-            engines.update(in_order)
-        else:
-            for name in names:
-                engines[name] = load(bundle, name)
-    except BaseException:
-        for engine in engines.values():
-            engine.close()
-        raise
+    if in_turn:
+        in_order = {name: lazy(bundle, name) for name in names}
+        in_order[names[0]].loaded()  # so that a backend that does not load is left now
+        engines.update(in_order)
+    else:
+        engines.update(_loaded(bundle, names, load, candidate.device == "cpu"))
     engines["vae_encoder"] = lazy(bundle, "vae_encoder")
     if SHALLOW in manifest.components and not candidate.backend.startswith("tensorrt"):
         engines[SHALLOW] = lazy(bundle, SHALLOW)
@@ -57,3 +53,28 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
     first = tokenizer("text_encoder", "tokenizer")
     second = tokenizer("text_encoder_2", "tokenizer_2")
     return Pipeline(manifest, first, engines, config, candidate.title, adapters, second)
+
+
+def _loaded(
+    bundle: Bundle, names: list[str], load: Callable[[Bundle, str], Engine], side_by_side: bool
+) -> dict[str, Engine]:
+    """All of these, or none stays open; side by side where a processor's one thread compiles each,
+    which for a GPU would be threads that do not own its context.
+    """
+    engines: dict[str, Engine] = {}
+
+    def one(name: str) -> None:
+        engines[name] = load(bundle, name)
+
+    try:
+        if side_by_side:
+            with ThreadPoolExecutor(len(names)) as pool:
+                list(pool.map(one, names))
+        else:
+            for name in names:
+                one(name)
+    except BaseException:
+        for engine in engines.values():
+            engine.close()
+        raise
+    return {name: engines[name] for name in names}

@@ -141,7 +141,7 @@ def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
     raw = read_json(folder / MANIFEST, most=MOST_MANIFEST)
     manifest = manifest_from_json(raw, folder / MANIFEST)
     check_listed(folder, manifest)
-    check_files(folder, manifest)
+    check_files(folder, manifest.files, graphs_of(manifest))
     return Bundle(folder, manifest)
 
 
@@ -180,22 +180,28 @@ def graphs_of(manifest: Manifest) -> dict[str, Component]:
     return made | {graph_name(part): component for part, component in parts}
 
 
-def check_files(folder: Path, manifest: Manifest, anew: bool = False) -> None:
-    """Compare every file with the manifest, and look into graphs; both are done once and
+def check_files(
+    folder: Path,
+    files: Mapping[str, FileRecord],
+    graphs: Mapping[str, Component] | None = None,
+    anew: bool = False,
+) -> None:
+    """Compare files with what is known of them, and look into graphs; both are done once and
     remembered for as long as neither the file nor its weights change.
 
+    graphs: the files to look into, and the component of each
     anew: hash all, whatever is remembered
     """
     memory = home() / "verified.json"
     known = {} if anew else _remembered(memory)
     fresh = {}
-    for name, record in manifest.files.items():
+    for name, record in files.items():
         path = folder / name
         try:
             stat = path.stat()
         except OSError as error:
             raise BundleError(f"{path} is missing; build the bundle again with --force") from error
-        weights = manifest.files.get(str(Path(name).with_name(WEIGHTS)), record)
+        weights = files.get(str(Path(name).with_name(WEIGHTS)), record)
         mark = f"{identity(stat)}:{record.sha256}:{weights.sha256}"
         if known.get(str(path.resolve())) == mark:
             continue
@@ -206,8 +212,8 @@ def check_files(folder: Path, manifest: Manifest, anew: bool = False) -> None:
                 f"({stat.st_size} bytes found, {record.size} expected, or another sha256); "
                 "build the bundle again with --force"
             )
-        if path.suffix == ".onnx":
-            check_graph(path, graphs_of(manifest)[name])
+        if graphs and path.suffix == ".onnx":
+            check_graph(path, graphs[name])
         fresh[str(path.resolve())] = mark
     if fresh:
         _remember(memory, _remembered(memory) | fresh)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from .bundle import Bundle, check_files, open_bundle
+from .bundle import Bundle, check_files, graphs_of, open_bundle
 from .engine import Candidate, Feeds, choose, parity
 from .errors import ParityError
 from .manifest import Manifest
@@ -36,7 +36,7 @@ def verify(args: argparse.Namespace) -> None:
     that were built.
     """
     bundle = open_bundle(args.bundle)
-    check_files(bundle.folder, bundle.manifest, anew=True)
+    check_files(bundle.folder, bundle.manifest.files, graphs_of(bundle.manifest), anew=True)
     candidate = choose(args.backend, bundle.bytes, device=args.device)
     log.info("backend: %s (%s)", candidate.title, candidate.because)
     checks = [Check("files", f"{len(bundle.manifest.files)} of the sha256 built", "all", True)]

@@ -1,0 +1,37 @@
+"""Pages of mapped files: given back once what was in them is packed elsewhere.
+
+Knows Linux's /proc and madvise; anywhere else it does nothing.
+"""
+
+import ctypes
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+DONT_NEED = 4  # MADV_DONTNEED
+
+
+def let_go(path: Path) -> None:
+    """Drop this process's pages of a file that is mapped to be read. Their bytes stay in the
+    system's cache, which all processes share, and are found again when they are touched.
+    """
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for low, high in _read_only(path):
+        if libc.madvise(low, high - low, DONT_NEED):
+            log.debug("pages of %s stay resident", path)
+
+
+def _read_only(path: Path) -> Iterator[tuple[int, int]]:
+    """Where the file is mapped; never where it may be written, which would lose what was."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return
+    whole = str(path.resolve())
+    for line in lines:
+        fields = line.split(maxsplit=5)  # range, rights, offset, device, inode, path
+        if len(fields) == 6 and fields[5] == whole and "w" not in fields[1]:
+            low, high = fields[0].split("-")
+            yield int(low, 16), int(high, 16)

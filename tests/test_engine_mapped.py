@@ -1,0 +1,46 @@
+"""Pages of mapped files are given back, and read the same afterwards."""
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+
+from sdrt.engine.mapped import let_go
+
+SIZE = 32 << 20
+
+
+def resident(path):
+    """Bytes of the file that are in this process's memory."""
+    found = inside = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        fields = line.split()
+        if not fields[0].endswith(":"):
+            inside = line.endswith(str(path))
+        elif inside and fields[0] == "Rss:":
+            found += int(fields[1]) * 1024
+    return found
+
+
+def test_pages_go_and_come_again(tmp_path):
+    path = tmp_path / "weights"
+    content = np.random.default_rng(0).integers(0, 256, SIZE, np.uint8)
+    path.write_bytes(content.tobytes())
+    mapped = np.memmap(path, np.uint8, "r")
+    assert mapped.sum() == content.sum() and resident(path) == SIZE
+    let_go(path)
+    assert resident(path) == 0
+    assert np.array_equal(mapped, content)
+
+
+def test_what_was_written_to_a_private_mapping_stays(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(SIZE))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        mapped[0] = 7
+        let_go(path)
+        assert mapped[0] == 7
+
+
+def test_what_is_not_mapped_or_not_there_is_nothing_to_do(tmp_path):
+    let_go(tmp_path / "weights")

@@ -1,0 +1,89 @@
+"""Optimised graphs are what is loaded, give the same pictures, and are done without where they
+cannot be had.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sdrt
+from sdrt.bundle import open_bundle
+from sdrt.engine import ort_plans
+from sdrt.engine.ort import session_options
+from sdrt.tensors import Tensors
+
+PICTURE = {"num_inference_steps": 4, "seed": 3}
+
+
+@pytest.fixture
+def kept(shapes, tmp_path, monkeypatch):
+    """A home without plans, where even the smallest model's are kept."""
+    monkeypatch.setenv("SDRT_HOME", str(tmp_path))
+    monkeypatch.setattr(ort_plans, "WORTH", 0)
+    return open_bundle(shapes)
+
+
+def picture(bundle):
+    with sdrt.load(bundle.folder, backend="onnxruntime") as pipe:
+        return np.asarray(pipe("a red circle", **PICTURE).images[0])
+
+
+def made(bundle, name="unet"):
+    return ort_plans.optimised(bundle, name, session_options())
+
+
+def test_the_optimised_graph_gives_the_same_picture(kept, pipe, tmp_path):
+    wanted = np.asarray(pipe("a red circle", **PICTURE).images[0])
+    first, second = picture(kept), picture(kept)
+    assert np.array_equal(first, wanted) and np.array_equal(second, wanted)
+    graphs = sorted(path.parent.name.split("-")[0] for path in tmp_path.rglob("model.onnx"))
+    assert graphs == ["text_encoder", "unet", "vae_decoder"]
+
+
+def test_it_is_made_once_and_is_what_is_loaded(kept):
+    graph = made(kept)
+    before = graph.stat().st_mtime_ns
+    assert made(kept) == graph and graph.stat().st_mtime_ns == before
+    with sdrt.load(kept.folder, backend="onnxruntime"):
+        mapped = Path("/proc/self/maps").read_text()
+    assert str(graph.with_name("model.data")) in mapped
+
+
+def test_a_damaged_one_is_made_again(kept, pipe, caplog):
+    data = made(kept).with_name("model.data")
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 0xFF]))
+    with caplog.at_level(logging.WARNING, "sdrt"):
+        assert np.array_equal(picture(kept), np.asarray(pipe("a red circle", **PICTURE).images[0]))
+    assert "damaged" in caplog.text and data.read_bytes() == whole
+
+
+def test_another_processor_has_its_own(kept, monkeypatch):
+    graph = made(kept)
+    monkeypatch.setattr(ort_plans, "_processor", lambda: "another")
+    assert made(kept).parent != graph.parent
+
+
+@pytest.mark.parametrize("why", ["small", "no room"])
+def test_without_one_the_bundles_graph_runs(kept, monkeypatch, tmp_path, why):
+    if why == "small":
+        monkeypatch.setattr(ort_plans, "WORTH", 10**12)
+    else:
+        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(ort_plans.shutil, "disk_usage", lambda folder: usage)
+    assert made(kept) is None
+    assert not list(tmp_path.rglob("model.onnx"))
+
+
+def test_other_weights_are_put_into_the_bundles_graph(kept):
+    with sdrt.load(kept.folder, backend="onnxruntime") as pipe:
+        draw = lambda: np.asarray(pipe("a red circle", **PICTURE).images[0])  # noqa: E731
+        before = draw()
+        shape = Tensors(kept.folder / "unet" / "model.safetensors").shape("conv_in.weight")
+        pipe.engines["unet"].refit({"conv_in.weight": np.zeros(shape, np.float32)})
+        assert not np.array_equal(draw(), before)
+        pipe.engines["unet"].refit({})
+        assert np.array_equal(draw(), before)
