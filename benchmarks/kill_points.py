@@ -12,13 +12,15 @@ the only part that is not run again: it writes nothing. Each child is ended once
 - by SIGKILL at moments spread over the whole build.
 
 What is there then must be no bundle, the whole old one or the whole new one; the build, begun
-again, must leave the new one, byte for byte, and nothing else. At last `sdrt build --model shapes`
+again once on each different state of the disk, must leave the new one, byte for byte, and nothing
+else. At last `sdrt build --model shapes`
 is killed at random moments, each time on what the kills before it left.
 """
 
 import argparse
 import gc
 import hashlib
+import json
 import os
 import random
 import resource
@@ -38,7 +40,13 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
 
 from killing import in_child, killed_at, points_of  # noqa: E402
 
-WRITES, MOMENTS = 40, 50
+WRITES, MOMENTS = 40, 60
+# A UNet without stages, so that a build takes seconds.
+SMALL = {
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "block_out_channels": [8],
+}
 Kill = Callable[[Callable[[], object]], None]
 
 
@@ -48,6 +56,11 @@ def digests(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def names(folder: Path) -> dict[str, str]:
+    """What has no bytes of its own."""
+    return {str(path): "" for path in sorted(folder.rglob("*")) if not path.is_file()}
 
 
 def exported_once() -> None:
@@ -98,7 +111,7 @@ class Trial:
         from sdrt.export.checkpoint import embedded_checkpoint
 
         self.target = work / "home" / "bundles" / "b"
-        self.model = write_tiny(work / "tiny", embedded_checkpoint("shapes"))
+        self.model = write_tiny(work / "tiny", embedded_checkpoint("shapes"), **SMALL)
         os.environ["SDRT_HOME"] = str(work / "home")
         exported_once()
         self.old, self.new = work / "old", work / "new"
@@ -110,6 +123,7 @@ class Trial:
         in_child(partial(self.build, work / "timed"))
         self.seconds = time.monotonic() - began
         assert digests(work / "timed") == digests(self.new)
+        self.states: set[str] = set()
         self.wanted = {"old": digests(self.old), "new": digests(self.new)}
 
     def build(self, target: Path | None = None, batch: tuple[int, int, int] = (1, 1, 4)) -> None:
@@ -121,16 +135,22 @@ class Trial:
 
     def prepare(self, replacing: bool) -> None:
         shutil.rmtree(self.target.parent, ignore_errors=True)
+        self.target.parent.mkdir(parents=True)
         if replacing:
             shutil.copytree(self.old, self.target)
 
-    def recovers(self, replacing: bool, kill: Kill) -> str:
-        """What was there after the kill: nothing, old or new. Raises AssertionError."""
+    def recovers(self, replacing: bool, kill: Kill, distinct: bool) -> str:
+        """What was there after the kill: nothing, old or new. Raises AssertionError.
+
+        distinct: build again only on what no kill before this one had left
+        """
         from sdrt.bundle import list_bundles, open_bundle
         from sdrt.errors import BundleError
 
         self.prepare(replacing)
         kill(self.build)
+        state = json.dumps(digests(self.target.parent) | names(self.target.parent))
+        known, self.states = state in self.states, self.states | {state}
         listed = [folder for folder in list_bundles() if self.target.parent in folder.parents]
         try:
             found = digests(open_bundle(self.target).folder)
@@ -140,6 +160,8 @@ class Trial:
         assert not found or listed == [self.target]
         kind = next((k for k, wanted in self.wanted.items() if wanted == found), "nothing")
         assert kind != "nothing" or not found, "a bundle that opens and is neither"
+        if known and distinct:
+            return kind
         assert in_child(self.build) == 0
         assert digests(self.target) == self.wanted["new"], "another bundle"
         assert [path.name for path in self.target.parent.iterdir()] == ["b"], "something is left"
@@ -184,6 +206,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th point")
+    parser.add_argument("--seconds", type=float, metavar="S", help="begin no point after so many")
+    parser.add_argument(
+        "--all", action="store_true", help="build again on what another kill had left alike too"
+    )
     parser.add_argument("--kills", type=int, default=10, help="of the command itself")
     parser.add_argument("--longest", type=float, default=25.0, help="seconds before one of them")
     parser.add_argument("--save", action="store_true", help="keep the figures for the README")
@@ -192,13 +218,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(Path(folder))
         print(f"a build without the exporter: {trial.seconds:.2f} s", flush=True)
-        for kind, replacing, kill in list(points(trial))[:: args.every]:
-            found = trial.recovers(replacing, kill)
+        every = list(points(trial))[:: args.every]
+        random.Random(0).shuffle(every)
+        for kind, replacing, kill in every:
+            if args.seconds and time.monotonic() - began > args.seconds:
+                break
+            found = trial.recovers(replacing, kill, not args.all)
             done.setdefault(kind, {"nothing": 0, "old": 0, "new": 0})[found] += 1
         count = sum(sum(found.values()) for found in done.values())
         for kind, found in done.items():
             print(f"{kind}: {sum(found.values())} recovered; left by the kill: {found}")
-        print(f"{count} of {count} points recovered", flush=True)
+        states = len(trial.states)
+        print(f"{states} different states left", flush=True)
+        print(f"{count} of {count} points recovered, of {len(every)} in all", flush=True)
         if args.kills:
             command_killed(Path(folder), args.kills, args.longest)
             print(f"the command: {args.kills} kills, one on another's leftovers, and a build")
@@ -207,11 +239,12 @@ def main() -> None:
         sys.path.insert(0, str(ROOT / "benchmarks"))
         from results import save
 
-        said = f"{count} of {count} points, and {args.kills} kills of the command; {seconds} s"
+        left = f"{states} different states" + ("" if args.all else ", each begun again")
+        said = f"{count} of {count} points ({left}), {args.kills} kills of the command; {seconds} s"
         save(
             "kill_points",
             {"builds killed and begun again that end with the same bundle, byte for byte": said},
-            {"points": done, "command": args.kills, "seconds": seconds},
+            {"points": done, "states": states, "command": args.kills, "seconds": seconds},
         )
 
 
