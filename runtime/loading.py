@@ -46,7 +46,8 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
         engines.update(_loaded(bundle, names, load, candidate.device == "cpu"))
     engines["vae_encoder"] = lazy(bundle, "vae_encoder")
     if SHALLOW in manifest.components and not candidate.backend.startswith("tensorrt"):
-        engines[SHALLOW] = lazy(bundle, SHALLOW)
+        # It is small and alternates with the UNet, so it takes no turn.
+        engines[SHALLOW] = LazyEngine(partial(load, bundle, SHALLOW), manifest.components[SHALLOW])
     if exact := bundle.in_float32("vae_decoder"):
         engines["vae_decoder_float32"] = lazy(exact, "vae_decoder")
     adapters = Adapters(bundle, engines)

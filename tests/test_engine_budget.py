@@ -103,6 +103,10 @@ def test_in_turn_one_component_is_loaded_and_the_pictures_are_the_same(shapes, p
         assert loaded and all(names == ["unet"] for names in loaded)
         own(PROMPT, image=wanted[0], strength=0.5, num_inference_steps=2)
         assert [name for name, engine in lazy.items() if engine._engine] == ["vae_decoder"]
+        loaded.clear()
+        found = own(PROMPT, on_step=look, **OPTIONS, feature_reuse=2).images
+        assert np.array_equal(found[0], pipe(PROMPT, **OPTIONS, feature_reuse=2).images[0])
+        assert all("unet" in names for names in loaded) and "unet_shallow" in loaded[-1]
     with pytest.raises(BackendError, match="closed"):
         own(PROMPT, num_inference_steps=1)
 
