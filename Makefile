@@ -75,17 +75,34 @@ audit: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[audit]" -c constraints.txt
 	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
-# Measures, keeps the figures in benchmarks/results and writes them into the README.
+# Measures what a machine of any size can in half an hour, keeps the figures in benchmarks/results and
+# writes them into the README.
 bench: $(READY)
 	$(BIN)/sdrt build --model shapes --feature-reuse --force --quiet
-	$(BIN)/python benchmarks/start_to_picture.py --save
+	$(BIN)/python benchmarks/cold_start.py --save
+	$(BIN)/python benchmarks/overhead.py --save
+	$(BIN)/python benchmarks/build.py --divisor 4 --size 256x256 --fp32 --work build/narrow --save
+	$(BIN)/python benchmarks/scaling.py --work build/narrow --save
 	$(BIN)/python benchmarks/serve_cost.py --save
-	$(BIN)/python benchmarks/serve_load.py --save
+	$(BIN)/python benchmarks/serve_load.py --requests 100 --save
 	$(BIN)/python benchmarks/serve_sim.py --save
-	$(BIN)/python benchmarks/loop_cost.py --save
 	$(BIN)/python benchmarks/shapes_quality.py --save
 	$(BIN)/python benchmarks/fewer.py --save
-	$(BIN)/python benchmarks/build_full_size.py --save
+	$(MAKE) report
+
+# At full size: 15 GB of disk, 16 GB of memory, an hour. The bundle is made once, in build/full.
+bench-full: $(READY)
+	$(BIN)/python benchmarks/build.py --save
+	$(BIN)/python benchmarks/latency.py --work build/full --rounds 7 --save
+	$(BIN)/python benchmarks/latency.py --work build/full --size 512x512 --rounds 5 \
+		--engines reference,openvino-bf16 --save
+	$(BIN)/python benchmarks/picture.py --work build/full --save
+	$(BIN)/python benchmarks/memory.py --work build/full --save
+	$(BIN)/python benchmarks/scaling.py --work build/narrow --full build/full --save
+	$(MAKE) report
+
+# The README's table and the plots, from benchmarks/results.
+report: $(READY)
 	$(BIN)/python benchmarks/results.py
 
 $(READY): pyproject.toml constraints.txt

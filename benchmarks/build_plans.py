@@ -13,19 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from build_full_size import write_checkpoint
+from published import made_bundle
 from results import save
-
-
-def make_bundle(folder: Path, size: str) -> Path:
-    """The bundle, made in processes of their own."""
-    model, bundle = folder / "model", folder / "bundle"
-    if not (bundle / "sdrt.json").exists():
-        model.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, __file__, "--checkpoint", str(model)], check=True)
-        command = [sys.executable, "-m", "sdrt", "build", "--model", str(model), "--fp16"]
-        subprocess.run([*command, "--output", str(bundle), "--size", size], check=True)
-    return bundle
 
 
 def main() -> None:
@@ -34,13 +23,9 @@ def main() -> None:
     parser.add_argument("--size", default="512x512")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--save", action="store_true", help="keep the figures for the README")
-    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.checkpoint:
-        write_checkpoint(args.checkpoint)
-        return
     with tempfile.TemporaryDirectory() as temporary:
-        bundle = make_bundle(args.work or Path(temporary), args.size)
+        bundle = made_bundle(args.work or Path(temporary), [args.size], "--fp16")
         command = [sys.executable, "-m", "sdrt", "build", "--bundle", str(bundle)]
         command += ["--backend", "tensorrt-rtx", "--target", args.target]
         subprocess.run(command, check=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from build_full_size import write_checkpoint
+from published import write_checkpoint
 from results import save
 
 from sdrt.bundle import parse_size

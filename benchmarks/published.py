@@ -1,4 +1,14 @@
-"""Published configurations that are not the defaults of the networks here."""
+"""Published configurations, and checkpoints and bundles of them with random weights: speed does
+not depend on their values.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 TEXT = {
     "vocab_size": 49408,
@@ -35,3 +45,107 @@ XL_UNET = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+
+
+PARTS = {
+    "scheduler": "PNDMScheduler",
+    "text_encoder": "CLIPTextModel",
+    "tokenizer": "CLIPTokenizer",
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+}
+
+
+def write_checkpoint(folder: Path, divisor: int = 1) -> None:
+    """Stable Diffusion 1.5 with random fp16 weights of a scale that keeps activations tame, as the
+    reference library writes a folder. The words of its tokenizer are those of `shapes`.
+
+    divisor: of all widths but the text encoder's, such as 4 for a model of a sixteenth of the work
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    import sdrt
+    from sdrt.export.original_config import FAMILIES
+    from sdrt.export.unet import Unet, UnetConfig
+    from sdrt.export.vae import AutoencoderKL, VaeConfig
+
+    torch.manual_seed(0)
+    shapes = Path(sdrt.__file__).parent / "models" / "shapes"
+    shutil.copytree(shapes / "tokenizer", folder / "tokenizer")
+    said = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer" / "tokenizer_config.json", {**said, "model_max_length": 77})
+    index: dict[str, Any] = {name: [library_of(kind), kind] for name, kind in PARTS.items()}
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    write_json(folder / "model_index.json", index)
+    scheduler = {**FAMILIES[0].scheduler, "_class_name": PARTS["scheduler"]}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    CLIPTextModel(CLIPTextConfig(**TEXT)).half().save_pretrained(folder / "text_encoder")
+    for part, config, kind, configured in (
+        ("unet", unet_config(divisor), Unet, UnetConfig),
+        ("vae", vae_config(divisor), AutoencoderKL, VaeConfig),
+    ):
+        write_json(folder / part / "config.json", config)
+        weights = kind(configured.from_json(config)).state_dict()
+        half = {name: tensor.half() for name, tensor in weights.items()}
+        save_file(half, folder / part / "diffusion_pytorch_model.safetensors")
+
+
+def library_of(kind: str) -> str:
+    return "transformers" if kind.startswith("CLIP") else "diffusers"
+
+
+def unet_config(divisor: int = 1) -> dict[str, Any]:
+    return {
+        "_class_name": PARTS["unet"],
+        "cross_attention_dim": 768,
+        "sample_size": 64,
+        "block_out_channels": [width // divisor for width in (320, 640, 1280, 1280)],
+        "norm_num_groups": 32 // divisor,
+    }
+
+
+def vae_config(divisor: int = 1) -> dict[str, Any]:
+    return {
+        "_class_name": PARTS["vae"],
+        "block_out_channels": [width // divisor for width in (128, 256, 512, 512)],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32 // divisor,
+        "sample_size": 512,
+    }
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def made_checkpoint(folder: Path, divisor: int = 1) -> Path:
+    """A checkpoint in `model`, made once for a folder, in a process of its own so that this one
+    stays small.
+    """
+    model = folder / "model"
+    if not (model / "vae" / "diffusion_pytorch_model.safetensors").exists():
+        write = [sys.executable, __file__, str(model), str(divisor)]
+        subprocess.run(write, check=True)
+    return model
+
+
+def made_bundle(folder: Path, sizes: Sequence[str], *options: str, divisor: int = 1) -> Path:
+    """That checkpoint's bundle in `bundle`, made once for a folder."""
+    model, bundle = made_checkpoint(folder, divisor), folder / "bundle"
+    if not (bundle / "sdrt.json").exists():
+        command = [sys.executable, "-m", "sdrt", "build", "--model", str(model)]
+        command += [*options, "--output", str(bundle)]
+        for size in sizes:
+            command += ["--size", size]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return bundle
+
+
+if __name__ == "__main__":
+    write_checkpoint(Path(sys.argv[1]), int(sys.argv[2]))

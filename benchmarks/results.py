@@ -1,7 +1,7 @@
-"""Results that were measured, one JSON file each, and the README's table of them.
+"""Results that were measured, one JSON file each; the README's table and the plots come of them.
 
-    python benchmarks/results.py            # write the table into README.md
-    python benchmarks/results.py --check    # say whether the README has it
+    python benchmarks/results.py            # write the table into README.md, and the plots
+    python benchmarks/results.py --check    # say what is not what it would write
 
 A benchmark run with `--save` keeps its figures in `benchmarks/results/` with the command, the
 machine, the versions and the date.
@@ -9,18 +9,17 @@ machine, the versions and the date.
 
 import argparse
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
 import sys
 from pathlib import Path
 
+from sdrt.bench.report import machine, versions
+from sdrt.engine.choose import installed
+
 FOLDER = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-PACKAGES = ("numpy", "onnxruntime", "torch", "diffusers", "transformers", "tensorrt-rtx")
 
 
 def save(name: str, claims: dict[str, str], figures: dict[str, object]) -> None:
@@ -37,26 +36,6 @@ def save(name: str, claims: dict[str, str], figures: dict[str, object]) -> None:
     (FOLDER / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def machine() -> str:
-    """Processor, cores in use and system, in words."""
-    name = platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].split(":", 1)[1].strip() if lines else name
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, {platform.system()}"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def table() -> str:
     lines = ["| | measured | by |", "|---|---|---|"]
     for path in sorted(FOLDER.glob("*.json")):
@@ -67,20 +46,41 @@ def table() -> str:
 
 
 def readme_with_table() -> str:
-    text = README.read_text()
+    text = README.read_text("utf-8")
     head, _, rest = text.partition(START)
     _, _, tail = rest.partition(END)
     return head + table() + tail
+
+
+def plots() -> dict[Path, str]:
+    """Every plot that is made of results, as SVG; none without matplotlib."""
+    if not installed("matplotlib"):
+        print("matplotlib is not installed: the plots stay as they are", file=sys.stderr)
+        return {}
+    import plots as drawn
+
+    made = {}
+    for name, draw in drawn.PLOTS.items():
+        path = FOLDER / f"{name}.json"
+        if path.exists() and (text := draw(json.loads(path.read_text("utf-8")))):
+            made[path.with_suffix(".svg")] = text
+    return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    wanted = readme_with_table()
+    wanted = {README: readme_with_table(), **plots()}
+    stale = [
+        path.name
+        for path, text in wanted.items()
+        if not path.exists() or path.read_text("utf-8") != text
+    ]
     if args.check:
-        sys.exit(0 if README.read_text() == wanted else "README.md: run benchmarks/results.py")
-    README.write_text(wanted)
+        sys.exit(f"{', '.join(stale)}: run make report" if stale else 0)
+    for path, text in wanted.items():
+        path.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

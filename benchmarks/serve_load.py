@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from results import FOLDER, save
+from results import save
 from serve_sim import Request, poisson, simulated
 
 import sdrt
@@ -322,27 +322,6 @@ def show(load: float, name: str, row: dict[str, float]) -> None:
     print(f"{load:4.0%}  {name:30}", "  ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
 
 
-def draw(found: dict[str, Any], loads: Sequence[float], path: Path) -> None:
-    """p95 of short and of all requests over the load."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "sdrt"
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    kinds = ((f"up to {SHORT} steps", "short_p95"), ("all", "p95"))
-    for axis, (title, key) in zip(axes, kinds, strict=True):
-        for name in WAYS:
-            values = [found[f"{load:.0%}"][name][key] for load in loads]
-            axis.plot([100 * load for load in loads], values, marker="o", label=name)
-        axis.set(title=title, xlabel="load, % of capacity", yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("95 % are done within, seconds")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -361,7 +340,6 @@ def main() -> None:
             found = measured(replace(loaded, engines={**loaded.engines, **timed}), args)
     if args.save:
         save("serve_load", claims_from(found), found)
-        draw(found, args.loads, FOLDER / "serve_load.svg")
 
 
 def claims_from(found: dict[str, Any]) -> dict[str, str]:

@@ -101,6 +101,8 @@ class Tiling:
         height, width = (side // down for side in whole.shape[2:])  # of the latents
         sides = height, width
         spans = [spans_of(side, tile) for side, tile in zip(sides, self.tile(sides), strict=True)]
+        if len(spans[0]) == len(spans[1]) == 1:
+            return call(whole[:, :, : height * down, : width * down])
         total, weight = np.zeros(0, np.float32), np.zeros(0, np.float32)
         for rows in spans[0]:
             for columns in spans[1]:

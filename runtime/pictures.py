@@ -23,9 +23,14 @@ MOST_COMMENT = 60_000  # bytes; JPEG has room for 65,533 of EXIF
 
 def images_from_decoded(decoded: np.ndarray) -> list[Image.Image]:
     """[B, 3, H, W] about [-1, 1] -> one RGB picture each, rounded to bytes."""
-    unit = np.clip(decoded * 0.5 + 0.5, 0.0, 1.0)
-    pixels = np.rint(unit * 255.0).astype(np.uint8).transpose(0, 2, 3, 1)
-    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in pixels]
+    unit = decoded * np.float32(0.5)
+    # In place: new memory costs as much as the arithmetic.
+    unit += np.float32(0.5)
+    np.clip(unit, 0.0, 1.0, out=unit)
+    unit *= np.float32(255.0)
+    pixels = np.rint(unit, out=unit).astype(np.uint8)
+    # Merged by Pillow, which is several times faster than a transpose.
+    return [Image.merge("RGB", [Image.fromarray(band) for band in picture]) for picture in pixels]
 
 
 def pixels_of(drawn: np.ndarray) -> np.ndarray:

@@ -72,6 +72,8 @@ def add_bench(to: argparse.ArgumentParser) -> None:
     to.add_argument("--steps", default="20", metavar="N,M", help="of whole pictures; 1,4,20,50")
     to.add_argument("--rounds", type=whole, default=7, metavar="N")
     to.add_argument("--engines", metavar="A,B", help="only those with these in their names")
+    to.add_argument("--parts", metavar="A,B", help="only these: text, unet, decode, picture")
+    to.add_argument("--scheduler", metavar="NAME", help="default: the bundle's")
     to.add_argument(
         "--compiled", action="store_true", help="the reference library compiled too; minutes"
     )

@@ -20,6 +20,7 @@ from sdrt.engine import candidates
 from sdrt.engine.gpus import free_memory, this_machine
 from sdrt.errors import BackendError, UsageError
 from sdrt.runtime.costs import available_bytes
+from sdrt.runtime.samplers.catalogue import config_from_name
 
 from .compare import old_report, refuse_slower
 from .peers import peers
@@ -29,6 +30,7 @@ from .usage import memory
 
 log = logging.getLogger("sdrt.bench")
 LIMIT = "limit"
+PARTS = ("text", "unet", "decode", "picture")
 WORKER = "from sdrt.bench.worker import main; main()"
 
 
@@ -71,6 +73,7 @@ class Worker:
     def __init__(self, each: Contestant, bundle: Bundle, run: Run) -> None:
         wanted: dict[str, Any] = {"backend": each.backend, "precision": each.precision}
         wanted |= {"folder": str(bundle.folder), "size": run.size, "steps": run.steps}
+        wanted["scheduler"] = run.scheduler
         self.contestant, self.parts = each, list[str]()
         self._said: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._began = time.perf_counter()
@@ -91,6 +94,10 @@ class Worker:
         each.load_seconds, self.parts = answer["load_seconds"], answer["parts"]
         if free is not None and (left := free_memory(gpus[0])) is not None:
             each.device_bytes = free - left
+
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
 
     @property
     def peak(self) -> int:
@@ -141,7 +148,10 @@ def bench(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.rounds} rounds; expected 1 to 1000")
     if args.plot:
         check_path(args.plot)
-    run = Run(f"{width}x{height}", _steps(args.steps), args.rounds)
+    parts, steps = _parts(args.parts), _steps(args.steps)
+    run = Run(f"{width}x{height}", steps, args.rounds, parts, args.scheduler)
+    if args.scheduler:
+        config_from_name(args.scheduler, bundle.json("scheduler/scheduler_config.json"))
     old = old_report(args.compare, bundle.manifest.name, run) if args.compare else None
     found, left_out = contestants(bundle, args.compiled)
     limit, *engines = _measured(bundle, run, chosen(found, args.engines), left_out)
@@ -158,6 +168,15 @@ def _steps(text: str) -> tuple[int, ...]:
     if all(part.isdigit() and 1 <= int(part) <= 1000 for part in parts):
         return tuple(dict.fromkeys(int(part) for part in parts))
     raise UsageError(f"steps {text!r}; expected 1 to 1000, such as --steps 20 or --steps 1,4,20")
+
+
+def _parts(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return PARTS
+    found = tuple(name.strip() for name in text.split(","))
+    if unknown := set(found) - set(PARTS):
+        raise UsageError(f"no part is called {', '.join(sorted(unknown))}; {', '.join(PARTS)} are")
+    return found
 
 
 def _measured(
@@ -183,7 +202,7 @@ def _measured(
                 continue
             log.info("%s: ready after %.2f s", each.name, each.cold_start_seconds)
         for _ in tqdm(range(run.rounds), disable=None, unit="turn", file=sys.stderr):
-            _take_turns(workers)
+            _take_turns(workers, run.parts)
         for worker in workers:
             worker.contestant.memory = worker.ask("end")
     finally:
@@ -195,11 +214,11 @@ def _measured(
     return [worker.contestant for worker in workers]
 
 
-def _take_turns(workers: Sequence[Worker]) -> None:
+def _take_turns(workers: Sequence[Worker], parts: tuple[str, ...]) -> None:
     """Every part once by every contestant, and the limit before each part."""
     limit, *others = workers
-    parts = dict.fromkeys(part for worker in others for part in worker.parts)
-    for part in parts:
+    known = dict.fromkeys(part for worker in others for part in worker.parts)
+    for part in (name for name in known if name.startswith(parts)):
         rates = {name.split()[0]: rate_of(limit.turn(name)) for name in limit.parts}
         for worker in others:
             if part in worker.parts:

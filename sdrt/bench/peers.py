@@ -5,6 +5,7 @@ Knows the peers' interfaces; imported in a worker only, and a peer only where it
 
 import io
 import json
+from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 from sdrt.bundle import Bundle, open_bundle, parse_size
 from sdrt.engine.choose import cpu_has_bf16, installed
+from sdrt.runtime.samplers.catalogue import config_from_name
 
 from .worker import PROMPT, Part, Spent, Timed, picture_of
 
 TEXT_TO_IMAGE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-OPTIMUM = "pip install 'optimum-onnx[onnxruntime]' diffusers"
+OPTIMUM = "pip install 'optimum-onnx[onnxruntime]' 'diffusers<0.36'"
 
 
 def checkpoint_folder(bundle: Bundle) -> Path | None:
@@ -54,14 +56,13 @@ def _checkpoint(folder: str) -> Path:
     return found
 
 
-def reference(
-    folder: str, precision: str, size: str, steps: list[int], spent: Spent
-) -> dict[str, Part]:
+def reference(folder: str, wanted: Mapping[str, Any], spent: Spent) -> dict[str, Part]:
     """The reference library: fp32 as it comes, bf16 with channels last, and that compiled."""
     import diffusers
     import torch
 
     checkpoint = _checkpoint(folder)
+    precision = wanted["precision"]
     kind = torch.float32 if precision == "float32" else torch.bfloat16
     without = {"safety_checker": None} if _checks(checkpoint) else {}
     kinds: Any = diffusers.DiffusionPipeline
@@ -76,30 +77,30 @@ def reference(
         torch._inductor.config.freezing = True
         pipe.unet = torch.compile(pipe.unet)
         pipe.vae.decode = torch.compile(pipe.vae.decode)
-    return _parts(pipe, kind, size, steps, spent)
+    return _parts(pipe, kind, wanted, spent)
 
 
 def _checks(checkpoint: Path) -> bool:
     return "safety_checker" in json.loads((checkpoint / "model_index.json").read_text())
 
 
-def optimum(
-    folder: str, precision: str, size: str, steps: list[int], spent: Spent
-) -> dict[str, Part]:
+def optimum(folder: str, wanted: Mapping[str, Any], spent: Spent) -> dict[str, Part]:
     """Optimum's pipeline over ONNX Runtime, of its own export."""
     import torch
-    from optimum.onnxruntime import ORTDiffusionPipeline
+    from optimum.onnxruntime import ORTPipelineForText2Image
 
-    pipe = ORTDiffusionPipeline.from_pretrained(_checkpoint(folder), export=True)
-    return _parts(pipe, torch.float32, size, steps, spent)
+    pipe = ORTPipelineForText2Image.from_pretrained(str(_checkpoint(folder)), export=True)
+    return _parts(pipe, torch.float32, wanted, spent)
 
 
-def _parts(pipe: Any, kind: Any, size: str, steps: list[int], spent: Spent) -> dict[str, Part]:
+def _parts(pipe: Any, kind: Any, wanted: Mapping[str, Any], spent: Spent) -> dict[str, Part]:
     """The parts of a pipeline with the reference library's interface."""
     import torch
 
     pipe.set_progress_bar_config(disable=True)
-    width, height = parse_size(size)
+    if wanted["scheduler"]:
+        pipe.scheduler = _scheduler(wanted["scheduler"], pipe.scheduler.config)
+    width, height = parse_size(wanted["size"])
     unet, vae, texts = pipe.unet, pipe.vae, _texts(pipe)
     for encoder, _ in texts:
         encoder.forward = Timed(encoder.forward, "text", spent)
@@ -110,7 +111,7 @@ def _parts(pipe: Any, kind: Any, size: str, steps: list[int], spent: Spent) -> d
     if kind != torch.float32:
         latents = latents.to(memory_format=torch.channels_last)
     latent = latents[:1, : vae.config.latent_channels] / vae.config.scaling_factor
-    timesteps, told = torch.tensor([500.0, 500.0]), _told(pipe, kind)
+    timestep, told = torch.tensor(500.0), _told(pipe, kind)
 
     def guarded(part: Part) -> object:
         with torch.no_grad():
@@ -123,12 +124,21 @@ def _parts(pipe: Any, kind: Any, size: str, steps: list[int], spent: Spent) -> d
 
     parts: dict[str, Part] = {
         "text": lambda: [encoder(ids) for encoder, ids in texts],
-        "unet": lambda: unet(latents, timesteps, **told),
+        "unet": lambda: unet(latents, timestep, **told),
         "decode": lambda: vae.decode(latent),
     }
     if type(pipe).__name__.removeprefix("ORT") in TEXT_TO_IMAGE:
-        parts |= {picture_of(count): partial(picture, count) for count in steps}
+        parts |= {picture_of(count): partial(picture, count) for count in wanted["steps"]}
     return {name: partial(guarded, part) for name, part in parts.items()}
+
+
+def _scheduler(name: str, base: Mapping[str, Any]) -> Any:
+    """The reference library's sampler of a name that this project knows."""
+    import diffusers
+
+    config = config_from_name(name, dict(base))
+    kinds: Any = getattr(diffusers, config["_class_name"])
+    return kinds.from_config(config)
 
 
 def _texts(pipe: Any) -> list[tuple[Any, Any]]:
@@ -157,18 +167,16 @@ def _told(pipe: Any, kind: Any) -> dict[str, Any]:
     return told
 
 
-def sd_cpp(
-    folder: str, precision: str, size: str, steps: list[int], spent: Spent
-) -> dict[str, Part]:
-    """stable-diffusion.cpp's Python package: whole pictures only."""
+def sd_cpp(folder: str, wanted: Mapping[str, Any], spent: Spent) -> dict[str, Part]:
+    """stable-diffusion.cpp's Python package: whole pictures only, by its own sampler."""
     from stable_diffusion_cpp import StableDiffusion
 
     model = StableDiffusion(model_path=str(_checkpoint(folder)), wtype="f32", verbose=False)
-    width, height = parse_size(size)
+    width, height = parse_size(wanted["size"])
 
     def picture(count: int) -> None:
         given = {"width": width, "height": height, "sample_steps": count, "cfg_scale": 7.5}
         (image,) = model.generate_image(PROMPT, seed=0, **given)
         Timed(image.save, "PNG", spent)(io.BytesIO(), "PNG")
 
-    return {picture_of(count): partial(picture, count) for count in steps}
+    return {picture_of(count): partial(picture, count) for count in wanted["steps"]}

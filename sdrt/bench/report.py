@@ -23,18 +23,30 @@ from .limit import FLOPS
 LOADED = 0.15  # the share of the processor by others from which on a turn is marked
 GRAPHS = {"text": ("text_encoder", "text_encoder_2"), "unet": ("unet",), "decode": ("vae_decoder",)}
 TITLES = {"text": "text, 2 rows", "unet": "UNet, 2 rows", "decode": "decode"}
-PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "diffusers", "transformers")
+PACKAGES = (
+    "numpy",
+    "onnxruntime",
+    "openvino",
+    "torch",
+    "diffusers",
+    "transformers",
+    "tensorrt-rtx",
+)
 HEAD = ("p50", "p90", "p99", "×", "a second", "of limit")
 Turn = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is measured: a size such as 512x512, steps of whole pictures, and rounds of turns."""
+    """What is measured: a size such as 512x512, steps of whole pictures, rounds of turns, which
+    parts by what their names begin with, and a sampler's name if it is not the bundle's.
+    """
 
     size: str
     steps: tuple[int, ...]
     rounds: int
+    parts: tuple[str, ...] = ("text", "unet", "decode", "picture")
+    scheduler: str | None = None
 
 
 @dataclass(slots=True)
@@ -78,6 +90,7 @@ def report_from(
         "size": run.size,
         "steps": list(run.steps),
         "rounds": run.rounds,
+        "scheduler": run.scheduler,
         "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions(),

@@ -111,10 +111,12 @@ def opened(wanted: dict[str, Any], spent: Spent) -> dict[str, Part]:
         from . import peers
 
         kind = {"reference": peers.reference, "optimum": peers.optimum, "sd.cpp": peers.sd_cpp}
-        return kind[backend](folder, precision, wanted["size"], wanted["steps"], spent)
+        return kind[backend](folder, wanted, spent)
     from sdrt import load
 
     pipe = load(folder, backend=backend, precision=precision)
+    if wanted["scheduler"]:
+        pipe = pipe.with_scheduler(wanted["scheduler"])
     return own(pipe, wanted["size"], wanted["steps"], spent)
 
 

@@ -1,0 +1,107 @@
+"""How long does a build of full-size Stable Diffusion 1.5 take, how much memory, by stage?
+
+    python benchmarks/build.py [--fp32] [--size 512x512] [--divisor 1] [--work FOLDER] [--save]
+
+Weights are random, made first (in FOLDER, where they and the bundle stay for other benchmarks);
+2 GB of disk in fp16, 5 GB with the checkpoint. Stages are told apart by the lines that a build
+says; the peak of each is the kernel's, set back at its beginning. Linux; takes minutes, with
+`--divisor 4` a sixteenth of that.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from published import made_checkpoint
+from results import save
+
+from sdrt.bench.usage import memory
+
+
+@dataclass(slots=True)
+class Stage:
+    """A stretch of a build. seconds: how long it took; peak: bytes held at most in it"""
+
+    name: str
+    began: float
+    seconds: float = 0.0
+    peak: int = 0
+
+
+def stages(process: "subprocess.Popen[str]") -> Iterator[Stage]:
+    """Every stage, when it has ended; the lines are passed on."""
+    assert process.stderr is not None
+    stage = Stage("start", time.perf_counter())
+    for line in process.stderr:
+        print(line, end="", file=sys.stderr)
+        stage.peak = max(stage.peak, memory(process.pid).get("peak", 0))
+        if (name := beginning(line, stage.name)) != stage.name:
+            stage.seconds = time.perf_counter() - stage.began
+            yield stage
+            stage = Stage(name, time.perf_counter())
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+    stage.seconds = time.perf_counter() - stage.began
+    yield stage
+
+
+def beginning(line: str, stage: str) -> str:
+    """The stage that goes on after a line of a build."""
+    if line.startswith("["):
+        return line.split("] ")[1].split(":")[0]
+    # Each component's proof is its last line; after the last one's come whole pictures.
+    if line.startswith("  ") and stage == "vae_encoder":
+        return "whole pictures"
+    return "end" if line.startswith("done in") else stage
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fp32", action="store_true")
+    parser.add_argument("--size", default="512x512")
+    parser.add_argument("--divisor", type=int, default=1, help="of the widths of UNet and VAE")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--save", action="store_true", help="keep the figures for the README")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        model = made_checkpoint(args.work or Path(temporary), args.divisor)
+        bundle = model.with_name("bundle")
+        command = [sys.executable, "-m", "sdrt", "build", "--model", str(model), "--force"]
+        command += ["--output", str(bundle), "--size", args.size]
+        command += [] if args.fp32 else ["--fp16"]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        found = [stage for stage in stages(process) if stage.name != "end"]
+        if process.wait():
+            sys.exit(f"the build ended with {process.returncode}")
+        size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+    for stage in found:
+        print(f"{stage.name:16} {stage.seconds:6.1f} s  peak {stage.peak / 1e9:.2f} GB")
+    seconds, peak = sum(stage.seconds for stage in found), max(stage.peak for stage in found)
+    dtype = "fp32" if args.fp32 else "fp16"
+    model_name = "full-size Stable Diffusion 1.5"
+    if args.divisor > 1:
+        model_name = f"Stable Diffusion 1.5 at 1/{args.divisor} of its width"
+    claims = {
+        f"building {model_name} in {dtype}, all": f"peak {peak / 1e9:.1f} GB, {seconds:.0f} s, "
+        f"bundle {size / 1e9:.2f} GB",
+        f"building {model_name} in {dtype}, by stage": "; ".join(
+            f"{stage.name} {stage.seconds:.0f} s, {stage.peak / 1e9:.1f} GB" for stage in found
+        ),
+    }
+    print(claims)
+    if args.save:
+        figures = {
+            "bundle_bytes": size,
+            "stages": {s.name: {"seconds": s.seconds, "peak_bytes": s.peak} for s in found},
+        }
+        save(f"build_{dtype}" if args.divisor == 1 else "build_narrow", claims, figures)
+
+
+if __name__ == "__main__":
+    main()

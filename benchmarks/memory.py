@@ -1,0 +1,76 @@
+"""How much memory does each engine hold at full size, and what do two processes share?
+
+    python benchmarks/memory.py [--size 512x512] [--work FOLDER] [--engines A,B] [--one] [--save]
+
+Each engine alone: two processes load one bundle, each draws a picture of one step, then both are
+asked: resident and peak, of the resident what is its own and what is mapped from files, and the
+proportional share (PSS), which counts what both map once. `--one`: one process, for machines
+without room for two. The reference library has one. Linux. See latency.py for FOLDER.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from latency import arguments
+from published import made_bundle
+from results import save
+
+from sdrt.bench.command import Worker, chosen, contestants
+from sdrt.bench.report import Contestant, Run
+from sdrt.bench.usage import memory
+from sdrt.bundle import Bundle, open_bundle
+
+
+def held(each: Contestant, bundle: Bundle, run: Run, count: int) -> list[dict[str, int]]:
+    """What every one of so many processes of an engine holds when all have drawn a picture."""
+    workers: list[Worker] = []
+    try:
+        for _ in range(count):
+            workers.append(Worker(each, bundle, run))
+            workers[-1].load()
+        return [memory(worker.process_id) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def said_of(found: list[dict[str, int]], base: dict[str, int] | None) -> str:
+    one = {name: value / 1e9 for name, value in found[0].items()}
+    text = (
+        f"{one['resident']:.1f} GB ({one['anonymous']:.1f} its own, {one['mapped']:.1f} mapped), "
+        f"peak {one['peak']:.1f} GB"
+    )
+    if base is not None:
+        text += f", {found[0]['resident'] / base['resident']:.0%} of the reference's fp32"
+    if len(found) > 1:
+        both = sum(each["shared_out"] for each in found) / 1e9
+        text += f"; two processes {both:.1f} GB"
+    return text
+
+
+def main() -> None:
+    parser = arguments(__doc__, 1)
+    parser.add_argument("--one", action="store_true", help="one process of each")
+    parser.set_defaults(size="512x512")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        bundle = open_bundle(made_bundle(args.work or Path(temporary), ["256x256", "512x512"]))
+        found: dict[str, list[dict[str, int]]] = {}
+        for each in chosen(contestants(bundle, compiled=False)[0], args.engines):
+            count = 1 if args.one or each.backend == "reference" else 2
+            found[each.name] = held(each, bundle, Run(args.size, (1,), 1), count)
+            print(each.name, json.dumps(found[each.name]), flush=True)
+    base = found["reference fp32"][0] if "reference fp32" in found else None
+    claims: dict[str, Any] = {
+        f"memory at full size after a picture, {args.size}, {name}": said_of(each, base)
+        for name, each in found.items()
+    }
+    print(json.dumps(claims, indent=2, ensure_ascii=False))
+    if args.save:
+        save(f"memory_{args.size}", claims, {"processes": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What does a picture cost beside the engines, next to the reference library's own pipeline?
+
+    python benchmarks/overhead.py [--save]
+
+Text encoder, UNet and decoder are replaced by ones that return at once, here and there; what is
+left is each one's own: the time from one evaluation to the next at batch 1 with guidance and
+latents of 4x64x64, and what a picture of 512x512 takes besides (reading the prompt, noise, the
+sampler's table, pixels). Also the time to write a sampler's table, and what guidance on a part of
+the run saves.
+"""
+
+import argparse
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter as now
+from typing import Any
+
+import diffusers
+import numpy as np
+from results import save
+
+import sdrt
+from sdrt.engine import Engine
+from sdrt.runtime import Pipeline
+from sdrt.runtime.samplers import table as tables
+from sdrt.runtime.samplers.catalogue import SAMPLERS
+
+PROMPT = "a red circle"
+STEPS = 50
+SIDE, LATENT = 512, (4, 64, 64)
+
+
+class Nothing:
+    """An engine of no work: the same arrays every time."""
+
+    def __init__(self, real: Engine, **made: np.ndarray) -> None:
+        self.made, self.inputs, self.outputs = made, real.inputs, real.outputs
+
+    def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows = len(next(iter(feeds.values())))
+        return {name: array[:rows] for name, array in self.made.items()}
+
+    def close(self) -> None:
+        pass
+
+
+def idle(pipe: Pipeline) -> Pipeline:
+    """The pipeline at another size, with engines of no work."""
+    manifest = replace(pipe.manifest, sizes=((SIDE, SIDE),))
+    ids = np.zeros((2, manifest.max_tokens), np.int64)
+    encoded = pipe.engines["text_encoder"]({"input_ids": ids})
+    made = {
+        "text_encoder": {name: np.array(array) for name, array in encoded.items()},
+        "unet": {"output": np.zeros((2, *LATENT), np.float32)},
+        "vae_decoder": {"image": np.zeros((1, 3, SIDE, SIDE), np.float32)},
+    }
+    nothing = {name: Nothing(pipe.engines[name], **outputs) for name, outputs in made.items()}
+    return replace(pipe, manifest=manifest, engines={**pipe.engines, **nothing}, known={})
+
+
+def own_costs(pipe: Pipeline) -> tuple[float, float]:
+    """Microseconds of an evaluation, and milliseconds of a picture besides."""
+    marks = [now()]
+    began = marks[0]
+    pipe.known.clear()
+    pipe(PROMPT, num_inference_steps=STEPS, seed=0, on_step=lambda _: marks.append(now()))
+    return costs_of(marks, now() - began)
+
+
+def costs_of(marks: list[float], whole: float) -> tuple[float, float]:
+    evaluation = statistics.median(np.diff(marks[2:]))
+    return 1e6 * evaluation, 1e3 * (whole - STEPS * evaluation)
+
+
+def reference_pipeline(checkpoint: Path) -> Any:
+    """The reference library's own, with modules of no work in place of its own."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.models.autoencoders.vae import DecoderOutput
+
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    output, image = torch.zeros(2, *LATENT), torch.zeros(1, 3, SIDE, SIDE)
+    encoded = pipe.text_encoder(torch.zeros(1, 8, dtype=torch.long))
+    pipe.text_encoder.forward = lambda *_, **__: encoded
+    pipe.unet.forward = lambda *_, **__: (output,)
+    pipe.vae.decode = lambda *_, return_dict=True, **__: (
+        DecoderOutput(sample=image) if return_dict else (image,)
+    )
+    return pipe
+
+
+def reference_costs(pipe: Any) -> tuple[float, float]:
+    import torch
+
+    def mark(_pipe: Any, _step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        marks.append(now())
+        return given
+
+    marks = [now()]
+    began = marks[0]
+    generator = torch.Generator("cpu").manual_seed(0)
+    options = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS}
+    pipe(PROMPT, generator=generator, callback_on_step_end=mark, **options)
+    return costs_of(marks, now() - began)
+
+
+def table_milliseconds(name: str) -> float:
+    """Writing a table of 50 steps, nothing remembered."""
+    config = {"_class_name": name, "clip_sample": False, "solver_order": 3}
+    times = []
+    for _ in range(9):
+        tables._table.cache_clear()
+        began = now()
+        tables.sampler_table(config, STEPS)
+        times.append(now() - began)
+    return 1e3 * statistics.median(times)
+
+
+def seconds(pipe: Pipeline, **options: object) -> float:
+    times = []
+    for _ in range(7):
+        began = now()
+        pipe(PROMPT, num_inference_steps=STEPS, seed=0, **options)
+        times.append(now() - began)
+    return statistics.median(times)
+
+
+def span(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.0f}–{high:.0f}" if high > 10 else f"{low:.1f}–{high:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--save", action="store_true", help="keep the figures for the README")
+    args = parser.parse_args()
+    figures: dict[str, object] = {}
+    checkpoint = Path(sdrt.__file__).parent / "models" / "shapes"
+    reference = reference_pipeline(checkpoint)
+    with sdrt.load("shapes", backend="onnxruntime") as pipe:
+        costs: dict[str, dict[str, float]] = {}
+        for name in ("PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
+            own = idle(pipe).with_scheduler(name)
+            kind = getattr(diffusers, name)
+            reference.scheduler = kind.from_config(reference.scheduler.config)
+            pairs = [(*own_costs(own), *reference_costs(reference)) for _ in range(15)]
+            keys = ("own_us", "own_picture_ms", "reference_us", "reference_picture_ms")
+            values = (statistics.median(side) for side in zip(*pairs, strict=True))
+            costs[name] = {k: round(float(v), 2) for k, v in zip(keys, values, strict=True)}
+            print(name, costs[name])
+        whole = seconds(pipe, guidance_interval=(0.0, 1.0))
+        part = seconds(pipe, guidance_interval=(0.2, 0.6))
+    print(f"guidance on 40 % of the run: {part / whole:.2f} of the time of guidance throughout")
+    writing = {name: table_milliseconds(name) for name in SAMPLERS}
+    slowest = max(writing, key=lambda name: writing[name])
+    print(f"a table of {STEPS} steps: {writing[slowest]:.1f} ms at most ({slowest})")
+    figures |= {"loop": costs, "interval_share": round(part / whole, 3)}
+    figures["table_ms"] = {name: round(value, 2) for name, value in writing.items()}
+    spans = {key: span([cost[key] for cost in costs.values()]) for key in keys}
+    if args.save:
+        claims = {
+            "own cost of an evaluation, 4×64×64 latents, guided": f"{spans['own_us']} µs; the "
+            f"reference library {spans['reference_us']} µs",
+            "own cost of a picture besides, 512x512": f"{spans['own_picture_ms']} ms; the "
+            f"reference library {spans['reference_picture_ms']} ms",
+            "a table of 50 steps, slowest of 16 samplers": f"{writing[slowest]:.1f} ms",
+            "guidance on 40 % of the run, embedded model": f"{part / whole:.2f} × the time",
+        }
+        save("overhead", claims, figures)
+
+
+if __name__ == "__main__":
+    main()

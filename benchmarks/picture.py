@@ -1,0 +1,49 @@
+"""How long does a whole picture take: 20 steps of DPM++ 2M, guidance 7.5, at full size?
+
+    python benchmarks/picture.py [--size 256x256] [--rounds 2] [--steps 20] [--work FOLDER]
+        [--engines reference,openvino-bf16] [--save]
+
+Prompt to PNG, by the engine that `sdrt run` takes on a processor with bf16 and by the reference
+library in fp32 and bf16, in turns of whole pictures: minutes a round. See latency.py for FOLDER.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+from latency import arguments, benched, said_of
+from published import made_bundle
+from results import save
+
+SAMPLER = "DPM++ 2M"
+
+
+def main() -> None:
+    parser = arguments(__doc__, 2)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.set_defaults(engines="reference,openvino-bf16")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        bundle = made_bundle(args.work or Path(temporary), ["256x256", "512x512"])
+        options = ["--size", args.size, "--rounds", str(args.rounds), "--engines", args.engines]
+        # The first picture only warms: one step is enough of it.
+        options += ["--steps", f"1,{args.steps}", "--scheduler", SAMPLER]
+        report = benched(bundle, *options, "--parts", "picture")
+    part = f"picture, {args.steps} steps"
+    claims = {
+        f"full-size picture, {args.size}, {args.steps} steps, {engine['name']}": "; ".join(
+            [said_of(report, engine, part), shares_of(engine["parts"][part]["parts"])]
+        )
+        for engine in report["engines"]
+    }
+    print(json.dumps(claims, indent=2, ensure_ascii=False))
+    if args.save:
+        save(f"picture_{args.size}", claims, report)
+
+
+def shares_of(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
+
+
+if __name__ == "__main__":
+    main()

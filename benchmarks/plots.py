@@ -1,0 +1,87 @@
+"""Plots of results, as the text of an SVG each: the same figures give the same bytes.
+
+Knows the figures of each result's file; run by `benchmarks/results.py`.
+"""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "sdrt"
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+Result = dict[str, Any]
+WAYS = {"short_p95": "up to 8 steps", "p95": "all"}
+
+
+def svg_of(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def serve_load(result: Result) -> str:
+    """p95 of short and of all requests over the load."""
+    rows = {name: row for name, row in result["figures"].items() if name.endswith("%")}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    ways = [way for way in next(iter(rows.values())) if way != "simulated"]
+    for axis, (key, title) in zip(axes, WAYS.items(), strict=True):
+        for way in ways:
+            values = [row[way][key] for row in rows.values()]
+            axis.plot([float(load[:-1]) for load in rows], values, marker="o", label=way)
+        axis.set(title=title, xlabel="load, % of capacity", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("95 % are done within, seconds")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return svg_of(figure)
+
+
+def latency(result: Result) -> str | None:
+    """What every engine reaches in the UNet and the decoder, and the limit of its dtype; None for
+    figures of before the limit was measured.
+    """
+    report = result["figures"]
+    if "limits" not in report:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.0), sharey=True, layout="constrained")
+    colours = {dtype: f"C{i}" for i, dtype in enumerate(report["limits"])}
+    names = [engine["name"] for engine in report["engines"]]
+    for axis, part in zip(axes, ("unet", "decode"), strict=True):
+        rates = [e["parts"][part]["flops_per_second"] / 1e9 for e in report["engines"]]
+        bars = axis.barh(names, rates, color=[colours[e["dtype"]] for e in report["engines"]])
+        axis.bar_label(bars, fmt="%.0f", padding=2)
+        for dtype, limit in report["limits"].items():
+            axis.axvline(
+                limit["flops_per_second"] / 1e9, color=colours[dtype], ls="--", label=dtype
+            )
+        axis.set(title=part, xlabel="GFLOP/s; dashed: a product of matrices")
+    axes[0].invert_yaxis()
+    axes[0].legend(loc="lower right")
+    return svg_of(figure)
+
+
+def scaling(result: Result) -> str:
+    """Seconds over what grows, a line for every sweep."""
+    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    for name, sweep in result["figures"].items():
+        most = min(float(at) for at in sweep["seconds"])
+        grown = [float(at) / most for at in sweep["seconds"]]
+        label = f"{name}: {sweep['exponent']:.2f}"
+        axis.plot(grown, list(sweep["seconds"].values()), marker="o", label=label)
+    axis.set(xscale="log", yscale="log", xlabel="times the least", ylabel="seconds")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize="small")
+    return svg_of(figure)
+
+
+PLOTS: dict[str, Callable[[Result], str | None]] = {
+    "serve_load": serve_load,
+    "latency_256x256": latency,
+    "latency_512x512": latency,
+    "scaling": scaling,
+}
