@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from published import made_bundle
 from results import save
 from similarity import psnr, ssim
 
@@ -198,15 +199,7 @@ def reference(checkpoint: Path, dtype: str, size: tuple[int, int]):
 
 def full_size(folder: Path, size: str, rounds: int) -> dict[str, dict[str, object]]:
     """Whole pictures in turns: seconds, how many times faster, and distance from our full run."""
-    if not (folder / "bundle").exists():
-        if not (folder / "model").exists():
-            (folder / "model").mkdir(parents=True)
-            maker = str(Path(__file__).with_name("build_full_size.py"))
-            command = [sys.executable, maker, "--checkpoint", str(folder / "model")]
-            subprocess.run(command, check=True)
-        build = [sys.executable, "-m", "sdrt", "build", "--model", str(folder / "model")]
-        build += ["--size", size, "--feature-reuse", "--output", str(folder / "bundle")]
-        subprocess.run(build, check=True)
+    made_bundle(folder, [size], "--feature-reuse")
     workers = {name: started(name, folder, size) for name in (*REFERENCES, "own")}
     turns = [(name, name, "full") for name in REFERENCES] + [(way, "own", way) for way in OWN]
     seconds: dict[str, list[float]] = {name: [] for name, _, _ in turns}
