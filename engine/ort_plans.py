@@ -5,6 +5,7 @@ which is mapped into memory: processes share it. Never kept in the bundle, which
 elsewhere. A cache: where none can be kept, or none pays, the bundle's own graph is what runs.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,30 +13,34 @@ import platform
 import shutil
 from dataclasses import asdict
 from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnxruntime as ort
-
-from sdrt.bundle import Bundle, check_files, describe_files, home
+from sdrt.bundle import Bundle, check_files, describe_files, graph_name, home
 from sdrt.errors import SdrtError
 from sdrt.folders import made_once
 from sdrt.manifest import FileRecord
 from sdrt.reading import read_json
 
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
 log = logging.getLogger(__name__)
+PREFIX = "cpu-onnxruntime"
 GRAPH, WEIGHTS, MARK = "model.onnx", "model.data", "plan.json"
 WORTH = 100_000_000  # bytes of weights; smaller ones are optimised in a moment
 ROOM = 2  # times the weights must be free on the disk
 
 
-def optimised(bundle: Bundle, component: str, options: ort.SessionOptions) -> Path | None:
+def optimised(bundle: Bundle, component: str, options: "ort.SessionOptions") -> Path | None:
     """The optimised graph of a component, made where there is none yet; None where the bundle's
     own is to be used.
     """
     weights = bundle.manifest.files.get(f"{component}/model.safetensors")
     if weights is None or weights.size < WORTH:
         return None
-    folder = home() / "plans" / f"cpu-onnxruntime{ort.__version__}"
+    folder = home() / "plans" / f"{PREFIX}{installed()}"
     target = folder / f"{component}-{_key(bundle, component)}"
     try:
         if target.exists() and not _is_whole(target):
@@ -47,19 +52,31 @@ def optimised(bundle: Bundle, component: str, options: ort.SessionOptions) -> Pa
                 log.info("%s: no room in %s to keep what is optimised", component, folder)
                 return None
             log.info("%s: optimised once for this processor, kept in %s", component, folder)
-            made_once(target, partial(_make, bundle.graph(component), options))
+            made_once(target, partial(_make, bundle, component, options))
     except (OSError, SdrtError) as error:
         log.warning("%s: its optimised graph cannot be kept: %s", component, error)
         return None
     return target / GRAPH
 
 
+def installed() -> str | None:
+    """The version of ONNX Runtime here."""
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(package)
+    return None
+
+
 def _key(bundle: Bundle, component: str) -> str:
     """Of all that decides what ONNX Runtime makes: graph, weights, processor."""
-    files = bundle.manifest.files
-    graph = files[f"{component}/{bundle.graph_file}"].sha256
-    parts = (graph, files[f"{component}/model.safetensors"].sha256, _processor())
+    parts = (*_made_of(bundle, component), _processor())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _made_of(bundle: Bundle, component: str) -> list[str]:
+    """sha256 of the graph and of the weights."""
+    names = (graph_name(component, bundle.graph_file), f"{component}/model.safetensors")
+    return [bundle.manifest.files[name].sha256 for name in names]
 
 
 @cache
@@ -71,7 +88,10 @@ def _processor() -> str:
     return " ".join((platform.system(), platform.machine(), platform.processor(), able))
 
 
-def _make(graph: Path, options: ort.SessionOptions, folder: Path) -> None:
+def _make(bundle: Bundle, component: str, options: "ort.SessionOptions", folder: Path) -> None:
+    import onnxruntime as ort
+
+    graph = bundle.graph(component)
     options.optimized_model_filepath = str(folder / GRAPH)
     for name, value in (
         ("session.optimized_model_external_initializers_file_name", WEIGHTS),
@@ -84,13 +104,14 @@ def _make(graph: Path, options: ort.SessionOptions, folder: Path) -> None:
     except Exception as error:  # onnxruntime raises its own, undocumented classes
         raise SdrtError(f"ONNX Runtime cannot optimise {graph}: {error}") from error
     records = {name: asdict(record) for name, record in describe_files(folder).items()}
-    (folder / MARK).write_text(json.dumps(records, indent=2) + "\n")
+    described = {"of": _made_of(bundle, component), "files": records}
+    (folder / MARK).write_text(json.dumps(described, indent=2) + "\n")
 
 
 def _is_whole(folder: Path) -> bool:
     try:
-        records = read_json(folder / MARK)
+        records = read_json(folder / MARK)["files"]
         check_files(folder, {name: FileRecord(**record) for name, record in records.items()})
-    except (SdrtError, TypeError):
+    except (SdrtError, KeyError, TypeError, AttributeError):
         return False
     return {GRAPH, WEIGHTS} <= set(records)

@@ -27,6 +27,7 @@ from .bundle import (
     list_bundles,
 )
 from .engine.gpus import Machine, this_machine
+from .engine.ort_plans import MARK, PREFIX, installed
 from .engine.plans import Plan, plan_from_json, plans_folder
 from .engine.trt_plans import MODULES
 from .errors import BundleError, SdrtError
@@ -123,6 +124,7 @@ def leftovers(machine: Machine) -> Iterator[Leftover]:
         yield from _unfinished(place)
     for folder in sorted(plans):
         yield from _useless(folder, bundles.get(folder), machine)
+    yield from _useless_graphs(list(bundles.values()))
 
 
 def _bundles() -> Iterator[tuple[Path, Bundle]]:
@@ -177,6 +179,21 @@ def _useless(folder: Path, bundle: Bundle | None, machine: Machine) -> Iterator[
         leftover = Leftover(path, "a plan without its sidecar")
         if path.with_suffix(".json") not in sidecars and not _is_held(leftover.target):
             yield leftover
+
+
+def _useless_graphs(bundles: list[Bundle]) -> Iterator[Leftover]:
+    """What another ONNX Runtime optimised, or of what no bundle has."""
+    known = {record.sha256 for bundle in bundles for record in bundle.manifest.files.values()}
+    for mark in sorted((home() / "plans").glob(f"{PREFIX}*/*/{MARK}")):
+        other = mark.parent.parent.name.removeprefix(PREFIX)
+        try:
+            wanted = set(read_json(mark).get("of", ()))
+        except BundleError:
+            continue
+        if (here := installed()) and here != other:
+            yield Leftover(mark.parent, f"of ONNX Runtime {other}, here is {here}")
+        elif not wanted <= known:
+            yield Leftover(mark.parent, "of a graph or weights that no bundle has")
 
 
 def _why_useless(plan: Plan, bundle: Bundle | None, machine: Machine) -> str | None:

@@ -12,7 +12,9 @@ import pytest
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.engine import ort_plans
+from sdrt.engine.gpus import Machine
 from sdrt.engine.ort import session_options
+from sdrt.leftovers import leftovers
 from sdrt.tensors import Tensors
 
 PICTURE = {"num_inference_steps": 4, "seed": 3}
@@ -87,3 +89,15 @@ def test_other_weights_are_put_into_the_bundles_graph(kept):
         assert not np.array_equal(draw(), before)
         pipe.engines["unet"].refit({})
         assert np.array_equal(draw(), before)
+
+
+def test_gc_shows_what_no_bundle_has_and_what_another_version_made(kept, tmp_path):
+    graph = made(kept)
+    moved = shutil.copytree(kept.folder, tmp_path / "bundles" / "shapes")
+    shutil.copytree(graph.parent, tmp_path / "plans" / f"{ort_plans.PREFIX}0.1" / graph.parent.name)
+    found = {each.path: each.reason for each in leftovers(Machine(why_none="none"))}
+    assert [path.parent.name for path in found] == [f"{ort_plans.PREFIX}0.1"]
+    assert "ONNX Runtime 0.1" in next(iter(found.values()))
+    shutil.rmtree(moved)
+    found = {each.path: each.reason for each in leftovers(Machine(why_none="none"))}
+    assert found[graph.parent] == "of a graph or weights that no bundle has"

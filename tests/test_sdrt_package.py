@@ -29,7 +29,7 @@ HEAVY = (
 )
 SHARED = ("bundle", "errors", "files", "manifest", "reading", "tensors")
 ALLOWED = {
-    "engine": {*SHARED, "engine"},
+    "engine": {*SHARED, "engine", "folders"},
     "runtime": {*SHARED, "engine", "runtime", "__version__"},
     "export": {*SHARED, "engine", "export", "folders", "runtime"},
     "serve": {"bundle", "errors", "runtime", "serve", "__version__"},
