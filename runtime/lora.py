@@ -7,7 +7,6 @@ and convolutions, LoCon's middle factor included. Hu et al. 2021 (arXiv:2106.096
 numpy; the weights may be a checkpoint's or a bundle's.
 """
 
-import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from sdrt.bundle import NAMES, TRANSPOSED, Bundle, home
 from sdrt.engine import Engine
 from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
 from sdrt.manifest import SHALLOW
+from sdrt.reading import json_object, mapping, number, text
 from sdrt.tensors import Tensors
 
 MOST_WEIGHT = 10.0
@@ -66,6 +66,8 @@ ORIGINAL_RESNET = {
     "skip_connection": "conv_shortcut",
 }
 SIDES = {"input": "down_blocks", "output": "up_blocks"}
+ALPHA = number(-1e6, 1e6)
+ALPHAS = mapping(ALPHA, text(r".*", "a name"), 100_000)
 Place = tuple[str, str]  # a part, and a module of it with underscores for dots
 
 
@@ -177,6 +179,9 @@ def changes_from_tensors(
         if not np.isfinite(tensor).all():
             raise CheckpointError(f"{key} holds NaN or infinity")
         kind = tail["alpha"] or tail["old"] or KINDS[tail["kind"]]
+        factor = tensor.ndim in (2, 4) and tensor.size > 0
+        if tensor.size != 1 if kind == "alpha" else not factor:
+            raise CheckpointError(f"{key} is of shape {list(tensor.shape)}, which is no {kind}")
         place = PARTS[prefix], _published(_flat(module.replace(".processor", "")))
         changes.setdefault(place, Change(head)).factors[kind] = tensor
     if unknown:
@@ -184,18 +189,25 @@ def changes_from_tensors(
             f"{_counted(unknown)} of no known layout; expected kohya's lora_unet_.. and "
             "lora_te_.., or PEFT's unet. and text_encoder."
         )
-    _add_alphas(changes, json.loads(metadata.get("lora_adapter_metadata", "{}")))
+    try:
+        _add_alphas(changes, json_object(metadata.get("lora_adapter_metadata", "{}").encode()))
+    except ValueError as error:
+        raise CheckpointError(f"its lora_adapter_metadata: {error}") from error
     return changes
 
 
 def _add_alphas(changes: Mapping[Place, Change], settings: Mapping[str, Any]) -> None:
-    """PEFT keeps alphas beside the tensors: one for a part, and those of some modules."""
+    """PEFT keeps alphas beside the tensors: one for a part, and those of some modules. Raises
+    ValueError for what is no number.
+    """
     for (part, module), change in changes.items():
         alpha = settings.get(f"{part}.lora_alpha")
-        for name, own in (settings.get(f"{part}.alpha_pattern") or {}).items():
+        key = f"{part}.alpha_pattern"
+        for name, own in ALPHAS(settings.get(key) or {}, key).items():
             alpha = own if module.endswith(_flat(name)) else alpha
         if alpha is not None:
-            change.factors.setdefault("alpha", np.asarray(alpha, np.float32))
+            known = ALPHA(alpha, f"an alpha of {part}")
+            change.factors.setdefault("alpha", np.asarray(known, np.float32))
 
 
 def _flat(module: str) -> str:

@@ -15,7 +15,8 @@ from sdrt.files import write_whole
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MOST_SIDE = 8192
-SETTING = re.compile(r'\s*([\w ]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+# No try reads past the next comma or quote: a text takes no longer than it is.
+SETTING = re.compile(r'([^,:"]++):\s*+("(?:\\.|[^"\\])*+"(?=,|$)|[^,]*+)|[^,]++|,')
 EXIF, USER_COMMENT = 0x8769, 0x9286
 COMPRESSION = 4  # of PNG: of a photograph as small as 6 and 9, in half their time
 MOST_COMMENT = 60_000  # bytes; JPEG has room for 65,533 of EXIF
@@ -96,7 +97,7 @@ def mask_array(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> 
 
     Raises UsageError when its size is not the picture's.
     """
-    upright, below = _decoded(mask), ImageOps.exif_transpose(image)
+    upright, below = _decoded(mask), _upright(image)
     if upright.size != below.size:
         raise UsageError(
             f"the mask is {upright.size[0]}x{upright.size[1]}, the picture "
@@ -120,14 +121,18 @@ def depth_array(depth: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 def _decoded(image: Image.Image) -> Image.Image:
     """Upright, with 8 bits a channel; raises UsageError for a file that ends too soon."""
-    _bounded(image)
-    try:
-        upright = ImageOps.exif_transpose(image)
-    except OSError as error:
-        raise UsageError(f"the picture cannot be decoded: {error}") from error
+    upright = _upright(image)
     if upright.mode.startswith("I"):  # 16 bits
         return Image.fromarray((np.asarray(upright, np.float64) / 257.0).round().astype(np.uint8))
     return upright
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    _bounded(image)
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # as damaged pictures fail in many ways, so does what is in them
+        raise UsageError(f"the picture cannot be decoded: {error}") from error
 
 
 def image_grid(
@@ -173,7 +178,7 @@ def parameters_text(prompt: str, negative_prompt: str, settings: Mapping[str, ob
 def settings_from_text(parameters: str) -> dict[str, str]:
     """The `parameters` text taken apart: `Prompt`, `Negative prompt` and every `Key: value`."""
     *lines, last = parameters.strip().split("\n")
-    settings = dict(SETTING.findall(last))
+    settings = {key.strip(): value for key, value in SETTING.findall(last) if key.strip()}
     if "Steps" not in settings:
         lines, settings = [*lines, last], {}
     prompt, _, negative = "\n".join(["", *lines]).partition("\nNegative prompt:")
@@ -204,7 +209,10 @@ def text_of(image: Image.Image) -> str:
     text = image.info.get("parameters")
     if isinstance(text, str):
         return text
-    comment = image.getexif().get_ifd(EXIF).get(USER_COMMENT, b"")
+    try:
+        comment = image.getexif().get_ifd(EXIF).get(USER_COMMENT, b"")
+    except Exception:  # a stranger's, damaged in one of many ways
+        return ""
     if not isinstance(comment, bytes):
         return str(comment)
     wide = comment.startswith(b"UNICODE")

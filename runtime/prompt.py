@@ -18,10 +18,11 @@ from .tokenizer import END, START, Tokenizer, checked
 log = logging.getLogger(__name__)
 STEP = 1.1
 MOST_WEIGHT = 10.0
+MOST_PRODUCT = 100.0  # of brackets in brackets
 MOST_CHUNKS = 16
 PARTNER = {")": "(", "]": "["}
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
-NUMBER = re.compile(r":\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\Z")
+NUMBER = re.compile(r":\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +83,19 @@ def _padded(rows: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> Chunks
 def weighted_parts(prompt: str) -> Iterator[tuple[str, float]]:
     """The prompt without its brackets, in pieces of one weight each."""
     letters, special = _unescaped(prompt)
-    pairs = _pairs(letters, special)
-    weights, hidden = [1.0] * len(letters), set()
-    for low, high in pairs:
+    factors: dict[int, float | None] = {}
+    hidden, inner = set(), -1
+    for low, high in _pairs(letters, special):
         weight, tail = STEP if letters[low] == "(" else 1.0 / STEP, high
-        inner = max((h for _, h in pairs if low < h < high), default=low)
+        inner = max(low, inner)  # where the last pair within this one ends
         number = NUMBER.search("".join(letters[inner + 1 : high]))
         if number and letters[low] == "(":
             weight, tail = _weight(number[1], prompt), inner + 1 + number.start()
         hidden |= {low, *range(tail, high + 1)}
-        for i in range(low, high):
-            weights[i] *= weight
+        factors[low], factors[high], inner = weight, None, high
+    weights = list(_products(factors, len(letters)))
+    if max(weights, default=1.0) > MOST_PRODUCT:
+        raise UsageError(f"attention in {prompt[:60]!r} multiplies to more than {MOST_PRODUCT:g}")
     start = 0
     for i in range(1, len(letters) + 1):
         if i == len(letters) or weights[i] != weights[start]:
@@ -100,6 +103,23 @@ def weighted_parts(prompt: str) -> Iterator[tuple[str, float]]:
             if text:
                 yield text, weights[start]
             start = i
+
+
+def _products(factors: dict[int, float | None], count: int) -> Iterator[float]:
+    """Each letter's weight: the product of the pairs around it. A pair has its factor where it
+    begins and None where it ends.
+    """
+    outer: list[float] = []
+    weight = 1.0
+    for i in range(count):
+        if i in factors:
+            factor = factors[i]
+            if factor is None:
+                weight = outer.pop()
+            else:
+                outer.append(weight)
+                weight *= factor
+        yield weight
 
 
 def _weight(number: str, prompt: str) -> float:
@@ -126,17 +146,21 @@ def _unescaped(prompt: str) -> tuple[list[str], list[bool]]:
 
 
 def _pairs(letters: list[str], special: list[bool]) -> list[tuple[int, int]]:
-    """Places of brackets that belong together, outer ones after inner ones."""
+    """Places of brackets that belong together, as they end: outer ones after inner ones."""
     open_at: list[int] = []
+    waiting = {"(": 0, "[": 0}
     pairs = []
     for i, letter in enumerate(letters):
-        if special[i] and letter in "([":
+        if special[i] and letter in waiting:
             open_at.append(i)
-        elif special[i]:
-            same = [at for at in open_at if letters[at] == PARTNER[letter]]
-            if same:
-                pairs.append((same[-1], i))
-                del open_at[open_at.index(same[-1]) :]
+            waiting[letter] += 1
+        elif special[i] and waiting[PARTNER[letter]]:
+            while True:  # those within that have no partner are text
+                low = open_at.pop()
+                waiting[letters[low]] -= 1
+                if letters[low] == PARTNER[letter]:
+                    break
+            pairs.append((low, i))
     return pairs
 
 

@@ -5,7 +5,6 @@ Knows text and ids. Radford et al. 2021 (arXiv:2103.00020), byte-level pairs aft
 """
 
 import itertools
-import json
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,10 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from sdrt.errors import BundleError, UsageError
+from sdrt.reading import MOST_JSON, read_bytes, read_json, shortened
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 LONGEST_PROMPT = 10_000
+MOST_TOKENS = 1_000_000
 
 
 class Tokenizer:
@@ -41,19 +42,20 @@ class Tokenizer:
         """Read `vocab.json`, `merges.txt` and, where there is one, `tokenizer_config.json` for the
         token that pads; raises BundleError if they do not fit together.
         """
-        try:
-            vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-            lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-            config = folder / "tokenizer_config.json"
-            pad = json.loads(config.read_text("utf-8"))["pad_token"] if config.is_file() else END
-        except (OSError, ValueError, KeyError) as error:
-            raise BundleError(f"{folder} holds no readable tokenizer: {error}") from error
-        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        vocab = read_json(folder / "vocab.json")
+        merges = _merges_from(folder / "merges.txt")
+        config = folder / "tokenizer_config.json"
+        pad = read_json(config).get("pad_token") if config.is_file() else END
+        ids = set(vocab.values()) if {type(i) for i in vocab.values()} == {int} else set()
+        if not ids or len(ids) != len(vocab) or not (0 <= min(ids) <= max(ids) < MOST_TOKENS):
+            raise BundleError(
+                f"{folder}/vocab.json gives two tokens one number, or one that is none"
+            )
         for pair in merges:
             if len(pair) != 2 or "".join(pair) not in vocab:
                 raise BundleError(f"{folder}/merges.txt: {' '.join(pair)!r} is not in vocab.json")
-        if not {START, END, pad} <= set(vocab):
-            raise BundleError(f"{folder}/vocab.json lacks {START}, {END} or {pad}")
+        if not isinstance(pad, str) or not {START, END, pad} <= set(vocab):
+            raise BundleError(f"{folder}/vocab.json lacks {START}, {END} or {shortened(pad)}")
         return cls(vocab, merges, length, pad)  # type: ignore[arg-type]
 
     def __call__(self, texts: list[str]) -> np.ndarray:
@@ -106,6 +108,14 @@ def _joined(pieces: list[str], pair: tuple[str, str]) -> list[str]:
             out.append(pieces[i])
             i += 1
     return out
+
+
+def _merges_from(path: Path) -> list[tuple[str, ...]]:
+    try:
+        lines = read_bytes(path, MOST_JSON).decode("utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+    return [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
 
 
 def byte_letters() -> list[str]:
@@ -167,6 +177,10 @@ def _kind(letter: str) -> str:
 def _plain_words(text: str) -> Iterator[str]:
     i = 0
     while i < len(text):
+        if token := next((t for t in (START, END) if text.startswith(t, i)), None):
+            yield from ("<|", token[2:-2], "|>")  # written in capitals, so it is text
+            i += len(token)
+            continue
         suffix = next((s for s in SUFFIXES if text.startswith(s, i)), None)
         kind = _kind(text[i])
         end = i + (len(suffix) if suffix else 1)

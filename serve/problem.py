@@ -36,6 +36,9 @@ class Problem(HTTPException):
     code: str | None = None
     retry_after: float | None = None
 
+    def __str__(self) -> str:
+        return f"{self.status_code}: {self.message}"
+
     @property
     def kind(self) -> str:
         usual = "server_error" if self.status_code >= 500 else "invalid_request_error"

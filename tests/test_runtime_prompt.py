@@ -1,5 +1,8 @@
 """Prompts as users write them: brackets, long texts, BREAK."""
 
+import contextlib
+import time
+
 import numpy as np
 import pytest
 
@@ -101,3 +104,16 @@ def test_weighing_keeps_the_mean():
     assert found.mean() == pytest.approx(context.mean(), rel=1e-5)
     ratio = found[3] / found[2] * context[2] / context[3]
     np.testing.assert_allclose(ratio, 1.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", ["(" * 4999 + "a" + ")" * 4999, "()" * 5000, "([" * 4999 + ")"])
+def test_brackets_take_no_longer_than_they_are(prompt):
+    began = time.monotonic()
+    with contextlib.suppress(UsageError):
+        list(weighted_parts(prompt))
+    assert time.monotonic() - began < 0.3  # it was 1.4
+
+
+def test_attention_has_a_bound_in_all():
+    with pytest.raises(UsageError, match="more than 100"):
+        list(weighted_parts("((((a:10):10):10):10)"))

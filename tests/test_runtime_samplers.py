@@ -326,6 +326,14 @@ def test_guidance_is_two_columns():
         ({"_class_name": "EulerDiscreteScheduler", "beta_schedule": "odd"}, "scaled_linear"),
         ({"_class_name": "EulerDiscreteScheduler", "use_flow_sigmas": True}, "flow matching"),
         ({"_class_name": "UniPCMultistepScheduler", "solver_order": 4}, "solver_order"),
+        ({"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 10**9}, "from 1 to"),
+        ({"_class_name": "DDIMScheduler", "beta_start": "low"}, "beta_start is 'low'"),
+        ({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]}, "has 2 numbers"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "sigma_max": 0.0}
+            | {"use_karras_sigmas": True},
+            ".",
+        ),
         ({"_class_name": "LCMScheduler", "original_inference_steps": 5}, "original_inference"),
         ({"_class_name": "PNDMScheduler", "num_train_timesteps": 1}, "1 to 1"),
         (

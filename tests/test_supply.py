@@ -124,7 +124,8 @@ def check_contents(wheel):
         for path in (ROOT / folder).rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == sources
-    inside = {"engine", "export", "runtime", "serve", "models"}
+    listed = PROJECT["tool"]["setuptools"]["packages"]
+    inside = {"models", *(name.split(".")[1] for name in listed if "." in name)}
     assert {name.split("/")[0] for name in names} == {"sdrt"}
     assert {name.split("/")[1] for name in names if name.count("/") > 1} == inside
     assert {Path(name).suffix for name in names} <= KINDS

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.errors import UsageError
+from sdrt.reading import Reader, number, one_of, row, truth, whole
 
 log = logging.getLogger(__name__)
 # Keys without a bearing on numbers here, and those that only matter to what is refused below.
@@ -39,16 +40,44 @@ FOREIGN: dict[str, Any] = {
     "euler_at_final": False,
     "eta": 0.0,
 }
-CHOICES: dict[str, tuple[str, ...]] = {
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
-    "timestep_spacing": ("leading", "linspace", "trailing"),
-    "timestep_type": ("discrete", "continuous"),
-    "interpolation_type": ("linear", "log_linear"),
-    "final_sigmas_type": ("zero", "sigma_min"),
-    "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"),
-    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
-    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+# What each key may be; beyond it memory has no bound, or a level no logarithm.
+STEPS, POSITIVE = whole(1, 100_000), number(0.0, 1e6)
+READERS: dict[str, Reader[Any]] = {
+    "num_train_timesteps": STEPS,
+    "beta_start": number(0.0, 0.999),
+    "beta_end": number(0.0, 0.999),
+    "beta_schedule": one_of(("linear", "scaled_linear", "squaredcos_cap_v2")),
+    "trained_betas": row(number(0.0, 0.9999), 1, 100_000),
+    "rescale_betas_zero_snr": truth,
+    "prediction_type": one_of(("epsilon", "v_prediction", "sample")),
+    "timestep_spacing": one_of(("leading", "linspace", "trailing")),
+    "timestep_type": one_of(("discrete", "continuous")),
+    "steps_offset": whole(0, 100_000),
+    "interpolation_type": one_of(("linear", "log_linear")),
+    **dict.fromkeys(LADDERS, truth),
+    "sigma_min": POSITIVE,
+    "sigma_max": POSITIVE,
+    "final_sigmas_type": one_of(("zero", "sigma_min")),
+    "lambda_min_clipped": number(),
+    "set_alpha_to_one": truth,
+    "skip_prk_steps": truth,
+    "variance_type": one_of(
+        ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    ),
+    "eta": number(0.0, 1.0),
+    "clip_sample": truth,
+    "clip_sample_range": POSITIVE,
+    "solver_order": whole(1, 3),
+    "algorithm_type": one_of(
+        ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis")
+    ),
+    "solver_type": one_of(("midpoint", "heun", "logrho", "bh1", "bh2")),
+    "lower_order_final": truth,
+    "euler_at_final": truth,
+    "predict_x0": truth,
+    "disable_corrector": row(whole(0, 1000), 0, 1000),
+    "original_inference_steps": STEPS,
+    "timestep_scaling": POSITIVE,
 }
 
 
@@ -116,26 +145,22 @@ def schedule_from_config(
     unread |= {k for k in FOREIGN.keys() - reads if merged.pop(k, FOREIGN[k]) != FOREIGN[k]}
     if unread:
         log.warning("scheduler options that nothing reads: %s", ", ".join(sorted(unread)))
-    values = {key: value for key, value in merged.items() if key in known}
-    for key in ("trained_betas", "disable_corrector"):
-        if values.get(key) is not None:
-            values[key] = tuple(values[key])
+    try:
+        values = {key: READERS[key](merged[key], key) for key in merged.keys() & known}
+    except ValueError as error:
+        raise UsageError(f"scheduler option {error}") from error
     schedule = Schedule(**values)
     _check(schedule)
     return schedule
 
 
 def _check(schedule: Schedule) -> None:
-    for key, allowed in CHOICES.items():
-        found = getattr(schedule, key)
-        if found not in allowed and found is not None:
-            raise UsageError(f"scheduler option {key}={found!r}; expected {', '.join(allowed)}")
+    """Raise UsageError for what is wrong between keys."""
     if sum(bool(getattr(schedule, key)) for key in LADDERS) > 1:
         raise UsageError(f"of {', '.join(LADDERS)} only one can be true")
-    if schedule.solver_order not in (1, 2, 3):
-        raise UsageError(f"scheduler option solver_order={schedule.solver_order}; expected 1, 2, 3")
-    if not 0.0 <= schedule.eta <= 1.0:
-        raise UsageError(f"scheduler option eta={schedule.eta}; expected 0 to 1")
+    count, given = schedule.num_train_timesteps, schedule.trained_betas
+    if given is not None and len(given) != count:
+        raise UsageError(f"scheduler option trained_betas has {len(given)} numbers, not {count}")
 
 
 def betas(schedule: Schedule) -> np.ndarray:

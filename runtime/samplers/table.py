@@ -220,8 +220,25 @@ Rungs = tuple[float, ...] | None
 def _table(
     config_json: str, steps: int, own: tuple[Rungs, ...], begin: tuple[int, bool], edits: bool
 ) -> SamplerTable:
-    denoise_from, picture = begin
     config = json.loads(config_json)
+    try:
+        with np.errstate(all="ignore"):  # what comes to no number is refused
+            return _written(config, steps, own, begin, edits)
+    except (ArithmeticError, ValueError) as error:
+        raise UsageError(
+            f"{steps} steps of {sampler_name(config)} cannot be laid out: {error}; expected levels "
+            "of noise that rise with the training steps, none of them infinite"
+        ) from error
+
+
+def _written(
+    config: dict[str, Any],
+    steps: int,
+    own: tuple[Rungs, ...],
+    begin: tuple[int, bool],
+    edits: bool,
+) -> SamplerTable:
+    denoise_from, picture = begin
     sampler = SAMPLERS[sampler_name(config)]
     schedule = schedule_from_config(config, sampler.defaults, sampler.reads)
     rungs = _ladder(sampler, schedule, steps, *own)

@@ -1,0 +1,56 @@
+"""What once failed, or led somewhere new, does not fail; nor do a few thousand inputs near it.
+
+`make fuzz` makes ten million, led by what they reach.
+"""
+
+import random
+import resource
+import time
+from pathlib import Path
+
+import fuzz_targets
+import pytest
+from mutating import mutated
+
+CORPUS = Path(__file__).parent / "corpus"
+EACH = 600
+HANG = 5.0  # seconds
+MEMORY = 64e6  # bytes above twice the input
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setattr("logging.root.manager.disable", 50)
+
+
+def inputs(name):
+    """The kept ones, then others near them."""
+    rng = random.Random(name)
+    kept = [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
+    yield from kept
+    longest = fuzz_targets.TARGETS[name][2]
+    for _ in range(EACH):
+        data = rng.choice(kept)
+        for _ in range(rng.randint(1, 4)):
+            data = mutated(data, rng, longest)
+        yield data
+
+
+@pytest.mark.parametrize("name", fuzz_targets.TARGETS)
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_sent_is_a_crash(name):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for data in inputs(name):
+        began = time.monotonic()
+        try:
+            fuzz_targets.execute(name, data)
+        except BaseException as error:
+            error.add_note(f"sent: {data!r}")
+            raise
+        assert time.monotonic() - began < HANG, data
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - peak
+    assert grown < 2 * fuzz_targets.TARGETS[name][2] + MEMORY
+
+
+def test_every_folder_of_the_corpus_has_its_target():
+    assert {path.name for path in CORPUS.iterdir()} == set(fuzz_targets.TARGETS)

@@ -1,0 +1,51 @@
+"""The tokenizer against transformers' CLIPTokenizer, over CLIP's own 49,408 tokens."""
+
+import pytest
+from vocabulary import differences, of_another_unicode, prompts, tokenizers
+
+AT_ONCE = 5000
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    return tokenizers(tmp_path_factory.mktemp("vocabulary"))
+
+
+def compared(both, count):
+    """Differences that are ours, and how many are another Unicode's."""
+    others = 0
+    for seed in range(0, count, AT_ONCE):
+        for found in differences(*both, list(prompts(seed, AT_ONCE))):
+            others += of_another_unicode(found[0])
+            if not of_another_unicode(found[0]):
+                return [found], others
+    return [], others
+
+
+@pytest.mark.reference
+def test_ten_thousand_prompts_have_the_references_ids(both):
+    found, others = compared(both, 10_000)
+    assert not found
+    assert others < 20
+
+
+@pytest.mark.slow
+@pytest.mark.reference
+def test_a_million_prompts_have_the_references_ids(both):
+    found, others = compared(both, 1_000_000)
+    assert not found
+    assert others < 2000
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|ENDOFTEXT|>\x1f)",
+        "\u180e<|EndOfText|>",
+        "..<|STARTOFTEXT|>'s",
+        "<|endoftext|>'S<|ENDOFTEXT|>ing",
+    ],
+)
+def test_special_tokens_in_capitals_are_text(both, text):
+    assert not differences(*both, [text])

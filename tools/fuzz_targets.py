@@ -1,0 +1,216 @@
+"""Whatever reads what strangers send, each as a function of bytes, for tools/fuzz.py and the tests.
+
+A target may return or raise an SdrtError, or where a server stands behind it what that answers
+with a 4xx; all else is a crash. Knows no fuzzer.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from mutating import PASTED
+from pydantic import ValidationError
+from starlette.formparsers import MultiPartException
+
+import sdrt
+from sdrt.bundle import parse_size
+from sdrt.errors import SdrtError
+from sdrt.graphs import check_graph
+from sdrt.manifest import Component, TensorSpec, manifest_from_json
+from sdrt.reading import read_json
+from sdrt.runtime import Tokenizer
+from sdrt.runtime.lora import parse_lora, read_lora
+from sdrt.runtime.pictures import image_array, image_from_bytes, settings_from_text, text_of
+from sdrt.runtime.prompt import chunks_from_prompt
+from sdrt.runtime.samplers.catalogue import config_from_name
+from sdrt.runtime.samplers.table import sampler_table
+from sdrt.serve.context import _StrictRequest
+from sdrt.serve.generation import call_from
+from sdrt.serve.openai import _edit_from
+from sdrt.serve.problem import Problem, problem_from_invalid
+from sdrt.serve.requests import Generation, ImageToImage, TextToImage
+from sdrt.serve.sdapi import _call, _given
+from sdrt.tensors import Tensors
+
+WEIGHT = json.dumps({"w": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}).encode()
+SIDE = (TensorSpec("x", "float32", ("rows", 4)),), (TensorSpec("y", "float32", ("rows", 4)),)
+COMPONENT = Component(*SIDE, "float32", {})
+MOST_PIXELS = 256 * 256
+BOUNDARY = "sdrt-boundary"
+MODEL = SimpleNamespace(
+    name="shapes",
+    sizes=("64x64",),
+    pipe=SimpleNamespace(manifest=SimpleNamespace(sizes=((64, 64),))),
+)
+
+
+@functools.cache
+def folder() -> Path:
+    """One for all executions of a process, in memory where there is such a place."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="sdrt-fuzz-", dir=memory if memory.is_dir() else None))
+
+
+def file_of(data: bytes, name: str) -> Path:
+    path = folder() / name
+    path.write_bytes(data)
+    return path
+
+
+@functools.cache
+def embedded_tokenizer() -> Tokenizer:
+    models = Path(sdrt.__file__).parent / "models"
+    return Tokenizer.from_folder(models / "shapes" / "tokenizer", 32)
+
+
+def text_from(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+def driven(coroutine: Any) -> Any:
+    """What a coroutine returns that waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("the coroutine waits")
+
+
+def request_of(body: bytes, content_type: str) -> Request:
+    sent = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> Any:
+        return next(sent)
+
+    headers = [(b"content-type", content_type.encode())]
+    return _StrictRequest({"type": "http", "method": "POST", "headers": headers}, receive)
+
+
+def safetensors(data: bytes) -> None:
+    tensors = Tensors(file_of(data, "tensors.safetensors"))
+    for name in tensors:
+        tensors[name].sum()
+        tensors.shape(name)
+
+
+def lora(data: bytes) -> None:
+    for change in read_lora(file_of(data, "lora.safetensors"), 1.0).changes.values():
+        with contextlib.suppress(SdrtError):
+            change.delta((4, 4), 1.0)
+
+
+def graph(data: bytes) -> None:
+    """An ONNX file, beside a safetensors file that is right."""
+    weights = folder() / "model.safetensors"
+    if not weights.exists():
+        weights.write_bytes(len(WEIGHT).to_bytes(8, "little") + WEIGHT + bytes(64))
+    check_graph(file_of(data, "model.onnx"), COMPONENT)
+
+
+def manifest(data: bytes) -> None:
+    path = file_of(data, "sdrt.json")
+    manifest_from_json(read_json(path), path)
+
+
+def tokenizer_files(data: bytes) -> None:
+    names = ("vocab.json", "merges.txt", "tokenizer_config.json")
+    for name, part in zip(names, [*data.split(PASTED), b"", b""], strict=False):
+        file_of(part, name)
+    Tokenizer.from_folder(folder(), 16)(["a red circle, 3 µm", ""])
+
+
+def image(data: bytes) -> None:
+    picture = image_from_bytes(data, MOST_PIXELS)
+    image_array(picture, (64, 64))
+    settings_from_text(text_of(picture))
+
+
+def parameters(data: bytes) -> None:
+    settings_from_text(text_from(data))
+
+
+def prompt(data: bytes) -> None:
+    chunks_from_prompt(text_from(data), embedded_tokenizer())
+
+
+def tokenizer(data: bytes) -> None:
+    embedded_tokenizer()([text_from(data)])
+
+
+def size(data: bytes) -> None:
+    parse_size(text_from(data))
+
+
+def names(data: bytes) -> None:
+    text = text_from(data)
+    parse_lora(text)
+    config_from_name(text, {"_class_name": "DDIMScheduler"})
+
+
+def scheduler(data: bytes) -> None:
+    config = read_json(file_of(data, "scheduler_config.json"))
+    sampler_table(config, 3)
+
+
+def request(data: bytes) -> None:
+    """A JSON body as each of the endpoints that make pictures."""
+    body = driven(request_of(data, "application/json").json())
+    with contextlib.suppress(ValidationError, SdrtError, Problem):
+        call_from(MODEL, Generation.model_validate(body), {})  # type: ignore[arg-type]
+    with contextlib.suppress(ValidationError, SdrtError, Problem):
+        _call(MODEL, TextToImage.model_validate(body), {})  # type: ignore[arg-type]
+    with contextlib.suppress(ValidationError, SdrtError, Problem):
+        _given(ImageToImage.model_validate(body))
+
+
+def form(data: bytes) -> None:
+    """A form with files."""
+    sent = request_of(data, f"multipart/form-data; boundary={BOUNDARY}")
+    try:
+        read = driven(sent.form(max_files=4, max_fields=60).__aenter__())
+    except MultiPartException:
+        return
+    try:
+        _edit_from(read)
+    except RequestValidationError as error:
+        json.dumps(problem_from_invalid(error.errors()).body("/v1"), allow_nan=False)
+    finally:
+        driven(read.close())
+
+
+# Each with its share of all executions, by how long one takes, and the longest input in bytes.
+TARGETS: dict[str, tuple[Callable[[bytes], None], float, int]] = {
+    "safetensors": (safetensors, 0.10, 2048),
+    "graph": (graph, 0.05, 1024),
+    "lora": (lora, 0.03, 2048),
+    "manifest": (manifest, 0.08, 4096),
+    "tokenizer_files": (tokenizer_files, 0.02, 2048),
+    "image": (image, 0.07, 2048),
+    "parameters": (parameters, 0.18, 1024),
+    "prompt": (prompt, 0.015, 160),
+    "tokenizer": (tokenizer, 0.015, 160),
+    "size": (size, 0.15, 32),
+    "names": (names, 0.01, 48),
+    "scheduler": (scheduler, 0.06, 512),
+    "request": (request, 0.16, 2048),
+    "form": (form, 0.06, 1024),
+}
+
+
+def execute(name: str, data: bytes) -> None:
+    """One execution; whatever comes out of it is a crash."""
+    with contextlib.suppress(SdrtError, Problem, ValidationError):
+        TARGETS[name][0](data)
+
+
+def quiet() -> None:
+    """Warnings about strange input are not what is looked for."""
+    logging.disable(logging.CRITICAL)
