@@ -13,6 +13,7 @@ product and a large copy. Minutes, and about 10 GB of disk. Never run yet.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from published import write_checkpoint
-from results import save
+from results import FOLDER, save
 
 from sdrt.bundle import parse_size
 from sdrt.engine import candidates
@@ -33,6 +34,7 @@ from sdrt.engine.gpus import free_memory, this_machine
 PROMPT = "a lighthouse at dusk"
 ROWS = (1, 2, 4, 8, 16)
 REFERENCES = ("reference fp16", "reference fp16 compiled")
+PLAIN = "onnxruntime, plain graph"  # without fused operators
 Part = Callable[[], object]
 
 
@@ -45,6 +47,7 @@ def contestants() -> dict[str, str | None]:
     for candidate in candidates():
         if candidate.device == "cuda":
             found[candidate.backend] = candidate.why_not
+    found[PLAIN] = found["onnxruntime"]
     return found
 
 
@@ -67,6 +70,9 @@ def own_parts(backend: str, bundle: Path, sizes: list[str], steps: list[int]) ->
     """What a worker with this project's pipeline can time, by name."""
     import sdrt
 
+    if backend == PLAIN:
+        backend = "onnxruntime"
+        os.environ["SDRT_ORT_CUDA"] = "fused=0"
     pipe = sdrt.load(bundle, backend=backend)
     if not pipe.backend.endswith("cuda"):
         sys.exit(f"{backend} fell back to {pipe.backend}")
@@ -93,7 +99,10 @@ def parts_of(pipe: Any, sizes: list[str], steps: list[int]) -> dict[str, Part]:
         parts[f"decode {size}"] = partial(engines["vae_decoder"], latents)
         for count in steps:
             options: dict[str, Any] = {"num_inference_steps": count, "size": size, "seed": 0}
-            parts[f"picture {size}, {count} steps"] = partial(pipe, PROMPT, **options)
+            whole = partial(pipe, PROMPT, **options)
+            parts[f"picture {size}, {count} steps"] = whole
+            watched = partial(whole, on_step=lambda step: None)
+            parts[f"picture {size}, {count} steps, step by step"] = watched
     return parts
 
 
@@ -309,6 +318,35 @@ def main() -> None:
         built = {p["key"]["component"]: (p["seconds"], p["size"]) for p in plans}
         figures |= {"driver": this_machine().driver, "bundle seconds": building, "plans": built}
         save(f"gpu_{gpu.sm}", claims_of(gpu.name, found), figures)
+        draw(found, gpu.name, FOLDER / f"gpu_{gpu.sm}.svg")
+
+
+def draw(found: dict[str, dict[str, Any]], gpu: str, out: Path) -> None:
+    """Bars of whole pictures, and of the UNet by rows, every engine in its colour."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "sdrt"
+    from matplotlib import pyplot
+
+    good = {name: figures["parts"] for name, figures in found.items() if "parts" in figures}
+    every = dict.fromkeys(part for parts in good.values() for part in parts)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5))
+    for axis, kind in zip(axes, ("picture", "UNet"), strict=True):
+        titles = [p for p in every if p.startswith(kind) and "step by step" not in p]
+        for i, (name, parts) in enumerate(good.items()):
+            places = [at + (i + 0.5) / len(good) * 0.8 for at, t in enumerate(titles) if t in parts]
+            times = [parts[title]["p50"] * 1e3 for title in titles if title in parts]
+            axis.barh(places, times, height=0.8 / len(good), label=name)
+        axis.set_yticks([at + 0.4 for at in range(len(titles))], titles, fontsize=7)
+        axis.set_xscale("log")
+        axis.set_xlabel("milliseconds, median")
+        axis.invert_yaxis()
+    axes[0].set_title(gpu)
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def claims_of(gpu: str, found: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -104,10 +104,9 @@ def _tensorrt(kind: str, machine: Machine, device: int, stream: int, low_memory:
 
 def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
-        from .ort_cuda import OrtCudaEngine
+        from .ort_cuda import load_engine
 
-        component = bundle.manifest.components[name]
-        return OrtCudaEngine(name, bundle.graph(name), component, device, stream=stream)
+        return load_engine(bundle, name, machine.gpus[device], stream)
 
     reason = machine.why_none
     if not installed("onnxruntime"):

@@ -13,6 +13,7 @@ from sdrt.manifest import Component
 from .protocol import Feeds, checked_feeds
 
 log = logging.getLogger(__name__)
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def available(provider: str) -> str | None:
@@ -94,11 +95,23 @@ class OrtEngine:
 
 
 def session(
-    name: str, graph: Path, options: ort.SessionOptions, provider: str, settings: dict[str, str]
+    name: str,
+    graph: Path,
+    options: ort.SessionOptions,
+    provider: str,
+    settings: dict[str, str],
+    derived: bytes | None = None,
 ) -> ort.InferenceSession:
-    """A session that really uses the provider; raises BackendError else."""
+    """A session that really uses the provider; raises BackendError else.
+
+    derived: another graph over the weights beside the first
+    """
+    if derived is not None:
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(graph.parent))
     try:
-        made = ort.InferenceSession(str(graph), options, providers=[(provider, settings)])
+        made = ort.InferenceSession(
+            derived or str(graph), options, providers=[(provider, settings)]
+        )
     except Exception as error:  # as above
         raise BackendError(f"ONNX Runtime cannot load {graph}: {error}") from error
     if provider not in made.get_providers():

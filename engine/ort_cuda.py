@@ -8,21 +8,28 @@ import logging
 import os
 from collections import OrderedDict
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from sdrt.errors import BackendError, UsageError
+from sdrt.bundle import Bundle
+from sdrt.errors import BackendError, ParityError, UsageError
 from sdrt.manifest import Component
 
+from . import parity
+from .comparing import compared
+from .gpus import Gpu
 from .ort import options_with, session
+from .plans import Plan, key_of, plan_of, plans_folder
 from .protocol import Feeds, checked_feeds
 
 log = logging.getLogger(__name__)
 PROVIDER = "CUDAExecutionProvider"
 MOST_SHAPES = 8
+FUSED = ("unet", "vae_decoder", "vae_encoder")
 SEARCHES = ("DEFAULT", "HEURISTIC", "EXHAUSTIVE")
 
 
@@ -33,12 +40,14 @@ class OrtCudaOptions:
     tf32: products of single precision in TensorFloat-32, which rounds to 10 bits
     conv_search: how convolutions are chosen: DEFAULT, HEURISTIC or EXHAUSTIVE
     graphs: replay CUDA graphs. nhwc: convolutions with channels last
+    fused: ONNX Runtime's own fused attention and group normalisation, see `ort_fused`
     """
 
     tf32: bool = False
     conv_search: str = "HEURISTIC"
     graphs: bool = True
     nhwc: bool = False
+    fused: bool = True
 
     @classmethod
     def from_text(cls, text: str) -> "OrtCudaOptions":
@@ -50,8 +59,8 @@ class OrtCudaOptions:
             allowed = SEARCHES if name == "conv_search" else ("0", "1")
             if name not in kinds or value not in allowed:
                 raise UsageError(
-                    f"SDRT_ORT_CUDA has {part!r}; expected tf32, graphs or nhwc =0 or =1, or "
-                    f"conv_search={'|'.join(SEARCHES)}"
+                    f"SDRT_ORT_CUDA has {part!r}; expected tf32, graphs, nhwc or fused =0 or =1, "
+                    f"or conv_search={'|'.join(SEARCHES)}"
                 )
             values[name] = value if name == "conv_search" else value == "1"
         return cls(**values)
@@ -91,14 +100,16 @@ class OrtCudaEngine:
         device: int,
         place: str = "cuda",
         stream: int = 0,
+        derived: Plan | None = None,
     ) -> None:
         """place: cuda; the tests bind the same way on the cpu
+        derived: another graph over the same weights
         stream: the caller's own, by its address; 0 for one of ONNX Runtime's
         """
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
         self._graph, self._device, self._place = graph, device, place
-        self._stream = stream
+        self._stream, self._derived = stream, derived
         self._bound: OrderedDict[tuple[Any, ...], _Bound] = OrderedDict()
         self._graphs = 0
         self._weights: Feeds = {}
@@ -110,9 +121,12 @@ class OrtCudaEngine:
         if self._place == "cuda":
             ort.preload_dlls()  # CUDA and cuDNN from their wheels, where they are installed so
             provider, settings = PROVIDER, chosen.settings(self._device, self._stream)
-        self._session: ort.InferenceSession | None = session(
-            self.name, self._graph, options_with(self._weights), provider, settings
-        )
+        given = self.name, self._graph, options_with(self._weights), provider, settings
+        if self._derived is None:
+            self._session: ort.InferenceSession | None = session(*given)
+            return
+        with self._derived.verified() as content:
+            self._session = session(*given, derived=bytes(content))
 
     def refit(self, weights: Feeds) -> None:
         """Another session in the first one's place: its weights are where its kernels want them."""
@@ -168,6 +182,53 @@ class OrtCudaEngine:
     def close(self) -> None:
         self._bound.clear()
         self._session = None
+
+
+def load_engine(
+    bundle: Bundle, name: str, gpu: Gpu, stream: int = 0, place: str = "cuda"
+) -> OrtCudaEngine:
+    """A component with fused operators where its graph has them, proven once against the bundle's
+    graph; without, and with a warning, where they do not load or compute something else.
+    """
+    component, graph = bundle.manifest.components[name], bundle.graph(name)
+    plain = partial(OrtCudaEngine, name, graph, component, gpu.index, place, stream)
+    if not OrtCudaOptions.from_text(os.environ.get("SDRT_ORT_CUDA", "")).fused or name not in FUSED:
+        return plain()
+    try:
+        plan = _fused_plan(bundle, name, gpu, norms=place == "cuda")
+        engine = plain(derived=plan)
+        try:
+            if plan.parity is None:
+                plan = plan.with_parity(compared(bundle, name, engine, plan.key.profiles))
+            parity.check(name, plan.parity or {}, component.dtype)
+        except BaseException:
+            engine.close()
+            raise
+    except (BackendError, ParityError) as error:
+        log.warning("%s runs without fused operators: %s", name, error)
+        return plain()
+    return engine
+
+
+def _fused_plan(bundle: Bundle, name: str, gpu: Gpu, *, norms: bool) -> Plan:
+    """The derived graph, from the cache or made."""
+    key = key_of(
+        bundle,
+        name,
+        kind="onnxruntime-fused" if norms else "onnxruntime-fused-attention",
+        version=ort.__version__,
+        targets=(gpu.sm,),
+        gpu=gpu.name,
+    )
+
+    def build(out: Path) -> tuple[float, int]:
+        try:
+            from .ort_fused import write_fused
+        except ImportError as error:
+            raise BackendError(f"making them needs {error.name}; pip install onnx") from error
+        return write_fused(bundle.graph(name), out, norms=norms)
+
+    return plan_of(plans_folder(bundle), key, build)
 
 
 def _run_options(graph: int) -> Any:

@@ -73,7 +73,8 @@ class PlanKey:
         """Below a plans folder."""
         whom = self.gpu or self.kind
         targets = self.targets if len(self.targets) == 1 else ("portable",)
-        folder = re.sub(r"[^a-z0-9_.]+", "-", f"{whom}-{targets[0]}-trt{self.version}".lower())
+        made_by = f"{'trt' if self.kind.startswith('tensorrt') else 'ort'}{self.version}"
+        folder = re.sub(r"[^a-z0-9_.]+", "-", f"{whom}-{targets[0]}-{made_by}".lower())
         return Path(folder) / f"{self.component}-{self.digest}.plan"
 
 
@@ -239,7 +240,7 @@ def differences(found: PlanKey, wanted: PlanKey, ignored: Sequence[str] = ()) ->
     """What keeps a plan from being used, in words; empty if nothing does."""
     titles = {
         "kind": "it is for {found}, not {wanted}",
-        "version": "TensorRT {found} built it, here is {wanted}",
+        "version": "version {found} built it, here is {wanted}",
         "gpu": "it is for {found}, here is {wanted}",
         "system": "it is for {found}, this is {wanted}",
         "profiles": "its sizes, batch or prompt length are others",

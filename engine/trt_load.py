@@ -3,16 +3,12 @@
 Knows plans and loaded plans; not what is run with them. Never run on a GPU yet.
 """
 
-from typing import Any
-
-import numpy as np
-
 from sdrt.bundle import Bundle
 
 from . import parity
+from .comparing import compared
 from .cuda import device_of
 from .gpus import Gpu
-from .plans import Profile
 from .trt_engine import Loaded, TrtEngine, TrtUnet, loaded_plans, loading
 from .trt_plans import PlanOptions, trt_plan
 
@@ -44,33 +40,3 @@ def load_engine(
         engine.close()
         raise
     return engine
-
-
-def compared(
-    bundle: Bundle, name: str, engine: Any, profiles: tuple[Profile, ...]
-) -> dict[str, float]:
-    """How an engine compares with ONNX Runtime on the CPU, at the usual shape of every profile."""
-    from .ort import OrtEngine
-
-    component = bundle.manifest.components[name]
-    exact = OrtEngine(name, bundle.graph(name), component)
-    every = []
-    for profile in profiles:
-        feeds = {spec.name: sample_of(spec.dtype, profile[spec.name][1]) for spec in engine.inputs}
-        wanted, found = exact(feeds), engine(feeds)
-        every += [
-            parity.measures(found[spec.name], wanted[spec.name], picture=name == "vae_decoder")
-            for spec in engine.outputs
-        ]
-    exact.close()
-    return parity.worst(every)
-
-
-def sample_of(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Something to feed: small whole numbers, timesteps from 1 to 999, or normal noise."""
-    rng = np.random.default_rng(0)
-    if dtype.startswith("int"):
-        return rng.integers(0, 16, shape).astype(dtype)
-    if len(shape) == 1:
-        return np.linspace(999, 1, shape[0], dtype=dtype)
-    return rng.normal(size=shape).astype(dtype)

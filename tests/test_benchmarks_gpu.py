@@ -34,7 +34,8 @@ def test_without_a_gpu_it_is_refused_with_the_reason(script):
 
 def test_every_engine_has_its_reason(benchmark):
     found = benchmark.contestants()
-    assert {*benchmark.REFERENCES, "tensorrt", "tensorrt-rtx", "onnxruntime", "torch"} == set(found)
+    own = {"tensorrt", "tensorrt-rtx", "onnxruntime", benchmark.PLAIN, "torch"}
+    assert {*benchmark.REFERENCES, *own} == set(found)
 
 
 def test_every_part_that_would_be_timed_runs(benchmark, pipe, monkeypatch):
@@ -42,7 +43,7 @@ def test_every_part_that_would_be_timed_runs(benchmark, pipe, monkeypatch):
     parts = benchmark.parts_of(pipe, ["64x64"], [1])
     for part in parts.values():
         assert part() is not None
-    assert len(parts) == 5
+    assert len(parts) == 6
 
 
 def test_the_table_has_every_part_and_what_failed(benchmark):
@@ -51,3 +52,17 @@ def test_the_table_has_every_part_and_what_failed(benchmark):
     text = benchmark.text_of({"a": figures, "b": {"failed": "ended with 1"}})
     assert "| UNet | 10.0 (20.0) |" in text and "b: ended with 1" in text
     assert list(benchmark.claims_of("L4", {"a": figures})) == ["L4, picture, a"]
+
+
+def test_the_plot_has_every_engine_and_part(benchmark, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    parts = {"UNet 64x64, 2 rows": {"p50": 0.01}, "picture 64x64, 20 steps": {"p50": 0.3}}
+    found = {
+        "a": {"parts": parts},
+        "b": {"parts": dict([*parts.items()][:1])},
+        "c": {"failed": "x"},
+    }
+    benchmark.draw(found, "L4", tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    for said in ("L4", "UNet 64x64, 2 rows", "picture 64x64, 20 steps"):
+        assert said in text

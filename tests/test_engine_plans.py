@@ -72,7 +72,7 @@ def test_the_plan_for_the_fewest_other_gpus_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": "1.8.0"}, "TensorRT 1.7.1 built it, here is 1.8.0"),
+        ({"version": "1.8.0"}, "version 1.7.1 built it, here is 1.8.0"),
         ({"targets": ("sm_120",)}, "it is for sm_86, sm_89, not sm_120"),
         ({"gpu": "NVIDIA L4"}, "here is NVIDIA L4"),
         ({"kind": "tensorrt"}, "it is for tensorrt-rtx, not tensorrt"),
@@ -96,7 +96,7 @@ def test_a_plan_for_something_else_is_not_used_and_the_reason_is_said(tmp_path, 
 def test_the_nearest_plan_is_the_one_compared(tmp_path):
     plan_of(tmp_path, replace(KEY, version="1.0", level=5, workspace=7), build)
     plan_of(tmp_path, replace(KEY, version="1.6"), build)
-    assert "TensorRT 1.6 built it" in find_plan(tmp_path, KEY)[1]
+    assert "version 1.6 built it" in find_plan(tmp_path, KEY)[1]
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from sdrt.engine import Schedule
+from sdrt.engine.comparing import sample_of
 from sdrt.engine.cuda import device_of
 from sdrt.engine.gpus import this_machine
 from sdrt.engine.trt_engine import profile_index
-from sdrt.engine.trt_load import sample_of
 from sdrt.engine.trt_loop import feeds_of
 from sdrt.errors import BackendError
 

@@ -235,6 +235,22 @@ def test_attention_is_fused_as_the_inspector_tells(bundle, planned, capsys):
     assert found and all(len(into) == 1 for into in found.values()), (found, layers[:5])
 
 
+@pytest.mark.parametrize("name", ["unet", "vae_decoder"])
+def test_fused_operators_compute_what_the_plain_graph_does(bundle, name, monkeypatch, caplog):
+    candidate, opened = candidate_of("onnxruntime"), open_bundle(bundle)
+    component = opened.manifest.components[name]
+    feeds = feeds_of(component, {"rows": 1, "tokens": 32, "latent_height": 8, "latent_width": 8})
+    engine = candidate.load(opened, name)
+    assert "without fused operators" not in caplog.text and engine._derived
+    fused = {key: value.copy() for key, value in engine(feeds).items()}
+    engine.close()
+    monkeypatch.setenv("SDRT_ORT_CUDA", "fused=0")
+    plain = candidate.load(opened, name)
+    for key, value in plain(feeds).items():
+        parity.check(name, parity.measures(fused[key], value, picture=False), component.dtype)
+    plain.close()
+
+
 def test_layouts_take_turns_without_mixing_their_graphs(bundle, planned):
     with loaded(bundle, planned) as pipe:
         calls = [
