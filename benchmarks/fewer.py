@@ -33,11 +33,18 @@ SAMPLER = "DPM++ 2M"
 WAYS: dict[str, dict[str, object]] = {
     "full": {},
     "guidance in the first 60 %": {"guidance_interval": (0.0, 0.6)},
+    "guidance in the first 80 %": {"guidance_interval": (0.0, 0.8)},
     "reuse 2": {"feature_reuse": 2},
     "reuse 3": {"feature_reuse": 3},
     "reuse 5": {"feature_reuse": 5},
-    "both, reuse 2": {"feature_reuse": 2, "guidance_interval": (0.0, 0.6)},
-    "both, reuse 3": {"feature_reuse": 3, "guidance_interval": (0.0, 0.6)},
+    "reuse 2, guidance in the first 80 %": {
+        "feature_reuse": 2,
+        "guidance_interval": (0.0, 0.8),
+    },
+    "reuse 3, guidance in the first 80 %": {
+        "feature_reuse": 3,
+        "guidance_interval": (0.0, 0.8),
+    },
 }
 
 
@@ -126,7 +133,7 @@ def shares(checkpoint: Path, size: tuple[int, int]) -> dict[str, float]:
 
 
 REFERENCES = {"reference fp32": "float32", "reference bf16": "bfloat16"}
-OWN = ("full", "reuse 2", "reuse 3", "both, reuse 2", "both, reuse 3")
+OWN = ("full", "reuse 2", "reuse 3", *list(WAYS)[-2:])
 
 
 def work(name: str, folder: Path, size: tuple[int, int]) -> None:
@@ -208,7 +215,7 @@ def full_size(folder: Path, size: str, rounds: int) -> dict[str, dict[str, objec
         for name, worker, way in turns:
             path = folder / f"{name}.npy"
             seconds[name].append(asked(workers[worker], f"{way}\t{path}"))
-            print(f"{name:24} {seconds[name][-1]:7.2f} s", flush=True)
+            print(f"{name:36} {seconds[name][-1]:7.2f} s", flush=True)
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
@@ -260,12 +267,12 @@ def main() -> None:
         ways = full_size(args.work, args.size, args.rounds)
         parts = shares(args.work / "model", (width, height))
         for name, found in ways.items():
-            print(f"{name:24} " + "  ".join(f"{k} {v}" for k, v in found.items()))
+            print(f"{name:36} " + "  ".join(f"{k} {v}" for k, v in found.items()))
             if name not in REFERENCES:
                 claims[f"full-size picture, {args.size}, {STEPS} steps, guidance 7.5, {name}"] = (
                     f"{statistics.median(found['seconds']):.1f} s, {found['times_fp32']:.2f} × the "
                     f"reference's fp32, {found['times_bf16']:.2f} × its bf16; "
-                    f"{found['psnr']:.1f} dB of ours in full"
+                    f"{found['psnr']:.1f} dB, SSIM {found['ssim']:.3f} of ours in full"
                 )
         print(parts)
         claims |= {
@@ -279,7 +286,7 @@ def main() -> None:
     else:
         figures = {"ways": embedded(args.captions, args.rounds)}
         for name, found in figures["ways"].items():
-            print(f"{name:28} " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()))
+            print(f"{name:36} " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()))
             if name != "full":
                 claims[f"`shapes`, {args.captions} captions, {STEPS} steps, {name}"] = (
                     f"{found['times_faster']:.2f} × as fast; {found['psnr']:.1f} dB, SSIM "
