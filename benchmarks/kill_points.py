@@ -240,7 +240,8 @@ def main() -> None:
         from results import save
 
         left = f"{states} different states" + ("" if args.all else ", each begun again")
-        said = f"{count} of {count} points ({left}), {args.kills} kills of the command; {seconds} s"
+        kills = f", {args.kills} kills of the command" if args.kills else ""
+        said = f"{count} of {count} points ({left}){kills}; {seconds} s"
         save(
             "kill_points",
             {"builds killed and begun again that end with the same bundle, byte for byte": said},
