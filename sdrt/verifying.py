@@ -12,7 +12,7 @@ import numpy as np
 
 from .bundle import Bundle, check_files, graphs_of, open_bundle
 from .engine import Candidate, Feeds, choose, parity
-from .errors import ParityError
+from .errors import BackendError, ParityError, SdrtError
 from .manifest import Manifest
 from .runtime import Pipeline, load_pipeline
 from .runtime.proving import GUIDED_STEPS, PROMPT, Answers, answers_of, drawn, made_up, samples_of
@@ -70,7 +70,13 @@ def proven(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
         for name in pipe.engines:
             if name.removesuffix("_float32") in bundle.manifest.components:
                 yield _component(pipe, name, answers)
-        picture = drawn(pipe, size)
+        try:
+            picture = drawn(pipe, size)
+        except BackendError:
+            raise
+        except SdrtError as error:  # it holds NaN or infinity
+            yield Check("the whole pipeline", str(error), "a picture", False)
+            return
         halves = any(part.dtype == "float16" for part in bundle.manifest.components.values())
         kept, dtype = {"picture": answers.picture}, "float16" if halves else "float32"
         yield _compared("the whole pipeline", {"picture": picture}, kept, dtype)

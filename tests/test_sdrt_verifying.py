@@ -57,13 +57,23 @@ def test_a_bundle_is_proven_without_torch(tiny_bundle):
     assert set(checks) == {*(f"{p}, float32" for p in parts), "files", "the whole pipeline", *again}
 
 
-@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
-def test_other_weights_under_a_matching_manifest_are_noticed(copy, capsys, part):
-    path = copy / part / "model.safetensors"
+def scale(path, by):
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
-    changed = np.frombuffer(content[start:], np.float32) * np.float32(1.02)
+    changed = np.frombuffer(content[start:], np.float32) * np.float32(by)
     path.write_bytes(content[:start] + changed.tobytes())
+
+
+def test_weights_that_leave_no_numbers_are_noticed(copy, capsys):
+    scale(copy / "vae_decoder" / "model.safetensors", 1e30)
+    admit(copy)
+    code, missed, _ = verified(copy, capsys)
+    assert code == 6 and missed == ["vae_decoder, float32", "the whole pipeline"]
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
+def test_other_weights_under_a_matching_manifest_are_noticed(copy, capsys, part):
+    scale(copy / part / "model.safetensors", 1.02)
     admit(copy)
     code, missed, said = verified(copy, capsys)
     assert code == 6 and f"{part}, float32" in missed
