@@ -6,6 +6,7 @@ Knows loaded plans, the device and schedules; not samplers. Never run on a GPU y
 
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,13 @@ class Bounds:
 class Loop:
     """Buffers and the graph of one layout of schedules."""
 
-    def __init__(self, parts: "Parts", kernels: Kernels, schedule: Schedule, some: Bounds) -> None:
-        self._parts, self._kernels, self._device = parts, kernels, parts.unet.device
+    def __init__(
+        self, parts: "Parts", kernels: Mapping[str, Kernels], schedule: Schedule, some: Bounds
+    ) -> None:
+        """kernels: by dtype; the decoder may be in another than the UNet"""
+        self._parts, self._device = parts, parts.unet.device
+        self._kernels = kernels[dtype_of(parts.unet, "sample")]
+        self._ends = kernels[dtype_of(parts.decoder, "image")] if parts.decoder else self._kernels
         self._graph: Graph | None = None
         self._arena, self._capturable = 0, True
         self._bounds = some
@@ -212,11 +218,11 @@ class Loop:
             size, pixels = latents[i].size, held["pixels"]
             bad = held["bad"].address + 4 * i
             fed, made = decoder.tensors["latents"].address, decoder.tensors["image"].address
-            self._kernels("write_latents", size, result, fed, bad, size)
+            self._ends("write_latents", size, result, fed, bad, size)
             loaded.enqueue(decoder)
             each = pixels.array[i].size // 3
             to = pixels.address + i * pixels.array[i].nbytes
-            self._kernels("write_pixels", each, made, to, bad, each)
+            self._ends("write_pixels", each, made, to, bad, each)
         for name in ("pixels", "bad"):
             if name in held:
                 held[name].download()
@@ -294,16 +300,16 @@ class Loops:
     """The loops of one loaded UNet; the least recently used are dropped."""
 
     def __init__(self, loaded: Loaded, target: str) -> None:
-        self._loaded, self._dtype = loaded, dtype_of(loaded, "sample")
-        with loaded.device.use():
-            self._kernels = Kernels(loaded.device, target, self._dtype)
+        self._loaded, self._target = loaded, target
+        self._kernels: dict[str, Kernels] = {}
         self._loops: OrderedDict[tuple[object, ...], Loop] = OrderedDict()
 
     def run(self, schedule: Schedule, encoder: Loaded | None, decoder: Loaded | None) -> Drawn:
         """See `Sampler.drawn`; the device is in use."""
-        for loaded, name in ((encoder, "contexts"), (decoder, "latents"), (decoder, "image")):
-            assert loaded is None or dtype_of(loaded, name) == self._dtype
         parts = Parts(self._loaded, encoder, decoder)
+        for loaded, name in ((self._loaded, "sample"), (decoder, "image")):
+            if loaded and (dtype := dtype_of(loaded, name)) not in self._kernels:
+                self._kernels[dtype] = Kernels(loaded.device, self._target, dtype)
         bounds = parts.bounds(schedule)
         rows = bounds.encoder.tensors["input_ids"].array.shape if bounds.encoder else None
         layout = (schedule.layout, rows, encoder, decoder)

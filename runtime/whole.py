@@ -31,12 +31,15 @@ def reads_text(manifest: Manifest, engines: Mapping[str, Engine], options: Optio
     """Whether the engine can run the text encoder too: there is one, its context is all that the
     UNet is told, and nobody looks in between.
     """
-    fed = {spec.name for spec in manifest.components["unet"].inputs}
+    unet, encoder = (manifest.components.get(name) for name in ("unet", "text_encoder"))
+    assert unet is not None
+    fed = {spec.name for spec in unet.inputs}
     given = (options.prompt_embeds, options.negative_prompt_embeds, options.mask_image)
     return (
         hasattr(engines["unet"], "drawn")
         and fed == {"sample", "timestep", "context"}
-        and "text_encoder" in engines
+        and encoder is not None
+        and encoder.dtype == unet.dtype  # its kernel reads and writes one type
         and "text_encoder_2" not in engines
         and not manifest.zero_empty_prompt
         and all(each is None for each in (*given, options.callback_on_step_end))

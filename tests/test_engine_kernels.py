@@ -309,6 +309,11 @@ def test_what_the_engine_cannot_read_or_decode_is_done_around_it(pipe, kernel):
     options = {"num_inference_steps": 2, "seed": 3, "prompt_embeds": given}
     assert other(**options).images == pipe(**options).images
     assert handed[-1][0].read is None and handed[-1][1] is not None
+    parts = pipe.manifest.components
+    half = {**parts, "text_encoder": replace(parts["text_encoder"], dtype="float16")}
+    mixed = replace(other, manifest=replace(pipe.manifest, components=half))
+    mixed(PROMPT, num_inference_steps=1)
+    assert handed[-1][0].read is None
     other(PROMPT, num_inference_steps=1, size="128x64")
     assert handed[-1][0].read is not None and handed[-1][1] is None
     with pytest.raises(UsageError, match="clip_skip"):
