@@ -52,6 +52,18 @@ def test_other_formats_carry_their_parameters(api, kind):
     assert settings_from_text(text_of(made))["Seed"] == "3"
 
 
+def test_a_flat_picture_comes_with_a_warning(api, server):
+    decoder = engine_of(server).pipe.engines["vae_decoder"]
+    decoder.refit({"decoder.conv_out.weight": np.zeros((3, 16, 3, 3), np.float32)})
+    try:
+        flat = generate(api).data[0]
+        event = list(generate(api, stream=True))[-1]
+    finally:
+        decoder.refit({})
+    assert "one colour all over" in flat.warning and event.warning == flat.warning
+    assert not hasattr(generate(api).data[0], "warning")
+
+
 def test_a_stream_tells_its_way(api, pipe):
     events = list(generate(api, stream=True, partial_images=3, extra_body={"progress": True}))
     kinds = [event.type.removeprefix("image_generation.") for event in events]
