@@ -198,10 +198,11 @@ def test_a_bundle_that_does_not_list_it_is_refused(shapes, tmp_path):
         open_bundle(copy)
 
 
-def test_in_flight_with_and_without_it_keep_their_bytes(pipe):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_in_flight_with_and_without_it_keep_their_bytes(pipe, deterministic):
     jobs = [{"feature_reuse": every, "num_inference_steps": 6 + every} for every in (1, 2, 3, 2)]
     jobs[3] |= {"guidance_interval": (0.0, 0.5)}
-    with InFlight(pipe, rows=16) as engine:
+    with InFlight(pipe, rows=16, deterministic=deterministic) as engine:
         tickets = [engine.submit(PROMPT, {**job, "seed": i})[0] for i, job in enumerate(jobs)]
         made = [ticket.future.result(60) for ticket in tickets]
     for i, (job, each) in enumerate(zip(jobs, made, strict=True)):
