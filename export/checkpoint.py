@@ -18,7 +18,14 @@ from sdrt.runtime.lora import Lora, check_parts, deltas, parse_lora, read_lora
 from sdrt.tensors import read_header
 
 from .hub import HUB_ID, PARTS, fetched
-from .weight_files import PICKLES, TO_CONVERT, open_safetensors, read_json, weight_files
+from .weight_files import (
+    PICKLES,
+    TO_CONVERT,
+    open_safetensors,
+    read_config,
+    read_json,
+    weight_files,
+)
 
 KNOWN = {
     "stable-diffusion-v1-4": "CompVis/stable-diffusion-v1-4",
@@ -94,12 +101,12 @@ class Checkpoint:
         return self.others.get(part, self.folder / part)
 
     def config(self, part: str) -> dict[str, Any]:
-        return read_json(self.part_folder(part) / "config.json")
+        return read_config(self.part_folder(part) / "config.json")
 
     def scheduler_config(self) -> dict[str, Any]:
         path = self.folder / "scheduler" / "scheduler_config.json"
         beside = self.part_folder("unet") / path.name  # where there is one part, at the root
-        return read_json(beside if beside.is_file() else path)
+        return read_config(beside if beside.is_file() else path)
 
     def pad_token(self, tokenizer: str) -> str | None:
         """The token that pads prompts, if a tokenizer's files name one."""

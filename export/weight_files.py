@@ -99,3 +99,8 @@ def open_safetensors(path: Path) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint's file; raises CheckpointError with the file's name."""
     return reading.read_json(path, CheckpointError)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The same of a configuration, whose values are bounded."""
+    return reading.read_config(path, CheckpointError)

@@ -6,15 +6,20 @@ Knows which of a bundle's components are loaded at once and which when they are 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
-from sdrt.bundle import Bundle
+from sdrt.bundle import WEIGHTS, Bundle
 from sdrt.engine import Candidate, Engine, LazyEngine, Turn
+from sdrt.errors import BundleError
 from sdrt.manifest import SHALLOW
+from sdrt.reading import read_config
+from sdrt.tensors import read_header
 
 from .lora import Adapters
 from .pipeline import Pipeline
 from .tokenizer import Tokenizer
 
+EMBEDDING = "token_embedding.weight"
 AT_ONCE = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "safety_checker")
 
 
@@ -30,12 +35,13 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
     def tokenizer(encoder: str, folder: str) -> Tokenizer | None:
         if encoder not in manifest.components:
             return None
-        return Tokenizer.from_folder(bundle.folder / folder, manifest.max_tokens)
+        rows = _embedded(bundle.graph(encoder).with_name(WEIGHTS))
+        return Tokenizer.from_folder(bundle.folder / folder, manifest.max_tokens, rows)
 
     def lazy(of: Bundle, name: str) -> LazyEngine:
         return LazyEngine(partial(load, of, name), manifest.components.get(name), turn)
 
-    config = bundle.json("scheduler/scheduler_config.json")
+    config = read_config(bundle.folder / "scheduler" / "scheduler_config.json")
     names = [name for name in AT_ONCE if name in manifest.components]
     engines: dict[str, Engine] = {}
     if in_turn:
@@ -79,3 +85,10 @@ def _loaded(
             engine.close()
         raise
     return {name: engines[name] for name in names}
+
+
+def _embedded(weights: Path) -> int | None:
+    """How many tokens a text encoder knows; None if its weights do not tell."""
+    records = read_header(weights, BundleError).records
+    found = [record.shape for name, record in records.items() if name.endswith(EMBEDDING)]
+    return found[0][0] if len(found) == 1 and len(found[0]) == 2 else None

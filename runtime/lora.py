@@ -20,10 +20,11 @@ from sdrt.bundle import NAMES, TRANSPOSED, Bundle, home
 from sdrt.engine import Engine
 from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
 from sdrt.manifest import SHALLOW
-from sdrt.reading import json_object, mapping, number, text
+from sdrt.reading import json_object, mapping, number, shortened, text
 from sdrt.tensors import Tensors
 
 MOST_WEIGHT = 10.0
+MOST_ALPHA = 1e6
 NAMED = 5  # keys that an error names
 PARTS = {
     "lora_unet": "unet",
@@ -66,7 +67,7 @@ ORIGINAL_RESNET = {
     "skip_connection": "conv_shortcut",
 }
 SIDES = {"input": "down_blocks", "output": "up_blocks"}
-ALPHA = number(-1e6, 1e6)
+ALPHA = number(-MOST_ALPHA, MOST_ALPHA)
 ALPHAS = mapping(ALPHA, text(r".*", "a name"), 100_000)
 Place = tuple[str, str]  # a part, and a module of it with underscores for dots
 
@@ -85,11 +86,15 @@ class Change:
         if not {"down", "up"} <= set(self.factors):
             raise CheckpointError(f"the LoRA's {self.key} lacks its down or its up factor")
         down, up = (self.factors[name].astype(np.float32) for name in ("down", "up"))
-        scale = weight * float(self.factors.get("alpha", len(down))) / len(down)
+        self._check_factors()
+        alpha = float(np.ravel(self.factors.get("alpha", len(down)))[0])
+        scale = weight * alpha / len(down)
         a = up.reshape(len(up), -1) * np.float32(scale)
         b = down.reshape(len(down), -1)
         try:
             if (len(up), down.shape[1]) != shape[:2]:
+                raise ValueError
+            if self.factors.get("mid", down).shape[2:] != shape[2:]:  # or the product is too large
                 raise ValueError
             if "mid" in self.factors:
                 mid = self.factors["mid"].astype(np.float32)
@@ -100,6 +105,21 @@ class Change:
                 f"the LoRA's {self.key} is {list(up.shape)} by {list(down.shape)}, the weight "
                 f"{list(shape)}; it was made for another architecture"
             ) from None
+
+    def _check_factors(self) -> None:
+        """Raise CheckpointError for factors that no product can be made of, or an alpha that is
+        none.
+        """
+        down, up = self.factors["down"], self.factors["up"]
+        alpha = self.factors.get("alpha", np.float32(1.0))
+        flat = min(down.ndim, up.ndim) < 2 or not len(down)
+        if flat or (up.shape[1] != len(down) and "mid" not in self.factors):
+            raise CheckpointError(
+                f"the LoRA's {self.key} is {list(up.shape)} by {list(down.shape)}, which are not "
+                "of one rank; fetch it again"
+            )
+        if np.size(alpha) != 1 or not abs(float(np.ravel(alpha)[0])) <= MOST_ALPHA:
+            raise CheckpointError(f"the LoRA's {self.key} has an alpha that is no number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +203,10 @@ def changes_from_tensors(
         if tensor.size != 1 if kind == "alpha" else not factor:
             raise CheckpointError(f"{key} is of shape {list(tensor.shape)}, which is no {kind}")
         place = PARTS[prefix], _published(_flat(module.replace(".processor", "")))
-        changes.setdefault(place, Change(head)).factors[kind] = tensor
+        factors = changes.setdefault(place, Change(head)).factors
+        if kind in factors:
+            raise CheckpointError(f"{shortened(key)} says again what another key said")
+        factors[kind] = tensor
     if unknown:
         raise CheckpointError(
             f"{_counted(unknown)} of no known layout; expected kohya's lora_unet_.. and "

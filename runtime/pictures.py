@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from sdrt.errors import UsageError
@@ -43,11 +43,13 @@ def pixels_of(drawn: np.ndarray) -> np.ndarray:
 
 def open_image(path: Path) -> Image.Image:
     """A picture from a file, not yet decoded; raises UsageError if it is none or far too large."""
+    if not path.exists():
+        raise UsageError(f"{path} does not exist")
     try:
+        if not path.is_file():
+            raise ValueError("no file")
         image = Image.open(path, formats=FORMATS)
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist") from error
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders of strangers' bytes fail in many ways
         raise UsageError(f"{path} is not a readable {', '.join(FORMATS)} picture") from error
     _bounded(image)
     return image
@@ -109,7 +111,7 @@ def mask_array(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> 
 
 def depth_array(depth: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """A depth map for latents, [1, H, W] float32, its range stretched to [-1, 1]."""
-    _bounded(depth)
+    depth = _upright(depth)
     plain = depth if depth.mode in ("L", "F", "I", "I;16") else depth.convert("L")
     floats = Image.fromarray(np.asarray(plain, np.float32))
     values = np.asarray(floats.resize(size, Image.Resampling.BICUBIC), np.float32)

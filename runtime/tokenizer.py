@@ -38,9 +38,11 @@ class Tokenizer:
         self._word_ids = lru_cache(maxsize=4096)(self._ids_from_word)
 
     @classmethod
-    def from_folder(cls, folder: Path, length: int) -> "Tokenizer":
+    def from_folder(cls, folder: Path, length: int, embedded: int | None = None) -> "Tokenizer":
         """Read `vocab.json`, `merges.txt` and, where there is one, `tokenizer_config.json` for the
         token that pads; raises BundleError if they do not fit together.
+
+        embedded: how many tokens the text encoder knows
         """
         vocab = read_json(folder / "vocab.json")
         merges = _merges_from(folder / "merges.txt")
@@ -50,6 +52,12 @@ class Tokenizer:
         if not ids or len(ids) != len(vocab) or not (0 <= min(ids) <= max(ids) < MOST_TOKENS):
             raise BundleError(
                 f"{folder}/vocab.json gives two tokens one number, or one that is none"
+            )
+        if max(ids) >= len(ids):
+            raise BundleError(f"{folder}/vocab.json: its ids are not 0 to {len(ids) - 1}")
+        if embedded is not None and len(ids) > embedded:
+            raise BundleError(
+                f"{folder}/vocab.json has {len(ids):,} tokens, the text encoder {embedded:,}"
             )
         for pair in merges:
             if len(pair) != 2 or "".join(pair) not in vocab:

@@ -16,6 +16,8 @@ from .errors import BundleError, SdrtError
 
 T = TypeVar("T")
 Reader = Callable[[Any, str], T]
+MOST_NUMBER, MOST_LAYERS, MOST_LENGTH = 1_000_000, 256, 10_000  # of configurations
+MOST_CONFIG = 1_000_000  # bytes
 MOST_JSON = 16_000_000  # bytes; a vocabulary of 49,408 tokens has one million
 
 
@@ -27,6 +29,16 @@ def read_json(
         return json_object(read_bytes(path, most))
     except (OSError, ValueError) as error:
         raise error_class(f"{path} cannot be read as JSON: {error}") from error
+
+
+def read_config(path: Path, error_class: type[SdrtError] = BundleError) -> dict[str, Any]:
+    """A configuration, its values bounded; raises the error with the file's name."""
+    raw = read_json(path, error_class, MOST_CONFIG)
+    try:
+        bounded(raw, "it")
+    except ValueError as error:
+        raise error_class(f"{path} is no configuration: {error}") from error
+    return raw
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -80,6 +92,23 @@ def shortened(value: Any) -> str:
     except (ValueError, RecursionError):  # integers of thousands of digits, endless nesting
         text = type(value).__name__
     return text if len(text) <= 60 else text[:57] + ".."
+
+
+def bounded(value: Any, where: str) -> None:
+    """Raise ValueError for what no published configuration holds: numbers over a million, more
+    layers than 256, endless lists, text and nesting.
+    """
+    if where.count(".") > 6:
+        raise ValueError(f"{shortened(where)} is nested too deeply")
+    most = MOST_LAYERS if "layers" in where else MOST_NUMBER
+    named = value if isinstance(value, dict) else {}
+    inside = dict(enumerate(value)) if isinstance(value, list) else named
+    if isinstance(value, int) and abs(value) > most:
+        raise _wrong(value, where, f"a number up to {most:,}")
+    if isinstance(value, str | list | dict) and len(value) > MOST_LENGTH:
+        raise ValueError(f"{shortened(where)} is {len(value):,} long; at most {MOST_LENGTH:,}")
+    for name, each in inside.items():
+        bounded(each, f"{where}.{name}")
 
 
 def whole(low: int, high: int) -> Reader[int]:

@@ -1,0 +1,181 @@
+"""Small files from elsewhere: tokenizers, LoRA files, pictures, configurations that do not hold."""
+
+import json
+import os
+import struct
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+from strangers import list_files, state_of, write_bundle
+
+from sdrt.bundle import open_bundle
+from sdrt.engine import Candidate
+from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
+from sdrt.reading import read_config
+from sdrt.runtime.loading import load_pipeline
+from sdrt.runtime.lora import deltas, read_lora
+from sdrt.runtime.pictures import (
+    depth_array,
+    image_array,
+    image_from_bytes,
+    open_image,
+)
+from sdrt.runtime.tokenizer import END, START, Tokenizer
+
+VOCAB = {"a": 0, "b": 1, "ab": 2, START: 3, END: 4}
+TOKENIZERS = {
+    "an id twice": ({**VOCAB, "b": 0}, "a b", "two tokens one number"),
+    "a hole in the ids": ({**VOCAB, "b": 7}, "a b", "its ids are not 0 to 4"),
+    "an id without end": ({**VOCAB, "b": 10**9}, "a b", "one number"),
+    "a negative id": ({**VOCAB, "b": -1}, "a b", "one that is none"),
+    "an id of text": ({**VOCAB, "b": "1"}, "a b", "one that is none"),
+    "a list": ([], "a b", "holds list"),
+    "no end": ({"a": 0, "b": 1, "ab": 2, START: 3}, "a b", "lacks"),
+    "a merge of three": (VOCAB, "a b c", "'a b c' is not in"),
+    "a merge to no token": (VOCAB, "b a", "'b a' is not in"),
+    "more than the encoder knows": ({**VOCAB, "c": 5}, "a b", "has 6 tokens, the text encoder 5"),
+}
+
+
+@pytest.mark.parametrize(("vocab", "merges", "message"), TOKENIZERS.values(), ids=TOKENIZERS)
+def test_tokenizers_that_do_not_hold(tmp_path, vocab, merges, message):
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    (tmp_path / "vocab.json").write_text(json.dumps(VOCAB))
+    assert Tokenizer.from_folder(tmp_path, 8, 5).ids("ab")
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    before = state_of(tmp_path)
+    with pytest.raises(BundleError, match=message):
+        Tokenizer.from_folder(tmp_path, 8, 5)
+    assert state_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("pad", ['{"pad_token": {}}', '{"pad_token": "nowhere"}', "{}", "[", "7"])
+def test_a_padding_token_that_is_none(tmp_path, pad):
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "vocab.json").write_text(json.dumps(VOCAB))
+    (tmp_path / "tokenizer_config.json").write_text(pad)
+    with pytest.raises(BundleError):
+        Tokenizer.from_folder(tmp_path, 8)
+
+
+DOWN, UP = "lora_unet_a.lora_down.weight", "lora_unet_a.lora_up.weight"
+GOOD = {DOWN: np.ones((2, 4), np.float32), UP: np.ones((8, 2), np.float32)}
+PEFT = "lora_adapter_metadata"
+LORAS = {
+    "ranks that differ": ({UP: np.ones((8, 3), np.float32)}, {}, "not of one rank"),
+    "a factor of one axis": ({DOWN: np.ones(4, np.float32)}, {}, "which is no down"),
+    "rank 0": ({DOWN: np.ones((0, 4), "f"), UP: np.ones((8, 0), "f")}, {}, "which is no"),
+    "a product larger than the weight": (
+        {DOWN: np.ones((2, 4, 50, 50), np.float32)},
+        {},
+        "another architecture",
+    ),
+    "NaN": ({DOWN: np.full((2, 4), np.nan, np.float32)}, {}, "NaN or infinity"),
+    "an infinite alpha": ({"lora_unet_a.alpha": np.array(np.inf)}, {}, "NaN or infinity"),
+    "an alpha without end": ({"lora_unet_a.alpha": np.array(1e30)}, {}, "alpha that is no number"),
+    "an alpha of two numbers": ({"lora_unet_a.alpha": np.ones(2)}, {}, "which is no alpha"),
+    "one factor twice": ({"lora_unet_a.lora_A.weight": GOOD[DOWN]}, {}, "says again"),
+    "settings that are none": ({}, {PEFT: "["}, "lora_adapter_metadata"),
+    "settings in a list": ({}, {PEFT: "[]"}, "lora_adapter_metadata"),
+    "settings without end": ({}, {PEFT: "[" * 100_000}, "lora_adapter_metadata"),
+    "an alpha of text": ({}, {PEFT: '{"unet.lora_alpha": "x"}'}, "lora_adapter_metadata"),
+    "patterns that are none": ({}, {PEFT: '{"unet.alpha_pattern": [1]}'}, "lora_adapter_metadata"),
+}
+
+
+@pytest.mark.parametrize(("change", "metadata", "message"), LORAS.values(), ids=LORAS)
+def test_lora_files_that_do_not_hold(tmp_path, change, metadata, message):
+    path = tmp_path / "l.safetensors"
+    shapes = {"a.weight": (8, 4)}
+    save_file(GOOD, path)
+    assert next(deltas("unet", shapes, [read_lora(path, 1.0)]))[1].shape == (8, 4)
+    save_file(GOOD | change, path, metadata or None)
+    before = state_of(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        [*deltas("unet", shapes, [read_lora(path, 1.0)])]
+    assert state_of(tmp_path) == before
+
+
+def chunk(kind, body):
+    crc = struct.pack(">I", zlib.crc32(kind + body))
+    return struct.pack(">I", len(body)) + kind + body + crc
+
+
+def png(*chunks, side=64):
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress(bytes(side * (side + 1))))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + rows + chunk(b"IEND", b"")
+
+
+BOMB = zlib.compress(b"x" * 100_000_000)
+PICTURES = {
+    "a text that unfolds to 100 MB": png(chunk(b"zTXt", b"a\0\0" + BOMB)),
+    "the same in another chunk": png(chunk(b"iTXt", b"a\0\1\0\0\0" + BOMB)),
+    "sides that are enormous": png(side=64)[:16] + struct.pack(">II", 2**30, 2**30) + png()[24:],
+    "cut": png()[:-30],
+    "a picture in another format": b"GIF89a" + bytes(100),
+    "a document": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+    "a vector picture": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "text": b"no picture",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("data", PICTURES.values(), ids=PICTURES)
+def test_pictures_that_do_not_hold(tmp_path, data):
+    (tmp_path / "a.png").write_bytes(data)
+    before = state_of(tmp_path)
+    with pytest.raises(UsageError):
+        image_array(open_image(tmp_path / "a.png"), (64, 64))
+    with pytest.raises(UsageError):
+        depth_array(open_image(tmp_path / "a.png"), (8, 8))
+    with pytest.raises(UsageError):
+        image_from_bytes(data, 2**24)
+    assert state_of(tmp_path) == before
+    assert image_array(image_from_bytes(png(), 2**24), (64, 64)).shape == (1, 3, 64, 64)
+
+
+def test_more_pixels_than_asked_for_are_not_decoded():
+    buffer = BytesIO()
+    Image.new("1", (4000, 4000)).save(buffer, "PNG")
+    with pytest.raises(UsageError, match="at most 15999999 pixels"):
+        image_from_bytes(buffer.getvalue(), 4000 * 4000 - 1)
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(UsageError, match="not a readable"):
+        open_image(tmp_path / "a.png")
+
+
+CONFIGS = {
+    "a billion steps": ({"num_train_timesteps": 10**9}, "up to 1,000,000"),
+    "a billion layers": ({"num_hidden_layers": 10**9}, "up to 256"),
+    "a thousand layers in a list": ({"transformer_layers_per_block": [1, 1000]}, "up to 256"),
+    "a list without end": ({"trained_betas": [0.1] * 10_001}, "10,001 long"),
+    "text without end": ({"_class_name": "x" * 10_001}, "10,001 long"),
+    "nesting": ({"a": {"a": {"a": {"a": {"a": {"a": {"a": 1}}}}}}}, "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize(("raw", "message"), CONFIGS.values(), ids=CONFIGS)
+def test_configurations_that_do_not_hold(tmp_path, raw, message):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(raw))
+    for kind in (BundleError, CheckpointError):
+        with pytest.raises(kind, match=message):
+            read_config(path, kind)
+
+
+def test_a_sampler_without_end_is_refused_at_the_load(tmp_path):
+    folder = write_bundle(tmp_path / "b")
+    (folder / "scheduler").mkdir()
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text('{"num_train_timesteps": 1000000000}')
+    with pytest.raises(SdrtError, match="up to 1,000,000"):
+        load_pipeline(open_bundle(list_files(folder)), Candidate("x", "cpu", None, lambda *_: None))
