@@ -22,7 +22,7 @@ from results import save
 
 import sdrt
 from sdrt.engine import Engine
-from sdrt.runtime import Pipeline
+from sdrt.runtime import Pipeline, randn
 from sdrt.runtime.samplers import table as tables
 from sdrt.runtime.samplers.catalogue import SAMPLERS
 
@@ -53,7 +53,8 @@ def idle(pipe: Pipeline) -> Pipeline:
     made = {
         "text_encoder": {name: np.array(array) for name, array in encoded.items()},
         "unet": {"output": np.zeros((2, *LATENT), np.float32)},
-        "vae_decoder": {"image": np.zeros((1, 3, SIDE, SIDE), np.float32)},
+        # Not of one colour, which a picture is warned of.
+        "vae_decoder": {"image": randn(0, (1, 3, SIDE, SIDE))},
     }
     nothing = {name: Nothing(pipe.engines[name], **outputs) for name, outputs in made.items()}
     return replace(pipe, manifest=manifest, engines={**pipe.engines, **nothing}, known={})
@@ -81,7 +82,7 @@ def reference_pipeline(checkpoint: Path) -> Any:
 
     pipe = StableDiffusionPipeline.from_pretrained(checkpoint)
     pipe.set_progress_bar_config(disable=True)
-    output, image = torch.zeros(2, *LATENT), torch.zeros(1, 3, SIDE, SIDE)
+    output, image = torch.zeros(2, *LATENT), torch.randn(1, 3, SIDE, SIDE)
     encoded = pipe.text_encoder(torch.zeros(1, 8, dtype=torch.long))
     pipe.text_encoder.forward = lambda *_, **__: encoded
     pipe.unet.forward = lambda *_, **__: (output,)

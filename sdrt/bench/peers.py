@@ -39,14 +39,13 @@ def peers(bundle: Bundle, compiled: bool) -> dict[str, tuple[str, str, str | Non
     slow = lower or (None if compiled else "takes minutes; --compiled measures it")
     both = installed("optimum") and find_spec("optimum.onnxruntime") is not None
     exported = away or (None if both else OPTIMUM)
-    built = None if installed("stable_diffusion_cpp") else "pip install stable-diffusion-cpp-python"
-    small = "it takes published shapes only" if bundle.manifest.downscale != 8 else None
     return {
         "reference fp32": ("reference", "float32", library),
         "reference bf16": ("reference", "bfloat16", lower),
         "reference bf16 compiled": ("reference", "compiled", slow),
         "optimum onnxruntime": ("optimum", "exact", exported),
-        "stable-diffusion.cpp": ("sd.cpp", "exact", away or built or small),
+        "stable-diffusion.cpp": ("", "", "its package does not read this checkpoint's folder"),
+        "OpenVINO GenAI": ("", "", "it runs only models that optimum-intel exported"),
     }
 
 
@@ -165,18 +164,3 @@ def _told(pipe: Any, kind: Any) -> dict[str, Any]:
         sizes = torch.ones(2, 6, dtype=kind)
         told["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
     return told
-
-
-def sd_cpp(folder: str, wanted: Mapping[str, Any], spent: Spent) -> dict[str, Part]:
-    """stable-diffusion.cpp's Python package: whole pictures only, by its own sampler."""
-    from stable_diffusion_cpp import StableDiffusion
-
-    model = StableDiffusion(model_path=str(_checkpoint(folder)), wtype="f32", verbose=False)
-    width, height = parse_size(wanted["size"])
-
-    def picture(count: int) -> None:
-        given = {"width": width, "height": height, "sample_steps": count, "cfg_scale": 7.5}
-        (image,) = model.generate_image(PROMPT, seed=0, **given)
-        Timed(image.save, "PNG", spent)(io.BytesIO(), "PNG")
-
-    return {picture_of(count): partial(picture, count) for count in wanted["steps"]}

@@ -107,11 +107,11 @@ def opened(wanted: dict[str, Any], spent: Spent) -> dict[str, Part]:
         from .limit import products
 
         return {f"{dtype} {library}": part for dtype, (library, part) in products().items()}
-    if backend in ("reference", "optimum", "sd.cpp"):
+    if backend in ("reference", "optimum"):
         from . import peers
 
-        kind = {"reference": peers.reference, "optimum": peers.optimum, "sd.cpp": peers.sd_cpp}
-        return kind[backend](folder, wanted, spent)
+        kind = peers.reference if backend == "reference" else peers.optimum
+        return kind(folder, wanted, spent)
     from sdrt import load
 
     pipe = load(folder, backend=backend, precision=precision)
