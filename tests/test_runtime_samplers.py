@@ -330,9 +330,13 @@ def test_guidance_is_two_columns():
         ({"_class_name": "DDIMScheduler", "beta_start": "low"}, "beta_start is 'low'"),
         ({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]}, "has 2 numbers"),
         (
-            {"_class_name": "DPMSolverMultistepScheduler", "sigma_max": 0.0}
-            | {"use_karras_sigmas": True},
-            ".",
+            {"_class_name": "DDPMScheduler", "beta_start": 0.0, "beta_end": 0.0}
+            | {"clip_sample": False},
+            "cannot be laid out",
+        ),
+        (
+            {"_class_name": "DEISMultistepScheduler", "sigma_min": 0.0, "use_karras_sigmas": True},
+            "cannot be laid out",
         ),
         ({"_class_name": "LCMScheduler", "original_inference_steps": 5}, "original_inference"),
         ({"_class_name": "PNDMScheduler", "num_train_timesteps": 1}, "1 to 1"),
