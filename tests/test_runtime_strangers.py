@@ -112,13 +112,20 @@ def png(*chunks, side=64):
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + rows + chunk(b"IEND", b"")
 
 
+def saved(kind):
+    buffer = BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, kind)
+    return buffer.getvalue()
+
+
 BOMB = zlib.compress(b"x" * 100_000_000)
 PICTURES = {
     "a text that unfolds to 100 MB": png(chunk(b"zTXt", b"a\0\0" + BOMB)),
     "the same in another chunk": png(chunk(b"iTXt", b"a\0\1\0\0\0" + BOMB)),
     "sides that are enormous": png(side=64)[:16] + struct.pack(">II", 2**30, 2**30) + png()[24:],
     "cut": png()[:-30],
-    "a picture in another format": b"GIF89a" + bytes(100),
+    "a picture in another format": saved("GIF"),
+    "one in a format with a program in it": saved("EPS"),
     "a document": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
     "a vector picture": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     "text": b"no picture",
