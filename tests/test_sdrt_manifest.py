@@ -49,6 +49,10 @@ DAMAGES = {
     "a preview of text": ({"preview": "none"}, "preview is 'none'"),
     "a number for truth": ({"zero_empty_prompt": 1}, "true or false"),
     "a measure that is none": ({"parity": {"psnr": "good"}}, r"parity\.psnr is 'good'"),
+    "an unknown component": (
+        {"components": {"magic": MANIFEST["components"]["unet"]}},
+        "one of text_encoder",
+    ),
     "unknown dtype": (component(dtype="float8"), "one of float32"),
     "a rank of nine": (component(inputs=[{**SPEC, "shape": [1] * 9}]), "a list of 0 to 8"),
     "a negative axis": (component(inputs=[{**SPEC, "shape": [-1]}]), "is -1"),
@@ -136,7 +140,7 @@ def test_a_pipe_is_not_waited_for(small):
     weights = small / "unet" / "model.safetensors"
     weights.unlink()
     os.mkfifo(weights)
-    refused(small, "is no file")
+    refused(small, r"model\.safetensors is no file")
     (small / "sdrt.json").unlink()
     os.mkfifo(small / "sdrt.json")
     with pytest.raises(BundleError):
