@@ -245,6 +245,6 @@ def test_xl_in_half_precision_from_a_higher_branch(tiny_xl, tmp_path_factory, ba
         build_bundle(BuildPlan(str(tiny_xl), folder, dtype="float16", feature_reuse=1))
     with sdrt.load(folder, backend=backend) as pipe:
         assert pipe.manifest.components[SHALLOW].dtype == "float16"
-        own, calls = counted(pipe)
+        own, calls = counted(pipe.with_scheduler("DDIM"))  # one evaluation a step
         image = own(PROMPT, num_inference_steps=4, seed=0, feature_reuse=2).images[0]
         assert calls == [("unet", 2), (SHALLOW, 2)] * 2 and np.asarray(image).std() > 0
