@@ -54,6 +54,7 @@ def candidates(
     device: int = 0,
     stream: int = 0,
     low_memory: bool = False,
+    compile: bool = False,
 ) -> list[Candidate]:
     """Every backend in the order in which `auto` tries them.
 
@@ -61,6 +62,7 @@ def candidates(
     device: which of them to use. Raises UsageError if there is no such GPU.
     stream: the address of the caller's CUDA stream to work in, where there is one
     low_memory: weights stay with the host where a backend can stream them
+    compile: the torch backend's engines are compiled
     """
     machine = this_machine() if machine is None else machine
     if device and not 0 <= device < len(machine.gpus):
@@ -72,10 +74,10 @@ def candidates(
         _ort_cuda(machine, device, stream),
     ]
     others = [
-        *(_torch(kind, machine, device) for kind in ("cuda", "mps")),
+        *(_torch(kind, machine, device, compile) for kind in ("cuda", "mps")),
         _openvino(),
         _ort_cpu(),
-        _torch("cpu", machine, device),
+        _torch("cpu", machine, device, compile),
     ]
     if stream:
         none = "it takes no CUDA stream of the caller's"
@@ -152,14 +154,15 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def _torch(kind: str, machine: Machine, device: int) -> Candidate:
+def _torch(kind: str, machine: Machine, device: int, compile: bool) -> Candidate:
     """kind: cuda (which is AMD's GPUs too), mps or cpu"""
     where = _cuda(device) if kind == "cuda" else kind
 
     def load(bundle: Bundle, name: str) -> Engine:
         from .sdpa import TorchEngine
 
-        return TorchEngine(name, bundle.graph(name), bundle.manifest.components[name], where)
+        component = bundle.manifest.components[name]
+        return TorchEngine(name, bundle.graph(name), component, where, compile)
 
     gpu = _gpu(machine, device) if kind == "cuda" else None
     return Candidate("torch", where, _torch_reason(kind, machine), load, gpu=gpu)
@@ -188,18 +191,24 @@ def choose(
     device: int = 0,
     stream: int = 0,
     low_memory: bool = False,
+    compile: bool = False,
     failed: Mapping[str, str] | None = None,
 ) -> Candidate:
     """The candidate to use for a bundle of so many bytes; raises BackendError with every reason if
     none fits.
 
-    machine, device, stream, low_memory: see `candidates`
+    machine, device, stream, low_memory, compile: see `candidates`
     failed: why those that were tried before, by their titles, did not load
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is unknown; one of: {', '.join(BACKENDS)}")
+    if compile and backend != "torch":
+        raise UsageError(
+            f"compile is for the torch backend alone, not for {backend}: the others compile by "
+            "themselves; leave it out, or type --backend torch --compile"
+        )
     refused: dict[str, list[str]] = {}
-    for candidate in candidates(machine, device, stream, low_memory):
+    for candidate in candidates(machine, device, stream, low_memory, compile):
         if backend not in ("auto", candidate.backend):
             continue
         if backend == "auto" and candidate.backend == "openvino" and size < SMALL:

@@ -2,9 +2,11 @@
 
 Knows torch and onnx. The bundle's graph stays the only description of a component: its nodes run
 one by one as torch operations, `Attention` as `scaled_dot_product_attention`, with the weights
-taken from the same safetensors file.
+taken from the same safetensors file; or, compiled, all at once (see `straight`).
 """
 
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,10 @@ from sdrt.errors import BackendError
 from sdrt.manifest import Component
 
 from .protocol import Feeds, checked_feeds
+from .straight import Compiled, compiled, straightened
 
+log = logging.getLogger(__name__)
+MOST_SHAPES = 8  # compiled at a time, of one component
 Attributes = dict[str, Any]
 TORCH_DTYPES = {
     onnx.TensorProto.FLOAT: torch.float32,
@@ -41,9 +46,14 @@ def available(device: str) -> str | None:
 
 
 class TorchEngine:
-    """One graph, its weights on the device. Shapes stay on the host, where the graph reads them."""
+    """One graph, its weights on the device. Shapes stay on the host, where the graph reads them.
 
-    def __init__(self, name: str, graph: Path, component: Component, device: str) -> None:
+    compile: by `torch.compile`, once for every set of input shapes; the least recently used go
+    """
+
+    def __init__(
+        self, name: str, graph: Path, component: Component, device: str, compile: bool = False
+    ) -> None:
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
         self.device = torch.device(device)
@@ -56,22 +66,32 @@ class TorchEngine:
             )
         self._graph = graph
         self._refitted: set[str] = set()
-        self._values = _initializers(model.graph, graph.parent, self.device)
+        self._compile = compile
+        self._values = _constants(model.graph, self.device)
+        self._weights = _weights(model.graph)
+        with safe_open(graph.with_name("model.safetensors"), framework="pt") as file:
+            self._values |= {n: self._placed(file.get_tensor(n)) for n in self._weights}
         self._nodes = [
             (OPERATIONS[n.op_type], list(n.input), list(n.output), _attributes(n))
             for n in model.graph.node
         ]
+        self._kinds = [node.op_type for node in model.graph.node]
         self._last_use = _last_uses(model.graph.node, {s.name for s in self.outputs})
+        self._compiled: OrderedDict[object, tuple[Compiled, list[str], list[Tensor]]] = (
+            OrderedDict()
+        )
 
     @torch.inference_mode()
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
         if not self._nodes:
             raise BackendError(f"{self.name} is closed")
         ready = checked_feeds(self.name, self.inputs, feeds)
-        values: dict[str, Any] = {
-            name: torch.from_numpy(array).to(self.device) for name, array in ready.items()
-        }
-        values[""] = None
+        fed = {name: torch.from_numpy(array).to(self.device) for name, array in ready.items()}
+        made = self._at_once(fed) if self._compile else self._one_by_one(fed)
+        return {s.name: v.cpu().numpy() for s, v in zip(self.outputs, made, strict=True)}
+
+    def _one_by_one(self, fed: dict[str, Tensor]) -> list[Tensor]:
+        values: dict[str, Any] = {"": None, **fed}
         for i, (operation, sources, targets, attributes) in enumerate(self._nodes):
             given = [values[s] if s in values else self._values[s] for s in sources]
             made = operation(given, attributes)
@@ -79,20 +99,54 @@ class TorchEngine:
             values.update(zip(targets, made, strict=False))
             for name in self._last_use.get(i, ()):
                 values.pop(name, None)
-        return {spec.name: values[spec.name].cpu().numpy() for spec in self.outputs}
+        return [values[spec.name] for spec in self.outputs]
+
+    def _at_once(self, fed: dict[str, Tensor]) -> list[Tensor]:
+        shapes = tuple(value.shape for value in fed.values())
+        try:
+            if shapes not in self._compiled:
+                log.info("%s is compiled for %s", self.name, [list(shape) for shape in shapes])
+                self._compiled[shapes] = self._compiled_for(fed)
+            self._compiled.move_to_end(shapes)
+            run, weights, constants = self._compiled[shapes]
+            made = run([*fed.values(), *(self._values[name] for name in weights), *constants])
+        except RuntimeError as error:  # what torch's compilers raise is all of this
+            self._compiled.pop(shapes, None)
+            raise BackendError(
+                f"torch could not compile or run {self.name}: {error}; run without compiling"
+            ) from error
+        if len(self._compiled) > MOST_SHAPES:
+            self._compiled.popitem(last=False)
+        return made
+
+    def _compiled_for(self, fed: dict[str, Tensor]) -> tuple[Compiled, list[str], list[Tensor]]:
+        """For these shapes: a function, and the weights and constants that follow its inputs."""
+        weights = {name: self._values[name] for name in self._weights}
+        others = {n: value for n, value in self._values.items() if n not in weights}
+        steps, read = straightened(self._nodes, self._kinds, fed | weights, others)
+        outputs = [spec.name for spec in self.outputs]
+        run = compiled(steps, [*fed, *weights, *read], outputs)
+        return run, list(weights), [value.to(self.device) for value in read.values()]
 
     def refit(self, weights: Feeds) -> None:
-        """Nothing is compiled, so the tensors are put in each other's place."""
+        """Weights are never compiled in, so the tensors are put in each other's place."""
         with safe_open(self._graph.with_name("model.safetensors"), framework="pt") as file:
             for name in self._refitted - set(weights):
-                self._values[name] = file.get_tensor(name).to(self.device)
+                self._values[name] = self._placed(file.get_tensor(name))
         for name, array in weights.items():
-            self._values[name] = torch.tensor(array, device=self.device)
+            self._values[name] = self._placed(torch.tensor(array))
         self._refitted = set(weights)
 
     def close(self) -> None:
         self._values.clear()
         self._nodes.clear()
+        self._compiled.clear()
+
+    def _placed(self, weight: Tensor) -> Tensor:
+        """A weight on the device; compiled convolutions on CUDA want channels last."""
+        last = self._compile and self.device.type == "cuda" and weight.ndim == 4
+        order = torch.channels_last if last else torch.contiguous_format
+        return weight.to(self.device, memory_format=order)
 
 
 def _last_uses(nodes: Sequence[Any], kept: set[str]) -> dict[int, list[str]]:
@@ -105,16 +159,19 @@ def _last_uses(nodes: Sequence[Any], kept: set[str]) -> dict[int, list[str]]:
     return ends
 
 
-def _initializers(graph: Any, folder: Path, device: torch.device) -> dict[str, Tensor]:
-    """Weights from the safetensors file to the device; small ones, mostly shapes, to the host."""
+def _weights(graph: Any) -> list[str]:
+    """The initializers that lie in the safetensors file."""
+    external = onnx.TensorProto.EXTERNAL
+    return [t.name for t in graph.initializer if t.data_location == external]
+
+
+def _constants(graph: Any, device: torch.device) -> dict[str, Tensor]:
+    """All others: floats to the device, the rest, mostly shapes, to the host."""
     values = {}
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        for tensor in graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                values[tensor.name] = file.get_tensor(tensor.name).to(device)
-            else:
-                value = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
-                values[tensor.name] = value.to(device) if value.is_floating_point() else value
+    for tensor in graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            value = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+            values[tensor.name] = value.to(device) if value.is_floating_point() else value
     return values
 
 
@@ -122,8 +179,16 @@ def _attributes(node: Any) -> Attributes:
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
-def _ints(tensor: Tensor) -> list[int]:
-    return [int(value) for value in tensor.reshape(-1).tolist()]
+def _numbers(given: Tensor | list[float]) -> list[float]:
+    """Of a tensor, or as they are where the graph is compiled."""
+    if isinstance(given, list):
+        return given
+    numbers: list[float] = given.reshape(-1).tolist()
+    return numbers
+
+
+def _ints(given: Tensor | list[float]) -> list[int]:
+    return [int(value) for value in _numbers(given)]
 
 
 def _shape(given: list[Any], attributes: Attributes) -> Tensor:
@@ -161,7 +226,7 @@ def _gather(given: list[Any], attributes: Attributes) -> Tensor:
     data, indices = given
     axis = attributes.get("axis", 0)
     picked = data.index_select(axis, indices.reshape(-1).to(data.device))
-    return picked.reshape(*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :])
+    return picked.reshape([*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :]])
 
 
 def _range(given: list[Any], _: Attributes) -> Tensor:
@@ -226,7 +291,7 @@ def _attention(given: list[Any], attributes: Attributes) -> Tensor:
 def _resize(given: list[Any], attributes: Attributes) -> Tensor:
     if attributes.get("mode") != b"nearest":
         raise BackendError(f"the torch backend resizes to the nearest only, not {attributes}")
-    return F.interpolate(given[0], scale_factor=given[2].tolist()[2:], mode="nearest")
+    return F.interpolate(given[0], scale_factor=_numbers(given[2])[2:], mode="nearest")
 
 
 def _split(given: list[Any], attributes: Attributes) -> tuple[Tensor, ...]:

@@ -45,6 +45,7 @@ def load(
     device: int = 0,
     stream: int = 0,
     low_memory: bool = False,
+    compile: bool = False,
 ) -> Pipeline:
     """A pipeline over a bundle: its name, its folder, or None for the newest.
 
@@ -55,9 +56,12 @@ def load(
         stream that is `cuda_stream`. Backends that take none are not chosen.
     low_memory: one component is loaded at a time, when it is needed; TensorRT leaves weights with
         the host that have no room.
+    compile: by torch.compile, with backend torch only; the first picture of every size and batch
+        waits a minute or more for it.
     A backend that does not load is left, with a warning, for the next that may be taken: auto tries
     every one, a backend that was named is tried on every device it serves.
-    Raises BundleError if the bundle is missing or damaged, BackendError if nothing can run it.
+    Raises BundleError if the bundle is missing or damaged, BackendError if nothing can run it,
+    UsageError for what does not go together.
     """
     from dataclasses import replace
 
@@ -80,10 +84,13 @@ def load(
             device=device,
             stream=stream,
             low_memory=low_memory,
+            compile=compile,
             failed=failed,
         )
         lower = candidate.reduced if candidate.reduced in opened.manifest.admitted else "exact"
         log.info("backend: %s, %s (%s)", candidate.title, lower, candidate.because)
+        if compile:
+            log.warning("torch.compile: the first picture of a size and batch takes a minute or so")
         try:
             check_room(opened, candidate.gpu, low_memory, low_memory and candidate.streams)
             return load_pipeline(opened, candidate, low_memory)

@@ -241,6 +241,7 @@ def _add_shared(to: argparse.ArgumentParser) -> None:
     to.add_argument("--device", type=_whole, default=0, metavar="N", help="which GPU")
     to.add_argument("--exact", action="store_true", help="no lower precision than the bundle's")
     to.add_argument("--low-memory", action="store_true", help="one component loaded at a time")
+    to.add_argument("--compile", action="store_true", help="with --backend torch; a minute once")
     to.add_argument("--json", action="store_true", help="print paths, seeds and times as JSON")
 
 

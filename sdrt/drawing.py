@@ -69,6 +69,7 @@ def opened(args: argparse.Namespace) -> Pipeline:
         precision=precision,
         device=args.device,
         low_memory=args.low_memory,
+        compile=args.compile,
     )
     if args.lora:
         pipe.set_lora(dict(map(parse_lora, args.lora)))
