@@ -1,12 +1,13 @@
-"""What int8 costs and gains a UNet on this processor: is it worth a precision of its own?
+"""What 8 bits cost a UNet's pictures, and gain on this processor: is that a precision to offer?
 
-    python benchmarks/int8.py [--work FOLDER] [--pictures 8] [--save]
+    python benchmarks/quantised.py [--form fp8] [--work FOLDER] [--pictures 8] [--save]
 
-Static int8 by Q/DQ, as ONNX Runtime and OpenVINO take it: inputs and weights of products (and of
-convolutions, as a second kind), weights by channel, inputs by the range that they had over a
-sampler's own trajectories. Pictures of the embedded model are compared with the exact ones at the
-same seeds. With --work FOLDER, whose `bundle` is of full size (see `latency.py`), one guided
-evaluation at 256x256 is timed too.
+Static int8 or FP8 (E4M3) by Q/DQ, as ONNX Runtime, OpenVINO (int8) and TensorRT take it: inputs and
+weights of products (and of convolutions, as a second kind), weights by channel, inputs by the range
+that they had over a sampler's own trajectories. Pictures of the embedded model are compared with
+the exact ones at the same seeds; no processor here multiplies in FP8, so its numbers are rounded to
+it and multiplied in float32. With --work FOLDER, whose `bundle` is of full size (see `latency.py`),
+one guided evaluation at 256x256 is timed too, in int8.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -37,6 +39,9 @@ KINDS = {
 Kind = tuple[tuple[str, ...], int]
 PROMPTS = "a red circle on a blue background", "an orange triangle above a black square on white"
 Ranges = dict[str, tuple[float, float]]
+ENGINES = {"int8": ("onnxruntime", "openvino"), "fp8": ("onnxruntime",)}
+FP8 = ml_dtypes.float8_e4m3fn
+MOST = {"int8": 127, "fp8": float(ml_dtypes.finfo(FP8).max)}  # of a weight over its scale
 
 
 def quantized_inputs(model: Any, kind: Kind) -> dict[str, str]:
@@ -91,7 +96,23 @@ def opened(model: Any, graph: Path, folder: Path) -> ort.InferenceSession:
         path.unlink()
 
 
-def quantized(graph: Path, kind: Kind, ranges: Ranges, out: Path) -> Path:
+def input_marks(form: str, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of an input of this range; TensorRT takes FP8 about zero only."""
+    if form == "fp8":
+        scale = max(-low, high, 1e-6) / MOST[form]
+        return np.array(scale, np.float32), np.array(0, FP8)
+    scale = np.float32(max(high - low, 1e-6) / 255)
+    return np.array(scale), np.array(np.uint8(np.clip(np.rint(-low / scale), 0, 255)))
+
+
+def rounded(form: str, scaled: np.ndarray) -> np.ndarray:
+    """Weights over their scales, in 8 bits."""
+    if form == "fp8":
+        return scaled.clip(-MOST[form], MOST[form]).astype(FP8)
+    return np.rint(scaled).clip(-MOST[form], MOST[form]).astype(np.int8)
+
+
+def quantized(graph: Path, kind: Kind, form: str, ranges: Ranges, out: Path) -> Path:
     """The graph with Q/DQ around the inputs and weights of nodes of a kind, written whole."""
     model = onnx.load(graph)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -109,8 +130,8 @@ def quantized(graph: Path, kind: Kind, ranges: Ranges, out: Path) -> Path:
         if name in weights:
             whole = numpy_helper.to_array(weights[name])
             shape = [-1 if i == axis else 1 for i in range(whole.ndim)]
-            rounded = np.rint(whole / scale.reshape(shape)).clip(-127, 127).astype(np.int8)
-            added.append(numpy_helper.from_array(rounded, f"{name}.q"))
+            value = rounded(form, whole / scale.reshape(shape))
+            added.append(numpy_helper.from_array(value, f"{name}.q"))
         else:
             nodes.append(helper.make_node("QuantizeLinear", [name, *marks], [f"{name}.q"]))
         made = helper.make_node("DequantizeLinear", [f"{name}.q", *marks], [f"{name}.dq"], **more)
@@ -120,16 +141,15 @@ def quantized(graph: Path, kind: Kind, ranges: Ranges, out: Path) -> Path:
 
     for node in model.graph.node:
         if node.output[0] in chosen:
-            low, high = ranges[node.input[0]]
-            scale = np.float32(max(high - low, 1e-6) / 255)
-            zero = np.uint8(np.clip(np.rint(-low / scale), 0, 255))
             weight = numpy_helper.to_array(weights[node.input[1]])
             transposed = any(a.name == "transB" and a.i for a in node.attribute)
             axis = 0 if node.op_type == "Conv" or transposed else weight.ndim - 1
             others = tuple(i for i in range(weight.ndim) if i != axis)
-            each = np.maximum(np.abs(weight).max(others), 1e-8).astype(np.float32) / np.float32(127)
-            node.input[0] = q(node.input[0], np.array(scale), np.array(zero), None)
-            node.input[1] = q(node.input[1], each, np.zeros(len(each), np.int8), axis)
+            each = np.maximum(np.abs(weight).max(others), 1e-8).astype(np.float32)
+            each /= np.float32(MOST[form])
+            zeros = rounded(form, np.zeros(len(each), np.float32))
+            node.input[0] = q(node.input[0], *input_marks(form, *ranges[node.input[0]]), None)
+            node.input[1] = q(node.input[1], each, zeros, axis)
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -142,15 +162,27 @@ def quantized(graph: Path, kind: Kind, ranges: Ranges, out: Path) -> Path:
     return out
 
 
+def rounding(graph: Path) -> Callable[..., dict[str, np.ndarray]]:
+    """ONNX Runtime with every Q/DQ run as written; it would put int8 products in FP8's place."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    wanted = [output.name for output in session.get_outputs()]
+    return lambda feeds: dict(zip(wanted, session.run(wanted, dict(feeds)), strict=True))
+
+
 class Quantized:
     """A UNet's engine by a graph with Q/DQ."""
 
-    def __init__(self, like: Any, graph: Path, engine: str) -> None:
+    def __init__(self, like: Any, graph: Path, engine: str, form: str = "int8") -> None:
         self.inputs, self.outputs = like.inputs, like.outputs
         if engine == "openvino":
             from sdrt.engine.openvino_cpu import OpenVinoEngine
 
             self._call = OpenVinoEngine("unet", graph, self, "f32")  # it needs the specs alone
+        elif form == "fp8":
+            self._call = rounding(graph)
         else:
             from sdrt.engine.ort import OrtEngine
 
@@ -187,7 +219,7 @@ def calibrated_by_pictures(pipe: Any, graph: Path, folder: Path) -> Ranges:
     return calibrated(graph, folder, run)
 
 
-def quality(folder: Path, count: int) -> dict[str, dict[str, Any]]:
+def quality(folder: Path, count: int, form: str) -> dict[str, dict[str, Any]]:
     """How near pictures of the embedded model are, by kind of node and engine."""
     found = {}
     with sdrt.load("shapes", backend="onnxruntime", precision="exact") as pipe:
@@ -195,9 +227,9 @@ def quality(folder: Path, count: int) -> dict[str, dict[str, Any]]:
         ranges = calibrated_by_pictures(pipe, graph, folder)
         wanted = pictures(pipe, count)
         for title, kind in KINDS.items():
-            path = quantized(graph, kind, ranges, folder / f"{len(found)}.onnx")
-            for engine in ("onnxruntime", "openvino"):
-                unet = Quantized(pipe.engines["unet"], path, engine)
+            path = quantized(graph, kind, form, ranges, folder / f"{len(found)}.onnx")
+            for engine in ENGINES[form]:
+                unet = Quantized(pipe.engines["unet"], path, engine, form)
                 each = psnrs(pictures(pipe, count, unet), wanted)
                 found[f"{engine}, {title}"] = {"psnr_db": each, "least": min(each)}
                 print(f"{engine}, {title}: PSNR {min(each):.1f} to {max(each):.1f} dB", flush=True)
@@ -214,7 +246,7 @@ def speed(work: Path, folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
     ranges = calibrated(graph, folder, lambda call: call(fed) and None)
     found = {}
     for title, kind in {"exact": None, **KINDS}.items():
-        path = quantized(graph, kind, ranges, folder / "full.onnx") if kind else graph
+        path = quantized(graph, kind, "int8", ranges, folder / "full.onnx") if kind else graph
         for engine in ("onnxruntime", "openvino"):
             unet = Quantized(component, path, engine)
             unet(fed)
@@ -231,17 +263,20 @@ def speed(work: Path, folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--form", choices=ENGINES, default="int8")
     parser.add_argument("--work", type=Path, help="with a bundle of full size, to time it")
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="keep the figures for the README")
     args = parser.parse_args()
+    if args.work and args.form != "int8":
+        parser.error("--work times int8 only: no processor here multiplies in FP8")
     with TemporaryDirectory() as temporary:
-        near = quality(Path(temporary), args.pictures)
+        near = quality(Path(temporary), args.pictures, args.form)
         fast = speed(args.work, Path(temporary), args.rounds) if args.work else {}
     if args.save:
         claims = {
-            f"int8 by Q/DQ, {name}: `shapes`, guidance 7.5, 20 steps": (
+            f"{args.form} by Q/DQ, {name}: `shapes`, guidance 7.5, 20 steps": (
                 f"PSNR {values['least']:.1f} dB at least of {args.pictures} pictures; "
                 f"the floor is {PICTURE_FLOOR:.0f}"
             )
@@ -250,7 +285,7 @@ def main() -> None:
         for name, values in fast.items():
             seconds = statistics.median(values["seconds"])
             claims[f"full-size guided UNet evaluation, 256x256, int8: {name}"] = f"{seconds:.2f} s"
-        save("int8", claims, {"quality": near, "speed": fast})
+        save(args.form, claims, {"quality": near, "speed": fast})
 
 
 if __name__ == "__main__":
