@@ -82,6 +82,11 @@ def test_bodies_that_are_no_request(server, body):
     assert asked(server, b'{"prompt": "x", "num_inference_steps": 1}').status_code == 200
 
 
+def test_json_without_end_is_said(server):
+    for body in (b"[" * 100_000, b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"):
+        assert asked(server, body).json()["error"]["message"] == "JSON that is nested too deeply"
+
+
 def test_a_large_body_is_refused_before_it_is_read(server):
     with dialled(server) as sock:
         sock.sendall(head(100_000_000))
