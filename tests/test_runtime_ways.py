@@ -155,6 +155,7 @@ class Counted:
 
     def __init__(self, engine):
         self.engine, self.rows = engine, []
+        self.inputs, self.outputs = engine.inputs, engine.outputs
 
     def __call__(self, feeds):
         self.rows.append(len(feeds["sample"]))
