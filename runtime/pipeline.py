@@ -171,7 +171,7 @@ class Pipeline:
             decoded_picture(self.engines, self._tiling, latents[i : i + 1])
             for i in range(len(latents))
         ]
-        return np.concatenate(pictures)
+        return pictures[0] if len(pictures) == 1 else np.concatenate(pictures)
 
     @property
     def _tiling(self) -> Tiling:

@@ -76,8 +76,10 @@ def is_flat(image: Image.Image) -> bool:
     """Whether the model made a picture one colour all over: an overflow or broken weights leave
     that, and now and then it is what was asked for, so that it is told and not refused.
     """
-    pixels = np.asarray(image)
-    return bool((pixels == pixels[0, 0]).all()) and not is_flagged(image)
+    right, low = image.width - 1, image.height - 1
+    few = {image.getpixel(at) for at in ((0, 0), (right // 2, low // 2), (right, low))}
+    flat = len(few) == 1 and all(least == most for least, most in image.getextrema())
+    return flat and not is_flagged(image)
 
 
 def marks_of(images: list[Image.Image]) -> tuple[list[bool], list[bool]]:
