@@ -329,7 +329,9 @@ def test_too_small_a_disk_is_said_before_work_begins(tiny, tmp_path, monkeypatch
         build_bundle(BuildPlan(str(tiny), tmp_path / "b"))
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_killed_build_is_in_nobodys_way(tiny, tmp_path, how):
     target = tmp_path / "b"
     command = [sys.executable, "-m", "sdrt", "build", "--model", str(tiny), "--output", str(target)]

@@ -70,7 +70,15 @@ def size(name):
     return f"{name}, {len(configs(name)) * len(STEPS)} matrices"
 
 
-@pytest.mark.parametrize("name", SAMPLERS, ids=size)
+# The reference takes minutes to step these; the quick ones of theirs are below.
+LONG = ("KDPM2", "LMS")
+GRIDS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith(LONG) else [], id=size(name))
+    for name in SAMPLERS
+]
+
+
+@pytest.mark.parametrize("name", GRIDS)
 def test_tables_are_the_references_in_float64(name, monkeypatch):
     # What its float32 cuts off another test compares.
     monkeypatch.setattr(ladder, "cut", lambda schedule, timesteps: np.trunc(timesteps))
