@@ -1,6 +1,6 @@
-"""Pages of mapped files: given back once what was in them is packed elsewhere.
+"""Memory that nothing needs any more, given back to the system.
 
-Knows Linux's /proc and madvise; anywhere else it does nothing.
+Knows Linux's /proc and madvise and the C library's heap; anywhere else it does nothing.
 """
 
 import ctypes
@@ -21,6 +21,13 @@ def let_go(path: Path) -> None:
     for low, high in _read_only(path):
         if libc.madvise(low, high - low, DONT_NEED):
             log.debug("pages of %s stay resident", path)
+
+
+def trim() -> None:
+    """Have the C library's heap give back what was freed in it."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if give_back is not None:
+        give_back(0)
 
 
 def _read_only(path: Path) -> Iterator[tuple[int, int]]:

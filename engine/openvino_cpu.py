@@ -8,8 +8,10 @@ import openvino as ov
 from sdrt.errors import BackendError
 from sdrt.manifest import Component
 
-from .mapped import let_go
+from .mapped import let_go, trim
 from .protocol import Feeds, checked_feeds
+
+LARGE = 512 * 512 * 3 * 4  # bytes of a picture whose activations are given back
 
 
 class OpenVinoEngine:
@@ -40,6 +42,7 @@ class OpenVinoEngine:
             compiled = core.compile_model(model, "CPU", settings)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {self._graph}: {error}") from error
+        self._compiled: ov.CompiledModel | None = compiled
         self._request: ov.InferRequest | None = compiled.create_infer_request()
         self._packed.clear()
         let_go(self._weights)
@@ -63,7 +66,13 @@ class OpenVinoEngine:
         if shapes not in self._packed:
             self._packed.add(shapes)
             let_go(self._weights)
-        return {spec.name: self._request.get_tensor(spec.name).data for spec in self.outputs}
+        made = {spec.name: self._request.get_tensor(spec.name).data for spec in self.outputs}
+        most = max(array.nbytes for array in (*ready.values(), *made.values()))
+        if self._compiled and self.name.startswith("vae") and most >= LARGE:
+            # Once a picture: its activations dwarf all else, and are made again in a moment.
+            self._compiled.release_memory()
+            trim()
+        return made
 
     def close(self) -> None:
-        self._request = None
+        self._request = self._compiled = None

@@ -1,11 +1,14 @@
 """Pages of mapped files are given back, and read the same afterwards."""
 
 import mmap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from sdrt.engine.mapped import let_go
+import sdrt
+from sdrt.engine.mapped import let_go, trim
 
 SIZE = 32 << 20
 
@@ -44,3 +47,25 @@ def test_what_was_written_to_a_private_mapping_stays(tmp_path):
 
 def test_what_is_not_mapped_or_not_there_is_nothing_to_do(tmp_path):
     let_go(tmp_path / "weights")
+
+
+def test_the_heap_gives_back_what_was_freed():
+    def resident_bytes():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    kept = []
+    for _ in range(20_000):  # of a size that the heap keeps
+        kept.append(bytearray(5_000))
+    del kept[:-1]
+    before = resident_bytes()
+    trim()
+    assert resident_bytes() < before - 10_000_000
+
+
+def test_a_decoder_that_gives_back_draws_the_same(shapes, monkeypatch):
+    openvino_cpu = pytest.importorskip("sdrt.engine.openvino_cpu")
+    with sdrt.load(shapes, backend="openvino") as pipe:
+        draw = partial(pipe, "a red circle", num_inference_steps=2, seed=0)
+        wanted = draw().images[0].tobytes()
+        monkeypatch.setattr(openvino_cpu, "LARGE", 1)
+        assert [draw().images[0].tobytes() for _ in range(3)] == [wanted] * 3
