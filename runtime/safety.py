@@ -4,6 +4,7 @@ Knows numpy, Pillow and the component's interface: pixels in, distances to conce
 """
 
 import logging
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -78,8 +79,10 @@ def is_flat(image: Image.Image) -> bool:
     """
     right, low = image.width - 1, image.height - 1
     few = {image.getpixel(at) for at in ((0, 0), (right // 2, low // 2), (right, low))}
-    flat = len(few) == 1 and all(least == most for least, most in image.getextrema())
-    return flat and not is_flagged(image)
+    if len(few) > 1 or is_flagged(image):
+        return False
+    bands: Any = image.getextrema()
+    return all(least == most for least, most in bands)
 
 
 def marks_of(images: list[Image.Image]) -> tuple[list[bool], list[bool]]:
