@@ -1,5 +1,5 @@
-"""A compiled component against the bundle's own graph, which the build proved: what the parity gate
-of plans is fed.
+"""A compiled component against the bundle's own graph, which the build proved: the gate that a plan
+passes before it is used, and what the gate is fed.
 
 Knows engines and profiles; not which backend compiled it.
 """
@@ -11,7 +11,22 @@ import numpy as np
 from sdrt.bundle import Bundle
 
 from . import parity
-from .plans import Profile
+from .plans import Plan, Profile
+
+
+def prove(bundle: Bundle, name: str, engine: Any, plan: Plan) -> None:
+    """Let a plan's engine pass, or close it. What was compared once is kept in the plan's sidecar.
+
+    Raises ParityError if it computes something else than the bundle's graph, BackendError if it
+    cannot be called.
+    """
+    try:
+        if plan.parity is None:
+            plan = plan.with_parity(compared(bundle, name, engine, plan.key.profiles))
+        parity.check(name, plan.parity or {}, bundle.manifest.components[name].dtype)
+    except BaseException:
+        engine.close()
+        raise
 
 
 def compared(

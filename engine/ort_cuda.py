@@ -19,8 +19,7 @@ from sdrt.bundle import Bundle
 from sdrt.errors import BackendError, ParityError, UsageError
 from sdrt.manifest import Component
 
-from . import parity
-from .comparing import compared
+from .comparing import prove
 from .gpus import Gpu
 from .ort import options_with, session
 from .plans import Plan, key_of, plan_of, plans_folder
@@ -197,13 +196,7 @@ def load_engine(
     try:
         plan = _fused_plan(bundle, name, gpu, norms=place == "cuda")
         engine = plain(derived=plan)
-        try:
-            if plan.parity is None:
-                plan = plan.with_parity(compared(bundle, name, engine, plan.key.profiles))
-            parity.check(name, plan.parity or {}, component.dtype)
-        except BaseException:
-            engine.close()
-            raise
+        prove(bundle, name, engine, plan)
     except (BackendError, ParityError) as error:
         log.warning("%s runs without fused operators: %s", name, error)
         return plain()

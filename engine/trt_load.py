@@ -5,8 +5,7 @@ Knows plans and loaded plans; not what is run with them. Never run on a GPU yet.
 
 from sdrt.bundle import Bundle
 
-from . import parity
-from .comparing import compared
+from .comparing import prove
 from .cuda import device_of
 from .gpus import Gpu
 from .trt_engine import Loaded, TrtEngine, TrtUnet, loaded_plans, loading
@@ -32,11 +31,5 @@ def load_engine(
             engine: TrtEngine = TrtUnet(name, component, loaded_plans[mark], gpu.sm, stream)
         else:
             engine = TrtEngine(name, component, loaded_plans[mark], stream)
-    try:
-        if plan.parity is None:
-            plan = plan.with_parity(compared(bundle, name, engine, plan.key.profiles))
-        parity.check(name, plan.parity or {}, component.dtype)
-    except BaseException:
-        engine.close()
-        raise
+    prove(bundle, name, engine, plan)
     return engine

@@ -80,7 +80,7 @@ def test_other_weights_are_for_fused_graphs_too(bundle):
 
 
 def test_what_computes_something_else_is_left_with_a_warning(bundle, monkeypatch, caplog):
-    monkeypatch.setattr("sdrt.engine.ort_cuda.compared", lambda *_: {"cosine": 0.5, "error": 1.0})
+    monkeypatch.setattr("sdrt.engine.comparing.compared", lambda *_: {"cosine": 0.5, "error": 1.0})
     engine = load_engine(bundle, "vae_encoder", GPU, place="cpu")
     assert engine._derived is None and "without fused operators" in caplog.text
     engine.close()
