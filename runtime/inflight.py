@@ -12,7 +12,7 @@ pictures), one evaluates, one decodes, so that a long decode does not stall the 
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,6 @@ from .turns import Turn, forecast, lateness, sharing
 
 log = logging.getLogger(__name__)
 MOST_DEADLINE = 86400.0
-MOST_GROUPS = 8  # whose buffers are kept
 LONGEST_PAUSE = 30.0  # seconds between two tries to bring a broken engine back
 
 
@@ -65,7 +64,7 @@ class InFlight:
         self._waiting: list[Ticket] = []
         self._inside: list[Ticket] = []
         self._decoding: list[Ticket] = []
-        self._gathers: dict[Hashable, Gather] = {}
+        self._gather = Gather()
         self._threads: list[threading.Thread] = []
         self._reloaded = False
 
@@ -75,6 +74,7 @@ class InFlight:
         if self._deterministic and self._rows is None:
             self._rows = max(2, *(size.most for size in self.costs.sizes.values()))
         self.rates = self.costs.rates(self._rows)
+        self._gather = Gather(self._rows or 0 if self._deterministic else 0)
         for work in (self._prepare, self._denoise, self._decode):
             name = f"sdrt{work.__name__}"
             thread = threading.Thread(target=self._work, args=(work,), name=name, daemon=True)
@@ -317,16 +317,12 @@ class InFlight:
         """One call of the model for all of these."""
         runs = [ticket.run for ticket in tickets if ticket.run is not None]
         group, rows = tickets[0].turn.group, sum(run.rows for run in runs)
-        gather = self._gathers.setdefault(
-            group, Gather(self._rows or 0 if self._deterministic else 0)
-        )
         began = time.monotonic()
         try:
-            gather.evaluate(self.pipe.engines, runs)
+            self._gather.evaluate(self.pipe.engines, runs)
         except Exception as error:
             for ticket in tickets:
                 self._end(ticket, typed(error))
-            self._gathers.clear()
             if not works(self.pipe):
                 self._recover()
             return

@@ -1,5 +1,6 @@
 """Pictures in flight, on the embedded model: who shares a call, and that nobody notices."""
 
+import gc
 import threading
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import sdrt
 from sdrt.errors import BackendError, SdrtError, UsageError
 from sdrt.runtime import costs as costs_module
 from sdrt.runtime.inflight import InFlight
+from sdrt.runtime.loop import Run
 from sdrt.runtime.tickets import Cancelled, Refused
 
 PROMPT = "a red circle on a blue background"
@@ -426,6 +428,21 @@ def test_two_sizes_are_made_side_by_side(tiny_bundle):
         assert {image.size for image in made} == {(32, 32), (48, 32)}
         alone = pipe("a", num_inference_steps=10, size="48x32", seed=1).images[0]
         assert (pixels(made[3]) == pixels(alone)).all()
+
+
+def test_pictures_that_are_done_are_let_go_whatever_was_told_of_them(pipe):
+    """Prompts of one to four stretches, each of which is fed in a shape of its own."""
+
+    def runs():
+        gc.collect()
+        return sum(type(each) is Run for each in gc.get_objects())
+
+    before = runs()
+    with started(pipe) as engine:
+        for stretches in range(1, 5):
+            prompt = " BREAK ".join([PROMPT] * stretches)
+            result(engine.submit(prompt, {"num_inference_steps": 1})[0])
+        assert runs() <= before + 1  # the last call's
 
 
 def test_deterministic_calls_are_all_of_one_shape(shapes):
