@@ -45,8 +45,16 @@ def test_what_was_written_to_a_private_mapping_stays(tmp_path):
         assert mapped[0] == 7
 
 
-def test_what_is_not_mapped_or_not_there_is_nothing_to_do(tmp_path):
-    let_go(tmp_path / "weights")
+def test_of_what_is_not_mapped_or_not_there_nothing_else_goes(tmp_path):
+    mapped = tmp_path / "weights"
+    mapped.write_bytes(bytes(mmap.PAGESIZE))
+    content = np.memmap(mapped, np.uint8, "r")
+    assert content.sum() == 0 and resident(mapped) == mmap.PAGESIZE
+    alone = tmp_path / "weights.old"
+    alone.write_bytes(b"not mapped")
+    for other in (alone, tmp_path / "away", tmp_path):
+        let_go(other)
+    assert resident(mapped) == mmap.PAGESIZE
 
 
 def test_the_heap_gives_back_what_was_freed():
