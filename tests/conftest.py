@@ -11,6 +11,9 @@ import pytest
 
 # Before any test file imports what reads it: no test reaches the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Workers that compute side by side each have a core, not all of them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts what runs in its background deaf to Ctrl-C, which children would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -18,8 +21,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
-    """SDRT_HOME for all tests and their subprocesses, and no network."""
+    """SDRT_HOME for all tests and their subprocesses; where `exports` keeps components."""
     patch = pytest.MonkeyPatch()
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    patch.setenv("SDRT_TEST_EXPORTS", str(shared / "exports"))
     folder = tmp_path_factory.mktemp("home")
     patch.setenv("SDRT_HOME", str(folder))
     yield folder
@@ -29,16 +35,16 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shapes(home):
     """The bundle of the embedded model, built once; `$SDRT_TEST_SHAPES` keeps it between runs."""
-    from sdrt.export.build import BuildPlan, build_bundle
+    from exports import built
 
     logging.getLogger("sdrt").setLevel(logging.WARNING)
     kept = os.environ.get("SDRT_TEST_SHAPES")
     if kept and Path(kept).is_dir():
         return Path(shutil.copytree(kept, home / "bundles" / "shapes"))
-    built = build_bundle(BuildPlan("shapes", feature_reuse=0))
+    bundle = built("shapes", feature_reuse=0)
     if kept:
-        shutil.copytree(built, kept)
-    return built
+        shutil.copytree(bundle, kept)
+    return bundle
 
 
 @pytest.fixture(scope="session")
@@ -65,10 +71,10 @@ def tiny(tmp_path_factory, embedded):
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny, tmp_path_factory):
     """Its bundle in two sizes."""
-    from sdrt.export.build import BuildPlan, build_bundle
+    from exports import built
 
     target = tmp_path_factory.mktemp("built") / "tiny"
-    return build_bundle(BuildPlan(str(tiny), target, sizes=((32, 32), (48, 32)), batch=(1, 1, 2)))
+    return built(str(tiny), target, sizes=((32, 32), (48, 32)), batch=(1, 1, 2))
 
 
 def write_tiny(folder: Path, embedded: Path, **unet_options) -> Path:
@@ -101,8 +107,9 @@ def write_tiny(folder: Path, embedded: Path, **unet_options) -> Path:
         "up_block_types": ["UpDecoderBlock2D"] * 4,
     }
     made = {
-        "unet": (unet, Unet(UnetConfig.from_json(unet))),
+        # first, so that models of other UNets have the same one
         "vae": (vae, AutoencoderKL(VaeConfig.from_json(vae))),
+        "unet": (unet, Unet(UnetConfig.from_json(unet))),
     }
     for part, (config, module) in made.items():
         (folder / part).mkdir()
@@ -168,10 +175,10 @@ def tiny_xl(tmp_path_factory, embedded):
 
 @pytest.fixture(scope="session")
 def tiny_xl_bundle(tiny_xl):
-    from sdrt.export.build import BuildPlan, build_bundle
+    from exports import built
 
     target = tiny_xl.parent / "tiny-xl-bundle"
-    return build_bundle(BuildPlan(str(tiny_xl), target, sizes=((32, 32), (48, 32))))
+    return built(str(tiny_xl), target, sizes=((32, 32), (48, 32)))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from sdrt.engine.gpus import NO_DEVICE, Machine, why_none
 from sdrt.engine.ort import OrtEngine
 from sdrt.engine.ort_cuda import MOST_SHAPES, OrtCudaEngine, OrtCudaOptions
 from sdrt.errors import BackendError, UsageError
-from sdrt.export.build import BuildPlan, build_bundle
 
 LARGE = 2_000_000_000
 NONE = Machine(why_none="no NVIDIA GPU on this machine")
@@ -92,10 +91,9 @@ def test_what_failed_is_not_chosen_again_and_says_why():
 
 
 @pytest.fixture(scope="module")
-def refused_by_onnxruntime(tiny, tmp_path_factory):
+def refused_by_onnxruntime(tiny_bundle, tmp_path_factory):
     """A bundle whose UNet is of a later format than ONNX Runtime reads; torch does not mind."""
-    folder = build_bundle(BuildPlan(str(tiny), tmp_path_factory.mktemp("opset") / "tiny"))
-    wanted = shutil.copytree(folder, folder.with_name("whole"))
+    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("opset") / "tiny")
     graph = folder / "unet" / "model.onnx"
     model = onnx.load(graph, load_external_data=False)
     model.ir_version = 99
@@ -104,7 +102,7 @@ def refused_by_onnxruntime(tiny, tmp_path_factory):
     size = graph.stat().st_size
     manifest["files"]["unet/model.onnx"] = {"size": size, "sha256": sha256_of(graph)}
     (folder / "sdrt.json").write_text(json.dumps(manifest))
-    return folder, wanted
+    return folder, tiny_bundle
 
 
 def test_a_backend_that_does_not_load_is_left_for_the_next_with_a_warning(

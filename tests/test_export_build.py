@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from exports import built
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -109,7 +110,7 @@ def test_a_part_may_come_from_elsewhere(tiny, tmp_path):
         {name: tensor.numpy() for name, tensor in weights.items()},
         tmp_path / "vae" / "diffusion_pytorch_model.safetensors",
     )
-    bundle = build_bundle(BuildPlan(str(tiny), tmp_path / "b", vae=str(tmp_path)))
+    bundle = built(str(tiny), tmp_path / "b", vae=str(tmp_path))
     assert f"vae {tmp_path}" in open_bundle(bundle).manifest.source
     with sdrt.load(bundle, backend="onnxruntime") as pipe:
         first = pipe("a square", num_inference_steps=2, seed=0).images[0]
@@ -128,7 +129,7 @@ def test_what_overflows_in_half_is_kept_in_single(tiny, tmp_path):
     for name in ("weight", "bias"):
         weights[f"decoder.conv_in.{name}"] = weights[f"decoder.conv_in.{name}"] * np.float32(1e6)
     save_file(weights, path)
-    bundle = build_bundle(BuildPlan(str(model), tmp_path / "b", dtype="float16"))
+    bundle = built(str(model), tmp_path / "b", dtype="float16")
     components = open_bundle(bundle).manifest.components
     assert components["vae_decoder"].dtype == "float32"
     assert components["unet"].dtype == components["text_encoder"].dtype == "float16"
@@ -198,7 +199,7 @@ def test_builds_of_other_processes_places_and_times_are_the_same(tiny, tmp_path)
 
 
 def test_fp16_is_stored_in_half(tiny, tiny_bundle, tmp_path):
-    half = build_bundle(BuildPlan(str(tiny), tmp_path / "half", dtype="float16"))
+    half = built(str(tiny), tmp_path / "half", dtype="float16")
     files = [
         open_bundle(b).manifest.files["unet/model.safetensors"].size for b in (half, tiny_bundle)
     ]
@@ -255,7 +256,7 @@ def test_below_the_floor_nothing_is_published(tiny, tmp_path, monkeypatch):
         (lambda f: truncate(f / "unet" / "diffusion_pytorch_model.safetensors"), "whole"),
         (lambda f: overlap(f / "unet" / "diffusion_pytorch_model.safetensors"), "whole"),
         (
-            lambda f: change_weights(f / "vae" / "diffusion_pytorch_model.safetensors", poison),
+            lambda f: change_weights(f / "text_encoder" / "model.safetensors", poison),
             "NaN",
         ),
         (lambda f: rename_to_pickle(f / "unet"), "pickle"),

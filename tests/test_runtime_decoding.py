@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from exports import built
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -15,7 +16,6 @@ import sdrt
 from sdrt.bundle import FLOAT32_GRAPH
 from sdrt.errors import SdrtError
 from sdrt.export import modules
-from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.proof import largest_activation
 from sdrt.runtime import randn
@@ -46,7 +46,7 @@ def brittle(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def half(brittle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("half") / "bundle"
-    return build_bundle(BuildPlan(str(brittle), folder, dtype="float16", sizes=((32, 32),)))
+    return built(str(brittle), folder, dtype="float16", sizes=((32, 32),))
 
 
 def psnr(a, b):

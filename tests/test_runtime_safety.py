@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from exports import built
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -57,7 +58,7 @@ def reference():
 def bundle(reference, tiny, tmp_path_factory):
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("safety") / "model")
     reference.save_pretrained(folder / "safety_checker")
-    return build_bundle(BuildPlan(str(folder), folder.parent / "bundle", safety_checker=True))
+    return built(str(folder), folder.parent / "bundle", safety_checker=True)
 
 
 def test_a_picture_is_read_as_clip_reads_it():

@@ -1,6 +1,7 @@
 """Models that are fed more than latents: inpainting and depth, built and compared as pictures."""
 
 import diffusers
+import exports
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,6 @@ from PIL import Image
 
 import sdrt
 from sdrt.errors import UsageError
-from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.runtime.pictures import depth_array
 
 pytestmark = [
@@ -26,7 +26,7 @@ def built(request, tmp_path_factory, embedded):
     """(task, checkpoint, pipeline) of a tiny model of random weights."""
     folder = tmp_path_factory.mktemp(request.param)
     model = write_tiny(folder / "model", embedded, **TASKS[request.param])
-    bundle = build_bundle(BuildPlan(str(model), folder / "bundle", sizes=((SIDE, SIDE),)))
+    bundle = exports.built(str(model), folder / "bundle", sizes=((SIDE, SIDE),))
     with sdrt.load(bundle, backend="onnxruntime") as pipe:
         yield request.param, model, pipe
 

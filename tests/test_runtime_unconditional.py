@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from exports import built
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_export_pixel_unet import DDPM, SMALL
@@ -48,7 +49,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundle(model, tmp_path_factory):
-    return build_bundle(BuildPlan(str(model), tmp_path_factory.mktemp("pixels") / "bundle"))
+    return built(str(model), tmp_path_factory.mktemp("pixels") / "bundle")
 
 
 @pytest.fixture(scope="module")
