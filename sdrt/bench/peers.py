@@ -107,10 +107,9 @@ def _parts(pipe: Any, kind: Any, wanted: Mapping[str, Any], spent: Spent) -> dic
     vae.decode = Timed(vae.decode, "decode", spent)
     sides = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     latents = torch.randn(2, unet.config.in_channels, *sides).to(kind)
-    if kind != torch.float32:
-        latents = latents.to(memory_format=torch.channels_last)
     latent = latents[:1, : vae.config.latent_channels] / vae.config.scaling_factor
-    timestep, told = torch.tensor(500.0), _told(pipe, kind)
+    pipe.scheduler.set_timesteps(20)
+    timestep, told = pipe.scheduler.timesteps[10], _told(pipe, kind)
 
     def guarded(part: Part) -> object:
         with torch.no_grad():
@@ -124,7 +123,7 @@ def _parts(pipe: Any, kind: Any, wanted: Mapping[str, Any], spent: Spent) -> dic
     parts: dict[str, Part] = {
         "text": lambda: [encoder(ids) for encoder, ids in texts],
         "unet": lambda: unet(latents, timestep, **told),
-        "decode": lambda: vae.decode(latent),
+        "decode": lambda: vae.decode(latent, return_dict=False, generator=None),
     }
     if type(pipe).__name__.removeprefix("ORT") in TEXT_TO_IMAGE:
         parts |= {picture_of(count): partial(picture, count) for count in wanted["steps"]}
@@ -151,12 +150,18 @@ def _texts(pipe: Any) -> list[tuple[Any, Any]]:
 
 
 def _told(pipe: Any, kind: Any) -> dict[str, Any]:
-    """Noise in place of what two prompts say."""
+    """Noise in place of what two prompts say, and the rest as in a picture: what is compiled for
+    that would otherwise be compiled again.
+    """
     import torch
 
     config, tokens = pipe.unet.config, pipe.tokenizer.model_max_length
     told: dict[str, Any] = {
-        "encoder_hidden_states": torch.randn(2, tokens, config.cross_attention_dim).to(kind)
+        "encoder_hidden_states": torch.randn(2, tokens, config.cross_attention_dim).to(kind),
+        "timestep_cond": None,
+        "cross_attention_kwargs": None,
+        "added_cond_kwargs": None,
+        "return_dict": False,
     }
     if getattr(config, "addition_embed_type", None) == "text_time":
         ids = 6 * config.addition_time_embed_dim
