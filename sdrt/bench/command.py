@@ -4,6 +4,7 @@ Knows workers' answers; not what they time.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -23,6 +25,7 @@ from sdrt.runtime.costs import available_bytes
 from sdrt.runtime.samplers.catalogue import config_from_name
 
 from .compare import old_report, refuse_slower
+from .cpp_peers import prepare
 from .peers import peers
 from .plot import check_path, write_plot
 from .report import Contestant, Run, rate_of, report_from, text_from_report
@@ -31,6 +34,8 @@ from .usage import memory
 log = logging.getLogger("sdrt.bench")
 LIMIT = "limit"
 PARTS = ("text", "unet", "decode", "picture")
+PEER_DTYPES = {"exact": "float32", "float32": "float32"}
+PEER_DTYPES |= {"bfloat16": "bfloat16", "compiled": "bfloat16"}
 WORKER = "from sdrt.bench.worker import main; main()"
 
 
@@ -38,7 +43,7 @@ def contestants(bundle: Bundle, compiled: bool) -> tuple[list[Contestant], dict[
     """Those that can run, the reference library first, and why others are left out."""
     found, left_out = [], {}
     for name, (backend, precision, why_not) in peers(bundle, compiled).items():
-        dtype = "bfloat16" if precision in ("bfloat16", "compiled") else "float32"
+        dtype = PEER_DTYPES.get(precision)
         if why_not is None:
             found.append(Contestant(name, backend, precision, dtype))
         else:
@@ -70,10 +75,10 @@ def chosen(found: list[Contestant], names: str | None) -> list[Contestant]:
 class Worker:
     """A contestant's process; raises BackendError with what it last said where it ends early."""
 
-    def __init__(self, each: Contestant, bundle: Bundle, run: Run) -> None:
+    def __init__(self, each: Contestant, bundle: Bundle, run: Run, made: Path) -> None:
         wanted: dict[str, Any] = {"backend": each.backend, "precision": each.precision}
         wanted |= {"folder": str(bundle.folder), "size": run.size, "steps": run.steps}
-        wanted["scheduler"] = run.scheduler
+        wanted |= {"scheduler": run.scheduler, "made": str(made)}
         self.contestant, self.parts = each, list[str]()
         self._said: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._began = time.perf_counter()
@@ -184,6 +189,7 @@ def _measured(
 ) -> list[Contestant]:
     """The limit and all that could be loaded, with their turns; why others could not is added."""
     workers: list[Worker] = []
+    folders = contextlib.ExitStack()
     try:
         for each in [Contestant(LIMIT, LIMIT, "exact"), *engines]:
             free, wanted = available_bytes(), max((w.peak for w in workers), default=0)
@@ -193,12 +199,11 @@ def _measured(
                     f"{wanted / 1e9:.1f} GB; measure fewer at once with --engines"
                 )
                 continue
-            workers.append(Worker(each, bundle, run))
+            made = Path(folders.enter_context(tempfile.TemporaryDirectory()))
             try:
-                workers[-1].load()
+                workers.append(_loaded(each, bundle, run, made))
             except BackendError as error:
                 left_out[each.name] = str(error)
-                workers.pop().end()
                 continue
             log.info("%s: ready after %.2f s", each.name, each.cold_start_seconds)
         for _ in tqdm(range(run.rounds), disable=None, unit="turn", file=sys.stderr):
@@ -208,10 +213,26 @@ def _measured(
     finally:
         for worker in workers:
             worker.end()
+        folders.close()
     if len(workers) < 2:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise BackendError(f"nothing here can run this bundle: {reasons}")
     return [worker.contestant for worker in workers]
+
+
+def _loaded(each: Contestant, bundle: Bundle, run: Run, made: Path) -> Worker:
+    """Its process, after its first picture; raises BackendError.
+
+    made: an empty folder for what it reads in place of the bundle
+    """
+    prepare(each.backend, bundle, made)
+    worker = Worker(each, bundle, run, made)
+    try:
+        worker.load()
+    except BaseException:
+        worker.end()
+        raise
+    return worker
 
 
 def _take_turns(workers: Sequence[Worker], parts: tuple[str, ...]) -> None:

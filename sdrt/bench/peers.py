@@ -18,6 +18,9 @@ from sdrt.runtime.samplers.catalogue import config_from_name
 from .worker import PROMPT, Part, Spent, Timed, picture_of
 
 TEXT_TO_IMAGE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+CPP = "pip install stable-diffusion-cpp-python"
+GENAI = "pip install openvino-genai openvino-tokenizers diffusers torch"
+CPP_WIDTHS = [320, 640, 1280, 1280]
 OPTIMUM = "pip install 'optimum-onnx[onnxruntime]' 'diffusers<0.36'"
 
 
@@ -33,7 +36,8 @@ def checkpoint_folder(bundle: Bundle) -> Path | None:
 
 def peers(bundle: Bundle, compiled: bool) -> dict[str, tuple[str, str, str | None]]:
     """Every peer's name: its backend and precision, and why it is left out, or None."""
-    away = None if checkpoint_folder(bundle) else f"its checkpoint {bundle.manifest.source} is away"
+    found = checkpoint_folder(bundle)
+    away = None if found else f"its checkpoint {bundle.manifest.source} is away"
     library = away or (None if installed("diffusers") else "pip install diffusers torch")
     lower = library or (None if cpu_has_bf16() else "this processor has no bf16")
     slow = lower or (None if compiled else "takes minutes; --compiled measures it")
@@ -44,12 +48,32 @@ def peers(bundle: Bundle, compiled: bool) -> dict[str, tuple[str, str, str | Non
         "reference bf16": ("reference", "bfloat16", lower),
         "reference bf16 compiled": ("reference", "compiled", slow),
         "optimum onnxruntime": ("optimum", "exact", exported),
-        "stable-diffusion.cpp": ("", "", "its package does not read this checkpoint's folder"),
-        "OpenVINO GenAI": ("", "", "it runs only models that optimum-intel exported"),
+        "stable-diffusion.cpp": ("stable-diffusion.cpp", "stored", away or _not_cpp(found)),
+        "OpenVINO GenAI": ("openvino-genai", "preferred", away or _not_genai(found)),
     }
 
 
-def _checkpoint(folder: str) -> Path:
+def _not_cpp(folder: Path | None) -> str | None:
+    """Why stable-diffusion.cpp cannot run a checkpoint, if one is here."""
+    config = json.loads((folder / "unet" / "config.json").read_text()) if folder else {}
+    if config.get("block_out_channels") != CPP_WIDTHS:
+        return "it takes every UNet for one of the published widths, which this has not"
+    return _not_native(folder) or (None if installed("stable_diffusion_cpp") else CPP)
+
+
+def _not_genai(folder: Path | None) -> str | None:
+    """Why OpenVINO GenAI, or the export for it, cannot run a checkpoint, if one is here."""
+    needed = ("openvino_genai", "openvino_tokenizers", "diffusers", "torch")
+    return _not_native(folder) or (None if all(map(installed, needed)) else GENAI)
+
+
+def _not_native(folder: Path | None) -> str | None:
+    index = json.loads((folder / "model_index.json").read_text()) if folder else {}
+    kind = index.get("_class_name")
+    return None if kind == TEXT_TO_IMAGE[0] else f"it is measured with {TEXT_TO_IMAGE[0]} only"
+
+
+def checkpoint_of(folder: str) -> Path:
     found = checkpoint_folder(open_bundle(folder))
     assert found is not None  # `peers` has looked
     return found
@@ -60,7 +84,7 @@ def reference(folder: str, wanted: Mapping[str, Any], spent: Spent) -> dict[str,
     import diffusers
     import torch
 
-    checkpoint = _checkpoint(folder)
+    checkpoint = checkpoint_of(folder)
     precision = wanted["precision"]
     kind = torch.float32 if precision == "float32" else torch.bfloat16
     without = {"safety_checker": None} if _checks(checkpoint) else {}
@@ -88,7 +112,7 @@ def optimum(folder: str, wanted: Mapping[str, Any], spent: Spent) -> dict[str, P
     import torch
     from optimum.onnxruntime import ORTPipelineForText2Image
 
-    pipe = ORTPipelineForText2Image.from_pretrained(str(_checkpoint(folder)), export=True)
+    pipe = ORTPipelineForText2Image.from_pretrained(str(checkpoint_of(folder)), export=True)
     return _parts(pipe, torch.float32, wanted, spent)
 
 

@@ -1,9 +1,9 @@
 """One contestant in a process of its own: it loads, draws a picture, then times what it is asked.
 
-It is told, as JSON in its only argument: backend, precision, folder, size and steps. It speaks
-JSON, a line each way: first what it can time and how long loading took; then, for every name of a
-part that it reads, a turn; at last, for `end`, its memory. A turn is calls of one part until a
-fifth of a second is filled, at least one.
+It is told, as JSON in its only argument: backend, precision, folder, size, steps, scheduler, and
+the folder of what was made for it. It speaks JSON, a line each way: first what it can time and how
+long loading took; then, for every name of a part that it reads, a turn; at last, for `end`, its
+memory. A turn is calls of one part until a fifth of a second is filled, at least one.
 """
 
 import io
@@ -112,6 +112,11 @@ def opened(wanted: dict[str, Any], spent: Spent) -> dict[str, Part]:
 
         kind = peers.reference if backend == "reference" else peers.optimum
         return kind(folder, wanted, spent)
+    if backend in ("stable-diffusion.cpp", "openvino-genai"):
+        from . import cpp_peers as cpp
+
+        one = backend == "openvino-genai"
+        return (cpp.openvino_genai if one else cpp.stable_diffusion_cpp)(wanted, spent)
     from sdrt import load
 
     pipe = load(folder, backend=backend, precision=precision)

@@ -1,0 +1,68 @@
+"""The peers of `sdrt bench` whose pipelines are C++: what they read, draw and tell."""
+
+import collections
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from sdrt.bench import cpp_peers
+from sdrt.bench.peers import checkpoint_folder, peers
+from sdrt.bench.worker import PROMPT
+from sdrt.bundle import open_bundle
+from sdrt.errors import BackendError
+
+
+def test_what_stable_diffusion_cpp_reads_has_the_older_names(shapes, tmp_path):
+    bundle = open_bundle(shapes)
+    cpp_peers.prepare("stable-diffusion.cpp", bundle, tmp_path)
+    source = load_file(checkpoint_folder(bundle) / "text_encoder" / "model.safetensors")
+    found = load_file(tmp_path / "text_encoder" / "model.safetensors")
+    assert "text_model.embeddings.token_embedding.weight" in found
+    assert found.keys() == {f"text_model.{n.removeprefix('text_model.')}" for n in source}
+    for name, tensor in source.items():
+        np.testing.assert_array_equal(
+            found[f"text_model.{name.removeprefix('text_model.')}"], tensor
+        )
+    for part in ("unet", "vae"):
+        assert load_file(tmp_path / part / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_model_that_stable_diffusion_cpp_cannot_hold_is_left_out(shapes):
+    assert "published widths" in peers(open_bundle(shapes), False)["stable-diffusion.cpp"][2]
+
+
+def test_what_stable_diffusion_cpp_says_is_told_apart():
+    lines = (
+        b"stable-diffusion.cpp:3168 - get_learned_condition completed, taking 0.28s\n",
+        b"stable-diffusion.cpp:3432 - sampling completed, taking 9.34s\n",
+        b"stable-diffusion.cpp:3450 - generating 1 latent images completed, taking 9.34s\n",
+        b"stable-diffusion.cpp:3212 - decode_first_stage completed, taking 10.21s\n",
+        b"stable-diffusion.cpp:3591 - generate_image completed in 19.84s\n",
+    )
+    said = [match for line in lines if (match := cpp_peers.SAID.search(line))]
+    spent = {cpp_peers.PARTS[match[1]]: float(match[2]) for match in said}
+    assert len(said) == 3
+    assert spent == {"text": 0.28, "unet": 9.34, "decode": 10.21}
+
+
+@pytest.mark.reference
+def test_openvino_genai_draws_the_prompt_and_tells_its_parts(shapes, tmp_path):
+    genai = pytest.importorskip("openvino_genai")
+    pytest.importorskip("openvino_tokenizers")
+    cpp_peers.prepare("openvino-genai", open_bundle(shapes), tmp_path)
+    pipe = genai.Text2ImagePipeline(tmp_path, "CPU")
+    given = {"width": 64, "height": 64, "guidance_scale": cpp_peers.GUIDANCE, "rng_seed": 1}
+    pixels = pipe.generate(PROMPT, num_inference_steps=20, **given).data[0].astype(int)
+    middle, corner = pixels[24:40, 24:40].mean((0, 1)), pixels[:8, :8].mean((0, 1))
+    assert middle[0] > middle[2] + 100  # red
+    assert corner[2] > corner[0] + 100  # blue
+
+    spent = collections.defaultdict(float)
+    wanted = {"made": str(tmp_path), "size": "64x64", "steps": [2], "scheduler": "DPM++ 2M"}
+    parts = cpp_peers.openvino_genai(wanted, spent)
+    parts["picture, 2 steps"]()
+    assert set(spent) == {"text", "unet", "decode", "PNG"}
+    assert all(seconds > 0 for seconds in spent.values())
+    with pytest.raises(BackendError, match="it has no sampler Heun"):
+        cpp_peers.openvino_genai({**wanted, "scheduler": "Heun"}, spent)
