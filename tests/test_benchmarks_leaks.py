@@ -25,7 +25,7 @@ def leaks():
 
 def test_files_and_threads_are_flat(leaks, shapes):
     args = leaks.argparse.Namespace(
-        bundle=shapes, backend="onnxruntime", pictures=200, cycles=20, switches=12
+        bundle=shapes, backend="onnxruntime", pictures=60, cycles=12, switches=12
     )
     for name, found in leaks.measured(args).items():
         assert found.files[0] == found.files[1], name
