@@ -20,7 +20,7 @@ from pathlib import Path
 from published import made_checkpoint
 from results import save
 
-from sdrt.bench.usage import memory
+from sdrt.usage import forget_peak, peak_bytes
 
 
 @dataclass(slots=True)
@@ -39,12 +39,12 @@ def stages(process: "subprocess.Popen[str]") -> Iterator[Stage]:
     stage = Stage("start", time.perf_counter())
     for line in process.stderr:
         print(line, end="", file=sys.stderr)
-        stage.peak = max(stage.peak, memory(process.pid).get("peak", 0))
+        stage.peak = max(stage.peak, peak_bytes(process.pid))
         if (name := beginning(line, stage.name)) != stage.name:
             stage.seconds = time.perf_counter() - stage.began
             yield stage
             stage = Stage(name, time.perf_counter())
-            Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+            forget_peak(process.pid)
     stage.seconds = time.perf_counter() - stage.began
     yield stage
 

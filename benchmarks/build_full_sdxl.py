@@ -11,7 +11,6 @@ peak is its own. 7 GB of disk, minutes.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from typing import Any
 
 from published import TEXT, XL_TEXT_2, XL_UNET
 from results import save
+
+from sdrt.usage import peak_bytes
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 CLOSE = 0.999  # least cosine between ONNX Runtime's answer and torch's, in half precision
@@ -157,8 +158,7 @@ def main() -> None:
     if args.step:
         step, component, folder = args.step
         figures = STEPS[step](component, Path(folder))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({**figures, "peak_kb": peak}))
+        print(json.dumps({**figures, "peak_kb": peak_bytes() // 1024}))
         return
     figures, claims = {}, {}
     with tempfile.TemporaryDirectory() as work:

@@ -9,7 +9,6 @@ add to the steps between neighbouring pixels. The PNG is of noise with a photogr
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,12 +27,9 @@ from sdrt.bundle import Bundle, open_bundle
 from sdrt.engine import choose
 from sdrt.runtime import randn
 from sdrt.runtime.decoding import Tiling, decoded_picture, spans_of
+from sdrt.usage import forget_peak, peak_bytes, resident_bytes
 
 LEVELS = (1, 3, 4, 6, 9)  # of PNG's compression
-
-
-def peak_gigabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def with_tiny(bundle: Bundle, folder: Path) -> Bundle:
@@ -70,9 +66,10 @@ def work(args: argparse.Namespace) -> None:
         latents = coarse.repeat(4, axis=2).repeat(4, axis=3)
         tiling = Tiling([(tile // scale, tile // scale)], scale)
         decode = partial(decoded_picture, {"vae_decoder": engine}, tiling, latents)
-        before = peak_gigabytes()
+        before = resident_bytes()
+        forget_peak()  # that of loading
         np.save(args.picture, decode())
-        print(before, peak_gigabytes(), flush=True)
+        print(before / 1e9, peak_bytes() / 1e9, flush=True)
         for _ in sys.stdin:
             began = time.perf_counter()
             decode()

@@ -10,7 +10,6 @@ without `low_memory`, and whether both make the same bytes.
 import argparse
 import hashlib
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from results import save
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.engine.budget import budget_of
+from sdrt.usage import peak_bytes
 
 
 def work(args: argparse.Namespace) -> None:
@@ -30,8 +30,7 @@ def work(args: argparse.Namespace) -> None:
         image = pipe("a lighthouse at dusk", **options).images[0]
     digest = hashlib.sha256(image.tobytes()).hexdigest()
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak_bytes": peak, "seconds": seconds, "sha256": digest}))
+    print(json.dumps({"peak_bytes": peak_bytes(), "seconds": seconds, "sha256": digest}))
 
 
 def main() -> None:

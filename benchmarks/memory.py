@@ -19,8 +19,8 @@ from results import save
 
 from sdrt.bench.command import Worker, chosen, contestants
 from sdrt.bench.report import Contestant, Run
-from sdrt.bench.usage import memory
 from sdrt.bundle import Bundle, open_bundle
+from sdrt.usage import memory
 
 
 def held(each: Contestant, bundle: Bundle, run: Run, count: int) -> list[dict[str, int]]:

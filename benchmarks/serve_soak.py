@@ -30,6 +30,8 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from results import save
 
+from sdrt.usage import resident_bytes
+
 SAMPLERS = ("Euler", "DPM++ 2M Karras", "UniPC", "Euler a")
 KINDS = ("plain", "stream", "cut", "wrong", "hopeless")
 SHARES = (0.7, 0.15, 0.07, 0.05, 0.03)
@@ -119,18 +121,11 @@ async def loaded(url: str, seconds: float, rate: float, pid: int) -> dict[str, A
             task.add_done_callback(going.discard)
             sent += 1
             if now - last > max(1.0, seconds / 600):
-                sizes.append((sum(counts.values()), resident(pid)))
+                sizes.append((sum(counts.values()), resident_bytes(pid)))
                 last = now
             await asyncio.sleep(rng.expovariate(rate))
         await asyncio.gather(*going)
     return {"sent": sent, "ended": dict(sorted(counts.items())), "sizes": sizes}
-
-
-def resident(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("the server is gone")
 
 
 def values(client: httpx.Client, name: str) -> list[float]:

@@ -8,8 +8,6 @@ import contextlib
 import functools
 import importlib
 import logging
-import platform
-import resource
 import signal
 import sys
 import threading
@@ -25,6 +23,7 @@ from tqdm import tqdm
 from sdrt.bundle import home
 from sdrt.errors import BackendError
 from sdrt.files import write_whole
+from sdrt.usage import forget_peak, peak_bytes
 
 from .plans import PlanKey
 from .trt_plans import INSTALL, MODULES, RTX
@@ -166,11 +165,11 @@ def build_plan(key: PlanKey, graph: Path, out: Path) -> tuple[float, int]:
     """
     trt = module_of(key.kind)
     began = time.monotonic()
-    _forget_peak()
+    forget_peak()
     with contextlib.closing(Progress(key.component, sys.stderr.isatty())) as progress:
         plan = _serialized(trt, key, graph, progress)
     out.write_bytes(plan)
-    return time.monotonic() - began, _peak()
+    return time.monotonic() - began, peak_bytes()
 
 
 def _serialized(trt: Any, key: PlanKey, graph: Path, progress: Progress) -> Any:
@@ -238,17 +237,3 @@ def _keep(path: Path, content: bytes) -> None:
     """A cache: where it cannot be written, TensorRT measures again next time."""
     with contextlib.suppress(OSError):
         write_whole(path, content)
-
-
-def _forget_peak() -> None:
-    """Begin to measure the peak anew, where the system allows that (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    """The peak of resident memory in bytes."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -23,6 +23,7 @@ from sdrt.engine import Engine, Feeds
 from sdrt.files import write_whole
 from sdrt.manifest import TensorSpec
 from sdrt.reading import json_object, number, read_bytes, whole
+from sdrt.usage import available_bytes, forget_peak, peak_bytes, resident_bytes
 
 from .turns import Rates
 
@@ -133,7 +134,7 @@ def _size_costs(pipe: "Pipeline", sides: tuple[int, int], most: int, base: int) 
     best, rows, unet = 0, 1, pipe.engines["unet"]
     while rows <= most:
         feeds = made_up(unet, rows, sides, pipe.manifest.max_tokens)
-        reset_peak()
+        forget_peak()
         calls[rows] = _seconds(partial(unet, feeds))
         grown[rows] = peak_bytes() - base
         paid = best and calls[best] / best / (calls[rows] / rows) >= GAIN
@@ -221,39 +222,3 @@ def _costs_from_json(raw: dict[str, Any]) -> Costs:
             raise ValueError(f"no figures of {width}x{height}")
         sizes[width, height] = SizeCosts(calls, grown, most, decode)
     return Costs(SECONDS(raw["encode"], "encode"), sizes, resident_bytes())
-
-
-def resident_bytes() -> int:
-    return _kilobytes("/proc/self/status", "VmRSS:") * 1024
-
-
-def peak_bytes() -> int:
-    """The most that the process held since `reset_peak`."""
-    return _kilobytes("/proc/self/status", "VmHWM:") * 1024
-
-
-def reset_peak() -> None:
-    """Linux only; elsewhere memory is not measured."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        log.debug("the peak of memory cannot be reset here")
-
-
-def available_bytes() -> int:
-    """Free memory of the machine, or of its container; without bound where it cannot be read."""
-    free = _kilobytes("/proc/meminfo", "MemAvailable:") * 1024 or 2**62
-    try:
-        group = Path("/sys/fs/cgroup")
-        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no such bound
-        return free
-    return min(free, most - used)
-
-
-def _kilobytes(path: str, name: str) -> int:
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(name)), 0)

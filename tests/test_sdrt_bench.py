@@ -13,9 +13,9 @@ from PIL import Image
 
 from sdrt.bench import compare, plot
 from sdrt.bench.flops import flops
-from sdrt.bench.usage import Others, memory
 from sdrt.bundle import open_bundle
 from sdrt.cli import main
+from sdrt.usage import Others, memory, peak_bytes
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +183,4 @@ sys.stdin.read()
     assert 32e6 < found["mapped"] < 64e6
     assert found["anonymous"] + found["mapped"] <= found["resident"] * 1.01
     assert found["shared_out"] <= found["resident"] <= found["peak"]
+    assert memory(process.pid) == {} and peak_bytes(process.pid) == 0  # it is gone

@@ -27,7 +27,7 @@ HEAVY = (
     "uvicorn",
     "prometheus_client",
 )
-SHARED = ("bundle", "errors", "files", "manifest", "reading", "tensors")
+SHARED = ("bundle", "errors", "files", "manifest", "reading", "tensors", "usage")
 ALLOWED = {
     "engine": {*SHARED, "engine", "folders"},
     "runtime": {*SHARED, "engine", "runtime", "__version__"},

@@ -21,15 +21,14 @@ from sdrt.bundle import Bundle, open_bundle, parse_size
 from sdrt.engine import candidates
 from sdrt.engine.gpus import free_memory, this_machine
 from sdrt.errors import BackendError, UsageError
-from sdrt.runtime.costs import available_bytes
 from sdrt.runtime.samplers.catalogue import config_from_name
+from sdrt.usage import available_bytes, peak_bytes
 
 from .compare import old_report, refuse_slower
 from .cpp_peers import prepare
 from .peers import peers
 from .plot import check_path, write_plot
 from .report import Contestant, Run, rate_of, report_from, text_from_report
-from .usage import memory
 
 log = logging.getLogger("sdrt.bench")
 LIMIT = "limit"
@@ -103,11 +102,6 @@ class Worker:
     @property
     def process_id(self) -> int:
         return self._process.pid
-
-    @property
-    def peak(self) -> int:
-        """Bytes of memory that it held at most until now."""
-        return memory(self._process.pid).get("peak", 0)
 
     def turn(self, part: str) -> dict[str, Any]:
         """A turn of a part, kept among the contestant's."""
@@ -192,7 +186,8 @@ def _measured(
     folders = contextlib.ExitStack()
     try:
         for each in [Contestant(LIMIT, LIMIT, "exact"), *engines]:
-            free, wanted = available_bytes(), max((w.peak for w in workers), default=0)
+            free = available_bytes()
+            wanted = max((peak_bytes(worker.process_id) for worker in workers), default=0)
             if free < wanted:
                 left_out[each.name] = (
                     f"{free / 1e9:.1f} GB of memory are free, the largest before it took "

@@ -21,8 +21,7 @@ import numpy as np
 
 from sdrt.bundle import parse_size
 from sdrt.runtime import Pipeline
-
-from .usage import Others, memory
+from sdrt.usage import Others, memory
 
 PROMPT = "a red circle on a blue background"
 FILLED = 0.2  # seconds of a turn, see `usage.Others`
