@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from published import made_bundle
+from published import made_bundle, reference_pipeline
 from results import save
 from similarity import psnr, ssim
 
@@ -163,37 +163,14 @@ def own(bundle: Path, size: tuple[int, int]):
 
 def reference(checkpoint: Path, dtype: str, size: tuple[int, int]):
     """The reference library's pipeline, channels last in bf16, as its users run it."""
-    import diffusers
     import torch
-    from safetensors.torch import load_file
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import DPMSolverMultistepScheduler
 
-    kind = getattr(torch, dtype)
-    unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-    )
-    for module, part in ((unet, "unet"), (vae, "vae")):
-        module.load_state_dict(
-            load_file(checkpoint / part / "diffusion_pytorch_model.safetensors"), assign=True
-        )
-        module.to(kind).eval()
-        if dtype == "bfloat16":
+    pipe = reference_pipeline(checkpoint, dtype)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    if dtype == "bfloat16":
+        for module in (pipe.unet, pipe.vae):
             module.to(memory_format=torch.channels_last)
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=CLIPTextModel.from_pretrained(checkpoint / "text_encoder", dtype=kind),
-        tokenizer=CLIPTokenizer.from_pretrained(checkpoint / "tokenizer", model_max_length=77),
-        scheduler=diffusers.DPMSolverMultistepScheduler.from_pretrained(checkpoint / "scheduler"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
 
     def draw(_: str, steps: int) -> np.ndarray:
         generator = torch.Generator("cpu").manual_seed(0)

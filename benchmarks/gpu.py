@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from published import write_checkpoint
+from published import made_bundle, reference_pipeline
 from results import FOLDER, save
 
 from sdrt.bundle import parse_size
@@ -49,21 +49,6 @@ def contestants() -> dict[str, str | None]:
             found[candidate.backend] = candidate.why_not
     found[PLAIN] = found["onnxruntime"]
     return found
-
-
-def make_bundle(folder: Path, sizes: list[str]) -> tuple[Path, Path]:
-    """A checkpoint of random weights and its fp16 bundle, made once for a folder."""
-    model, bundle = folder / "model", folder / "bundle"
-    if not (model / "vae").exists():
-        model.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, __file__, "--checkpoint", str(model)], check=True)
-    if not (bundle / "sdrt.json").exists():
-        command = [sys.executable, "-m", "sdrt", "build", "--model", str(model), "--fp16"]
-        command += ["--output", str(bundle), "--batch", f"1:1:{max(ROWS) // 2}"]
-        for size in sizes:
-            command += ["--size", size]
-        subprocess.run(command, check=True)
-    return model, bundle
 
 
 def own_parts(backend: str, bundle: Path, sizes: list[str], steps: list[int]) -> dict[str, Part]:
@@ -106,45 +91,13 @@ def parts_of(pipe: Any, sizes: list[str], steps: list[int]) -> dict[str, Part]:
     return parts
 
 
-def reference_pipeline(model: Path) -> Any:
-    """The reference library's pipeline of the checkpoint, fp16."""
-    import diffusers
-    import torch
-    import transformers
-    from safetensors.torch import load_file
-
-    unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-    )
-    for module, part in ((unet, "unet"), (vae, "vae")):
-        module.load_state_dict(load_file(model / part / "diffusion_pytorch_model.safetensors"))
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=transformers.CLIPTextModel.from_pretrained(model / "text_encoder"),
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(
-            str(model / "tokenizer"), pad_token="<|endoftext|>", model_max_length=77
-        ),
-        unet=unet,
-        scheduler=diffusers.PNDMScheduler.from_pretrained(model / "scheduler"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(dtype=torch.float16)
-
-
 def reference_parts(
     model: Path, compiled: bool, sizes: list[str], steps: list[int], device: str = "cuda"
 ) -> dict[str, Part]:
     """The same parts of the reference library's pipeline."""
     import torch
 
-    pipe = reference_pipeline(model).to(device)
+    pipe = reference_pipeline(model, "float16").to(device)
     if compiled:
         for name in ("unet", "vae"):
             getattr(pipe, name).to(memory_format=torch.channels_last)
@@ -154,13 +107,14 @@ def reference_parts(
     ids = pipe.tokenizer(
         ["", PROMPT], padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids.to(device)
+    told = ids.shape[1], pipe.unet.config.cross_attention_dim
     parts: dict[str, Part] = {"text encoder": partial(pipe.text_encoder, ids)}
     for size in sizes:
         width, height = parse_size(size)
-        shape = (4, height // 8, width // 8)
+        shape = (4, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
         time_now = torch.tensor(500.0, device=device)
         for rows in ROWS:
-            fed = half((rows, *shape)), time_now, half((rows, 77, 768))
+            fed = half((rows, *shape)), time_now, half((rows, *told))
             parts[f"UNet {size}, {rows} rows"] = partial(pipe.unet, *fed)
         parts[f"decode {size}"] = partial(pipe.vae.decode, half((1, *shape)))
         for count in steps:
@@ -263,10 +217,8 @@ def text_of(found: dict[str, dict[str, Any]]) -> str:
             value = figures["parts"].get(part)
             cells.append(f"{value['p50'] * 1e3:.1f} ({value['p99'] * 1e3:.1f})" if value else "–")
         lines.append(f"| {part} | " + " | ".join(cells) + " |")
-    for title, key, unit in (("load, s", "load", 1), ("cold start, s", "cold start", 1)):
-        lines.append(
-            f"| {title} | " + " | ".join(f"{f[key] / unit:.1f}" for f in good.values()) + " |"
-        )
+    for key in ("load", "cold start"):
+        lines.append(f"| {key}, s | " + " | ".join(f"{f[key]:.1f}" for f in good.values()) + " |")
     cells = [f"{f['bytes'] / 1e9:.2f}" if "bytes" in f else "–" for f in good.values()]
     lines.append("| GPU memory, GB | " + " | ".join(cells) + " |")
     failed = [f"{name}: {f['failed']}" for name, f in found.items() if "failed" in f]
@@ -284,14 +236,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--engines", help="only these, by name")
     parser.add_argument("--save", action="store_true", help="keep the figures for the README")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
-    if args.checkpoint:
-        return write_checkpoint(args.checkpoint)
     if args.worker:
         return work(args)
     if reason := this_machine().why_none:
@@ -306,7 +255,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         args.work = args.work or Path(temporary)
         began = time.perf_counter()
-        make_bundle(args.work, args.sizes.split(","))
+        batch = f"1:1:{max(ROWS) // 2}"
+        made_bundle(args.work, args.sizes.split(","), "--fp16", "--batch", batch)
         building = time.perf_counter() - began
         found = {name: measured(name, args) for name in chosen}
         plans = [json.loads(path.read_text()) for path in args.work.glob("bundle/plans/*/*.json")]

@@ -18,6 +18,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+from published import reference_pipeline
 from results import save
 
 import sdrt
@@ -74,14 +75,12 @@ def costs_of(marks: list[float], whole: float) -> tuple[float, float]:
     return 1e6 * evaluation, 1e3 * (whole - STEPS * evaluation)
 
 
-def reference_pipeline(checkpoint: Path) -> Any:
-    """The reference library's own, with modules of no work in place of its own."""
+def idle_reference(checkpoint: Path) -> Any:
+    """The reference library's pipeline with modules of no work in place of its own."""
     import torch
-    from diffusers import StableDiffusionPipeline
     from diffusers.models.autoencoders.vae import DecoderOutput
 
-    pipe = StableDiffusionPipeline.from_pretrained(checkpoint)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = reference_pipeline(checkpoint, "float32")
     output, image = torch.zeros(2, *LATENT), torch.randn(1, 3, SIDE, SIDE)
     encoded = pipe.text_encoder(torch.zeros(1, 8, dtype=torch.long))
     pipe.text_encoder.forward = lambda *_, **__: encoded
@@ -139,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     figures: dict[str, object] = {}
     checkpoint = Path(sdrt.__file__).parent / "models" / "shapes"
-    reference = reference_pipeline(checkpoint)
+    reference = idle_reference(checkpoint)
     with sdrt.load("shapes", backend="onnxruntime") as pipe:
         costs: dict[str, dict[str, float]] = {}
         for name in ("PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
@@ -166,7 +165,9 @@ def main() -> None:
             f"reference library {spans['reference_us']} µs",
             "own cost of a picture besides, 512x512": f"{spans['own_picture_ms']} ms; the "
             f"reference library {spans['reference_picture_ms']} ms",
-            "a table of 50 steps, slowest of 16 samplers": f"{writing[slowest]:.1f} ms",
+            f"a table of {STEPS} steps, slowest of {len(writing)} samplers": (
+                f"{writing[slowest]:.1f} ms"
+            ),
             "guidance on 40 % of the run, embedded model": f"{part / whole:.2f} × the time",
         }
         save("overhead", claims, figures)

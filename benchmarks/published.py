@@ -1,5 +1,5 @@
-"""Published configurations, and checkpoints and bundles of them with random weights: speed does
-not depend on their values.
+"""Published configurations, checkpoints and bundles of them with random weights, as speed does not
+depend on their values, and the reference library's pipeline of a checkpoint.
 """
 
 import json
@@ -145,6 +145,18 @@ def made_bundle(folder: Path, sizes: Sequence[str], *options: str, divisor: int 
             command += ["--size", size]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return bundle
+
+
+def reference_pipeline(checkpoint: Path, dtype: str) -> Any:
+    """The reference library's pipeline of a checkpoint's folder, as its users load it; it shows no
+    progress.
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint).to(dtype=getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from published import reference_pipeline
 from results import save
 from serve_sim import Request, poisson, simulated
 
 import sdrt
 from sdrt.engine import Engine, Feeds
 from sdrt.export.build import BuildPlan, build_bundle
+from sdrt.export.checkpoint import embedded_checkpoint
 from sdrt.runtime import Pipeline
 from sdrt.runtime.inflight import InFlight
 from sdrt.runtime.loop import Gather
@@ -232,22 +234,6 @@ def one_by_one(reference: Any, jobs: Sequence[Job]) -> None:
         job.done = time.perf_counter() - began
 
 
-def reference_pipeline() -> Any:
-    import diffusers
-    import torch
-
-    from sdrt.export.checkpoint import embedded_checkpoint
-
-    loaded = diffusers.StableDiffusionPipeline.from_pretrained(
-        embedded_checkpoint("shapes"),
-        torch_dtype=torch.float32,
-        safety_checker=None,
-        requires_safety_checker=False,
-    )
-    loaded.set_progress_bar_config(disable=True)
-    return loaded
-
-
 def figures_of(jobs: Sequence[Job], alone: Callable[[Job], float]) -> dict[str, float]:
     """alone: seconds that a job takes if nothing else runs."""
     kept = [job for job in jobs if not job.refused]
@@ -284,7 +270,7 @@ def measured(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
         burst = poisson(args.requests, 1e6, drawn, 7)
         in_flight(pipe, burst, engine)
         capacity = len(burst) / max(job.done for job in burst)
-        reference = reference_pipeline()
+        reference = reference_pipeline(embedded_checkpoint("shapes"), "float32")
         ways = (
             lambda jobs: in_flight(pipe, jobs, engine),
             lambda jobs: by_batches(pipe, jobs, args.batch),

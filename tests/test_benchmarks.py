@@ -77,13 +77,12 @@ def test_stages_are_those_of_a_build(scripts):
 def test_a_checkpoint_of_published_shape_is_the_references(scripts, tmp_path):
     """At a quarter of its width; loaded by the reference library as it loads published ones."""
     import torch
-    from diffusers import StableDiffusionPipeline
-    from published import made_bundle
+    from published import made_bundle, reference_pipeline
 
     from sdrt import load
 
     bundle = made_bundle(tmp_path, ["256x256"], divisor=4)
-    reference = StableDiffusionPipeline.from_pretrained(tmp_path / "model").to(dtype=torch.float32)
+    reference = reference_pipeline(tmp_path / "model", "float32")
     rng = np.random.default_rng(0)
     sample = rng.normal(size=(1, 4, 32, 32)).astype(np.float32)
     context = rng.normal(size=(1, 77, 768)).astype(np.float32)

@@ -46,6 +46,15 @@ def test_every_part_that_would_be_timed_runs(benchmark, pipe, monkeypatch):
     assert len(parts) == 6
 
 
+@pytest.mark.reference
+def test_every_part_of_the_reference_runs(benchmark, embedded, monkeypatch):
+    monkeypatch.setattr(benchmark, "ROWS", (1, 2))
+    parts = benchmark.reference_parts(embedded, False, ["64x64"], [1], device="cpu")
+    for part in parts.values():
+        part()
+    assert len(parts) == 5
+
+
 def test_the_table_has_every_part_and_what_failed(benchmark):
     figures = {"load": 1.5, "cold start": 2.0, "bytes": 3e9}
     figures["parts"] = {"UNet": {"p50": 0.01, "p99": 0.02}, "picture": {"p50": 1, "p99": 2}}
