@@ -46,6 +46,8 @@ class SizeCosts:
 
     most: rows of one call; more of them make no more pictures a second
     decode: seconds. drift: what calls take now, relative to `calls`
+    shallow: what one of the model's shallow part takes of one of the whole; learned when it is
+        first called, so that nobody loads what nobody asks for
     """
 
     calls: dict[int, float]
@@ -53,6 +55,7 @@ class SizeCosts:
     most: int
     decode: float
     drift: float = 1.0
+    shallow: float = 1.0
 
     def seconds(self, rows: int) -> float:
         """Of one call, between the measured ones by a line, beyond them in proportion."""
@@ -65,6 +68,10 @@ class SizeCosts:
         """Learn from a call, so that a forecast knows a machine that others use too."""
         ratio = self.drift * seconds / self.seconds(rows)
         self.drift += LEARNED * (min(max(ratio, 0.1), 10.0) - self.drift)
+
+    def observe_shallow(self, rows: int, seconds: float) -> None:
+        """Learn from a call of the shallow part; it never takes more than the whole."""
+        self.shallow += LEARNED * (min(seconds / self.seconds(rows), 1.0) - self.shallow)
 
 
 @dataclass(slots=True)
@@ -87,6 +94,7 @@ class Costs:
             most=lambda group: most or self.of(group).most,
             before=lambda group: self.encode,
             after=lambda group: self.of(group).decode,
+            shallow=lambda group: self.of(group).shallow,
         )
 
     def missing_bytes(self, size: Size, rows: int) -> int:

@@ -118,7 +118,7 @@ class InFlight:
 
         def ticket(request: Request) -> Ticket:
             turn = Turn((size,), rows, table.evaluations, now, now, priority)
-            turn.promised = deadline is not None
+            turn.promised, turn.full = deadline is not None, table.full_share
             turn.due = self.rates.due(turn) if deadline is None else now + deadline
             return Ticket(request, table.evaluations, Times(now), turn, submission, self._cancel)
 
@@ -327,8 +327,8 @@ class InFlight:
                 self._recover()
             return
         seconds = time.monotonic() - began
-        if tickets[0].turn.network == "unet":  # others cost less than forecasts say
-            self.costs.of(group).observe(rows, seconds)
+        costs, whole = self.costs.of(group), tickets[0].turn.network == "unet"
+        (costs.observe if whole else costs.observe_shallow)(rows, seconds)
         if self._observer:
             self._observer.called(rows, seconds)
         for ticket, run in zip(tickets, runs, strict=True):

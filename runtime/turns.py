@@ -23,6 +23,7 @@ class Turn:
 
     group: pictures of one group can share a call, while their next evaluations run one network
     rows: rows of one evaluation; left: evaluations left
+    full: the share of its evaluations that run the whole model; the others run its shallow part
     due: seconds on the caller's clock; promised: whether somebody was promised it
     priority: larger goes first
     started: whether it has a slot
@@ -37,6 +38,7 @@ class Turn:
     promised: bool = False
     started: bool = False
     network: str = "unet"
+    full: float = 1.0
 
     def key(self, now: float) -> tuple[float, float, float]:
         """The smallest goes first."""
@@ -65,17 +67,25 @@ class Rates:
 
     call: of one call of the model, by group and rows. most: rows of one call, by group
     before, after: from a slot to the first evaluation, from the last one to the picture, by group
+    shallow: of a call of the model's shallow part, in units of the whole one's, by group
     """
 
     call: Callable[[Hashable, int], float]
     most: Callable[[Hashable], int]
     before: Callable[[Hashable], float]
     after: Callable[[Hashable], float]
+    shallow: Callable[[Hashable], float] = lambda _: 1.0
+
+    def evaluation(self, sharing: Sequence[Turn]) -> float:
+        """Seconds of a call that these share, on average over their evaluations."""
+        group, full = sharing[0].group, max(turn.full for turn in sharing)
+        seconds = self.call(group, sum(turn.rows for turn in sharing))
+        return seconds * (full + (1.0 - full) * self.shallow(group))
 
     def alone(self, turn: Turn) -> float:
         """Seconds that a picture takes if nothing else runs."""
         group = turn.group
-        return self.before(group) + turn.left * self.call(group, turn.rows) + self.after(group)
+        return self.before(group) + turn.left * self.evaluation([turn]) + self.after(group)
 
     def due(self, turn: Turn) -> float:
         """When a picture is due that was given no deadline."""
@@ -104,7 +114,7 @@ def forecast(turns: Sequence[Turn], now: float, rates: Rates, slots: int) -> lis
         chosen = [place[id(t)] for t in sharing([turns[i] for i in inside], rates.most)]
         count = min(left[i] for i in chosen)
         group = turns[chosen[0]].group
-        clock += count * rates.call(group, sum(turns[i].rows for i in chosen))
+        clock += count * rates.evaluation([turns[i] for i in chosen])
         for i in chosen:
             left[i] -= count
             if left[i] <= 0:

@@ -205,6 +205,9 @@ def test_in_flight_with_and_without_it_keep_their_bytes(pipe, deterministic):
     with InFlight(pipe, rows=16, deterministic=deterministic) as engine:
         tickets = [engine.submit(PROMPT, {**job, "seed": i})[0] for i, job in enumerate(jobs)]
         made = [ticket.future.result(60) for ticket in tickets]
+        size = next(iter(engine.costs.sizes))
+        assert engine.rates.shallow((size,)) < 1.0  # forecasts have learned what they cost
+        assert tickets[2].turn.full == 0.4  # the first and every third of 10 evaluations
     for i, (job, each) in enumerate(zip(jobs, made, strict=True)):
         alone = pipe(PROMPT, **job, seed=i)
         assert each.image.tobytes() == alone.images[0].tobytes(), job

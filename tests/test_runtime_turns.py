@@ -1,5 +1,7 @@
 """Whose turn it is, and when all will be done: against a simulation of every single evaluation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -57,6 +59,17 @@ def test_a_forecast_is_what_evaluation_by_evaluation_comes_to(seed):
     found = forecast(turns, 0.0, RATES, slots)
     wanted = simulated(turns, slots)
     assert found == pytest.approx([wanted[id(t)] for t in turns])
+
+
+def test_shallow_evaluations_cost_what_they_cost():
+    rates = replace(RATES, shallow=lambda group: 0.25)
+    deep, reusing = turn(12), turn(12, full=1 / 3)
+    (alone,) = forecast([reusing], 0.0, rates, 1)
+    assert alone == pytest.approx(rates.alone(reusing))
+    assert alone == pytest.approx(0.02 + (4 + 8 * 0.25) * rates.call((1,), 2) + 0.03)
+    # Who shares a call of the whole model waits for it.
+    shared = forecast([deep, reusing], 0.0, rates, 2)
+    assert min(shared) == pytest.approx(0.02 + 12 * rates.call((1,), 4) + 0.03)
 
 
 def test_the_earliest_due_goes_first_within_a_priority():

@@ -87,6 +87,11 @@ class SamplerTable:
         """Whether evaluation k runs the whole model."""
         return self.full is None or bool(self.full[k])
 
+    @property
+    def full_share(self) -> float:
+        """The share of evaluations that run the whole model."""
+        return 1.0 if self.full is None else float(self.full.mean())
+
     def guided(self, guidance_scale: float | np.ndarray) -> np.ndarray:
         """The matrix over both outputs of every evaluation, [N + 1, 1 + 2 N + ..] float64.
 
