@@ -75,6 +75,12 @@ def test_a_run_compared_with_itself_has_no_regressions(report, tmp_path):
     other.write_text(json.dumps({**found, "size": "32x32"}))
     with pytest.raises(compare.UsageError, match="of shapes at 32x32"):
         compare.old_report(other, "shapes", compare.Run("64x64", (1,), 2))
+    with pytest.raises(compare.UsageError, match="2 rounds against the 2 of"):
+        compare.old_report(report, "shapes", compare.Run("64x64", (1,), 2))
+    for engine in found["engines"]:
+        engine["parts"] = {"picture, 1 steps": engine["parts"]["picture, 1 steps"]}
+    other.write_text(json.dumps(found))  # as with --parts picture
+    assert compare.old_report(other, "shapes", compare.Run("64x64", (1,), 20)) == found
 
 
 def turns(seconds, limit=100e9):

@@ -6,6 +6,7 @@ it: slower is what is slower in both, so that neither a slow machine nor a fast 
 
 import json
 import logging
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,18 +24,25 @@ SHUFFLES = 20_000
 
 
 def old_report(path: Path, bundle: str, run: Run) -> dict[str, Any]:
-    """An earlier report of the same bundle and size; raises UsageError."""
+    """An earlier report of the same bundle and size, of enough rounds; raises UsageError."""
     try:
         old: dict[str, Any] = json.loads(path.read_text("utf-8"))
         measured = (old["bundle"], old["size"])
-        old["engines"][0]["parts"]["unet"]["turns"][0]["seconds"]
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        part, *_ = old["engines"][0]["parts"].values()
+        turns = part["turns"]
+        turns[0]["seconds"]
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise UsageError(
             f"{path} is no report of sdrt bench --json ({type(error).__name__}: {error})"
         ) from error
     if measured != (bundle, run.size):
         raise UsageError(
             f"{path} is of {measured[0]} at {measured[1]}; this would be {bundle} at {run.size}"
+        )
+    if 1 / math.comb(len(turns) + run.rounds, run.rounds) > CHANCE:  # as little as it can be
+        raise UsageError(
+            f"{run.rounds} rounds against the {len(turns)} of {path} cannot tell what is slower "
+            f"from luck; type --rounds 7, there and here"
         )
     return old
 
