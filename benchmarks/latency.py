@@ -11,6 +11,7 @@ beside the others are left out: at 512x512 name three or so, such as
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,8 +52,9 @@ def said_of(report: dict[str, Any], engine: dict[str, Any], part: str) -> str:
     for base in report["engines"]:
         if base["name"].startswith("reference") and base is not engine:
             pairs = zip(base["parts"][part]["turns"], figures["turns"], strict=True)
-            ratios = sorted(b["seconds"][0] / own["seconds"][0] for b, own in pairs)
-            said.append(f"{ratios[len(ratios) // 2]:.2f} × {base['name'].split(' ', 1)[1]}")
+            medians = ([statistics.median(turn["seconds"]) for turn in pair] for pair in pairs)
+            faster = statistics.median(theirs / own for theirs, own in medians)
+            said.append(f"{faster:.2f} × {base['name'].split(' ', 1)[1]}")
     if "of_limit" in figures:
         said.append(f"{figures['of_limit']:.0%} of the limit")
     return ", ".join(said)

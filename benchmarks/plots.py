@@ -69,8 +69,8 @@ def scaling(result: Result) -> str:
     """Seconds over what grows, a line for every sweep."""
     figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
     for name, sweep in result["figures"].items():
-        most = min(float(at) for at in sweep["seconds"])
-        grown = [float(at) / most for at in sweep["seconds"]]
+        least = min(float(at) for at in sweep["seconds"])
+        grown = [float(at) / least for at in sweep["seconds"]]
         label = f"{name}: {sweep['exponent']:.2f}"
         axis.plot(grown, list(sweep["seconds"].values()), marker="o", label=label)
     axis.set(xscale="log", yscale="log", xlabel="times the least", ylabel="seconds")

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sdrt.bundle import open_bundle
+
 TEXT = {
     "vocab_size": 49408,
     "hidden_size": 768,
@@ -144,6 +146,9 @@ def made_bundle(folder: Path, sizes: Sequence[str], *options: str, divisor: int 
         for size in sizes:
             command += ["--size", size]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    kind = open_bundle(bundle).manifest.components["unet"].dtype
+    if (kind == "float16") != ("--fp16" in options):
+        sys.exit(f"{bundle} is of {kind}, which is not what is measured here: name another folder")
     return bundle
 
 

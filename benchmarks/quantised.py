@@ -237,10 +237,15 @@ def quality(folder: Path, count: int, form: str) -> dict[str, dict[str, Any]]:
 
 
 def speed(work: Path, folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds of one guided evaluation of full size, in turns."""
-    from latency import feeds
-
-    fed = feeds((256, 256))
+    """Seconds of one guided evaluation of full size, one engine after the other, as they do not fit
+    into memory at once.
+    """
+    rng = np.random.default_rng(0)
+    fed = {
+        "sample": rng.normal(size=(2, 4, 32, 32)).astype(np.float32),
+        "timestep": np.full(2, 500, np.float32),
+        "context": rng.normal(size=(2, 77, 768)).astype(np.float32),
+    }
     bundle = open_bundle(work / "bundle")
     graph, component = bundle.graph("unet"), bundle.manifest.components["unet"]
     ranges = calibrated(graph, folder, lambda call: call(fed) and None)

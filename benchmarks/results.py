@@ -27,13 +27,20 @@ def save(name: str, claims: dict[str, str], figures: dict[str, object]) -> None:
     FOLDER.mkdir(exist_ok=True)
     result = {
         "claims": claims,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(sys.argv),
         "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions(),
         "figures": figures,
     }
     (FOLDER / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def command(arguments: list[str]) -> str:
+    """What was typed, less where this machine keeps its files."""
+    script, *given = arguments
+    said = ("FOLDER" if Path(each).is_absolute() else each for each in given)
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *said])
 
 
 def table() -> str:

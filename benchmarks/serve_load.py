@@ -127,7 +127,7 @@ def played(jobs: Sequence[Job], send: Callable[[Job], None]) -> float:
     return began
 
 
-def in_flight(pipe: Pipeline, jobs: Sequence[Job], engine: InFlight) -> None:
+def in_flight(jobs: Sequence[Job], engine: InFlight) -> None:
     left = threading.Semaphore(0)
     began = time.perf_counter()
 
@@ -268,11 +268,11 @@ def measured(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
             )
 
         burst = poisson(args.requests, 1e6, drawn, 7)
-        in_flight(pipe, burst, engine)
+        in_flight(burst, engine)
         capacity = len(burst) / max(job.done for job in burst)
         reference = reference_pipeline(embedded_checkpoint("shapes"), "float32")
         ways = (
-            lambda jobs: in_flight(pipe, jobs, engine),
+            lambda jobs: in_flight(jobs, engine),
             lambda jobs: by_batches(pipe, jobs, args.batch),
             lambda jobs: one_by_one(reference, jobs),
         )

@@ -202,10 +202,10 @@ def main() -> None:
                 "  ".join(f"{k} {v:.3f} s" for k, v in rows[str(replicas)].items()),
             )
         figures[gpu] = {"source": source, "pictures_per_second": most, "latency": rows}
-        last = list(rows)[-1]
+        first, last = next(iter(rows)), list(rows)[-1]
         claims[f"simulated fleet, {gpu}: {most:.2f} pictures/s a replica when never idle"] = (
-            f"p95 {rows['1']['p95']:.2f} s with 1 replica, {rows[last]['p95']:.2f} s with {last}, "
-            f"at {args.load:.0%} load"
+            f"p95 {rows[first]['p95']:.2f} s with {first} of them, {rows[last]['p95']:.2f} s with "
+            f"{last}, at {args.load:.0%} load"
         )
     if args.save:
         save("serve_sim", claims, figures)

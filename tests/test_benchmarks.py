@@ -54,6 +54,25 @@ def test_the_exponent_is_the_power(scripts):
     assert scaling.exponent({n: 0.3 * n**1.5 for n in (1, 2, 4, 8)}) == pytest.approx(1.5)
 
 
+def test_a_command_is_kept_without_this_machines_folders(scripts, tmp_path):
+    import results
+
+    said = results.command([str(FOLDER / "memory.py"), "--work", str(tmp_path), "--size", "8x8"])
+    assert said == "python benchmarks/memory.py --work FOLDER --size 8x8"
+
+
+def test_a_bundle_of_another_precision_is_not_measured(scripts, shapes, tmp_path):
+    import published
+
+    (tmp_path / "bundle").symlink_to(shapes)
+    weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()  # as if all were there
+    assert published.made_bundle(tmp_path, ["64x64"]) == tmp_path / "bundle"
+    with pytest.raises(SystemExit, match="is of float32"):
+        published.made_bundle(tmp_path, ["64x64"], "--fp16")
+
+
 def test_stages_are_those_of_a_build(scripts):
     """The lines of one, as it says them."""
     import build
