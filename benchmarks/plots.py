@@ -50,10 +50,12 @@ def latency(result: Result) -> str | None:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.0), sharey=True, layout="constrained")
     colours = {dtype: f"C{i}" for i, dtype in enumerate(report["limits"])}
-    names = [engine["name"] for engine in report["engines"]]
+    # Of some only whole pictures can be timed.
+    engines = [engine for engine in report["engines"] if "unet" in engine["parts"]]
+    names = [engine["name"] for engine in engines]
     for axis, part in zip(axes, ("unet", "decode"), strict=True):
-        rates = [e["parts"][part]["flops_per_second"] / 1e9 for e in report["engines"]]
-        bars = axis.barh(names, rates, color=[colours[e["dtype"]] for e in report["engines"]])
+        rates = [e["parts"][part]["flops_per_second"] / 1e9 for e in engines]
+        bars = axis.barh(names, rates, color=[colours[e["dtype"]] for e in engines])
         axis.bar_label(bars, fmt="%.0f", padding=2)
         for dtype, limit in report["limits"].items():
             axis.axvline(
