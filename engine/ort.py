@@ -13,6 +13,8 @@ from sdrt.manifest import Component
 from .protocol import Feeds, checked_feeds
 
 log = logging.getLogger(__name__)
+FUSED = "fused.onnx"  # beside an optimised graph: what it was made of, for other weights
+GIVE_BACK = "memory.enable_memory_arena_shrinkage"
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -45,7 +47,7 @@ def options_with(weights: Feeds) -> ort.SessionOptions:
 class OrtEngine:
     """One session on the CPU; inputs and outputs are bound, not copied.
 
-    optimised: the same graph as ONNX Runtime has optimised it, if it is kept
+    optimised: the same graph as ONNX Runtime has optimised it, if it is kept (`ort_plans`)
     """
 
     def __init__(
@@ -58,14 +60,20 @@ class OrtEngine:
         self._open()
 
     def _open(self) -> None:
-        options, graph = options_with(self._weights), self._graph
+        options, graph, fused = options_with(self._weights), self._graph, None
         if self._optimised and not self._weights:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             graph = self._optimised
+        elif self._optimised and (path := self._optimised.with_name(FUSED)).exists():
+            fused = path.read_bytes()
         self._session: ort.InferenceSession | None = session(
-            self.name, graph, options, "CPUExecutionProvider", {}
+            self.name, graph, options, "CPUExecutionProvider", {}, fused
         )
         self._binding: ort.IOBinding | None = self._session.io_binding()
+        self._run_options = ort.RunOptions()
+        if self.name.startswith("vae"):
+            # Once a picture: its activations dwarf all else, and are made again in a moment.
+            self._run_options.add_run_config_entry(GIVE_BACK, "cpu:0")
 
     def refit(self, weights: Feeds) -> None:
         """Another session in the first one's place: its weights are packed for the processor."""
@@ -83,7 +91,7 @@ class OrtEngine:
         for spec in self.outputs:
             self._binding.bind_output(spec.name, "cpu")
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, self._run_options)
         except Exception as error:  # onnxruntime raises its own, undocumented classes
             raise BackendError(f"ONNX Runtime failed in {self.name}: {error}") from error
         values = self._binding.get_outputs()

@@ -1,5 +1,5 @@
-"""A graph for ONNX Runtime on CUDA, with its own fused operators in place of what only its compiler
-could fuse: attention with the split into heads, group normalisation with the activation after it.
+"""A graph for ONNX Runtime with its own fused operators in place of what only its compiler could
+fuse: attention with the split into heads; on CUDA group normalisation with the activation after it.
 
 Knows ONNX and the operators of `com.microsoft`. ONNX Runtime's transformers optimizer looks for
 attention in pieces and finds nothing here, where graphs hold whole `Attention` and

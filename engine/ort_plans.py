@@ -1,8 +1,10 @@
 """Graphs that ONNX Runtime has optimised for this processor, kept in the user's folder.
 
 Optimising a large UNet and packing its weights takes ten times as long as reading the outcome,
-which is mapped into memory: processes share it. Never kept in the bundle, which may come from
-elsewhere. A cache: where none can be kept, or none pays, the bundle's own graph is what runs.
+which is mapped into memory: processes share it. Attention is fused first (`ort_fused`, if onnx is
+installed): its scores, gigabytes at 512x512, are then never whole. Never kept in the bundle, which
+may come from elsewhere. A cache: where none can be kept, or none pays, the bundle's own graph is
+what runs.
 """
 
 import contextlib
@@ -14,6 +16,7 @@ import shutil
 from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +25,8 @@ from sdrt.errors import SdrtError
 from sdrt.folders import made_once
 from sdrt.manifest import FileRecord
 from sdrt.reading import read_json
+
+from .mapped import trim
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -68,8 +73,8 @@ def installed() -> str | None:
 
 
 def _key(bundle: Bundle, component: str) -> str:
-    """Of all that decides what ONNX Runtime makes: graph, weights, processor."""
-    parts = (*_made_of(bundle, component), _processor())
+    """Of all that decides what ONNX Runtime makes: graph, weights, processor, what fuses."""
+    parts = (*_made_of(bundle, component), _processor(), str(find_spec("onnx") is not None))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -89,9 +94,14 @@ def _processor() -> str:
 
 
 def _make(bundle: Bundle, component: str, options: "ort.SessionOptions", folder: Path) -> None:
-    import onnxruntime as ort
+    from .ort import FUSED, session
 
-    graph = bundle.graph(component)
+    graph, fused = bundle.graph(component), None
+    if find_spec("onnx"):
+        from .ort_fused import write_fused
+
+        write_fused(graph, folder / FUSED, norms=False)
+        fused = (folder / FUSED).read_bytes()
     options.optimized_model_filepath = str(folder / GRAPH)
     for name, value in (
         ("session.optimized_model_external_initializers_file_name", WEIGHTS),
@@ -99,10 +109,8 @@ def _make(bundle: Bundle, component: str, options: "ort.SessionOptions", folder:
         ("session.save_external_prepacked_constant_initializers", "1"),
     ):
         options.add_session_config_entry(name, value)
-    try:
-        ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises its own, undocumented classes
-        raise SdrtError(f"ONNX Runtime cannot optimise {graph}: {error}") from error
+    session(component, graph, options, "CPUExecutionProvider", {}, fused)
+    trim()
     records = {name: asdict(record) for name, record in describe_files(folder).items()}
     described = {"of": _made_of(bundle, component), "files": records}
     (folder / MARK).write_text(json.dumps(described, indent=2) + "\n")

@@ -8,13 +8,17 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.engine import ort_plans
+from sdrt.engine.comparing import sample_of
 from sdrt.engine.gpus import Machine
-from sdrt.engine.ort import session_options
+from sdrt.engine.ort import OrtEngine, session_options
+from sdrt.errors import BackendError
 from sdrt.leftovers import leftovers
 from sdrt.tensors import Tensors
 
@@ -90,6 +94,48 @@ def test_other_weights_are_put_into_the_bundles_graph(kept):
         assert not np.array_equal(draw(), before)
         pipe.engines["unet"].refit({})
         assert np.array_equal(draw(), before)
+
+
+def test_attention_is_fused_with_other_weights_too(kept):
+    graph = made(kept)
+    fused = onnx.load(graph.with_name("fused.onnx"), load_external_data=False).graph.node
+    assert "Attention" in {n.op_type for n in onnx.load(kept.graph("unet")).graph.node}
+    assert "Attention" not in {n.op_type for n in fused}
+    component = kept.manifest.components["unet"]
+    engines = [OrtEngine("unet", kept.graph("unet"), component, path) for path in (graph, None)]
+    lengths = {"rows": 2, "tokens": 32, "latent_height": 8, "latent_width": 12}
+    shapes = {s.name: tuple(lengths.get(a, a) for a in s.shape) for s in component.inputs}
+    feeds = {s.name: sample_of(s.dtype, shapes[s.name]) for s in component.inputs}
+    shape = Tensors(kept.folder / "unet" / "model.safetensors").shape("conv_in.bias")
+    weights = {"conv_in.bias": np.ones(shape, np.float32)}
+    for engine in engines:
+        engine.refit(weights)
+    found, wanted = (engine(feeds)["output"] for engine in engines)
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+    graph.with_name("fused.onnx").write_bytes(b"none")
+    with pytest.raises(BackendError, match="cannot load"):  # so that is what was read
+        engines[0].refit(weights)
+    for engine in engines:
+        engine.close()
+
+
+def resident():
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x)
+    return 1024 * int(line.split()[1])
+
+
+def test_a_decoders_activations_are_given_back(shapes):
+    bundle = open_bundle(shapes)
+    engine = OrtEngine(
+        "vae_decoder", bundle.graph("vae_decoder"), bundle.manifest.components["vae_decoder"]
+    )
+    latents = {"latents": np.zeros((1, 4, 64, 64), np.float32)}
+    engine(latents)
+    before = resident()
+    engine._run_options = ort.RunOptions()  # without asking for it
+    engine(latents)
+    assert resident() - before > 100e6
+    engine.close()
 
 
 def test_gc_shows_what_no_bundle_has_and_what_another_version_made(kept, tmp_path):
