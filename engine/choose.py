@@ -138,10 +138,12 @@ def _openvino() -> Candidate:
 
     def load(bundle: Bundle, name: str) -> Engine:
         from .openvino_cpu import OpenVinoEngine
+        from .openvino_turned import turned
 
         precision = "bf16" if reduced and reduced in bundle.manifest.admitted else "f32"
         component = bundle.manifest.components[name]
-        return OpenVinoEngine(name, bundle.graph(name), component, precision)
+        kept = turned(bundle, name) if precision == "bf16" else None
+        return OpenVinoEngine(name, bundle.graph(name), component, precision, kept)
 
     missing = None if installed("openvino") else "openvino is not installed; pip install openvino"
     return Candidate("openvino", "cpu", missing, load, reduced=reduced)

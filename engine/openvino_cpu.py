@@ -1,5 +1,6 @@
 """Components on OpenVINO, on the CPU. Knows openvino; imported only when this backend is chosen."""
 
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +10,32 @@ from sdrt.errors import BackendError
 from sdrt.manifest import Component
 
 from .mapped import let_go, trim
+from .openvino_turned import put_turned
 from .protocol import Feeds, checked_feeds
 
 LARGE = 512 * 512 * 3 * 4  # bytes of a picture whose activations are given back
 
 
 class OpenVinoEngine:
-    """One compiled model; one request at a time, on all cores."""
+    """One compiled model; one request at a time, on all cores.
 
-    def __init__(self, name: str, graph: Path, component: Component, precision: str) -> None:
+    turned: weights of products as OpenVINO wants them, see `openvino_turned`
+    """
+
+    def __init__(
+        self,
+        name: str,
+        graph: Path,
+        component: Component,
+        precision: str,
+        turned: Path | None = None,
+    ) -> None:
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
         self._graph, self._precision = graph, precision
         self._weights = graph.with_name("model.safetensors")
-        self._refitted = False
+        self._refitted, self._turned = False, turned
+        self._mapped: mmap.mmap | None = None
         # What OpenVINO has packed it packs by shape, and reads from the mapped file to do so.
         self._packed: set[tuple[tuple[int, ...], ...]] = set()
         self._open({})
@@ -39,13 +52,15 @@ class OpenVinoEngine:
                 if node.get_type_name() == "Constant" and node.get_friendly_name() in weights:
                     new = ov.op.Constant(weights[node.get_friendly_name()])
                     node.output(0).replace(new.output(0))
+            if self._turned and not weights:
+                self._mapped = put_turned(model, self._turned)
             compiled = core.compile_model(model, "CPU", settings)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {self._graph}: {error}") from error
         self._compiled: ov.CompiledModel | None = compiled
         self._request: ov.InferRequest | None = compiled.create_infer_request()
         self._packed.clear()
-        let_go(self._weights)
+        self._let_go()
 
     def refit(self, weights: Feeds) -> None:
         """Another model in the first one's place: its weights are packed for the processor."""
@@ -65,7 +80,7 @@ class OpenVinoEngine:
         shapes = tuple(array.shape for array in ready.values())
         if shapes not in self._packed:
             self._packed.add(shapes)
-            let_go(self._weights)
+            self._let_go()
         made = {spec.name: self._request.get_tensor(spec.name).data for spec in self.outputs}
         most = max(array.nbytes for array in (*ready.values(), *made.values()))
         if self._compiled and self.name.startswith("vae") and most >= LARGE:
@@ -74,5 +89,10 @@ class OpenVinoEngine:
             trim()
         return made
 
+    def _let_go(self) -> None:
+        let_go(self._weights)
+        if self._mapped is not None:
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
-        self._request = self._compiled = None
+        self._request = self._compiled = self._mapped = None

@@ -27,7 +27,8 @@ from .bundle import (
     list_bundles,
 )
 from .engine.gpus import Machine, this_machine
-from .engine.ort_plans import MARK, PREFIX, installed
+from .engine.kept import MARK
+from .engine.ort_plans import PREFIX, installed
 from .engine.plans import Plan, plan_from_json, plans_folder
 from .engine.trt_plans import MODULES
 from .errors import BundleError, SdrtError
@@ -182,15 +183,16 @@ def _useless(folder: Path, bundle: Bundle | None, machine: Machine) -> Iterator[
 
 
 def _useless_graphs(bundles: list[Bundle]) -> Iterator[Leftover]:
-    """What another ONNX Runtime optimised, or of what no bundle has."""
+    """What another ONNX Runtime optimised, or what was made of what no bundle has."""
     known = {record.sha256 for bundle in bundles for record in bundle.manifest.files.values()}
-    for mark in sorted((home() / "plans").glob(f"{PREFIX}*/*/{MARK}")):
-        other = mark.parent.parent.name.removeprefix(PREFIX)
+    for mark in sorted((home() / "plans").glob(f"cpu-*/*/{MARK}")):
+        maker = mark.parent.parent.name
         try:
             wanted = set(read_json(mark).get("of", ()))
         except BundleError:
             continue
-        if (here := installed()) and here != other:
+        if maker.startswith(PREFIX) and (here := installed()) and maker != PREFIX + here:
+            other = maker.removeprefix(PREFIX)
             yield Leftover(mark.parent, f"of ONNX Runtime {other}, here is {here}")
         elif not wanted <= known:
             yield Leftover(mark.parent, "of a graph or weights that no bundle has")

@@ -14,6 +14,7 @@ import pytest
 
 import sdrt
 from sdrt.bundle import open_bundle
+from sdrt.engine import kept as kept_folder
 from sdrt.engine import ort_plans
 from sdrt.engine.comparing import sample_of
 from sdrt.engine.gpus import Machine
@@ -29,7 +30,7 @@ PICTURE = {"num_inference_steps": 4, "seed": 3}
 def kept(shapes, tmp_path, monkeypatch):
     """A home without plans, where even the smallest model's are kept."""
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
-    monkeypatch.setattr(ort_plans, "WORTH", 0)
+    monkeypatch.setattr(kept_folder, "WORTH", 0)
     return open_bundle(shapes)
 
 
@@ -77,10 +78,10 @@ def test_another_processor_has_its_own(kept, monkeypatch):
 @pytest.mark.parametrize("why", ["small", "no room"])
 def test_without_one_the_bundles_graph_runs(kept, monkeypatch, tmp_path, why):
     if why == "small":
-        monkeypatch.setattr(ort_plans, "WORTH", 10**12)
+        monkeypatch.setattr(kept_folder, "WORTH", 10**12)
     else:
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-        monkeypatch.setattr(ort_plans.shutil, "disk_usage", lambda folder: usage)
+        monkeypatch.setattr(kept_folder.shutil, "disk_usage", lambda folder: usage)
     assert made(kept) is None
     assert not list(tmp_path.rglob("model.onnx"))
 
@@ -145,7 +146,7 @@ def test_gc_shows_what_no_bundle_has_and_what_another_version_made(kept, tmp_pat
     found = {each.path: each.reason for each in leftovers(Machine(why_none="none"))}
     assert [path.parent.name for path in found] == [f"{ort_plans.PREFIX}0.1"]
     assert "ONNX Runtime 0.1" in next(iter(found.values()))
-    mark = graph.with_name(ort_plans.MARK)
+    mark = graph.with_name(kept_folder.MARK)
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "of": ["0" * 64]}))
     found = {each.path: each.reason for each in leftovers(Machine(why_none="none"))}
     assert found[graph.parent] == "of a graph or weights that no bundle has"
