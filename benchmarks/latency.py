@@ -1,12 +1,13 @@
 """How long do a guided UNet evaluation and a decode take on each engine here, and the reference's?
 
     python benchmarks/latency.py [--size 256x256] [--rounds 5] [--work FOLDER] [--engines A,B]
-        [--save]
+        [--compiled] [--save]
 
 Full-size Stable Diffusion 1.5 with random weights, made and built in FOLDER (9 GB; kept there for
 the next run if it is named), measured by `sdrt bench` in turns. Engines that memory has no room for
 beside the others are left out: at 512x512 name three or so, such as
-`--engines 'reference,openvino-bf16'`.
+`--engines 'reference,openvino-bf16'`. `--compiled` measures the compiled reference library too,
+which compiles for a minute, and keeps its figures beside the others'.
 """
 
 import argparse
@@ -61,21 +62,25 @@ def said_of(report: dict[str, Any], engine: dict[str, Any], part: str) -> str:
 
 
 def main() -> None:
-    args = arguments(__doc__, 5).parse_args()
+    parser = arguments(__doc__, 5)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too: minutes")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         bundle = made_bundle(args.work or Path(temporary), ["256x256", "512x512"])
         options = ["--size", args.size, "--rounds", str(args.rounds), "--steps", "1"]
         options += ["--engines", args.engines] if args.engines else []
+        options += ["--compiled"] if args.compiled else []
         report = benched(bundle, *options, "--parts", ",".join(PARTS))
+    beside = ", beside the compiled" if args.compiled else ""
     claims = {
-        f"full-size {title}, {args.size}, {engine['name']}": said_of(report, engine, part)
+        f"full-size {title}, {args.size}, {engine['name']}{beside}": said_of(report, engine, part)
         for part, title in PARTS.items()
         for engine in report["engines"]
         if part in engine["parts"]  # of some only whole pictures can be timed
     }
     print(json.dumps(claims, indent=2, ensure_ascii=False))
     if args.save:
-        save(f"latency_{args.size}", claims, report)
+        save(f"latency_{args.size}" + args.compiled * "_compiled", claims, report)
 
 
 if __name__ == "__main__":
