@@ -44,12 +44,15 @@ def command(arguments: list[str]) -> str:
 
 
 def table() -> str:
-    lines = ["| | measured | by |", "|---|---|---|"]
+    """A table for every run, under what was typed."""
+    lines = [START]
     for path in sorted(FOLDER.glob("*.json")):
         result = json.loads(path.read_text())
-        where = f"`{result['command']}`, {result['machine']}, {result['date']}"
-        lines += [f"| {what} | {found} | {where} |" for what, found in result["claims"].items()]
-    return "\n".join([START, *lines, END])
+        lines += [f"`{result['command']}`, {result['machine']}, {result['date']}:", ""]
+        lines += ["| | |", "|---|---|"]
+        lines += [f"| {what} | {found} |" for what, found in result["claims"].items()]
+        lines.append("")
+    return "\n".join([*lines, END])
 
 
 def readme_with_table() -> str:
