@@ -89,10 +89,11 @@ def plan_of(table: SamplerTable, guidance: Guidance) -> Plan:
     rows = np.zeros((count + 1, state_base + state_ring), np.float32)
     rows[:, 0] = chain[:, 0]
     rows[:, 1 + output_ring * per : state_base] = others
-    for k in range(count):
-        at = 1 + k % output_ring * per
-        rows[k + 1 :, at : at + per] += outputs[k + 1 :, k]
-        rows[k + 1 :, state_base + k % state_ring] += states[k + 1 :, k]
+    for place in range(output_ring):  # of those that share one, a row reads one at most
+        at = 1 + place * per
+        rows[:, at : at + per] = outputs[:, place::output_ring].sum(axis=1)
+    for place in range(state_ring):
+        rows[:, state_base + place] = states[:, place::state_ring].sum(axis=1)
     return Plan(rows, per, output_ring, state_base, state_ring)
 
 

@@ -40,9 +40,7 @@ class CpuNoise:
     """`torch.Generator("cpu").manual_seed(seed)` under `torch.randn`."""
 
     def __init__(self, seed: int) -> None:
-        self._bits = np.random.MT19937()
-        started = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
-        self._bits.state = started  # type: ignore[assignment]
+        self._bits = np.random.RandomState(seed & 0xFFFFFFFF)  # seeded as torch seeds
         self._kept: float | None = None
 
     def randn(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -60,15 +58,18 @@ class CpuNoise:
 
     def _uniform(self, count: int) -> np.ndarray:
         """[count] float32 in [0, 1): the low 24 bits of each 32-bit draw."""
-        raw = self._bits.random_raw(count) & 0xFFFFFF
+        raw = self._draws(count) & np.uint32(0xFFFFFF)
         return raw.astype(np.float32) * np.float32(2.0**-24)
+
+    def _draws(self, count: int) -> np.ndarray:
+        return self._bits.randint(0, 2**32, count, np.uint32)
 
     def _one(self) -> float:
         """One number in double precision; they come in pairs, and the second is kept."""
         if self._kept is not None:
             value, self._kept = self._kept, None
             return value
-        draws = [int(draw) for draw in self._bits.random_raw(4)]
+        draws = [int(draw) for draw in self._draws(4)]
         turn, share = (
             ((high << 32 | low) & (2**53 - 1)) * 2.0**-53 for high, low in (draws[:2], draws[2:])
         )

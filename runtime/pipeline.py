@@ -162,16 +162,19 @@ class Pipeline:
         """Pictures of latents [B, C, H/8, W/8], black where the safety checker flags one; raises
         SdrtError if they hold NaN or infinity.
         """
-        return self._checked(images_from_decoded(self.decoded(latents)))
+        return self._checked([images_from_decoded(each)[0] for each in self._each(latents)])
 
     def decoded(self, latents: np.ndarray) -> np.ndarray:
         """The decoder's numbers, [B, 3, H, W] about [-1, 1]; raises SdrtError for NaN."""
-        # One at a time: the decoder's activations dwarf all else, and a batch gains nothing.
-        pictures = [
-            decoded_picture(self.engines, self._tiling, latents[i : i + 1])
-            for i in range(len(latents))
-        ]
-        return pictures[0] if len(pictures) == 1 else np.concatenate(pictures)
+        return np.concatenate([each.copy() for each in self._each(latents)])
+
+    def _each(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """The decoder's numbers of one picture after the other, each until the next is asked for.
+
+        One at a time: the decoder's activations dwarf all else, and a batch gains nothing.
+        """
+        for i in range(len(latents)):
+            yield decoded_picture(self.engines, self._tiling, latents[i : i + 1])
 
     @property
     def _tiling(self) -> Tiling:
