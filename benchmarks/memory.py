@@ -17,7 +17,7 @@ from latency import arguments
 from published import made_bundle
 from results import save
 
-from sdrt.bench.command import Worker, chosen, contestants
+from sdrt.bench.command import Worker, chosen, contestants, loaded
 from sdrt.bench.report import Contestant, Run
 from sdrt.bundle import Bundle, open_bundle
 from sdrt.usage import memory
@@ -26,14 +26,15 @@ from sdrt.usage import memory
 def held(each: Contestant, bundle: Bundle, run: Run, count: int) -> list[dict[str, int]]:
     """What every one of so many processes of an engine holds when all have drawn a picture."""
     workers: list[Worker] = []
-    try:
-        for _ in range(count):
-            workers.append(Worker(each, bundle, run))
-            workers[-1].load()
-        return [memory(worker.process_id) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.end()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for i in range(count):
+                (made := Path(folder) / str(i)).mkdir()
+                workers.append(loaded(each, bundle, run, made))
+            return [memory(worker.process_id) for worker in workers]
+        finally:
+            for worker in workers:
+                worker.end()
 
 
 def said_of(found: list[dict[str, int]], base: dict[str, int] | None) -> str:

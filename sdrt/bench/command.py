@@ -196,7 +196,7 @@ def _measured(
                 continue
             made = Path(folders.enter_context(tempfile.TemporaryDirectory()))
             try:
-                workers.append(_loaded(each, bundle, run, made))
+                workers.append(loaded(each, bundle, run, made))
             except BackendError as error:
                 left_out[each.name] = str(error)
                 continue
@@ -215,7 +215,7 @@ def _measured(
     return [worker.contestant for worker in workers]
 
 
-def _loaded(each: Contestant, bundle: Bundle, run: Run, made: Path) -> Worker:
+def loaded(each: Contestant, bundle: Bundle, run: Run, made: Path) -> Worker:
     """Its process, after its first picture; raises BackendError.
 
     made: an empty folder for what it reads in place of the bundle
