@@ -71,9 +71,8 @@ def main() -> None:
         options += ["--engines", args.engines] if args.engines else []
         options += ["--compiled"] if args.compiled else []
         report = benched(bundle, *options, "--parts", ",".join(PARTS))
-    beside = ", beside the compiled" if args.compiled else ""
     claims = {
-        f"full-size {title}, {args.size}, {engine['name']}{beside}": said_of(report, engine, part)
+        f"full-size {title}, {args.size}, {engine['name']}": said_of(report, engine, part)
         for part, title in PARTS.items()
         for engine in report["engines"]
         if part in engine["parts"]  # of some only whole pictures can be timed
