@@ -208,18 +208,18 @@ class NumpyHistory:
             row[low:high] @ self.columns[low:high]
             if high - low > 1
             else row[low] * self.columns[low]  # a product of one row is slow in BLAS
-            for low, high in _runs(np.flatnonzero(row))
+            for low, high in _runs(np.flatnonzero(row).tolist())
         ]
         self.columns[column] = sum(parts[1:], parts[0]) if parts else 0.0
         return self.columns[column].reshape(self.shape)
 
 
-def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:
+def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
     """Stretches [low, high) of indices that follow one another."""
     start = 0
     for i in range(1, len(indices) + 1):
         if i == len(indices) or indices[i] != indices[i - 1] + 1:
-            yield int(indices[start]), int(indices[i - 1]) + 1
+            yield indices[start], indices[i - 1] + 1
             start = i
 
 

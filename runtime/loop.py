@@ -167,7 +167,7 @@ class Run:
         k, place, clip = self.done, self.plan.output_place(self.done), self.table.clip
         # Before the latents that it reads are written over.
         change = clip.change(k, self.latents, self._guided(output)) if clip else None
-        if self.guidance.pairs:
+        if self.plan.per == 2:
             if len(output) == 2:
                 self.history.write(place, output[0])
             self.history.write(place + 1, output[-1])
