@@ -79,7 +79,7 @@ audit: $(READY)
 # writes them into the README.
 bench: $(READY)
 	$(BIN)/sdrt build --model shapes --feature-reuse --force --quiet
-	$(BIN)/python benchmarks/cold_start.py --save
+	$(BIN)/python benchmarks/cold_start.py --install --save
 	$(BIN)/python benchmarks/overhead.py --save
 	$(BIN)/python benchmarks/build.py --divisor 4 --size 256x256 --fp32 --work build/narrow --save
 	$(BIN)/python benchmarks/scaling.py --work build/narrow --save
@@ -94,8 +94,12 @@ bench: $(READY)
 bench-full: $(READY)
 	$(BIN)/python benchmarks/build.py --save
 	$(BIN)/python benchmarks/latency.py --work build/full --rounds 7 --save
-	$(BIN)/python benchmarks/latency.py --work build/full --size 512x512 --rounds 5 \
-		--engines reference,openvino-bf16 --save
+	$(BIN)/python benchmarks/latency.py --work build/full --size 512x512 \
+		--engines reference,openvino-bf16,onnxruntime --save
+	$(BIN)/python benchmarks/latency.py --work build/full --compiled \
+		--engines 'reference bf16,openvino-bf16' --save
+	$(BIN)/python benchmarks/latency.py --work build/full --compiled --size 512x512 \
+		--engines 'reference bf16,openvino-bf16' --save
 	$(BIN)/python benchmarks/picture.py --work build/full --save
 	$(BIN)/python benchmarks/memory.py --work build/full --save
 	$(BIN)/python benchmarks/scaling.py --work build/narrow --full build/full --save
