@@ -213,15 +213,15 @@ def test_a_file_that_cannot_be_written_ends_the_run(shapes, tmp_path, capsys):
 def test_what_is_finished_is_kept_when_interrupted(shapes, tmp_path, capsys, monkeypatch):
     from sdrt.runtime import Pipeline
 
-    original, calls = Pipeline.decoded, []
+    original, calls = Pipeline.decode, []
 
-    def decoded(self, latents):
+    def decode(self, latents):
         calls.append(1)
         if len(calls) == 9:
             raise KeyboardInterrupt
         return original(self, latents)
 
-    monkeypatch.setattr(Pipeline, "decoded", decoded)
+    monkeypatch.setattr(Pipeline, "decode", decode)
     arguments = ["run", PROMPT, "--steps", "1", "--seed", "0", "--num-images", "12"]
     assert main([*arguments, "--output", str(tmp_path)]) == 130
     said = capsys.readouterr()
