@@ -19,6 +19,9 @@ VOCABULARY = "open_clip_torch"  # for the file in it; what it asks for is not wa
 ABOVE = """\
 # A plain or ranged torch pulls gigabytes of CUDA onto machines without a GPU.
 torch==2.13.0
+# The one that torch's build for CUDA wants: with another, pip finds no torch where an index has
+# that build alone.
+nvidia-cuda-nvrtc==13.0.88
 """
 BELOW = f"""
 # All else that [{EXTRAS}] comes to on Python 3.11 and Linux, as `make lock` found it.
@@ -40,11 +43,11 @@ def resolved(*wanted: str) -> dict[str, str]:
 
 def main() -> None:
     versions = resolved("-e", f".[{EXTRAS}]") | resolved("--no-deps", VOCABULARY)
-    ours = {"sdrt", "torch", "pip"}
+    ours = {"sdrt", "torch", "nvidia-cuda-nvrtc", "pip"}
     lines = [f"{name}=={versions[name]}" for name in sorted(versions, key=str.lower)]
     kept = [line for line in lines if line.split("==")[0] not in ours]
     LOCK.write_text(ABOVE + BELOW + "\n".join(kept) + "\n")
-    print(f"{LOCK.name}: {len(kept) + 1} packages")
+    print(f"{LOCK.name}: {len(kept) + 2} packages")
 
 
 if __name__ == "__main__":
