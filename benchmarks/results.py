@@ -18,7 +18,8 @@ from sdrt.bench.report import machine, versions
 from sdrt.engine.choose import installed
 
 FOLDER = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -40,7 +41,7 @@ def command(arguments: list[str]) -> str:
     """What was typed, less where this machine keeps its files."""
     script, *given = arguments
     said = ("FOLDER" if Path(each).is_absolute() else each for each in given)
-    return shlex.join(["python", f"benchmarks/{Path(script).name}", *said])
+    return shlex.join(["python", str(Path(script).resolve().relative_to(ROOT)), *said])
 
 
 def table() -> str:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from sdrt.bundle import Bundle, check_files, describe_files, graph_name, home
+from sdrt.bundle import WEIGHTS, Bundle, check_files, describe_files, graph_name, home
 from sdrt.errors import SdrtError
 from sdrt.folders import made_once
 from sdrt.manifest import FileRecord
@@ -38,11 +38,11 @@ def kept(
     maker: who makes it, the name of a folder; make: writes the `wanted` files, and others, into the
     folder it is given; depends: what decides about the outcome besides graph and weights
     """
-    weights = bundle.manifest.files.get(f"{component}/model.safetensors")
+    weights = bundle.manifest.files.get(f"{component}/{WEIGHTS}")
     if weights is None or weights.size < WORTH:
         return None
     folder = home() / "plans" / maker
-    made_of = [*_made_of(bundle, component)]
+    made_of = _made_of(bundle, component)
     key = hashlib.sha256("\n".join((*made_of, *depends)).encode()).hexdigest()[:16]
     target = folder / f"{component}-{key}"
     try:
@@ -64,7 +64,7 @@ def kept(
 
 def _made_of(bundle: Bundle, component: str) -> list[str]:
     """sha256 of the graph and of the weights."""
-    names = (graph_name(component, bundle.graph_file), f"{component}/model.safetensors")
+    names = (graph_name(component, bundle.graph_file), f"{component}/{WEIGHTS}")
     return [bundle.manifest.files[name].sha256 for name in names]
 
 

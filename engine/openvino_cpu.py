@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
+from sdrt.bundle import WEIGHTS
 from sdrt.errors import BackendError
 from sdrt.manifest import Component
 
@@ -33,7 +34,7 @@ class OpenVinoEngine:
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
         self._graph, self._precision = graph, precision
-        self._weights = graph.with_name("model.safetensors")
+        self._weights = graph.with_name(WEIGHTS)
         self._refitted, self._turned = False, turned
         self._mapped: mmap.mmap | None = None
         # What OpenVINO has packed it packs by shape, and reads from the mapped file to do so.

@@ -14,12 +14,13 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as operations
 
-from sdrt.bundle import TRANSPOSED, Bundle
+from sdrt.bundle import TRANSPOSED, WEIGHTS, Bundle
 from sdrt.tensors import Tensors
 
 from .kept import kept
 
 MAKER, FILE = "cpu-openvino", "turned.bin"
+FLOATS = "Constant", ov.Type.f32
 
 
 def turned(bundle: Bundle, component: str) -> Path | None:
@@ -30,11 +31,11 @@ def turned(bundle: Bundle, component: str) -> Path | None:
 
 
 def _make(graph: Path, folder: Path) -> None:
-    tensors = Tensors(graph.with_name("model.safetensors"))
+    tensors = Tensors(graph.with_name(WEIGHTS))
     with (folder / FILE).open("wb") as file:
         for node in _products(ov.Core().read_model(str(graph))):
             weights = tensors[node.input_value(1).get_node().get_friendly_name()]
-            file.write(np.ascontiguousarray(weights.T).tobytes())
+            np.ascontiguousarray(weights.T).tofile(file)
 
 
 def _products(model: ov.Model) -> Iterator[ov.Node]:
@@ -43,17 +44,19 @@ def _products(model: ov.Model) -> Iterator[ov.Node]:
     for node in model.get_ops():
         if node.get_type_name() == "MatMul" and not node.get_attributes()["transpose_b"]:
             weight = node.input_value(1).get_node()
-            stored = weight.get_friendly_name().endswith(TRANSPOSED)
-            if stored and weight.get_type_name() == "Constant" and node.get_output_size() == 1:
+            kind = weight.get_type_name(), weight.get_element_type()
+            if weight.get_friendly_name().endswith(TRANSPOSED) and kind == FLOATS:
                 found[weight.get_friendly_name()] = node
     for name in sorted(found):
         yield found[name]
 
 
-def put_turned(model: ov.Model, file: Path) -> mmap.mmap:
+def put_turned(model: ov.Model, file: Path) -> mmap.mmap | None:
     """Give the model's products the turned weights; returns their mapping, whose pages may be let
-    go whenever nothing runs.
+    go whenever nothing runs, or None for a model without such products.
     """
+    if not file.stat().st_size:
+        return None
     with file.open("rb") as opened:
         # OpenVINO's interface wants memory that could be written, though it never does.
         mapped = mmap.mmap(opened.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)

@@ -10,10 +10,10 @@ import onnxruntime as ort
 from sdrt.errors import BackendError
 from sdrt.manifest import Component
 
+from .ort_plans import FUSED
 from .protocol import Feeds, checked_feeds
 
 log = logging.getLogger(__name__)
-FUSED = "fused.onnx"  # beside an optimised graph: what it was made of, for other weights
 GIVE_BACK = "memory.enable_memory_arena_shrinkage"
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PREFIX = "cpu-onnxruntime"
 GRAPH, WEIGHTS = "model.onnx", "model.data"
+FUSED = "fused.onnx"  # what they were made of, for other weights
 
 
 def optimised(bundle: Bundle, component: str, options: "ort.SessionOptions") -> Path | None:
@@ -57,7 +58,7 @@ def _processor() -> str:
 def _make(
     bundle: Bundle, component: str, options: "ort.SessionOptions", fuses: bool, folder: Path
 ) -> None:
-    from .ort import FUSED, session
+    from .ort import session
 
     graph, fused = bundle.graph(component), None
     if fuses:

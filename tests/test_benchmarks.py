@@ -59,6 +59,7 @@ def test_a_command_is_kept_without_this_machines_folders(scripts, tmp_path):
 
     said = results.command([str(FOLDER / "memory.py"), "--work", str(tmp_path), "--size", "8x8"])
     assert said == "python benchmarks/memory.py --work FOLDER --size 8x8"
+    assert results.command([str(ROOT / "tools" / "fuzz.py")]) == "python tools/fuzz.py"
 
 
 def test_a_bundle_of_another_precision_is_not_measured(scripts, shapes, tmp_path):

@@ -66,3 +66,15 @@ def test_other_weights_come_and_go(engines, bundle):
         engine.refit({})
     for made in outcomes(both, feeds):
         np.testing.assert_allclose(made, before, atol=1e-5 * np.abs(before).max())
+
+
+def test_a_model_without_products_has_nothing_to_map(tmp_path):
+    import openvino as ov
+    from openvino import opset13 as operations
+
+    from sdrt.engine.openvino_turned import put_turned
+
+    given = operations.parameter([2, 2], np.float32)
+    model = ov.Model([operations.relu(given)], [given])
+    (empty := tmp_path / "turned.bin").touch()
+    assert put_turned(model, empty) is None

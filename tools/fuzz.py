@@ -27,9 +27,8 @@ CORPUS = ROOT / "tests" / "corpus"
 HANG = 5  # seconds
 CONSTANT = 64  # MB above what a process has taken after its first inputs; the fuzzer's own is in it
 LARGEST = {"image": 8192 * 8192 * 4 / 1e6}  # MB more: a picture of the most pixels that are read
-PIECE = (
-    200_000  # executions of one process: the inputs that the fuzzer finds new stay in its memory
-)
+# Executions of one process: the inputs that the fuzzer finds new stay in its memory.
+PIECE = 200_000
 FOUND = ("crash-*", "timeout-*", "oom-*")
 
 
