@@ -32,6 +32,15 @@ def home(tmp_path_factory):
     patch.undo()
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """The command line logs to the stream of its test, which ends with it; its handler must too."""
+    yield
+    root = logging.getLogger()
+    for handler in [each for each in root.handlers if type(each) is logging.StreamHandler]:
+        root.removeHandler(handler)
+
+
 @pytest.fixture(scope="session")
 def shapes(home):
     """The bundle of the embedded model, built once; `$SDRT_TEST_SHAPES` keeps it between runs."""

@@ -9,7 +9,9 @@ import functools
 import json
 import logging
 import tempfile
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +41,7 @@ from sdrt.serve.problem import Problem, problem_from_invalid
 from sdrt.serve.requests import Generation, ImageToImage, TextToImage
 from sdrt.serve.sdapi import _call, _given
 from sdrt.tensors import Tensors
+from sdrt.usage import forget_peak, peak_bytes, resident_bytes
 
 WEIGHT = json.dumps({"w": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}).encode()
 SIDE = (TensorSpec("x", "float32", ("rows", 4)),), (TensorSpec("y", "float32", ("rows", 4)),)
@@ -211,6 +214,25 @@ def execute(name: str, data: bytes) -> None:
         TARGETS[name][0](data)
 
 
+def replayed(name: str, inputs: Iterable[bytes]) -> tuple[float, int]:
+    """Seconds of the slowest execution, and bytes that this process grew by at most. What comes
+    out of one tells what was sent.
+    """
+    quiet()
+    forget_peak()
+    before, slowest = resident_bytes(), 0.0
+    for data in inputs:
+        began = time.monotonic()
+        try:
+            execute(name, data)
+        except BaseException as error:
+            error.add_note(f"sent: {data!r}")
+            raise
+        slowest = max(slowest, time.monotonic() - began)
+    return slowest, peak_bytes() - before
+
+
 def quiet() -> None:
     """Warnings about strange input are not what is looked for."""
     logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
