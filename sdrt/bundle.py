@@ -9,13 +9,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, UsageError
-from .files import beside, identity, locked, write_whole
+from .files import beside, identity, locked, whole
 from .graphs import check_graph
 from .manifest import (
     MANIFEST,
@@ -192,8 +192,7 @@ def check_files(
     graphs: the files to look into, and the component of each
     anew: hash all, whatever is remembered
     """
-    memory = home() / "verified.json"
-    known = {} if anew else _remembered(memory)
+    known = {} if anew else _remembered()
     fresh = {}
     for name, record in files.items():
         path = folder / name
@@ -216,15 +215,14 @@ def check_files(
             check_graph(path, graphs[name])
         fresh[str(path.resolve())] = mark
     if fresh:
-        _remember(memory, _remembered(memory) | fresh)
+        _remember(lambda known: known | fresh)
 
 
 def forget(paths: Iterable[str]) -> None:
     """Hash these files when they are next opened, whatever their times say."""
-    known = _remembered(memory := home() / "verified.json")
-    kept = {path: mark for path, mark in known.items() if path not in set(paths)}
-    if len(kept) < len(known):
-        _remember(memory, kept)
+    gone = set(paths)
+    if gone & _remembered().keys():
+        _remember(lambda known: {path: known[path] for path in known.keys() - gone})
 
 
 def changed_memory() -> list[str]:
@@ -236,8 +234,7 @@ def changed_memory() -> list[str]:
         except (OSError, ValueError):
             return True
 
-    known = _remembered(home() / "verified.json")
-    return [path for path, mark in known.items() if changed(path, mark)]
+    return [path for path, mark in _remembered().items() if changed(path, mark)]
 
 
 def _sha256_of_part(path: Path) -> str:
@@ -247,18 +244,24 @@ def _sha256_of_part(path: Path) -> str:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _remembered(memory: Path) -> dict[str, str]:
+def _remembered() -> dict[str, str]:
     try:
-        known = json.loads(memory.read_text())
+        known = json.loads(_memory().read_text())
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
 
 
-def _remember(memory: Path, known: Mapping[str, str]) -> None:
-    """A cache: where it cannot be written, files are hashed again next time."""
-    with contextlib.suppress(OSError):
-        write_whole(memory, json.dumps(known).encode())
+def _remember(change: Callable[[dict[str, str]], dict[str, str]]) -> None:
+    """Make of what is known what is known now; nobody else's change comes between. A cache: where
+    it cannot be written, files are hashed again next time.
+    """
+    with contextlib.suppress(OSError), whole(_memory()) as partial:
+        partial.write_text(json.dumps(change(_remembered())))
+
+
+def _memory() -> Path:
+    return home() / "verified.json"
 
 
 def sha256_of(path: Path) -> str:

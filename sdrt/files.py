@@ -9,11 +9,13 @@ import contextlib
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 log = logging.getLogger(__name__)
+PATIENCE, PAUSE = 0.5, 0.005  # seconds that a wait is not worth a word, and between tries
 
 
 def beside(target: Path, what: str) -> Path:
@@ -40,13 +42,19 @@ def locked(target: Path, wait: bool = True) -> Iterator[None]:
 
 
 def _hold(file: IO[str], target: Path, wait: bool) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            raise
-        log.info("another process makes %s; waiting for it", target)
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Takes the lock; who waits for long is told for what."""
+    told = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            if time.monotonic() > told:
+                break
+        time.sleep(PAUSE)
+    log.info("another process makes %s; waiting for it", target)
+    fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

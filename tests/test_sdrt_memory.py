@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,18 @@ def test_a_clock_that_jumps_only_has_it_hashed_again(folder, hashed, hours):
     check_files(folder, manifest.files)
     check_files(folder, manifest.files)
     assert hashed == ["model.safetensors"]
+
+
+def test_what_is_checked_side_by_side_is_all_remembered(folder, hashed):
+    names = [f"unet/{i}.safetensors" for i in range(40)]
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+    files = manifest_of(folder).files
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: check_files(folder, {name: files[name]}), names))
+    hashed.clear()
+    check_files(folder, {name: files[name] for name in names})
+    assert hashed == []
 
 
 @pytest.mark.parametrize("how", [shutil.copytree, shutil.move])
