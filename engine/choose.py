@@ -10,6 +10,7 @@ from sdrt.bundle import Bundle
 from sdrt.errors import BackendError, UsageError
 
 from .gpus import Gpu, Machine, this_machine
+from .processor import has_bf16
 from .protocol import Engine
 from .trt_plans import FULL, RTX, why_not
 
@@ -134,26 +135,19 @@ def _ort_cpu() -> Candidate:
 
 
 def _openvino() -> Candidate:
-    reduced = "openvino-bf16" if cpu_has_bf16() else None
+    reduced = "openvino-bf16" if has_bf16() else None
 
     def load(bundle: Bundle, name: str) -> Engine:
         from .openvino_cpu import OpenVinoEngine
-        from .openvino_turned import turned
+        from .openvino_plans import compiled
 
         precision = "bf16" if reduced and reduced in bundle.manifest.admitted else "f32"
+        kept = compiled(bundle, name, precision)
         component = bundle.manifest.components[name]
-        kept = turned(bundle, name) if precision == "bf16" else None
         return OpenVinoEngine(name, bundle.graph(name), component, precision, kept)
 
     missing = None if installed("openvino") else "openvino is not installed; pip install openvino"
     return Candidate("openvino", "cpu", missing, load, reduced=reduced)
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies in bfloat16."""
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text().split() if info.exists() else []
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _torch(kind: str, machine: Machine, device: int, compile: bool) -> Candidate:

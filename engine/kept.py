@@ -9,18 +9,35 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from sdrt.bundle import WEIGHTS, Bundle, check_files, describe_files, graph_name, home
+from sdrt.bundle import (
+    WEIGHTS,
+    Bundle,
+    check_files,
+    describe_files,
+    graph_name,
+    home,
+    remember,
+)
 from sdrt.errors import SdrtError
 from sdrt.folders import made_once
 from sdrt.manifest import FileRecord
 from sdrt.reading import read_json
 
+from .processor import processor
+
 log = logging.getLogger(__name__)
 MARK = "plan.json"
+# Each maker's name, and the packages that it may come in.
+MAKERS = {
+    "onnxruntime": ("ONNX Runtime", ("onnxruntime", "onnxruntime-gpu")),
+    "openvino": ("OpenVINO", ("openvino",)),
+}
 WORTH = 100_000_000  # bytes of weights; smaller ones are made in a moment
 ROOM = 2  # times the weights must be free on the disk
 
@@ -35,15 +52,16 @@ def kept(
 ) -> Path | None:
     """The folder of what is made of a component; None where it does not pay or cannot be had.
 
-    maker: who makes it, the name of a folder; make: writes the `wanted` files, and others, into the
-    folder it is given; depends: what decides about the outcome besides graph and weights
+    maker: one of `MAKERS`; make: writes the `wanted` files, and others, into the folder it is given
+    depends: what decides about the outcome besides graph, weights, maker and processor
     """
     weights = bundle.manifest.files.get(f"{component}/{WEIGHTS}")
     if weights is None or weights.size < WORTH:
         return None
-    folder = home() / "plans" / maker
+    folder = home() / "plans" / f"cpu-{maker}{_installed(maker)}"
     made_of = _made_of(bundle, component)
-    key = hashlib.sha256("\n".join((*made_of, *depends)).encode()).hexdigest()[:16]
+    parts = (*made_of, processor(), *depends)
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     target = folder / f"{component}-{key}"
     try:
         if target.exists() and not _is_whole(target, wanted):
@@ -55,11 +73,31 @@ def kept(
                 log.info("%s: no room in %s to keep what is made of it", component, folder)
                 return None
             log.info("%s: made ready once for this processor, kept in %s", component, folder)
-            made_once(target, partial(_make, make, made_of))
+            hashed: dict[str, FileRecord] = {}
+            made_once(target, partial(_make, make, made_of, hashed))
+            remember(target, hashed)  # nothing where another process made it
     except (OSError, SdrtError) as error:
         log.warning("%s: what is made of it cannot be kept: %s", component, error)
         return None
     return target
+
+
+def other_version(folder: str) -> str | None:
+    """Why what is in a folder of this name is of no use here: another version of its maker made it;
+    None if that is not so.
+    """
+    for maker, (title, _) in MAKERS.items():
+        made_by = folder.removeprefix(f"cpu-{maker}")
+        if made_by != folder and (here := _installed(maker)) and made_by != here:
+            return f"of {title} {made_by}, here is {here}"
+    return None
+
+
+def _installed(maker: str) -> str | None:
+    for package in MAKERS[maker][1]:
+        with suppress(PackageNotFoundError):
+            return version(package)
+    return None
 
 
 def _made_of(bundle: Bundle, component: str) -> list[str]:
@@ -68,9 +106,12 @@ def _made_of(bundle: Bundle, component: str) -> list[str]:
     return [bundle.manifest.files[name].sha256 for name in names]
 
 
-def _make(make: Callable[[Path], object], made_of: list[str], folder: Path) -> None:
+def _make(
+    make: Callable[[Path], object], made_of: list[str], hashed: dict[str, FileRecord], folder: Path
+) -> None:
     make(folder)
-    records = {name: asdict(record) for name, record in describe_files(folder).items()}
+    hashed |= describe_files(folder)
+    records = {name: asdict(record) for name, record in hashed.items()}
     (folder / MARK).write_text(json.dumps({"of": made_of, "files": records}, indent=2) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Components on OpenVINO, on the CPU. Knows openvino; imported only when this backend is chosen."""
 
-import mmap
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +10,18 @@ from sdrt.bundle import WEIGHTS
 from sdrt.errors import BackendError
 from sdrt.manifest import Component
 
+from . import openvino_plans
 from .mapped import let_go, trim
-from .openvino_turned import put_turned
 from .protocol import Feeds, checked_feeds
 
+log = logging.getLogger(__name__)
 LARGE = 512 * 512 * 3 * 4  # bytes of a picture whose activations are given back
 
 
 class OpenVinoEngine:
     """One compiled model; one request at a time, on all cores.
 
-    turned: weights of products as OpenVINO wants them, see `openvino_turned`
+    kept: the model as OpenVINO has compiled it, see `openvino_plans`
     """
 
     def __init__(
@@ -29,39 +30,45 @@ class OpenVinoEngine:
         graph: Path,
         component: Component,
         precision: str,
-        turned: Path | None = None,
+        kept: Path | None = None,
     ) -> None:
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
-        self._graph, self._precision = graph, precision
-        self._weights = graph.with_name(WEIGHTS)
-        self._refitted, self._turned = False, turned
-        self._mapped: mmap.mmap | None = None
+        self._graph, self._kept, self._precision = graph, kept, precision
+        self._refitted = False
         # What OpenVINO has packed it packs by shape, and reads from the mapped file to do so.
         self._packed: set[tuple[tuple[int, ...], ...]] = set()
         self._open({})
 
     def _open(self, weights: Feeds) -> None:
+        kept = None if weights else self._imported()
+        self._compiled: ov.CompiledModel | None = kept or self._compile(weights)
+        self._request: ov.InferRequest | None = self._compiled.create_infer_request()
+        self._packed.clear()
+        let_go(self._mapped)
+
+    def _imported(self) -> ov.CompiledModel | None:
+        if self._kept is None:
+            return None
+        self._mapped = self._kept.with_name(openvino_plans.WEIGHTS)
+        try:
+            return openvino_plans.imported(self._kept, self._precision)
+        except RuntimeError as error:
+            log.warning("%s: %s does not open, so it is compiled: %s", self.name, self._kept, error)
+            return None
+
+    def _compile(self, weights: Feeds) -> ov.CompiledModel:
+        self._mapped = self._graph.with_name(WEIGHTS)
         core = ov.Core()
-        settings = {  # fp32 or bf16; the graph itself stays as it is stored
-            "INFERENCE_PRECISION_HINT": self._precision,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
         try:
             model = core.read_model(str(self._graph))
             for node in model.get_ops() if weights else ():
                 if node.get_type_name() == "Constant" and node.get_friendly_name() in weights:
                     new = ov.op.Constant(weights[node.get_friendly_name()])
                     node.output(0).replace(new.output(0))
-            if self._turned and not weights:
-                self._mapped = put_turned(model, self._turned)
-            compiled = core.compile_model(model, "CPU", settings)
+            return core.compile_model(model, "CPU", openvino_plans.settings(self._precision))
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {self._graph}: {error}") from error
-        self._compiled: ov.CompiledModel | None = compiled
-        self._request: ov.InferRequest | None = compiled.create_infer_request()
-        self._packed.clear()
-        self._let_go()
 
     def refit(self, weights: Feeds) -> None:
         """Another model in the first one's place: its weights are packed for the processor."""
@@ -81,7 +88,7 @@ class OpenVinoEngine:
         shapes = tuple(array.shape for array in ready.values())
         if shapes not in self._packed:
             self._packed.add(shapes)
-            self._let_go()
+            let_go(self._mapped)
         made = {spec.name: self._request.get_tensor(spec.name).data for spec in self.outputs}
         most = max(array.nbytes for array in (*ready.values(), *made.values()))
         if self._compiled and self.name.startswith("vae") and most >= LARGE:
@@ -90,10 +97,5 @@ class OpenVinoEngine:
             trim()
         return made
 
-    def _let_go(self) -> None:
-        let_go(self._weights)
-        if self._mapped is not None:
-            self._mapped.madvise(mmap.MADV_DONTNEED)
-
     def close(self) -> None:
-        self._request = self._compiled = self._mapped = None
+        self._request = self._compiled = None

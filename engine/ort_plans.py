@@ -6,10 +6,7 @@ installed): its scores, gigabytes at 512x512, are then never whole. Where none i
 own graph is what runs.
 """
 
-import contextlib
-import platform
-from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +19,6 @@ from .mapped import trim
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-PREFIX = "cpu-onnxruntime"
 GRAPH, WEIGHTS = "model.onnx", "model.data"
 FUSED = "fused.onnx"  # what they were made of, for other weights
 
@@ -33,26 +29,8 @@ def optimised(bundle: Bundle, component: str, options: "ort.SessionOptions") -> 
     """
     fuses = find_spec("onnx") is not None
     make = partial(_make, bundle, component, options, fuses)
-    depends = (_processor(), str(fuses))
-    found = kept(bundle, component, f"{PREFIX}{installed()}", make, {GRAPH, WEIGHTS}, depends)
+    found = kept(bundle, component, "onnxruntime", make, {GRAPH, WEIGHTS}, (str(fuses),))
     return found and found / GRAPH
-
-
-def installed() -> str | None:
-    """The version of ONNX Runtime here."""
-    for package in ("onnxruntime", "onnxruntime-gpu"):
-        with contextlib.suppress(PackageNotFoundError):
-            return version(package)
-    return None
-
-
-@cache
-def _processor() -> str:
-    """What decides how weights are laid out: the system, and what the processor can do."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    able = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return " ".join((platform.system(), platform.machine(), platform.processor(), able))
 
 
 def _make(

@@ -200,8 +200,7 @@ def check_files(
             stat = path.stat()
         except OSError as error:
             raise BundleError(f"{path} is missing; build the bundle again with --force") from error
-        weights = files.get(str(Path(name).with_name(WEIGHTS)), record)
-        mark = f"{identity(stat)}:{record.sha256}:{weights.sha256}"
+        mark = _mark(stat, name, files)
         if known.get(str(path.resolve())) == mark:
             continue
         if stat.st_size != record.size or _sha256_of_part(path) != record.sha256:
@@ -216,6 +215,24 @@ def check_files(
         fresh[str(path.resolve())] = mark
     if fresh:
         _remember(lambda known: known | fresh)
+
+
+def remember(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """What was written and hashed by this process, and is no graph of a stranger, is known."""
+    fresh = {}
+    for name in files:
+        path = folder / name
+        with contextlib.suppress(OSError):
+            fresh[str(path.resolve())] = _mark(path.stat(), name, files)
+    if fresh:
+        _remember(lambda known: known | fresh)
+
+
+def _mark(stat: os.stat_result, name: str, files: Mapping[str, FileRecord]) -> str:
+    """What changes when a file does, or the weights that it speaks of."""
+    record = files[name]
+    weights = files.get(str(Path(name).with_name(WEIGHTS)), record)
+    return f"{identity(stat)}:{record.sha256}:{weights.sha256}"
 
 
 def forget(paths: Iterable[str]) -> None:

@@ -27,8 +27,7 @@ from .bundle import (
     list_bundles,
 )
 from .engine.gpus import Machine, this_machine
-from .engine.kept import MARK
-from .engine.ort_plans import PREFIX, installed
+from .engine.kept import MARK, other_version
 from .engine.plans import Plan, plan_from_json, plans_folder
 from .engine.trt_plans import MODULES
 from .errors import BundleError, SdrtError
@@ -183,17 +182,15 @@ def _useless(folder: Path, bundle: Bundle | None, machine: Machine) -> Iterator[
 
 
 def _useless_graphs(bundles: list[Bundle]) -> Iterator[Leftover]:
-    """What another ONNX Runtime optimised, or what was made of what no bundle has."""
+    """What another version of an engine made, or what was made of what no bundle has."""
     known = {record.sha256 for bundle in bundles for record in bundle.manifest.files.values()}
     for mark in sorted((home() / "plans").glob(f"cpu-*/*/{MARK}")):
-        maker = mark.parent.parent.name
         try:
             wanted = set(read_json(mark).get("of", ()))
         except BundleError:
             continue
-        if maker.startswith(PREFIX) and (here := installed()) and maker != PREFIX + here:
-            other = maker.removeprefix(PREFIX)
-            yield Leftover(mark.parent, f"of ONNX Runtime {other}, here is {here}")
+        if reason := other_version(mark.parent.parent.name):
+            yield Leftover(mark.parent, reason)
         elif not wanted <= known:
             yield Leftover(mark.parent, "of a graph or weights that no bundle has")
 

@@ -71,7 +71,7 @@ def test_a_damaged_one_is_made_again(kept, pipe, caplog):
 
 def test_another_processor_has_its_own(kept, monkeypatch):
     graph = made(kept)
-    monkeypatch.setattr(ort_plans, "_processor", lambda: "another")
+    monkeypatch.setattr(kept_folder, "processor", lambda: "another")
     assert made(kept).parent != graph.parent
 
 
@@ -142,9 +142,9 @@ def test_a_decoders_activations_are_given_back(shapes):
 def test_gc_shows_what_no_bundle_has_and_what_another_version_made(kept, tmp_path):
     graph = made(kept)
     shutil.copytree(kept.folder, tmp_path / "bundles" / "shapes")
-    shutil.copytree(graph.parent, tmp_path / "plans" / f"{ort_plans.PREFIX}0.1" / graph.parent.name)
+    shutil.copytree(graph.parent, tmp_path / "plans" / "cpu-onnxruntime0.1" / graph.parent.name)
     found = {each.path: each.reason for each in leftovers(Machine(why_none="none"))}
-    assert [path.parent.name for path in found] == [f"{ort_plans.PREFIX}0.1"]
+    assert [path.parent.name for path in found] == ["cpu-onnxruntime0.1"]
     assert "ONNX Runtime 0.1" in next(iter(found.values()))
     mark = graph.with_name(kept_folder.MARK)
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "of": ["0" * 64]}))

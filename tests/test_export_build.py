@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.engine import choose, parity
-from sdrt.engine.choose import cpu_has_bf16
+from sdrt.engine.processor import has_bf16
 from sdrt.errors import BundleError, CheckpointError, ParityError, SdrtError
 from sdrt.export import build
 from sdrt.export.build import BuildPlan, build_bundle
@@ -90,7 +90,7 @@ def test_openvino_draws_the_same_exactly_and_nearly_in_bf16(shapes, tmp_path):
     assert np.abs(drawn("openvino", {"openvino-bf16": 36.0}, "exact") - wanted).max() <= 1
     lower = drawn("openvino", {"openvino-bf16": 36.0})
     assert 10 * np.log10(255.0**2 / max(np.mean((lower - wanted) ** 2), 1e-9)) >= 30
-    if cpu_has_bf16():
+    if has_bf16():
         assert np.abs(lower - wanted).max() > 1
         assert manifest["admitted"]["openvino-bf16"] >= 35.0
 

@@ -10,7 +10,8 @@ from functools import partial
 
 import numpy as np
 
-from sdrt.engine.choose import cpu_has_bf16, installed
+from sdrt.engine.choose import installed
+from sdrt.engine.processor import has_bf16
 
 SIDE = 2048
 FLOPS = 2 * SIDE**3
@@ -20,7 +21,7 @@ Product = Callable[[], object]
 def products() -> dict[str, tuple[str, Product]]:
     """By dtype: the library that is the fastest here, and its product of two [SIDE, SIDE]."""
     found = {"float32": _fastest(_candidates("float32"))}
-    if cpu_has_bf16() and (lower := _candidates("bfloat16")):
+    if has_bf16() and (lower := _candidates("bfloat16")):
         found["bfloat16"] = _fastest(lower)
     return found
 

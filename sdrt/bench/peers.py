@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.bundle import Bundle, open_bundle, parse_size
-from sdrt.engine.choose import cpu_has_bf16, installed
+from sdrt.engine.choose import installed
+from sdrt.engine.processor import has_bf16
 from sdrt.runtime.samplers.catalogue import config_from_name
 
 from .worker import PROMPT, Part, Spent, Timed, picture_of
@@ -39,7 +40,7 @@ def peers(bundle: Bundle, compiled: bool) -> dict[str, tuple[str, str, str | Non
     found = checkpoint_folder(bundle)
     away = None if found else f"its checkpoint {bundle.manifest.source} is away"
     library = away or (None if installed("diffusers") else "pip install diffusers torch")
-    lower = library or (None if cpu_has_bf16() else "this processor has no bf16")
+    lower = library or (None if has_bf16() else "this processor has no bf16")
     slow = lower or (None if compiled else "takes minutes; --compiled measures it")
     both = installed("optimum") and find_spec("optimum.onnxruntime") is not None
     exported = away or (None if both else OPTIMUM)

@@ -1,0 +1,58 @@
+"""How long does each engine take to open a full-size bundle that is built and has been opened?
+
+    python benchmarks/opening.py [--size 256x256] [--rounds 5] [--work FOLDER] [--engines A,B]
+        [--save]
+
+A process opens the bundle, draws a picture of one step and ends; then the next engine's does. Said
+are the medians: `sdrt.load`, or the reference library's loading of the checkpoint, and from the
+process's start to the picture. The first round only warms: it hashes files, and makes what an
+engine keeps of a bundle. See latency.py for FOLDER.
+"""
+
+import json
+import statistics
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from latency import arguments
+from published import made_bundle
+from results import save
+
+from sdrt.bench.command import chosen, contestants, loaded
+from sdrt.bench.report import Contestant, Run
+from sdrt.bundle import Bundle, open_bundle
+
+
+def opened(each: Contestant, bundle: Bundle, run: Run) -> dict[str, float]:
+    """Seconds of loading, and to the first picture, of a process of its own."""
+    with tempfile.TemporaryDirectory() as made:
+        loaded(each, bundle, run, Path(made)).end()
+    return {"load": each.load_seconds, "picture": each.cold_start_seconds}
+
+
+def main() -> None:
+    args = arguments(__doc__, 5).parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        bundle = open_bundle(made_bundle(args.work or Path(temporary), ["256x256", "512x512"]))
+        found: dict[str, list[dict[str, float]]] = defaultdict(list)
+        for turn in range(args.rounds + 1):
+            for each in chosen(contestants(bundle, compiled=False)[0], args.engines):
+                times = opened(each, bundle, Run(args.size, (1,), 1))
+                print("warms" if turn == 0 else f"turn {turn}", each.name, times, flush=True)
+                if turn:
+                    found[each.name].append(times)
+    claims = {
+        f"opening a full-size bundle, {name}": "{:.1f} s; {:.1f} s to a first picture, {}".format(
+            *(statistics.median(times[part] for times in turns) for part in ("load", "picture")),
+            f"{args.size}, 1 step",
+        )
+        for name, turns in found.items()
+    }
+    print(json.dumps(claims, indent=2))
+    if args.save:
+        save("opening", claims, {"turns": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""What this machine's processor is and can do, as Linux tells it. Knows no engine."""
+
+import platform
+from functools import cache
+from pathlib import Path
+
+
+def has_bf16() -> bool:
+    """Whether it multiplies in bfloat16."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_abilities())
+
+
+@cache
+def processor() -> str:
+    """All that may decide how weights are laid out for it: the system, and what it can do."""
+    named = platform.system(), platform.machine(), platform.processor()
+    return " ".join((*named, *_abilities()))
+
+
+def _abilities() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    line = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    return line.partition(":")[2].split()
