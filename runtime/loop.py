@@ -6,6 +6,7 @@ Knows the engine protocol and sampler tables; not prompts, seeds or pictures.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -79,7 +80,20 @@ class Plan:
 
 
 def plan_of(table: SamplerTable, guidance: Guidance) -> Plan:
-    """The rows of a run with its guidance, in as few places as they need."""
+    """The rows of a run with its guidance, in as few places as they need; the table's last plan is
+    remembered for as long as the table is.
+    """
+    scales = guidance.scales.tobytes() if guidance.pairs else None
+    known = _PLANS.get(table)
+    if known is None or known[0] != scales:
+        known = _PLANS[table] = scales, _written_plan(table, guidance)
+    return known[1]
+
+
+_PLANS: WeakKeyDictionary[SamplerTable, tuple[bytes | None, Plan]] = WeakKeyDictionary()
+
+
+def _written_plan(table: SamplerTable, guidance: Guidance) -> Plan:
     count, per = table.evaluations, 2 if guidance.pairs else 1
     chain = guided_matrix(table.chain, count, guidance.scales) if guidance.pairs else table.chain
     outputs = chain[:, 1 : 1 + count * per].reshape(count + 1, count, per)
@@ -94,6 +108,7 @@ def plan_of(table: SamplerTable, guidance: Guidance) -> Plan:
         rows[:, at : at + per] = outputs[:, place::output_ring].sum(axis=1)
     for place in range(state_ring):
         rows[:, state_base + place] = states[:, place::state_ring].sum(axis=1)
+    rows.flags.writeable = False
     return Plan(rows, per, output_ring, state_base, state_ring)
 
 

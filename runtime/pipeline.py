@@ -128,7 +128,8 @@ class Pipeline:
                 f"{len(batches)} batches in one loop; this bundle takes "
                 f"{self.manifest.batch[2]} pictures of prompts of like length"
             )
-        return self._steps(batches[0], chosen, table, guidance)
+        runs = runs_of(batches[0], table, guidance)
+        return denoised(self.engines, runs, self._edit(batches[0], chosen, table))
 
     def planned(
         self, prompt: Prompt, options: Options
@@ -284,12 +285,12 @@ class Pipeline:
         on_step: Watch,
     ) -> Drawn:
         """A batch's result; in one go where nobody looks and the engine can."""
-        if on_step is None and self._edit(batch, options, table) is None:
-            runs = runs_of(batch, table, guidance)
+        runs, edit = runs_of(batch, table, guidance), self._edit(batch, options, table)
+        if on_step is None and edit is None:
             whole = self._size(options) in self.manifest.sizes  # others are decoded in tiles
             if made := drawn(self.engines, runs, decoded=whole, skip=options.clip_skip):
                 return made
-        for step in self._steps(batch, options, table, guidance):
+        for step in denoised(self.engines, runs, edit):
             if on_step:
                 on_step(step)
         return Drawn(step.latents)
@@ -332,12 +333,6 @@ class Pipeline:
         fed = [spec.name for spec in self.manifest.components["unet"].inputs]
         size, zeroed = self._size(options), self.manifest.zero_empty_prompt
         return told_of(self.text_encoders, requests, options, fed=fed, size=size, zeroed=zeroed)
-
-    def _steps(
-        self, batch: Batch, options: Options, table: SamplerTable, guidance: Guidance
-    ) -> Iterator[Step]:
-        runs = runs_of(batch, table, guidance)
-        return denoised(self.engines, runs, self._edit(batch, options, table))
 
     def _edit(self, batch: Batch, options: Options, table: SamplerTable) -> Edit | None:
         masked = batch.source.mask is not None and not batch.source.model_masks

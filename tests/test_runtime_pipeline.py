@@ -1,6 +1,8 @@
 """Prompts, seeds, batches and files, on the embedded model."""
 
 import math
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ from PIL import Image
 
 import sdrt
 from sdrt.errors import SdrtError, UsageError
+from sdrt.runtime.loop import Guidance, plan_of
 from sdrt.runtime.pictures import image_grid, save_png
+from sdrt.runtime.samplers.table import sampler_table
 
 PROMPT = "a red circle on a blue background"
 
@@ -28,6 +32,28 @@ def test_seed_zero_is_a_seed_and_none_is_drawn(pipe):
     assert pipe(PROMPT, num_inference_steps=1, seed=0).seeds == [0]
     drawn = {pipe(PROMPT, num_inference_steps=1).seeds[0] for _ in range(3)}
     assert len(drawn) == 3
+
+
+def test_a_guidance_before_leaves_no_trace(pipe):
+    def draw(scale):
+        options = {"num_inference_steps": 5, "seed": 0, "guidance_scale": scale}
+        return pixels(pipe(PROMPT, **options).images[0])
+
+    strong, weak, none = (draw(scale) for scale in (7.5, 3.0, 1.0))
+    assert (strong != weak).any() and (weak != none).any()
+    for scale, before in ((1.0, none), (3.0, weak), (7.5, strong)):
+        assert (draw(scale) == before).all()
+
+
+def test_a_plan_lives_as_long_as_its_table():
+    table = replace(sampler_table({"_class_name": "DDIMScheduler"}, 5))
+    halves, guided = (Guidance(np.full(5, scale)) for scale in (0.5, 7.5))
+    plan = plan_of(table, guided)
+    assert plan_of(table, Guidance(guided.scales.copy())) is plan
+    assert (plan_of(table, halves).rows != plan.rows).any()
+    kept = weakref.ref(table)
+    del table
+    assert kept() is None
 
 
 def test_a_batch_is_its_pictures_one_by_one(pipe):

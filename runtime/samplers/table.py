@@ -45,9 +45,9 @@ class Clip:
         return np.float32(self.weights[k]) * (np.clip(clean, -self.bound, self.bound) - clean)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class SamplerTable:
-    """A sampling run of N evaluations with M fresh noises.
+    """A sampling run of N evaluations with M fresh noises; equal to itself alone.
 
     timesteps: [N] float64, as the model is fed, one per evaluation
     matrix: [N + 1, 1 + N + M] float64; row k < N is the model input of evaluation k, scaled as the
