@@ -39,7 +39,7 @@ MAKERS = {
     "openvino": ("OpenVINO", ("openvino",)),
 }
 WORTH = 100_000_000  # bytes of weights; smaller ones are made in a moment
-ROOM = 2  # times the weights must be free on the disk
+ROOM = 3  # times the weights must be free on the disk
 
 
 def kept(

@@ -20,11 +20,12 @@ from safetensors.numpy import load_file, save_file
 
 import sdrt
 from sdrt.bundle import open_bundle
-from sdrt.engine import choose, parity
+from sdrt.engine import choose, kept, parity
 from sdrt.engine.processor import has_bf16
 from sdrt.errors import BundleError, CheckpointError, ParityError, SdrtError
 from sdrt.export import build
 from sdrt.export.build import BuildPlan, build_bundle
+from sdrt.tensors import Tensors
 
 
 @pytest.fixture
@@ -198,14 +199,34 @@ def test_builds_of_other_processes_places_and_times_are_the_same(tiny, tmp_path)
     assert made[0] == made[1]
 
 
-def test_fp16_is_stored_in_half(tiny, tiny_bundle, tmp_path):
-    half = built(str(tiny), tmp_path / "half", dtype="float16")
+@pytest.fixture(scope="module")
+def half(tiny, tmp_path_factory):
+    return built(str(tiny), tmp_path_factory.mktemp("half") / "b", dtype="float16")
+
+
+def test_fp16_is_stored_in_half(half, tiny_bundle):
     files = [
         open_bundle(b).manifest.files["unet/model.safetensors"].size for b in (half, tiny_bundle)
     ]
     assert files[0] < 0.7 * files[1]
     with sdrt.load(half, backend="onnxruntime") as pipe:
         assert pipe("a", num_inference_steps=2, seed=0).images[0].size == (32, 32)
+
+
+def test_openvino_keeps_half_in_single(half, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("SDRT_HOME", str(tmp_path))
+    draw = {"prompt": "a", "num_inference_steps": 4, "seed": 0}
+    pictures = []
+    for worth in (kept.WORTH, 0):
+        monkeypatch.setattr(kept, "WORTH", worth)
+        with sdrt.load(half, backend="openvino") as pipe:
+            pictures.append(np.asarray(pipe(**draw).images[0], np.int16))
+    assert np.ptp(pictures[0]) > 50 and np.abs(pictures[0] - pictures[1]).max() <= 2
+    stored = Tensors(half / "unet" / "model.safetensors")
+    different = {stored[name].tobytes() for name in stored if not name.startswith("__pad.")}
+    (weights,) = (tmp_path / "plans").rglob("unet-*/model.bin")
+    assert weights.stat().st_size >= sum(2 * len(each) for each in different)
 
 
 def test_a_bundle_is_replaced_only_by_force(tiny, tiny_bundle):
