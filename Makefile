@@ -102,6 +102,7 @@ bench-full: $(READY)
 		--engines 'reference bf16,openvino-bf16' --save
 	$(BIN)/python benchmarks/picture.py --work build/full --save
 	$(BIN)/python benchmarks/memory.py --work build/full --save
+	$(BIN)/python benchmarks/opening.py --work build/full --save
 	$(BIN)/python benchmarks/scaling.py --work build/narrow --full build/full --save
 	$(MAKE) report
 
