@@ -1,5 +1,6 @@
 """What tests share: a home of their own, a tiny checkpoint made in code, the embedded bundle."""
 
+import gc
 import json
 import logging
 import os
@@ -17,6 +18,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A shell starts what runs in its background deaf to Ctrl-C, which children would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    """What the libraries have made by now stays: no collection of garbage need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -144,6 +144,7 @@ def test_the_autoencoders_wide_head_is_decomposed_and_builds(tmp_path):
     assert (tmp_path / "plan").stat().st_size > 1_000_000
 
 
+@pytest.mark.slow
 def test_a_unet_of_full_width_has_a_fused_kernel_for_every_attention(tmp_path):
     config = UnetConfig.from_json(
         {
