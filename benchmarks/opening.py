@@ -31,6 +31,10 @@ def opened(each: Contestant, bundle: Bundle, run: Run) -> dict[str, float]:
     return {"load": each.load_seconds, "picture": each.cold_start_seconds}
 
 
+def median_of(turns: list[dict[str, float]], part: str) -> float:
+    return statistics.median(times[part] for times in turns)
+
+
 def main() -> None:
     args = arguments(__doc__, 5).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -43,10 +47,8 @@ def main() -> None:
                 if turn:
                     found[each.name].append(times)
     claims = {
-        f"opening a full-size bundle, {name}": "{:.1f} s; {:.1f} s to a first picture, {}".format(
-            *(statistics.median(times[part] for times in turns) for part in ("load", "picture")),
-            f"{args.size}, 1 step",
-        )
+        f"opening a full-size bundle, {name}": f"{median_of(turns, 'load'):.1f} s; "
+        f"{median_of(turns, 'picture'):.1f} s to a first picture, {args.size}, 1 step"
         for name, turns in found.items()
     }
     print(json.dumps(claims, indent=2))

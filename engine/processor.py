@@ -10,13 +10,13 @@ def has_bf16() -> bool:
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_abilities())
 
 
-@cache
 def processor() -> str:
     """All that may decide how weights are laid out for it: the system, and what it can do."""
     named = platform.system(), platform.machine(), platform.processor()
     return " ".join((*named, *_abilities()))
 
 
+@cache
 def _abilities() -> list[str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -358,8 +358,7 @@ class Proof:
     def admitted(self, manifest: Manifest) -> dict[str, float]:
         """The lower precisions of this machine whose pictures are near enough to the exact ones.
 
-        Bundles in half precision are made for GPUs and have none: to draw these pictures on the CPU
-        would take as long as the rest of the build.
+        Bundles in half precision are made for GPUs: their builds wait for no pictures of the CPU's.
         """
         found: dict[str, float] = {}
         if self.dtype == "float16":

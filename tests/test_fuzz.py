@@ -40,8 +40,9 @@ def inputs(name):
 
 @pytest.mark.parametrize("name", fuzz_targets.TARGETS)
 def test_nothing_sent_is_a_crash(name, alone):
-    slowest, grown = alone.submit(fuzz_targets.replayed, name, list(inputs(name))).result()
-    assert slowest < HANG
+    replay = alone.submit(fuzz_targets.replayed, name, list(inputs(name)))
+    seconds, data, grown = replay.result()
+    assert seconds < HANG, data
     assert grown < 2 * fuzz_targets.TARGETS[name][2] + MEMORY
 
 

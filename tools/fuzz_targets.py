@@ -214,13 +214,13 @@ def execute(name: str, data: bytes) -> None:
         TARGETS[name][0](data)
 
 
-def replayed(name: str, inputs: Iterable[bytes]) -> tuple[float, int]:
-    """Seconds of the slowest execution, and bytes that this process grew by at most. What comes
-    out of one tells what was sent.
+def replayed(name: str, inputs: Iterable[bytes]) -> tuple[float, bytes, int]:
+    """Seconds of the slowest execution and what was sent, and bytes that this process grew by at
+    most. What comes out of one tells what was sent.
     """
     quiet()
     forget_peak()
-    before, slowest = resident_bytes(), 0.0
+    before, slowest = resident_bytes(), (0.0, b"")
     for data in inputs:
         began = time.monotonic()
         try:
@@ -228,8 +228,8 @@ def replayed(name: str, inputs: Iterable[bytes]) -> tuple[float, int]:
         except BaseException as error:
             error.add_note(f"sent: {data!r}")
             raise
-        slowest = max(slowest, time.monotonic() - began)
-    return slowest, peak_bytes() - before
+        slowest = max(slowest, (time.monotonic() - began, data))
+    return *slowest, peak_bytes() - before
 
 
 def quiet() -> None:
