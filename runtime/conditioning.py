@@ -158,9 +158,8 @@ def texts_of(
     """
     encoder.check_skip(options.clip_skip)
     _check_taken(options, ("context",))
-    texts = [request.prompt for request in requests]
-    chunks = encoder.chunks(dict.fromkeys([*texts, options.negative_prompt, ""]), options)
-    pairs = [[options.negative_prompt, text] if options.guided else [text] for text in texts]
+    pairs = [(r.negative_prompt, r.prompt) if options.guided else (r.prompt,) for r in requests]
+    chunks = encoder.chunks(dict.fromkeys([*chain(*pairs), ""]), options)
     told = [_text_of([chunks[text] for text in pair], chunks[""]) for pair in pairs]
     rows = {row.tobytes() for each in told for stretches in each[IDS] for row in stretches}
     return told if len(rows) <= 2 * encoder.most else None
@@ -196,15 +195,19 @@ def _told_of_prompts(
         prompted = _given(options, "", pooled)
     if options.guided and options.negative_prompt_embeds is not None:
         avoided = _given(options, "negative_", pooled)
-    negative = options.negative_prompt
-    reads_negative = options.guided and avoided is None and not (zeroed and not negative)
+
+    def reads(negative: str) -> bool:
+        return options.guided and avoided is None and not (zeroed and not negative)
+
     texts = [r.prompt for r in requests] if prompted is None else []
-    reading = Reading(encoders, texts + [negative] * reads_negative, options)
+    negatives = [r.negative_prompt for r in requests if reads(r.negative_prompt)]
+    reading = Reading(encoders, texts + negatives, options)
 
     def told(request: Request) -> Told:
+        negative = request.negative_prompt
         if prompted is None:
             count = reading.stretches_of(request.prompt)
-            if reads_negative:
+            if reads(negative):
                 count = max(count, reading.stretches_of(negative))
             wanted = reading.told(request.prompt, count)
         else:
@@ -214,7 +217,7 @@ def _told_of_prompts(
             return {name: value[None] for name, value in wanted.items()}
         if avoided is not None:
             unwanted = _row(avoided, request.prompt_index)
-        elif reads_negative:
+        elif reads(negative):
             unwanted = reading.told(negative, count)
         else:
             unwanted = {name: np.zeros_like(value) for name, value in wanted.items()}

@@ -22,12 +22,15 @@ from sdrt.errors import UsageError
 from .costs import Costs, costs_of, works
 from .loop import Edit, Gather, Run, step_of
 from .options import Request, options_from
+from .parsing import function, real, whole
 from .pipeline import Pipeline, Prompt
 from .tickets import Cancelled, Observer, OnStep, Picture, Refused, Submission, Ticket, Times, typed
 from .turns import Turn, forecast, lateness, sharing
 
 log = logging.getLogger(__name__)
 MOST_DEADLINE = 86400.0
+DEADLINE = real(1e-9, MOST_DEADLINE, f"seconds from now, at most {MOST_DEADLINE:g}")
+PRIORITY = whole(-100, 100)
 LONGEST_PAUSE = 30.0  # seconds between two tries to bring a broken engine back
 
 
@@ -52,10 +55,10 @@ class InFlight:
         reload: gives the pipeline anew when its device broke
         kept: where measured costs are kept, such as the bundle's `plans`
         """
-        for name, value in (("slots", slots), ("waiting", waiting), ("rows", rows or 2)):
-            if not 1 <= value <= 10_000:
-                raise UsageError(f"{name} {value}; expected 1 to 10000")
-        self.pipe, self.slots, self.most_waiting = pipe, slots, waiting
+        count = whole(1, 10_000)
+        rows = None if rows is None else count("rows", rows)
+        self.pipe = pipe
+        self.slots, self.most_waiting = count("slots", slots), count("waiting", waiting)
         self.state: Literal["loading", "ready", "draining", "broken", "closed"] = "loading"
         self.costs: Costs
         self._rows, self._deterministic = rows, deterministic
@@ -99,13 +102,16 @@ class InFlight:
         on_step: called after each evaluation, in the engine's thread: it must be quick
         Raises UsageError for what does not fit, Refused for what cannot be done in time.
         """
-        if deadline is not None and not 0.0 < deadline <= MOST_DEADLINE:
-            raise UsageError(f"deadline {deadline!r}; expected seconds, to {MOST_DEADLINE:g}")
-        if not -100 <= priority <= 100:
-            raise UsageError(f"priority {priority!r}; expected -100 to 100")
+        if deadline is not None:
+            deadline = DEADLINE("deadline", deadline)
+        priority = PRIORITY("priority", priority)
+        if on_step is not None:
+            function("on_step", on_step)
         chosen = options_from(options)
         self._check_open()
-        pipe = self.pipe.with_scheduler(scheduler) if scheduler else self.pipe
+        pipe = self.pipe
+        if scheduler is not None and not (isinstance(scheduler, str) and not scheduler):
+            pipe = pipe.with_scheduler(scheduler)
         requests, table, guidance, size = pipe.planned(prompt, chosen)
         if size not in self.costs.sizes:
             raise UsageError(
@@ -273,6 +279,9 @@ class InFlight:
                 self._inside.append(ticket)
                 ticket.state, ticket.turn.started = "preparing", True
             ticket.times.began = time.monotonic()
+            if ticket.submission.options.returns_image:
+                self._return_image(ticket)
+                continue
             try:
                 run, edit = self._prepared(ticket)
             except Exception as error:
@@ -285,6 +294,18 @@ class InFlight:
                 ticket.run, ticket.edit, ticket.state = run, edit, "running"
                 ticket.times.prepared = time.monotonic()
                 self._changed.notify_all()
+
+    def _return_image(self, ticket: Ticket) -> None:
+        """At strength 0 there is nothing to evaluate: the image to start from is the result."""
+        options = ticket.submission.options
+        try:
+            image = self.pipe.given_image(options)
+            text = self.pipe.parameters(ticket.request, options)
+        except Exception as error:
+            self._end(ticket, typed(error))
+            return
+        ticket.times.prepared = ticket.times.denoised = ticket.times.decoded = time.monotonic()
+        self._end(ticket, Picture(image, text, ticket.request.seed))
 
     def _prepared(self, ticket: Ticket) -> tuple[Run, Edit | None]:
         shared = ticket.submission

@@ -1,7 +1,6 @@
 """What a call of the pipeline may be asked for, and what of it is refused."""
 
 import difflib
-import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,8 +12,26 @@ from PIL.Image import Image
 from sdrt.errors import UsageError
 
 from .noise import STREAMS
+from .parsing import (
+    Parser,
+    choice,
+    depth_map,
+    flag,
+    function,
+    image,
+    interval,
+    numbers,
+    real,
+    refusal,
+    seeds,
+    sequence,
+    size,
+    texts,
+    whole,
+)
 from .pictures import MOST_SIDE
 
+MAX_STEPS = 1000
 MOST_IMAGES = 1000
 MOST_GUIDANCE = 100.0
 MOST_REUSE = 100  # evaluations of which one is full
@@ -29,9 +46,13 @@ Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 class Options:
     """The named arguments of a call, under the reference library's names where it has them.
 
-    negative_prompt: what the pictures are steered away from
+    None is an option's default. Numbers may be NumPy's, or floats where a whole number is meant
+    (20.0); arrays may be tensors of other libraries. Raises UsageError for a value that does not
+    fit, with the option's name, what was found and what was expected.
+
+    negative_prompt: what the images are steered away from; of a list, one for each prompt
     num_inference_steps: steps of the sampler; some cost two evaluations
-    guidance_scale: 1 is none, to 100
+    guidance_scale: to 100; there is no guidance from 0 to 1
     guidance_rescale: 0 to 1, Lin et al. 2023 (arXiv:2305.08891), eq. 16
     guidance_interval: shares of the run within which guidance acts; outside it the unguided row is
         not computed (Kynkaanniemi et al. 2024, arXiv:2404.07724)
@@ -41,12 +62,14 @@ class Options:
     seed: of the first picture, the next ones count on from it; or one each; None draws one
     rng: whose noise a seed gives, torch's on "cpu" or on "cuda"
     num_images_per_prompt: pictures of every prompt
-    size: "WIDTHxHEIGHT"; None is the bundle's first. Others than the bundle's are unproven, and
-        what is larger than those goes through the autoencoder in tiles
-    image, strength: a picture to start from, and the share of the run that it goes through; None
-        is 0.8, with a mask 1
-    mask_image: light where the picture is to be made new, of the picture's size
+    size: "WIDTHxHEIGHT" or (width, height); None is the bundle's first. Others than the bundle's
+        are unproven, and what is larger than those goes through the autoencoder in tiles
+    image, strength: an image to start from, and the share of the run that it goes through; None
+        is 0.8, with a mask 1. At 0 the image itself comes back, in the size asked for
+    mask_image: light where the image is to be made new, of the image's size
     depth_map: for models that take one: near is light
+        All three are PIL images of any mode, paths, or arrays: [H, W], [H, W, C] or, as tensors,
+        [C, H, W], integers from 0 to 255 or floats from 0 to 1 (depth: any floats)
     latents: [B, C, H/8, W/8] starting noise of unit variance instead of the seeds'
     prompt_embeds, negative_prompt_embeds: [B or 1, tokens, width] instead of prompts
     pooled_prompt_embeds, negative_pooled_prompt_embeds: [B or 1, width] with them, for models that
@@ -64,7 +87,7 @@ class Options:
         evaluation; latents in a returned mapping replace the batch's
     """
 
-    negative_prompt: str = ""
+    negative_prompt: str | Sequence[str] = ""
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
@@ -96,6 +119,14 @@ class Options:
     weighting: bool = True
     callback_on_step_end: Callback | None = None
 
+    def __post_init__(self) -> None:
+        """Every value in its own type; raises UsageError for one that does not fit."""
+        for name, parse in PARSERS.items():
+            value = getattr(self, name)
+            parsed = DEFAULTS[name] if value is None else parse(name, value)
+            object.__setattr__(self, name, parsed)
+        _check_together(self)
+
     @property
     def guided(self) -> bool:
         return self.guidance_scale > 1.0
@@ -105,6 +136,8 @@ class Options:
         """Steps that a picture to start from leaves out, as the reference library counts them."""
         if self.image is None:
             return 0
+        if self.returns_image:
+            return self.num_inference_steps - 1
         return self.num_inference_steps - int(self.num_inference_steps * self.share)
 
     @property
@@ -113,6 +146,11 @@ class Options:
         if self.strength is not None:
             return self.strength
         return 0.8 if self.mask_image is None else 1.0
+
+    @property
+    def returns_image(self) -> bool:
+        """Whether the given image comes back as it is: nothing of it is changed."""
+        return self.image is not None and self.share == 0.0
 
     @property
     def unusual(self) -> dict[str, object]:
@@ -129,61 +167,101 @@ class Options:
 
 
 def options_from(arguments: Mapping[str, Any]) -> Options:
-    """Checked options; raises UsageError for an unknown name or a value out of range."""
-    names = [each.name for each in fields(Options)]
+    """Checked options; raises UsageError for an unknown name or a value that does not fit."""
+    if not isinstance(arguments, Mapping):
+        raise refusal("options", arguments, 'a mapping such as {"seed": 3}')
     for name in arguments:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(names)}"
-            raise UsageError(f"a call takes no {name!r}{hint}")
-    options = Options(**arguments)
-    _check_numbers(options)
-    _check_inputs(options)
-    return options
+        if name not in PARSERS:
+            raise UsageError(f"a call takes no {name!r}{_hint(str(name))}")
+    return Options(**arguments)
 
 
-def _check_numbers(options: Options) -> None:
-    low, high = options.guidance_interval
-    for name, value, least, most in (
-        ("guidance scale", options.guidance_scale, 1.0, MOST_GUIDANCE),
-        ("guidance_rescale", options.guidance_rescale, 0.0, 1.0),
-        ("guidance_interval", low, 0.0, high),
-        ("guidance_interval", high, low, 1.0),
-        ("strength", options.share, 0.0, 1.0),
-        ("clip_skip", options.clip_skip, 0, 100),
-    ):
-        if not (isinstance(value, int | float) and math.isfinite(value) and least <= value <= most):
-            raise UsageError(f"{name} {value!r}; expected {least:g} to {most:g}")
+def _hint(name: str) -> str:
+    """What to write instead of a name that is not an option's."""
+    if name in INSTEAD:
+        return f"; {INSTEAD[name]}"
+    near = difflib.get_close_matches(name, PARSERS, n=1)
+    wanted = ALIASES.get(name.casefold()) or (near[0] if near else None)
+    return f"; did you mean {wanted}?" if wanted else f"; one of {', '.join(PARSERS)}"
 
 
-def _check_inputs(options: Options) -> None:
-    reuse = options.feature_reuse
-    if isinstance(reuse, bool) or not isinstance(reuse, int) or not 1 <= reuse <= MOST_REUSE:
-        raise UsageError(f"feature_reuse {reuse!r}; expected a whole number from 1 to {MOST_REUSE}")
-    for name, value, allowed in (
-        ("rng", options.rng, tuple(STREAMS)),
-        ("long_prompts", options.long_prompts, LONG_PROMPTS),
-    ):
-        if value not in allowed:
-            raise UsageError(f"{name} {value!r}; expected {' or '.join(allowed)}")
-    for name in (*SIZES, *(f"negative_{each}" for each in SIZES)):
-        pair = getattr(options, name)
-        if pair is not None and not (
-            len(pair) == 2 and all(isinstance(n, int) and 0 <= n <= MOST_SIDE for n in pair)
-        ):
-            raise UsageError(f"{name} {pair!r}; expected two whole numbers from 0 to {MOST_SIDE}")
-    if options.mask_image is not None and options.image is None:
-        raise UsageError("a mask without a picture; give image too")
+def _check_together(options: Options) -> None:
+    """Raise UsageError for options that do not go together."""
+    if options.image is None:
+        for name in ("mask_image", "strength"):
+            if getattr(options, name) is not None:
+                raise UsageError(f"{name} needs image: the image to start from")
+    if any(options.negative_prompt) and options.negative_prompt_embeds is not None:
+        raise UsageError("negative_prompt and negative_prompt_embeds both; give one of them")
     if options.image is not None:
         if options.latents is not None:
             raise UsageError("image and latents both; a run begins at one of them")
         if options.timesteps is not None or options.sigmas is not None:
             raise UsageError("image with timesteps or sigmas; strength decides where it begins")
-        if int(options.num_inference_steps * options.share) < 1:
+        if not options.returns_image and int(options.num_inference_steps * options.share) < 1:
             raise UsageError(
                 f"strength {options.share:g} of {options.num_inference_steps} steps is less "
                 "than one step; raise either"
             )
+
+
+PAIR = sequence(whole(0, MOST_SIDE), f"two whole numbers from 0 to {MOST_SIDE}", length=2)
+RUNGS = sequence(real(0.0, 1e6), "a list of numbers that fall")
+PARSERS: dict[str, Parser[Any]] = {
+    "negative_prompt": texts,
+    "num_inference_steps": whole(1, MAX_STEPS),
+    "guidance_scale": real(0.0, MOST_GUIDANCE),
+    "guidance_rescale": real(0.0, 1.0),
+    "guidance_interval": interval,
+    "feature_reuse": whole(1, MOST_REUSE),
+    "seed": seeds(2**64),
+    "rng": choice(*STREAMS),
+    "num_images_per_prompt": whole(1, MOST_IMAGES),
+    "size": size,
+    "image": image,
+    "strength": real(0.0, 1.0),
+    "mask_image": image,
+    "depth_map": depth_map,
+    "latents": numbers,
+    "prompt_embeds": numbers,
+    "negative_prompt_embeds": numbers,
+    "pooled_prompt_embeds": numbers,
+    "negative_pooled_prompt_embeds": numbers,
+    **dict.fromkeys((*SIZES, *(f"negative_{name}" for name in SIZES)), PAIR),
+    "timesteps": RUNGS,
+    "sigmas": RUNGS,
+    "clip_skip": whole(0, 100),
+    "long_prompts": choice(*LONG_PROMPTS),
+    "weighting": flag,
+    "callback_on_step_end": function,
+}
+DEFAULTS = {each.name: each.default for each in fields(Options)}
+# Names that other tools use for an option.
+ALIASES = {
+    **dict.fromkeys(("steps", "num_steps", "n_steps"), "num_inference_steps"),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "scale"), "guidance_scale"),
+    **dict.fromkeys(("width", "height", "resolution", "image_size"), "size"),
+    **dict.fromkeys(("mask", "inpaint_mask"), "mask_image"),
+    **dict.fromkeys(("num_images", "n", "n_iter", "batch_size"), "num_images_per_prompt"),
+    **dict.fromkeys(("init_image", "input_image", "img"), "image"),
+    **dict.fromkeys(("denoising_strength", "denoise"), "strength"),
+    **dict.fromkeys(("negative", "neg_prompt", "uncond_prompt"), "negative_prompt"),
+    **dict.fromkeys(("callback", "callback_steps"), "callback_on_step_end"),
+    **dict.fromkeys(("cfg_rescale", "rescale"), "guidance_rescale"),
+    **dict.fromkeys(("seeds", "manual_seed"), "seed"),
+    **dict.fromkeys(("reuse", "deepcache"), "feature_reuse"),
+    **dict.fromkeys(("depth", "depth_image"), "depth_map"),
+}
+# Names of the reference library that have no option here, and what to do instead.
+SAMPLER = 'use pipe.with_scheduler("DPM++ 2M Karras")'
+INSTEAD = {
+    "generator": "use seed=3, or a list with one seed for each image",
+    "output_type": "leave it out: the result's images are PIL images",
+    "return_dict": "leave it out: the result has images, seeds and parameters",
+    "eta": 'use pipe.with_scheduler({**pipe.scheduler_config, "eta": 0.5})',
+    **dict.fromkeys(("scheduler", "sampler", "sampler_name"), SAMPLER),
+    **dict.fromkeys(("lora", "loras"), 'use pipe.set_lora({"name": 0.8})'),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +274,7 @@ class Request:
     prompt_index: int
     prompt: str
     seed: int
+    negative_prompt: str = ""
 
 
 def requests_from(prompt: str | Sequence[str] | None, options: Options) -> list[Request]:
@@ -207,15 +286,26 @@ def requests_from(prompt: str | Sequence[str] | None, options: Options) -> list[
     if options.prompt_embeds is not None:
         prompts = [""] * len(options.prompt_embeds)
     else:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        given = texts("prompt", prompt)
+        prompts = [given] if isinstance(given, str) else list(given)
+    negative = options.negative_prompt
+    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    if len(negatives) != len(prompts):
+        raise UsageError(
+            f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one for each, or "
+            "one in all"
+        )
     each = options.num_images_per_prompt
-    total = len(prompts) * each if isinstance(each, int) else 0
-    if isinstance(each, bool) or not 1 <= total <= MOST_IMAGES:
+    total = len(prompts) * each
+    if not 1 <= total <= MOST_IMAGES:
         raise UsageError(
             f"{each!r} images of {len(prompts)} prompts; expected 1 to {MOST_IMAGES} in all"
         )
     seeds = _seeds(options.seed, total)
-    return [Request(i, i // each, prompts[i // each], seed) for i, seed in enumerate(seeds)]
+    return [
+        Request(i, i // each, prompts[i // each], seed, negatives[i // each])
+        for i, seed in enumerate(seeds)
+    ]
 
 
 def requests_without_prompt(prompt: object, options: Options) -> list[Request]:
@@ -224,7 +314,7 @@ def requests_without_prompt(prompt: object, options: Options) -> list[Request]:
     """
     given = {
         "prompt": prompt not in (None, []),
-        "negative_prompt": bool(options.negative_prompt),
+        "negative_prompt": any(options.negative_prompt),
         **{
             name: getattr(options, name) is not None
             for name in (
@@ -247,8 +337,7 @@ def _seeds(seed: Seed, total: int) -> list[int]:
         seed = secrets.randbelow(2**32)
     seeds = [seed + i for i in range(total)] if isinstance(seed, int) else list(seed)
     if len(seeds) != total:
-        raise UsageError(f"{len(seeds)} seeds for {total} pictures; give one each, or one in all")
-    for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
-            raise UsageError(f"seed {value!r}; expected a whole number from 0 to 2**64 - 1")
+        raise UsageError(f"{len(seeds)} seeds for {total} images; give one each, or one in all")
+    if max(seeds) >= 2**64:
+        raise UsageError(f"seed {max(seeds)}; expected a whole number from 0 to {2**64 - 1}")
     return seeds

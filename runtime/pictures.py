@@ -18,6 +18,7 @@ MOST_SIDE = 8192
 # No try reads past the next comma or quote: a text takes no longer than it is.
 SETTING = re.compile(r'([^,:"]++):\s*+("(?:\\.|[^"\\])*+"(?=,|$)|[^,]*+)|[^,]++|,')
 EXIF, USER_COMMENT = 0x8769, 0x9286
+CONVERTED = {"La": "LA", "LAB": "RGB"}  # modes from which Pillow reaches few others directly
 COMPRESSION = 4  # of PNG: of a photograph as small as 6 and 9, in half their time
 MOST_COMMENT = 60_000  # bytes; JPEG has room for 65,533 of EXIF
 
@@ -47,7 +48,11 @@ def pixels_of(drawn: np.ndarray) -> np.ndarray:
 
 def open_image(path: Path) -> Image.Image:
     """A picture from a file, not yet decoded; raises UsageError if it is none or far too large."""
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise UsageError(f"{str(path)[:60]} cannot be read: {error.strerror}") from error
+    if not exists:
         raise UsageError(f"{path} does not exist")
     try:
         if not path.is_file():
@@ -129,8 +134,10 @@ def _decoded(image: Image.Image) -> Image.Image:
     """Upright, with 8 bits a channel; raises UsageError for a file that ends too soon."""
     upright = _upright(image)
     if upright.mode.startswith("I"):  # 16 bits
-        return Image.fromarray((np.asarray(upright, np.float64) / 257.0).round().astype(np.uint8))
-    return upright
+        deep = np.clip(np.asarray(upright, np.float64) / 257.0, 0.0, 255.0)
+        return Image.fromarray(deep.round().astype(np.uint8))
+    through = CONVERTED.get(upright.mode)
+    return upright.convert(through) if through else upright
 
 
 def _upright(image: Image.Image) -> Image.Image:

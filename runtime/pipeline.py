@@ -23,7 +23,8 @@ from .decoding import Tiling, decoded_picture, encoded_picture
 from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
 from .options import Options, Request, options_from, requests_from, requests_without_prompt
-from .pictures import images_from_decoded, parameters_text
+from .parsing import configuration, function, lora_weights, numbers, refusal
+from .pictures import image_array, images_from_decoded, parameters_text
 from .reuse import check_reuse, reusing
 from .safety import checked, marks_of
 from .samplers.catalogue import config_from_name, title_of
@@ -92,6 +93,8 @@ class Pipeline:
         Raises UsageError for a value out of range, SdrtError when a picture holds no numbers.
         """
         chosen = options_from(options)
+        if on_step is not None:
+            function("on_step", on_step)
         made = sorted(self.pictures(prompt, chosen, on_step), key=lambda each: each[0].index)
         texts = [self.parameters(request, chosen) for request, _ in made]
         images, seeds = [image for _, image in made], [request.seed for request, _ in made]
@@ -104,6 +107,9 @@ class Pipeline:
         holds no numbers.
         """
         requests, table, guidance, _ = self.planned(prompt, options)
+        if options.returns_image:
+            yield from ((request, self.given_image(options)) for request in requests)
+            return
         failed = None
         told = None if on_step else self._texts(requests, options, table, guidance)
         for batch in self._batches(requests, options, table, told=told):
@@ -122,6 +128,8 @@ class Pipeline:
         """The denoising loop, one `Step` per evaluation; arguments as for a call, one batch."""
         chosen = options_from(options)
         requests, table, guidance, _ = self.planned(prompt, chosen)
+        if chosen.returns_image:
+            return iter(())
         batches = list(self._batches(requests, chosen, table))
         if len(batches) > 1:
             raise UsageError(
@@ -147,6 +155,12 @@ class Pipeline:
                 ", ".join(f"{width}x{height}" for width, height in self.manifest.sizes),
             )
         return requests, *self._run(options), size
+
+    def given_image(self, options: Options) -> Image:
+        """The image to start from in the size asked for, which is the result at strength 0."""
+        assert options.image is not None
+        pixels = image_array(options.image, self._size(options))
+        return self._checked(images_from_decoded(pixels))[0]
 
     def separate(
         self, requests: Sequence[Request], options: Options
@@ -189,7 +203,7 @@ class Pipeline:
         if isinstance(scheduler, str):
             config = config_from_name(scheduler, self.scheduler_config)
         else:
-            config = dict(scheduler)
+            config = configuration("scheduler", scheduler)
         sampler_table(config, 8)
         return replace(self, scheduler_config=config)
 
@@ -201,7 +215,7 @@ class Pipeline:
         finish it first. Raises CheckpointError for a file that is none or does not fit this model,
         BundleError for a bundle that does not name its weights; nothing is changed then.
         """
-        self.adapters.set(loras)
+        self.adapters.set(lora_weights(loras))
         self.known.clear()
 
     def close(self) -> None:
@@ -230,7 +244,7 @@ class Pipeline:
         share = np.arange(table.evaluations) / table.evaluations
         low, high = options.guidance_interval
         inside = (share >= low) & (share < high) if high < 1.0 else share >= low
-        scale = options.guidance_scale if self.takes_prompt else 1.0
+        scale = options.guidance_scale if options.guided and self.takes_prompt else 1.0
         scales = np.where(inside, scale, 1.0)
         if options.feature_reuse > 1:
             check_reuse(self.manifest, self.engines, self.backend)
@@ -354,13 +368,18 @@ class Pipeline:
             scale = np.float32(table.scales[index])
             timestep = float(table.timesteps[index - 1])
             given = {"latents": latents * scale}
-            changed = (callback(self, index - 1, timestep, given) or given).get("latents")
-            if changed is not None and np.shape(changed) != latents.shape:
+            returned = callback(self, index - 1, timestep, given)
+            if not isinstance(returned, Mapping | None):
+                raise refusal("callback_on_step_end returned", returned, 'None or {"latents": ..}')
+            changed = (returned or given).get("latents")
+            if changed is None:
+                return latents
+            array = numbers("latents of callback_on_step_end", changed)
+            if array.shape != latents.shape:
                 raise UsageError(
-                    f"the callback gave latents {list(np.shape(changed))}, expected "
-                    f"{list(latents.shape)}"
+                    f"the callback gave latents {list(array.shape)}, expected {list(latents.shape)}"
                 )
-            latents = latents if changed is None else np.asarray(changed, np.float32) / scale
+            latents = array.astype(np.float32) / scale
         return latents
 
     def parameters(self, request: Request, options: Options) -> str:
@@ -380,7 +399,7 @@ class Pipeline:
         rng = {"cpu": "CPU", "cuda": "NV"}[options.rng]
         settings |= {"RNG": rng, "Version": f"sdrt {__version__}"}
         return parameters_text(
-            request.prompt + self.adapters.text, options.negative_prompt, settings
+            request.prompt + self.adapters.text, request.negative_prompt, settings
         )
 
 

@@ -69,7 +69,14 @@ def load(
     from .engine import PRECISIONS, choose
     from .engine.budget import check_room
     from .runtime import load_pipeline
+    from .runtime.parsing import flag, refusal, text, whole
 
+    device = whole(0, 1023, "the number of a GPU; backend= chooses CPU or GPU")("device", device)
+    stream = whole(0, 2**64 - 1)("stream", stream)
+    low_memory, compile = flag("low_memory", low_memory), flag("compile", compile)
+    backend, precision = text("backend", backend), text("precision", precision)
+    if not isinstance(bundle, str | os.PathLike | None):
+        raise refusal("bundle", bundle, "a bundle's name or folder")
     log = logging.getLogger(__name__)
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")

@@ -92,7 +92,6 @@ def test_with_scheduler_shares_the_engines(pipe):
         {"num_inference_steps": 0},
         {"num_inference_steps": -3},
         {"num_inference_steps": 100_000},
-        {"guidance_scale": 0.0},
         {"guidance_scale": -1.0},
         {"guidance_scale": math.nan},
         {"guidance_scale": math.inf},

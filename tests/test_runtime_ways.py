@@ -311,7 +311,7 @@ def test_pictures_that_do_not_fit_are_refused(pipe, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mask_image": Image.new("L", (64, 64))}, "mask without a picture"),
+        ({"mask_image": Image.new("L", (64, 64))}, "mask_image needs image"),
         ({"latents": np.zeros((1, 4, 9, 8), np.float32)}, "expected"),
         ({"latents": np.zeros((1, 4, 8, 8), np.int64)}, "int64"),
         ({"latents": np.full((1, 4, 8, 8), np.nan)}, "NaN"),

@@ -46,7 +46,7 @@ def test_run_json_grid_and_folder(shapes, tmp_path, capsys):
     ("arguments", "code", "message"),
     [
         (["run", PROMPT, "--steps", "0"], 2, "from 1 to 1000"),
-        (["run", PROMPT, "--guidance-scale", "nan"], 2, "guidance scale nan"),
+        (["run", PROMPT, "--guidance-scale", "nan"], 2, "guidance_scale nan"),
         (["run", PROMPT, "--scheduler", "Eulr"], 2, "did you mean Euler"),
         (["run", PROMPT, "--size", "100x100"], 2, "multiple of 8"),
         (["run", PROMPT, "--output", "a.jpg"], 2, ".png"),
