@@ -6,7 +6,6 @@ shares one `Device`, its stream and its arena. Never run on a GPU yet.
 
 import contextlib
 import ctypes
-import functools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from cuda.bindings import driver, nvrtc
 
 from sdrt.errors import BackendError
 
-from .gpus import this_machine
+from .gpus import ONE_AT_A_TIME, this_machine
 
 OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
 # After these nothing works in the process until the GPU's context is made anew.
@@ -99,11 +98,13 @@ class Device:
 
     def allocate(self, size: int) -> int:
         """The address of that many bytes of GPU memory."""
-        return int(self.ask(driver.cuMemAlloc(max(size, 1))))
+        with ONE_AT_A_TIME:
+            return int(self.ask(driver.cuMemAlloc(max(size, 1))))
 
     def free(self, address: int) -> None:
         if address and not self.broken:
-            self.ask(driver.cuMemFree(address))
+            with ONE_AT_A_TIME:
+                self.ask(driver.cuMemFree(address))
 
     def grown(self, size: int) -> bool:
         """Make the arena at least so large; returns whether it moved."""
@@ -133,19 +134,20 @@ class Device:
     @contextlib.contextmanager
     def capturing(self) -> Iterator["Graph"]:
         """What is put into the stream meanwhile becomes a graph instead of running."""
-        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self.ask(driver.cuStreamBeginCapture(self.stream, mode))
-        graph = Graph(self)
-        try:
-            yield graph
-        except BaseException:
-            driver.cuStreamEndCapture(self.stream)
-            raise
-        captured = self.ask(driver.cuStreamEndCapture(self.stream))
-        try:
-            graph.instantiate(captured)
-        finally:
-            self.ask(driver.cuGraphDestroy(captured))
+        with ONE_AT_A_TIME:
+            mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+            self.ask(driver.cuStreamBeginCapture(self.stream, mode))
+            graph = Graph(self)
+            try:
+                yield graph
+            except BaseException:
+                driver.cuStreamEndCapture(self.stream)
+                raise
+            captured = self.ask(driver.cuStreamEndCapture(self.stream))
+            try:
+                graph.instantiate(captured)
+            finally:
+                self.ask(driver.cuGraphDestroy(captured))
 
     def reset(self) -> None:
         """Give everything of this GPU back, whatever state it is in."""
@@ -178,13 +180,15 @@ class Pinned:
         self._device = device
         count = int(np.prod(shape))
         size = max(count * np.dtype(dtype).itemsize, 1)
-        self._address = int(device.ask(driver.cuMemHostAlloc(size, 0)))
+        with ONE_AT_A_TIME:
+            self._address = int(device.ask(driver.cuMemHostAlloc(size, 0)))
         memory = memoryview((ctypes.c_byte * size).from_address(self._address))
         self.array = np.frombuffer(memory, dtype, count=count).reshape(shape)
 
     def close(self) -> None:
         if self._address and not self._device.broken:
-            self._device.ask(driver.cuMemFreeHost(self._address))
+            with ONE_AT_A_TIME:
+                self._device.ask(driver.cuMemFreeHost(self._address))
         self._address = 0
 
 
@@ -215,16 +219,22 @@ class Mirrored:
         self.address = 0
 
 
-@functools.cache
+_devices: dict[int, Device] = {}
+
+
 def device_of(index: int) -> Device:
     """The process's one `Device` of a GPU."""
-    return Device(index)
+    with ONE_AT_A_TIME:  # or two threads might each get one of their own, with a lock each
+        if index not in _devices:
+            _devices[index] = Device(index)
+        return _devices[index]
 
 
 def reset_device(index: int) -> None:
     """Forget a GPU that is broken, so that it can be used anew; what lives on it is lost."""
-    device_of(index).reset()
-    device_of.cache_clear()
+    with ONE_AT_A_TIME:
+        device_of(index).reset()
+        _devices.clear()
 
 
 def compiled(source: str, target: str) -> bytes:

@@ -7,6 +7,7 @@ not which backend wants what.
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+# Held by whatever captures or allocates on a GPU: an allocation by one thread can void what another
+# captures, whichever backend either belongs to.
+ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """Components on OpenVINO, on the CPU. Knows openvino; imported only when this backend is chosen."""
 
 import logging
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,30 @@ log = logging.getLogger(__name__)
 LARGE = 512 * 512 * 3 * 4  # bytes of a picture whose activations are given back
 
 
+class Requests:
+    """A compiled model and the infer requests that no call uses now; more are created on demand,
+    as many as there are calls at once.
+    """
+
+    def __init__(self, compiled: ov.CompiledModel) -> None:
+        self.compiled = compiled
+        self._free: deque[ov.InferRequest] = deque()
+
+    def infer(self, feeds: Feeds, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        """Run once; the arrays returned are the caller's own."""
+        try:
+            request = self._free.pop()
+        except IndexError:
+            request = self.compiled.create_infer_request()
+        request.infer(feeds, share_inputs=True, share_outputs=True)
+        # A request that failed is dropped; one that is free again writes over its tensors.
+        found = {name: request.get_tensor(name).data.copy() for name in outputs}
+        self._free.append(request)
+        return found
+
+
 class OpenVinoEngine:
-    """One compiled model; one request at a time, on all cores.
+    """One compiled model on all cores; calls at the same time wait in OpenVINO's own queue.
 
     kept: the model as OpenVINO has compiled it, see `openvino_plans`
     """
@@ -42,8 +66,7 @@ class OpenVinoEngine:
 
     def _open(self, weights: Feeds) -> None:
         kept = None if weights else self._imported()
-        self._compiled: ov.CompiledModel | None = kept or self._compile(weights)
-        self._request: ov.InferRequest | None = self._compiled.create_infer_request()
+        self._requests: Requests | None = Requests(kept or self._compile(weights))
         self._packed.clear()
         let_go(self._mapped)
 
@@ -78,24 +101,23 @@ class OpenVinoEngine:
         self._refitted = bool(weights)
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        if self._request is None:
+        if (requests := self._requests) is None:
             raise BackendError(f"{self.name} is closed")
         ready = checked_feeds(self.name, self.inputs, feeds)
         try:
-            self._request.infer(ready, share_inputs=True, share_outputs=True)
+            made = requests.infer(ready, [spec.name for spec in self.outputs])
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed in {self.name}: {error}") from error
         shapes = tuple(array.shape for array in ready.values())
         if shapes not in self._packed:
             self._packed.add(shapes)
             let_go(self._mapped)
-        made = {spec.name: self._request.get_tensor(spec.name).data for spec in self.outputs}
         most = max(array.nbytes for array in (*ready.values(), *made.values()))
-        if self._compiled and self.name.startswith("vae") and most >= LARGE:
+        if self.name.startswith("vae") and most >= LARGE:
             # Once a picture: its activations dwarf all else, and are made again in a moment.
-            self._compiled.release_memory()
+            requests.compiled.release_memory()
             trim()
         return made
 
     def close(self) -> None:
-        self._request = self._compiled = None
+        self._requests = None

@@ -69,7 +69,6 @@ class OrtEngine:
         self._session: ort.InferenceSession | None = session(
             self.name, graph, options, "CPUExecutionProvider", {}, fused
         )
-        self._binding: ort.IOBinding | None = self._session.io_binding()
         self._run_options = ort.RunOptions()
         if self.name.startswith("vae"):
             # Once a picture: its activations dwarf all else, and are made again in a moment.
@@ -84,22 +83,23 @@ class OrtEngine:
         self._open()
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        if self._session is None or self._binding is None:
+        if (session := self._session) is None:
             raise BackendError(f"{self.name} is closed")
-        for name, array in checked_feeds(self.name, self.inputs, feeds).items():
-            self._binding.bind_cpu_input(name, array)
+        ready = checked_feeds(self.name, self.inputs, feeds)
+        binding = session.io_binding()  # each call has its own: a session runs any number at once
+        for name, array in ready.items():
+            binding.bind_cpu_input(name, array)
         for spec in self.outputs:
-            self._binding.bind_output(spec.name, "cpu")
+            binding.bind_output(spec.name, "cpu")
         try:
-            self._session.run_with_iobinding(self._binding, self._run_options)
+            session.run_with_iobinding(binding, self._run_options)
         except Exception as error:  # onnxruntime raises its own, undocumented classes
             raise BackendError(f"ONNX Runtime failed in {self.name}: {error}") from error
-        values = self._binding.get_outputs()
+        values = binding.get_outputs()
         return {s.name: v.numpy() for s, v in zip(self.outputs, values, strict=True)}
 
     def close(self) -> None:
         self._session = None
-        self._binding = None
 
 
 def session(

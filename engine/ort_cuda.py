@@ -20,7 +20,7 @@ from sdrt.errors import BackendError, ParityError, UsageError
 from sdrt.manifest import Component
 
 from .comparing import prove
-from .gpus import Gpu
+from .gpus import ONE_AT_A_TIME, Gpu
 from .ort import options_with, session
 from .plans import Plan, key_of, plan_of, plans_folder
 from .protocol import Feeds, checked_feeds
@@ -121,11 +121,12 @@ class OrtCudaEngine:
             ort.preload_dlls()  # CUDA and cuDNN from their wheels, where they are installed so
             provider, settings = PROVIDER, chosen.settings(self._device, self._stream)
         given = self.name, self._graph, options_with(self._weights), provider, settings
-        if self._derived is None:
-            self._session: ort.InferenceSession | None = session(*given)
-            return
-        with self._derived.verified() as content:
-            self._session = session(*given, derived=bytes(content))
+        with ONE_AT_A_TIME:
+            if self._derived is None:
+                self._session: ort.InferenceSession | None = session(*given)
+                return
+            with self._derived.verified() as content:
+                self._session = session(*given, derived=bytes(content))
 
     def refit(self, weights: Feeds) -> None:
         """Another session in the first one's place: its weights are where its kernels want them."""
@@ -138,6 +139,12 @@ class OrtCudaEngine:
         if self._session is None:
             raise BackendError(f"{self.name} is closed")
         ready = checked_feeds(self.name, self.inputs, feeds)
+        with ONE_AT_A_TIME:
+            return self._run(ready)
+
+    def _run(self, ready: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._session is None:  # closed while the call waited
+            raise BackendError(f"{self.name} is closed")
         shapes = tuple(array.shape for array in ready.values())
         try:
             if shapes not in self._bound:
@@ -147,7 +154,8 @@ class OrtCudaEngine:
             for name, array in ready.items():
                 bound.inputs[name].update_inplace(array)
             self._session.run_with_iobinding(bound.binding, bound.run)
-            found = {name: value.numpy() for name, value in bound.outputs.items()}
+            # The next call writes over what lies in the buffers.
+            found = {name: np.array(value.numpy()) for name, value in bound.outputs.items()}
         except Exception as error:  # onnxruntime raises its own, undocumented classes
             raise BackendError(
                 f"ONNX Runtime failed in {self.name} on GPU {self._device}: {error}; "
@@ -179,8 +187,9 @@ class OrtCudaEngine:
         return ort.OrtValue.ortvalue_from_numpy(array, self._place, self._device)
 
     def close(self) -> None:
-        self._bound.clear()
-        self._session = None
+        with ONE_AT_A_TIME:
+            self._bound.clear()
+            self._session = None
 
 
 def load_engine(

@@ -4,6 +4,9 @@ Knows numpy. Everything that crosses this line is a numpy array; where the bytes
 is the backend's own business.
 """
 
+import contextlib
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +17,7 @@ from sdrt.errors import BackendError, UsageError
 from sdrt.manifest import Component, TensorSpec
 
 Feeds = Mapping[str, np.ndarray]
+PATIENCE = 5.0  # seconds that a caller waits for others of the engine that is loaded
 
 
 class Engine(Protocol):
@@ -26,7 +30,9 @@ class Engine(Protocol):
     def outputs(self) -> tuple[TensorSpec, ...]: ...
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        """Run once; the arrays returned are valid until the next call."""
+        """Run once; any number of threads may call at the same time. The arrays returned are the
+        caller's own: no other call writes to them.
+        """
         ...
 
     def refit(self, weights: Feeds) -> None:
@@ -116,15 +122,43 @@ class Sampler(Protocol):
 
 
 class Turn:
-    """Engines that take turns: one of them is loaded, the others are not."""
+    """Engines that take turns: one of them is loaded, the others are not. It goes when another is
+    needed and nobody uses it; callers of the one that is loaded go before the others, which load
+    theirs less often for it, unless one of those has waited for `PATIENCE`.
+    """
 
     def __init__(self) -> None:
         self.holder: LazyEngine | None = None
+        self._users = 0
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[LazyEngine, float]] = []
 
-    def take(self, engine: "LazyEngine") -> None:
-        if self.holder not in (None, engine):
-            self.holder.unload()
-        self.holder = engine
+    @contextlib.contextmanager
+    def taken(self, engine: "LazyEngine") -> Iterator[None]:
+        """Wait until the engine may be loaded; it stays until this ends."""
+        mine = engine, time.monotonic()
+        with self._changed:
+            self._waiting.append(mine)
+            try:
+                self._changed.wait_for(lambda: self._may_have(*mine))
+            finally:
+                self._waiting.remove(mine)
+            if self.holder is not engine and self.holder is not None:
+                self.holder.unload()
+            self.holder = engine
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+    def _may_have(self, engine: "LazyEngine", since: float) -> bool:
+        late = time.monotonic() - PATIENCE
+        if any(o is not engine and then < min(since, late) for o, then in self._waiting):
+            return False
+        return self._users == 0 or self.holder is engine
 
 
 class LazyEngine:
@@ -140,6 +174,7 @@ class LazyEngine:
         self._engine: Engine | None = None
         self._weights: Feeds = {}
         self._closed = False
+        self._lock = threading.Lock()
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -150,33 +185,51 @@ class LazyEngine:
         return (self._component or self.loaded()).outputs
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        return self.loaded()(feeds)
+        if self._turn is None:
+            return self.loaded()(feeds)
+        with self._turn.taken(self):
+            return self._loaded_once()(feeds)
 
     def loaded(self) -> Engine:
         """The engine itself; raises BackendError when closed, and whatever loading it raises."""
-        if self._closed:
-            raise BackendError("the pipeline is closed")
-        if self._engine is None:
-            if self._turn:
-                self._turn.take(self)
-            self._engine = self._load()
-            self._engine.refit(self._weights)
-        return self._engine
+        with self._turn.taken(self) if self._turn else contextlib.nullcontext():
+            return self._loaded_once()
+
+    def _loaded_once(self) -> Engine:
+        """As `loaded`, by whoever comes first; the others wait for it."""
+        with self._lock:
+            if self._closed:
+                raise BackendError("the pipeline is closed; load it again with sdrt.load")
+            if self._engine is None:
+                engine = self._load()
+                try:
+                    engine.refit(self._weights)
+                except BaseException:
+                    engine.close()
+                    raise
+                self._engine = engine
+            return self._engine
 
     def refit(self, weights: Feeds) -> None:
-        self._weights = weights
-        if self._engine is not None:
-            self._engine.refit(weights)
+        with self._lock:
+            self._weights = weights
+            if self._engine is not None:
+                self._engine.refit(weights)
 
     def unload(self) -> None:
-        """Give the memory back until it is needed again; what it returned last is void."""
+        """Give the memory back until it is needed again."""
+        with self._lock:
+            self._unloaded()
+
+    def close(self) -> None:
+        with self._lock:
+            self._unloaded()
+            self._closed = True
+
+    def _unloaded(self) -> None:
         if self._engine is not None:
             self._engine.close()
         self._engine = None
-
-    def close(self) -> None:
-        self.unload()
-        self._closed = True
 
 
 class History(Protocol):

@@ -6,8 +6,10 @@ taken from the same safetensors file; or, compiled, all at once (see `straight`)
 """
 
 import logging
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ from torch.nn import functional as F
 from sdrt.errors import BackendError
 from sdrt.manifest import Component
 
+from .gpus import ONE_AT_A_TIME
 from .protocol import Feeds, checked_feeds
 from .straight import Compiled, compiled, straightened
 
 log = logging.getLogger(__name__)
 MOST_SHAPES = 8  # compiled at a time, of one component
 Attributes = dict[str, Any]
+# A function, and the weights and constants that follow a graph's inputs as its arguments.
+CompiledFor = tuple[Compiled, list[str], list[Tensor]]
 TORCH_DTYPES = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.FLOAT16: torch.float16,
@@ -77,23 +82,25 @@ class TorchEngine:
         ]
         self._kinds = [node.op_type for node in model.graph.node]
         self._last_use = _last_uses(model.graph.node, {s.name for s in self.outputs})
-        self._compiled: OrderedDict[object, tuple[Compiled, list[str], list[Tensor]]] = (
-            OrderedDict()
-        )
+        self._compiled: OrderedDict[object, CompiledFor] = OrderedDict()
+        self._compiling, self._order = threading.Lock(), threading.Lock()
+        self._alone = nullcontext() if device == "cpu" else ONE_AT_A_TIME
 
     @torch.inference_mode()
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        if not self._nodes:
+        stored = self._values  # never changed: others take its place
+        if not stored:
             raise BackendError(f"{self.name} is closed")
         ready = checked_feeds(self.name, self.inputs, feeds)
-        fed = {name: torch.from_numpy(array).to(self.device) for name, array in ready.items()}
-        made = self._at_once(fed) if self._compile else self._one_by_one(fed)
-        return {s.name: v.cpu().numpy() for s, v in zip(self.outputs, made, strict=True)}
+        with self._alone:
+            fed = {name: torch.from_numpy(array).to(self.device) for name, array in ready.items()}
+            made = (self._at_once if self._compile else self._one_by_one)(fed, stored)
+            return {s.name: v.cpu().numpy() for s, v in zip(self.outputs, made, strict=True)}
 
-    def _one_by_one(self, fed: dict[str, Tensor]) -> list[Tensor]:
+    def _one_by_one(self, fed: dict[str, Tensor], stored: Mapping[str, Any]) -> list[Tensor]:
         values: dict[str, Any] = {"": None, **fed}
         for i, (operation, sources, targets, attributes) in enumerate(self._nodes):
-            given = [values[s] if s in values else self._values[s] for s in sources]
+            given = [values[s] if s in values else stored[s] for s in sources]
             made = operation(given, attributes)
             made = made if isinstance(made, tuple) else (made,)
             values.update(zip(targets, made, strict=False))
@@ -101,28 +108,40 @@ class TorchEngine:
                 values.pop(name, None)
         return [values[spec.name] for spec in self.outputs]
 
-    def _at_once(self, fed: dict[str, Tensor]) -> list[Tensor]:
+    def _at_once(self, fed: dict[str, Tensor], stored: Mapping[str, Any]) -> list[Tensor]:
         shapes = tuple(value.shape for value in fed.values())
         try:
-            if shapes not in self._compiled:
+            if (found := self._known(shapes)) is not None:
+                return _run(found, fed, stored)
+            with self._compiling:  # by one thread; the others find it
+                if (found := self._known(shapes)) is not None:
+                    return _run(found, fed, stored)
                 log.info("%s is compiled for %s", self.name, [list(shape) for shape in shapes])
-                self._compiled[shapes] = self._compiled_for(fed)
-            self._compiled.move_to_end(shapes)
-            run, weights, constants = self._compiled[shapes]
-            made = run([*fed.values(), *(self._values[name] for name in weights), *constants])
+                found = self._compiled_for(fed, stored)
+                made = _run(found, fed, stored)  # torch compiles when it is first called
         except RuntimeError as error:  # what torch's compilers raise is all of this
-            self._compiled.pop(shapes, None)
+            with self._order:
+                self._compiled.pop(shapes, None)
             raise BackendError(
                 f"torch could not compile or run {self.name}: {error}; run without compiling"
             ) from error
-        if len(self._compiled) > MOST_SHAPES:
-            self._compiled.popitem(last=False)
+        with self._order:
+            self._compiled[shapes] = found
+            if len(self._compiled) > MOST_SHAPES:
+                self._compiled.popitem(last=False)
         return made
 
-    def _compiled_for(self, fed: dict[str, Tensor]) -> tuple[Compiled, list[str], list[Tensor]]:
+    def _known(self, shapes: object) -> CompiledFor | None:
+        """What was compiled for these shapes, which become the most recently used."""
+        with self._order:
+            if shapes in self._compiled:
+                self._compiled.move_to_end(shapes)
+            return self._compiled.get(shapes)
+
+    def _compiled_for(self, fed: dict[str, Tensor], stored: Mapping[str, Any]) -> CompiledFor:
         """For these shapes: a function, and the weights and constants that follow its inputs."""
-        weights = {name: self._values[name] for name in self._weights}
-        others = {n: value for n, value in self._values.items() if n not in weights}
+        weights = {name: stored[name] for name in self._weights}
+        others = {n: value for n, value in stored.items() if n not in weights}
         steps, read = straightened(self._nodes, self._kinds, fed | weights, others)
         outputs = [spec.name for spec in self.outputs]
         run = compiled(steps, [*fed, *weights, *read], outputs)
@@ -131,22 +150,27 @@ class TorchEngine:
     def refit(self, weights: Feeds) -> None:
         """Weights are never compiled in, so the tensors are put in each other's place."""
         with safe_open(self._graph.with_name("model.safetensors"), framework="pt") as file:
-            for name in self._refitted - set(weights):
-                self._values[name] = self._placed(file.get_tensor(name))
-        for name, array in weights.items():
-            self._values[name] = self._placed(torch.tensor(array))
+            old = self._refitted - set(weights)
+            changed = {name: self._placed(file.get_tensor(name)) for name in old}
+        changed |= {name: self._placed(torch.tensor(array)) for name, array in weights.items()}
+        self._values = self._values | changed
         self._refitted = set(weights)
 
     def close(self) -> None:
-        self._values.clear()
-        self._nodes.clear()
-        self._compiled.clear()
+        self._values = {}
+        with self._order:
+            self._compiled.clear()
 
     def _placed(self, weight: Tensor) -> Tensor:
         """A weight on the device; compiled convolutions on CUDA want channels last."""
         last = self._compile and self.device.type == "cuda" and weight.ndim == 4
         order = torch.channels_last if last else torch.contiguous_format
         return weight.to(self.device, memory_format=order)
+
+
+def _run(found: CompiledFor, fed: Mapping[str, Tensor], stored: Mapping[str, Any]) -> list[Tensor]:
+    run, weights, constants = found
+    return run([*fed.values(), *(stored[name] for name in weights), *constants])
 
 
 def _last_uses(nodes: Sequence[Any], kept: set[str]) -> dict[int, list[str]]:

@@ -20,6 +20,7 @@ from sdrt.errors import BackendError
 from sdrt.manifest import Component
 
 from .cuda import Device, Graph, Mirrored, reset_device
+from .gpus import ONE_AT_A_TIME
 from .plans import Plan, Profile
 from .protocol import Drawn, Feeds, Schedule, checked_feeds
 from .trt_build import logger_of, module_of
@@ -60,7 +61,7 @@ class Loaded:
         self._logger = logger_of(trt)
         self._bound: OrderedDict[tuple[Any, ...], Bound] = OrderedDict()
         self.loops: Loops | None = None
-        with device.use():
+        with device.use(), ONE_AT_A_TIME:
             self._refuse_without_room()
             self._runtime = trt.Runtime(self._logger)
             self._engine = self._deserialized()
@@ -161,7 +162,8 @@ class Loaded:
         """What runs these input shapes; made where it is not there, the oldest is dropped."""
         mark = tuple(shapes.values())
         if mark not in self._bound:
-            self._bound[mark] = self._bind(shapes)
+            with ONE_AT_A_TIME:
+                self._bound[mark] = self._bind(shapes)
         self._bound.move_to_end(mark)
         while len(self._bound) > MOST_SHAPES:
             self._release(self._bound.popitem(last=False)[1])
@@ -278,10 +280,10 @@ class TrtEngine:
         return self._loaded
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        loaded = self.loaded
         ready = checked_feeds(self.name, self.inputs, feeds)
-        device = loaded.device
+        device = self.loaded.device
         with device.use(self.stream):
+            loaded = self.loaded  # it may have been closed while this call waited
             bound = loaded.bound({name: array.shape for name, array in ready.items()})
             for name, array in ready.items():
                 bound.tensors[name].array[...] = array
@@ -290,7 +292,8 @@ class TrtEngine:
             for spec in self.outputs:
                 bound.tensors[spec.name].download()
             device.synchronize()
-            return {spec.name: bound.tensors[spec.name].array for spec in self.outputs}
+            # The next caller of the plan, of this pipeline or another, writes over the arrays.
+            return {spec.name: bound.tensors[spec.name].array.copy() for spec in self.outputs}
 
     def refit(self, weights: Feeds) -> None:
         """Plans take the bundle's own weights and no others: that is what keeps their speed."""
@@ -301,10 +304,10 @@ class TrtEngine:
             )
 
     def close(self) -> None:
-        loaded, self._loaded = self._loaded, None
-        if loaded is None:
-            return
         with loading:
+            loaded, self._loaded = self._loaded, None
+            if loaded is None:
+                return
             loaded.users -= 1
             if not loaded.users:
                 for mark in [mark for mark, value in loaded_plans.items() if value is loaded]:
@@ -326,9 +329,9 @@ class TrtUnet(TrtEngine):
 
     def drawn(self, schedule: Schedule, encoder: Any, decoder: Any) -> Drawn:
         """See `Sampler`."""
-        loops, device = self.loaded.loops, self.loaded.device
-        assert loops is not None
-        with device.use(self.stream):
+        with self.loaded.device.use(self.stream):
+            loops = self.loaded.loops
+            assert loops is not None
             read = encoder.loaded if schedule.read else None
             return loops.run(schedule, read, decoder.loaded if decoder else None)
 

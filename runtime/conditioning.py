@@ -5,6 +5,7 @@ Knows the text encoders' interface: ids in, the context after every layer out, a
 prompt as a whole (`pooled`).
 """
 
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -23,6 +24,7 @@ from .whole import IDS, WEIGHTS
 # what is steered away from first; else one.
 Told = dict[str, np.ndarray]
 MOST_KNOWN = 256
+_KEEPING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,8 @@ class TextEncoder:
         self.check_skip(clip_skip)
         rows = {row.tobytes(): row for each in chunks for row in each.ids}
         places = {key: (self.name, key, clip_skip) for key in rows}
-        found = {key: self.known[at] for key, at in places.items() if at in self.known}
+        hits = ((key, self.known.get(at)) for key, at in places.items())
+        found = {key: hit for key, hit in hits if hit is not None}
         keys = [key for key in rows if key not in found]
         for i in range(0, len(keys), self.most):
             part = keys[i : i + self.most]
@@ -81,10 +84,16 @@ class TextEncoder:
             for j, key in enumerate(part):
                 context = np.array(layers[j, layers.shape[1] - 1 - clip_skip], np.float32)
                 whole = None if pooled is None else np.array(pooled[j], np.float32)
-                found[key] = self.known[places[key]] = Stretch(context, whole)
-        while len(self.known) > MOST_KNOWN:
-            del self.known[next(iter(self.known))]
+                found[key] = Stretch(context, whole)
+        self._keep({places[key]: found[key] for key in keys})
         return found
+
+    def _keep(self, made: Known) -> None:
+        """Keep these for later calls, and drop the oldest; all who share `known` do it in turn."""
+        with _KEEPING:
+            self.known.update(made)
+            while len(self.known) > MOST_KNOWN:
+                del self.known[next(iter(self.known))]
 
     def check_skip(self, clip_skip: int) -> None:
         """Raise UsageError for a clip_skip that leaves no layer."""

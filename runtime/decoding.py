@@ -26,10 +26,9 @@ Call = Callable[[np.ndarray], np.ndarray]
 def decoded_picture(
     engines: Mapping[str, Engine], tiling: "Tiling", latents: np.ndarray
 ) -> np.ndarray:
-    """One picture, [1, C, H/8, W/8] -> [1, 3, H, W] float32 about [-1, 1], which may lie in the
-    engine's memory and then holds until its next call: in float32 where half precision overflows
-    and the bundle can. Without a decoder the latents are the picture. Raises SdrtError rather than
-    give NaN or infinity.
+    """One picture, [1, C, H/8, W/8] -> [1, 3, H, W] float32 about [-1, 1]: in float32 where half
+    precision overflows and the bundle can. Without a decoder the latents are the picture. Raises
+    SdrtError rather than give NaN or infinity.
     """
     if not np.isfinite(latents).all():
         raise SdrtError(

@@ -73,7 +73,8 @@ class InFlight:
 
     def start(self) -> None:
         """Measure what calls cost, unless that is known, and begin to work."""
-        self.costs = costs_of(self.pipe, self._rows or 2 * self.slots, self._kept)
+        with self.pipe.leases.call():
+            self.costs = costs_of(self.pipe, self._rows or 2 * self.slots, self._kept)
         if self._deterministic and self._rows is None:
             self._rows = max(2, *(size.most for size in self.costs.sizes.values()))
         self.rates = self.costs.rates(self._rows)
@@ -192,7 +193,11 @@ class InFlight:
         with self._changed:
             self.state = "closed"
             self._changed.notify_all()
-        for thread in self._threads:
+        for thread in self._threads[1:]:
+            thread.join()
+        for ticket in self._unfinished():  # the first may wait for a change that waits for these
+            ticket.let_go()
+        for thread in self._threads[:1]:
             thread.join()
         for ticket in self._unfinished():
             self._end(ticket, Cancelled("the engine was closed"))
@@ -223,6 +228,7 @@ class InFlight:
                 if ticket in place:
                     place.remove(ticket)
             ticket.run = ticket.edit = None
+            ticket.let_go()
             if isinstance(result, Picture):
                 ticket.state = "done"
             else:
@@ -283,7 +289,9 @@ class InFlight:
                 self._return_image(ticket)
                 continue
             try:
-                run, edit = self._prepared(ticket)
+                ticket.lease = self.pipe.leases.begin()
+                with ticket.lease.held():
+                    run, edit = self._prepared(ticket)
             except Exception as error:
                 self._end(ticket, typed(error))
                 continue
@@ -311,9 +319,11 @@ class InFlight:
         shared = ticket.submission
         if shared.failed:
             raise shared.failed
-        if shared.prepared is None:
+        weights = self.pipe.leases, self.pipe.leases.changes
+        if shared.prepared is None or shared.weights != weights:  # its texts are read anew
             pipe = replace(self.pipe, scheduler_config=shared.scheduler_config)
             shared.prepared = pipe.separate(shared.requests, shared.options)
+            shared.weights = weights
         try:
             for request, run, edit in shared.prepared:  # in order, past the cancelled ones
                 if request is ticket.request:
@@ -358,11 +368,12 @@ class InFlight:
     def _stepped(self, ticket: Ticket, run: Run) -> None:
         """After an evaluation: edits, news, and the way to the decoder."""
         try:
-            if ticket.edit:
-                run.replace(ticket.edit(run.done, run.latents[None])[0])
-            if ticket.submission.on_step:
-                step = step_of(run.table, run.done, run.latents[None].copy())
-                ticket.submission.on_step(ticket, step)
+            with ticket.held():
+                if ticket.edit:
+                    run.replace(ticket.edit(run.done, run.latents[None])[0])
+                if ticket.submission.on_step:
+                    step = step_of(run.table, run.done, run.latents[None].copy())
+                    ticket.submission.on_step(ticket, step)
         except Exception as error:  # of the caller's; it touches nobody else
             self._end(ticket, typed(error))
             return
@@ -384,8 +395,9 @@ class InFlight:
             shared = ticket.submission
             pipe = replace(self.pipe, scheduler_config=shared.scheduler_config)
             try:
-                image = pipe.decode(ticket.run.latents[None])[0]
-                text = pipe.parameters(ticket.request, shared.options)
+                with ticket.held():
+                    image = pipe.decode(ticket.run.latents[None])[0]
+                    text = pipe.parameters(ticket.request, shared.options)
             except Exception as error:
                 self._end(ticket, typed(error))
                 continue

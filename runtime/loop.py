@@ -175,7 +175,7 @@ class Run:
     def keep(self, feature: np.ndarray) -> None:
         """Take a full evaluation's feature [rows, ..] if the next evaluation needs one."""
         needed = self.done + 1 < self.evaluations and not self.table.is_full(self.done + 1)
-        self.feature = feature.copy() if needed else None
+        self.feature = feature if needed else None
 
     def receive(self, output: np.ndarray) -> None:
         """Take the model's output [rows, C, H/8, W/8] and go on by one evaluation."""

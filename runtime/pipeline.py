@@ -20,6 +20,7 @@ from sdrt.manifest import Manifest
 
 from .conditioning import Known, TextEncoder, Told, parts_of_like_length, texts_of, told_of
 from .decoding import Tiling, decoded_picture, encoded_picture
+from .leases import Leases, Loop
 from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
 from .options import Options, Request, options_from, requests_from, requests_without_prompt
@@ -69,6 +70,16 @@ class Pipeline:
     """Engines, tokenizers and sampler configuration. Made by `load_pipeline`; call it for pictures.
 
     Immutable: `with_scheduler` gives another pipeline over the same engines.
+
+    Any number of threads may use one pipeline, and pipelines over the same engines, at the same
+    time, also through `asyncio.to_thread`; each gets the images that it would get alone. Calls at
+    the same time share the processor's cores, so they are no faster together than one after the
+    other, and each needs memory for an image's activations of its own on ONNX Runtime and torch; on
+    OpenVINO, on GPUs and with `low_memory` they take turns at a component. For the most images a
+    second see `InFlight`, which puts calls together. `set_lora` and `close` wait for the calls
+    that have begun, and calls that begin meanwhile wait for them. The iterators of `steps` and
+    `pictures` belong to one thread at a time, and count as calls until they are finished, closed
+    or dropped.
     """
 
     manifest: Manifest
@@ -79,6 +90,7 @@ class Pipeline:
     adapters: Adapters = field(repr=False, compare=False)
     tokenizer_2: Tokenizer | None = None
     known: Known = field(default_factory=dict, repr=False, compare=False)
+    leases: Leases = field(default_factory=Leases, repr=False, compare=False)
 
     def __call__(
         self,
@@ -90,13 +102,15 @@ class Pipeline:
         """Make pictures of every prompt; the named arguments are those of `Options`.
 
         on_step: called after every evaluation of every batch.
-        Raises UsageError for a value out of range, SdrtError when a picture holds no numbers.
+        Raises UsageError for a value out of range, SdrtError when a picture holds no numbers,
+        BackendError when the pipeline is closed.
         """
         chosen = options_from(options)
         if on_step is not None:
             function("on_step", on_step)
-        made = sorted(self.pictures(prompt, chosen, on_step), key=lambda each: each[0].index)
-        texts = [self.parameters(request, chosen) for request, _ in made]
+        with self.leases.call():
+            made = sorted(self._pictures(prompt, chosen, on_step), key=lambda each: each[0].index)
+            texts = [self.parameters(request, chosen) for request, _ in made]
         images, seeds = [image for _, image in made], [request.seed for request, _ in made]
         return Output(images, seeds, texts, *marks_of(images))
 
@@ -106,6 +120,11 @@ class Pipeline:
         """The pictures of a call, as they are finished; SdrtError, after all others, for one that
         holds no numbers.
         """
+        return Loop(self.leases, partial(self._pictures, prompt, options, on_step))
+
+    def _pictures(
+        self, prompt: Prompt, options: Options, on_step: Watch
+    ) -> Iterator[tuple[Request, Image]]:
         requests, table, guidance, _ = self.planned(prompt, options)
         if options.returns_image:
             yield from ((request, self.given_image(options)) for request in requests)
@@ -126,7 +145,9 @@ class Pipeline:
 
     def steps(self, prompt: Prompt = None, **options: Any) -> Iterator[Step]:
         """The denoising loop, one `Step` per evaluation; arguments as for a call, one batch."""
-        chosen = options_from(options)
+        return Loop(self.leases, partial(self._steps, prompt, options_from(options)))
+
+    def _steps(self, prompt: Prompt, chosen: Options) -> Iterator[Step]:
         requests, table, guidance, _ = self.planned(prompt, chosen)
         if chosen.returns_image:
             return iter(())
@@ -166,7 +187,8 @@ class Pipeline:
         self, requests: Sequence[Request], options: Options
     ) -> Iterator[tuple[Request, Run, Edit | None]]:
         """Every picture as a run of its own at its beginning, in order, with what edits its
-        latents after each evaluation.
+        latents after each evaluation. The caller holds a lease (`leases`) from here until each
+        picture is decoded.
         """
         table, guidance = self._run(options)
         for batch in self._batches(requests, options, table, together=False):
@@ -177,14 +199,16 @@ class Pipeline:
         """Pictures of latents [B, C, H/8, W/8], black where the safety checker flags one; raises
         SdrtError if they hold NaN or infinity.
         """
-        return self._checked([images_from_decoded(each)[0] for each in self._each(latents)])
+        with self.leases.call():
+            return self._checked([images_from_decoded(each)[0] for each in self._each(latents)])
 
     def decoded(self, latents: np.ndarray) -> np.ndarray:
         """The decoder's numbers, [B, 3, H, W] about [-1, 1]; raises SdrtError for NaN."""
-        return np.concatenate([each.copy() for each in self._each(latents)])
+        with self.leases.call():
+            return np.concatenate(list(self._each(latents)))
 
     def _each(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """The decoder's numbers of one picture after the other, each until the next is asked for.
+        """The decoder's numbers of one picture after the other.
 
         One at a time: the decoder's activations dwarf all else, and a batch gains nothing.
         """
@@ -211,22 +235,34 @@ class Pipeline:
         """Carry these LoRA files, each with its weight, and no others: `{}` takes all off.
 
         loras: by path, or by the name of a file in the folder `loras` of sdrt's home
-        They act on all pipelines over these engines, and in the middle of a run that has begun:
-        finish it first. Raises CheckpointError for a file that is none or does not fit this model,
-        BundleError for a bundle that does not name its weights; nothing is changed then.
+        They act on all pipelines over these engines. Waits for the calls that have begun on any of
+        them; calls that begin meanwhile wait for it.
+        Raises CheckpointError for a file that is none or does not fit this model, BundleError for a
+        bundle that does not name its weights, UsageError inside a call of this thread's (a
+        callback, or a loop that is not finished); nothing is changed then.
         """
-        self.adapters.set(lora_weights(loras))
-        self.known.clear()
+        chosen = lora_weights(loras)
+        with self.leases.change("set_lora"):
+            try:
+                self.adapters.set(chosen)
+            finally:
+                self.known.clear()
 
     def close(self) -> None:
-        """Give the engines' memory back; pipelines over the same engines end too."""
-        for engine in self.engines.values():
-            engine.close()
+        """Give the engines' memory back; pipelines over the same engines end too. Waits for the
+        calls that have begun; later ones raise BackendError. May be called again.
+
+        Raises UsageError inside a call of this thread's, as `set_lora` does.
+        """
+        with self.leases.change("close", closing=True):
+            for engine in self.engines.values():
+                engine.close()
 
     def __enter__(self) -> "Pipeline":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.leases.drop_paused()  # loops that an error or a break left
         self.close()
 
     def _run(self, options: Options) -> tuple[SamplerTable, Guidance]:

@@ -6,6 +6,7 @@ Knows nothing of how pictures are made.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -13,6 +14,7 @@ from PIL.Image import Image
 
 from sdrt.errors import BackendError, SdrtError
 
+from .leases import Lease
 from .loop import Edit, Run, Step
 from .options import Options, Request
 from .turns import Turn
@@ -71,6 +73,7 @@ class Submission:
     scheduler_config: Mapping[str, Any]
     on_step: OnStep | None
     prepared: Prepared | None = None
+    weights: object = None  # by which it was prepared
     failed: Exception | None = None
 
 
@@ -89,10 +92,20 @@ class Ticket:
     run: Run | None = field(default=None, repr=False)
     edit: Edit | None = field(default=None, repr=False)
     unwanted: bool = False
+    lease: Lease | None = None
 
     @property
     def done_evaluations(self) -> int:
         return self.evaluations - self.turn.left
+
+    def held(self) -> AbstractContextManager[None]:
+        """This thread works on the picture, for callbacks that must not wait for its end."""
+        return self.lease.held() if self.lease else nullcontext()
+
+    def let_go(self) -> None:
+        """The picture needs the pipeline's weights no more."""
+        if self.lease:
+            self.lease.end()
 
     def cancel(self) -> None:
         """Give the slot back at the next evaluation; a finished picture stays."""
