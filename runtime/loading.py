@@ -62,6 +62,20 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
     return Pipeline(manifest, first, engines, config, candidate.title, adapters, second)
 
 
+def unloaded_pipeline(bundle: Bundle) -> Pipeline:
+    """A pipeline that can `check` calls but not run them: nothing but the manifest and the
+    scheduler's configuration is read.
+    """
+
+    def none() -> Engine:
+        raise AssertionError("this pipeline has no engines")
+
+    components = bundle.manifest.components
+    engines: dict[str, Engine] = {name: LazyEngine(none, components[name]) for name in components}
+    config = read_config(bundle.folder / "scheduler" / "scheduler_config.json")
+    return Pipeline(bundle.manifest, None, engines, config, "", Adapters(bundle, engines))
+
+
 def _loaded(
     bundle: Bundle, names: list[str], load: Callable[[Bundle, str], Engine], side_by_side: bool
 ) -> dict[str, Engine]:

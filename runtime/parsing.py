@@ -164,7 +164,7 @@ def sequence(item: Parser[T], expected: str, length: int | None = None) -> Parse
 
 def seeds(limit: int) -> Parser[int | tuple[int, ...]]:
     """A seed for the first image, or one for each."""
-    one = whole(0, limit - 1, f"a whole number from 0 to {limit - 1}")
+    one = whole(0, limit - 1, f"a whole number from 0 to {limit - 1}, or none: drawn")
     many = sequence(one, "a whole number, or one for each image")
 
     def parse(name: str, value: object) -> int | tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Pictures at the edge: from the decoder's numbers to files that users' tools read, and back."""
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from sdrt.errors import UsageError
-from sdrt.files import write_whole
+from sdrt.files import write_new, write_whole
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MOST_SIDE = 8192
@@ -188,6 +189,12 @@ def parameters_text(prompt: str, negative_prompt: str, settings: Mapping[str, ob
     return "\n".join(lines)
 
 
+def quoted(value: object) -> str:
+    """A setting's value, in quotes where the text could not be taken apart otherwise."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
+
+
 def settings_from_text(parameters: str) -> dict[str, str]:
     """The `parameters` text taken apart: `Prompt`, `Negative prompt` and every `Key: value`."""
     *lines, last = parameters.strip().split("\n")
@@ -232,9 +239,17 @@ def text_of(image: Image.Image) -> str:
     return comment[8:].decode("utf-16-be" if wide else "utf-8", "replace")
 
 
-def save_png(image: Image.Image, path: Path, parameters: str) -> None:
-    """Write a PNG with its `parameters` text; the file appears whole or not at all."""
+def save_png(image: Image.Image, path: Path, parameters: str, replace: bool = True) -> Path:
+    """Write a PNG with its `parameters` text; the file appears whole or not at all.
+
+    replace: whether a file of this name is replaced; if not, a number is added to the name
+    Returns the path of the file.
+    """
+    content = encoded(image, parameters)
     try:
-        write_whole(path, encoded(image, parameters))
+        if not replace:
+            return write_new(path, content)
+        write_whole(path, content)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    return path

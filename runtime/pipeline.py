@@ -25,12 +25,12 @@ from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
 from .options import Options, Request, options_from, requests_from, requests_without_prompt
 from .parsing import configuration, function, lora_weights, numbers, refusal
-from .pictures import image_array, images_from_decoded, parameters_text
+from .pictures import image_array, images_from_decoded, parameters_text, quoted
 from .reuse import check_reuse, reusing
 from .safety import checked, marks_of
 from .samplers.catalogue import config_from_name, title_of
 from .samplers.table import SamplerTable, sampler_table
-from .start import Source, Start, source_of, start_of
+from .start import Source, Start, check_task, source_of, start_of
 from .tokenizer import Tokenizer
 from .whole import drawn, linear, reads_text
 
@@ -166,8 +166,7 @@ class Pipeline:
         """What is known of a call before anything is computed: its pictures, their sampler's
         table, their guidance and their (width, height). Raises UsageError for what does not fit.
         """
-        reading = requests_from if self.takes_prompt else requests_without_prompt
-        requests, size = reading(prompt, options), self._size(options)
+        requests, size = self.check(prompt, options)
         if size not in self.manifest.sizes:
             log.warning(
                 "%dx%d is none of the sizes that this bundle was proven at (%s); what is larger "
@@ -182,6 +181,18 @@ class Pipeline:
         assert options.image is not None
         pixels = image_array(options.image, self._size(options))
         return self._checked(images_from_decoded(pixels))[0]
+
+    def check(self, prompt: Prompt, options: Options) -> tuple[list[Request], tuple[int, int]]:
+        """The images of a call and their (width, height), by the manifest alone: no engine need be
+        loaded. Raises UsageError for what does not fit the bundle.
+        """
+        reading = requests_from if self.takes_prompt else requests_without_prompt
+        requests, size = reading(prompt, options), self._size(options)
+        fed = {spec.name: spec for spec in self.manifest.components["unet"].inputs}["sample"]
+        channels = self.manifest.latent_channels
+        check_task(options, int(fed.shape[1]) - channels, channels)
+        self._run(options)
+        return requests, size
 
     def separate(
         self, requests: Sequence[Request], options: Options
@@ -364,7 +375,7 @@ class Pipeline:
     @property
     def takes_prompt(self) -> bool:
         """Whether there is a text encoder; an unconditional model is told nothing."""
-        return self.tokenizer is not None
+        return "text_encoder" in self.manifest.components
 
     @property
     def text_encoders(self) -> list[TextEncoder]:
@@ -437,6 +448,19 @@ class Pipeline:
         return parameters_text(
             request.prompt + self.adapters.text, request.negative_prompt, settings
         )
+
+    def grid_parameters(self, requests: Sequence[Request], options: Options) -> str:
+        """The text that goes into the file of a grid: that of the first image, every seed, and
+        every prompt where they differ.
+        """
+        lists = {
+            "Seeds": [request.seed for request in requests],
+            "Prompts": [request.prompt for request in requests],
+            "Negative prompts": [request.negative_prompt for request in requests],
+        }
+        differ = {name: values for name, values in lists.items() if len(set(values)) > 1}
+        text = self.parameters(requests[0], options)
+        return text + "".join(f", {name}: {quoted(values)}" for name, values in differ.items())
 
 
 def runs_of(batch: Batch, table: SamplerTable, guidance: Guidance) -> list[Run]:

@@ -76,7 +76,7 @@ def source_of(
     """
     _check_latents(options, shape)
     beside = model_channels - shape[0]
-    _check_task(options, beside, shape[0])
+    check_task(options, beside, shape[0])
     latent_size = (shape[2], shape[1])
     depth = depth_array(options.depth_map, latent_size) if options.depth_map else None
     if options.image is None:
@@ -92,7 +92,7 @@ def source_of(
     return Source(picture, kept, mask, depth)
 
 
-def _check_task(options: Options, beside: int, channels: int) -> None:
+def check_task(options: Options, beside: int, channels: int) -> None:
     """Raise UsageError unless what is given is what the model takes."""
     if beside == 0 and options.depth_map is not None:
         raise UsageError("a depth map, but this model takes none; build a depth model")

@@ -5,6 +5,7 @@ folder without it is not a bundle. One from elsewhere holds nothing but what its
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -118,10 +119,12 @@ def find_bundle(name: str | os.PathLike[str] | None) -> Path:
                 return folder
         except OSError as error:
             raise BundleError(f"{folder} cannot be read: {error.strerror}") from error
-    names = ", ".join(sorted({folder.stem for folder in list_bundles()})) or "none"
+    names = sorted({folder.stem for folder in list_bundles()})
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"type: sdrt build --model {name}"
     raise BundleError(
         f"no bundle called {str(name)!r}: neither a folder with {MANIFEST} nor one of those built "
-        f"here ({names}); type: sdrt build --model {name}"
+        f"here ({', '.join(names) or 'none'}); {hint}"
     )
 
 

@@ -12,18 +12,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 from PIL import Image
 
 from . import load
+from .bundle import open_bundle
 from .errors import UsageError
 from .runtime import Options, Pipeline, Preview, Step
-from .runtime.lora import parse_lora
+from .runtime.loading import unloaded_pipeline
+from .runtime.lora import find_lora, parse_lora
 from .runtime.options import Request, options_from
 from .runtime.pictures import image_grid, labelled_sheet, open_image, save_png
 from .runtime.safety import is_flagged, is_flat
@@ -76,6 +78,25 @@ def opened(args: argparse.Namespace) -> Pipeline:
     return pipe
 
 
+def check_arguments(args: argparse.Namespace) -> Options:
+    """The call that a command line asks for. Raises SdrtError for what does not fit the bundle,
+    before any of its engines is loaded.
+    """
+    if args.output.suffix and not args.output.is_dir() and args.output.suffix.lower() != ".png":
+        raise UsageError(f"{args.output}: images are written as .png; name a .png or a folder")
+    for name in ("mask", "strength"):
+        if args.image is None and getattr(args, name) is not None:
+            raise UsageError(f"--{name} needs --image, the image to start from")
+    options = options_from_arguments(args)
+    for name, _ in map(parse_lora, args.lora):
+        find_lora(name)
+    pipe = unloaded_pipeline(open_bundle(args.bundle))
+    if pipe.takes_prompt and not args.prompt:
+        raise UsageError('no prompt; type for example: sdrt run "a red circle"')
+    with_scheduler(pipe, args.scheduler, args.scheduler_option).check(args.prompt or None, options)
+    return options
+
+
 def _interval(text: str) -> tuple[float, float]:
     try:
         low, high = (float(part) for part in text.split(":"))
@@ -114,49 +135,44 @@ def with_scheduler(pipe: Pipeline, name: str | None, settings: Sequence[str]) ->
 def run(args: argparse.Namespace) -> None:
     """Prints the path of every picture, or JSON; what is finished is kept when interrupted."""
     began = time.perf_counter()
-    total = 1 if args.grid else max(1, len(args.prompt)) * args.num_images
-    words = " ".join(args.prompt[:1])
-    picture_path(args.output, words, 0, total, 0)
+    options = check_arguments(args)
     with opened(args) as pipe, ExitStack() as stack:
         chosen = with_scheduler(pipe, args.scheduler, args.scheduler_option)
-        options = options_from_arguments(args)
         loaded = time.perf_counter()
         watchers = stack.enter_context(_bar(args))
         if args.preview:
             watchers.append(stack.enter_context(_preview(chosen, args.output)))
         on_step = partial(_tell, watchers) if watchers else None  # so that it may run whole
         made = chosen.pictures(args.prompt or None, options, on_step)
-        finished: list[tuple[Request, Image.Image, Path]] = []
         writer = stack.enter_context(ThreadPoolExecutor(1))
-        writing: list[Future[None]] = []
+        total = 1 if args.grid else max(1, len(args.prompt)) * args.num_images
+        finished: list[tuple[Request, Image.Image]] = []
+        writing: dict[int, Future[Path]] = {}
         try:
             for request, image in made:
                 if is_flagged(image):
-                    print(FLAGGED.format(request.seed), file=sys.stderr)
-                path = picture_path(args.output, words, request.index, total, request.seed)
+                    _say(FLAGGED.format(request.seed), sys.stderr)
+                finished.append((request, image))
                 if not args.grid:
                     text = chosen.parameters(request, options)
-                    writing.append(writer.submit(_write, image, path, text, not args.json))
-                finished.append((request, image, path))
-                for each in writing:
+                    file = image_file(args.output, request, total)
+                    writing[request.index] = writer.submit(_write, image, file, text, args.json)
+                for each in writing.values():
                     if each.done():
                         each.result()  # a full disk ends the run
         finally:
-            for each in writing:
+            for each in writing.values():
                 each.result()
             finished.sort(key=lambda each: each[0].index)
+            paths = [writing[index].result() for index in sorted(writing)]
             if finished and args.grid:
-                request, _, path = finished[0]
-                grid = image_grid([image for _, image, _ in finished])
-                save_png(grid, path, chosen.parameters(request, options))
-                if not args.json:
-                    print(path)
+                paths = [_write_grid(chosen, options, finished, args)]
     if args.json:
         report = {
-            "images": [str(path) for _, _, path in finished[:total]],
-            "seeds": [request.seed for request, _, _ in finished],
-            "flagged": [is_flagged(image) for _, image, _ in finished],
-            "flat": [is_flat(image) for _, image, _ in finished],
+            "images": [str(path) for path in paths],
+            "seeds": [request.seed for request, _ in finished],
+            "flagged": [is_flagged(image) for _, image in finished],
+            "flat": [is_flat(image) for _, image in finished],
             "safety_checker": "safety_checker" in pipe.engines,
             "bundle": pipe.manifest.name,
             "backend": pipe.backend,
@@ -166,11 +182,32 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(report))
 
 
-def _write(image: Image.Image, path: Path, text: str, told: bool) -> None:
-    """A picture's file, while the next picture is made."""
-    save_png(image, path, text)
-    if told:
-        print(path, flush=True)
+def _write(image: Image.Image, file: "File", text: str, silent: bool) -> Path:
+    """An image's file, while the next image is made."""
+    path = save_png(image, file.path, text, replace=file.replace)
+    if not silent:
+        _say(str(path), sys.stdout)
+    return path
+
+
+def _write_grid(
+    pipe: Pipeline,
+    options: Options,
+    finished: Sequence[tuple[Request, Image.Image]],
+    args: argparse.Namespace,
+) -> Path:
+    """One image of all, with a text that holds every seed."""
+    requests = [request for request, _ in finished]
+    text = pipe.grid_parameters(requests, options)
+    grid = image_grid([image for _, image in finished])
+    return _write(grid, image_file(args.output, requests[0], 1), text, args.json)
+
+
+def _say(line: str, stream: TextIO) -> None:
+    """Print a line above the progress bar, if there is one."""
+    bars = sys.modules.get("tqdm")
+    with bars.tqdm.external_write_mode(file=stream) if bars else nullcontext():
+        print(line, file=stream, flush=True)
 
 
 def _tell(watchers: Sequence[Callable[[Step], None]], step: Step) -> None:
@@ -178,17 +215,24 @@ def _tell(watchers: Sequence[Callable[[Step], None]], step: Step) -> None:
         watcher(step)
 
 
-def picture_path(output: Path, prompt: str, index: int, total: int, seed: int) -> Path:
-    """The file named, numbered if there are several; or, in a folder, the prompt's first words
-    with number and seed.
+class File(NamedTuple):
+    """Where an image goes, and whether a file that is there is replaced."""
+
+    path: Path
+    replace: bool
+
+
+def image_file(output: Path, request: Request, total: int) -> File:
+    """The file named, which is replaced, or numbered if there are several images; in a folder, the
+    first words of the image's own prompt with its seed, and its number if there are several.
     """
+    number = f"-{request.index}" if total > 1 else ""
     if output.suffix and not output.is_dir():
-        if output.suffix.lower() != ".png":
-            raise UsageError(f"{output}: pictures are written as .png; name a .png or a folder")
-        return output if total == 1 else output.with_stem(f"{output.stem}-{index}")
-    letters = "".join(c if c.isascii() and c.isalnum() else "-" for c in prompt.lower()[:60])
-    stem = "-".join(part for part in letters.split("-") if part) or "picture"
-    return output / f"{stem}-{index}-{seed}.png"
+        return File(output.with_stem(f"{output.stem}{number}"), total == 1)
+    prompt = request.prompt.lower()[:60]
+    letters = "".join(c if c.isascii() and c.isalnum() else "-" for c in prompt)
+    stem = "-".join(part for part in letters.split("-") if part) or "image"
+    return File(output / f"{stem}{number}-{request.seed}.png", replace=False)
 
 
 @contextmanager
@@ -199,13 +243,12 @@ def _bar(args: argparse.Namespace) -> Iterator[list[Callable[[Step], None]]]:
         return
     from tqdm import tqdm
 
-    with tqdm(unit="evaluation", leave=False) as bar:
+    with tqdm(unit=" evaluations", leave=False) as bar:
 
         def on_step(step: Step) -> None:
-            bar.total = step.total
+            if step.index == 1:
+                bar.reset(step.total)
             bar.update(1)
-            if step.index == step.total:
-                bar.reset()
 
         yield [on_step]
 
@@ -282,7 +325,9 @@ def compare(args: argparse.Namespace) -> None:
     images, labels, rows = [], [], []
     with opened(args) as pipe:
         names = names or [title for title in all_titles() if title != "PNDM"]
-        base = Options(seed=args.seed, guidance_scale=args.guidance_scale, size=args.size)
+        base = options_from(
+            {"seed": args.seed, "guidance_scale": args.guidance_scale, "size": args.size}
+        )
         chosen = [pipe.with_scheduler(name) for name in names]
         next(pipe.pictures(args.prompt, replace(base, num_inference_steps=1)))  # warm
         for name, one in zip(names, chosen, strict=True):

@@ -7,6 +7,7 @@ stood there before. The kernel drops a killed process's lock: what nobody holds 
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import time
@@ -82,6 +83,42 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all; raises OSError."""
     with whole(path) as partial:
         partial.write_bytes(content)
+
+
+def write_new(path: Path, content: bytes) -> Path:
+    """Write a file that appears whole or not at all, under a name that no file has yet: a number
+    is added to one that is taken. Returns its path; raises OSError.
+    """
+    with locked(path):
+        partial = beside(path, "partial")
+        try:
+            partial.write_bytes(content)
+            sync(partial)
+            for target in _numbered(path):
+                with contextlib.suppress(FileExistsError):
+                    _give_name(partial, target)
+                    sync(target.parent)
+                    return target
+        finally:
+            partial.unlink(missing_ok=True)
+    raise AssertionError("numbers do not end")
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """`a.png`, `a-2.png`, `a-3.png`, and so on."""
+    yield path
+    yield from (path.with_stem(f"{path.stem}-{count}") for count in itertools.count(2))
+
+
+def _give_name(partial: Path, target: Path) -> None:
+    """Give a file its name unless that is taken, which raises FileExistsError."""
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+        partial.replace(target)
 
 
 def sync(path: Path) -> None:

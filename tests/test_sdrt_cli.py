@@ -51,8 +51,15 @@ def test_run_json_grid_and_folder(shapes, tmp_path, capsys):
         (["run", PROMPT, "--size", "100x100"], 2, "multiple of 8"),
         (["run", PROMPT, "--output", "a.jpg"], 2, ".png"),
         (["run", PROMPT, "--image", "nope.png"], 2, "does not exist"),
-        (["run", PROMPT, "--mask", "nope.png"], 2, "does not exist"),
-        (["run", PROMPT, "--strength", "2"], 2, "strength 2.0"),
+        (["run", PROMPT, "--mask", "nope.png"], 2, "--mask needs --image"),
+        (["run", PROMPT, "--strength", "2"], 2, "--strength needs --image"),
+        (["run"], 2, "no prompt"),
+        (["run", PROMPT, "--size", "512"], 2, "WIDTHxHEIGHT"),
+        (["run", PROMPT, "--seed", "-1"], 2, "seed -1"),
+        (["run", PROMPT, "--lora", "nope"], 4, "no LoRA file"),
+        (["run", PROMPT, "--depth", "nope.png"], 2, "does not exist"),
+        (["run", PROMPT, "--scheduler", "DPM++ 2M Karas"], 2, "did you mean DPM++ 2M Karras"),
+        (["run", PROMPT, "--bundle", "shappes"], 3, "did you mean shapes?"),
         (["run", PROMPT, "--guidance-interval", "x"], 2, "FROM:TO"),
         (["run", PROMPT, "--scheduler-option", "eta"], 2, "KEY=VALUE"),
         (["run", PROMPT, "--scheduler-option", "solver_order=9"], 2, "solver_order"),
@@ -150,7 +157,12 @@ def test_the_preview_is_replaced_at_every_step(shapes, tmp_path, monkeypatch):
     from sdrt import drawing
 
     seen = []
-    monkeypatch.setattr(drawing, "save_png", lambda image, path, text: seen.append((image, text)))
+
+    def save(image, path, text, replace=True):
+        seen.append((image, text))
+        return path
+
+    monkeypatch.setattr(drawing, "save_png", save)
     arguments = ["run", PROMPT, "--steps", "4", "--seed", "0", "--preview", "-q"]
     assert main([*arguments, "--scheduler", "DDIM", "--output", str(tmp_path / "a.png")]) == 0
     assert [text for _, text in seen[:-1]] == [f"step {i} of 4" for i in range(1, 5)]
@@ -188,10 +200,10 @@ def test_a_file_is_written_while_the_next_picture_is_made(shapes, tmp_path, caps
         decoder = Decoder(pipe.engines["vae_decoder"])
         return replace(pipe, engines={**pipe.engines, "vae_decoder": decoder})
 
-    def save(image, path, text):
+    def save(image, path, text, replace):
         assert second.wait(20)
         saved.append(path)
-        write(image, path, text)
+        return write(image, path, text, replace)
 
     write = drawing.save_png
     monkeypatch.setattr(drawing, "opened", opened)

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from sdrt.errors import UsageError
+from sdrt.reading import shortened
 
 from . import exploding, ladder, logsnr, stepwise
 from .ladder import Ladder
@@ -213,9 +214,10 @@ def config_from_name(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     for title, (class_name, options) in titles().items():
         if title.casefold() == wanted and (not key or key in SAMPLERS[class_name].reads):
             return _clipping_as({**kept, "_class_name": class_name, **options}, config)
-    near = difflib.get_close_matches(name, [*SAMPLERS, *titles()], n=3, cutoff=0.4)
+    levels = [f"{title} {law}" for title in titles() for law in LEVELS]
+    near = difflib.get_close_matches(name[:60], [*SAMPLERS, *titles(), *levels], n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}? " if near else ""
-    raise UsageError(f"scheduler {name!r} is not known; {hint}type: sdrt schedulers")
+    raise UsageError(f"scheduler {shortened(name)} is not known; {hint}type: sdrt schedulers")
 
 
 def _clipping_as(chosen: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
