@@ -106,7 +106,7 @@ def test_the_command_draws_without_a_prompt(bundle, shapes, tmp_path, capsys):
     arguments = ["run", "--bundle", str(bundle), "--steps", "2", "--seed", "4", "--preview"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     path = capsys.readouterr().out.strip()
-    assert path == str(tmp_path / "picture-0-4.png") and Image.open(path).size == (16, 16)
+    assert path == str(tmp_path / "image-4.png") and Image.open(path).size == (16, 16)
     assert main([arguments[0], "a cat", *arguments[1:]]) == 2
     assert "takes no prompt" in capsys.readouterr().err
     assert main(["run", "--bundle", str(shapes), "--steps", "1"]) == 2
