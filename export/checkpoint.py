@@ -139,7 +139,9 @@ class Checkpoint:
         for path in self.weight_files(part):
             merged |= read_safetensors(path)
         shapes = {name: tuple(tensor.shape) for name, tensor in merged.items()}
-        for name, delta in deltas(part, shapes, self.loras):
+        for name, delta in deltas(
+            part, shapes, self.loras, lambda name: merged[name].float().numpy()
+        ):
             merged[name] = merged[name].float() + torch.from_numpy(delta)
         return merged
 

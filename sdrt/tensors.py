@@ -1,8 +1,8 @@
-"""Safetensors files as numpy arrays, mapped into memory, bfloat16 included.
+"""Safetensors files as numpy arrays, mapped into memory, bfloat16 and float8 included.
 
 Knows the file's format and numpy; not what the tensors are for. Every header passes here before
 any other library sees the file: a file is whole, or it is refused. The `safetensors` package gives
-numpy no bfloat16, which many LoRA files are in.
+numpy no bfloat16 and no float8, which many LoRA files are in.
 """
 
 import math
@@ -106,8 +106,35 @@ def _header(data: bytes, size: int) -> Header:
     return Header(dict(ordered), metadata, start)
 
 
+def _from_bfloat16(raw: np.ndarray) -> np.ndarray:
+    return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def _from_float8_e5m2(raw: np.ndarray) -> np.ndarray:
+    """The upper byte of a float16 (arXiv:2209.05433)."""
+    return (raw.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+
+
+def _from_float8_e4m3(raw: np.ndarray) -> np.ndarray:
+    """Without infinities, so that only a mantissa of ones is NaN (arXiv:2209.05433): a float16
+    once shifted, but for an exponent that counts from 7 and not from 15.
+    """
+    bits = raw.astype(np.uint16)
+    half = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view(np.float16)
+    return np.where(bits & 0x7F == 0x7F, np.float32(np.nan), half.astype(np.float32) * 256)
+
+
+WIDENED = {
+    "BF16": _from_bfloat16,
+    "F8_E5M2": _from_float8_e5m2,
+    "F8_E4M3": _from_float8_e4m3,
+}
+
+
 class Tensors(Mapping[str, np.ndarray]):
-    """A file's tensors by name, each read when it is asked for; bfloat16 comes as float32."""
+    """A file's tensors by name, each read when it is asked for; bfloat16 and float8 are returned as
+    float32.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises SdrtError if the file is not a whole safetensors file."""
@@ -123,9 +150,8 @@ class Tensors(Mapping[str, np.ndarray]):
         record = self._records[name]
         low, high = record.data_offsets
         raw = np.asarray(self._bytes[self._start + low : self._start + high])
-        if record.dtype == "BF16":
-            wide = raw.view(np.uint16).astype(np.uint32) << 16
-            return wide.view(np.float32).reshape(record.shape)
+        if record.dtype in WIDENED:
+            return WIDENED[record.dtype](raw).reshape(record.shape)
         if record.dtype not in DTYPES:
             raise SdrtError(f"{self._path}: {name} is {record.dtype}, which is not read")
         return raw.view(DTYPES[record.dtype]).reshape(record.shape)

@@ -75,6 +75,43 @@ LORAS = {
         {},
         "another architecture",
     ),
+    "a Kronecker product larger than the weight": (
+        {"lora_unet_b.lokr_w1": np.ones((8, 4), "f"), "lora_unet_b.lokr_w2": np.ones((9, 9), "f")},
+        {},
+        "another architecture",
+    ),
+    "one of 4 TB": (
+        {
+            "lora_unet_b.lokr_w1": np.ones((1, 1), "f"),
+            "lora_unet_b.lokr_w2_a": np.ones((10**6, 1), "f"),
+            "lora_unet_b.lokr_w2_b": np.ones((1, 10**6), "f"),
+        },
+        {},
+        "another architecture",
+    ),
+    "factors of two algorithms": (
+        {"lora_unet_a.lokr_w1": np.ones((8, 4), "f")},
+        {},
+        "lokr_w1 of another algorithm",
+    ),
+    "a magnitude of another length": (
+        {"lora_unet_a.dora_scale": np.ones((7, 1), "f")},
+        {},
+        "another architecture",
+    ),
+    "a sum that is not finite": ({DOWN: np.full((2, 4), 3e38, "f")}, {}, "adds NaN or infinity"),
+    "a number beyond float32": ({DOWN: np.full((2, 4), 1e300)}, {}, "NaN or infinity"),
+    "a pattern of more than is understood": (
+        {},
+        {PEFT: '{"unet.alpha_pattern": {"(?=a)": 1}}'},
+        "lora_adapter_metadata.*pattern",
+    ),
+    "weights that PEFT changes": ({}, {PEFT: '{"unet.init_lora_weights": "pissa"}'}, "pissa"),
+    "a setting that is not supported": (
+        {},
+        {PEFT: '{"unet.layer_replication": [[0, 4]]}'},
+        "layer_replication is not supported",
+    ),
     "NaN": ({DOWN: np.full((2, 4), np.nan, np.float32)}, {}, "NaN or infinity"),
     "an infinite alpha": ({"lora_unet_a.alpha": np.array(np.inf)}, {}, "NaN or infinity"),
     "an alpha without end": ({"lora_unet_a.alpha": np.array(1e30)}, {}, "alpha that is no number"),
@@ -91,13 +128,14 @@ LORAS = {
 @pytest.mark.parametrize(("change", "metadata", "message"), LORAS.values(), ids=LORAS)
 def test_lora_files_that_do_not_hold(tmp_path, change, metadata, message):
     path = tmp_path / "l.safetensors"
-    shapes = {"a.weight": (8, 4)}
+    shapes = {"a.weight": (8, 4), "b.weight": (8, 4)}
+    base = np.ones((8, 4), np.float32)
     save_file(GOOD, path)
     assert next(deltas("unet", shapes, [read_lora(path, 1.0)]))[1].shape == (8, 4)
     save_file(GOOD | change, path, metadata or None)
     before = state_of(tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        [*deltas("unet", shapes, [read_lora(path, 1.0)])]
+        [*deltas("unet", shapes, [read_lora(path, 1.0)], lambda _: base)]
     assert state_of(tmp_path) == before
 
 

@@ -6,8 +6,10 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from safetensors.torch import save_file as save_torch
 from strangers import safetensors_bytes
 
 from sdrt.errors import CheckpointError, SdrtError
@@ -90,6 +92,18 @@ def test_whole_files_are_read(tmp_path):
         assert found[name].dtype == array.dtype and np.array_equal(found[name], array)
     path.write_bytes(safetensors_bytes(b"{}   "))
     assert not len(Tensors(path))
+
+
+def test_float8_is_as_torch_reads_it(tmp_path):
+    """All 256 values of both kinds, NaN and infinity among them."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    kinds = {"a": torch.float8_e4m3fn, "b": torch.float8_e5m2}
+    saved = {name: codes.view(kind).clone() for name, kind in kinds.items()}
+    save_torch(saved, tmp_path / "a.safetensors")
+    found = Tensors(tmp_path / "a.safetensors")
+    for name, kind in kinds.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], codes.view(kind).float().numpy())
 
 
 def accepted_there(path):
