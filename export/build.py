@@ -16,6 +16,7 @@ from sdrt.runtime.proving import ANSWERS, json_from_answers
 from sdrt.runtime.tokenizer import END
 
 from .checkpoint import TOKENIZER_FILES, TOKENIZERS, Checkpoint, find_checkpoint
+from .file_layout import OPTIONS
 from .graph import OPSET
 from .memory import most_pictures
 from .modules import check_branch, check_fit, latent_shape, native_size, unet_config
@@ -37,6 +38,10 @@ class BuildPlan:
     force: bool = False
     vae: str | None = None
     unet: str | None = None
+    text_encoder: str | None = None
+    text_encoder_2: str | None = None
+    prediction_type: str | None = None
+    zero_snr: bool = False
     loras: tuple[str, ...] = ()
     revision: str | None = None
     safety_checker: bool = False
@@ -52,8 +57,9 @@ def build_bundle(plan: BuildPlan) -> Path:
     # that was near, and there on ONNX Runtime: it needs the least memory.
     hidden = Machine(why_none="bundles are proven on the CPU") if plan.backend == "auto" else None
     candidate = choose(plan.backend, size=0, machine=hidden)
-    checkpoint = find_checkpoint(plan.model, plan.revision, plan.safety_checker)
-    checkpoint = checkpoint.with_parts({"vae": plan.vae, "unet": plan.unet})
+    parts = {part: getattr(plan, part) for part in OPTIONS}
+    checkpoint = find_checkpoint(plan.model, plan.revision, plan.safety_checker, parts)
+    checkpoint = checkpoint.with_prediction(plan.prediction_type, plan.zero_snr)
     checkpoint = checkpoint.with_loras(plan.loras)
     check_fit(checkpoint)
     check_branch(checkpoint, plan.feature_reuse)
@@ -72,6 +78,10 @@ def _announce(checkpoint: Checkpoint, plan: BuildPlan, target: Path) -> None:
     """Say what will be done; raise SdrtError if the disk cannot hold it."""
     more = "; --safety-checker adds the checkpoint's" if checkpoint.has_safety_checker else ""
     log.info("safety checker: %s", "on" if checkpoint.safety_checker else f"off{more}")
+    width, height = native_size(checkpoint)
+    log.info("predicts %s; native size %dx%d", checkpoint.prediction, width, height)
+    for line in checkpoint.passed_over():
+        log.debug("passed over keys that shape nothing: %s", line)
     needed = _bytes(checkpoint, plan.dtype)
     free = shutil.disk_usage(target.parent).free
     log.info(
@@ -90,11 +100,7 @@ def _announce(checkpoint: Checkpoint, plan: BuildPlan, target: Path) -> None:
 
 def _bytes(checkpoint: Checkpoint, dtype: str) -> int:
     """About how large the bundle will be."""
-    stored = sum(
-        f.stat().st_size for part in checkpoint.parts for f in checkpoint.weight_files(part)
-    )
-    parameters = stored // checkpoint.bytes_per_parameter()
-    return parameters * (2 if dtype == "float16" else 4)
+    return checkpoint.parameters() * (2 if dtype == "float16" else 4)
 
 
 def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder: Path) -> Manifest:
@@ -116,6 +122,7 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
         files={},
         multiple=downscale * 2 ** (len(unet_config(checkpoint).block_out_channels) - 1),
         zero_empty_prompt=checkpoint.zeroes_empty_prompt(),
+        prediction=str(checkpoint.prediction),
     )
     _check_sizes(manifest)
     proof = Proof(manifest, folder, plan.dtype, candidate, plan.feature_reuse)

@@ -4,6 +4,7 @@ Knows files and configuration; `modules.py` knows what to make of them. No pickl
 """
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,16 @@ from sdrt.errors import CheckpointError
 from sdrt.runtime.lora import Lora, check_parts, deltas, parse_lora, read_lora
 from sdrt.tensors import read_header
 
+from .file_layout import OPTIONS
 from .hub import HUB_ID, PARTS, fetched
+from .prediction import (
+    Prediction,
+    chosen_prediction,
+    prediction_of_scheduler,
+    scheduler_with,
+)
+from .quantized import weights_without_scales
+from .single_file import SingleFile, folder_from_file, folder_from_part, open_file, read_notes
 from .weight_files import (
     PICKLES,
     TO_CONVERT,
@@ -34,6 +44,7 @@ KNOWN = {
     "ssd-1b": "segmind/SSD-1B",
 }
 EMBEDDED = ("shapes",)
+SUFFIX = ".safetensors"
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
@@ -48,6 +59,7 @@ class Checkpoint:
     others: Mapping[str, Path] = field(default_factory=dict)
     loras: tuple[Lora, ...] = ()
     safety_checker: bool = False
+    chosen: Prediction | None = None
 
     def with_safety_checker(self) -> "Checkpoint":
         """The same with its safety checker as a part; raises CheckpointError if it has none."""
@@ -62,8 +74,15 @@ class Checkpoint:
         return (self.part_folder("safety_checker") / "config.json").is_file()
 
     def with_parts(self, parts: Mapping[str, str | None]) -> "Checkpoint":
-        """The same with parts from elsewhere: a folder, or a hub id. Raises CheckpointError."""
-        found = {part: find_part(part, where) for part, where in parts.items() if where}
+        """The same with parts from elsewhere, each a folder, a file or a hub id.
+
+        Raises CheckpointError.
+        """
+        found = {
+            part: find_part(part, where, self._config_if_any(part))
+            for part, where in parts.items()
+            if where
+        }
         said = "".join(f", {part} {parts[part]}" for part in found)
         made = replace(self, source=self.source + said, others={**self.others, **found})
         for part in found:
@@ -101,9 +120,43 @@ class Checkpoint:
         return self.others.get(part, self.folder / part)
 
     def config(self, part: str) -> dict[str, Any]:
-        return read_config(self.part_folder(part) / "config.json")
+        found = read_config(self.part_folder(part) / "config.json")
+        if part == "unet" and self.chosen and read_notes(self.folder).get("sizes_follow"):
+            found["sample_size"] = self.chosen.sample_size
+        return found
+
+    def _config_if_any(self, part: str) -> dict[str, Any]:
+        """A part's configuration, or nothing where the checkpoint lacks the part."""
+        path = self.part_folder(part) / "config.json"
+        return read_config(path) if path.is_file() else {}
+
+    def with_prediction(self, kind: str | None, zero_snr: bool) -> "Checkpoint":
+        """The same with what its model predicts as chosen by hand; raises UsageError."""
+        if kind is None and not zero_snr:
+            return self
+        return replace(self, chosen=chosen_prediction(self.prediction, kind, zero_snr))
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the UNet predicts: as chosen, as its file says, or as the scheduler's file says."""
+        return self._own_prediction() or prediction_of_scheduler(self._stored_scheduler_config())
+
+    def _own_prediction(self) -> Prediction | None:
+        if self.chosen:
+            return self.chosen
+        noted = [read_notes(f).get("prediction") for f in (self.part_folder("unet"), self.folder)]
+        return next((Prediction(**each) for each in noted if each), None)
+
+    def passed_over(self) -> list[str]:
+        """The names in single files that shape nothing, a line for each file."""
+        folders = (self.folder, *self.others.values())
+        return [line for f in folders if (line := read_notes(f).get("passed_over"))]
 
     def scheduler_config(self) -> dict[str, Any]:
+        stored, prediction = self._stored_scheduler_config(), self._own_prediction()
+        return scheduler_with(stored, prediction) if prediction else stored
+
+    def _stored_scheduler_config(self) -> dict[str, Any]:
         path = self.folder / "scheduler" / "scheduler_config.json"
         beside = self.part_folder("unet") / path.name  # where there is one part, at the root
         return read_config(beside if beside.is_file() else path)
@@ -128,16 +181,18 @@ class Checkpoint:
         """The part's safetensors files, full precision preferred; raises CheckpointError."""
         return weight_files(self.part_folder(part))
 
-    def bytes_per_parameter(self) -> int:
-        """2 or 4: how the UNet's weights are stored."""
-        records = read_header(self.weight_files("unet")[0], CheckpointError).records
-        return 2 if {each.dtype for each in records.values()} & {"F16", "BF16"} else 4
+    def parameters(self) -> int:
+        """How many numbers its weight files hold."""
+        files = [file for part in self.parts for file in self.weight_files(part)]
+        headers = [read_header(file, CheckpointError) for file in files]
+        return sum(math.prod(r.shape) for header in headers for r in header.records.values())
 
     def weights(self, part: str) -> dict[str, Tensor]:
         """All tensors of a part, on the CPU, as stored."""
         merged: dict[str, Tensor] = {}
         for path in self.weight_files(part):
             merged |= read_safetensors(path)
+        merged = weights_without_scales(merged)
         shapes = {name: tuple(tensor.shape) for name, tensor in merged.items()}
         for name, delta in deltas(
             part, shapes, self.loras, lambda name: merged[name].float().numpy()
@@ -147,41 +202,49 @@ class Checkpoint:
 
 
 def find_checkpoint(
-    model: str, revision: str | None = None, safety_checker: bool = False
+    model: str,
+    revision: str | None = None,
+    safety_checker: bool = False,
+    parts: Mapping[str, str | None] | None = None,
 ) -> Checkpoint:
     """The checkpoint behind a well-known name, hub id, folder or file.
 
-    revision: a branch, tag or commit of a model on the hub
-    safety_checker: whether it is a part
-    Raises CheckpointError: unknown name (with near matches), no network, a missing component, a
-    pickle, an unreadable file.
+    Args:
+        model: what `sdrt build --model` takes.
+        revision: a branch, tag or commit of a model on the hub.
+        safety_checker: whether it is a part.
+        parts: by name the folder, file or hub id of parts from elsewhere, which the model may lack.
+
+    Raises:
+        CheckpointError: unknown name (with near matches), no network, a missing component, a
+            pickle, an unreadable file.
     """
-    if safety_checker:
-        return _found(model, revision, (*PARTS, "safety_checker")).with_safety_checker()
-    return _found(model, revision, PARTS)
+    given = {part: where for part, where in (parts or {}).items() if where}
+    wanted = (*PARTS, "safety_checker") if safety_checker else PARTS
+    checkpoint = _checked(_found(model, revision, wanted, given))
+    return checkpoint.with_safety_checker() if safety_checker else checkpoint
 
 
-def _found(model: str, revision: str | None, parts: Sequence[str]) -> Checkpoint:
+def _found(
+    model: str, revision: str | None, parts: Sequence[str], given: Mapping[str, str]
+) -> Checkpoint:
     path = Path(model).expanduser()
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(f"{model} is a pickle, which is refused: {TO_CONVERT}")
-    repository, here = KNOWN.get(model, model), path.exists() or path.suffix == ".safetensors"
+    single = path.suffix.lower() == SUFFIX and not path.is_dir()
+    repository, here = KNOWN.get(model, model), path.exists() or single
     if not here and model not in EMBEDDED and re.fullmatch(HUB_ID, repository):
         source = f"{repository}@{revision}" if revision else repository
         folder = fetched(repository, parts, revision)
-        return _checked(Checkpoint(model.split("/")[-1], source, folder))
+        return Checkpoint(model.split("/")[-1], source, folder).with_parts(given)
     if revision:
         raise CheckpointError(f"revision {revision!r} of {model}: only models on the hub have any")
     if model in EMBEDDED:
-        return _checked(Checkpoint(model, model, embedded_checkpoint(model)))
+        return Checkpoint(model, model, embedded_checkpoint(model)).with_parts(given)
     if path.is_dir():
-        return _checked(Checkpoint(path.resolve().name, model, path))
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise CheckpointError(f"there is no file {model}")
-        from .original_layout import checkpoint_from_file
-
-        return _checked(Checkpoint(path.stem, model, checkpoint_from_file(path)))
+        return Checkpoint(path.resolve().name, model, path).with_parts(given)
+    if single:
+        return _from_file(open_file(path), given)
     near = difflib.get_close_matches(model, [*EMBEDDED, *KNOWN], n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise CheckpointError(
@@ -190,15 +253,31 @@ def _found(model: str, revision: str | None, parts: Sequence[str]) -> Checkpoint
     )
 
 
-def find_part(part: str, where: str) -> Path:
-    """The folder of one part: itself, that of a whole model, or of a hub repository."""
+def _from_file(file: SingleFile, given: Mapping[str, str]) -> Checkpoint:
+    others = {part: find_part(part, where, file.known_of(part)) for part, where in given.items()}
+    said = "".join(f", {part} {where}" for part, where in given.items())
+    folder = folder_from_file(file, others)
+    return Checkpoint(file.path.stem, f"{file.path}{said}", folder, others)
+
+
+def find_part(part: str, where: str, known: Mapping[str, Any] | None = None) -> Path:
+    """The folder of one part: itself, that of a whole model, of a file, or of a hub repository.
+
+    known: configuration of the part that it stands for, for what no shape in a file tells
+    """
     path = Path(where).expanduser()
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(f"{where} is a pickle, which is refused: {TO_CONVERT}")
+    if path.suffix.lower() == SUFFIX and not path.is_dir():
+        of_folder = path.is_file() and (path.parent / "config.json").is_file()
+        if of_folder and weight_files(path.parent) == [path]:
+            return path.parent
+        return folder_from_part(path, part, known or {})
     if not path.is_dir():
         if not re.fullmatch(HUB_ID, where):
             raise CheckpointError(
-                f"no {part} at {where!r}; give a folder with config.json and weights, or a hub id"
+                f"no {part} at {where!r}; give a .safetensors file, a folder with config.json and "
+                f"weights, or a hub id to {OPTIONS.get(part, part)}"
             )
         path = fetched(where, parts=(part,))
     for folder in (path / part, path):
@@ -215,7 +294,7 @@ def embedded_checkpoint(name: str) -> Path:
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
     at_the_root = replace(checkpoint, others={"unet": checkpoint.folder})
-    if not (checkpoint.folder / "unet").is_dir() and at_the_root.unconditional:
+    if not checkpoint.part_folder("unet").is_dir() and at_the_root.unconditional:
         checkpoint = at_the_root
     if checkpoint.unconditional:
         checkpoint.scheduler_config()
@@ -224,7 +303,7 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     needed = ["scheduler/scheduler_config.json"]
     for part in checkpoint.text_encoders:
         needed += [f"{TOKENIZERS[part]}/{name}" for name in TOKENIZER_FILES]
-    needed += [f"{part}/config.json" for part in checkpoint.parts]
+    needed += [f"{p}/config.json" for p in checkpoint.parts if p not in checkpoint.others]
     for name in needed:
         if not (checkpoint.folder / name).is_file():
             raise CheckpointError(
@@ -237,10 +316,6 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file; raises CheckpointError if it is damaged or holds a NaN."""
+    """Every tensor of a file, as stored; raises CheckpointError if it is damaged."""
     with open_safetensors(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: the weight {name} holds NaN or infinity")
-    return tensors
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

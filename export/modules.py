@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from sdrt.errors import CheckpointError, UsageError
 
 from .checkpoint import Checkpoint
+from .original_layout import modern_name
 from .pixel_unet import PixelUnet, PixelUnetConfig
+from .quantized import check_used
 from .safety import SafetyChecker, renamed
 from .tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from .unet import Unet, UnetConfig
@@ -97,7 +99,7 @@ def unet(checkpoint: Checkpoint) -> Unet | PixelUnet:
     if checkpoint.unconditional:
         with torch.device("meta"):
             pixels = PixelUnet(PixelUnetConfig.from_json(checkpoint.config("unet")))
-        weights = {_modern(name): t for name, t in checkpoint.weights("unet").items()}
+        weights = {modern_name(name): t for name, t in checkpoint.weights("unet").items()}
         drawing: PixelUnet = _filled(pixels, weights, "unet")
         return drawing
     config = UnetConfig.from_json(checkpoint.config("unet"))
@@ -116,7 +118,7 @@ def vae(checkpoint: Checkpoint) -> AutoencoderKL | AutoencoderTiny:
         return small
     with torch.device("meta"):
         module = AutoencoderKL(VaeConfig.from_json(raw))
-    weights = {_modern(name): t for name, t in checkpoint.weights("vae").items()}
+    weights = {modern_name(name): t for name, t in checkpoint.weights("vae").items()}
     for name, tensor in weights.items():
         if ".attentions." in name and tensor.ndim == 4:  # linear layers once were 1x1 convolutions
             weights[name] = tensor[:, :, 0, 0]
@@ -190,16 +192,6 @@ def check_branch(checkpoint: Checkpoint, branch: int | None) -> None:
         raise UsageError(f"--feature-reuse {branch}; this UNet has the branches 0 to {most}")
 
 
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def _modern(name: str) -> str:
-    """Early checkpoints call attention layers over positions query, key, value and proj_attn."""
-    head, _, tail = name.rpartition(".")
-    stem, _, last = head.rpartition(".")
-    return f"{stem}.{OLD_ATTENTION[last]}.{tail}" if last in OLD_ATTENTION else name
-
-
 def _filled(module: Any, weights: dict[str, Tensor], part: str) -> Any:
     """The module with float32 weights; raises CheckpointError for a name or shape that misfits."""
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
@@ -217,6 +209,7 @@ def _filled(module: Any, weights: dict[str, Tensor], part: str) -> Any:
             raise CheckpointError(
                 f"{part}: {name} is {list(weights[name].shape)}, expected {list(shape)}"
             )
+    check_used(((name, weights[name]) for name in wanted), part)
     # One by one, so that what is stored and what is made of it are not both whole in memory.
     full = {name: weights.pop(name).to(torch.float32) for name in wanted}
     module.load_state_dict(full, assign=True)

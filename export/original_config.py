@@ -4,7 +4,7 @@ Knows published names and shapes, and what all published models of a family shar
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,12 @@ from torch import Tensor
 
 from sdrt.errors import CheckpointError
 
+from .file_layout import OPTIONS, Found, seems_to_be
+
 Weights = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+SIZES, PUBLISHED_SIZE_WIDTH = 6, 256  # sizes that XL is given, and how wide the embedding of one is
+OPEN_CLIP_WIDTHS = (1024, 1280)  # of the text encoders of 2.x and the second of XL
 HEAD = 64  # channels of an attention head; all but 1.x have heads of one width
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 PUBLISHED_SCHEDULE = {
@@ -80,60 +85,85 @@ FAMILIES = (
 )
 
 
-def family_of(keys: Iterable[str]) -> Family:
-    """The family of a file by its keys; raises CheckpointError, saying what was recognised."""
-    names = list(keys)
+def family_of(shapes: Shapes, found: Mapping[str, Found]) -> Family:
+    """The family of a file by its parts, or of a UNet alone.
 
-    def has(prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in names)
-
+    Args:
+        shapes: of the file's tensors by their names in it.
+        found: where the file has which part.
+    """
     first, second, xl = FAMILIES
-    text = [each.prefixes["text_encoder"] for each in FAMILIES]
-    family = xl if has("conditioner.") else second if has(text[1]) else first
-    lacking = [part for part, prefix in family.prefixes.items() if not has(prefix)]
+    unet, text = found.get("unet"), found.get("text_encoder")
+    names = [name for name in shapes if unet and name.startswith(unet.prefix)]
+    added = (".label_emb.0.0.weight", ".add_embedding.linear_1.weight")
+    if any(name.startswith("conditioner.") for name in shapes) or any(
+        f".{name}".endswith(added) for name in names
+    ):
+        return xl
+    if text and (text.layout == "open_clip" or text.prefix.startswith("cond_stage_model.")):
+        return second if text.layout == "open_clip" else first
+    linear = any(name.endswith("proj_in.weight") and len(shapes[name]) == 2 for name in names)
+    return second if linear else first
+
+
+def check_whole(family: Family, found: Mapping[str, Found], keys: Collection[str]) -> None:
+    """Raise CheckpointError for the first part of the family that is neither found nor given,
+    saying what was recognised and how to give it.
+
+    found: the parts in the file and those given beside it
+    """
+    lacking = [part for part in family.prefixes if part not in found]
     if not lacking:
-        return family
-    have = [f"its {part} ({p}..)" for part, p in family.prefixes.items() if part not in lacking]
+        return
+    have = [f"its {part} ({each.prefix}..)" for part, each in found.items()]
     prefix = family.prefixes[lacking[0]]
-    if lacking[0] == "text_encoder" and family is first:
-        prefix = " or ".join(text)
-    begun = sorted({name.split(".")[0] for name in names})[:5]
+    if lacking[0] == "text_encoder" and family is FAMILIES[0]:
+        prefix = " or ".join(each.prefixes["text_encoder"] for each in FAMILIES)
+    begun = sorted({name.split(".")[0] for name in keys})[:5]
+    advice = [f"{OPTIONS[part]} FILE" for part in lacking]
+    what = seems_to_be(keys)
     raise CheckpointError(
         f"this file has no {lacking[0]}: no key begins with {prefix}; recognised "
         f"{', '.join(have) or 'nothing'}, keys begin with {', '.join(begun) or 'nothing'}; "
-        f"expected {', '.join(each.name for each in FAMILIES)} in the original layout"
+        + (what or f"give what it lacks with {' '.join(advice)}, or a file of ")
+        + ("" if what else ", ".join(each.name for each in FAMILIES))
     )
 
 
 def configs_of(
-    family: Family, parts: Mapping[str, Weights], predicts: str | None
+    family: Family, parts: Mapping[str, Weights], pooled: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """The configuration of every part and of the scheduler, by published names.
+    """The configuration of every part, by published names.
 
-    predicts: epsilon or v_prediction if the file says so. Raises CheckpointError for a weight that
-    a configuration needs and the file lacks.
+    pooled: how wide the prompt as a whole is, where the second text encoder is not in the parts.
+    Raises CheckpointError for a weight that a configuration needs and the file lacks.
     """
-    unet = {**unet_config(parts["unet"]), **family.unet}
-    if "attention_head_dim" not in family.unet:
-        unet["attention_head_dim"] = [width // HEAD for width in unet["block_out_channels"]]
-    # Files of 2.x do not tell; those that only take latents are mostly the ones for 768 pixels.
-    if family.name.endswith("2.x") and unet["in_channels"] == 4:
-        predicts = predicts or "v_prediction"
-        unet["sample_size"] = 96 if predicts == "v_prediction" else 64
-    encoders = {
-        part: text_config(weights, "gelu" if part in family.open_clip else "quick_gelu")
+    configs: dict[str, dict[str, Any]] = {
+        part: text_config(weights, part in (*family.open_clip, "text_encoder_2"))
         for part, weights in parts.items()
         if part.startswith("text_encoder")
     }
-    if added := unet.get("projection_class_embeddings_input_dim"):
-        pooled = encoders.get("text_encoder_2", {}).get("projection_dim", 0)
-        unet |= {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (added - pooled) // 6,
-        }
-    scheduler = {**family.scheduler, "prediction_type": predicts or "epsilon"}
-    vae = {**vae_config(parts["vae"]), **family.vae}
-    return {"unet": unet, "vae": vae, **encoders, "scheduler": scheduler}
+    if "vae" in parts:
+        told = vae_config(parts["vae"])
+        tiny = told.get("_class_name") == "AutoencoderTiny"
+        configs["vae"] = told if tiny else {**told, **family.vae}
+    if "unet" in parts:
+        told = unet_config(parts["unet"])
+        heads = [width // HEAD for width in told["block_out_channels"]]
+        configs["unet"] = {"attention_head_dim": heads, **told, **family.unet}
+        if added := told.get("projection_class_embeddings_input_dim"):
+            second = configs.get("text_encoder_2", {})
+            configs["unet"] |= addition_config(added, second.get("projection_dim", pooled))
+    return configs
+
+
+def addition_config(width: int, pooled: int | None) -> dict[str, Any]:
+    """Of a UNet that is given the pooled prompt and sizes: how wide the embedding of a size is.
+
+    width: of both together. pooled: of the prompt; None for that of the published models
+    """
+    each = PUBLISHED_SIZE_WIDTH if pooled is None else (width - pooled) // SIZES
+    return {"addition_embed_type": "text_time", "addition_time_embed_dim": each}
 
 
 def unet_config(weights: Weights) -> dict[str, Any]:
@@ -168,22 +198,30 @@ def unet_config(weights: Weights) -> dict[str, Any]:
     if "add_embedding.linear_1.weight" in weights:
         width = _shape(weights, "add_embedding.linear_1.weight")[1]
         config["projection_class_embeddings_input_dim"] = width
+    if "time_embedding.cond_proj.weight" in weights:
+        config["time_cond_proj_dim"] = _shape(weights, "time_embedding.cond_proj.weight")[1]
     return config
 
 
 def vae_config(weights: Weights) -> dict[str, Any]:
     """What the weights' names and shapes tell of an autoencoder."""
+    if any(name.startswith("decoder.layers.") for name in weights):
+        channels = _shape(weights, "decoder.layers.0.weight")[1]
+        return {"_class_name": "AutoencoderTiny", "latent_channels": channels}
     stages = range(_count(weights, r"encoder\.down_blocks\.(\d+)\."))
     name = "encoder.down_blocks.{}.resnets.0.conv1.weight"
     return {
         "block_out_channels": [_shape(weights, name.format(i))[0] for i in stages],
         "layers_per_block": _count(weights, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        "latent_channels": _shape(weights, "post_quant_conv.weight")[1],
+        "latent_channels": _shape(weights, "decoder.conv_in.weight")[1],
     }
 
 
-def text_config(weights: Weights, activation: str) -> dict[str, Any]:
-    """What the weights' names and shapes tell of a text encoder."""
+def text_config(weights: Weights, open_clip: bool) -> dict[str, Any]:
+    """What the weights' names and shapes tell of a text encoder.
+
+    open_clip: whether OpenCLIP trained it, as it did all that are as wide as these
+    """
     start = "text_model." if any(name.startswith("text_model.") for name in weights) else ""
     vocabulary, width = _shape(weights, f"{start}embeddings.token_embedding.weight")
     projection = weights.get("text_projection.weight")
@@ -196,7 +234,7 @@ def text_config(weights: Weights, activation: str) -> dict[str, Any]:
         "max_position_embeddings": _shape(weights, f"{start}embeddings.position_embedding.weight")[
             0
         ],
-        "hidden_act": activation,
+        "hidden_act": "gelu" if open_clip or width in OPEN_CLIP_WIDTHS else "quick_gelu",
         "projection_dim": width if projection is None else projection.shape[0],
         "bos_token_id": 0,
         "eos_token_id": 2,

@@ -1,30 +1,21 @@
-"""A single `.safetensors` file in the original key layout of Stable Diffusion 1.x, 2.x and XL.
+"""The names of Stable Diffusion 1.x, 2.x and XL in the original layout, and the published ones.
 
 Knows both layouts' names; `original_config.py` tells the families apart. The file holds weights
 only: the tokenizer comes from a `tokenizer` folder beside the file, or from the hub.
 """
 
-import hashlib
-import json
-import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sdrt.bundle import home
 from sdrt.errors import CheckpointError
-from sdrt.folders import made_once
 
-from .original_config import Family, configs_of, family_of
-from .weight_files import open_safetensors
+from .file_layout import LAYERS_READ, Found, find_parts, shapes_nothing_of
+from .original_config import Family, check_whole, family_of
 
-log = logging.getLogger("sdrt.build")
 TOKENIZER_SOURCE = "openai/clip-vit-large-patch14"
 RESNET = {
     "in_layers.0": "norm1",
@@ -37,12 +28,14 @@ RESNET = {
 UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
+    "time_embed.cond_proj": "time_embedding.cond_proj",
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 VAE_ATTENTION = {
     "norm": "group_norm",
     "q": "to_q",
@@ -63,7 +56,6 @@ OPEN_CLIP_LAYER = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-LAYERS_READ = 23  # of 24 in 2.x: its context is the last layer's but one
 
 
 def unet_name(name: str) -> str | None:
@@ -141,79 +133,66 @@ def open_clip_weights(tensors: Mapping[str, Tensor], projects: bool) -> dict[str
     return made
 
 
+def modern_name(name: str) -> str:
+    """Early checkpoints call attention layers over positions query, key, value and proj_attn."""
+    head, _, tail = name.rpartition(".")
+    stem, _, last = head.rpartition(".")
+    return f"{stem}.{OLD_ATTENTION[last]}.{tail}" if last in OLD_ATTENTION else name
+
+
 def vae_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An autoencoder under published names, its attention's 1x1 convolutions as linear layers."""
     made = {}
     for key, tensor in tensors.items():
-        if (name := vae_name(key)) and not name.startswith("loss"):
-            squeeze = ".attentions." in name and tensor.ndim == 4
-            made[name] = tensor[:, :, 0, 0].contiguous() if squeeze else tensor
+        if name := vae_name(key):
+            made[name] = _without_pixels(name, tensor)
     return made
 
 
 def converted(tensors: Mapping[str, Tensor]) -> tuple[Family, dict[str, dict[str, Tensor]]]:
-    """The file's family, and its parts' weights under their published names; raises CheckpointError
-    for another make.
+    """The family of a whole model's tensors, and its parts' weights under their published names;
+    raises CheckpointError for another make.
     """
-    family = family_of(tensors)
+    found = find_parts(tensors)
+    family = family_of({name: tuple(t.shape) for name, t in tensors.items()}, found)
+    check_whole(family, found, tensors)
 
-    def of(part: str) -> dict[str, Tensor]:
-        prefix = family.prefixes[part]
-        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        if part in family.open_clip:
-            return open_clip_weights(own, projects=part == "text_encoder_2")
-        if part == "vae":
-            return vae_weights(own)
-        rename: Callable[[str], str | None] = unet_name if part == "unet" else str
-        named = {rename(name): tensor for name, tensor in own.items()}
-        return {n: t for n, t in named.items() if n and not n.endswith("position_ids")}
+    def of(place: Found) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            name = key.removeprefix(place.prefix)
+            if key.startswith(place.prefix) and not shapes_nothing_of(place.part, name, False):
+                made |= published_weights(place, name, tensor)
+        return made
 
-    return family, {part: of(part) for part in family.prefixes}
-
-
-def prediction_of(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
-    """What the file says that its model predicts, in its metadata or by a key that marks it."""
-    with open_safetensors(path) as file:
-        said = (file.metadata() or {}).get("modelspec.prediction_type")
-    if "v_pred" in tensors or said in ("v", "v_prediction"):
-        return "v_prediction"
-    return "epsilon" if said == "epsilon" else None
+    return family, {part: of(found[part]) for part in family.prefixes}
 
 
-def checkpoint_from_file(path: Path) -> Path:
-    """A folder in the hub's layout with the file's weights, kept in sdrt's home."""
-    mark = f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}"
-    folder = home() / "converted" / hashlib.sha256(mark.encode()).hexdigest()[:16]
-    return made_once(folder, partial(_convert, path))
+def published_weights(place: Found, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """One tensor under its published names, of which it may have several; none if none is known.
+
+    name: behind the part's prefix
+    """
+    if place.part == "unet":
+        new = unet_name(name) if place.layout == "original" else name
+        return {new: tensor} if new else {}
+    if place.part == "vae":
+        if place.layout == "original":
+            return vae_weights({name: tensor})
+        return {modern_name(name): _without_pixels(name, tensor)}
+    if place.layout == "open_clip":
+        return open_clip_weights({name: tensor}, projects=place.part == "text_encoder_2")
+    whole = name.startswith(("text_model.", "text_projection."))
+    return {name if whole else f"text_model.{name}": tensor}
 
 
-def _convert(path: Path, folder: Path) -> None:
-    from .checkpoint import read_safetensors
-
-    tensors = read_safetensors(path)
-    family, parts = converted(tensors)
-    configs = configs_of(family, parts, prediction_of(path, tensors))
-    if "ztsnr" in tensors:
-        configs["scheduler"]["rescale_betas_zero_snr"] = True
-    log.info("%s: %s, %s", path, family.name, configs["scheduler"]["prediction_type"])
-    _copy_tokenizers(family, path.parent / "tokenizer", folder)
-    _write(folder, parts, configs)
+def _without_pixels(name: str, tensor: Tensor) -> Tensor:
+    """An attention's 1x1 convolution as the linear layer that it is."""
+    squeeze = ".attentions." in name and tensor.ndim == 4
+    return tensor[:, :, 0, 0].contiguous() if squeeze else tensor
 
 
-def _write(
-    folder: Path, parts: dict[str, dict[str, Tensor]], configs: Mapping[str, Mapping[str, Any]]
-) -> None:
-    (folder / "scheduler").mkdir(parents=True)
-    scheduler = json.dumps(configs["scheduler"])
-    (folder / "scheduler" / "scheduler_config.json").write_text(scheduler)
-    for part, weights in parts.items():
-        (folder / part).mkdir()
-        (folder / part / "config.json").write_text(json.dumps(configs[part]))
-        stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-        save_file(weights, folder / part / f"{stem}.safetensors")
-
-
-def _copy_tokenizers(family: Family, beside: Path, folder: Path) -> None:
+def copy_tokenizers(family: Family, beside: Path, folder: Path) -> None:
     """The tokenizer of every text encoder: all read the same tokens, and pad with their own."""
     from .checkpoint import TOKENIZERS
 

@@ -39,6 +39,7 @@ EXAMPLES = """examples:
 exit codes: 0 done, 1 failed, 2 usage, 3 bundle, 4 checkpoint, 5 backend, 6 parity, 130 interrupted
 """
 TINY_VAE = "madebyollin/taesd"
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,11 +143,32 @@ def _add_build(to: argparse.ArgumentParser) -> None:
     to.add_argument("--revision", metavar="NAME", help="a hub model's branch, tag or commit")
     to.add_argument("--output", type=Path, metavar="FOLDER", help="where the bundle goes")
     parts = to.add_mutually_exclusive_group()
-    parts.add_argument("--vae", metavar="ID|FOLDER", help="another autoencoder")
+    parts.add_argument("--vae", metavar="ID|FOLDER|FILE", help="another autoencoder")
     parts.add_argument(
         "--tiny-vae", action="store_const", const=TINY_VAE, dest="vae", help=f"--vae {TINY_VAE}"
     )
-    to.add_argument("--unet", metavar="ID|FOLDER", help="another UNet, such as a distilled one")
+    to.add_argument(
+        "--unet", metavar="ID|FOLDER|FILE", help="another UNet, such as a distilled one"
+    )
+    to.add_argument(
+        "--text-encoder",
+        metavar="ID|FOLDER|FILE",
+        help="another text encoder, or that of a file without one",
+    )
+    to.add_argument(
+        "--text-encoder-2", metavar="ID|FOLDER|FILE", help="the second, of models such as XL"
+    )
+    to.add_argument(
+        "--prediction-type",
+        choices=PREDICTION_TYPES,
+        help="what the model predicts (default: as the model says, see the line 'predicts')",
+    )
+    to.add_argument(
+        "--zero-snr",
+        action="store_true",
+        help="the schedule ends in pure noise: betas rescaled to zero terminal SNR, steps spaced "
+        "from the end (default: as the model says)",
+    )
     to.add_argument(
         "--lora",
         action="append",
@@ -284,6 +306,10 @@ def _built(args: argparse.Namespace) -> Path:
         force=args.force,
         vae=args.vae,
         unet=args.unet,
+        text_encoder=args.text_encoder,
+        text_encoder_2=args.text_encoder_2,
+        prediction_type=args.prediction_type,
+        zero_snr=args.zero_snr,
         loras=tuple(args.lora),
         revision=args.revision,
         safety_checker=args.safety_checker,

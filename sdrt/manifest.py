@@ -70,6 +70,8 @@ class Manifest:
     multiple: pixels; the sides of pictures of other sizes are multiples of it
     admitted: lower precisions that came near enough to the exact pictures, with the PSNR in dB
     zero_empty_prompt: whether an empty negative prompt is zeros rather than what is read of it
+    prediction: what the UNet predicts and why that is believed; "" in older bundles. The samplers
+        read scheduler_config.json
     """
 
     name: str
@@ -87,6 +89,7 @@ class Manifest:
     admitted: Mapping[str, float] = field(default_factory=dict)
     multiple: int = 64
     zero_empty_prompt: bool = False
+    prediction: str = ""
     format: int = FORMAT
 
 
@@ -132,6 +135,7 @@ AXIS_NAME = text(r"[\w ()+*/-]{1,128}", "an axis")  # of outputs, an expression
 
 WEIGHT_NAME = text(r"[\w.]{1,300}", "a weight's name")
 
+ONE_LINE = text(r"[^\x00-\x1f\x7f-\x9f]{0,4000}", "one line")
 LENGTH = whole(1, 2**31 - 1)
 SIDE = whole(8, 8192)
 MEASURES = mapping(number(), text(r"[\w .-]{1,64}", "a measure"), 64)
@@ -166,7 +170,7 @@ READ: Reader[Manifest] = record(
     {
         # It becomes a folder's name.
         "name": text(r"[^\W_][^/\\\x00-\x1f\x7f-\x9f]{0,199}", "a name of a file"),
-        "source": text(r"[^\x00-\x1f\x7f-\x9f]{0,4000}", "one line"),
+        "source": ONE_LINE,
         "sizes": row(row(SIDE, 2, 2), 1, 64),
         "batch": row(whole(1, 1024), 3, 3),
         "latent_channels": whole(1, 128),
@@ -180,6 +184,7 @@ READ: Reader[Manifest] = record(
         "admitted": MEASURES,
         "multiple": whole(1, 8192),
         "zero_empty_prompt": truth,
+        "prediction": ONE_LINE,
         "format": whole(FORMAT, FORMAT),
     },
 )

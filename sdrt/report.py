@@ -32,6 +32,7 @@ def describe(bundle: Bundle, *, layers: bool = False) -> dict[str, Any]:
         "name": manifest.name,
         "folder": str(bundle.folder),
         "source": manifest.source,
+        "prediction": manifest.prediction,
         "bytes": bundle.bytes,
         "sizes": [f"{width}x{height}" for width, height in manifest.sizes],
         "batch": list(manifest.batch),
@@ -91,6 +92,8 @@ def _text_from_bundle(bundle: dict[str, Any]) -> str:
         f"   plans {len(bundle['plans'])}   safety checker "
         f"{'on' if bundle['safety_checker'] else 'off'}",
     ]
+    if bundle["prediction"]:
+        lines.append(f"  predicts {bundle['prediction']}")
     for name, part in bundle["components"].items():
         proof = "  ".join(f"{key} {value:.3g}" for key, value in part["parity"].items())
         lines.append(f"  {name:13} {part['dtype']:8} {megabytes(part['bytes']):>10}  {proof}")

@@ -28,6 +28,7 @@ DTYPES = {
 # Bytes of an element; more are known to the format than are read here.
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 WIDTHS |= {"I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+WIDTHS |= {"F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
 MOST_HEADER = 100_000_000  # bytes, as the format has it
 MOST_AXES = 16
 

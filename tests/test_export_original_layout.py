@@ -268,7 +268,7 @@ def single_file(family, parts):
         layer = "cond_stage_model.model.transformer.resblocks.23"
         tensors |= {
             f"{layer}.ln_1.weight": torch.ones(64),
-            f"{layer[:-27]}text_projection": torch.ones(64, 8),
+            f"{layer[:-24]}text_projection": torch.ones(64, 8),
         }
     return tensors
 

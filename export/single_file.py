@@ -1,0 +1,345 @@
+"""A model, or a part of one, in a single `.safetensors` file: converted to a folder as on the hub.
+
+Reads the tensors that shape the result and no others. A file that is not fully understood is
+refused by name; what shapes nothing is passed over, and listed in the folder's notes.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdrt.bundle import home
+from sdrt.errors import CheckpointError
+from sdrt.folders import made_once
+from sdrt.tensors import Header, read_header
+
+from .file_layout import (
+    OPTIONS,
+    Found,
+    described,
+    find_part_in,
+    find_parts,
+    refuse_unknown,
+    seems_to_be,
+    shapes_nothing,
+    shapes_nothing_of,
+)
+from .original_config import Family, check_whole, configs_of, family_of
+from .original_layout import copy_tokenizers, published_weights
+from .prediction import Prediction, prediction_from_marks
+from .quantized import check_used, weights_without_scales
+from .weight_files import open_safetensors, read_json
+
+VERSION = 2  # of what is made of a file: folders that an earlier one made are not used
+NOTES = "notes.json"
+SCALE_TOLERANCE = 1e-4
+# What no shape tells, by part: it is taken from the model that a part is given to.
+UNTOLD = {
+    "unet": (
+        "sample_size",
+        "attention_head_dim",
+        "upcast_attention",
+        "norm_num_groups",
+        "norm_eps",
+    ),
+    "vae": ("scaling_factor", "norm_num_groups", "sample_size", "force_upcast"),
+    "text": (
+        *("hidden_act", "layer_norm_eps", "num_attention_heads"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    ),
+}
+TEXT_WEIGHT = re.compile(
+    r"text_projection\.weight|text_model\.(embeddings\.(token|position)_embedding\.weight"
+    r"|(final_layer_norm|encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12]"
+    r"|layer_norm[12]))\.(weight|bias))"
+)
+WIDTH_OF_OPEN_CLIP_H = 1024  # the text encoder of 2.x
+
+
+@dataclass(frozen=True, slots=True)
+class SingleFile:
+    """A file's header and what it holds. prediction: what its marks say, if anything"""
+
+    path: Path
+    header: Header
+    found: Mapping[str, Found]
+    family: Family
+    prediction: Prediction | None
+
+    @property
+    def mark(self) -> str:
+        """What changes when the file does."""
+        stat = self.path.stat()
+        return f"{VERSION}:{self.path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+    def known_of(self, part: str) -> dict[str, Any]:
+        """The configuration that a part of this model has whatever its weights are."""
+        if part.startswith("text_encoder"):
+            return {"hidden_act": "gelu" if part in self.family.open_clip else "quick_gelu"}
+        return dict(self.family.unet if part == "unet" else self.family.vae)
+
+    def settled_prediction(self) -> Prediction:
+        """What its marks say, or else what models of the family mostly do."""
+        if self.prediction:
+            return self.prediction
+        if self.sizes_follow:
+            advice = "if images are noise, build with --prediction-type epsilon"
+            return Prediction(
+                "v_prediction", False, f"2.x without a mark, taken as for 768 pixels; {advice}"
+            )
+        return Prediction("epsilon", False, f"{self.family.name} without a mark")
+
+    @property
+    def sizes_follow(self) -> bool:
+        """Whether its native size is known by what it predicts: 2.x that takes latents alone."""
+        unet = self.found.get("unet")
+        name = {"original": "input_blocks.0.0.weight", "diffusers": "conv_in.weight"}
+        record = self.header.records.get(unet.prefix + name[unet.layout]) if unet else None
+        return self.family.name.endswith("2.x") and (not record or record.shape[1] == 4)
+
+
+def open_file(path: Path) -> SingleFile:
+    """Read the header; raises CheckpointError: missing, damaged, parameterized as nothing here."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    header = read_header(path, CheckpointError)
+    found = find_parts(header.records)
+    shapes = {name: record.shape for name, record in header.records.items()}
+    family = family_of(shapes, found)
+    step = None
+    if "global_step" in header.records:
+        with open_safetensors(path) as file:
+            values = file.get_tensor("global_step").flatten()
+        step = float(values[0]) if values.numel() == 1 else None
+    open_clip = family.name.endswith("2.x")
+    prediction = prediction_from_marks(set(shapes), header.metadata, step, open_clip)
+    return SingleFile(path, header, found, family, prediction)
+
+
+def folder_from_file(file: SingleFile, others: Mapping[str, Path]) -> Path:
+    """A folder in the hub's layout with the parts of a model's file, kept in sdrt's home.
+
+    others: folders of the parts that are given beside the file, which it may lack
+    Raises CheckpointError.
+    """
+    given = {part: Found(part, "", "") for part in others}
+    check_whole(file.family, {**file.found, **given}, file.header.records)
+    parts = [part for part in file.family.prefixes if part not in others]
+    mark = f"{file.mark}:{parts}:{sorted(map(str, others.values()))}"
+    return made_once(_place(mark), partial(_convert_model, file, parts, others))
+
+
+def folder_from_part(path: Path, part: str, known: Mapping[str, Any]) -> Path:
+    """A folder with one part of a file and its configuration, kept in sdrt's home.
+
+    Args:
+        path: of a file that holds the part, alone or in a model.
+        part: such as vae.
+        known: configuration of the part that it stands for, for what no shape tells.
+
+    Raises:
+        CheckpointError: the file does not hold the part, or is not fully understood.
+    """
+    file = open_file(path)
+    found = find_part_in(file.header.records, part)
+    if found is None:
+        what = seems_to_be(file.header.records) or (
+            f"it holds {', '.join(file.found) or 'nothing that is known'}"
+        )
+        raise CheckpointError(
+            f"{path} holds no {part}: {what}; expected for {OPTIONS[part]} a file with a {part} "
+            "in the original layout, in that of diffusers or of transformers"
+        )
+    mark = f"{file.mark}:{part}:{json.dumps(known, sort_keys=True, default=str)}"
+    return made_once(_place(mark), partial(_convert_part, file, found, known))
+
+
+def _place(mark: str) -> Path:
+    return home() / "converted" / hashlib.sha256(mark.encode()).hexdigest()[:16]
+
+
+def _convert_model(
+    file: SingleFile, parts: Collection[str], others: Mapping[str, Path], folder: Path
+) -> None:
+    places = [file.found[part] for part in parts]
+    weights, passed = _read(file, places, whole=True)
+    second = others.get("text_encoder_2")
+    pooled = read_json(second / "config.json").get("projection_dim", 512) if second else None
+    configs = configs_of(file.family, {p: _tensors(w) for p, w in weights.items()}, pooled)
+    _check_scale(file)
+    prediction = file.settled_prediction()
+    if file.sizes_follow and "unet" in configs:
+        configs["unet"]["sample_size"] = prediction.sample_size
+    texts = [others[part].parent for part in others if part.startswith("text_encoder")]
+    beside = [place / "tokenizer" for place in (file.path.parent, *texts)]
+    found = next((each for each in beside if each.is_dir()), beside[0])
+    copy_tokenizers(file.family, found, folder)
+    (folder / "scheduler").mkdir(parents=True)
+    scheduler = json.dumps(file.family.scheduler)
+    (folder / "scheduler" / "scheduler_config.json").write_text(scheduler)
+    for place in places:
+        (folder / place.part).mkdir()
+        config = configs[place.part]
+        _write(file, place, config, weights.pop(place.part), folder / place.part)
+    _write_notes(folder, passed, prediction, file.sizes_follow)
+
+
+def _check_scale(file: SingleFile) -> None:
+    """Raise CheckpointError if the file scales its latents unlike its family."""
+    if "scale_factor" not in file.header.records:
+        return
+    with open_safetensors(file.path) as opened:
+        scale = opened.get_tensor("scale_factor").float().flatten().tolist()
+    usual = file.family.vae["scaling_factor"]
+    if len(scale) != 1 or abs(scale[0] - usual) > SCALE_TOLERANCE:
+        raise CheckpointError(
+            f"{file.path}: its scale_factor is {scale[:3]}; expected {usual}, the scale of the "
+            f"latents of {file.family.name}"
+        )
+
+
+def _convert_part(file: SingleFile, place: Found, known: Mapping[str, Any], folder: Path) -> None:
+    weights, passed = _read(file, [place], whole=False)
+    tensors = _tensors(weights[place.part])
+    family = family_of({name: tuple(t.shape) for name, t in tensors.items()}, {place.part: place})
+    told = configs_of(family, {place.part: tensors})[place.part]
+    config = {**told, **_untold(place.part, known, told)}
+    if "addition_time_embed_dim" in known and "addition_time_embed_dim" in told:
+        config["addition_time_embed_dim"] = known["addition_time_embed_dim"]
+    if place.part == "unet" and file.prediction and file.sizes_follow:
+        config["sample_size"] = file.prediction.sample_size
+    _write(file, place, config, weights[place.part], folder)
+    _write_notes(folder, passed, file.prediction if place.part == "unet" else None, False)
+
+
+def _untold(part: str, known: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a part has in common with the one that it stands for, where its shapes do not tell."""
+    if told.get("_class_name") == "AutoencoderTiny":
+        return {}
+    kept = {key: known[key] for key in UNTOLD[part.split("_")[0]] if key in known}
+    if known.get("hidden_size") != told.get("hidden_size"):
+        kept.pop("num_attention_heads", None)
+    heads = kept.get("attention_head_dim")
+    if isinstance(heads, list | tuple) and len(heads) != len(told["block_out_channels"]):
+        del kept["attention_head_dim"]
+    return kept
+
+
+Named = dict[str, tuple[str, Tensor]]  # published name -> its name in the file, and the tensor
+
+
+def _tensors(weights: Named) -> dict[str, Tensor]:
+    return {name: tensor for name, (_, tensor) in weights.items()}
+
+
+def _read(
+    file: SingleFile, places: Iterable[Found], whole: bool
+) -> tuple[dict[str, Named], list[str]]:
+    """Every part's weights, and the names that were passed over.
+
+    whole: whether all else in the file has to be understood, too
+    """
+    read: dict[str, Named] = {}
+    passed: list[str] = []
+    left = set(file.header.records)
+    for place in places:
+        own = {key for key in left if key.startswith(place.prefix)}
+        left -= own
+        read[place.part], ignored = _read_part(file, place, own)
+        passed += ignored
+    if whole:
+        replaced = tuple(f.prefix for p, f in file.found.items() if p not in read and f.prefix)
+        left = {key for key in left if not key.startswith(replaced)}
+        passed += [key for key in left if shapes_nothing(key)]
+        refuse_unknown(left.difference(passed) - {"scaled_fp8"}, str(file.path))
+    return read, sorted(passed)
+
+
+def _read_part(file: SingleFile, place: Found, keys: set[str]) -> tuple[Named, list[str]]:
+    names = {key: key.removeprefix(place.prefix) for key in keys}
+    unread = _last_layer_unread(file, place, names)
+    ignored = {k for k, name in names.items() if shapes_nothing_of(place.part, name, unread)}
+    with open_safetensors(file.path) as opened:
+        stored = {key: opened.get_tensor(key) for key in sorted(keys - ignored)}
+    plain = weights_without_scales(stored)
+    check_used(plain.items(), str(file.path))
+    made: Named = {}
+    unknown = []
+    for key in list(plain):
+        renamed = published_weights(place, names[key], plain.pop(key))
+        made |= {name: (key, tensor) for name, tensor in renamed.items()}
+        unknown += [] if renamed else [key]
+    refuse_unknown(unknown, str(file.path))
+    return made, sorted(ignored)
+
+
+def _last_layer_unread(file: SingleFile, place: Found, names: Mapping[str, str]) -> bool:
+    if place.part != "text_encoder":
+        return False
+    ending = "token_embedding.weight"
+    table = next((key for key, name in names.items() if name.endswith(ending)), "")
+    record = file.header.records.get(table)
+    wide = record is not None and record.shape[-1] == WIDTH_OF_OPEN_CLIP_H
+    return place.layout == "open_clip" or wide
+
+
+def _write(
+    file: SingleFile, place: Found, config: Mapping[str, Any], weights: Named, folder: Path
+) -> None:
+    """A part's folder; raises CheckpointError for weights that its network does not take."""
+    taken = _names_taken(place.part, config, weights)
+    refuse_unknown({weights[name][0] for name in set(weights) - taken}, str(file.path))
+    if missing := sorted(taken - set(weights)):
+        raise CheckpointError(
+            f"{file.path}: its {place.part} lacks {missing[0]}, by its published name (and "
+            f"{len(missing) - 1} others); it is not whole, or of an unknown make"
+        )
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    stem = "model" if place.part.startswith("text_encoder") else "diffusion_pytorch_model"
+    save_file(
+        {name: tensor.contiguous() for name, (_, tensor) in weights.items()},
+        folder / f"{stem}.safetensors",
+    )
+
+
+def _names_taken(part: str, config: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """The names of the weights that a part's network has."""
+    if part.startswith("text_encoder"):
+        return {name for name in names if TEXT_WEIGHT.fullmatch(name)}
+    from .tiny_vae import AutoencoderTiny, TinyVaeConfig
+    from .unet import Unet, UnetConfig
+    from .vae import AutoencoderKL, VaeConfig
+
+    with torch.device("meta"):
+        if part == "unet":
+            return set(Unet(UnetConfig.from_json(config)).state_dict())
+        if config.get("_class_name") == "AutoencoderTiny":
+            return set(AutoencoderTiny(TinyVaeConfig.from_json(config)).state_dict())
+        return set(AutoencoderKL(VaeConfig.from_json(config)).state_dict())
+
+
+def _write_notes(
+    folder: Path, passed: list[str], prediction: Prediction | None, sizes_follow: bool
+) -> None:
+    notes = {
+        "passed_over": described(passed),
+        "prediction": asdict(prediction) if prediction else None,
+        "sizes_follow": sizes_follow,
+    }
+    (folder / NOTES).write_text(json.dumps(notes, indent=2))
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """What a conversion noted of its file; nothing for other folders."""
+    path = folder / NOTES
+    return read_json(path) if path.is_file() else {}
