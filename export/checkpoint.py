@@ -93,7 +93,7 @@ class Checkpoint:
         """The same with LoRA files added, each `NAME` or `NAME:WEIGHT`; raises CheckpointError."""
         read = [read_lora(*parse_lora(text)) for text in named]
         check_parts(read, self.parts)
-        said = "".join(f", lora {lora.name}:{lora.weight:g}" for lora in read)
+        said = "".join(f", lora {lora.name}:{lora.weight}" for lora in read)
         return replace(self, source=self.source + said, loras=(*self.loras, *read))
 
     @property

@@ -2,6 +2,7 @@
 
 from .loading import load_pipeline
 from .loop import Step
+from .lora_tags import LoraWeight
 from .noise import CpuNoise, CudaNoise, noise_from_seed, randn
 from .options import Options
 from .pipeline import Output, Pipeline
@@ -12,6 +13,7 @@ from .tokenizer import Tokenizer
 __all__ = [
     "CpuNoise",
     "CudaNoise",
+    "LoraWeight",
     "Options",
     "Output",
     "Pipeline",

@@ -16,7 +16,7 @@ import numpy as np
 
 from sdrt.bundle import NAMES, TRANSPOSED, Bundle, home
 from sdrt.engine import Engine
-from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
+from sdrt.errors import BundleError, CheckpointError, SdrtError
 from sdrt.manifest import SHALLOW
 from sdrt.reading import read_json
 from sdrt.tensors import Tensors
@@ -24,10 +24,10 @@ from sdrt.tensors import Tensors
 from .lora_deltas import Change
 from .lora_layouts import BIAS, PARTS, Place, changes_from_tensors, counted, flat
 from .lora_settings import FILE
+from .lora_tags import LoraTag, LoraWeight, weight_from
 
 log = logging.getLogger(__name__)
 
-MOST_WEIGHT = 10.0
 PEFT = "base_model.model."  # before the names of tensors in PEFT's own files
 
 
@@ -37,22 +37,18 @@ class Lora:
 
     name: str
     changes: Mapping[Place, Change]
-    weight: float
+    weight: LoraWeight
 
 
 def parse_lora(text: str) -> tuple[str, float]:
     """`"NAME"` or `"NAME:0.8"` -> the name and its weight; raises UsageError."""
     name, colon, number = text.rpartition(":")
     try:
-        return (name, checked_weight(float(number))) if colon else (text, 1.0)
+        weight = float(number) if colon else 1.0
     except ValueError:
         return text, 1.0
-
-
-def checked_weight(weight: float) -> float:
-    if not -MOST_WEIGHT <= weight <= MOST_WEIGHT:
-        raise UsageError(f"LoRA weight {weight:g}; expected -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}")
-    return weight
+    weight_from(weight)
+    return (name, weight) if colon else (text, weight)
 
 
 def find_lora(name: str | os.PathLike[str]) -> Path:
@@ -73,7 +69,7 @@ def find_lora(name: str | os.PathLike[str]) -> Path:
     )
 
 
-def read_lora(name: str | os.PathLike[str], weight: float) -> Lora:
+def read_lora(name: str | os.PathLike[str], weight: float | LoraWeight) -> Lora:
     """A LoRA file; raises CheckpointError if it is a pickle, damaged or of no known layout."""
     path = find_lora(name)
     try:
@@ -83,7 +79,7 @@ def read_lora(name: str | os.PathLike[str], weight: float) -> Lora:
         raise CheckpointError(f"{path.name}: {error}") from error
     except SdrtError as error:
         raise CheckpointError(str(error)) from error
-    return Lora(path.stem, changes, checked_weight(weight))
+    return Lora(path.stem, changes, weight_from(weight))
 
 
 def _peft_config(path: Path, keys: Iterable[str]) -> dict[str, Any] | None:
@@ -139,7 +135,7 @@ def deltas(
                 f"{len(own)} do not fit; the LoRA was made for another architecture"
             )
         for module, change in own.items():
-            touched.setdefault(names[module], []).append((lora.weight, change))
+            touched.setdefault(names[module], []).append((lora.weight.of(part), change))
     for name, changes in touched.items():
         transposed = name.endswith(TRANSPOSED)
         shape = shapes[name][::-1] if transposed else shapes[name]
@@ -178,7 +174,7 @@ class Adapters:
         self._engines = {part: engines[part] for part in set(PARTS) & set(engines)}
         self._shallow = engines.get(SHALLOW)
 
-    def set(self, chosen: Mapping[str | os.PathLike[str], float]) -> None:
+    def set(self, chosen: Mapping[str | os.PathLike[str], float | LoraWeight]) -> None:
         """Carry these files and no others. Nothing changes if one of them does not fit."""
         loras = tuple(read_lora(name, weight) for name, weight in chosen.items())
         check_parts(loras, self._engines)
@@ -220,4 +216,4 @@ class Adapters:
     @property
     def text(self) -> str:
         """As other tools write it into a prompt: `<lora:name:0.8>`, and so on."""
-        return "".join(f" <lora:{lora.name}:{lora.weight:g}>" for lora in self.loras)
+        return "".join(f" {LoraTag(lora.name, lora.weight)}" for lora in self.loras)

@@ -19,9 +19,9 @@ from sdrt.bundle import parse_size
 from sdrt.errors import UsageError
 from sdrt.reading import bounded, shortened
 
+from .lora_tags import MAX_WEIGHT, LoraWeight
 from .pictures import open_image
 
-MAX_LORA_WEIGHT = 10.0
 T = TypeVar("T")
 Parser = Callable[[str, Any], T]
 WHITE = {"f": 1.0, "b": 1, "u2": 65535}  # by the dtype of an image's array; of others it is 255
@@ -195,15 +195,20 @@ def interval(name: str, value: object) -> tuple[float, float]:
     return low, high
 
 
-def lora_weights(value: object) -> dict[str | os.PathLike[str], float]:
+def lora_weights(value: object) -> dict[str | os.PathLike[str], LoraWeight]:
     """The weight of every LoRA by its file's name or path."""
     expected = 'a mapping of names or paths to weights, such as {"name": 0.8}'
     if not isinstance(value, Mapping):
         raise refusal("loras", value, expected)
     if wrong := [key for key in value if not isinstance(key, str | os.PathLike)]:
         raise refusal("loras", wrong[0], expected)
-    weight = real(-MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
-    return {key: weight(f"LoRA weight of {key}:", each) for key, each in value.items()}
+    return {key: _lora_weight(f"LoRA weight of {key}:", each) for key, each in value.items()}
+
+
+def _lora_weight(name: str, value: object) -> LoraWeight:
+    """One weight for the text encoders and the UNet, or a `LoraWeight` with one for each."""
+    both = (value.text_encoder, value.unet) if isinstance(value, LoraWeight) else (value, value)
+    return LoraWeight(*(real(-MAX_WEIGHT, MAX_WEIGHT)(name, each) for each in both))
 
 
 def configuration(name: str, value: object) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .decoding import Tiling, decoded_picture, encoded_picture
 from .leases import Leases, Loop
 from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
+from .lora_tags import LoraWeight
 from .options import Options, Request, options_from, requests_from, requests_without_prompt
 from .parsing import configuration, function, lora_weights, numbers, refusal
 from .pictures import image_array, images_from_decoded, parameters_text, quoted
@@ -242,10 +243,11 @@ class Pipeline:
         sampler_table(config, 8)
         return replace(self, scheduler_config=config)
 
-    def set_lora(self, loras: Mapping[str | os.PathLike[str], float]) -> None:
+    def set_lora(self, loras: Mapping[str | os.PathLike[str], float | LoraWeight]) -> None:
         """Carry these LoRA files, each with its weight, and no others: `{}` takes all off.
 
-        loras: by path, or by the name of a file in the folder `loras` of sdrt's home
+        loras: by path, or by the name of a file in the folder `loras` of sdrt's home; a weight is a
+            number, or a `LoraWeight` with one for the text encoders and one for the UNet
         They act on all pipelines over these engines. Waits for the calls that have begun on any of
         them; calls that begin meanwhile wait for it.
         Raises CheckpointError for a file that is none or does not fit this model, BundleError for a

@@ -17,6 +17,7 @@ import sdrt
 from sdrt.bundle import home, sha256_of
 from sdrt.errors import BundleError, CheckpointError
 from sdrt.export.build import BuildPlan, build_bundle
+from sdrt.runtime import LoraWeight
 from sdrt.runtime.lora import read_lora
 
 pytestmark = [
@@ -111,6 +112,19 @@ def test_pictures_are_the_references(shapes, files, reference, chosen):
         with sdrt.load(shapes, backend=backend, precision="exact") as pipe:
             pipe.set_lora({files[name]: weight for name, weight in chosen.items()})
             assert psnr(our_picture(pipe), wanted) >= 50, backend
+
+
+def test_a_weight_for_the_text_encoder_and_one_for_the_unet(shapes, files, reference):
+    theirs = reference()
+    theirs.load_lora_weights(str(files["kohya"]), adapter_name="kohya")
+    theirs.set_adapters(["kohya"], [{"text_encoder": 1.0, "unet": 0.4}])
+    with sdrt.load(shapes, backend="onnxruntime", precision="exact") as pipe:
+        pipe.set_lora({files["kohya"]: LoraWeight(text_encoder=1.0, unet=0.4)})
+        assert psnr(our_picture(pipe), their_picture(theirs)) >= 50
+        (text,) = pipe(PROMPT, num_inference_steps=1, seed=0).parameters
+        assert text.startswith(f"{PROMPT} <lora:first:1:0.4>\n")
+        pipe.set_lora({files["kohya"]: 0.4})
+        assert psnr(our_picture(pipe), their_picture(theirs)) < 40
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
