@@ -237,7 +237,8 @@ class Pipeline:
         one, which keep this configuration's noise schedule, or a whole configuration.
         """
         if isinstance(scheduler, str):
-            config = config_from_name(scheduler, self.scheduler_config)
+            xl = self.tokenizer_2 is not None
+            config = config_from_name(scheduler, self.scheduler_config, xl=xl)
         else:
             config = configuration("scheduler", scheduler)
         sampler_table(config, 8)

@@ -15,8 +15,8 @@ from sdrt.runtime.noise import CpuNoise
 from sdrt.runtime.samplers import ladder, logsnr
 from sdrt.runtime.samplers import table as table_module
 from sdrt.runtime.samplers.catalogue import SAMPLERS, config_from_name
-from sdrt.runtime.samplers.ladder import beta_quantile
 from sdrt.runtime.samplers.schedule import Schedule
+from sdrt.runtime.samplers.sigmas import beta_quantile
 from sdrt.runtime.samplers.table import sample, sampler_table
 
 diffusers.logging.set_verbosity_error()

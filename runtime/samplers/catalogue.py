@@ -18,6 +18,8 @@ KARRAS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
 ZERO_SNR = {"rescale_betas_zero_snr"}
 CLIP = {"clip_sample"}
 FINAL = {"final_sigmas_type"}
+LEVELLED = {"sigma_schedule"}
+ANCESTRAL = {"eta": 1.0}
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 LINSPACE = {"timestep_spacing": "linspace"}
 
@@ -67,7 +69,7 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "PNDMScheduler": Sampler(stepwise.pndm, ladder.whole, stepwise, "PLMS", {}, set(), extra=9),
     "LMSDiscreteScheduler": Sampler(
-        exploding.lms, ladder.exploding, exploding, "LMS", LINSPACE, KARRAS
+        exploding.lms, ladder.exploding, exploding, "LMS", LINSPACE, KARRAS | LEVELLED
     ),
     "EulerDiscreteScheduler": Sampler(
         exploding.euler,
@@ -75,15 +77,15 @@ SAMPLERS: dict[str, Sampler] = {
         exploding,
         "Euler",
         LINSPACE,
-        KARRAS | ZERO_SNR | FINAL | {"interpolation_type", "timestep_type"},
+        KARRAS | LEVELLED | ZERO_SNR | FINAL | {"interpolation_type", "timestep_type"},
     ),
     "EulerAncestralDiscreteScheduler": Sampler(
         exploding.euler_ancestral,
         ladder.exploding,
         exploding,
         "Euler a",
-        LINSPACE,
-        ZERO_SNR,
+        LINSPACE | ANCESTRAL,
+        LEVELLED | ZERO_SNR | {"eta"},
         draws=True,
     ),
     "HeunDiscreteScheduler": Sampler(
@@ -92,7 +94,7 @@ SAMPLERS: dict[str, Sampler] = {
         exploding,
         "Heun",
         {**LINSPACE, **SD_BETAS},
-        KARRAS,
+        KARRAS | LEVELLED,
         per_step=2,
     ),
     "KDPM2DiscreteScheduler": Sampler(
@@ -101,7 +103,7 @@ SAMPLERS: dict[str, Sampler] = {
         exploding,
         "DPM2",
         {**LINSPACE, **SD_BETAS},
-        KARRAS,
+        KARRAS | LEVELLED,
         per_step=2,
     ),
     "KDPM2AncestralDiscreteScheduler": Sampler(
@@ -109,8 +111,8 @@ SAMPLERS: dict[str, Sampler] = {
         ladder.rounded_exploding,
         exploding,
         "DPM2 a",
-        {**LINSPACE, **SD_BETAS},
-        KARRAS,
+        {**LINSPACE, **SD_BETAS, **ANCESTRAL},
+        KARRAS | LEVELLED | {"eta"},
         per_step=2,
         draws=True,
     ),
@@ -119,8 +121,8 @@ SAMPLERS: dict[str, Sampler] = {
         ladder.exploding,
         exploding,
         "DPM++ SDE",
-        {**LINSPACE, **SD_BETAS},
-        KARRAS,
+        {**LINSPACE, **SD_BETAS, **ANCESTRAL},
+        KARRAS | LEVELLED | {"eta"},
         per_step=2,
         draws=True,
     ),
@@ -130,7 +132,11 @@ SAMPLERS: dict[str, Sampler] = {
         logsnr,
         "DPM++ 2M",
         LINSPACE,
-        KARRAS | ZERO_SNR | FINAL | {"use_lu_lambdas", "lambda_min_clipped", "euler_at_final"},
+        KARRAS
+        | LEVELLED
+        | ZERO_SNR
+        | FINAL
+        | {"use_lu_lambdas", "lambda_min_clipped", "euler_at_final"},
     ),
     "DPMSolverSinglestepScheduler": Sampler(
         logsnr.dpm_singlestep,
@@ -138,7 +144,7 @@ SAMPLERS: dict[str, Sampler] = {
         logsnr,
         "DPM++ 2S",
         {},
-        KARRAS | FINAL | {"lambda_min_clipped"},
+        KARRAS | LEVELLED | FINAL | {"lambda_min_clipped"},
     ),
     "DEISMultistepScheduler": Sampler(
         logsnr.deis, ladder.to_the_lowest, logsnr, "DEIS", LINSPACE, KARRAS
@@ -186,8 +192,10 @@ def sampler_name(config: Mapping[str, Any]) -> str:
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", SDE),
+    "DPM++ 2M SDE Heun": ("DPMSolverMultistepScheduler", {"solver_type": "heun", **SDE}),
     "DPM++ 3M": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
     "DPM++ 3M SDE": ("DPMSolverMultistepScheduler", {"solver_order": 3, **SDE}),
+    "DPM++ 2S a": ("DPMSolverSDEScheduler", {"algorithm_type": "ancestral"}),
     "PNDM": ("PNDMScheduler", {"skip_prk_steps": False}),
     "PLMS": ("PNDMScheduler", {"skip_prk_steps": True}),
 }
@@ -196,28 +204,75 @@ LEVELS = {
     "Exponential": "use_exponential_sigmas",
     "Beta": "use_beta_sigmas",
 }
+# A1111's labels of the schedules that a sampler by noise levels takes, with their internal names.
+SCHEDULES = {
+    "Uniform": "uniform",
+    "Karras": "karras",
+    "Exponential": "exponential",
+    "Polyexponential": "polyexponential",
+    "SGM Uniform": "sgm_uniform",
+    "KL Optimal": "kl_optimal",
+    "Align Your Steps": "align_your_steps",
+    "Simple": "simple",
+    "Normal": "normal",
+    "DDIM": "ddim",
+    "Beta": "beta",
+}
 
 
-def config_from_name(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def config_from_name(name: str, config: Mapping[str, Any], *, xl: bool = False) -> dict[str, Any]:
     """A configuration for a class name or a name such as `DPM++ 2M Karras`, over the noise
     schedule of another. A sampler that can clip does so if the other does.
+
+    xl: whether the model is of the XL family, for the schedules that differ there
     """
     kept = {**config, "clip_sample": False, "thresholding": False}
     if name in SAMPLERS:
         return _clipping_as({**kept, "_class_name": name}, config)
-    bare, _, law = name.rpartition(" ")
-    key = LEVELS.get(law.capitalize())
-    wanted = (bare if key else name).casefold()
     for other in ("algorithm_type", "solver_order", "solver_type", *LEVELS.values()):
         kept.pop(other, None)
-    kept |= {key: True} if key else {}
-    for title, (class_name, options) in titles().items():
-        if title.casefold() == wanted and (not key or key in SAMPLERS[class_name].reads):
-            return _clipping_as({**kept, "_class_name": class_name, **options}, config)
-    levels = [f"{title} {law}" for title in titles() for law in LEVELS]
+    kept.pop("sigma_schedule", None)
+    kept.pop("eta", None)
+    title, label = pair_from_name(name)
+    class_name, options = titles()[title]
+    chosen = {**kept, "_class_name": class_name, **options, **_laid(class_name, label, xl)}
+    return _clipping_as(chosen, config)
+
+
+def pair_from_name(name: str) -> tuple[str, str]:
+    """`"dpm++ 2m karras"` -> ("DPM++ 2M", "Karras"), no schedule being ""; raises UsageError with
+    the nearest names.
+    """
+    wanted, titled = name.strip().casefold(), {title.casefold(): title for title in titles()}
+    if wanted in titled:
+        return titled[wanted], ""
+    for label in SCHEDULES:
+        bare = wanted.removesuffix(f" {label.casefold()}").strip()
+        if bare != wanted and bare in titled and takes_schedule(titled[bare], label):
+            return titled[bare], label
+    levels = [f"{title} {label}" for title in titles() for label in SCHEDULES]
     near = difflib.get_close_matches(name[:60], [*SAMPLERS, *titles(), *levels], n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise UsageError(f"scheduler {shortened(name)} is not known; {hint}type: sdrt schedulers")
+
+
+def takes_schedule(title: str, label: str) -> bool:
+    """Whether a sampler, by its title, takes a schedule of noise levels, by its label."""
+    reads = SAMPLERS[titles()[title][0]].reads
+    return LEVELS.get(label) in reads or "sigma_schedule" in reads
+
+
+def _laid(class_name: str, label: str, xl: bool) -> dict[str, Any]:
+    """The keys for a schedule."""
+    sampler = SAMPLERS[class_name]
+    if not label:
+        return {}
+    # The reference library's own keys lay it between the ends of the timestep spacing, which are
+    # the model's only for solvers in log signal-to-noise ratio.
+    if sampler.family is logsnr and (key := LEVELS.get(label)) in sampler.reads:
+        return {str(key): True}
+    schedule = SCHEDULES[label]
+    return {"sigma_schedule": f"{schedule}_xl" if xl and "align" in schedule else schedule}
 
 
 def _clipping_as(chosen: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,9 +291,12 @@ def titles() -> dict[str, tuple[str, dict[str, Any]]]:
 def title_of(config: Mapping[str, Any]) -> str:
     """The name that users' tools know for a configuration."""
     name = sampler_name(config)
-    title = SAMPLERS[name].title
+    title, most = SAMPLERS[name].title, 0
     for other, (class_name, options) in NAMED.items():
-        if class_name == name and all(config.get(key) == value for key, value in options.items()):
-            title = other
-    law = next((law for law, key in LEVELS.items() if config.get(key)), "")
-    return f"{title} {law}".strip()
+        fits = all(config.get(key) == value for key, value in options.items())
+        if class_name == name and fits and len(options) >= most:
+            title, most = other, len(options)
+    laid = str(config.get("sigma_schedule") or "").removesuffix("_xl")
+    label = next((label for label, key in LEVELS.items() if config.get(key)), "")
+    label = next((label for label, key in SCHEDULES.items() if key == laid), label)
+    return f"{title} {label}".strip()

@@ -21,7 +21,7 @@ def mix(schedule: Schedule, ladder: Ladder) -> tuple[float, float]:
 
 def start(schedule: Schedule, ladder: Ladder) -> float:
     """The starting noise's standard deviation when there is no picture."""
-    if schedule.timestep_spacing in ("linspace", "trailing"):
+    if schedule.sigma_schedule or schedule.timestep_spacing in ("linspace", "trailing"):
         return ladder.levels[0]
     return math.hypot(ladder.levels[0], 1.0)
 
@@ -77,7 +77,7 @@ def euler_ancestral(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> 
     levels = ladder.levels
     for t, level, after in zip(ladder.timesteps, levels, levels[1:], strict=False):
         _, noise = clean_noise(schedule, run, x, t, level)
-        down, up = down_and_up(level, after)
+        down, up = down_and_up(level, after, schedule.eta)
         x = run.edited(x + (down - level) * noise + up * run.noise())
     return x
 
@@ -87,7 +87,7 @@ def dpm2_ancestral(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> L
     levels = ladder.levels
     for t, level, after in zip(ladder.timesteps, levels, levels[1:], strict=False):
         _, noise = clean_noise(schedule, run, x, t, level)
-        down, up = down_and_up(level, after)
+        down, up = down_and_up(level, after, schedule.eta)
         if down == 0.0:
             return run.edited(x - level * noise)
         middle = math.sqrt(level * down)
@@ -103,6 +103,8 @@ def dpmpp_sde(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent
     Both stages of a step read one Brownian path over the level: the noise of the whole step is
     that of its two parts, weighted by the square roots of their lengths.
     """
+    if schedule.algorithm_type == "ancestral":
+        return dpmpp_2s_ancestral(schedule, ladder, x, run)
     levels = ladder.levels
     for t, level, after in zip(ladder.timesteps, levels, levels[1:], strict=False):
         clean, noise = clean_noise(schedule, run, x, t, level)
@@ -110,20 +112,41 @@ def dpmpp_sde(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent
             return run.edited(x - level * noise)
         middle = math.sqrt(level * after)
         first, second = run.noise(), run.noise()
-        down, up = down_and_up(level, middle)
+        down, up = down_and_up(level, middle, schedule.eta)
         trial = (down / level) * x + (1.0 - down / level) * clean + up * first
         asked = timestep_at(schedule, middle)
         clean, _ = clean_noise(schedule, run, run.edited(trial), asked, middle)
         share = (level - middle) / (level - after)
         path = math.sqrt(share) * first + math.sqrt(1.0 - share) * second
-        down, up = down_and_up(level, after)
+        down, up = down_and_up(level, after, schedule.eta)
         x = run.edited((down / level) * x + (1.0 - down / level) * clean + up * path)
     return x
 
 
-def down_and_up(level: float, after: float) -> tuple[float, float]:
-    """The level to step down to, and the fresh noise that leads back up to `after`."""
-    up = min(after, after * math.sqrt(max(level**2 - after**2, 0.0)) / level)
+def dpmpp_2s_ancestral(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+    """DPM-Solver++(2S) to below the next level, then fresh noise up to it: Lu et al. 2022
+    (arXiv:2211.01095), algorithm 1, its middle halfway in the level's logarithm.
+    """
+    levels = ladder.levels
+    for t, level, after in zip(ladder.timesteps, levels, levels[1:], strict=False):
+        clean, noise = clean_noise(schedule, run, x, t, level)
+        down, up = down_and_up(level, after, schedule.eta)
+        if down == 0.0:
+            return run.edited(x - level * noise)
+        middle = math.sqrt(level * down)
+        trial = run.edited((middle / level) * x + (1.0 - middle / level) * clean)
+        asked = timestep_at(schedule, middle)
+        clean, _ = clean_noise(schedule, run, trial, asked, middle)
+        x = (down / level) * x + (1.0 - down / level) * clean
+        x = run.edited(x + up * run.noise())
+    return x
+
+
+def down_and_up(level: float, after: float, eta: float) -> tuple[float, float]:
+    """The level to step down to, and the fresh noise that leads back up to `after`; eta: 1 is all
+    of it, 0 none.
+    """
+    up = min(after, eta * after * math.sqrt(max(level**2 - after**2, 0.0)) / level)
     return math.sqrt(max(after**2 - up**2, 0.0)), up
 
 

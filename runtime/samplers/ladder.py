@@ -12,6 +12,7 @@ import numpy as np
 from sdrt.errors import UsageError
 
 from .schedule import Schedule, all_levels, highest_level_in_float32
+from .sigmas import SIGMA_SCHEDULES, beta, exponential, karras
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,13 @@ def to_the_lowest(schedule: Schedule, steps: int) -> Ladder:
     return replace(ladder, levels=(*ladder.levels[:-1], ladder.levels[-2]))
 
 
+def scheduled(schedule: Schedule, steps: int) -> Ladder:
+    """The levels of `sigma_schedule`, which need not be as many as the steps asked for."""
+    levels = SIGMA_SCHEDULES[schedule.sigma_schedule](all_levels(schedule), steps)
+    timesteps = timesteps_at(schedule, levels[:-1])
+    return Ladder(tuple(timesteps.tolist()), tuple(levels.tolist()), len(timesteps), even=False)
+
+
 def given(
     schedule: Schedule, timesteps: tuple[float, ...] | None, sigmas: tuple[float, ...] | None
 ) -> Ladder:
@@ -200,37 +208,8 @@ def relaid(schedule: Schedule, high: float, low: float, steps: int) -> np.ndarra
     """Levels of another law between two, falling, [steps]; None where the spacing's own stand."""
     high = schedule.sigma_max if schedule.sigma_max is not None else high
     low = schedule.sigma_min if schedule.sigma_min is not None else low
-    ramp = np.linspace(0, 1, steps)
     if schedule.use_karras_sigmas:
-        rho = 7.0
-        ends = high ** (1 / rho), low ** (1 / rho)
-        karras: np.ndarray = (ends[0] + ramp * (ends[1] - ends[0])) ** rho
-        return karras
+        return karras(high, low, steps)
     if schedule.use_exponential_sigmas or schedule.use_lu_lambdas:
-        return np.exp(np.linspace(math.log(high), math.log(low), steps))
-    if schedule.use_beta_sigmas:  # Lee et al. 2024 (arXiv:2407.12173), section 4
-        return low + beta_quantile(1 - ramp, 0.6) * (high - low)
-    return None
-
-
-def beta_quantile(shares: np.ndarray, a: float) -> np.ndarray:
-    """Where the symmetric Beta(a, a) distribution has the given shares below, by bisection."""
-    low, high = np.zeros_like(shares), np.full_like(shares, 0.5)
-    lower = np.minimum(shares, 1 - shares)
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = _beta_share(middle, a) < lower
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    return np.where(shares <= 0.5, high, 1 - high) * (lower > 0) + (shares == 1)
-
-
-def _beta_share(x: np.ndarray, a: float) -> np.ndarray:
-    """The regularised incomplete beta function I_x(a, a) for x <= 1/2, by its power series
-    (Abramowitz and Stegun 26.5.4 in the form x**a / (a B) * 2F1(a, 1 - a; a + 1; x)).
-    """
-    term, total = np.ones_like(x), np.zeros_like(x)
-    for n in range(60):
-        total += term / (a + n)
-        term = term * x * (n + 1 - a) / (n + 1)
-    share: np.ndarray = x**a * total * math.gamma(2 * a) / math.gamma(a) ** 2
-    return share
+        return exponential(high, low, steps)
+    return beta(high, low, steps) if schedule.use_beta_sigmas else None

@@ -17,6 +17,8 @@ import numpy as np
 from sdrt.errors import UsageError
 from sdrt.reading import Reader, number, one_of, row, truth, whole
 
+from .sigmas import SIGMA_SCHEDULES
+
 log = logging.getLogger(__name__)
 # Keys without a bearing on numbers here, and those that only matter to what is refused below.
 IGNORED = {"_class_name", "_diffusers_version", "sample_max_value"}
@@ -39,6 +41,7 @@ FOREIGN: dict[str, Any] = {
     "lambda_min_clipped": -math.inf,
     "euler_at_final": False,
     "eta": 0.0,
+    "sigma_schedule": "",
 }
 # What each key may be; beyond it memory has no bound, or a level no logarithm.
 STEPS, POSITIVE = whole(1, 100_000), number(0.0, 1e6)
@@ -55,6 +58,7 @@ READERS: dict[str, Reader[Any]] = {
     "steps_offset": whole(0, 100_000),
     "interpolation_type": one_of(("linear", "log_linear")),
     **dict.fromkeys(LADDERS, truth),
+    "sigma_schedule": one_of(("", *SIGMA_SCHEDULES)),
     "sigma_min": POSITIVE,
     "sigma_max": POSITIVE,
     "final_sigmas_type": one_of(("zero", "sigma_min")),
@@ -69,7 +73,10 @@ READERS: dict[str, Reader[Any]] = {
     "clip_sample_range": POSITIVE,
     "solver_order": whole(1, 3),
     "algorithm_type": one_of(
-        ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis")
+        (
+            *("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"),
+            "ancestral",
+        )
     ),
     "solver_type": one_of(("midpoint", "heun", "logrho", "bh1", "bh2")),
     "lower_order_final": truth,
@@ -84,7 +91,7 @@ READERS: dict[str, Reader[Any]] = {
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """The keys that change numbers, under their published names; `eta` is a call's in the
-    reference library and a key here.
+    reference library and a key here, and `sigma_schedule` is of `sigmas.SIGMA_SCHEDULES`.
     """
 
     num_train_timesteps: int = 1000
@@ -102,6 +109,7 @@ class Schedule:
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
     use_lu_lambdas: bool = False
+    sigma_schedule: str = ""
     sigma_min: float | None = None
     sigma_max: float | None = None
     final_sigmas_type: str = "zero"

@@ -284,7 +284,8 @@ def _ladder(
     most = min(MOST_STEPS, schedule.num_train_timesteps)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
         raise UsageError(f"{steps!r} steps; expected a whole number from 1 to {most}")
-    rungs = sampler.ladder(schedule, steps)
+    laid = ladder.scheduled if schedule.sigma_schedule else sampler.ladder
+    rungs = laid(schedule, steps)
     heights = rungs.levels[:-1] or rungs.timesteps
     falling = all(a > b for a, b in itertools.pairwise(heights))
     lowest, highest = min(rungs.timesteps), max(rungs.timesteps)
