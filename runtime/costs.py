@@ -6,6 +6,7 @@ Knows engines and their input specs; not what is made with them.
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import statistics
@@ -38,6 +39,7 @@ SECONDS, ROWS, COUNT = number(0.0, 1e6), whole(1, 4096), whole(-(2**50), 2**50)
 GAIN = 1.05  # more rows in a call must make this much more of a picture a second
 LEARNED = 0.1  # share of a new measurement in the drift
 MEMORY_SHARE = 0.8  # of the memory that is free, for calls of the model
+MOST_ESTIMATED = 64  # sizes that are remembered without having been measured
 
 
 @dataclass(slots=True)
@@ -81,11 +83,34 @@ class Costs:
     encode: float
     sizes: dict[Size, SizeCosts]
     base: int = 0
+    estimated: dict[Size, SizeCosts] = field(default_factory=dict, repr=False, compare=False)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def of(self, group: Hashable) -> SizeCosts:
         assert isinstance(group, tuple)
-        return self.sizes[group[0]]
+        return self.of_size(group[0])
+
+    def of_size(self, size: Size) -> SizeCosts:
+        """A measured size's; of another, those of the nearest measured one by their areas, which
+        learn from its calls.
+        """
+        if size in self.sizes:
+            return self.sizes[size]
+        with self.lock:
+            if size not in self.estimated:
+                for old in list(self.estimated)[: 1 - MOST_ESTIMATED]:
+                    del self.estimated[old]
+                self.estimated[size] = self._estimate(size)
+            return self.estimated[size]
+
+    def _estimate(self, size: Size) -> SizeCosts:
+        area = size[0] * size[1]
+        near = min(self.sizes, key=lambda known: abs(math.log(area / (known[0] * known[1]))))
+        known, share = self.sizes[near], area / (near[0] * near[1])
+        calls = {rows: share * seconds for rows, seconds in known.calls.items()}
+        grown = {rows: round(share * count) for rows, count in known.bytes.items()}
+        most = max(1, min(known.most, round(known.most / share)))
+        return SizeCosts(calls, grown, most, share * known.decode, known.drift, known.shallow)
 
     def rates(self, most: int | None = None) -> Rates:
         """most: rows of one call, instead of the measured ones."""
@@ -99,7 +124,7 @@ class Costs:
 
     def missing_bytes(self, size: Size, rows: int) -> int:
         """What a call would need beyond what this machine has free; 0 if it fits."""
-        known = self.sizes[size].bytes
+        known = self.of_size(size).bytes
         near = min((k for k in known if k >= rows), default=max(known))
         needed = self.base + known[near] - resident_bytes()
         return max(0, needed - available_bytes())

@@ -114,11 +114,6 @@ class InFlight:
         if scheduler is not None and not (isinstance(scheduler, str) and not scheduler):
             pipe = pipe.with_scheduler(scheduler)
         requests, table, guidance, size = pipe.planned(prompt, chosen)
-        if size not in self.costs.sizes:
-            raise UsageError(
-                f"size {size[0]}x{size[1]} was not measured; one of "
-                f"{', '.join(f'{w}x{h}' for w, h in self.costs.sizes)}"
-            )
         rows = 2 if (guidance.scales != 1.0).any() else 1
         submission = Submission(requests, chosen, pipe.scheduler_config, on_step)
         now = time.monotonic()

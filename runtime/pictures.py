@@ -95,13 +95,20 @@ def image_array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """A picture for the encoder, [1, 3, H, W] float32 in [-1, 1]: upright, over white where it is
     see-through, resized (Lanczos) to (width, height).
     """
+    pixels = np.asarray(rgb_image(image).resize(size, Image.Resampling.LANCZOS), np.float32)
+    return pixels.transpose(2, 0, 1)[None] / np.float32(127.5) - np.float32(1.0)
+
+
+def rgb_image(image: Image.Image) -> Image.Image:
+    """An image upright and in RGB, over white where it is transparent; raises UsageError for a
+    damaged one.
+    """
     colour = _decoded(image)
     if "A" in colour.getbands() or "transparency" in colour.info:
         layered = colour.convert("RGBA")
         colour = Image.new("RGBA", layered.size, "white")
         colour.alpha_composite(layered)
-    pixels = np.asarray(colour.convert("RGB").resize(size, Image.Resampling.LANCZOS), np.float32)
-    return pixels.transpose(2, 0, 1)[None] / np.float32(127.5) - np.float32(1.0)
+    return colour.convert("RGB")
 
 
 def mask_array(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The application: routes, the shape of errors, the schema, the page, all behind the guard."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ from starlette.responses import FileResponse, Response
 from sdrt import __version__
 from sdrt.errors import SdrtError
 
-from . import health, openai, sdapi
+from . import health, openai, sdapi, sdapi_extras, sdapi_lists, sdapi_options
 from .context import Context
 from .guard import Guard
 from .metrics import Metrics
 from .models import Models, Source
-from .problem import Gone, problem_from, problem_from_invalid
+from .problem import Gone, Problem, problem_from, problem_from_invalid
 from .requests import Edit
 from .settings import Settings
 
+JSON = re.compile(r"application/(\w[\w.+-]*\+)?json")
 PAGE = Path(__file__).parent / "page"
 POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"
 
@@ -33,7 +35,8 @@ def application(sources: Mapping[str, Source], settings: Settings) -> tuple[Guar
     app = FastAPI(title="sdrt", version=__version__, docs_url=None, redoc_url=None)
     app.state.context = Context(settings, models, metrics)
     app.state.jobs = sdapi.Jobs()
-    for module in (openai, sdapi, health):
+    app.state.sd_options = sdapi_options.ServerOptions()
+    for module in (openai, sdapi, sdapi_options, sdapi_extras, sdapi_lists, health):
         app.include_router(module.router)
     for kind in (HTTPException, SdrtError, RequestValidationError, Gone, Exception):
         app.add_exception_handler(kind, _told)
@@ -48,6 +51,11 @@ async def _told(request: Request, error: Exception) -> Response:
     path = request.url.path
     if not isinstance(error, RequestValidationError):
         return problem_from(error).response(path)
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    whole = any(tuple(each["loc"]) == ("body",) for each in error.errors())
+    if whole and not JSON.fullmatch(kind):
+        wanted = "Send Content-Type: application/json"
+        return Problem(415, wanted, code="invalid_type").response(path)
     problem = problem_from_invalid(error.errors())
     if path.startswith("/sdapi/"):
         problem.status_code = 422  # what these clients know

@@ -33,7 +33,7 @@ class Call:
     model: Model
     prompt: str
     options: Mapping[str, Any]
-    scheduler: str | None = None
+    scheduler: str | Mapping[str, Any] | None = None
     priority: int = 0
     deadline: float | None = None
 
@@ -80,12 +80,16 @@ class Context:
 
     def _bounded(self, call: Call) -> None:
         """Raise Problem 400 for more work than one request may ask for."""
-        if call.size not in call.model.sizes:
+        width, height = parse_size(known_size(call.size))
+        multiple = call.model.pipe.manifest.multiple
+        if call.size not in call.model.sizes and (width % multiple or height % multiple):
             have = ", ".join(call.model.sizes)
             raise Problem(
-                400, f"size {call.size}; {call.model.name} has {have}", "size", "invalid_value"
+                400,
+                f"size {call.size}; {call.model.name} makes {have} and multiples of {multiple}",
+                "size",
+                "invalid_value",
             )
-        width, height = parse_size(call.size)
         count, steps = call.options["num_images_per_prompt"], call.options["num_inference_steps"]
         most = self.settings.most_work // (width * height)
         if count * steps > most:

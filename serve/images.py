@@ -11,16 +11,26 @@ from sdrt.runtime.pictures import encoded, image_from_bytes
 
 MOST_PIXELS = 4096 * 4096
 PREVIEW_SIDE = 256
-DATA_URL = re.compile(r"data:image/[\w.+-]{1,20};base64,")
+DATA_URL = re.compile(r"data:[\w.+/-]{0,40}(?:;[\w.+=-]{1,40}){0,3};base64,", re.IGNORECASE)
+SPACE = re.compile(r"\s+")
+FROM_URL_ALPHABET = str.maketrans("-_", "+/")
 
 
 def image_from_base64(text: str) -> Image.Image:
-    """A decoded picture of base64, or of a data URL; raises UsageError if it is none."""
-    head = DATA_URL.match(text)
+    """A decoded image of base64, or of a data URL; raises UsageError if it is none.
+
+    As lenient as clients need: line ends and spaces, the alphabet for URLs, no padding.
+    """
+    text = SPACE.sub("", text)
+    if text[:5].lower() in ("http:", "https"):
+        raise UsageError("an image's address is not fetched; send the image itself in base64")
+    if head := DATA_URL.match(text):
+        text = text[head.end() :]
+    text = text.rstrip("=").translate(FROM_URL_ALPHABET)
     try:
-        data = base64.b64decode(text[head.end() if head else 0 :], validate=True)
+        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UsageError("a picture that is no base64") from error
+        raise UsageError("an image that is not base64") from error
     return image_from_bytes(data, MOST_PIXELS)
 
 

@@ -8,6 +8,7 @@ MOST_STEPS = 1000
 MOST_PICTURES = 10
 LAST_SEED = 2**64 - 1
 TEXT = 32_000
+MOST_BLUR = 64
 
 
 class Generation(BaseModel):
@@ -57,41 +58,86 @@ class Edit(Generation):
 
 
 class TextToImage(BaseModel):
-    """What clients of `/sdapi` send; what they send beyond it is passed over."""
+    """What clients of `/sdapi` send. Numbers may be text and whole numbers floats, as there; what
+    they send beyond it is read by `sdapi_fields`.
+    """
 
-    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     prompt: str | None = Field("", max_length=TEXT)
     negative_prompt: str | None = Field("", max_length=TEXT)
     seed: int | None = Field(-1, ge=-1, le=LAST_SEED, description="-1: drawn")
     steps: int | None = Field(20, ge=1, le=MOST_STEPS)
-    cfg_scale: float | None = Field(7.0, ge=1.0, le=100.0)
-    width: int | None = Field(None, ge=16, le=8192)
-    height: int | None = Field(None, ge=16, le=8192)
-    sampler_name: str | None = Field(None, max_length=100)
+    cfg_scale: float | None = Field(7.0, ge=0.0, le=100.0, description="to 1: no guidance")
+    width: int | None = Field(None, ge=16, le=8192, description="default: the model's own")
+    height: int | None = Field(None, ge=16, le=8192, description="default: the model's own")
+    sampler_name: str | None = Field(None, max_length=100, description="default: the model's own")
     sampler_index: str | None = Field(None, max_length=100, description="if no sampler_name")
     scheduler: str | None = Field(None, max_length=100, description="such as Karras")
+    eta: float | None = Field(None, description="share of fresh noise; default: the sampler's")
     batch_size: int | None = Field(1, ge=1, le=MOST_PICTURES)
     n_iter: int | None = Field(1, ge=1, le=MOST_PICTURES)
     send_images: bool | None = True
-    override_settings: dict[str, Any] | None = Field(
-        None, description="sd_model_checkpoint and CLIP_stop_at_last_layers are read"
+    override_settings: dict[str, Any] | None = Field(None, description="options of one request")
+    override_settings_restore_afterwards: bool | None = Field(
+        True, description="false keeps the options for the requests that follow"
     )
 
 
 class ImageToImage(TextToImage):
-    """The same with a picture to start from, in base64."""
+    """The same with an image to start from, in base64."""
 
-    init_images: list[str] = Field(min_length=1, max_length=1)
-    denoising_strength: float | None = Field(0.75, gt=0.0, le=1.0)
-    mask: str | None = Field(None, description="light where it is made new")
-    inpainting_mask_invert: Literal[0, 1] | None = 0
-    include_init_images: bool | None = False
+    init_images: list[str] = Field(min_length=1, description="one")
+    denoising_strength: float | None = Field(0.75, ge=0.0, le=1.0)
+    resize_mode: int | None = Field(0, ge=0, le=3, description="0 stretch, 1 crop, 2 fill")
+    mask: str | None = Field(None, description="light, or opaque, where the image is made new")
+    mask_blur: int | None = Field(None, ge=0, le=MOST_BLUR, description="both of these")
+    mask_blur_x: int | None = Field(4, ge=0, le=MOST_BLUR)
+    mask_blur_y: int | None = Field(4, ge=0, le=MOST_BLUR)
+    inpainting_fill: int | None = Field(0, ge=0, le=3, description="0 fill, 1 original")
+    inpaint_full_res: bool | None = Field(True, description="the masked region alone, enlarged")
+    inpaint_full_res_padding: int | None = Field(0, ge=0, le=8192)
+    inpainting_mask_invert: int | None = Field(0, ge=0, le=1)
+    include_init_images: bool | None = Field(False, description="in the answer's parameters")
 
 
 class PngInfo(BaseModel):
-    """A picture whose text is asked for."""
+    """An image whose text is asked for."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
+    model_config = ConfigDict(extra="ignore")
 
     image: str
+
+
+class Upscaling(BaseModel):
+    """How images are resized by `/sdapi`'s extras."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    resize_mode: int | None = Field(0, ge=0, le=1, description="0 by a factor, 1 to a size")
+    upscaling_resize: float | None = Field(2.0, gt=0.0, le=100.0)
+    upscaling_resize_w: int | None = Field(512, ge=1, le=8192)
+    upscaling_resize_h: int | None = Field(512, ge=1, le=8192)
+    upscaling_crop: bool | None = True
+    upscaler_1: str | None = Field("None", max_length=100)
+    upscaler_2: str | None = Field("None", max_length=100)
+    extras_upscaler_2_visibility: float | None = Field(0.0, ge=0.0, le=1.0)
+
+
+class UpscaledImage(Upscaling):
+    """One image."""
+
+    image: str = ""
+
+
+class NamedImage(BaseModel):
+    """An image of a batch."""
+
+    data: str
+    name: str | None = None
+
+
+class UpscaledImages(Upscaling):
+    """Several."""
+
+    imageList: list[NamedImage] = Field(min_length=1, max_length=100)

@@ -1,91 +1,118 @@
-"""The `/sdapi/v1` endpoints under the field names that their many clients use.
+"""The `/sdapi/v1` endpoints that make images, under the field names that their many clients use.
 
-Fields they know and this server does not are passed over, as those clients send them all.
+What they send and this server does not support is in `sdapi_fields`.
 """
 
 import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
-from PIL import Image
 from starlette.responses import Response
 
 from sdrt.runtime import Preview, Step
 from sdrt.runtime.pictures import settings_from_text, text_of
-from sdrt.runtime.samplers.catalogue import LEVELS, SAMPLERS, titles
+from sdrt.runtime.samplers.catalogue import title_of
 from sdrt.runtime.tickets import Cancelled, Picture, Ticket
 
-from .context import Call, Context, StrictRoute, context_of
+from .context import Call, StrictRoute, context_of
 from .images import base64_from_image, enlarged, image_from_base64
+from .inpainting import Finish, Given, Inpainting, given_from
 from .models import Model
-from .problem import json_response
+from .problem import Problem, json_response
 from .requests import ImageToImage, PngInfo, TextToImage
+from .sampling import configuration
+from .sdapi_fields import IGNORED, IMAGE_ONLY, check_fields
+from .sdapi_options import FORMATS, RNG, checked, keep, options_with, server_options
 from .watch import Watch
 
 router = APIRouter(prefix="/sdapi/v1", route_class=StrictRoute)
-
-PLAIN = ("", "automatic", "uniform", "normal")
+T = TypeVar("T")
 
 
 @router.post("/txt2img")
 async def txt2img(request: Request, body: TextToImage) -> Response:
-    """Pictures of a prompt."""
-    found = _model(context_of(request), body)
-    return await _answer(request, body, _call(found, body, {}))
+    """Images of a prompt."""
+    check_fields(body.model_extra or {}, IGNORED | IMAGE_ONLY)
+    options = options_with(request, body.override_settings)
+    found = context_of(request).models.named(options["sd_model_checkpoint"])
+    return await _answer(request, body, call_from(found, body, options, {}), options, None)
 
 
 @router.post("/img2img")
 async def img2img(request: Request, body: ImageToImage) -> Response:
-    """Pictures of a prompt that start from a picture."""
-    context = context_of(request)
-    found = _model(context, body)
-    given = await context.off_loop(_given, body)
-    return await _answer(request, body, _call(found, body, given))
-
-
-def _given(body: ImageToImage) -> dict[str, Any]:
-    image = image_from_base64(body.init_images[0])
-    mask = image_from_base64(body.mask).convert("L") if body.mask else None
-    if mask and body.inpainting_mask_invert:
-        mask = mask.point(lambda value: 255 - value)
-    if mask and mask.size != image.size:
-        mask = mask.resize(image.size, Image.Resampling.NEAREST)
+    """Images of a prompt that start from an image."""
+    check_fields(body.model_extra or {}, IGNORED)
+    context, options = context_of(request), options_with(request, body.override_settings)
+    found = context.models.named(options["sd_model_checkpoint"])
+    given = await context.off_loop(_given, body, _size(found, body))
     strength = 0.75 if body.denoising_strength is None else body.denoising_strength
-    return {"image": image, "mask_image": mask, "strength": strength}
+    call = call_from(found, body, options, {**given.options, "strength": strength})
+    return await _answer(request, body, call, options, given.finish)
 
 
-def _model(context: Context, body: TextToImage) -> Model:
-    named = (body.override_settings or {}).get("sd_model_checkpoint")
-    return context.models.named(str(named) if named else None)
+def _given(body: ImageToImage, size: tuple[int, int]) -> Given:
+    """The image and its mask for the model; raises Problem 400 for what is not supported."""
+    if len(body.init_images) > 1:
+        raise Problem(400, f"{len(body.init_images)} init_images; one is taken", "init_images")
+    if body.resize_mode == 3:
+        raise Problem(400, "resize_mode 3 is not supported; expected 0, 1 or 2", "resize_mode")
+    if body.mask and body.inpainting_fill in (2, 3):
+        raise Problem(
+            400,
+            f"inpainting_fill {body.inpainting_fill} is not supported; expected 0 (fill) or "
+            "1 (original)",
+            "inpainting_fill",
+        )
+    mask = image_from_base64(body.mask) if body.mask else None
+    image = image_from_base64(body.init_images[0])
+    return given_from(image, mask, size, body.resize_mode or 0, _inpainting(body))
 
 
-def _call(found: Model, body: TextToImage, given: Mapping[str, Any]) -> Call:
+def _inpainting(body: ImageToImage) -> Inpainting:
+    blur = (body.mask_blur_x, body.mask_blur_y)
+    if body.mask_blur is not None:
+        blur = (body.mask_blur, body.mask_blur)
+    return Inpainting(
+        blur=(_or(blur[0], 4), _or(blur[1], 4)),
+        invert=bool(body.inpainting_mask_invert),
+        cropped=_or(body.inpaint_full_res, True),
+        padding=body.inpaint_full_res_padding or 0,
+        filled=not body.inpainting_fill,
+    )
+
+
+def _size(found: Model, body: TextToImage) -> tuple[int, int]:
     width, height = found.pipe.manifest.sizes[0]
-    counts = (1 if count is None else count for count in (body.batch_size, body.n_iter))
-    skip = (body.override_settings or {}).get("CLIP_stop_at_last_layers") or 1
-    options = {
+    return body.width or width, body.height or height
+
+
+def call_from(
+    found: Model, body: TextToImage, options: Mapping[str, Any], given: Mapping[str, Any]
+) -> Call:
+    """The request in the engine's terms; raises Problem 400 for a sampler that is not known."""
+    width, height = _size(found, body)
+    wanted = {
         "negative_prompt": body.negative_prompt or "",
-        "num_inference_steps": 20 if body.steps is None else body.steps,
-        "guidance_scale": 7.0 if body.cfg_scale is None else body.cfg_scale,
+        "num_inference_steps": _or(body.steps, 20),
+        "guidance_scale": _or(body.cfg_scale, 7.0),
         "seed": None if body.seed in (None, -1) else body.seed,
-        "num_images_per_prompt": next(counts) * next(counts),
-        "size": f"{body.width or width}x{body.height or height}",
-        "clip_skip": skip - 1 if isinstance(skip, int) else skip,
+        "rng": RNG[str(options["randn_source"]).casefold()],
+        "num_images_per_prompt": _or(body.batch_size, 1) * _or(body.n_iter, 1),
+        "size": f"{width}x{height}",
+        "clip_skip": options["CLIP_stop_at_last_layers"] - 1,
         **given,
     }
-    return Call(found, body.prompt or "", options, _scheduler(body))
+    sampler = body.sampler_name or body.sampler_index
+    config = configuration(found.pipe, sampler, body.scheduler, body.eta)
+    return Call(found, body.prompt or "", wanted, config)
 
 
-def _scheduler(body: TextToImage) -> str | None:
-    """`DPM++ 2M` and `Karras` are sent apart or as one name."""
-    name, law = body.sampler_name or body.sampler_index, (body.scheduler or "").strip()
-    if not name or law.lower() in PLAIN or name.lower().endswith(law.lower()):
-        return name or None
-    return f"{name} {law}"
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
 
 
 @dataclass(slots=True, eq=False)
@@ -115,17 +142,31 @@ def _jobs(request: Request) -> Jobs:
     return jobs
 
 
-async def _answer(request: Request, body: TextToImage, call: Call) -> Response:
+async def _answer(
+    request: Request,
+    body: TextToImage,
+    call: Call,
+    options: Mapping[str, Any],
+    finish: Finish | None,
+) -> Response:
+    """finish: what becomes of each image"""
     context, jobs = context_of(request), _jobs(request).running
     job = Job(request.state.owner, call)
     watch = await context.submit(call, steps=True)
+    if body.override_settings_restore_afterwards is False:
+        kept = server_options(request)
+        keep(context, kept, checked(body.override_settings or {}, context.models))
     job.tickets = watch.tickets
     jobs.append(job)
     try:
         made = await _made(watch, job, request)
     finally:
         jobs.remove(job)
-    return await context.off_loop(_response, body, call, made)
+    if finish is not None:
+        made = await context.off_loop(
+            lambda: [replace(one, image=finish(one.image)) for one in made]
+        )
+    return await context.off_loop(_response, body, call, options, made)
 
 
 async def _made(watch: Watch, job: Job, request: Request) -> list[Picture]:
@@ -144,15 +185,26 @@ async def _made(watch: Watch, job: Job, request: Request) -> list[Picture]:
     return made
 
 
-def _response(body: TextToImage, call: Call, made: Sequence[Picture]) -> Response:
-    images = [base64_from_image(one.image, one.parameters) for one in made if body.send_images]
-    if isinstance(body, ImageToImage) and body.include_init_images:
-        images += body.init_images
-    info = json.dumps(_info(call, made))
-    return json_response({"images": images, "parameters": body.model_dump(), "info": info})
+def _response(
+    body: TextToImage, call: Call, options: Mapping[str, Any], made: Sequence[Picture]
+) -> Response:
+    kind = FORMATS[str(options["samples_format"]).casefold()]
+    quality = options["jpeg_quality"]
+    images = [
+        base64_from_image(one.image, one.parameters, kind, quality)
+        for one in made
+        if body.send_images is not False
+    ]
+    sent = body.model_dump()
+    if isinstance(body, ImageToImage) and not body.include_init_images:
+        sent |= {"init_images": None, "mask": None}
+    return json_response(
+        {"images": images, "parameters": sent, "info": json.dumps(_info(call, made))}
+    )
 
 
 def _info(call: Call, made: Sequence[Picture]) -> dict[str, Any]:
+    assert not isinstance(call.scheduler, str)
     seeds, options = [one.seed for one in made], call.options
     width, height = call.size.split("x")
     return {
@@ -164,7 +216,7 @@ def _info(call: Call, made: Sequence[Picture]) -> dict[str, Any]:
         "all_seeds": seeds,
         "width": int(width),
         "height": int(height),
-        "sampler_name": call.scheduler,
+        "sampler_name": title_of(call.scheduler or call.model.pipe.scheduler_config),
         "cfg_scale": options["guidance_scale"],
         "steps": options["num_inference_steps"],
         "batch_size": len(made),
@@ -227,45 +279,6 @@ async def interrupt(request: Request) -> Response:
         for ticket in job.tickets:
             ticket.cancel()
     return json_response({})
-
-
-@router.get("/samplers")
-async def samplers() -> Response:
-    """Every name that `sampler_name` takes."""
-    named = [
-        {"name": f"{title} {law}".strip(), "aliases": [] if law else [kind], "options": {}}
-        for title, (kind, _) in titles().items()
-        for law in ("", *(law for law, key in LEVELS.items() if key in SAMPLERS[kind].reads))
-    ]
-    return json_response(named)
-
-
-@router.get("/schedulers")
-async def schedulers() -> Response:
-    """What `scheduler` takes beside a `sampler_name`."""
-    return json_response(
-        [{"name": law.lower(), "label": law, "aliases": None} for law in ("Automatic", *LEVELS)]
-    )
-
-
-@router.get("/sd-models")
-async def sd_models(request: Request) -> Response:
-    """The models of this server."""
-    none = {"hash": None, "sha256": None, "config": None}
-    return json_response(
-        [
-            {"title": name, "model_name": name, "filename": name, **none}
-            for name in context_of(request).models.sources
-        ]
-    )
-
-
-@router.get("/options")
-async def options(request: Request) -> Response:
-    """What clients read before they ask: the model. Nothing can be set for all."""
-    sources = context_of(request).models.sources
-    shared = {"samples_format": "png", "CLIP_stop_at_last_layers": 1}
-    return json_response({"sd_model_checkpoint": next(iter(sources)), **shared})
 
 
 @router.post("/png-info")

@@ -1,0 +1,147 @@
+"""What `/sdapi` does with each field that its clients send and that no request model reads.
+
+One rule: a field that would change the image and is not supported is refused by name, unless it
+has the value with which it changes nothing. `docs/sdapi.md` is written from these tables.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .problem import Problem
+
+log = logging.getLogger("sdrt.serve")
+
+# By field: the values that change nothing, the first of them named in messages. Null always is one.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "enable_hr": (False,),
+    "restore_faces": (False,),
+    "tiling": (False,),
+    "styles": ([], [""], ["None"]),
+    "subseed_strength": (0,),
+    "seed_resize_from_h": (0, -1),
+    "seed_resize_from_w": (0, -1),
+    "s_churn": (0,),
+    "s_noise": (1,),
+    "s_min_uncond": (0,),
+    "refiner_checkpoint": ("", "None"),
+    "script_name": ("", "None"),
+    "infotext": ("",),
+    "firstpass_image": ("",),
+    "latent_mask": ("",),
+    "mask_round": (True,),
+    "initial_noise_multiplier": (1,),
+    "disable_extra_networks": (False,),
+}
+# By field: why it changes nothing here, whatever it is.
+IGNORED: dict[str, str] = {
+    **dict.fromkeys(("do_not_save_samples", "do_not_save_grid", "save_images"), "nothing is saved"),
+    **dict.fromkeys(("force_task_id", "comments"), "of no bearing on the image"),
+    **dict.fromkeys(("subseed", "seed_enable_extras"), "read with subseed_strength"),
+    **dict.fromkeys(("s_tmin", "s_tmax"), "read with s_churn"),
+    **dict.fromkeys(
+        ("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y")
+        + ("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt")
+        + ("hr_negative_prompt", "hr_additional_modules", "hr_cfg", "hr_distilled_cfg")
+        + ("firstphase_width", "firstphase_height"),
+        "read with enable_hr",
+    ),
+    "refiner_switch_at": "read with refiner_checkpoint",
+    "script_args": "read with script_name",
+    "image_cfg_scale": "read by models that are edited by instruction",
+    "distilled_cfg_scale": "read by models of another family",
+}
+# Of txt2img alone: what only img2img reads.
+IMAGE_ONLY: dict[str, str] = {
+    "denoising_strength": "read with enable_hr",
+    **dict.fromkeys(
+        ("resize_mode", "mask_blur", "mask_blur_x", "mask_blur_y", "inpainting_fill")
+        + ("inpaint_full_res", "inpaint_full_res_padding", "inpainting_mask_invert")
+        + ("include_init_images",),
+        "read by img2img",
+    ),
+}
+LOOKS_UNUSED: tuple[Any, ...] = ("", False, 0, [], {}, "None")
+
+
+def check_fields(extra: Mapping[str, Any], ignored: Mapping[str, str]) -> None:
+    """Raise Problem 400 for the first field that would change the image and is not supported.
+
+    extra: what was sent beyond the fields of the request's model
+    """
+    for name, value in extra.items():
+        if name in ignored:
+            log.debug("%s is passed over: %s", name, ignored[name])
+        elif name in NEUTRAL:
+            if not is_one_of(value, NEUTRAL[name]):
+                raise unsupported(name, NEUTRAL[name][0])
+        elif name == "alwayson_scripts":
+            check_scripts(value)
+        elif not is_one_of(value, LOOKS_UNUSED):
+            raise Problem(
+                400, f"the field {name!r} is not known; leave it out", name, "unknown_parameter"
+            )
+
+
+def unsupported(name: str, neutral: Any) -> Problem:
+    """A refusal that names the field and the value with which it is accepted."""
+    message = f"{name} is not supported; leave it out or send {_json(neutral)}"
+    return Problem(400, message, name, "unsupported_parameter")
+
+
+def _json(value: Any) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+
+
+def is_one_of(value: Any, neutral: Sequence[Any]) -> bool:
+    """Whether a value is null or one of these, its numbers and truths being text or not."""
+    if value is None or value in neutral:
+        return True
+    if not isinstance(value, str):
+        return False
+    text = value.strip().casefold()
+    words = {str(each).casefold() for each in neutral}
+    try:
+        return text in words or float(text) in [n for n in neutral if not isinstance(n, str)]
+    except ValueError:
+        return False
+
+
+def check_scripts(scripts: Any) -> None:
+    """Raise Problem 400 for a script that is sent to act: none runs here."""
+    if scripts is None or scripts in ([], ""):
+        return
+    if not isinstance(scripts, dict):
+        raise Problem(400, "alwayson_scripts: expected an object", "alwayson_scripts")
+    for name, script in scripts.items():
+        arguments = script.get("args") if isinstance(script, dict) else script
+        if not _is_off(arguments):
+            raise Problem(
+                400,
+                f"alwayson_scripts: {name!r} is not supported; leave it out, or disable all of it",
+                "alwayson_scripts",
+                "unsupported_parameter",
+            )
+
+
+def _is_off(arguments: Any) -> bool:
+    """Whether a script's arguments say that it does nothing: there are none, the first is false,
+    as that of most scripts is whether they act, or each unit is disabled.
+    """
+    if isinstance(arguments, dict):
+        arguments = [arguments]
+    if not arguments:
+        return True
+    if not isinstance(arguments, list):
+        return False
+    units = [each for each in arguments if isinstance(each, dict)]
+    if not all(_is_unit_off(unit) for unit in units):
+        return arguments[0] is False
+    return arguments[0] is False or len(units) == len([a for a in arguments if a is not None])
+
+
+def _is_unit_off(unit: Mapping[str, Any]) -> bool:
+    """A unit acts unless it says that it does not; one without a name of a model cannot."""
+    if "ad_model" in unit:
+        return is_one_of(unit["ad_model"], ("None", ""))
+    return unit.get("enabled", unit.get("enable", True)) in (False, 0) or not unit
