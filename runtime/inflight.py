@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sdrt.errors import UsageError
-
 from .costs import Costs, costs_of, works
 from .loop import Edit, Gather, Run, step_of
 from .options import Request, options_from

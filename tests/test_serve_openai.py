@@ -174,7 +174,7 @@ def test_models(api):
 @pytest.mark.parametrize(
     ("options", "param"),
     [
-        ({"size": "512x512"}, "size"),
+        ({"size": "500x512"}, "size"),
         ({"size": "64"}, "size"),
         ({"n": 11}, "n"),
         ({"response_format": "url"}, "response_format"),

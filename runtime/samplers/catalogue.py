@@ -250,7 +250,8 @@ def pair_from_name(name: str) -> tuple[str, str]:
         bare = wanted.removesuffix(f" {label.casefold()}").strip()
         if bare != wanted and bare in titled and takes_schedule(titled[bare], label):
             return titled[bare], label
-    levels = [f"{title} {label}" for title in titles() for label in SCHEDULES]
+    pairs = [(title, label) for title in titles() for label in SCHEDULES]
+    levels = [f"{title} {label}" for title, label in pairs if takes_schedule(title, label)]
     near = difflib.get_close_matches(name[:60], [*SAMPLERS, *titles(), *levels], n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise UsageError(f"scheduler {shortened(name)} is not known; {hint}type: sdrt schedulers")
