@@ -59,7 +59,16 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
     adapters = Adapters(bundle, engines)
     first = tokenizer("text_encoder", "tokenizer")
     second = tokenizer("text_encoder_2", "tokenizer_2")
-    return Pipeline(manifest, first, engines, config, candidate.title, adapters, second)
+    return Pipeline(
+        manifest,
+        first,
+        engines,
+        config,
+        candidate.title,
+        adapters,
+        second,
+        bundle_config=config,
+    )
 
 
 def unloaded_pipeline(bundle: Bundle) -> Pipeline:
@@ -73,7 +82,8 @@ def unloaded_pipeline(bundle: Bundle) -> Pipeline:
     components = bundle.manifest.components
     engines: dict[str, Engine] = {name: LazyEngine(none, components[name]) for name in components}
     config = read_config(bundle.folder / "scheduler" / "scheduler_config.json")
-    return Pipeline(bundle.manifest, None, engines, config, "", Adapters(bundle, engines))
+    adapters = Adapters(bundle, engines)
+    return Pipeline(bundle.manifest, None, engines, config, "", adapters, bundle_config=config)
 
 
 def _loaded(

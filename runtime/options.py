@@ -39,6 +39,19 @@ LONG_PROMPTS = ("chunk", "cut")
 Seed = int | Sequence[int] | None
 Pair = tuple[int, int] | None
 SIZES = ("original_size", "crops_coords_top_left", "target_size")
+SIZES_IN_TEXT = {
+    f"{side} {name}".strip().capitalize(): f"{side}_{option}".strip("_")
+    for side in ("", "negative")
+    for name, option in zip(("original size", "crop", "target size"), SIZES, strict=True)
+}
+GIVEN_IN_TEXT = {
+    "Mask": "mask_image",
+    "Depth map": "depth_map",
+    "Latents": "latents",
+    "Prompt embeds": "prompt_embeds",
+    "Negative prompt embeds": "negative_prompt_embeds",
+    "Callback": "callback_on_step_end",
+}
 Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 
 
@@ -153,17 +166,43 @@ class Options:
         return self.image is not None and self.share == 0.0
 
     @property
-    def unusual(self) -> dict[str, object]:
-        """What a picture's text says only where it was asked for, under the names of other tools
-        where they have one.
+    def unusual(self) -> dict[str, str]:
+        """What an image's text says only where it was asked for, under the names of other tools
+        where they have one. Of what a text cannot hold it says that it was given.
         """
+        low, high = self.guidance_interval
         asked = {
-            "Denoising strength": self.image is not None and f"{self.share:g}",
+            "Denoising strength": self.image is not None and shortest(self.share),
             "Clip skip": self.clip_skip and self.clip_skip + 1,  # others count the last layer too
-            "CFG rescale": self.guidance_rescale and f"{self.guidance_rescale:g}",
+            "CFG rescale": self.guidance_rescale and shortest(self.guidance_rescale),
+            "CFG interval": (low, high) != (0.0, 1.0) and f"{shortest(low)}:{shortest(high)}",
             "Feature reuse": self.feature_reuse > 1 and self.feature_reuse,
+            "Long prompts": self.long_prompts != "chunk" and self.long_prompts,
+            "Emphasis": not self.weighting and "None",
+            **{name: _across(getattr(self, option)) for name, option in SIZES_IN_TEXT.items()},
+            **{name: _row(getattr(self, name.lower())) for name in ("Timesteps", "Sigmas")},
         }
-        return {name: value for name, value in asked.items() if value}
+        given = {
+            name: "given"
+            for name, option in GIVEN_IN_TEXT.items()
+            if getattr(self, option) is not None
+        }
+        return {name: str(value) for name, value in asked.items() if value} | given
+
+
+def shortest(value: float) -> str:
+    """A number with no more digits than give it again."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
+
+
+def _across(pair: Pair) -> str:
+    """(down, across) -> "ACROSSxDOWN", as sizes are written; nothing for None."""
+    return f"{pair[1]}x{pair[0]}" if pair else ""
+
+
+def _row(values: Sequence[float] | None) -> str:
+    return " ".join(shortest(value) for value in values or ())
 
 
 def options_from(arguments: Mapping[str, Any]) -> Options:

@@ -188,18 +188,34 @@ def labelled_sheet(
 
 
 def parameters_text(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
-    """The text that users' tools read back: prompt, negative prompt, then `Key: value, ...`."""
+    """The text that users' tools read back: prompt, negative prompt, then `Key: value, ...`.
+
+    Prompts that cannot be told apart so, for what they hold themselves, come again as settings.
+    """
     lines = [prompt]
     if negative_prompt:
         lines.append(f"Negative prompt: {negative_prompt}")
-    lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
-    return "\n".join(lines)
+    last = ", ".join(f"{key}: {quoted(str(value))}" for key, value in settings.items())
+    text = "\n".join([*lines, last])
+    found = settings_from_text(text)
+    for key, value in (("Prompt", prompt), ("Negative prompt", negative_prompt)):
+        if found[key] != value.strip():
+            text += f", {key}: {json.dumps(value, ensure_ascii=False)}"
+    return text
 
 
 def quoted(value: object) -> str:
     """A setting's value, in quotes where the text could not be taken apart otherwise."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
+
+
+def unquoted(value: str) -> str:
+    """The opposite of `quoted`."""
+    try:
+        return str(json.loads(value)) if value.startswith('"') else value
+    except ValueError:
+        return value
 
 
 def settings_from_text(parameters: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 Knows numpy, the engine protocol and the bundle's manifest; not which backend runs.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,12 +25,19 @@ from .leases import Leases, Loop
 from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
 from .lora_tags import LoraWeight
-from .options import Options, Request, options_from, requests_from, requests_without_prompt
+from .options import (
+    Options,
+    Request,
+    options_from,
+    requests_from,
+    requests_without_prompt,
+    shortest,
+)
 from .parsing import configuration, function, lora_weights, numbers, refusal
 from .pictures import image_array, images_from_decoded, parameters_text, quoted
 from .reuse import check_reuse, reusing
 from .safety import checked, marks_of
-from .samplers.catalogue import config_from_name, title_of
+from .samplers.catalogue import config_beyond_name, config_from_name, title_of
 from .samplers.table import SamplerTable, sampler_table
 from .start import Source, Start, check_task, source_of, start_of
 from .tokenizer import Tokenizer
@@ -91,6 +99,7 @@ class Pipeline:
     adapters: Adapters = field(repr=False, compare=False)
     tokenizer_2: Tokenizer | None = None
     known: Known = field(default_factory=dict, repr=False, compare=False)
+    bundle_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     leases: Leases = field(default_factory=Leases, repr=False, compare=False)
 
     def __call__(
@@ -437,26 +446,32 @@ class Pipeline:
         from sdrt import __version__
 
         width, height = self._size(options)
+        title = title_of(self.scheduler_config)
         settings: dict[str, object] = {
             "Steps": options.num_inference_steps,
-            "Sampler": title_of(self.scheduler_config),
-            **({"CFG scale": f"{options.guidance_scale:g}"} if self.takes_prompt else {}),
+            "Sampler": title,
+            **({"CFG scale": shortest(options.guidance_scale)} if self.takes_prompt else {}),
             "Seed": request.seed,
             "Size": f"{width}x{height}",
             "Model": self.manifest.name,
         }
+        if differs := config_beyond_name(title, self.scheduler_config, self.bundle_config):
+            settings["Sampler options"] = json.dumps(differs, sort_keys=True)
         settings |= options.unusual
+        prompt = request.prompt
+        if options.weighting:
+            prompt += self.adapters.text
+        elif self.adapters.text:  # in the prompt it would be text
+            settings["Lora"] = self.adapters.text.strip()
         rng = {"cpu": "CPU", "cuda": "NV"}[options.rng]
         settings |= {"RNG": rng, "Version": f"sdrt {__version__}"}
-        return parameters_text(
-            request.prompt + self.adapters.text, request.negative_prompt, settings
-        )
+        return parameters_text(prompt, request.negative_prompt, settings)
 
     def grid_parameters(self, requests: Sequence[Request], options: Options) -> str:
         """The text that goes into the file of a grid: that of the first image, every seed, and
         every prompt where they differ.
         """
-        lists = {
+        lists: dict[str, list[Any]] = {
             "Seeds": [request.seed for request in requests],
             "Prompts": [request.prompt for request in requests],
             "Negative prompts": [request.negative_prompt for request in requests],

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   sdrt run "a lighthouse at dusk" --steps 30 --num-images 4 --grid --output lighthouse.png
   sdrt run "a (red:1.2) circle" --scheduler "DPM++ 2M Karras" --preview
   sdrt run "a white cross" --image drawing.png --mask mask.png --strength 0.9
+  sdrt run --from lighthouse.png --steps 50
   sdrt compare "a red circle on a blue background" --schedulers "Euler,DDIM" --steps 5,20
   sdrt serve --port 7860
   sdrt export-triton --bundle shapes --output repository
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("sdrt").setLevel(logging.WARNING if args.quiet else level)
     command: Callable[[argparse.Namespace], None] = args.command
     try:
-        command(args)
+        command(_restored(args, arguments) if getattr(args, "source", None) else args)
     except SdrtError as error:
         print(f"sdrt: {error}", file=sys.stderr)
         return error.exit_code
@@ -61,6 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _restored(args: argparse.Namespace, typed: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments as typed over those that an image's text holds."""
+    from .restoring import restored_from, settle
+
+    restored = restored_from(args.source)
+    return settle(parser(restored.arguments).parse_args(typed), restored)
 
 
 def _interrupt_again(unraisable: Any) -> None:
@@ -78,7 +87,8 @@ def entry() -> int:
     return main()
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(for_run: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
+    """for_run: defaults of `sdrt run` instead of its own"""
     from . import __version__
 
     top = argparse.ArgumentParser(
@@ -90,7 +100,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"sdrt {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_build(_command(commands, "build", build, "turn a model into a bundle"))
-    _add_run(_command(commands, "run", run, "turn a prompt into a picture"))
+    run_parser = _command(commands, "run", run, "turn a prompt into a picture")
+    _add_run(run_parser)
+    run_parser.set_defaults(**(for_run or {}))
     _add_compare(
         _command(commands, "compare", compare, "draw one prompt with several schedulers and steps")
     )
@@ -208,6 +220,14 @@ def _add_run(to: argparse.ArgumentParser) -> None:
         metavar="PROMPT",
         help="(word:1.3), [word] and BREAK work; none for models that take none",
     )
+    to.add_argument(
+        "--from",
+        type=Path,
+        metavar="FILE",
+        dest="source",
+        help="make an image again by the text in its file; what is typed beside it goes first. The "
+        "same pixels need the same bundle, backend and machine",
+    )
     to.add_argument("--negative-prompt", default="", metavar="TEXT")
     to.add_argument("--steps", type=_whole, default=20, metavar="N")
     to.add_argument(
@@ -215,8 +235,16 @@ def _add_run(to: argparse.ArgumentParser) -> None:
     )
     to.add_argument("--scheduler-option", action="append", default=[], metavar="KEY=VALUE")
     to.add_argument("--num-images", type=_whole, default=1, metavar="N", help="per prompt")
-    to.add_argument("--output", type=Path, default=Path(), metavar="FILE|FOLDER")
-    to.add_argument("--grid", action="store_true", help="one picture of all")
+    to.add_argument(
+        "--output",
+        type=Path,
+        default=Path(),
+        metavar="FILE|FOLDER",
+        help="a FILE is replaced; in a FOLDER no file is (default: the current folder)",
+    )
+    to.add_argument(
+        "--grid", action="store_true", help="one image of all; its text holds every seed"
+    )
     to.add_argument("--preview", action="store_true", help="show the picture as it forms")
     _add_shared(to)
     guidance = to.add_argument_group("guidance")
@@ -248,6 +276,7 @@ def _add_run(to: argparse.ArgumentParser) -> None:
 
 
 def _add_shared(to: argparse.ArgumentParser) -> None:
+    to.set_defaults(options={}, loras={})
     to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
     to.add_argument("--guidance-scale", type=float, default=7.5, metavar="G")
     to.add_argument("--seed", type=_whole, metavar="N", help="default: drawn, and in the file")

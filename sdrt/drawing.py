@@ -23,7 +23,7 @@ from PIL import Image
 from . import load
 from .bundle import open_bundle
 from .errors import UsageError
-from .runtime import Options, Pipeline, Preview, Step
+from .runtime import LoraWeight, Options, Pipeline, Preview, Step
 from .runtime.loading import unloaded_pipeline
 from .runtime.lora import find_lora, parse_lora
 from .runtime.options import Request, options_from
@@ -58,6 +58,7 @@ def options_from_arguments(args: argparse.Namespace) -> Options:
             "clip_skip": args.clip_skip,
             "long_prompts": "cut" if args.cut else "chunk",
             "weighting": not args.literal,
+            **args.options,
         }
     )
 
@@ -73,9 +74,14 @@ def opened(args: argparse.Namespace) -> Pipeline:
         low_memory=args.low_memory,
         compile=args.compile,
     )
-    if args.lora:
-        pipe.set_lora(dict(map(parse_lora, args.lora)))
+    if loras := _loras(args):
+        pipe.set_lora(loras)
     return pipe
+
+
+def _loras(args: argparse.Namespace) -> dict[str | os.PathLike[str], float | LoraWeight]:
+    """The LoRA files that are typed, else those of an image's text."""
+    return dict(map(parse_lora, args.lora)) or dict(args.loras)
 
 
 def check_arguments(args: argparse.Namespace) -> Options:
@@ -88,8 +94,8 @@ def check_arguments(args: argparse.Namespace) -> Options:
         if args.image is None and getattr(args, name) is not None:
             raise UsageError(f"--{name} needs --image, the image to start from")
     options = options_from_arguments(args)
-    for name, _ in map(parse_lora, args.lora):
-        find_lora(name)
+    for file in _loras(args):
+        find_lora(file)
     pipe = unloaded_pipeline(open_bundle(args.bundle))
     if pipe.takes_prompt and not args.prompt:
         raise UsageError('no prompt; type for example: sdrt run "a red circle"')

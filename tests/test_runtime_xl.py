@@ -233,3 +233,24 @@ def test_what_another_model_is_told_is_refused(shapes, option):
         pytest.raises(UsageError, match=f"{option} is for models such as XL"),
     ):
         other(PROMPT, num_inference_steps=1, **{option: value})
+
+
+def test_sizes_come_back_from_an_images_text(pipe, tiny_xl_bundle, tmp_path):
+    from sdrt.cli import main
+    from sdrt.runtime.pictures import save_png
+
+    options = {
+        "original_size": (64, 48),
+        "crops_coords_top_left": (3, 5),
+        "target_size": (16, 24),
+        "negative_original_size": (8, 9),
+        "negative_crops_coords_top_left": (0, 1),
+        "negative_target_size": (10, 11),
+    }
+    out = pipe(PROMPT, num_inference_steps=2, seed=0, size="48x32", **options)
+    save_png(out.images[0], tmp_path / "a.png", out.parameters[0])
+    typed = ["--bundle", str(tiny_xl_bundle), "--backend", "onnxruntime", "-q"]
+    again = tmp_path / "b.png"
+    assert main(["run", "--from", str(tmp_path / "a.png"), *typed, "--output", str(again)]) == 0
+    assert Image.open(again).text["parameters"] == out.parameters[0]
+    assert np.array_equal(np.asarray(Image.open(again)), np.asarray(out.images[0]))

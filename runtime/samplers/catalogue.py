@@ -12,7 +12,7 @@ from sdrt.reading import shortened
 from . import exploding, ladder, logsnr, stepwise
 from .ladder import Ladder
 from .run import Latent, Run
-from .schedule import Schedule
+from .schedule import IGNORED, REFUSED, Schedule
 
 KARRAS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
 ZERO_SNR = {"rescale_betas_zero_snr"}
@@ -300,4 +300,16 @@ def title_of(config: Mapping[str, Any]) -> str:
     laid = str(config.get("sigma_schedule") or "").removesuffix("_xl")
     label = next((label for label, key in LEVELS.items() if config.get(key)), "")
     label = next((label for label, key in SCHEDULES.items() if key == laid), label)
-    return f"{title} {label}".strip()
+    return f"{title} {label}" if label and takes_schedule(title, label) else title
+
+
+def config_beyond_name(
+    title: str, config: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What of a configuration is not what its title means over another's noise schedule: with
+    these on top `config_from_name(title, other)` gives the same run. None is the class's default.
+    """
+    named = config_from_name(title, other)
+    keys = ({*config} | {*named}) - IGNORED
+    differ = {key: config.get(key) for key in keys if config.get(key) != named.get(key)}
+    return {key: value for key, value in differ.items() if value or key not in REFUSED}

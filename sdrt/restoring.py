@@ -1,0 +1,217 @@
+"""`sdrt run --from`: an image's own text as the arguments that make the same image again.
+
+Knows the settings that sdrt writes into a PNG, those of the AUTOMATIC1111 web UI that mean the same
+here, and the command line's names for them. What would change the image and is not understood is
+refused by name.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .reading import shortened
+from .runtime.lora_tags import LoraTag, LoraWeight, parse_tags
+from .runtime.options import SIZES_IN_TEXT
+from .runtime.pictures import open_image, settings_from_text, text_of, unquoted
+
+log = logging.getLogger(__name__)
+OURS = "sdrt "  # how `Version` begins
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What an image's text asks for.
+
+    arguments: by the command line's names; what is typed beside `--from` goes before them
+    options: of a call that the command line has no argument for
+    loras: every LoRA's weight by its name
+    needed: arguments that the text cannot hold and that must be typed, with what they are
+    """
+
+    arguments: Mapping[str, Any]
+    options: Mapping[str, Any]
+    loras: Mapping[str, LoraWeight]
+    needed: Mapping[str, str]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split()]
+
+
+def _pair(text: str) -> tuple[int, int]:
+    """ "ACROSSxDOWN" -> (down, across)"""
+    across, down = text.split("x")
+    return int(down), int(across)
+
+
+def _list_of(kind: type) -> Callable[[str], list[Any]]:
+    """A list of JSON with at least one item, all of one type."""
+
+    def read(text: str) -> list[Any]:
+        values = json.loads(text)
+        if not isinstance(values, list) or {type(value) for value in values} != {kind}:
+            raise ValueError(text)
+        return values
+
+    return read
+
+
+def _sampler_options(text: str) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in json.loads(text).items()]
+
+
+# Settings by their name in a text: the argument of the command line, and how its value is read.
+ARGUMENTS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "Steps": ("steps", int),
+    "Sampler": ("scheduler", str),
+    "Sampler options": ("scheduler_option", _sampler_options),
+    "CFG scale": ("guidance_scale", float),
+    "CFG rescale": ("guidance_rescale", float),
+    "CFG interval": ("guidance_interval", str),
+    "Seed": ("seed", int),
+    "Seeds": ("seed", _list_of(int)),
+    "Size": ("size", str),
+    "Denoising strength": ("strength", float),
+    "Clip skip": ("clip_skip", lambda text: int(text) - 1),
+    "Feature reuse": ("reuse", int),
+    "Long prompts": ("cut", {"cut": True}.__getitem__),
+    "Emphasis": ("literal", {"None": True, "Original": False}.__getitem__),
+    "RNG": ("rng", {"CPU": "cpu", "NV": "cuda", "GPU": "cuda"}.__getitem__),
+    "Original size": ("original_size", str),
+    "Crop": ("crop", str),
+    "Target size": ("target_size", str),
+}
+OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "Timesteps": ("timesteps", _numbers),
+    "Sigmas": ("sigmas", _numbers),
+    **{name: (option, _pair) for name, option in SIZES_IN_TEXT.items() if name not in ARGUMENTS},
+}
+PROMPTS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "Prompts": ("prompt", _list_of(str)),
+    "Negative prompts": ("negative_prompt", _list_of(str)),
+}
+NEEDED = {
+    "Denoising strength": ("image", "--image, the image that it started from"),
+    "Mask": ("mask", "--mask, its mask"),
+    "Depth map": ("depth", "--depth, its depth map"),
+}
+LOST = {
+    "Latents": "latents of its own",
+    "Prompt embeds": "embeddings instead of a prompt",
+    "Negative prompt embeds": "embeddings instead of a negative prompt",
+    "Callback": "a function called after every step",
+}
+READ_APART = {
+    "Prompt",
+    "Negative prompt",
+    "Prompts",
+    "Negative prompts",
+    "Lora",
+    "Model",
+    "Version",
+}
+READ_APART |= {"Schedule type"}
+# Of other tools: what says where an image came from but does not shape it, or is the bundle's.
+NEUTRAL = {"Model hash", "VAE", "VAE hash", "Hashes", "Lora hashes", "Batch size", "Batch pos"}
+NEUTRAL |= {"User", "Time taken"}
+# The web UI's own schedule of its samplers, where it is not the plain one.
+AUTOMATIC = {
+    **dict.fromkeys(("DPM2", "DPM2 a", "DPM++ 2M", "DPM++ 2S a", "DPM++ SDE"), "Karras"),
+    **dict.fromkeys(("DPM++ 2M SDE", "DPM++ 3M SDE"), "Exponential"),
+}
+
+
+def restored_from(path: Path) -> Restored:
+    """What the text of an image's file asks for; raises UsageError for one without, and for what
+    would change the image and is not understood.
+    """
+    text = text_of(open_image(path))
+    settings = {key: unquoted(value) for key, value in settings_from_text(text).items()}
+    if "Steps" not in settings:
+        raise UsageError(f"{path} holds no text that says how it was made; give a prompt instead")
+    for name, value in settings.items():
+        if name in LOST:
+            raise UsageError(
+                f"{path} was made with {LOST[name]}, which its text does not hold; it can be "
+                "made again from Python alone"
+            )
+        if name in NEUTRAL:
+            log.debug("%s: %s is passed over", name, shortened(value))
+        elif name not in {*ARGUMENTS, *OPTIONS, *NEEDED, *READ_APART}:
+            raise UsageError(
+                f"{path} was made with {name!r} ({shortened(value)}), which is not supported here, "
+                "so that the image would be another one"
+            )
+    arguments = _read(path, settings, {**ARGUMENTS, **PROMPTS})
+    loras = _take_tags(settings, arguments)
+    if settings.get("Version", "").startswith(OURS):
+        arguments["bundle"] = settings.get("Model")
+    else:
+        arguments |= _of_other_tools(settings, arguments)
+    needed = {name: words for key, (name, words) in NEEDED.items() if key in settings}
+    return Restored(arguments, _read(path, settings, OPTIONS), loras, needed)
+
+
+def _read(
+    path: Path, settings: Mapping[str, str], readers: Mapping[str, tuple[str, Callable[[str], Any]]]
+) -> dict[str, Any]:
+    found = {}
+    for key, (name, read) in readers.items():
+        if key in settings:
+            try:
+                found[name] = read(settings[key])
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise UsageError(
+                    f"{path}: its text says {key}: {shortened(settings[key])}, which is not "
+                    "understood"
+                ) from None
+    return found
+
+
+def _take_tags(settings: Mapping[str, str], arguments: dict[str, Any]) -> dict[str, LoraWeight]:
+    """Put the prompts, without LoRA tags, and their count among the arguments; gives the LoRAs."""
+    prompts = arguments.get("prompt", [settings["Prompt"]])
+    tags: tuple[LoraTag, ...] = ()
+    if arguments.get("literal"):
+        _, tags = parse_tags(settings.get("Lora", ""))
+    else:
+        _, tags = parse_tags(settings["Prompt"])
+        prompts = [parse_tags(prompt)[0].strip() for prompt in prompts]
+    arguments["prompt"] = prompts
+    arguments.setdefault("negative_prompt", settings["Negative prompt"])
+    if "Seeds" in settings:
+        arguments["grid"] = True
+        arguments["num_images"] = len(arguments["seed"]) // len(prompts)
+    loras: dict[str, LoraWeight] = {}
+    for tag in tags:
+        loras[tag.name] = loras.get(tag.name, LoraWeight(0.0, 0.0)) + tag.weight
+    return loras
+
+
+def _of_other_tools(settings: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a text of the web UI leaves unsaid: whose noise it is, and the sampler's schedule."""
+    sampler = str(arguments.get("scheduler", ""))
+    schedule = settings.get("Schedule type", "")
+    if schedule == "Automatic":
+        schedule = AUTOMATIC.get(sampler, "")
+    changed = {"rng": arguments.get("rng", "cuda")}
+    return changed | ({"scheduler": f"{sampler} {schedule}".strip()} if sampler else {})
+
+
+def settle(args: argparse.Namespace, restored: Restored) -> argparse.Namespace:
+    """The arguments as typed over those of an image; raises UsageError where one is missing."""
+    for name, words in restored.needed.items():
+        if getattr(args, name) is None:
+            raise UsageError(f"{args.source}: its text does not hold everything; give {words}")
+    args.options, args.loras = dict(restored.options), dict(restored.loras)
+    if args.scheduler != restored.arguments.get("scheduler"):
+        theirs = restored.arguments.get("scheduler_option", [])
+        args.scheduler_option = args.scheduler_option[len(theirs) :]
+    if args.steps != restored.arguments.get("steps"):
+        args.options = {k: v for k, v in args.options.items() if k not in ("timesteps", "sigmas")}
+    return args
