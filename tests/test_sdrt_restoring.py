@@ -173,7 +173,10 @@ def test_how_prompts_are_read_comes_back(pipe, tmp_path):
     [
         "DPM++ 3M SDE Karras",
         "Euler a",
-        "TCD",
+        "Euler Karras",
+        "DPM++ 2M SGM Uniform",
+        {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True},
+        {"_class_name": "DDIMScheduler", "use_karras_sigmas": True},
         {"eta": 0.5, "_class_name": "DDIMScheduler"},
         {"_class_name": "DDIMScheduler", "clip_sample": True, "timestep_spacing": "trailing"},
         {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun", "beta_end": 0.011},
