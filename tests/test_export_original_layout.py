@@ -422,6 +422,16 @@ def test_lora_files_may_name_modules_as_in_the_original_layout():
             assert list(changes_from_tensors({key: np.zeros((1, 1))}, {})) == [("unet", flat)]
 
 
+def test_lora_files_may_change_every_weight_and_bias_of_the_original_layout_of_1x():
+    for name in original_unet_names():
+        module, _, kind = name.rpartition(".")
+        published = unet_name(name).rpartition(".")[0].replace(".", "_")
+        diff, end, shape = ("diff_b", ".bias", 1) if kind == "bias" else ("diff", "", (1, 1))
+        for head in (f"lora_unet_{module.replace('.', '_')}", f"diffusion_model.{module}"):
+            found = changes_from_tensors({f"{head}.{diff}": np.zeros(shape)}, {})
+            assert list(found) == [("unet", published + end)]
+
+
 def test_a_file_of_another_make_is_refused(tmp_path):
     save_file({"x.y": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(

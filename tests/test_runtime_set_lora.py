@@ -17,6 +17,7 @@ import sdrt
 from sdrt.bundle import home, sha256_of
 from sdrt.errors import BundleError, CheckpointError
 from sdrt.export.build import BuildPlan, build_bundle
+from sdrt.export.checkpoint import find_checkpoint
 from sdrt.runtime import LoraWeight
 from sdrt.runtime.lora import read_lora
 
@@ -139,6 +140,67 @@ def test_what_is_taken_off_leaves_nothing(shapes, files, backend):
         assert len({bare, first, second}) == 3
         assert png("kohya") == first
         assert png() == bare
+
+
+def every_kind(path, checkpoint):
+    """A file that changes each weight of the UNet by one algorithm or another, and each bias."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape, std=1.0):
+        return torch.randn(shape, generator=generator) * std
+
+    saved, seen = {}, [0, 0, 0, 0]
+    tensors = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, weight in tensors.items():
+        module, _, kind = name.rpartition(".")
+        stem, std = "lora_unet_" + module.replace(".", "_"), 0.3 * float(weight.std())
+        if kind == "bias" or weight.ndim == 1:
+            end = "diff_b" if kind == "bias" else "w_norm"
+            saved[f"{stem}.{end}"] = noise(*weight.shape, std=0.05)
+            continue
+        out, inside = len(weight), weight[0].numel()
+        turn = sum(seen) % 4
+        seen[turn] += 1
+        if turn == 0:
+            saved |= {f"{stem}.lokr_w1": noise(2, 1), f"{stem}.lokr_w2": noise(out // 2, inside)}
+            saved[f"{stem}.lokr_w2"] = (std * saved[f"{stem}.lokr_w2"]).reshape(
+                out // 2, *weight.shape[1:]
+            )
+        elif turn == 1:
+            for i in (1, 2):
+                saved[f"{stem}.hada_w{i}_a"] = noise(out, 2, std=std**0.5)
+                saved[f"{stem}.hada_w{i}_b"] = noise(2, inside, std=0.7)
+        else:
+            saved[f"{stem}.lora_down.weight"] = noise(2, *weight.shape[1:], std=std)
+            saved[f"{stem}.lora_up.weight"] = noise(out, 2, *[1] * (weight.ndim - 2))
+            axis, shape = (0, (out, 1)) if turn == 2 else (1, (1, weight.shape[1]))
+            lengths = weight.transpose(0, axis).flatten(1).norm(dim=1) * (1.2 if turn == 2 else 0.9)
+            saved[f"{stem}.dora_scale"] = lengths.reshape(*shape, *[1] * (weight.ndim - 2))
+    assert min(seen) > 5
+    save_file({name: tensor.contiguous() for name, tensor in saved.items()}, path)
+    return path
+
+
+def test_every_kind_makes_the_references_picture_and_leaves_nothing(
+    shapes, files, reference, embedded, tmp_path
+):
+    path = every_kind(tmp_path / "l.safetensors", embedded)
+    theirs = reference()
+    built = find_checkpoint("shapes").with_loras([f"{path}:0.8"]).weights("unet")
+    assert not theirs.unet.load_state_dict(built).missing_keys
+    wanted = their_picture(theirs, 3)
+    assert psnr(their_picture(reference(), 3), wanted) < 30
+    for backend in BACKENDS:
+        with sdrt.load(shapes, backend=backend, precision="exact") as pipe:
+            bare = our_picture(pipe, 3)
+            pipe.set_lora({path: 0.8})
+            first = our_picture(pipe, 3)
+            assert psnr(first, wanted) >= 50, backend
+            pipe.set_lora({files["peft"]: 0.7, path: 1.0})
+            pipe.set_lora({path: 0.8})
+            assert np.array_equal(our_picture(pipe, 3), first), backend
+            pipe.set_lora({})
+            assert np.array_equal(our_picture(pipe, 3), bare), backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

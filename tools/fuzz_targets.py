@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from mutating import PASTED
@@ -46,6 +47,7 @@ from sdrt.usage import forget_peak, peak_bytes, resident_bytes
 WEIGHT = json.dumps({"w": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}).encode()
 SIDE = (TensorSpec("x", "float32", ("rows", 4)),), (TensorSpec("y", "float32", ("rows", 4)),)
 COMPONENT = Component(*SIDE, "float32", {})
+BASE = np.eye(4, dtype=np.float32)
 MOST_PIXELS = 256 * 256
 BOUNDARY = "sdrt-boundary"
 MODEL = SimpleNamespace(
@@ -107,7 +109,7 @@ def safetensors(data: bytes) -> None:
 def lora(data: bytes) -> None:
     for change in read_lora(file_of(data, "lora.safetensors"), 1.0).changes.values():
         with contextlib.suppress(SdrtError):
-            change.delta((4, 4), 1.0)
+            change.added(np.zeros((), np.float32), (4, 4), 1.0, lambda: BASE)
 
 
 def graph(data: bytes) -> None:
