@@ -20,6 +20,7 @@ from sdrt.tensors import read_header
 
 from .file_layout import OPTIONS
 from .hub import HUB_ID, PARTS, fetched
+from .original_config import FAMILIES
 from .prediction import (
     Prediction,
     chosen_prediction,
@@ -30,6 +31,7 @@ from .quantized import weights_without_scales
 from .single_file import SingleFile, folder_from_file, folder_from_part, open_file, read_notes
 from .weight_files import (
     PICKLES,
+    STEMS,
     TO_CONVERT,
     open_safetensors,
     read_config,
@@ -79,7 +81,7 @@ class Checkpoint:
         Raises CheckpointError.
         """
         found = {
-            part: find_part(part, where, self._config_if_any(part))
+            part: find_part(part, where, self._known_of(part))
             for part, where in parts.items()
             if where
         }
@@ -125,8 +127,19 @@ class Checkpoint:
             found["sample_size"] = self.chosen.sample_size
         return found
 
+    def _known_of(self, part: str) -> dict[str, Any]:
+        """The configuration of a part that another stands for; without one, its family's. For a
+        UNet also the `projection_dim` of the second text encoder.
+        """
+        known = self._config_if_any(part)
+        if part == "unet" and (second := self._config_if_any("text_encoder_2")):
+            return {"projection_dim": second.get("projection_dim", 512), **known}
+        if part != "vae" or (known and known.get("_class_name") != "AutoencoderTiny"):
+            return known
+        is_xl = self._config_if_any("unet").get("addition_embed_type") is not None
+        return dict(FAMILIES[2 if is_xl else 0].vae)
+
     def _config_if_any(self, part: str) -> dict[str, Any]:
-        """A part's configuration, or nothing where the checkpoint lacks the part."""
         path = self.part_folder(part) / "config.json"
         return read_config(path) if path.is_file() else {}
 
@@ -254,7 +267,12 @@ def _found(
 
 
 def _from_file(file: SingleFile, given: Mapping[str, str]) -> Checkpoint:
-    others = {part: find_part(part, where, file.known_of(part)) for part, where in given.items()}
+    others: dict[str, Path] = {}
+    for part in sorted(given, key=lambda each: each == "unet"):  # it depends on the text encoders
+        known = file.known_of(part)
+        if part == "unet" and (second := others.get("text_encoder_2")):
+            known["projection_dim"] = read_config(second / "config.json").get("projection_dim", 512)
+        others[part] = find_part(part, given[part], known)
     said = "".join(f", {part} {where}" for part, where in given.items())
     folder = folder_from_file(file, others)
     return Checkpoint(file.path.stem, f"{file.path}{said}", folder, others)
@@ -269,10 +287,7 @@ def find_part(part: str, where: str, known: Mapping[str, Any] | None = None) -> 
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(f"{where} is a pickle, which is refused: {TO_CONVERT}")
     if path.suffix.lower() == SUFFIX and not path.is_dir():
-        of_folder = path.is_file() and (path.parent / "config.json").is_file()
-        if of_folder and weight_files(path.parent) == [path]:
-            return path.parent
-        return folder_from_part(path, part, known or {})
+        return _part_of_file(part, path, known or {})
     if not path.is_dir():
         if not re.fullmatch(HUB_ID, where):
             raise CheckpointError(
@@ -284,6 +299,16 @@ def find_part(part: str, where: str, known: Mapping[str, Any] | None = None) -> 
         if (folder / "config.json").is_file():
             return folder
     raise CheckpointError(f"{path} holds no {part}: neither config.json nor {part}/config.json")
+
+
+def _part_of_file(part: str, path: Path, known: Mapping[str, Any]) -> Path:
+    """A file's part; one of a folder in the hub's layout has its configuration beside it."""
+    config = path.parent / "config.json"
+    if path.is_file() and path.name.split(".")[0] in STEMS and config.is_file():
+        if weight_files(path.parent) == [path]:
+            return path.parent
+        known = {**known, **read_config(config)}
+    return folder_from_part(path, part, known)
 
 
 def embedded_checkpoint(name: str) -> Path:

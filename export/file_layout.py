@@ -64,6 +64,7 @@ _SHAPES_NOTHING = re.compile(
 _NO_TEXT = re.compile(
     r"(vision_model|visual|visual_projection)\..*|context_length|input_resolution|vocab_size"
 )
+MAX_SHOWN = 60  # names in one line
 LAYERS_READ = 23  # of 24 in 2.x: its context is the last layer's but one
 _PROJECTION = re.compile(r"text_projection(\..*)?")
 # What other files look like; the first that fits is named.
@@ -148,10 +149,13 @@ def described(keys: Iterable[str]) -> str:
     groups: Counter[str] = Counter()
     for key in keys:
         match = _SHAPES_NOTHING.fullmatch(key)
-        groups[f"{match['group']}.*" if match and match["group"] else key] += 1
+        whole = match["group"] if match else None
+        layer = re.match(r"(.*?\b(?:(?:resblocks|layers)\.\d+|vision_model|visual))\.", key)
+        whole = whole or (layer[1] if layer else None)
+        groups[f"{whole}.*" if whole else key] += 1
     shown = [f"{name} ({n})" if n > 1 else name for name, n in groups.items()]
-    more = f" (and {len(shown) - 12} others)" if len(shown) > 12 else ""
-    return ", ".join(shown[:12]) + more
+    more = f" (and {len(shown) - MAX_SHOWN} others)" if len(shown) > MAX_SHOWN else ""
+    return ", ".join(shown[:MAX_SHOWN]) + more
 
 
 def refuse_unknown(keys: Collection[str], where: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sdrt.errors import CheckpointError, UsageError
 
 from .checkpoint import Checkpoint
+from .file_layout import OPTIONS
 from .original_layout import modern_name
 from .pixel_unet import PixelUnet, PixelUnetConfig
 from .quantized import check_used
@@ -161,12 +162,12 @@ def check_fit(checkpoint: Checkpoint) -> None:
     if unet.pooled_width and len(encoders) < 2:
         raise CheckpointError(
             f"this UNet is told of the prompt as a whole, and {checkpoint.folder} has no "
-            "text_encoder_2 to do so; it lacks a part, or the UNet is another model's"
+            "text_encoder_2 to do so; give --text-encoder-2, or the UNet is another model's"
         )
     if not unet.pooled_width and len(encoders) > 1:
         raise CheckpointError(
             "this UNet is not told of the prompt as a whole, and the model has a text_encoder_2; "
-            "the UNet is another model's"
+            f"the UNet is another model's{_advice(checkpoint)}"
         )
     pooled = encoders[-1].get("projection_dim", 512) if unet.pooled_width else 0
     for what, found, wanted in (
@@ -177,8 +178,14 @@ def check_fit(checkpoint: Checkpoint) -> None:
         if found != wanted:
             raise CheckpointError(
                 f"the UNet's {what} is {wanted} wide, the other parts' {found}; "
-                "one of them is another model's"
+                f"one of them is another model's{_advice(checkpoint)}"
             )
+
+
+def _advice(checkpoint: Checkpoint) -> str:
+    """Which options to look at where parts do not fit; nothing if none were given."""
+    options = [OPTIONS[part] for part in checkpoint.others if part in OPTIONS]
+    return f": give {' and '.join(options)} parts of its family" if options else ""
 
 
 def check_branch(checkpoint: Checkpoint, branch: int | None) -> None:

@@ -160,9 +160,13 @@ def configs_of(
 def addition_config(width: int, pooled: int | None) -> dict[str, Any]:
     """Of a UNet that is given the pooled prompt and sizes: how wide the embedding of a size is.
 
-    width: of both together. pooled: of the prompt; None for that of the published models
+    width: of both together. pooled: of the prompt; None for that of the published models, or where
+        the UNet is not theirs for one that is refused for want of a text encoder
     """
-    each = PUBLISHED_SIZE_WIDTH if pooled is None else (width - pooled) // SIZES
+    if pooled is None:
+        each = min(PUBLISHED_SIZE_WIDTH, (width - 1) // SIZES)
+    else:
+        each = (width - pooled) // SIZES
     return {"addition_embed_type": "text_time", "addition_time_embed_dim": each}
 
 

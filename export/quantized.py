@@ -109,7 +109,8 @@ def check_used(weights: Iterable[tuple[str, Tensor]], where: str) -> None:
                 f"{where}: the weight {name} is stored as {_short(tensor.dtype)}, a quantization "
                 "that is not supported; expected float64, 32, 16, bfloat16 or float8"
             )
-        wide = tensor.to(torch.float32) if is_float8(tensor.dtype) else tensor
+        narrow = tensor.dtype in (torch.float16, torch.bfloat16)
+        wide = tensor if narrow else tensor.to(torch.float32)
         if not torch.isfinite(wide).all():
             raise CheckpointError(f"{where}: the weight {name} holds NaN or infinity")
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from .prediction import Prediction, prediction_from_marks
 from .quantized import check_used, weights_without_scales
 from .weight_files import open_safetensors, read_json
 
+LATENT_CHANNELS = 4  # of Stable Diffusion 1.x, 2.x and XL
 VERSION = 2  # of what is made of a file: folders that an earlier one made are not used
 NOTES = "notes.json"
 SCALE_TOLERANCE = 1e-4
@@ -82,10 +83,21 @@ class SingleFile:
         return f"{VERSION}:{self.path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
 
     def known_of(self, part: str) -> dict[str, Any]:
-        """The configuration that a part of this model has whatever its weights are."""
+        """The configuration that a part of this model has whatever its weights are, and for a UNet
+        the `projection_dim` of the second text encoder if the file has one.
+        """
         if part.startswith("text_encoder"):
             return {"hidden_act": "gelu" if part in self.family.open_clip else "quick_gelu"}
-        return dict(self.family.unet if part == "unet" else self.family.vae)
+        if part == "vae":
+            return dict(self.family.vae)
+        second = self.found.get("text_encoder_2")
+        suffix = {"open_clip": "text_projection", "transformers": "text_projection.weight"}
+        record = self.header.records.get(second.prefix + suffix[second.layout]) if second else None
+        width = record.shape[-1 if second and second.layout == "open_clip" else 0] if record else 0
+        known = {**self.family.unet, **({"projection_dim": width} if width else {})}
+        if self.sizes_follow:
+            known["sample_size"] = self.settled_prediction().sample_size
+        return known
 
     def settled_prediction(self) -> Prediction:
         """What its marks say, or else what models of the family mostly do."""
@@ -144,7 +156,8 @@ def folder_from_part(path: Path, part: str, known: Mapping[str, Any]) -> Path:
     Args:
         path: of a file that holds the part, alone or in a model.
         part: such as vae.
-        known: configuration of the part that it stands for, for what no shape tells.
+        known: configuration of the part that it stands for, for what no shape tells; for a UNet
+            with the `projection_dim` of the second text encoder.
 
     Raises:
         CheckpointError: the file does not hold the part, or is not fully understood.
@@ -210,8 +223,16 @@ def _check_scale(file: SingleFile) -> None:
 def _convert_part(file: SingleFile, place: Found, known: Mapping[str, Any], folder: Path) -> None:
     weights, passed = _read(file, [place], whole=False)
     tensors = _tensors(weights[place.part])
-    family = family_of({name: tuple(t.shape) for name, t in tensors.items()}, {place.part: place})
-    told = configs_of(family, {place.part: tensors})[place.part]
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    family = family_of(shapes, {place.part: replace(place, prefix="")})
+    pooled = known.get("projection_dim") if place.part == "unet" else None
+    told = configs_of(family, {place.part: tensors}, pooled)[place.part]
+    channels, usual = told.get("latent_channels"), known.get("latent_channels", LATENT_CHANNELS)
+    if place.part == "vae" and channels != usual:
+        raise CheckpointError(
+            f"{file.path}: its latents have {channels} channels, those of the model {usual}; it is "
+            "of another family: give --vae an autoencoder that was made for this model"
+        )
     config = {**told, **_untold(place.part, known, told)}
     if "addition_time_embed_dim" in known and "addition_time_embed_dim" in told:
         config["addition_time_embed_dim"] = known["addition_time_embed_dim"]

@@ -197,6 +197,25 @@ def tiny_xl_bundle(tiny_xl):
     return built(str(tiny_xl), target, sizes=((32, 32), (48, 32)))
 
 
+@pytest.fixture
+def vocabulary(tiny):
+    return len(json.loads((tiny / "tokenizer" / "vocab.json").read_text()))
+
+
+@pytest.fixture
+def written(tiny, tmp_path):
+    """A function that writes tensors as a file beside a tokenizer, and gives its path."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(tiny / "tokenizer", tmp_path / "tokenizer")
+
+    def write(tensors, name="model.safetensors", **options):
+        save_file(tensors, tmp_path / name, **options)
+        return tmp_path / name
+
+    return write
+
+
 @pytest.fixture(scope="module")
 def server(shapes):
     """A server of the embedded model, with the settings that it has by default."""
