@@ -23,6 +23,7 @@ from sdrt.errors import ParityError
 from sdrt.manifest import FEATURE, SHALLOW, Component, Manifest
 from sdrt.runtime import Options, load_pipeline, randn, sampler_table
 from sdrt.runtime.conditioning import Told, time_ids_of
+from sdrt.runtime.embedded_guidance import GUIDANCE, guidance_embedding
 from sdrt.runtime.pictures import images_from_decoded, pixels_of
 from sdrt.runtime.proving import (
     GUIDED_STEPS,
@@ -75,7 +76,7 @@ RECIPES = (
         {
             "sample": LATENT_AXES,
             "context": {0: "rows", 1: "tokens"},
-            **{name: {0: "rows"} for name in ("timestep", "pooled", "time_ids")},
+            **{name: {0: "rows"} for name in ("timestep", "pooled", "time_ids", GUIDANCE)},
         },
     ),
     Recipe("vae_decoder", ("image",), {"latents": LATENT_AXES}, picture=True),
@@ -288,6 +289,8 @@ class Proof:
                 }
                 if getattr(module, "add_embedding", None) is not None:
                     feeds["time_ids"] = time_ids_of(Options(), size)[1:]
+                if width := getattr(module.config, "time_cond_proj_dim", None):
+                    feeds[GUIDANCE] = guidance_embedding(1.0, width)[None]
                 wanted = self._unet_answers(module, feeds, wanted)
                 history.append(wanted["output"])
                 cases.append((feeds, wanted))

@@ -26,16 +26,18 @@ class UnetConfig:
     """What of `unet/config.json` shapes the network.
 
     `attention_head_dim` is the number of heads, one for all stages or each its own: a published
-    misnomer that files keep. `in_channels` is 4, 9 with a mask and what it leaves of a picture, 5
+    misnomer that files keep. `sample_size` is the side of latents, or height and width, or not
+    known. `in_channels` is 4, 9 with a mask and what it leaves of a picture, 5
     with a depth map. `mid_block_type` is None in models distilled without one, and UNetMidBlock2D
     is a residual block alone. `transformer_layers_per_block` counts on the way down, and on the way
     up unless `reverse_transformer_layers_per_block` does. `addition_embed_type` is text_time in
-    models that are also told of the whole prompt and of sizes.
+    models that are also told of the whole prompt and of sizes. `time_cond_proj_dim` is the width of
+    the guidance scale's embedding in models that take one, which are distilled from guided ones.
     """
 
     in_channels: int = 4
     out_channels: int = 4
-    sample_size: int = 64
+    sample_size: int | tuple[int, int] | None = 64
     down_block_types: tuple[str, ...] = (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")
     up_block_types: tuple[str, ...] = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -52,6 +54,7 @@ class UnetConfig:
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+    time_cond_proj_dim: int | None = None
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "UnetConfig":
@@ -59,8 +62,7 @@ class UnetConfig:
         absent = (
             *("class_embed_type", "cross_attention_norm", "encoder_hid_dim"),
             *("encoder_hid_dim_type", "num_attention_heads", "num_class_embeds"),
-            *("time_cond_proj_dim", "time_embedding_act_fn", "time_embedding_dim"),
-            "timestep_post_act",
+            *("time_embedding_act_fn", "time_embedding_dim", "timestep_post_act"),
         )
         off = (
             *("class_embeddings_concat", "dual_cross_attention", "only_cross_attention"),
@@ -242,14 +244,17 @@ class UpStage(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids through two linear layers."""
+    """Sinusoids, with a condition added to them where there is one, through two linear layers."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, condition: int | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(channels, width)
         self.linear_2 = nn.Linear(width, width)
+        self.cond_proj = nn.Linear(condition, channels, bias=False) if condition else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None and condition is not None:
+            x = x + self.cond_proj(condition)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -258,6 +263,8 @@ class Unet(nn.Module):
 
     pooled [B, pooled_width] and time_ids [B, 6] float32 where the configuration adds them: the
     prompt as a whole, and the sizes of Podell et al. 2023 (arXiv:2307.01952), section 2.2.
+    timestep_cond [B, time_cond_proj_dim] where the configuration has it: the guidance scale, Luo et
+    al. 2023 (arXiv:2310.04378), section 4.2.
 
     With a `branch` also what the layers below it made, feature [B, C, H, W]: what comes from below
     where the skip of that number, from 0, is added (Ma et al. 2023, arXiv:2312.00858, section 3.2).
@@ -269,7 +276,9 @@ class Unet(nn.Module):
         self.branch: int | None = None
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0], config.time_channels)
+        self.time_embedding = TimeEmbedding(
+            widths[0], config.time_channels, config.time_cond_proj_dim
+        )
         added = config.projection_class_embeddings_input_dim
         self.add_embedding = TimeEmbedding(added, config.time_channels) if added else None
         self.down_blocks = nn.ModuleList(DownStage(config, i) for i in range(len(widths)))
@@ -288,8 +297,9 @@ class Unet(nn.Module):
         context: Tensor,
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        time = self._time(sample, timestep, pooled, time_ids)
+        time = self._time(sample, timestep, pooled, time_ids, timestep_cond)
         x = self.conv_in(sample)
         skips = [x]
         for down in self.down_blocks:
@@ -314,12 +324,13 @@ class Unet(nn.Module):
         feature: Tensor,
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
         """The output with the feature of an earlier evaluation in place of what lies below the
         branch, which is not computed.
         """
         branch = self.branch or 0
-        time = self._time(sample, timestep, pooled, time_ids)
+        time = self._time(sample, timestep, pooled, time_ids, timestep_cond)
         first: Any = self.down_blocks[0]
         last: Any = self.up_blocks[-1]
         x = self.conv_in(sample)
@@ -328,11 +339,16 @@ class Unet(nn.Module):
         return self._out(last.layers(feature, skips, time, context, above))
 
     def _time(
-        self, sample: Tensor, timestep: Tensor, pooled: Tensor | None, time_ids: Tensor | None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        pooled: Tensor | None,
+        time_ids: Tensor | None,
+        timestep_cond: Tensor | None,
     ) -> Tensor:
         """What every residual block is told, [B, time_channels]."""
         features = timestep_embedding(timestep, self.config.block_out_channels[0])
-        time: Tensor = self.time_embedding(features.to(sample.dtype))
+        time: Tensor = self.time_embedding(features.to(sample.dtype), timestep_cond)
         if self.add_embedding is not None and pooled is not None and time_ids is not None:
             each = timestep_embedding(time_ids.flatten(), self.config.addition_time_embed_dim or 0)
             told = each.unflatten(0, (-1, TIME_IDS)).flatten(1).to(sample.dtype)

@@ -21,6 +21,7 @@ from sdrt.manifest import Manifest
 
 from .conditioning import Known, TextEncoder, Told, parts_of_like_length, texts_of, told_of
 from .decoding import Tiling, decoded_picture, encoded_picture
+from .embedded_guidance import check_guidance, guidance_width, one_row, with_guidance
 from .leases import Leases, Loop
 from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
@@ -201,6 +202,8 @@ class Pipeline:
         fed = {spec.name: spec for spec in self.manifest.components["unet"].inputs}["sample"]
         channels = self.manifest.latent_channels
         check_task(options, int(fed.shape[1]) - channels, channels)
+        if self.guidance_width:
+            check_guidance(options)
         self._run(options)
         return requests, size
 
@@ -303,7 +306,8 @@ class Pipeline:
         share = np.arange(table.evaluations) / table.evaluations
         low, high = options.guidance_interval
         inside = (share >= low) & (share < high) if high < 1.0 else share >= low
-        scale = options.guidance_scale if options.guided and self.takes_prompt else 1.0
+        pairs = options.guided and self.takes_prompt and not self.guidance_width
+        scale = options.guidance_scale if pairs else 1.0
         scales = np.where(inside, scale, 1.0)
         if options.feature_reuse > 1:
             check_reuse(self.manifest, self.engines, self.backend)
@@ -405,7 +409,15 @@ class Pipeline:
             return [{} for _ in requests]
         fed = [spec.name for spec in self.manifest.components["unet"].inputs]
         size, zeroed = self._size(options), self.manifest.zero_empty_prompt
-        return told_of(self.text_encoders, requests, options, fed=fed, size=size, zeroed=zeroed)
+        width = self.guidance_width
+        rows = one_row(options) if width else options
+        told = told_of(self.text_encoders, requests, rows, fed=fed, size=size, zeroed=zeroed)
+        return with_guidance(told, options, width) if width else told
+
+    @property
+    def guidance_width(self) -> int:
+        """Of the guidance scale's embedding, in models that are fed one; else 0."""
+        return guidance_width(self.manifest)
 
     def _edit(self, batch: Batch, options: Options, table: SamplerTable) -> Edit | None:
         masked = batch.source.mask is not None and not batch.source.model_masks

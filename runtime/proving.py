@@ -127,7 +127,7 @@ def drawn(
     options = Options(size=f"{size[0]}x{size[1]}", guidance_scale=scale)
     (told,) = pipe.told(requests_from(PROMPT, options), options)
     table = sampler_table(SCHEDULER, steps)
-    guidance = Guidance(np.full(steps, scale))
+    guidance = Guidance(np.full(steps, 1.0 if pipe.guidance_width else scale))
     fed = {spec.name: spec.shape for spec in manifest.components["unet"].inputs}["sample"]
     more = beside(manifest, size, int(fed[1]))[0]
     plan, shape = plan_of(table, guidance), latent_shape(manifest, size)

@@ -83,6 +83,8 @@ def unet_inputs(config, tokens=7, side=8):
     }
     if config.pooled_width:
         told |= {"pooled": torch.randn(2, config.pooled_width), "time_ids": torch.rand(2, 6)}
+    if config.time_cond_proj_dim:
+        told["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim)
     return told
 
 

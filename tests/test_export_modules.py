@@ -49,6 +49,7 @@ FAMILIES = {
     "inpainting": {"in_channels": 9},
     "depth": {"in_channels": 5, "use_linear_projection": True},
     "distilled, no middle": {"layers_per_block": 1, "mid_block_type": None},
+    "fed the guidance scale": {"time_cond_proj_dim": 10},
     "deeper transformers": {"transformer_layers_per_block": (1, 2, 3)},
     "XL": XL,
     "SSD-1B": {
@@ -71,10 +72,12 @@ def test_unet_is_the_reference(family):
     pooled, time_ids = torch.randn(2, 6), torch.tensor([[1024.0, 768, 0, 8, 512, 512]] * 2)
     time_ids[1] += 100.0
     added = {"text_embeds": pooled, "time_ids": time_ids}
+    condition = torch.randn(2, 10) if "time_cond_proj_dim" in FAMILIES[family] else None
     with torch.no_grad():
-        wanted = reference(sample, timestep, context, added_cond_kwargs=added).sample
-        extra = (pooled, time_ids) if "addition_embed_type" in FAMILIES[family] else ()
-        assert relative(own(sample, timestep, context, *extra), wanted) <= 1e-5
+        wanted = reference(sample, timestep, context, None, condition, added_cond_kwargs=added)
+        extra = (pooled, time_ids) if "addition_embed_type" in FAMILIES[family] else (None, None)
+        found = own(sample, timestep, context, *extra, condition)
+        assert relative(found, wanted.sample) <= 1e-5
 
 
 def test_vae_is_the_reference():
