@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,14 +14,21 @@ from sdrt.errors import SdrtError, UsageError
 from sdrt.folders import published
 from sdrt.manifest import MANIFEST, Component, Manifest, json_from_manifest
 from sdrt.runtime.proving import ANSWERS, json_from_answers
-from sdrt.runtime.tokenizer import END
 
-from .checkpoint import TOKENIZER_FILES, TOKENIZERS, Checkpoint, find_checkpoint
+from .checkpoint import TOKENIZERS, Checkpoint, find_checkpoint
 from .file_layout import OPTIONS
 from .graph import OPSET
 from .memory import most_pictures
-from .modules import check_branch, check_fit, latent_shape, native_size, unet_config
+from .modules import (
+    check_branch,
+    check_fit,
+    latent_shape,
+    native_size,
+    unet_config,
+)
 from .proof import RECIPES, Proof
+from .text_encoder import prompt_length
+from .tokenizer import CheckpointTokenizer
 
 log = logging.getLogger("sdrt.build")
 
@@ -104,9 +112,10 @@ def _bytes(checkpoint: Checkpoint, dtype: str) -> int:
 
 
 def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder: Path) -> Manifest:
-    _copy_small_files(checkpoint, folder)
+    tokenizers = checkpoint.tokenizers()
+    max_tokens = prompt_length(checkpoint, tokenizers)
+    _copy_small_files(checkpoint, tokenizers, folder)
     latent_channels, downscale = latent_shape(checkpoint)
-    texts = [checkpoint.config(part) for part in checkpoint.text_encoders]
     manifest = Manifest(
         name=checkpoint.name,
         source=checkpoint.source,
@@ -114,7 +123,7 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
         batch=plan.batch or (1, 1, 1),
         latent_channels=latent_channels,
         downscale=downscale,
-        max_tokens=int(texts[0].get("max_position_embeddings", 77)) if texts else 0,
+        max_tokens=max_tokens,
         opset=OPSET,
         components={},
         parity={},
@@ -157,15 +166,11 @@ def _check_sizes(manifest: Manifest) -> None:
             )
 
 
-def _copy_small_files(checkpoint: Checkpoint, folder: Path) -> None:
+def _copy_small_files(
+    checkpoint: Checkpoint, tokenizers: Mapping[str, CheckpointTokenizer], folder: Path
+) -> None:
     (folder / "scheduler").mkdir()
     text = json.dumps(checkpoint.scheduler_config(), indent=2, sort_keys=True) + "\n"
     (folder / "scheduler" / "scheduler_config.json").write_text(text)
-    for part in checkpoint.text_encoders:
-        tokenizer = TOKENIZERS[part]
-        (folder / tokenizer).mkdir()
-        for name in TOKENIZER_FILES:
-            shutil.copyfile(checkpoint.folder / tokenizer / name, folder / tokenizer / name)
-        if (pad := checkpoint.pad_token(tokenizer)) not in (None, END):
-            config = json.dumps({"pad_token": pad}) + "\n"
-            (folder / tokenizer / "tokenizer_config.json").write_text(config)
+    for part, tokenizer in tokenizers.items():
+        tokenizer.write(folder / TOKENIZERS[part])

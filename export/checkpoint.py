@@ -29,6 +29,7 @@ from .prediction import (
 )
 from .quantized import weights_without_scales
 from .single_file import SingleFile, folder_from_file, folder_from_part, open_file, read_notes
+from .tokenizer import CheckpointTokenizer, missing_files, read_tokenizer
 from .weight_files import (
     PICKLES,
     STEMS,
@@ -48,7 +49,6 @@ KNOWN = {
 EMBEDDED = ("shapes",)
 SUFFIX = ".safetensors"
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,15 +174,19 @@ class Checkpoint:
         beside = self.part_folder("unet") / path.name  # where there is one part, at the root
         return read_config(beside if beside.is_file() else path)
 
-    def pad_token(self, tokenizer: str) -> str | None:
-        """The token that pads prompts, if a tokenizer's files name one."""
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            path = self.folder / tokenizer / name
-            said = read_json(path).get("pad_token") if path.is_file() else None
-            said = said.get("content") if isinstance(said, dict) else said
-            if isinstance(said, str):
-                return said
-        return None
+    def tokenizers(self) -> dict[str, CheckpointTokenizer]:
+        """Every text encoder's tokenizer; raises CheckpointError."""
+        path = self.folder / "model_index.json"
+        index = read_json(path) if path.is_file() else {}
+        found = {}
+        for part in self.text_encoders:
+            match index.get(TOKENIZERS[part]):
+                case [_, str(kind)]:
+                    named: str | None = kind
+                case _:
+                    named = None
+            found[part] = read_tokenizer(self.folder / TOKENIZERS[part], named)
+        return found
 
     def zeroes_empty_prompt(self) -> bool:
         """Whether an empty negative prompt is zeros: with two text encoders, unless told not to."""
@@ -326,8 +330,8 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
         checkpoint.weight_files("unet")
         return checkpoint
     needed = ["scheduler/scheduler_config.json"]
-    for part in checkpoint.text_encoders:
-        needed += [f"{TOKENIZERS[part]}/{name}" for name in TOKENIZER_FILES]
+    for name in (TOKENIZERS[part] for part in checkpoint.text_encoders):
+        needed += [f"{name}/{file}" for file in missing_files(checkpoint.folder / name)]
     needed += [f"{p}/config.json" for p in checkpoint.parts if p not in checkpoint.others]
     for name in needed:
         if not (checkpoint.folder / name).is_file():

@@ -4,14 +4,19 @@ A key that the network does not know is an error unless it holds the value that 
 a checkpoint is never half understood.
 """
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
 from sdrt.errors import CheckpointError
 
+log = logging.getLogger("sdrt.build")
 T = TypeVar("T")
-IGNORED = {"_class_name", "_diffusers_version", "_name_or_path", "_use_default_values"}
+# What training and saving leave behind; so are all names that begin with an underscore.
+IGNORED = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup"}
+IGNORED |= {"inv_gamma", "power", "collected_params"}  # of averaged weights
+IGNORED |= {"architectures", "dtype", "gradient_checkpointing", "torch_dtype"}
 
 
 def read_config(
@@ -27,8 +32,12 @@ def read_config(
     change nothing here. Raises CheckpointError for any other key, or another value of a fixed one.
     """
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    unused = {key for key in raw if key.startswith("_") or key in IGNORED or key in ignored}
+    unused -= known
+    if unused:
+        log.debug("%s: these settings change nothing: %s", kind.__name__, ", ".join(sorted(unused)))
     for key, value in raw.items():
-        if key in known or key in IGNORED or key in ignored:
+        if key in known or key in unused:
             continue
         if key not in fixed:
             raise CheckpointError(

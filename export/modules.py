@@ -13,6 +13,7 @@ from .original_layout import modern_name
 from .pixel_unet import PixelUnet, PixelUnetConfig
 from .quantized import check_used
 from .safety import SafetyChecker, renamed
+from .text_encoder import load_text_model, prompt_length, text_config
 from .tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from .unet import Unet, UnetConfig
 from .vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
@@ -65,24 +66,7 @@ def text_encoder_2(checkpoint: Checkpoint) -> PairedTextEncoder:
 
 def _clip(checkpoint: Checkpoint, part: str, kind: str) -> Any:
     """One of transformers' text models, filled."""
-    import transformers
-
-    config = transformers.CLIPTextConfig(**checkpoint.config(part))
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        model: Any = getattr(transformers, kind)(config)
-    # transformers has had this network with and without the prefix.
-    names = set(model.state_dict())
-    weights = {}
-    for name, tensor in checkpoint.weights(part).items():
-        bare = name.removeprefix("text_model.")
-        chosen = next((n for n in (name, bare, f"text_model.{name}") if n in names), name)
-        if not name.endswith("position_ids"):
-            weights[chosen] = tensor
-    # No weight, and not in any file.
-    positions = torch.arange(config.max_position_embeddings)[None]
-    getattr(model, "text_model", model).embeddings.position_ids = positions
-    return _filled(model, weights, part)
+    return _filled(*load_text_model(checkpoint, part, kind), part)
 
 
 def safety_checker(checkpoint: Checkpoint) -> SafetyChecker:
@@ -144,8 +128,9 @@ def native_size(checkpoint: Checkpoint) -> tuple[int, int]:
     config = unet_config(checkpoint)
     if isinstance(config, PixelUnetConfig):
         return config.size
-    side = config.sample_size * latent_shape(checkpoint)[1]
-    return side, side
+    sides, scale = config.sample_size or 64, latent_shape(checkpoint)[1]
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    return width * scale, height * scale
 
 
 def unet_config(checkpoint: Checkpoint) -> UnetConfig | PixelUnetConfig:
@@ -157,8 +142,9 @@ def check_fit(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the parts were made for one another."""
     if checkpoint.unconditional:
         return
+    prompt_length(checkpoint, checkpoint.tokenizers())
     unet = UnetConfig.from_json(checkpoint.config("unet"))
-    encoders = [checkpoint.config(part) for part in checkpoint.text_encoders]
+    encoders = [text_config(checkpoint, part) for part in checkpoint.text_encoders]
     if unet.pooled_width and len(encoders) < 2:
         raise CheckpointError(
             f"this UNet is told of the prompt as a whole, and {checkpoint.folder} has no "

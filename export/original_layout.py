@@ -4,6 +4,7 @@ Knows both layouts' names; `original_config.py` tells the families apart. The fi
 only: the tokenizer comes from a `tokenizer` folder beside the file, or from the hub.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from sdrt.errors import CheckpointError
 
 from .file_layout import LAYERS_READ, Found, find_parts, shapes_nothing_of
 from .original_config import Family, check_whole, family_of
+from .tokenizer import missing_files
+from .weight_files import read_json
 
 TOKENIZER_SOURCE = "openai/clip-vit-large-patch14"
 RESNET = {
@@ -200,15 +203,19 @@ def copy_tokenizers(family: Family, beside: Path, folder: Path) -> None:
         if part in family.prefixes:
             _copy_tokenizer(beside, folder / name)
             if part in family.open_clip:
-                (folder / name / "tokenizer_config.json").write_text('{"pad_token": "!"}')
+                config = folder / name / "tokenizer_config.json"
+                settings = read_json(config) if config.is_file() else {}
+                config.write_text(json.dumps({**settings, "pad_token": "!"}))
 
 
 def _copy_tokenizer(beside: Path, target: Path) -> None:
     names = ("vocab.json", "merges.txt")
     target.mkdir(parents=True)
-    if all((beside / name).is_file() for name in names):
-        for name in names:
-            shutil.copyfile(beside / name, target / name)
+    if not missing_files(beside):
+        more = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+        for path in (beside / name for name in (*names, *more)):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
         return
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -219,5 +226,5 @@ def _copy_tokenizer(beside: Path, target: Path) -> None:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"a single file holds no tokenizer, and {TOKENIZER_SOURCE} cannot be fetched: put its "
-            f"vocab.json and merges.txt into {beside}"
+            f"tokenizer.json, or its vocab.json and merges.txt into {beside}"
         ) from error

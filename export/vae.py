@@ -32,10 +32,13 @@ class VaeConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "VaeConfig":
+        widths = raw.get("block_out_channels")
+        sides = ("down_block_types", "up_block_types")
+        stages = {side: len(widths if widths else raw.get(side, ())) for side in sides}
         fixed = {
             "act_fn": "silu",
-            "down_block_types": ["DownEncoderBlock2D"] * len(raw.get("block_out_channels", ())),
-            "up_block_types": ["UpDecoderBlock2D"] * len(raw.get("block_out_channels", ())),
+            "down_block_types": ["DownEncoderBlock2D"] * stages["down_block_types"],
+            "up_block_types": ["UpDecoderBlock2D"] * stages["up_block_types"],
             "mid_block_add_attention": True,
             "use_quant_conv": True,
             "use_post_quant_conv": True,

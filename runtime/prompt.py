@@ -6,14 +6,14 @@ Knows text and tokens; not what an encoder makes of them. `(word)` weighs 1.1, `
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sdrt.errors import UsageError
 
-from .tokenizer import END, START, Tokenizer, checked
+from .tokenizer import Tokenizer, checked
 
 log = logging.getLogger(__name__)
 STEP = 1.1
@@ -46,12 +46,13 @@ def chunks_from_prompt(
     Raises UsageError for a weight outside 0 to 10, a prompt that is not Unicode or far too long.
     """
     checked(prompt)
-    parts = list(weighted_parts(prompt)) if weighting else [(prompt, 1.0)]
+    literal = tokenizer.added.literal(prompt)
+    parts = list(weighted_parts(prompt, literal)) if weighting else [(prompt, 1.0)]
     rows: list[list[tuple[int, float]]] = [[]]
     room = tokenizer.length - 2
     cut: list[str] = []
     for text, weight in parts:
-        for i, piece in enumerate(BREAK.split(text) if chunking else [text]):
+        for i, piece in enumerate(_split_at_breaks(text, tokenizer) if chunking else [text]):
             if i:
                 rows.append([])
             for word, ids in tokenizer.words(piece):
@@ -72,22 +73,37 @@ def chunks_from_prompt(
 def _padded(rows: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> Chunks:
     ids = np.full((len(rows), tokenizer.length), tokenizer.pad, np.int32)
     weights = np.ones((len(rows), tokenizer.length), np.float32)
-    ids[:, 0] = tokenizer.vocab[START]
+    ids[:, 0] = tokenizer.start
     for i, row in enumerate(rows):
         ids[i, 1 : 1 + len(row)] = [token for token, _ in row]
-        ids[i, 1 + len(row)] = tokenizer.vocab[END]
+        ids[i, 1 + len(row)] = tokenizer.end
         weights[i, 1 : 1 + len(row)] = [weight for _, weight in row]
     return Chunks(ids, weights)
 
 
-def weighted_parts(prompt: str) -> Iterator[tuple[str, float]]:
-    """The prompt without its brackets, in pieces of one weight each."""
-    letters, special = _unescaped(prompt)
+def _split_at_breaks(text: str, tokenizer: Tokenizer) -> Iterator[str]:
+    """The text's pieces between `BREAK`, unless that is part of an added token."""
+    literal = tokenizer.added.literal(text)
+    start = 0
+    for match in BREAK.finditer(text):
+        if not any(match.start() < span.stop and match.end() > span.start for span in literal):
+            yield text[start : match.start()]
+            start = match.end()
+    yield text[start:]
+
+
+def weighted_parts(prompt: str, literal: Sequence[range] = ()) -> Iterator[tuple[str, float]]:
+    """The prompt without its brackets, in pieces of one weight each.
+
+    literal: where brackets, colons and backslashes are text
+    """
+    letters, special, fixed = _unescaped(prompt, literal)
     factors: dict[int, float | None] = {}
     hidden, inner = set(), -1
     for low, high in _pairs(letters, special):
         weight, tail = STEP if letters[low] == "(" else 1.0 / STEP, high
         inner = max(low, inner)  # where the last pair within this one ends
+        inner = max((i for i in range(inner + 1, high) if fixed[i]), default=inner)
         number = NUMBER.search("".join(letters[inner + 1 : high]))
         if number and letters[low] == "(":
             weight, tail = _weight(number[1], prompt), inner + 1 + number.start()
@@ -132,17 +148,19 @@ def _weight(number: str, prompt: str) -> float:
     return weight
 
 
-def _unescaped(prompt: str) -> tuple[list[str], list[bool]]:
-    """Letters, and whether each may be a bracket of attention."""
-    letters, special = [], []
+def _unescaped(prompt: str, literal: Sequence[range]) -> tuple[list[str], list[bool], list[bool]]:
+    """Letters, whether each may be a bracket of attention, and whether it is literal."""
+    letters, special, fixed = [], [], []
+    inside = {i for span in literal for i in span}
     i = 0
     while i < len(prompt):
         escaped = prompt[i] == "\\" and prompt[i + 1 : i + 2] in ("(", ")", "[", "]", "\\")
-        i += escaped
+        i += escaped and i not in inside
         letters.append(prompt[i])
-        special.append(prompt[i] in "()[]" and not escaped)
+        fixed.append(i in inside)
+        special.append(prompt[i] in "()[]" and not escaped and i not in inside)
         i += 1
-    return letters, special
+    return letters, special, fixed
 
 
 def _pairs(letters: list[str], special: list[bool]) -> list[tuple[int, int]]:

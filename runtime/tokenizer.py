@@ -6,7 +6,7 @@ Knows text and ids. Radford et al. 2021 (arXiv:2103.00020), byte-level pairs aft
 
 import itertools
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,24 +15,36 @@ import numpy as np
 from sdrt.errors import BundleError, UsageError
 from sdrt.reading import MOST_JSON, read_bytes, read_json, shortened
 
+from .added_tokens import AddedToken, AddedTokens, added_tokens_from_json
+
 START, END = "<|startoftext|>", "<|endoftext|>"
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 LONGEST_PROMPT = 10_000
 MOST_TOKENS = 1_000_000
+_Added = dict[int, AddedToken]
 
 
 class Tokenizer:
     """Text to the ids that the text encoder reads."""
 
     def __init__(
-        self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int, pad: str = END
+        self,
+        vocab: dict[str, int],
+        merges: list[tuple[str, str]],
+        length: int,
+        roles: Mapping[str, str],
+        added: Mapping[int, AddedToken],
     ) -> None:
         """length: the number of ids of every prompt, start and end included
-        pad: the token that fills what a prompt leaves; the end again, but for OpenCLIP's encoders
+        roles: the tokens that begin and end a prompt, stand for what is unknown, and pad
+        added: tokens that are matched before all else, by id
         """
         self.vocab = vocab
         self.length = length
-        self.pad = vocab[pad]
+        ids = vocab | {token.content: number for number, token in added.items()}
+        self.start, self.end, self.unknown, self.pad = (ids[roles[role]] for role in ROLES)
+        self.added = AddedTokens(added)
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self._letters = byte_letters()
         self._word_ids = lru_cache(maxsize=4096)(self._ids_from_word)
@@ -40,20 +52,17 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: Path, length: int, embedded: int | None = None) -> "Tokenizer":
         """Read `vocab.json`, `merges.txt` and, where there is one, `tokenizer_config.json` for the
-        token that pads; raises BundleError if they do not fit together.
+        tokens with a role and the added ones; raises BundleError if they do not fit together.
 
         embedded: how many tokens the text encoder knows
         """
-        vocab = read_json(folder / "vocab.json")
+        vocab = _vocab_from(folder / "vocab.json")
         merges = _merges_from(folder / "merges.txt")
-        config = folder / "tokenizer_config.json"
-        pad = read_json(config).get("pad_token") if config.is_file() else END
-        ids = set(vocab.values()) if {type(i) for i in vocab.values()} == {int} else set()
-        if not ids or len(ids) != len(vocab) or not (0 <= min(ids) <= max(ids) < MOST_TOKENS):
-            raise BundleError(
-                f"{folder}/vocab.json gives two tokens one number, or one that is none"
-            )
-        if max(ids) >= len(ids):
+        roles, added = _settings_from(folder / "tokenizer_config.json", vocab)
+        ids = vocab | {token.content: number for number, token in added.items()}
+        if len({*vocab.values(), *added}) != len(ids):
+            raise BundleError(f"{folder}: a token has two ids, or an id two tokens")
+        if max(ids.values()) >= len(ids):
             raise BundleError(f"{folder}/vocab.json: its ids are not 0 to {len(ids) - 1}")
         if embedded is not None and len(ids) > embedded:
             raise BundleError(
@@ -62,9 +71,7 @@ class Tokenizer:
         for pair in merges:
             if len(pair) != 2 or "".join(pair) not in vocab:
                 raise BundleError(f"{folder}/merges.txt: {' '.join(pair)!r} is not in vocab.json")
-        if not isinstance(pad, str) or not {START, END, pad} <= set(vocab):
-            raise BundleError(f"{folder}/vocab.json lacks {START}, {END} or {shortened(pad)}")
-        return cls(vocab, merges, length, pad)  # type: ignore[arg-type]
+        return cls(vocab, merges, length, roles, added)  # type: ignore[arg-type]
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """Ids [len(texts), length] int32: start, the text's, end, and padding."""
@@ -76,21 +83,22 @@ class Tokenizer:
 
     def words(self, text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Each word of a text with its ids."""
-        for word in words_from_text(checked(text)):
-            yield word, self._word_ids(word)
+        for piece, number in self.added.split(checked(text)):
+            if number is not None:
+                yield piece, (number,)
+                continue
+            for word in _plain_words(piece):
+                yield word, self._word_ids(word)
 
     def _padded(self, text: str) -> list[int]:
         ids, room = self.ids(text), self.length - 2
-        head = [self.vocab[START], *ids[:room], self.vocab[END]]
+        head = [self.start, *ids[:room], self.end]
         return head + [self.pad] * (self.length - len(head))
 
     def _ids_from_word(self, word: str) -> tuple[int, ...]:
-        if word in (START, END):
-            return (self.vocab[word],)
         letters = [self._letters[byte] for byte in word.encode("utf-8")]
         letters[-1] += "</w>"
-        unknown = self.vocab[END]
-        return tuple(self.vocab.get(piece, unknown) for piece in self._merged(letters))
+        return tuple(self.vocab.get(piece, self.unknown) for piece in self._merged(letters))
 
     def _merged(self, pieces: list[str]) -> list[str]:
         """Join the best-ranked pair, everywhere it occurs, until none is left."""
@@ -118,12 +126,38 @@ def _joined(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
+def _vocab_from(path: Path) -> dict[str, int]:
+    vocab = read_json(path)
+    whole = all(type(number) is int and 0 <= number < MOST_TOKENS for number in vocab.values())
+    if not whole or not vocab or len(set(vocab.values())) < len(vocab):
+        raise BundleError(f"{path} gives two tokens one number, or one that is none")
+    return vocab
+
+
 def _merges_from(path: Path) -> list[tuple[str, ...]]:
     try:
         lines = read_bytes(path, MOST_JSON).decode("utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
     return [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+
+
+def _settings_from(path: Path, vocab: Mapping[str, int]) -> tuple[dict[str, str], _Added]:
+    """The tokens with a role, and all that are matched first; raises BundleError."""
+    config = read_json(path) if path.is_file() else {}
+    try:
+        added = added_tokens_from_json(config.get("added_tokens_decoder", {}), "its added_tokens")
+    except ValueError as error:
+        raise BundleError(f"{path} cannot be used: {error}") from error
+    roles = {role: config.get(role, START if role == "bos_token" else END) for role in ROLES}
+    contents = {token.content for token in added.values()}
+    for role, content in roles.items():
+        if not isinstance(content, str) or content not in contents | set(vocab):
+            raise BundleError(f"{path.parent}/vocab.json lacks the {role}, {shortened(content)}")
+        if content not in contents:  # a token with a role is matched like the added ones
+            added[vocab[content]] = AddedToken(content, special=True, normalized=False)
+            contents.add(content)
+    return roles, added
 
 
 def byte_letters() -> list[str]:
@@ -148,30 +182,6 @@ def checked(text: str) -> str:
             "pass it as UTF-8"
         ) from error
     return text
-
-
-def words_from_text(text: str) -> Iterator[str]:
-    """Split normalised text: special tokens, English suffixes, runs of letters, single digits,
-    runs of anything else.
-    """
-    for i, part in enumerate(_split_specials(text)):
-        if i % 2:
-            yield part
-        else:
-            composed = unicodedata.normalize("NFC", part)
-            yield from _plain_words("".join(letter.lower() for letter in composed))
-
-
-def _split_specials(text: str) -> list[str]:
-    """Plain text at even places, special tokens at odd ones."""
-    parts: list[str] = []
-    while True:
-        places = [(text.find(token), token) for token in (START, END) if token in text]
-        if not places:
-            return [*parts, text]
-        at, token = min(places)
-        parts += [text[:at], token]
-        text = text[at + len(token) :]
 
 
 def _kind(letter: str) -> str:

@@ -170,6 +170,7 @@ def write_tiny_xl(folder: Path, embedded: Path, **unet_options) -> Path:
     write_tiny(folder, embedded, **{**options, **unet_options})
     shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
     (folder / "tokenizer_2" / "tokenizer_config.json").write_text('{"pad_token": "!"}')
+    (folder / "tokenizer_2" / "special_tokens_map.json").unlink()
     shutil.rmtree(folder / "text_encoder")
     write_text_encoder(folder, "text_encoder", "CLIPTextModel", num_hidden_layers=2)
     write_text_encoder(

@@ -28,6 +28,7 @@ from sdrt.export.original_layout import converted, unet_name, vae_name
 from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig
 from sdrt.runtime.lora import changes_from_tensors
+from sdrt.runtime.tokenizer import END
 
 
 def original_unet_names():
@@ -88,8 +89,8 @@ def test_there_and_back_is_the_same(case, written, vocabulary):
             assert {key: told[key] for key in config} == config
         getattr(modules, part)(checkpoint)
     modules.check_fit(checkpoint)
-    pads = [checkpoint.pad_token(name) for name in ("tokenizer", "tokenizer_2")]
-    assert pads == {"1.x": [None, None], "2.x": ["!", None], "XL": [None, "!"]}[family]
+    pads = [each.roles["pad_token"] for each in checkpoint.tokenizers().values()]
+    assert pads == {"1.x": [END], "2.x": ["!"], "XL": [END, "!"]}[family]
 
 
 @pytest.mark.slow

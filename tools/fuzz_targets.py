@@ -129,7 +129,9 @@ def tokenizer_files(data: bytes) -> None:
     names = ("vocab.json", "merges.txt", "tokenizer_config.json")
     for name, part in zip(names, [*data.split(PASTED), b"", b""], strict=False):
         file_of(part, name)
-    Tokenizer.from_folder(folder(), 16)(["a red circle, 3 µm", ""])
+    tokenizer = Tokenizer.from_folder(folder(), 16)
+    tokenizer(["a red circle, 3 µm", ""])
+    chunks_from_prompt("a ((red):1.2) circle BREAK red", tokenizer)
 
 
 def image(data: bytes) -> None:

@@ -21,7 +21,7 @@ from .sigmas import SIGMA_SCHEDULES
 
 log = logging.getLogger(__name__)
 # Keys without a bearing on numbers here, and those that only matter to what is refused below.
-IGNORED = {"_class_name", "_diffusers_version", "sample_max_value"}
+IGNORED = {"sample_max_value"}  # and all names that begin with an underscore
 IGNORED |= {"dynamic_thresholding_ratio", "flow_shift", "time_shift_type", "noise_sampler_seed"}
 REFUSED = {
     "thresholding": "dynamic thresholding is not linear in the model's outputs",
@@ -149,7 +149,7 @@ def schedule_from_config(
             "outputs, and only DDIM, DDPM and LCM have a step of their own for it"
         )
     known = {field.name for field in fields(Schedule)}
-    unread = set(merged) - known - IGNORED - set(REFUSED)
+    unread = {key for key in set(merged) - known - IGNORED - set(REFUSED) if key[:1] != "_"}
     unread |= {k for k in FOREIGN.keys() - reads if merged.pop(k, FOREIGN[k]) != FOREIGN[k]}
     if unread:
         log.warning("scheduler options that nothing reads: %s", ", ".join(sorted(unread)))

@@ -1,0 +1,81 @@
+"""Configurations as the installed diffusers writes them, and what training leaves in them."""
+
+import inspect
+import json
+import logging
+import shutil
+
+import diffusers
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+
+from sdrt.errors import CheckpointError
+from sdrt.export.checkpoint import find_checkpoint
+from sdrt.export.modules import native_size
+from sdrt.export.pixel_unet import PixelUnetConfig
+from sdrt.export.tiny_vae import TinyVaeConfig
+from sdrt.export.unet import UnetConfig
+from sdrt.export.vae import VaeConfig
+from sdrt.runtime.samplers.catalogue import SAMPLERS
+from sdrt.runtime.samplers.table import sampler_table
+
+NETWORKS = {
+    "UNet2DConditionModel": UnetConfig,
+    "UNet2DModel": PixelUnetConfig,
+    "AutoencoderKL": VaeConfig,
+    "AutoencoderTiny": TinyVaeConfig,
+}
+
+
+def defaults(kind):
+    parameters = inspect.signature(kind.__init__).parameters.items()
+    given = {k: p.default for k, p in parameters if p.default is not inspect.Parameter.empty}
+    return json.loads(json.dumps(given))
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_default_of_a_network_is_accepted(name):
+    """All together, and each alone, as files of other releases leave some away."""
+    given = defaults(getattr(diffusers, name))
+    NETWORKS[name].from_json({**given, "_use_default_values": list(given)})
+    for key, value in given.items():
+        NETWORKS[name].from_json({key: value})
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_every_default_of_a_scheduler_is_accepted(name, caplog):
+    config = dict(getattr(diffusers, name)().config)
+    sampler_table({**json.loads(json.dumps(config)), "_class_name": name}, 4)
+    assert "nothing reads" not in caplog.text
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_training_leaves_is_ignored_and_said(name, caplog):
+    caplog.set_level(logging.DEBUG, "sdrt.build")
+    left = EMAModel([torch.nn.Parameter(torch.zeros(1))], use_ema_warmup=True).state_dict()
+    del left["shadow_params"]
+    left |= {"_name_or_path": "x", "_commit_hash": None, "torch_dtype": "float16"}
+    NETWORKS[name].from_json(left)
+    assert all(key in caplog.text for key in left)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("key", ["quantization_config", "a_new_layer"])
+def test_what_is_unknown_is_refused_by_name(name, key):
+    with pytest.raises(CheckpointError, match=key):
+        NETWORKS[name].from_json({key: {"bits": 8}})
+
+
+@pytest.mark.parametrize(
+    ("written", "size"), [(4, (32, 32)), ([4, 6], (48, 32)), (None, (512, 512))]
+)
+def test_sample_size_is_a_side_or_two_or_not_said(tiny, tmp_path, written, size):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": written}))
+    assert native_size(find_checkpoint(str(folder))) == size
