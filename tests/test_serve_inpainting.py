@@ -1,0 +1,121 @@
+"""Images and masks made ready for `img2img`, against scipy, Pillow and plain arithmetic."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import correlate1d
+
+from sdrt.serve.inpainting import (
+    CROP,
+    FILL,
+    STRETCH,
+    Inpainting,
+    binary_mask,
+    blurred,
+    given_from,
+    region,
+    resized,
+)
+
+RNG = np.random.default_rng(0)
+PLAIN = Inpainting(blur=(0, 0), invert=False, cropped=False, padding=0, filled=False)
+
+
+def noise(width, height, channels=3):
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return Image.fromarray(RNG.integers(0, 256, shape, np.uint8))
+
+
+def boxed(size, box):
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    return mask
+
+
+def gaussian(values, deviation, axis):
+    radius = int(2.5 * deviation + 0.5)
+    weights = np.exp(-(np.arange(-radius, radius + 1.0) ** 2) / (2 * deviation**2))
+    blurred = correlate1d(values.astype(float), weights / weights.sum(), axis, mode="mirror")
+    return np.rint(blurred)
+
+
+@pytest.mark.parametrize("blur", [(4, 4), (9, 0), (0, 3), (64, 64), (0, 0)])
+def test_a_blur_is_scipys(blur):
+    mask = noise(50, 37, 1)
+    wanted = np.asarray(mask)
+    for axis, deviation in ((1, blur[0]), (0, blur[1])):
+        wanted = gaussian(wanted, deviation, axis) if deviation else wanted
+    assert np.abs(np.asarray(blurred(mask, blur), float) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_mask_is_its_alpha_where_that_says_anything(mode):
+    light = boxed((8, 8), (0, 0, 8, 4))
+    drawn = Image.new("RGB", (8, 8), "white").convert(mode)
+    drawn.putalpha(light.point(lambda value: 200 if value else 100))
+    assert np.array_equal(binary_mask(drawn, False), light)
+    assert np.array_equal(binary_mask(drawn, True), light.point(lambda value: 255 - value))
+    opaque = light.convert(mode)
+    assert np.array_equal(binary_mask(opaque, False), light)
+    assert np.array_equal(binary_mask(light.convert("1"), False), light)
+
+
+def test_resizing_keeps_the_shape_or_not():
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (0, 0, 4, 20))
+    for size in ((32, 32), (64, 24), (24, 64)):
+        for mode in (STRETCH, CROP, FILL):
+            assert resized(image, size, mode).size == size
+    cropped = resized(image, (20, 20), CROP)
+    assert np.array_equal(cropped, image.crop((10, 0, 30, 20)))
+    filled = np.asarray(resized(image, (40, 40), FILL))
+    assert np.array_equal(filled[10:30], image)
+    assert (filled[:10] == filled[10]).all() and (filled[30:] == filled[29]).all()
+
+
+def test_a_region_has_the_shape_of_what_is_made():
+    mask = boxed((100, 80), (10, 60, 20, 75))
+    left, top, right, bottom = region(mask, 4, (64, 64))
+    assert right - left == bottom - top == 23  # the taller side with its padding, cut by the edge
+    assert left <= 6 and right >= 24 and top <= 56 and bottom == 79
+    assert region(mask, 0, (128, 64))[3] - region(mask, 0, (128, 64))[1] == 15
+    assert region(boxed((100, 80), (95, 0, 100, 80)), 0, (64, 64)) == (20, 0, 100, 80)
+
+
+def test_what_is_not_masked_stays_as_it_was():
+    image, mask = noise(64, 64), boxed((64, 64), (16, 16, 48, 40))
+    made = Image.new("RGB", (64, 64), "white")
+    for cropped in (False, True):
+        how = Inpainting((0, 0), False, cropped, 4, filled=True)
+        laid = np.asarray(given_from(image, mask, (64, 64), STRETCH, how).finish(made))
+        inside = np.asarray(mask) > 0
+        assert (laid[inside] == 255).all()
+        assert np.array_equal(laid[~inside], np.asarray(image)[~inside])
+
+
+def test_a_masked_region_is_made_at_the_whole_size_and_put_back():
+    image, mask = noise(200, 120), boxed((200, 120), (50, 40, 70, 60))
+    how = Inpainting((0, 0), False, True, 6, filled=False)
+    given = given_from(image, mask, (64, 64), STRETCH, how)
+    assert given.image.size == given.mask.size == (64, 64)
+    wanted = image.crop((44, 34, 76, 66)).resize((64, 64), Image.Resampling.LANCZOS)
+    assert np.array_equal(given.image, wanted)
+    assert given.finish(Image.new("RGB", (64, 64))).size == image.size
+
+
+def test_a_dark_mask_masks_nothing_where_the_region_alone_is_made():
+    image = noise(64, 64)
+    how = Inpainting((4, 4), False, True, 0, filled=True)
+    given = given_from(image, Image.new("L", (64, 64)), (64, 64), STRETCH, how)
+    assert given.mask is None and np.array_equal(given.image, image)
+
+
+def test_a_filled_region_begins_with_its_surroundings():
+    image = Image.new("RGB", (64, 64), (20, 200, 40))
+    image.paste("red", (24, 24, 40, 40))
+    mask = boxed((64, 64), (20, 20, 44, 44))
+    how = Inpainting((0, 0), False, False, 0, filled=True)
+    start = np.asarray(given_from(image, mask, (64, 64), STRETCH, how).image, float)
+    assert np.abs(start - (20, 200, 40)).max() <= 8  # shares of 8 bits, premultiplied
+    kept = given_from(image, mask, (64, 64), STRETCH, PLAIN).image
+    assert np.array_equal(kept, image)
