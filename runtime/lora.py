@@ -22,7 +22,7 @@ from sdrt.reading import read_json
 from sdrt.tensors import Tensors
 
 from .lora_deltas import Change
-from .lora_layouts import BIAS, PARTS, Place, changes_from_tensors, counted, flat
+from .lora_layouts import BIAS, PARTS, Place, changes_from_tensors, counted, flat, is_unread
 from .lora_settings import FILE
 from .lora_tags import LoraTag, LoraWeight, weight_from
 
@@ -129,6 +129,8 @@ def deltas(
     names = _names_by_module(shapes)
     for lora in loras:
         own = {module: change for (of, module), change in lora.changes.items() if of == part}
+        for module in [module for module in own if is_unread(part, module, names)]:
+            log.info("%s: nothing reads what comes of %s", lora.name, own.pop(module).key)
         if missing := [change.key for module, change in own.items() if module not in names]:
             raise CheckpointError(
                 f"{lora.name}: this model's {part} has no {missing[0]}: {counted(missing)} of "

@@ -8,7 +8,7 @@ factors compute, nor the settings that scale them.
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,7 +160,11 @@ def changes_from_tensors(
     if unknown:
         raise CheckpointError(_unknown(unknown))
     if words:
-        log.warning("its embeddings are not used, so these words mean nothing: %s", _named(words))
+        log.warning(
+            "the LoRA file also holds embeddings, which are not supported: in a prompt these words "
+            "are ordinary text: %s",
+            _named(words),
+        )
     add_settings(changes, modules, metadata, config)
     return _settled(changes)
 
@@ -263,6 +267,20 @@ def _thirds(part: str, before: str, change: Change) -> dict[Place, Change]:
 def flat(module: str) -> str:
     """A module's name as kohya writes it, without what wrappers put before it."""
     return module.replace(".", "_").removeprefix("model_").removeprefix("text_model_")
+
+
+def is_unread(part: str, module: str, names: Collection[str]) -> bool:
+    """Whether a module of a text encoder comes after all that a bundle holds of it: its last layer
+    and the final norm, where images are drawn by what the layer before that gives.
+    """
+    if module in names or not part.startswith("text_encoder"):
+        return False
+    layer, rest = re.fullmatch(r"encoder_layers_(\d{1,3})(_.+)", module), module
+    if not layer:
+        return rest.startswith("final_layer_norm")
+    number, rest = int(layer[1]), layer[2]
+    held = any(name.startswith(f"encoder_layers_{number}_") for name in names)
+    return not held and f"encoder_layers_{number - 1}{rest}" in names
 
 
 def _published(part: str, module: str) -> str:

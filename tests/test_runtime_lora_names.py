@@ -96,6 +96,27 @@ def test_one_layer_for_queries_keys_and_values(tmp_path):
         deltas_of(tensors, tmp_path, "text_encoder", *names)
 
 
+def test_a_text_encoders_last_layer_may_be_one_that_nothing_reads(tmp_path, caplog):
+    """Bundles do not hold what comes after the states that the UNet is given."""
+    caplog.set_level(logging.INFO)
+    held = [f"text_model.encoder.layers.{n}.mlp.fc1" for n in range(2)]
+
+    def changing(*layers, part="text_encoder"):
+        tensors = {}
+        for n in layers:
+            stem = f"{part}.text_model.encoder.layers.{n}.mlp.fc1"
+            tensors |= {f"{stem}.lora_A.weight": DOWN, f"{stem}.lora_B.weight": UP}
+        return deltas_of(tensors, tmp_path, part, *held)
+
+    assert list(changing(0, 1, 2)) == [f"{name}.weight" for name in held]
+    assert "nothing reads what comes of text_encoder.text_model.encoder.layers.2" in caplog.text
+    for layers in ((0, 3), (1, 2, 3)):
+        with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.fc1: 1 key"):
+            changing(*layers)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        changing(2, part="unet")
+
+
 LORA = {"unet.conv_in.lora_A.weight": DOWN, "unet.conv_in.lora_B.weight": UP}
 
 

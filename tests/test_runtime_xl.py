@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import numpy as np
+import peft
 import pytest
 import torch
+from diffusers.utils import convert_state_dict_to_diffusers
 from PIL import Image
 
 import sdrt
@@ -55,6 +57,7 @@ def reference(tiny_xl):
             **{"guidance_scale": 7.5, **arguments},
         ).images[0]
 
+    run.parts = parts
     return run
 
 
@@ -77,6 +80,63 @@ def test_pictures_are_the_references(pipe, reference, name):
     own = pipe.with_scheduler(name)
     wanted = reference("StableDiffusionXLPipeline", own, prompt=PROMPT)
     assert decibels(own, wanted) >= 50
+
+
+CLIP = {"target_modules": ["q_proj", "out_proj", "fc1"], "init_lora_weights": False}
+LORAS = {
+    "text_encoder": {"r": 2, "lora_alpha": 2, "use_rslora": True, **CLIP},
+    "text_encoder_2": {"r": 2, "lora_alpha": 1, "alpha_pattern": {r"layers\.[01].*fc1": 3}, **CLIP},
+    "unet": {
+        "r": 4,
+        "lora_alpha": 2,
+        "use_dora": True,
+        "rank_pattern": {"attn2.to_.": 2},
+        "target_modules": ["to_q", "to_k", "to_out.0", "conv1", "proj_in"],
+        "init_lora_weights": False,
+    },
+}
+
+
+def save_loras(parts, path):
+    """Random adapters on the reference's parts, and the file that it saves of them."""
+    from diffusers.training_utils import _collate_lora_metadata
+
+    torch.manual_seed(0)
+    for part, options in LORAS.items():
+        parts[part].add_adapter(peft.LoraConfig(**options))
+    state = {
+        part: convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(parts[part]))
+        for part in LORAS
+    }
+    diffusers.StableDiffusionXLPipeline.save_lora_weights(
+        path.parent,
+        weight_name=path.name,
+        unet_lora_layers=state["unet"],
+        text_encoder_lora_layers=state["text_encoder"],
+        text_encoder_2_lora_layers=state["text_encoder_2"],
+        **_collate_lora_metadata({part: parts[part] for part in LORAS}),
+    )
+
+
+def test_a_lora_of_every_layer_of_every_part_makes_the_references_picture(
+    pipe, reference, tmp_path, caplog
+):
+    """The first text encoder's last layer among them, which a bundle does not hold."""
+    own = pipe.with_scheduler("DDIMScheduler")
+    bare = reference("StableDiffusionXLPipeline", own, prompt=PROMPT)
+    save_loras(reference.parts, tmp_path / "l.safetensors")
+    caplog.set_level("INFO", "sdrt.runtime.lora")
+    try:
+        wanted = reference("StableDiffusionXLPipeline", own, prompt=PROMPT)
+        own.set_lora({tmp_path / "l.safetensors": 1.0})
+        assert decibels(own, wanted) >= 50 > 30 > decibels(own, bare)
+        assert "nothing reads what comes of text_encoder." in caplog.text
+    finally:
+        own.set_lora({})
+        reference.parts["unet"].delete_adapters("default")
+        for part in ("text_encoder", "text_encoder_2"):
+            reference.parts[part].delete_adapter("default")
+    assert decibels(own, bare) >= 50
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
