@@ -4,6 +4,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from sdrt.errors import CheckpointError, UsageError
@@ -63,6 +66,40 @@ def test_fused_weights_are_the_references(tiny, weights, tmp_path, layout, weigh
         assert torch.allclose(tensor, wanted[name], atol=1e-5), name
         changed += not torch.equal(tensor, weights[name])
     assert changed == 3
+
+
+PLAIN = {"lora_alpha": 16, "target_modules": ["to_q", "proj_in", "conv1"]}
+SAVED = {
+    "plain": {"r": 4},
+    "rank-stabilised": {"r": 4, "use_rslora": True},
+    "rank-stabilised, of rank 16": {"r": 16, "use_rslora": True},
+    "a pattern": {"r": 4, "alpha_pattern": {"down_blocks.*to_q": 2}},
+    "patterns": {"r": 4, "alpha_pattern": {"attn[12].to_q": 3}, "rank_pattern": {r".*conv\d": 2}},
+    "DoRA": {"r": 4, "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("weight", [1.0, 0.6])
+def test_files_that_the_reference_saves_are_fused_as_it_fuses_them(
+    tiny, weights, tmp_path, name, weight
+):
+    torch.manual_seed(1)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet")
+    unet.add_adapter(LoraConfig(**PLAIN, **SAVED[name], init_lora_weights=False))
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=state, **_collate_lora_metadata({"unet": unet})
+    )
+    unet.fuse_lora(lora_scale=weight)
+    wanted = {key.replace(".base_layer", ""): tensor for key, tensor in unet.state_dict().items()}
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    found = find_checkpoint(str(tiny)).with_loras([f"{path}:{weight}"]).weights("unet")
+    for key, tensor in found.items():
+        scale = float(wanted[key].abs().max())
+        assert torch.allclose(tensor, wanted[key], atol=1e-5 * scale), key
+    changed = {key for key in found if not torch.equal(found[key], weights[key])}
+    assert len(changed) > 5 and all(key.endswith(".weight") for key in changed)
 
 
 def test_several_files_add_up_and_zero_is_none(tiny, weights, tmp_path):
