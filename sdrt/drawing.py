@@ -359,12 +359,12 @@ def all_titles() -> list[str]:
 
 def schedulers(args: argparse.Namespace) -> None:
     """Every sampler with its names and what a step costs."""
-    from .runtime.samplers.catalogue import LEVELS, SAMPLERS, titles
+    from .runtime.samplers.catalogue import SAMPLERS, SCHEDULES, takes_schedule, titles
 
     listed: list[dict[str, Any]] = []
     for name, sampler in SAMPLERS.items():
         named = [title for title, (class_name, _) in titles().items() if class_name == name]
-        laws = [law for law, key in LEVELS.items() if key in sampler.reads]
+        laws = [label for label in SCHEDULES if takes_schedule(named[0], label)]
         listed.append(
             {
                 "name": name,
@@ -379,11 +379,12 @@ def schedulers(args: argparse.Namespace) -> None:
         return
     for entry in listed:
         also, words = ", ".join(entry["also"]), ", ".join(entry["with"])
+        words = "any schedule" if len(entry["with"]) == len(SCHEDULES) else words
         noise = "draws noise" if entry["fresh_noise"] else ""
         cost = f"{entry['evaluations_per_step']} a step"
         print(f"{entry['name']:32} {also:36} {cost:9} {noise:12} {words}".rstrip())
     print(
-        "\nAny name works with --scheduler; the last column's words go after one, as in "
-        '"DPM++ 2M Karras".',
+        "\nAny name works with --scheduler; a schedule of the last column goes after one, as in "
+        f'"DPM++ 2M Karras". Schedules: {", ".join(SCHEDULES)}.',
         file=sys.stderr,
     )

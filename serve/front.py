@@ -23,6 +23,7 @@ from .merged import merge_for
 from .metrics import Metrics
 from .problem import Problem
 from .replica import Answer
+from .sdapi_options import known_name
 from .settings import Settings
 from .stream import event_bytes
 
@@ -70,7 +71,7 @@ class Front:
         if scope["method"] != "POST":
             return ""
         name = await model_named(scope, body)
-        return name if name in self.names else self.names[0]
+        return known_name(name or "", self.names) or self.names[0]
 
     async def _together(self, scope: Scope, body: bytes) -> dict[str, Answer]:
         """The answers of all replicas by name; raises Problem 503 if there are none."""

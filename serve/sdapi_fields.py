@@ -17,7 +17,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "enable_hr": (False,),
     "restore_faces": (False,),
     "tiling": (False,),
-    "styles": ([], [""], ["None"]),
+    "styles": ([], [""], ["None"], ""),
     "subseed_strength": (0,),
     "seed_resize_from_h": (0, -1),
     "seed_resize_from_w": (0, -1),

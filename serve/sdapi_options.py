@@ -4,7 +4,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,14 +149,11 @@ def model_named(value: Any, models: Models) -> str | None:
     """A model's name from what clients call it: its name or title, with a hash or a suffix, None
     for the first; raises Problem 400 with the nearest names.
     """
-    text = str(value).strip().removesuffix("]").rpartition(" [")
-    name = (text[0] or text[2]).strip()
+    name = str(value).strip()
     if name in ("", "None"):
         return None
-    bare = name.removesuffix(".safetensors").removesuffix(".ckpt").casefold()
-    for known in models.sources:
-        if known.casefold() in (name.casefold(), bare):
-            return known
+    if known := known_name(name, models.sources):
+        return known
     near = difflib.get_close_matches(name, models.sources, n=3, cutoff=0.4) or models.sources
     raise Problem(
         400,
@@ -164,6 +161,14 @@ def model_named(value: Any, models: Models) -> str | None:
         "sd_model_checkpoint",
         "model_not_found",
     )
+
+
+def known_name(text: str, names: Iterable[str]) -> str | None:
+    """The one of these names that a client means, whose title may have a hash or a suffix."""
+    head, _, tail = text.strip().removesuffix("]").rpartition(" [")
+    name = (head or tail).strip().casefold()
+    bare = name.removesuffix(".safetensors").removesuffix(".ckpt")
+    return next((each for each in names if each.casefold() in (name, bare)), None)
 
 
 @router.get("/options")

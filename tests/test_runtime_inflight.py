@@ -393,6 +393,26 @@ def test_what_is_unfinished_at_the_end_is_cancelled(watched):
             result(ticket)
 
 
+def test_a_size_that_was_not_measured_costs_by_its_area(pipe):
+    with started(pipe) as engine:
+        sizes = ("128x64", "48x32", "64x64")
+        tickets = [
+            engine.submit(PROMPT, {"seed": 1, "num_inference_steps": 4, "size": size})[0]
+            for size in sizes
+        ]
+        for ticket, size in zip(tickets, sizes, strict=True):
+            wanted = pipe(PROMPT, seed=1, num_inference_steps=4, size=size).images[0]
+            assert np.array_equal(ticket.future.result().image, wanted)
+        known = engine.costs.sizes[64, 64]
+        assert list(engine.costs.sizes) == [(64, 64)]
+        large, small = engine.costs.of_size((1024, 1024)), engine.costs.of_size((32, 32))
+        assert large.decode == 256 * known.decode and small.decode == known.decode / 4
+        assert large.most <= known.most and small.most == known.most
+        for side in range(16, 8192, 16):
+            engine.costs.of_size((side, 64))
+        assert len(engine.costs.estimated) <= 64
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -404,8 +424,8 @@ def test_what_is_unfinished_at_the_end_is_cancelled(watched):
         {"options": {"nonesuch": 1}},
         {"options": {"num_inference_steps": 0}},
         {"options": {"size": "8x8"}},
-        {"options": {"size": "128x64"}},
-        {"options": {"size": "128x128"}},
+        {"options": {"size": "136x64"}},
+        {"options": {"size": "64x72"}},
         {"options": {"seed": -1}},
     ],
 )

@@ -131,6 +131,17 @@ def test_edits_start_from_a_picture(api, pipe):
     assert np.array_equal(picture(answer.data[0].b64_json), wanted)
 
 
+def test_no_guidance_and_no_strength_are_zero(api, pipe):
+    unguided = {**FAST, "guidance_scale": 1.0}
+    wanted = pipe(PROMPT, **unguided).images[0]
+    made = api.images.generate(prompt=PROMPT, extra_body={**unguided, "guidance_scale": 0})
+    assert np.array_equal(picture(made.data[0].b64_json), wanted)
+    wanted = pipe(PROMPT, image=wanted, strength=0.0, **FAST).images[0]
+    start = _file(pipe(PROMPT, **unguided).images[0])
+    again = api.images.edit(image=start, prompt=PROMPT, extra_body={**FAST, "strength": 0})
+    assert np.array_equal(picture(again.data[0].b64_json), wanted)
+
+
 def test_a_mask_is_transparent_where_the_picture_is_made_new(api, pipe):
     start = pipe("a green square on a white background", seed=1).images[0]
     mask = Image.new("RGBA", start.size, "black")
@@ -216,7 +227,7 @@ VALUES = ("0", "-1", "1e9", str(2**63), "NaN", "Infinity", "true", '"7"', "1" * 
 
 def test_odd_numbers_are_refused_and_break_nothing(server):
     allowed = {("seed", "0"), ("seed", str(2**63)), ("priority", "0"), ("priority", "-1")}
-    allowed |= {("output_compression", "0"), ("partial_images", "0")}
+    allowed |= {("output_compression", "0"), ("partial_images", "0"), ("guidance_scale", "0")}
     with client(server) as http:
         for name in NUMBERS:
             for value in VALUES:

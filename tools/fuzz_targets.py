@@ -40,7 +40,10 @@ from sdrt.serve.generation import call_from
 from sdrt.serve.openai import _edit_from
 from sdrt.serve.problem import Problem, problem_from_invalid
 from sdrt.serve.requests import Generation, ImageToImage, TextToImage
-from sdrt.serve.sdapi import _call, _given
+from sdrt.serve.sdapi import _given
+from sdrt.serve.sdapi import call_from as sdapi_call_from
+from sdrt.serve.sdapi_fields import IGNORED, check_fields
+from sdrt.serve.sdapi_options import USED, checked
 from sdrt.tensors import Tensors
 from sdrt.usage import forget_peak, peak_bytes, resident_bytes
 
@@ -53,8 +56,13 @@ BOUNDARY = "sdrt-boundary"
 MODEL = SimpleNamespace(
     name="shapes",
     sizes=("64x64",),
-    pipe=SimpleNamespace(manifest=SimpleNamespace(sizes=((64, 64),))),
+    pipe=SimpleNamespace(
+        manifest=SimpleNamespace(sizes=((64, 64),)),
+        scheduler_config={"_class_name": "DDIMScheduler"},
+        tokenizer_2=None,
+    ),
 )
+MODELS = SimpleNamespace(sources={"shapes": None})
 
 
 @functools.cache
@@ -173,9 +181,12 @@ def request(data: bytes) -> None:
     with contextlib.suppress(ValidationError, SdrtError, Problem):
         call_from(MODEL, Generation.model_validate(body), {})  # type: ignore[arg-type]
     with contextlib.suppress(ValidationError, SdrtError, Problem):
-        _call(MODEL, TextToImage.model_validate(body), {})  # type: ignore[arg-type]
+        text = TextToImage.model_validate(body)
+        sdapi_call_from(MODEL, text, USED, {})  # type: ignore[arg-type]
+        check_fields(text.model_extra or {}, IGNORED)
+        checked(text.override_settings or {}, MODELS)  # type: ignore[arg-type]
     with contextlib.suppress(ValidationError, SdrtError, Problem):
-        _given(ImageToImage.model_validate(body))
+        _given(ImageToImage.model_validate(body), (64, 64))
 
 
 def form(data: bytes) -> None:
