@@ -38,9 +38,7 @@ class Generation(BaseModel):
     progress: bool | None = Field(False, description="adds queued and progress events to a stream")
     negative_prompt: str | None = Field(None, max_length=TEXT)
     num_inference_steps: int | None = Field(20, ge=1, le=MOST_STEPS)
-    guidance_scale: float | None = Field(
-        7.5, ge=0.0, le=100.0, description="to 1: no guidance"
-    )
+    guidance_scale: float | None = Field(7.5, ge=0.0, le=100.0, description="to 1: no guidance")
     seed: int | None = Field(None, ge=0, le=LAST_SEED, description="default: drawn")
     scheduler: str | None = Field(None, max_length=100, description="such as DPM++ 2M Karras")
     feature_reuse: int | None = Field(
