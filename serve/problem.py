@@ -97,6 +97,8 @@ def problem_from_invalid(errors: Sequence[Mapping[str, Any]]) -> Problem:
         return Problem(400, f"unknown field {name!r}", name, "unknown_parameter")
     if first["type"] == "missing":
         return Problem(400, f"{name or 'a JSON body'} is missing", name, "missing_parameter")
+    if name is None and first["type"] in ("model_attributes_type", "model_type", "dict_type"):
+        return Problem(400, "the body must be a JSON object", code="invalid_json")
     return Problem(400, f"{name or 'the body'}: {first['msg']}", name, "invalid_value")
 
 

@@ -9,9 +9,13 @@ import pytest
 import webuiapi
 from PIL import Image
 from serving import PROMPT, client, engine_of
+from starlette.testclient import TestClient
 
 from sdrt.serve import sdapi_fields, sdapi_options
+from sdrt.serve.app import application
+from sdrt.serve.models import Source
 from sdrt.serve.requests import ImageToImage, TextToImage
+from sdrt.serve.settings import Settings
 
 DOCS = Path(__file__).parents[1] / "docs" / "sdapi.md"
 BODY = {"prompt": PROMPT, "steps": 2, "seed": 3}
@@ -366,6 +370,32 @@ def test_a_body_without_its_type_is_told_which(http):
             assert answer.status_code == 415
             assert "Send Content-Type: application/json" in answer.text
     assert txt2img(http, steps=1).status_code == 200
+
+
+@pytest.mark.parametrize("body", ["[]", "3", '"x"', "null"])
+def test_a_body_that_is_no_object_is_told_so(http, body):
+    for path in ("/sdapi/v1/txt2img", "/v1/images/generations", "/sdapi/v1/options"):
+        headers = {"content-type": "application/json; charset=utf-8"}
+        answer = http.post(path, content=body, headers=headers)
+        assert answer.status_code in (400, 422) and "JSON" in answer.text
+
+
+def test_a_fleet_keeps_no_options():
+    guard, models = application({"shapes": Source(lambda: None)}, Settings())
+    models.on_demand = True
+    with TestClient(guard, base_url="http://localhost") as fleet:
+        kept = {"sd_model_checkpoint": "Shapes.safetensors", "send_seed": False}
+        assert fleet.post("/sdapi/v1/options", json=kept).status_code == 200
+        for changed in ({"CLIP_stop_at_last_layers": 2}, {"samples_format": "jpg"}):
+            answer = fleet.post("/sdapi/v1/options", json=changed)
+            assert answer.status_code == 400 and "override_settings" in answer.json()["detail"]
+
+
+def test_options_have_a_bound(http):
+    many = {f"save_{i}": i for i in range(500)}
+    for sent in (many, {"save_x": "x" * 200_000}):
+        answer = http.post("/sdapi/v1/options", json=sent)
+        assert answer.status_code == 400 and "too many" in answer.json()["detail"]
 
 
 def rows(section):
