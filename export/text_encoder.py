@@ -19,9 +19,11 @@ from .tokenizer import CheckpointTokenizer
 log = logging.getLogger("sdrt.build")
 KINDS = (None, "clip", "clip_text_model")
 # What of a configuration the network reads; it has no dropout when it runs.
-SHAPES = ("hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "projection_dim")
-SHAPES = (*SHAPES, "max_position_embeddings", "num_attention_heads", "num_hidden_layers")
-SHAPES = (*SHAPES, "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+SHAPES = (
+    *("hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "projection_dim"),
+    *("max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 # What changes the result, with the values that do not.
 FIXED: Mapping[str, tuple[Any, ...]] = {
     "model_type": KINDS,

@@ -26,8 +26,10 @@ SMALL = ("added_tokens.json", "special_tokens_map.json")
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 # Settings that change ids, with the value that is supported.
 FIXED = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
-READ = (*FIXED, *ROLES, "added_tokens_decoder", "additional_special_tokens", "model_max_length")
-READ = (*READ, "extra_special_tokens", "max_len", "tokenizer_class")
+READ = (
+    *(*FIXED, *ROLES, "added_tokens_decoder", "additional_special_tokens", "model_max_length"),
+    *("extra_special_tokens", "max_len", "tokenizer_class"),
+)
 UNLIMITED = 10**20  # from here on transformers neither pads nor truncates
 
 
@@ -130,9 +132,10 @@ def _copy_files(folder: Path, config: Mapping[str, Any], copy: Path) -> None:
 
 
 def _read_by_transformers(folder: Path) -> CheckpointTokenizer:
-    from transformers import CLIPTokenizerFast
+    import transformers
 
-    read: Any = CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    library: Any = transformers  # 5 has this class under an alias that type checkers do not see
+    read = library.CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     for key, value in FIXED.items():  # these can come from tokenizer.json too
         if getattr(read, key, value) != value:
             raise ValueError(f"{key} is {getattr(read, key)!r}, expected {value!r}")

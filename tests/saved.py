@@ -50,7 +50,9 @@ def tiny_vae():
     torch.manual_seed(0)
     widths = {"encoder_block_out_channels": (4,) * 4, "decoder_block_out_channels": (4,) * 4}
     counts = {"num_encoder_blocks": (1, 1, 1, 1), "num_decoder_blocks": (1, 1, 1, 1)}
-    return diffusers.AutoencoderTiny(**widths, **counts)
+    made = diffusers.AutoencoderTiny(**widths, **counts)
+    made.decoder.layers[-1].weight.data *= 8  # else its images are nearly one grey
+    return made
 
 
 def tokenizer(embedded, pad="<|endoftext|>"):

@@ -14,8 +14,9 @@ import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.engine import choose
 from sdrt.errors import UsageError
-from sdrt.runtime import InFlight
 from sdrt.runtime.embedded_guidance import GUIDANCE, guidance_embedding
+from sdrt.runtime.inflight import InFlight
+from sdrt.runtime.options import Options
 from sdrt.verifying import proven
 
 pytestmark = pytest.mark.reference
@@ -78,7 +79,7 @@ def test_images_in_flight_share_calls_whatever_their_scale(pipe):
 
 
 def test_one_row_is_computed(pipe):
-    _, _, guidance, _ = pipe.planned(PROMPT, sdrt.runtime.options.Options(guidance_scale=8.0))
+    _, _, guidance, _ = pipe.planned(PROMPT, Options(guidance_scale=8.0))
     assert (guidance.scales == 1.0).all()
     (step,) = pipe.steps(PROMPT, num_inference_steps=1, guidance_scale=8.0)
     assert len(step.latents) == 1
