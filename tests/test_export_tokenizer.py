@@ -107,6 +107,28 @@ def test_added_words_have_the_references_ids(saved, tmp_path):
     check_same(own, reference, list(prompts(3000)))
 
 
+@pytest.mark.reference
+def test_a_tokenizer_saved_after_its_use_is_the_same(saved, tmp_path):
+    """What it was last asked for, to pad and to cut, is in its file."""
+    used = CLIPTokenizer.from_pretrained(str(saved))
+    used(["a", "red " * 40], padding="max_length", max_length=16, truncation=True)
+    used.save_pretrained(str(tmp_path / "read"))
+    assert json.loads((tmp_path / "read" / "tokenizer.json").read_text())["padding"]
+    own, reference = pair(tmp_path / "read", tmp_path / "written")
+    check_same(own, reference, list(prompts(100)))
+
+
+def test_padding_in_front_in_tokenizer_json_is_refused(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "read")
+    path = tmp_path / "read" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    padding = {"strategy": {"Fixed": 16}, "direction": "Left", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 607, "pad_type_id": 0, "pad_token": END}
+    path.write_text(json.dumps({**content, "padding": padding}))
+    with pytest.raises(CheckpointError, match="padding_side is 'left'"):
+        read_tokenizer(tmp_path / "read")
+
+
 def variant(embedded, folder, **files):
     """The embedded tokenizer's folder with other files in it; None takes one away."""
     shutil.copytree(embedded / "tokenizer", folder)

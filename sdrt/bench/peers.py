@@ -188,6 +188,8 @@ def _told(pipe: Any, kind: Any) -> dict[str, Any]:
         "added_cond_kwargs": None,
         "return_dict": False,
     }
+    if width := getattr(config, "time_cond_proj_dim", None):
+        told["timestep_cond"] = torch.ones(2, width, dtype=kind)
     if getattr(config, "addition_embed_type", None) == "text_time":
         ids = 6 * config.addition_time_embed_dim
         pooled = torch.randn(2, config.projection_class_embeddings_input_dim - ids).to(kind)
