@@ -61,8 +61,8 @@ class AddedTokens:
 
     def __init__(self, tokens: Mapping[int, AddedToken]) -> None:
         """tokens: by id"""
-        # Of two that match alike, special tokens win.
-        ordered = sorted(tokens.items(), key=lambda item: (not item[1].special, item[0]))
+        # Of two that match alike the first counts; transformers' choice varies from run to run.
+        ordered = sorted(tokens.items())
         self._ids = {token.content: number for number, token in ordered}
         every = [token for _, token in ordered]
         self._as_written = _Matcher((t.content, t) for t in every if not t.normalized)
@@ -147,6 +147,8 @@ class _Matcher:
                 start = max(len(text[:start].rstrip(_SPACES)), done)
             if token.rstrip:
                 stop = len(text) - len(text[stop:].lstrip(_SPACES))
+            if start >= stop:  # nothing but spaces that belong to the match before
+                continue
             if done < start:
                 yield text[done:start], None
             yield pattern, token

@@ -43,6 +43,7 @@ WORDS = [
     AddedToken("<special>", special=True, normalized=False),
     AddedToken("<SPECIAL>", special=True, normalized=True),
     AddedToken(" spaced ", normalized=False),
+    AddedToken("\u3000", normalized=False, lstrip=True),
 ]
 PLAIN = [
     "red",
