@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdrt.errors import UsageError
+from sdrt.reading import shortened
 from sdrt.runtime import Pipeline
 from sdrt.runtime.samplers.catalogue import (
     LEVELS,
@@ -115,8 +116,10 @@ def _pair(sampler: str) -> tuple[str, str]:
         return ALIASES[alias], label
     try:
         return pair_from_name(name)
-    except UsageError as error:
-        raise Problem(400, str(error), "sampler_name", "invalid_value") from None
+    except UsageError:
+        have = ", ".join(titles())
+        message = f"sampler_name {shortened(name)} is not supported; expected one of {have}"
+        raise Problem(400, message, "sampler_name", "invalid_value") from None
 
 
 def _usable(title: str, label: str) -> str:
