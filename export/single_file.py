@@ -33,7 +33,7 @@ from .file_layout import (
     shapes_nothing,
     shapes_nothing_of,
 )
-from .original_config import Family, check_whole, configs_of, family_of
+from .original_config import FAMILIES, Family, check_whole, configs_of, family_of
 from .original_layout import copy_tokenizers, published_weights
 from .prediction import Prediction, prediction_from_marks
 from .quantized import check_used, weights_without_scales
@@ -233,6 +233,8 @@ def _convert_part(file: SingleFile, place: Found, known: Mapping[str, Any], fold
             f"{file.path}: its latents have {channels} channels, those of the model {usual}; it is "
             "of another family: give --vae an autoencoder that was made for this model"
         )
+    if place.part == "vae":
+        _check_family(file, known)
     config = {**told, **_untold(place.part, known, told)}
     if "addition_time_embed_dim" in known and "addition_time_embed_dim" in told:
         config["addition_time_embed_dim"] = known["addition_time_embed_dim"]
@@ -240,6 +242,20 @@ def _convert_part(file: SingleFile, place: Found, known: Mapping[str, Any], fold
         config["sample_size"] = file.prediction.sample_size
     _write(file, place, config, weights[place.part], folder)
     _write_notes(folder, passed, file.prediction if place.part == "unet" else None, False)
+
+
+def _check_family(file: SingleFile, known: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for the autoencoder of a whole model whose latents have another scale.
+
+    An autoencoder alone does not say whose it is: those of 1.x, 2.x and XL have the same shapes.
+    """
+    scales = {family.vae["scaling_factor"] for family in FAMILIES}
+    own, wanted = file.family.vae["scaling_factor"], known.get("scaling_factor")
+    if "unet" in file.found and wanted in scales - {own}:
+        raise CheckpointError(
+            f"{file.path} is a model of {file.family.name}, whose latents are scaled by {own}, "
+            f"those of the model by {wanted}: give --vae an autoencoder of the same family"
+        )
 
 
 def _untold(part: str, known: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:

@@ -120,6 +120,13 @@ UNETS = {
     "1.x": {"attention_head_dim": 8, "cross_attention_dim": 64},
     "1.x inpainting": {"attention_head_dim": 8, "cross_attention_dim": 64, "in_channels": 9},
     "2.x": {"use_linear_projection": True, "upcast_attention": True, "cross_attention_dim": 64},
+    "2.x depth": {
+        "use_linear_projection": True,
+        "upcast_attention": True,
+        "cross_attention_dim": 64,
+        "in_channels": 5,
+        "sample_size": 64,
+    },
     "XL": {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),

@@ -203,6 +203,31 @@ def test_a_part_of_another_family_is_refused(models, tmp_path):
         modules.check_fit(checkpoint)
 
 
+def test_an_autoencoder_from_a_model_of_another_family_is_refused(models, tmp_path):
+    for family, other in (("1.x", "XL"), ("XL", "2.x")):
+        file = tmp_path / f"{family}.safetensors"
+        save_file(models[family][1], file)
+        assert find_checkpoint(str(models[family][2].folder), parts={"vae": str(file)})
+        with pytest.raises(CheckpointError, match=r"give --vae an autoencoder of the same family"):
+            find_checkpoint(str(models[other][2].folder), parts={"vae": str(file)})
+
+
+@pytest.mark.parametrize("family", ["1.x", "2.x", "XL"])
+def test_a_whole_model_may_be_in_the_layout_of_diffusers(family, models, tmp_path):
+    parts, _, model = models[family]
+    shutil.copytree(model.folder / "tokenizer", tmp_path / "tokenizer")
+    tensors = {f"{part}.{n}": t for part, (_, ws) in parts.items() for n, t in ws.items()}
+    save_file(tensors, tmp_path / "whole.safetensors")
+    found = find_checkpoint(str(tmp_path / "whole.safetensors"))
+    assert found.parts == model.parts
+    for part in model.parts:
+        assert found.config(part) == model.config(part)
+        wanted = model.weights(part)
+        assert all(torch.equal(t, wanted[n]) for n, t in found.weights(part).items())
+    pads = [c.pad_token(name) for c in (found, model) for name in ("tokenizer", "tokenizer_2")]
+    assert pads[:2] == pads[2:]
+
+
 def of_more_channels(tensors):
     """The file's autoencoder with latents of 16 channels, and no convolutions beside them."""
     own = {k: t for k, t in tensors.items() if k.startswith("first_stage_model.")}
