@@ -107,8 +107,10 @@ def _tensorrt(kind: str, machine: Machine, device: int, stream: int, low_memory:
 
 def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
+        from .ort import initialise
         from .ort_cuda import load_engine
 
+        initialise()
         return load_engine(bundle, name, machine.gpus[device], stream)
 
     reason = machine.why_none
@@ -124,9 +126,10 @@ def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
 
 def _ort_cpu() -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
-        from .ort import OrtEngine, session_options
+        from .ort import OrtEngine, initialise, session_options
         from .ort_plans import optimised
 
+        initialise()
         kept = optimised(bundle, name, session_options())
         return OrtEngine(name, bundle.graph(name), bundle.manifest.components[name], kept)
 
@@ -139,8 +142,9 @@ def _openvino() -> Candidate:
 
     def load(bundle: Bundle, name: str) -> Engine:
         from .openvino_cpu import OpenVinoEngine
-        from .openvino_plans import compiled
+        from .openvino_plans import compiled, initialise
 
+        initialise()
         precision = "bf16" if reduced and reduced in bundle.manifest.admitted else "f32"
         kept = compiled(bundle, name, precision)
         component = bundle.manifest.components[name]
@@ -155,8 +159,9 @@ def _torch(kind: str, machine: Machine, device: int, compile: bool) -> Candidate
     where = _cuda(device) if kind == "cuda" else kind
 
     def load(bundle: Bundle, name: str) -> Engine:
-        from .sdpa import TorchEngine
+        from .sdpa import TorchEngine, initialise
 
+        initialise()
         component = bundle.manifest.components[name]
         return TorchEngine(name, bundle.graph(name), component, where, compile)
 

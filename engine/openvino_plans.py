@@ -20,10 +20,22 @@ from sdrt.errors import BackendError
 
 from .kept import kept
 from .mapped import trim
+from .once import once
 from .processor import has_bf16
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
 FLOATS = "Constant", ov.Type.f32
+
+
+@once
+def initialise() -> None:
+    """The binding's NumPy interface and its tables of types, in both directions."""
+    for dtype in (np.float32, np.float16, np.int64, np.int32):
+        array = np.zeros(1, dtype)
+        ov.Tensor(array, shared_memory=True).data.copy()
+        constant = ov.op.Constant(array)
+        constant.get_attributes()
+        constant.data.copy()
 
 
 def compiled(bundle: Bundle, component: str, precision: str) -> Path | None:

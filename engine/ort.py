@@ -10,12 +10,20 @@ import onnxruntime as ort
 from sdrt.errors import BackendError
 from sdrt.manifest import Component
 
+from .once import once
 from .ort_plans import FUSED
 from .protocol import Feeds, checked_feeds
 
 log = logging.getLogger(__name__)
 GIVE_BACK = "memory.enable_memory_arena_shrinkage"
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+@once
+def initialise() -> None:
+    """The binding's NumPy interface, in both directions."""
+    for dtype in (np.float32, np.float16, np.int64, np.int32):
+        ort.OrtValue.ortvalue_from_numpy(np.zeros(1, dtype)).numpy()
 
 
 def available(provider: str) -> str | None:

@@ -24,6 +24,7 @@ from sdrt.errors import BackendError
 from sdrt.manifest import Component
 
 from .gpus import ONE_AT_A_TIME
+from .once import once
 from .protocol import Feeds, checked_feeds
 from .straight import Compiled, compiled, straightened
 
@@ -39,6 +40,12 @@ TORCH_DTYPES = {
     onnx.TensorProto.INT64: torch.int64,
     onnx.TensorProto.BOOL: torch.bool,
 }
+
+
+@once
+def initialise() -> None:
+    """Torch's NumPy interface, in both directions."""
+    torch.from_numpy(np.zeros(1, np.float32)).numpy()
 
 
 def available(device: str) -> str | None:

@@ -4,7 +4,6 @@ Knows which of a bundle's components are loaded at once and which when they are 
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +11,12 @@ from sdrt.bundle import WEIGHTS, Bundle
 from sdrt.engine import Candidate, Engine, LazyEngine, Turn
 from sdrt.errors import BundleError
 from sdrt.manifest import SHALLOW
+from sdrt.progress import reported
 from sdrt.reading import read_config
 from sdrt.tensors import read_header
 
 from .lora import Adapters
+from .opening import opened_apart
 from .pipeline import Pipeline
 from .tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
     load = candidate.load
     assert load is not None
     manifest, turn = bundle.manifest, Turn() if in_turn else None
+    side_by_side = candidate.device == "cpu"
 
     def tokenizer(encoder: str, folder: str) -> Tokenizer | None:
         if encoder not in manifest.components:
@@ -38,8 +40,11 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
         rows = _embedded(bundle.graph(encoder).with_name(WEIGHTS))
         return Tokenizer.from_folder(bundle.folder / folder, manifest.max_tokens, rows)
 
-    def lazy(of: Bundle, name: str) -> LazyEngine:
-        return LazyEngine(partial(load, of, name), manifest.components.get(name), turn)
+    def lazy(of: Bundle, name: str, turn: Turn | None = turn) -> LazyEngine:
+        def opened() -> Engine:
+            return _loaded(of, [name], load, side_by_side)[name]
+
+        return LazyEngine(opened, manifest.components.get(name), turn)
 
     config = read_config(bundle.folder / "scheduler" / "scheduler_config.json")
     names = [name for name in AT_ONCE if name in manifest.components]
@@ -49,11 +54,11 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
         in_order[names[0]].loaded()  # so that a backend that does not load is left now
         engines.update(in_order)
     else:
-        engines.update(_loaded(bundle, names, load, candidate.device == "cpu"))
+        engines.update(_loaded(bundle, names, load, side_by_side))
     engines["vae_encoder"] = lazy(bundle, "vae_encoder")
     if SHALLOW in manifest.components and not candidate.backend.startswith("tensorrt"):
         # It is small and alternates with the UNet, so it takes no turn.
-        engines[SHALLOW] = LazyEngine(partial(load, bundle, SHALLOW), manifest.components[SHALLOW])
+        engines[SHALLOW] = lazy(bundle, SHALLOW, None)
     if exact := bundle.in_float32("vae_decoder"):
         engines["vae_decoder_float32"] = lazy(exact, "vae_decoder")
     adapters = Adapters(bundle, engines)
@@ -92,23 +97,18 @@ def _loaded(
     """All of these, or none stays open; side by side where a processor's one thread compiles each,
     which for a GPU would be threads that do not own its context.
     """
+    if side_by_side:
+        return opened_apart({name: partial(load, bundle, name) for name in names})
     engines: dict[str, Engine] = {}
-
-    def one(name: str) -> None:
-        engines[name] = load(bundle, name)
-
     try:
-        if side_by_side:
-            with ThreadPoolExecutor(len(names)) as pool:
-                list(pool.map(one, names))
-        else:
-            for name in names:
-                one(name)
+        for name in names:
+            with reported(lambda name=name: f"loading {name}"):
+                engines[name] = load(bundle, name)
     except BaseException:
         for engine in engines.values():
             engine.close()
         raise
-    return {name: engines[name] for name in names}
+    return engines
 
 
 def _embedded(weights: Path) -> int | None:

@@ -68,6 +68,7 @@ def load(
     from .bundle import open_bundle
     from .engine import PRECISIONS, choose
     from .engine.budget import check_room
+    from .progress import reported
     from .runtime import load_pipeline
     from .runtime.parsing import flag, refusal, text, whole
 
@@ -80,7 +81,8 @@ def load(
     log = logging.getLogger(__name__)
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
-    opened = open_bundle(bundle)
+    with reported(lambda: "checking the bundle's files"):
+        opened = open_bundle(bundle)
     if precision == "exact":
         opened = replace(opened, manifest=replace(opened.manifest, admitted={}))
     failed: dict[str, str] = {}

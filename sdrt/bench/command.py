@@ -21,6 +21,7 @@ from sdrt.bundle import Bundle, open_bundle, parse_size
 from sdrt.engine import candidates
 from sdrt.engine.gpus import free_memory, this_machine
 from sdrt.errors import BackendError, UsageError
+from sdrt.progress import reported
 from sdrt.runtime.samplers.catalogue import config_from_name
 from sdrt.usage import available_bytes, peak_bytes
 
@@ -223,7 +224,8 @@ def loaded(each: Contestant, bundle: Bundle, run: Run, made: Path) -> Worker:
     prepare(each.backend, bundle, made)
     worker = Worker(each, bundle, run, made)
     try:
-        worker.load()
+        with reported(lambda: f"starting {each.name}"):
+            worker.load()
     except BaseException:
         worker.end()
         raise

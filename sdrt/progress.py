@@ -1,0 +1,29 @@
+"""What takes long is named every few seconds. Knows the log; not what is waited for."""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+log = logging.getLogger(__name__)
+EVERY = 3.0  # seconds
+
+
+@contextlib.contextmanager
+def reported(what: Callable[[], str]) -> Iterator[None]:
+    """Log what is waited for, and for how long so far, until this ends; nothing where that is soon.
+
+    what: asked each time, by a thread of its own
+    """
+    done, began = threading.Event(), time.monotonic()
+
+    def report() -> None:
+        while not done.wait(EVERY):
+            log.info("%s: %.0f s so far", what(), time.monotonic() - began)
+
+    threading.Thread(target=report, name="sdrt-progress", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
