@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from sdrt.engine import Engine
+from sdrt.leaving import start_workers
 from sdrt.progress import reported
 
 Open = Callable[[], Engine]
@@ -24,10 +25,12 @@ class _Opening:
 
     def all(self) -> dict[str, Engine]:
         """All of them, or none stays open."""
-        for name in self._opens:
-            # What is inside a library cannot be stopped: it must not keep the process alive.
-            title = f"sdrt-load-{name}"
-            threading.Thread(target=self._open, args=(name,), name=title, daemon=True).start()
+        start_workers(
+            [
+                threading.Thread(target=self._open, args=(name,), name=f"sdrt-{name}", daemon=True)
+                for name in self._opens
+            ]
+        )
         try:
             with reported(self._text), self._changed:
                 self._changed.wait_for(lambda: not self._waiting)

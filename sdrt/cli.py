@@ -83,8 +83,12 @@ def _interrupt_again(unraisable: Any) -> None:
 
 def entry() -> int:
     """What the `sdrt` script and `python -m sdrt` call."""
+    from .leaving import leave
+
     sys.unraisablehook = _interrupt_again
-    return main()
+    code = main()
+    leave(code)
+    return code
 
 
 def parser(for_run: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:

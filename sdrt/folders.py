@@ -18,6 +18,7 @@ from .files import beside, locked, sync, sync_tree
 
 log = logging.getLogger(__name__)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+_unfinished: set[Path] = set()
 CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -85,9 +86,17 @@ def _workshop(target: Path) -> Iterator[Path]:
     folder = beside(target, "partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    _unfinished.add(folder)
     try:
         yield folder
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _unfinished.discard(folder)
+
+
+def clear_unfinished() -> None:
+    """Delete what other threads are filling, in a process that ends without them."""
+    for folder in tuple(_unfinished):
         shutil.rmtree(folder, ignore_errors=True)
 
 
