@@ -1,5 +1,11 @@
 """What of running plans needs no GPU: which profile serves, what is fed, what is said."""
 
+import contextlib
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -8,9 +14,10 @@ from sdrt.engine import Schedule
 from sdrt.engine.comparing import sample_of
 from sdrt.engine.cuda import device_of
 from sdrt.engine.gpus import this_machine
-from sdrt.engine.trt_engine import profile_index
+from sdrt.engine.trt_engine import TrtEngine, profile_index
 from sdrt.engine.trt_loop import feeds_of
 from sdrt.errors import BackendError
+from sdrt.manifest import Component, TensorSpec
 
 SMALL = {"sample": ((1, 4, 8, 8), (2, 4, 8, 8), (8, 4, 8, 8)), "timestep": ((1,), (2,), (8,))}
 WIDE = {"sample": ((1, 4, 8, 12), (2, 4, 8, 12), (8, 4, 8, 12)), "timestep": ((1,), (2,), (8,))}
@@ -60,3 +67,54 @@ def test_without_a_gpu_there_is_no_device():
         pytest.skip("there is a GPU")
     with pytest.raises(BackendError, match="NVIDIA"):
         device_of(0)
+
+
+class Mirror:
+    """An array that the host and the GPU share, as it is where there is no GPU."""
+
+    def __init__(self, shape):
+        self.array = np.zeros(shape, np.float32)
+
+    def upload(self):
+        time.sleep(0.0005)
+
+    download = upload
+
+
+class Plan:
+    """A loaded plan that doubles its input, with one set of arrays for everybody."""
+
+    def __init__(self):
+        self.users, lock = 0, threading.RLock()
+
+        @contextlib.contextmanager
+        def use(stream=0):
+            with lock:
+                yield
+
+        self.device = SimpleNamespace(use=use, synchronize=lambda: None)
+        tensors = {"sample": Mirror((2, 3)), "output": Mirror((2, 3))}
+        self._bound = SimpleNamespace(tensors=tensors)
+
+    def bound(self, shapes):
+        return self._bound
+
+    def run(self, bound):
+        time.sleep(0.0005)
+        bound.tensors["output"].array[...] = 2 * bound.tensors["sample"].array
+
+
+def test_pipelines_that_share_a_plan_get_their_own_answers():
+    inputs = (TensorSpec("sample", "float32", ("rows", 3)),)
+    outputs = (TensorSpec("output", "float32", ("rows", 3)),)
+    component = Component(inputs, outputs, "float32", {})
+    plan = Plan()
+    engines = [TrtEngine("unet", component, plan) for _ in range(2)]
+
+    def call(i):
+        fed = [np.full((2, 3), 100 * i + k, np.float32) for k in range(20)]
+        return [(each, engines[i % 2]({"sample": each})["output"]) for each in fed]
+
+    with ThreadPoolExecutor(4) as pool:
+        made = [pair for pairs in pool.map(call, range(4)) for pair in pairs]
+    assert all(np.array_equal(answer, 2 * fed) for fed, answer in made)
