@@ -184,7 +184,7 @@ class Adapters:
         try:
             for part, weights in refits.items():
                 self._give(part, weights)
-        except SdrtError:
+        except BaseException:  # whatever it is, no half of a change stays
             for part in self._engines:
                 self._give(part, {})
             self.loras = ()

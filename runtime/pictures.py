@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +22,8 @@ SETTING = re.compile(r'([^,:"]++):\s*+("(?:\\.|[^"\\])*+"(?=,|$)|[^,]*+)|[^,]++|
 EXIF, USER_COMMENT = 0x8769, 0x9286
 CONVERTED = {"La": "LA", "LAB": "RGB"}  # modes from which Pillow reaches few others directly
 COMPRESSION = 4  # of PNG: of a photograph as small as 6 and 9, in half their time
+# Pillow decodes an opened image when it is first used, which goes wrong where two threads share it.
+_DECODING = threading.Lock()
 MOST_COMMENT = 60_000  # bytes; JPEG has room for 65,533 of EXIF
 
 
@@ -151,7 +154,8 @@ def _decoded(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     _bounded(image)
     try:
-        return ImageOps.exif_transpose(image)
+        with _DECODING:
+            return ImageOps.exif_transpose(image)
     except Exception as error:  # as damaged pictures fail in many ways, so does what is in them
         raise UsageError(f"the picture cannot be decoded: {error}") from error
 

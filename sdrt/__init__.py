@@ -60,6 +60,8 @@ def load(
         waits a minute or more for it.
     A backend that does not load is left, with a warning, for the next that may be taken: auto tries
     every one, a backend that was named is tried on every device it serves.
+    Any number of threads may use the pipeline at the same time; see `Pipeline` for what that costs.
+    A log line every few seconds names what is loading, and Ctrl-C ends it.
     Raises BundleError if the bundle is missing or damaged, BackendError if nothing can run it,
     UsageError for what does not go together.
     """

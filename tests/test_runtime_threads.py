@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 import sdrt
@@ -17,6 +18,7 @@ from sdrt.engine import LazyEngine, Turn
 from sdrt.errors import BackendError, UsageError
 from sdrt.runtime import options as options_module
 from sdrt.runtime.inflight import InFlight
+from sdrt.runtime.pictures import image_array
 
 BACKENDS = ("onnxruntime", "openvino", "torch")
 THREADS, SECONDS = 8, 60
@@ -410,3 +412,16 @@ def test_what_was_read_is_kept_for_all_threads(one, monkeypatch):
     )
     assert all(got[i][k] == alone[(i + k) % 6] for i in range(THREADS) for k in range(6))
     assert len(own.known) <= 3
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_threads_may_share_an_opened_image(kind, tmp_path):
+    """Which Pillow decodes when it is first used."""
+    path = tmp_path / f"given.{kind}"
+    numbers = np.random.default_rng(0).integers(0, 255, (600, 600, 3), np.uint8)
+    Image.fromarray(numbers).save(path)
+    wanted = image_array(Image.open(path), (64, 64))
+    for _ in range(5):
+        shared = Image.open(path)
+        made = in_threads(THREADS, lambda _, shared=shared: image_array(shared, (64, 64)))
+        assert all(np.array_equal(each, wanted) for each in made)
