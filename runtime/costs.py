@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdrt.engine import Engine, Feeds
+from sdrt.engine.gpus import this_machine
 from sdrt.files import write_whole
 from sdrt.manifest import TensorSpec
 from sdrt.reading import json_object, number, read_bytes, whole
@@ -198,6 +199,14 @@ def _seconds(call: Callable[[], object]) -> float:
         call()
         times.append(time.perf_counter() - began)
     return statistics.median(times)
+
+
+def memory_of_machine() -> dict[str, int]:
+    """Bytes: free, used by this process, in total; gpu: those of the first GPU, if there is one."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = {"free": min(available_bytes(), total), "used": resident_bytes(), "total": total}
+    gpus = this_machine().gpus
+    return found | ({"gpu": gpus[0].memory} if gpus else {})
 
 
 def works(pipe: "Pipeline") -> bool:

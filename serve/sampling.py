@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdrt.errors import UsageError
-from sdrt.reading import shortened
 from sdrt.runtime import Pipeline
 from sdrt.runtime.samplers.catalogue import (
     LEVELS,
@@ -118,7 +117,7 @@ def _pair(sampler: str) -> tuple[str, str]:
         return pair_from_name(name)
     except UsageError:
         have = ", ".join(titles())
-        message = f"sampler_name {shortened(name)} is not supported; expected one of {have}"
+        message = f"sampler_name {name!r} is not supported; expected one of {have}"
         raise Problem(400, message, "sampler_name", "invalid_value") from None
 
 

@@ -1,14 +1,12 @@
 """What clients of `/sdapi` read before they ask: lists, empty ones where there is nothing."""
 
-import os
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sdrt.bundle import home
-from sdrt.engine.gpus import this_machine
-from sdrt.usage import available_bytes, resident_bytes
+from sdrt.runtime.costs import memory_of_machine
 
 from .context import StrictRoute, context_of
 from .problem import Problem, json_response
@@ -98,12 +96,12 @@ async def cmd_flags(request: Request) -> Response:
 @router.get(f"{API}/memory")
 async def memory() -> Response:
     """Bytes of this machine; `used` is this process's."""
-    used, free = resident_bytes(), available_bytes()
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    gpus = [{"name": gpu.name, "total": gpu.memory} for gpu in this_machine().gpus]
-    cuda: dict[str, Any] = {"system": gpus[0]} if gpus else {"error": "unavailable"}
-    ram = {"free": min(free, total), "used": used, "total": total}
-    return json_response({"ram": ram, "cuda": cuda})
+    found = memory_of_machine()
+    ram = {name: found[name] for name in ("free", "used", "total")}
+    gpu = found.get("gpu")
+    return json_response(
+        {"ram": ram, "cuda": {"system": {"total": gpu}} if gpu else {"error": "unavailable"}}
+    )
 
 
 @router.post(f"{API}/unload-checkpoint")
