@@ -6,11 +6,11 @@ may keep weights twice while it loads, and pads what it computes with.
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from sdrt.bundle import Bundle
 from sdrt.errors import BackendError
 from sdrt.manifest import Manifest
+from sdrt.usage import NO_BOUND, available_bytes
 
 from .gpus import Gpu, free_memory
 
@@ -88,14 +88,13 @@ def most_pictures(manifest: Manifest, free: int) -> int:
 
 
 def free_bytes(gpu: Gpu | None) -> int | None:
-    """Bytes free on a GPU, or of the host's memory and swap; None where nobody says."""
+    """Bytes free on a GPU, or of the host's memory and that of its container; None where nobody
+    says.
+    """
     if gpu:
         return free_memory(gpu)
-    table = Path("/proc/meminfo")
-    if not table.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
-    return sum(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+    free = available_bytes()
+    return None if free == NO_BOUND else free
 
 
 def check_room(bundle: Bundle, gpu: Gpu | None, in_turn: bool, streamed: bool = False) -> None:

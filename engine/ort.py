@@ -82,6 +82,11 @@ class OrtEngine:
             # Once a picture: its activations dwarf all else, and are made again in a moment.
             self._run_options.add_run_config_entry(GIVE_BACK, "cpu:0")
 
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether attention's scores are whole in memory, for want of a fused kernel."""
+        return self._optimised is None or not self._optimised.with_name(FUSED).exists()
+
     def refit(self, weights: Feeds) -> None:
         """Another session in the first one's place: its weights are packed for the processor."""
         if not weights and not self._weights:

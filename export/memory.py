@@ -5,9 +5,7 @@ Knows ONNX and the engine protocol. What is alive is a lower bound of what runni
 besides its weights: no backend keeps less, most keep more.
 """
 
-import ast
 import logging
-import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +16,11 @@ import onnx
 
 from sdrt.bundle import Bundle
 from sdrt.engine import Candidate, budget
+from sdrt.engine.room import evaluated, lengths_of
 from sdrt.errors import BackendError
 from sdrt.manifest import Manifest, TensorSpec
 
 log = logging.getLogger("sdrt.build")
-
-OPERATORS: dict[type[ast.operator], Any] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-}
 
 
 def activations(graph: Path, lengths: Mapping[str, int]) -> int:
@@ -64,33 +56,9 @@ def _length(expression: str, lengths: Mapping[str, int]) -> int:
         return 1
 
 
-def evaluated(expression: str, lengths: Mapping[str, int]) -> int:
-    """An axis such as `8*((latent_height - 1)//8) + 8`; raises ValueError for what is none."""
-
-    def value(node: ast.expr) -> int:
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            found: int = OPERATORS[type(node.op)](value(node.left), value(node.right))
-            return found
-        if isinstance(node, ast.Name) and node.id in lengths:
-            return lengths[node.id]
-        if isinstance(node, ast.Constant) and isinstance(node.value, int):
-            return node.value
-        raise ValueError(f"the axis {expression!r} is not known")
-
-    return value(ast.parse(expression, mode="eval").body)
-
-
 def alive_bytes(graph: Path, manifest: Manifest) -> int:
     """`activations` of one row of the first size."""
     return activations(graph, lengths_of(manifest, manifest.sizes[0]))
-
-
-def lengths_of(manifest: Manifest, size: tuple[int, int]) -> dict[str, int]:
-    """Of the axes of one row of a size (width, height)."""
-    width, height = size
-    scale = manifest.downscale
-    latent = {"latent_width": width // scale, "latent_height": height // scale}
-    return {"rows": 1, "tokens": manifest.max_tokens, "width": width, "height": height, **latent}
 
 
 def most_pictures(bundle: Bundle, candidate: Candidate) -> int:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from sdrt.bundle import WEIGHTS, Bundle
 from sdrt.engine import Candidate, Engine, LazyEngine, Turn
+from sdrt.engine.room import Room
 from sdrt.errors import BundleError
 from sdrt.manifest import SHALLOW
 from sdrt.progress import reported
 from sdrt.reading import read_config
 from sdrt.tensors import read_header
+from sdrt.usage import resident_bytes
 
 from .lora import Adapters
 from .opening import opened_apart
@@ -73,6 +75,7 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
         adapters,
         second,
         bundle_config=config,
+        room=Room(bundle, candidate.gpu, candidate.title, resident_bytes()),
     )
 
 

@@ -16,6 +16,7 @@ from PIL.Image import Image, fromarray
 
 from sdrt.bundle import parse_size
 from sdrt.engine import Drawn, Engine
+from sdrt.engine.room import Room
 from sdrt.errors import SdrtError, UsageError
 from sdrt.manifest import Manifest
 
@@ -101,6 +102,7 @@ class Pipeline:
     tokenizer_2: Tokenizer | None = None
     known: Known = field(default_factory=dict, repr=False, compare=False)
     bundle_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    room: Room | None = field(default=None, repr=False, compare=False)
     leases: Leases = field(default_factory=Leases, repr=False, compare=False)
 
     def __call__(
@@ -178,6 +180,7 @@ class Pipeline:
         table, their guidance and their (width, height). Raises UsageError for what does not fit.
         """
         requests, size = self.check(prompt, options)
+        self._most_images(size, options)
         if size not in self.manifest.sizes:
             log.warning(
                 "%dx%d is none of the sizes that this bundle was proven at (%s); what is larger "
@@ -314,6 +317,17 @@ class Pipeline:
             table = reusing(table, options.feature_reuse, 1 + (scales != 1.0))
         return table, Guidance(scales, options.guidance_rescale)
 
+    def _most_images(self, size: tuple[int, int], options: Options) -> int:
+        """How many images are made together: what the bundle takes, as far as memory has room.
+        Raises UsageError where there is none for one.
+        """
+        most = self.manifest.batch[2]
+        if self.room is None or size == self.manifest.sizes[0]:  # that was checked at the load
+            return most
+        rows = 2 if options.guided and self.takes_prompt else 1
+        keeps_scores = bool(getattr(self.engines["unet"], "keeps_scores", False))
+        return self.room.most_images(size, rows, most, keeps_scores)
+
     def _size(self, options: Options) -> tuple[int, int]:
         have = self.manifest.sizes
         size = parse_size(options.size) if options.size else have[0]
@@ -336,7 +350,8 @@ class Pipeline:
         """Pictures whose contexts are of one length together, as many as the bundle takes, or each
         alone. told: of every picture, where it is known already
         """
-        most, (width, height) = self.manifest.batch[2], self._size(options)
+        width, height = size = self._size(options)
+        most = self._most_images(size, options)
         scale = self.manifest.downscale
         shape = self.manifest.latent_channels, height // scale, width // scale
         each = dict(zip(requests, told or self.told(requests, options), strict=True))

@@ -176,6 +176,34 @@ def _check_place(
         raise ValueError(f"the weight {shortened(name)} says twice where it lies")
 
 
+Shape = tuple[str | int, ...]
+
+
+def graph_values(path: Path) -> tuple[list[tuple[str, list[str]]], dict[str, Shape]]:
+    """A graph's nodes, each its operator and the names of its inputs, and every value's shape: a
+    number or a name for each axis. Raises BundleError for a file that is no graph.
+    """
+    try:
+        model = message(read_bytes(path, MOST_GRAPH), MODEL, "the model")
+        graph = message(_bytes(model, 7)[0], GRAPH, "the graph")
+        nodes = [message(each, NODE, "a node") for each in _bytes(graph, 1)]
+        values = [
+            message(each, VALUE, "a value") for n in (11, 12, 13) for each in _bytes(graph, n)
+        ]
+        named = {_text(value, 1): _shape(value) for value in values}
+    except (OSError, ValueError, IndexError) as error:
+        raise BundleError(f"{path} is no graph that sdrt builds: {error}") from error
+    return [(_text(n, 4), [name.decode() for name in _bytes(n, 1)]) for n in nodes], named
+
+
+def _shape(value: Message) -> Shape:
+    inside = [value]
+    for field, fields in ((2, TYPE), (1, ARRAY), (2, SHAPE)):
+        inside = [message(each, fields, "a shape") for one in inside for each in _bytes(one, field)]
+    axes = [message(each, AXIS, "an axis") for one in inside for each in _bytes(one, 1)]
+    return tuple(_text(axis, 2) or _int(axis, 1) for axis in axes)
+
+
 def message(data: bytes, known: Fields, what: str) -> Message:
     """The fields of one message, those that it holds not looked into; raises ValueError for a field
     that is not known, of another wire type, or there twice where one is wanted.

@@ -10,11 +10,13 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 STATUS = {"resident": "VmRSS", "peak": "VmHWM", "anonymous": "RssAnon", "mapped": "RssFile"}
 NO_BOUND = 2**62
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def memory(process: int | None = None) -> dict[str, int]:
@@ -51,12 +53,27 @@ def available_bytes() -> int:
     free = NO_BOUND
     with contextlib.suppress(OSError, KeyError):
         free = _bytes(Path("/proc/meminfo"))["MemAvailable"]
-    try:
-        group = Path("/sys/fs/cgroup")
-        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no such bound
-        return free
-    return min(free, most - used)
+    return min([free, *(most - used for most, used in _bounds())])
+
+
+def _bounds() -> Iterator[tuple[int, int]]:
+    """Bytes that control groups allow this process, and bytes used of them, without files that the
+    kernel drops when it needs their room: groups of version 2, then of version 1.
+    """
+    for folder, most, used, cached in (
+        (CGROUPS, "memory.max", "memory.current", "inactive_file"),
+        (
+            CGROUPS / "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such bound
+            bound = int((folder / most).read_text())
+            lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            dropped = next((int(value) for name, value in lines if name == cached), 0)
+            yield bound, int((folder / used).read_text()) - dropped
 
 
 def _held(process: int | None) -> dict[str, int]:

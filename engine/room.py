@@ -1,0 +1,150 @@
+"""Whether an image of a size has room in memory, estimated before anything runs.
+
+Knows the bundle's graphs and what backends keep of them; the figures come from measurement. The
+activations of a graph grow with the pixels; where a backend has no fused kernel, attention's scores
+are whole in memory and grow with the square of that: heads x tokens x tokens.
+"""
+
+import ast
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sdrt.bundle import Bundle
+from sdrt.errors import UsageError
+from sdrt.graphs import graph_values
+from sdrt.manifest import Manifest
+from sdrt.usage import resident_bytes
+
+from .budget import free_bytes, scratch_of
+from .gpus import Gpu
+
+Size = tuple[int, int]
+SCORE_BYTES = 4  # of one score: processors compute in float32
+# What a call adds to the process, in times of the activations that the manifest counts: measured at
+# 256, 512, 640 and 768 pixels a side, within 25 %. Others are not measured: a lower bound.
+OVERHEAD = {"onnxruntime on cpu": 3.0, "torch on cpu": 1.8, "openvino on cpu": 1.2}
+OPERATORS: dict[type[ast.operator], Any] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+@dataclass(slots=True)
+class Room:
+    """The memory of a loaded bundle's backend.
+
+    gpu: the one that it runs on; None is the host
+    backend: its title, such as `onnxruntime on cpu`
+    base: bytes that the process held when it was loaded
+    reached: the largest need that had room on a GPU, whose memory backends keep
+    """
+
+    bundle: Bundle
+    gpu: Gpu | None
+    backend: str
+    base: int
+    reached: int = 0
+
+    def needed(self, size: Size, rows: int, keeps_scores: bool) -> int:
+        """Bytes of evaluations of so many rows, or of the decoder if it takes more.
+
+        size: (width, height). keeps_scores: whether attention's scores are whole in memory
+        """
+        manifest = self.bundle.manifest
+        names = [name for name in manifest.components if name.startswith(("unet", "vae_decoder"))]
+        scratch = max(scratch_of(manifest, name, size, rows) for name in names)
+        scores = self._scores(size) * rows if keeps_scores else 0
+        return int(OVERHEAD.get(self.backend, 1.0) * scratch) + scores
+
+    def _scores(self, size: Size) -> int:
+        """Bytes of one row's scores in the largest attention."""
+        lengths = lengths_of(self.bundle.manifest, size)
+        shapes = attention_shapes(self.bundle.graph("unet"))
+        counts = [heads * _length(q, lengths) * _length(k, lengths) for heads, q, k in shapes]
+        return SCORE_BYTES * max(counts, default=0)
+
+    def free(self) -> int | None:
+        """Bytes that a call may take, what earlier ones left in the process included."""
+        free = free_bytes(self.gpu)
+        if free is None or self.gpu:
+            return free
+        return free + max(0, resident_bytes() - self.base)
+
+    def most_images(self, size: Size, rows: int, most: int, keeps_scores: bool) -> int:
+        """How many images of so many rows each have room at once, at most so many.
+
+        Raises:
+            UsageError: Where there is no room for one, with the bytes needed and free.
+        """
+        free = self.free()
+        if free is None:
+            return most
+        for count in range(most, 0, -1):
+            needed = self.needed(size, count * rows, keeps_scores)
+            if needed <= max(free, self.reached):
+                self.reached = max(self.reached, needed if self.gpu else 0)
+                return count
+        raise UsageError(
+            f"{size[0]}x{size[1]} needs about {in_bytes(needed)} of memory on {self.backend} "
+            f"beside the weights, and {in_bytes(free)} are free; choose a smaller size"
+        )
+
+
+def in_bytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
+
+
+@lru_cache(maxsize=8)
+def attention_shapes(graph: Path) -> tuple[tuple[int, str | int, str | int], ...]:
+    """Heads, queries and keys of every attention of a graph; axes as the exporter named them."""
+    return tuple(_attention_shapes(graph))
+
+
+def _attention_shapes(graph: Path) -> Iterator[tuple[int, str | int, str | int]]:
+    nodes, shapes = graph_values(graph)
+    for kind, inputs in nodes:
+        if kind == "Attention" and len(inputs) > 1:
+            query, key = (shapes.get(name, ()) for name in inputs[:2])
+            if len(query) == len(key) == 4 and isinstance(query[1], int):
+                yield query[1], query[2], key[2]
+
+
+def lengths_of(manifest: Manifest, size: Size) -> dict[str, int]:
+    """Of the axes of one row of a size (width, height)."""
+    width, height = size
+    scale = manifest.downscale
+    latent = {"latent_width": width // scale, "latent_height": height // scale}
+    return {"rows": 1, "tokens": manifest.max_tokens, "width": width, "height": height, **latent}
+
+
+def _length(axis: str | int, lengths: Mapping[str, int]) -> int:
+    """1 for an axis that is not known: the estimate stays a lower bound."""
+    try:
+        return axis if isinstance(axis, int) else evaluated(axis, lengths)
+    except ValueError:
+        return 1
+
+
+def evaluated(expression: str, lengths: Mapping[str, int]) -> int:
+    """An axis such as `8*((latent_height - 1)//8) + 8`; raises ValueError for what is none."""
+
+    def value(node: ast.expr) -> int:
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            found: int = OPERATORS[type(node.op)](value(node.left), value(node.right))
+            return found
+        if isinstance(node, ast.Name) and node.id in lengths:
+            return lengths[node.id]
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        raise ValueError(f"the axis {expression!r} is not known")
+
+    try:
+        return value(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, ZeroDivisionError, RecursionError) as error:
+        raise ValueError(f"the axis {expression!r} is not known") from error

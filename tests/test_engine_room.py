@@ -1,0 +1,112 @@
+"""Images that have no room in memory are refused before anything runs."""
+
+import subprocess
+import sys
+
+import pytest
+
+from sdrt import usage
+from sdrt.bundle import open_bundle
+from sdrt.cli import main
+from sdrt.engine import budget
+from sdrt.engine.room import Room, attention_shapes
+from sdrt.errors import UsageError
+from sdrt.runtime.inflight import InFlight
+
+PROMPT = "a red circle"
+HUGE = "4096x4096"
+GB = 10**9
+# One call of the UNet in a process of its own; prints the bytes that it adds at its peak.
+CALL = """
+import sys, sdrt
+from sdrt.runtime.costs import made_up
+from sdrt.usage import forget_peak, peak_bytes, resident_bytes
+pipe = sdrt.load(sys.argv[1], backend=sys.argv[2])
+unet, tokens = pipe.engines["unet"], pipe.manifest.max_tokens
+unet(made_up(unet, 2, (8, 8), tokens))
+base = resident_bytes()
+forget_peak()
+unet(made_up(unet, 2, (int(sys.argv[3]) // 8,) * 2, tokens))
+print(peak_bytes() - base)
+"""
+
+
+def room(shapes, backend="onnxruntime on cpu"):
+    return Room(open_bundle(shapes), None, backend, 0)
+
+
+def test_heads_and_tokens_are_those_of_the_graph(shapes):
+    onnx = pytest.importorskip("onnx")
+    path = open_bundle(shapes).graph("unet")
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    found = list(attention_shapes(path))
+    assert len(found) == sum(node.op_type == "Attention" for node in nodes) > 0
+    assert {heads for heads, _, _ in found} == {5}
+
+
+def test_scores_grow_with_the_fourth_power_of_the_side(shapes):
+    own = room(shapes)
+    scores = [
+        own.needed((side, side), 2, keeps_scores=True) - own.needed((side, side), 2, False)
+        for side in (512, 1024)
+    ]
+    assert scores[0] == 2 * 5 * (64 * 64) ** 2 * 4 and scores[1] == 16 * scores[0]
+    wide = own.needed((1024, 512), 2, True) - own.needed((1024, 512), 2, False)
+    assert wide == 4 * scores[0]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_estimate_is_what_a_call_takes(shapes, backend):
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    command = [sys.executable, "-c", CALL, str(shapes), backend, "512"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    keeps = backend == "onnxruntime"
+    needed = room(shapes, f"{backend} on cpu").needed((512, 512), 2, keeps)
+    assert int(done.stdout) == pytest.approx(needed, rel=0.35)
+
+
+def test_the_command_says_the_bytes_in_a_sentence(shapes, capfd):
+    assert main(["run", PROMPT, "--size", HUGE, "--backend", "onnxruntime", "-q"]) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "4096x4096 needs about 2,7" in said and "GB are free" in said
+
+
+def test_python_and_in_flight_refuse_it_too(pipe):
+    for call in (lambda: pipe(PROMPT, size=HUGE), lambda: pipe.steps(PROMPT, size=HUGE)):
+        with pytest.raises(UsageError, match="4096x4096 needs about"):
+            call()
+    with InFlight(pipe) as engine, pytest.raises(UsageError, match="4096x4096 needs about"):
+        engine.submit(PROMPT, {"size": HUGE})
+
+
+def test_fewer_images_are_made_together_where_memory_is_short(shapes, monkeypatch):
+    own = room(shapes)
+    needed = [own.needed((512, 512), 2 * count, True) for count in (1, 2, 3)]
+    for free, count in ((needed[2], 3), (needed[1], 2), (needed[2] - 1, 2), (needed[0], 1)):
+        monkeypatch.setattr(Room, "free", lambda self, free=free: free)
+        assert own.most_images((512, 512), 2, 4, keeps_scores=True) == count
+    monkeypatch.setattr(Room, "free", lambda self: needed[0] - 1)
+    with pytest.raises(UsageError, match="512x512 needs about"):
+        own.most_images((512, 512), 2, 4, keeps_scores=True)
+    monkeypatch.setattr(Room, "free", lambda self: None)
+    assert own.most_images((8192, 8192), 2, 4, keeps_scores=True) == 4
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_bound_counts_without_files_that_can_be_dropped(
+    tmp_path, monkeypatch, version
+):
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }
+    most, used, cached = names[version]
+    folder = tmp_path / "memory" if version == 1 else tmp_path
+    folder.mkdir(exist_ok=True)
+    for name, text in ((most, "1000000"), (used, "900000"), ("memory.stat", f"{cached} 600000")):
+        (folder / name).write_text(text)
+    monkeypatch.setattr(usage, "CGROUPS", tmp_path)
+    assert usage.available_bytes() == budget.free_bytes(None) == 700_000
+    (folder / most).write_text("max")
+    assert usage.available_bytes() > 700_000
