@@ -47,6 +47,7 @@ PREFIX = {
 }
 ENDS = {
     "time_embedding.linear_": "time_embed.",
+    "time_embedding.cond_proj": "time_embed.cond_proj",
     "add_embedding.linear_": "label_emb.0.",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
@@ -119,6 +120,11 @@ def original_text(weights):
 UNETS = {
     "1.x": {"attention_head_dim": 8, "cross_attention_dim": 64},
     "1.x inpainting": {"attention_head_dim": 8, "cross_attention_dim": 64, "in_channels": 9},
+    "1.x distilled": {
+        "attention_head_dim": 8,
+        "cross_attention_dim": 64,
+        "time_cond_proj_dim": 32,
+    },
     "2.x": {"use_linear_projection": True, "upcast_attention": True, "cross_attention_dim": 64},
     "2.x depth": {
         "use_linear_projection": True,
