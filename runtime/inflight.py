@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from .costs import Costs, costs_of, works
 from .loop import Edit, Gather, Run, step_of
+from .lora_sets import Named, requests_by_set
+from .lora_switch import LoraSwitch
 from .options import Request, options_from
 from .parsing import function, real, whole
 from .pipeline import Pipeline, Prompt
@@ -68,6 +70,7 @@ class InFlight:
         self._gather = Gather()
         self._threads: list[threading.Thread] = []
         self._reloaded = False
+        self._loras = LoraSwitch(pipe)
 
     def start(self) -> None:
         """Measure what calls cost, unless that is known, and begin to work."""
@@ -93,12 +96,15 @@ class InFlight:
         priority: int = 0,
         deadline: float | None = None,
         on_step: OnStep | None = None,
+        loras: Named | None = None,
     ) -> list[Ticket]:
         """One ticket for every picture of the call, all accepted or none.
 
         options: the named arguments of `Options`. scheduler: as for `Pipeline.with_scheduler`
         priority: -100 to 100, larger goes first. deadline: seconds from now
         on_step: called after each evaluation, in the engine's thread: it must be quick
+        loras: LoRA files by name (a `str`, in the folder `loras`) or path (a `Path`), with their
+            weights, beside those that tags in the prompts name
         Raises UsageError for what does not fit, Refused for what cannot be done in time.
         """
         if deadline is not None:
@@ -113,16 +119,19 @@ class InFlight:
             pipe = pipe.with_scheduler(scheduler)
         requests, table, guidance, size = pipe.planned(prompt, chosen)
         rows = 2 if (guidance.scales != 1.0).any() else 1
-        submission = Submission(requests, chosen, pipe.scheduler_config, on_step)
         now = time.monotonic()
 
-        def ticket(request: Request) -> Ticket:
-            turn = Turn((size,), rows, table.evaluations, now, now, priority)
+        def ticket(request: Request, submission: Submission) -> Ticket:
+            turn = Turn((size, submission.loras), rows, table.evaluations, now, now, priority)
             turn.promised, turn.full = deadline is not None, table.full_share
             turn.due = self.rates.due(turn) if deadline is None else now + deadline
             return Ticket(request, table.evaluations, Times(now), turn, submission, self._cancel)
 
-        tickets = [ticket(request) for request in requests]
+        tickets = []
+        for own, part in requests_by_set(requests, chosen, self._loras.base, loras).items():
+            submission = Submission(part, chosen, pipe.scheduler_config, on_step, own)
+            tickets += [ticket(request, submission) for request in part]
+        tickets.sort(key=lambda each: each.request.index)
         with self._changed:
             try:
                 self._admit(tickets, now)
@@ -267,7 +276,9 @@ class InFlight:
 
         def candidates() -> list[Ticket]:
             begun = len(self._inside) + len(self._decoding)
-            return self._waiting if begun < self.slots else []
+            if begun >= self.slots:
+                return []
+            return self._loras.eligible(self.pipe, self._waiting, begun > 0)
 
         while ordered := self._next(candidates):
             ticket = ordered[0]
@@ -278,19 +289,19 @@ class InFlight:
                 self._inside.append(ticket)
                 ticket.state, ticket.turn.started = "preparing", True
             ticket.times.began = time.monotonic()
-            if ticket.submission.options.returns_image:
-                self._return_image(ticket)
-                continue
             try:
-                ticket.lease = self.pipe.leases.begin()
+                ticket.lease = self._loras.begin(self.pipe, ticket)
                 with ticket.lease.held():
+                    if ticket.submission.options.returns_image:
+                        self._return_image(ticket)
+                        continue
                     run, edit = self._prepared(ticket)
             except Exception as error:
                 self._end(ticket, typed(error))
                 continue
             shapes = tuple((name, value.shape[1:]) for name, value in run.told.items())
             with self._changed:
-                ticket.turn.group = (*ticket.turn.group[:1], shapes)  # type: ignore[index]
+                ticket.turn.group = (*ticket.turn.group[:2], shapes)  # type: ignore[index]
                 ticket.turn.network = run.component
                 ticket.run, ticket.edit, ticket.state = run, edit, "running"
                 ticket.times.prepared = time.monotonic()
@@ -413,7 +424,9 @@ class InFlight:
             pause = min(2 * pause, LONGEST_PAUSE)
             if self._reload:
                 try:
-                    self.pipe, self._reloaded = self._reload(), True
+                    pipe = self._reload()
+                    self._loras.renew(self.pipe, pipe)
+                    self.pipe, self._reloaded = pipe, True
                 except Exception:
                     log.exception("the pipeline cannot be loaded anew")
         with self._changed:

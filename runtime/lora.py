@@ -14,17 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from sdrt.bundle import NAMES, TRANSPOSED, Bundle, home
+from sdrt.bundle import NAMES, TRANSPOSED, Bundle
 from sdrt.engine import Engine
-from sdrt.errors import BundleError, CheckpointError, SdrtError
+from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
 from sdrt.manifest import SHALLOW
 from sdrt.reading import read_json
 from sdrt.tensors import Tensors
 
 from .lora_deltas import Change
 from .lora_layouts import BIAS, PARTS, Place, changes_from_tensors, counted, flat, is_unread
+from .lora_names import PICKLES, find_named, loras_folder
+from .lora_sets import LoraSet, added, text_from
 from .lora_settings import FILE
-from .lora_tags import LoraTag, LoraWeight, weight_from
+from .lora_tags import LoraWeight, weight_from
 
 log = logging.getLogger(__name__)
 
@@ -52,21 +54,24 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 
 def find_lora(name: str | os.PathLike[str]) -> Path:
-    """A file's path, or that of the file of this name in the folder `loras` of sdrt's home.
+    """A file's path, or that of the file of this name in the folder `loras` of sdrt's home (see
+    `find_named`).
 
     Raises CheckpointError if there is none.
     """
     path = Path(name).expanduser()
-    known = home() / "loras"
-    if path.suffix.lower() in (".pt", ".ckpt", ".bin", ".pth", ".pkl"):
+    known = loras_folder()
+    if path.suffix.lower() in PICKLES:
         raise CheckpointError(f"{path} is a pickle, which is refused; ask for a .safetensors file")
     for found in (path, known / f"{name}.safetensors", known / path):
         if found.is_file():
             return found
-    have = ", ".join(sorted(file.stem for file in known.glob("*.safetensors"))) or "none"
-    raise CheckpointError(
-        f"there is no LoRA file {path}, nor one of that name in {known} (there: {have})"
-    )
+    try:
+        return find_named(str(name))
+    except UsageError as error:
+        raise CheckpointError(
+            f"there is no LoRA file {path}, nor one of that name in {known}: {error}"
+        ) from None
 
 
 def read_lora(name: str | os.PathLike[str], weight: float | LoraWeight) -> Lora:
@@ -171,14 +176,17 @@ class Adapters:
     """
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]) -> None:
-        self.loras: tuple[Lora, ...] = ()
+        self.chosen: LoraSet = ()
+        self._stamps: dict[Path, tuple[int, int]] = {}
         self._bundle = bundle
         self._engines = {part: engines[part] for part in set(PARTS) & set(engines)}
         self._shallow = engines.get(SHALLOW)
 
     def set(self, chosen: Mapping[str | os.PathLike[str], float | LoraWeight]) -> None:
         """Carry these files and no others. Nothing changes if one of them does not fit."""
-        loras = tuple(read_lora(name, weight) for name, weight in chosen.items())
+        files = added((find_lora(name), weight_from(each)) for name, each in chosen.items())
+        stamps = {path: _stamp(path) for path, _ in files}
+        loras = tuple(read_lora(path, weight) for path, weight in files)
         check_parts(loras, self._engines)
         refits = {part: self._refit(part, loras) for part in self._engines}
         try:
@@ -187,9 +195,14 @@ class Adapters:
         except BaseException:  # whatever it is, no half of a change stays
             for part in self._engines:
                 self._give(part, {})
-            self.loras = ()
+            self.chosen, self._stamps = (), {}
             raise
-        self.loras = loras
+        self.chosen, self._stamps = files, stamps
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether one of the files was written again since it was read."""
+        return any(path.is_file() and _stamp(path) != was for path, was in self._stamps.items())
 
     def _give(self, part: str, weights: Mapping[str, np.ndarray]) -> None:
         self._engines[part].refit(weights)
@@ -218,4 +231,9 @@ class Adapters:
     @property
     def text(self) -> str:
         """As other tools write it into a prompt: `<lora:name:0.8>`, and so on."""
-        return "".join(f" {LoraTag(lora.name, lora.weight)}" for lora in self.loras)
+        return text_from(self.chosen)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size

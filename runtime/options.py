@@ -306,7 +306,7 @@ INSTEAD = {
 @dataclass(frozen=True, slots=True)
 class Request:
     """One picture to make; `index` is its place among all of the call, `prompt_index` its
-    prompt's.
+    prompt's. `written` is what its file's text has for the prompt, if that is not `prompt`.
     """
 
     index: int
@@ -314,6 +314,7 @@ class Request:
     prompt: str
     seed: int
     negative_prompt: str = ""
+    written: str = ""
 
 
 def requests_from(prompt: str | Sequence[str] | None, options: Options) -> list[Request]:

@@ -26,6 +26,7 @@ from .embedded_guidance import check_guidance, guidance_width, one_row, with_gui
 from .leases import Leases, Loop
 from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
+from .lora_sets import refuse_negative_tags, refuse_tags
 from .lora_tags import LoraWeight
 from .options import (
     Options,
@@ -135,10 +136,23 @@ class Pipeline:
         """
         return Loop(self.leases, partial(self._pictures, prompt, options, on_step))
 
+    def pictures_of(
+        self, requests: Sequence[Request], options: Options, on_step: Watch = None
+    ) -> Iterator[tuple[Request, Image]]:
+        """As `pictures`, of requests from `planned`."""
+        return Loop(self.leases, partial(self._pictures_of, requests, options, on_step))
+
     def _pictures(
         self, prompt: Prompt, options: Options, on_step: Watch
     ) -> Iterator[tuple[Request, Image]]:
-        requests, table, guidance, _ = self.planned(prompt, options)
+        requests, *_ = self.planned(prompt, options)
+        refuse_tags(requests, options)
+        yield from self._pictures_of(requests, options, on_step)
+
+    def _pictures_of(
+        self, requests: Sequence[Request], options: Options, on_step: Watch
+    ) -> Iterator[tuple[Request, Image]]:
+        table, guidance = self._run(options)
         if options.returns_image:
             yield from ((request, self.given_image(options)) for request in requests)
             return
@@ -162,6 +176,7 @@ class Pipeline:
 
     def _steps(self, prompt: Prompt, chosen: Options) -> Iterator[Step]:
         requests, table, guidance, _ = self.planned(prompt, chosen)
+        refuse_tags(requests, chosen)
         if chosen.returns_image:
             return iter(())
         batches = list(self._batches(requests, chosen, table))
@@ -202,6 +217,7 @@ class Pipeline:
         """
         reading = requests_from if self.takes_prompt else requests_without_prompt
         requests, size = reading(prompt, options), self._size(options)
+        refuse_negative_tags(requests, options)
         fed = {spec.name: spec for spec in self.manifest.components["unet"].inputs}["sample"]
         channels = self.manifest.latent_channels
         check_task(options, int(fed.shape[1]) - channels, channels)
@@ -485,8 +501,10 @@ class Pipeline:
         if differs := config_beyond_name(title, self.scheduler_config, self.bundle_config):
             settings["Sampler options"] = json.dumps(differs, sort_keys=True)
         settings |= options.unusual
-        prompt = request.prompt
-        if options.weighting:
+        prompt = request.written or request.prompt
+        if request.written:
+            pass
+        elif options.weighting:
             prompt += self.adapters.text
         elif self.adapters.text:  # in the prompt it would be text
             settings["Lora"] = self.adapters.text.strip()
@@ -500,7 +518,7 @@ class Pipeline:
         """
         lists: dict[str, list[Any]] = {
             "Seeds": [request.seed for request in requests],
-            "Prompts": [request.prompt for request in requests],
+            "Prompts": [request.written or request.prompt for request in requests],
             "Negative prompts": [request.negative_prompt for request in requests],
         }
         differ = {name: values for name, values in lists.items() if len(set(values)) > 1}

@@ -16,6 +16,7 @@ from sdrt.errors import BackendError, SdrtError
 
 from .leases import Lease
 from .loop import Edit, Run, Step
+from .lora_sets import LoraSet
 from .options import Options, Request
 from .turns import Turn
 
@@ -72,6 +73,7 @@ class Submission:
     options: Options
     scheduler_config: Mapping[str, Any]
     on_step: OnStep | None
+    loras: LoraSet | None = None  # which its images are made with; None: what is carried anyway
     prepared: Prepared | None = None
     weights: object = None  # by which it was prepared
     failed: Exception | None = None

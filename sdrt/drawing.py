@@ -23,9 +23,12 @@ from PIL import Image
 from . import load
 from .bundle import open_bundle
 from .errors import UsageError
-from .runtime import LoraWeight, Options, Pipeline, Preview, Step
+from .runtime import Options, Pipeline, Preview, Step
 from .runtime.loading import unloaded_pipeline
 from .runtime.lora import find_lora, parse_lora
+from .runtime.lora_sets import LoraSet, added, checked, requests_by_set
+from .runtime.lora_switch import apply_tags, pictures_by_set
+from .runtime.lora_tags import weight_from
 from .runtime.options import Request, options_from
 from .runtime.pictures import image_grid, labelled_sheet, open_image, save_png
 from .runtime.safety import is_flagged, is_flat
@@ -75,13 +78,17 @@ def opened(args: argparse.Namespace) -> Pipeline:
         compile=args.compile,
     )
     if loras := _loras(args):
-        pipe.set_lora(loras)
+        pipe.set_lora(dict(loras))
     return pipe
 
 
-def _loras(args: argparse.Namespace) -> dict[str | os.PathLike[str], float | LoraWeight]:
-    """The LoRA files that are typed, else those of an image's text."""
-    return dict(map(parse_lora, args.lora)) or dict(args.loras)
+def _loras(args: argparse.Namespace) -> LoraSet:
+    """The LoRA files that are typed, else those of an image's text; the weights of one that is
+    named twice add up.
+    """
+    typed = [(name, weight_from(weight)) for name, weight in map(parse_lora, args.lora)]
+    named = typed or list(args.loras.items())
+    return checked(added((find_lora(name), weight) for name, weight in named))
 
 
 def check_arguments(args: argparse.Namespace) -> Options:
@@ -94,12 +101,12 @@ def check_arguments(args: argparse.Namespace) -> Options:
         if args.image is None and getattr(args, name) is not None:
             raise UsageError(f"--{name} needs --image, the image to start from")
     options = options_from_arguments(args)
-    for file in _loras(args):
-        find_lora(file)
     pipe = unloaded_pipeline(open_bundle(args.bundle))
     if pipe.takes_prompt and not args.prompt:
         raise UsageError('no prompt; type for example: sdrt run "a red circle"')
-    with_scheduler(pipe, args.scheduler, args.scheduler_option).check(args.prompt or None, options)
+    chosen = with_scheduler(pipe, args.scheduler, args.scheduler_option)
+    requests, _ = chosen.check(args.prompt or None, options)
+    requests_by_set(requests, options, _loras(args))
     return options
 
 
@@ -149,7 +156,8 @@ def run(args: argparse.Namespace) -> None:
         if args.preview:
             watchers.append(stack.enter_context(_preview(chosen, args.output)))
         on_step = partial(_tell, watchers) if watchers else None  # so that it may run whole
-        made = chosen.pictures(args.prompt or None, options, on_step)
+        requests, *_ = chosen.planned(args.prompt or None, options)
+        made = pictures_by_set(chosen, requests, options, on_step)
         writer = stack.enter_context(ThreadPoolExecutor(1))
         total = 1 if args.grid else max(1, len(args.prompt)) * args.num_images
         finished: list[tuple[Request, Image.Image]] = []
@@ -335,11 +343,12 @@ def compare(args: argparse.Namespace) -> None:
             {"seed": args.seed, "guidance_scale": args.guidance_scale, "size": args.size}
         )
         chosen = [pipe.with_scheduler(name) for name in names]
-        next(pipe.pictures(args.prompt, replace(base, num_inference_steps=1)))  # warm
+        prompt = apply_tags(pipe, args.prompt)
+        next(pipe.pictures(prompt, replace(base, num_inference_steps=1)))  # warm
         for name, one in zip(names, chosen, strict=True):
             for count in steps:
                 began = time.perf_counter()
-                _, image = next(one.pictures(args.prompt, replace(base, num_inference_steps=count)))
+                _, image = next(one.pictures(prompt, replace(base, num_inference_steps=count)))
                 seconds = time.perf_counter() - began
                 images.append(image)
                 labels.append(f"{name}\n{count} steps, {seconds:.2f} s")

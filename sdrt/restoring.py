@@ -174,12 +174,14 @@ def _read(
 
 
 def _take_tags(settings: Mapping[str, str], arguments: dict[str, Any]) -> dict[str, LoraWeight]:
-    """Put the prompts, without LoRA tags, and their count among the arguments; gives the LoRAs."""
+    """Put the prompts, one alone without LoRA tags, and their count among the arguments; gives the
+    LoRAs of those tags.
+    """
     prompts = arguments.get("prompt", [settings["Prompt"]])
     tags: tuple[LoraTag, ...] = ()
     if arguments.get("literal"):
         _, tags = parse_tags(settings.get("Lora", ""))
-    else:
+    elif "Prompts" not in settings:  # of several, each keeps its own
         _, tags = parse_tags(settings["Prompt"])
         prompts = [parse_tags(prompt)[0].strip() for prompt in prompts]
     arguments["prompt"] = prompts

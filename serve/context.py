@@ -36,6 +36,7 @@ class Call:
     scheduler: str | Mapping[str, Any] | None = None
     priority: int = 0
     deadline: float | None = None
+    loras: Mapping[str, float] | None = None
 
     @property
     def size(self) -> str:
@@ -76,6 +77,7 @@ class Context:
             priority=call.priority,
             deadline=call.deadline,
             on_step=watch.on_step if watch else None,
+            loras=call.loras,
         )
 
     def _bounded(self, call: Call) -> None:

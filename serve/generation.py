@@ -49,7 +49,10 @@ def call_from(found: Model, body: Generation, given: Mapping[str, Any]) -> Call:
         **given,
     }
     priority = _or(body.priority, 0)
-    return Call(found, body.prompt, options, body.scheduler, priority, body.deadline_seconds)
+    return Call(
+        *(found, body.prompt, options, body.scheduler, priority, body.deadline_seconds),
+        loras=body.loras,
+    )
 
 
 def _or(value: T | None, default: T) -> T:

@@ -41,6 +41,9 @@ class Generation(BaseModel):
     guidance_scale: float | None = Field(7.5, ge=0.0, le=100.0, description="to 1: no guidance")
     seed: int | None = Field(None, ge=0, le=LAST_SEED, description="default: drawn")
     scheduler: str | None = Field(None, max_length=100, description="such as DPM++ 2M Karras")
+    loras: dict[str, float] | None = Field(
+        None, description="weights by name; <lora:NAME:WEIGHT> in the prompt does the same"
+    )
     feature_reuse: int | None = Field(
         1, ge=1, le=100, description="every Nth evaluation is full, for models built for it"
     )

@@ -1,0 +1,143 @@
+"""Which LoRA files an engine in flight carries, and when it changes to others.
+
+All images that are begun at the same time are made with one set, which is that of the first in
+order. When the first of those that wait wants another, nothing more of the current set is begun,
+except what waited already when the engine changed to it, so that sets that take turns share calls
+of the model; whatever came later waits its turn, so nobody waits for ever. Without an engine
+in flight, `pictures_by_set` makes the images of one set after those of the other. Knows tickets and
+the pipeline; not how images are made.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from PIL.Image import Image
+
+from sdrt.errors import BackendError, BundleError, CheckpointError, SdrtError, UsageError
+
+from .leases import Lease
+from .loop import Step
+from .lora_names import find_named
+from .lora_sets import LoraSet, added, checked, requests_by_set, text_from
+from .lora_tags import parse_tags
+from .options import Options, Request
+from .pipeline import Pipeline
+from .tickets import Ticket
+
+
+class LoraSwitch:
+    """The sets of one engine. base: what the pipeline carries for those that name no files."""
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self.base: LoraSet = pipe.adapters.chosen
+        self._carried: LoraSet = self.base  # by this engine's own doing
+        self._changed_at = 0.0
+        self._changing = threading.Lock()
+
+    def eligible(self, pipe: Pipeline, waiting: Sequence[Ticket], busy: bool) -> list[Ticket]:
+        """Those of the waiting tickets that may begin now. busy: whether others are unfinished."""
+        if not waiting:
+            return []
+        now = time.monotonic()
+        first = min(waiting, key=lambda ticket: ticket.turn.key(now))
+        carried, wanted = pipe.adapters.chosen, self._wanted(pipe, first)
+        same = [ticket for ticket in waiting if self._wanted(pipe, ticket) == carried]
+        if pipe.adapters.is_outdated:
+            same = []
+        elif wanted == carried:
+            return same
+        priority = first.turn.key(now)[0]
+        early = [
+            ticket
+            for ticket in same
+            if ticket.times.submitted <= self._changed_at and ticket.turn.key(now)[0] <= priority
+        ]
+        return early or ([] if busy and not first.submission.failed else [first])
+
+    def begin(self, pipe: Pipeline, ticket: Ticket) -> Lease:
+        """A lease of the pipeline while it carries the ticket's set, which it is made to carry
+        where it does not; nothing that was begun with another may be unfinished. Raises UsageError
+        for files that do not fit and a backend that takes none; the other tickets of the submission
+        fail with it.
+        """
+        if ticket.submission.failed:
+            raise ticket.submission.failed
+        while True:
+            wanted = self._wanted(pipe, ticket)
+            if pipe.adapters.chosen != wanted or pipe.adapters.is_outdated:
+                try:
+                    self._change(pipe, wanted)
+                except UsageError as error:
+                    ticket.submission.failed = error
+                    raise
+            lease = pipe.leases.begin()
+            if pipe.adapters.chosen == wanted:
+                return lease
+            lease.end()  # somebody else changed it in between
+
+    def renew(self, broken: Pipeline, pipe: Pipeline) -> None:
+        """Let a pipeline that was loaded anew carry what the broken one did."""
+        with self._changing:
+            carried = broken.adapters.chosen
+            if pipe.adapters.chosen != carried:
+                pipe.set_lora(dict(carried))
+
+    def _wanted(self, pipe: Pipeline, ticket: Ticket) -> LoraSet:
+        """The base is what others made the pipeline carry last."""
+        if pipe.adapters.chosen != self._carried:
+            self.base = self._carried = pipe.adapters.chosen
+        loras = ticket.submission.loras
+        return self.base if loras is None else loras
+
+    def _change(self, pipe: Pipeline, wanted: LoraSet) -> None:
+        began = time.monotonic()
+        with self._changing:
+            try:
+                pipe.set_lora(dict(wanted))
+            except (CheckpointError, BundleError, BackendError) as error:
+                raise UsageError(str(error)) from error
+            finally:
+                self._carried = pipe.adapters.chosen
+        self._changed_at = began
+
+
+def pictures_by_set(
+    pipe: Pipeline,
+    requests: Sequence[Request],
+    options: Options,
+    on_step: Callable[[Step], None] | None = None,
+) -> Iterator[tuple[Request, Image]]:
+    """The images of requests whose prompts may have LoRA tags, which add to what the pipeline
+    carries; afterwards it carries the files of the last. Nobody else may use it meanwhile.
+
+    Yields:
+        Each request as it is made, with its text in `written`, and its image.
+
+    Raises:
+        UsageError: For a tag that is not understood or a name that is unknown, before the first.
+        SdrtError: After all others, for an image that holds no numbers.
+    """
+    base, failed = pipe.adapters.chosen, None
+    for loras, part in requests_by_set(requests, options, base).items():
+        carried = base if loras is None else loras
+        if carried != pipe.adapters.chosen:
+            pipe.set_lora(dict(carried))
+        if loras is None and options.weighting:
+            part = [replace(each, written=each.prompt + text_from(base)) for each in part]
+        try:
+            yield from pipe.pictures_of(part, options, on_step)
+        except SdrtError as error:
+            failed = failed or error
+    if failed:
+        raise failed
+
+
+def apply_tags(pipe: Pipeline, prompt: str) -> str:
+    """Let the pipeline carry the LoRA files of a prompt's tags too; the prompt without them."""
+    text, tags = parse_tags(prompt)
+    if tags:
+        own = [(find_named(tag.name), tag.weight) for tag in tags]
+        pipe.set_lora(dict(checked(added(pipe.adapters.chosen, own))))
+    return text
