@@ -1,0 +1,36 @@
+"""LoRA files of random weights, made in code."""
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def lora_file(path, checkpoint, layout, *, seed=0, strength=0.6, rank=4, metadata=None):
+    """Changes of every attention, feed-forward and convolution of the UNet and of the text
+    encoder's attention, in one of the layouts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
+    saved = {}
+    for part, stem in parts.items():
+        for name, weight in load_file(checkpoint / part / f"{stem}.safetensors").items():
+            module = name.removesuffix(".weight")
+            if weight.ndim not in (2, 4) or "embedding" in name or not name.endswith(".weight"):
+                continue
+            inside = weight[0].numel()
+            down = torch.randn((rank, *weight.shape[1:]), generator=generator) / inside**0.5
+            up = torch.randn((len(weight), rank, *[1] * (weight.ndim - 2)), generator=generator)
+            up *= strength * weight.std() * (inside / rank) ** 0.5
+            if layout == "kohya":
+                prefix = "lora_unet_" if part == "unet" else "lora_te_"
+                if part == "text_encoder" and not module.startswith("text_model"):
+                    prefix += "text_model_"
+                stem = prefix + module.replace(".", "_")
+                saved |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+                saved[f"{stem}.alpha"] = torch.tensor(rank / 2)
+            else:
+                if part == "text_encoder" and not module.startswith("text_model"):
+                    module = "text_model." + module
+                saved |= {f"{part}.{module}.lora_A.weight": down}
+                saved |= {f"{part}.{module}.lora_B.weight": up}
+    save_file({name: tensor.contiguous() for name, tensor in saved.items()}, path, metadata)
+    return path
