@@ -502,12 +502,11 @@ class Pipeline:
             settings["Sampler options"] = json.dumps(differs, sort_keys=True)
         settings |= options.unusual
         prompt = request.written or request.prompt
-        if request.written:
-            pass
-        elif options.weighting:
-            prompt += self.adapters.text
-        elif self.adapters.text:  # in the prompt it would be text
-            settings["Lora"] = self.adapters.text.strip()
+        if self.adapters.text and not request.written:
+            if options.weighting:
+                prompt += self.adapters.text
+            else:  # in the prompt it would be text
+                settings["Lora"] = self.adapters.text.strip()
         rng = {"cpu": "CPU", "cuda": "NV"}[options.rng]
         settings |= {"RNG": rng, "Version": f"sdrt {__version__}"}
         return parameters_text(prompt, request.negative_prompt, settings)
