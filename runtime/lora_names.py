@@ -103,14 +103,17 @@ def _stems(listed: Mapping[str, Path]) -> Names:
 
 
 def _aliases(listed: Mapping[str, Path]) -> Names:
-    for name, path in listed.items():
-        stat = path.stat()
-        yield name, _alias(path, stat.st_mtime_ns, stat.st_size)
+    return ((name, alias_of(path)) for name, path in listed.items())
+
+
+def alias_of(path: Path) -> str:
+    """The name in a file's metadata; its stem where it has none or cannot be read."""
+    stat = path.stat()
+    return _alias(path, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(4096)
 def _alias(path: Path, modified: int, size: int) -> str:
-    """The name in a file's metadata; that of its path where it has none or cannot be read."""
     try:
         return Tensors(path).metadata.get(ALIAS) or path.stem
     except SdrtError:

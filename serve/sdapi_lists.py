@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sdrt.bundle import home
 from sdrt.runtime.costs import memory_of_machine
+from sdrt.runtime.lora_names import alias_of, list_loras
 
 from .context import StrictRoute, context_of
 from .problem import Problem, json_response
@@ -74,11 +74,10 @@ async def sd_models(request: Request) -> Response:
 @router.get(f"{API}/loras")
 async def loras() -> Response:
     """The LoRA files in the folder `loras` of sdrt's home."""
-    files = sorted((home() / "loras").glob("*.safetensors"))
     return json_response(
         [
-            {"name": file.stem, "alias": file.stem, "path": file.name, "metadata": {}}
-            for file in files
+            {"name": name, "alias": alias_of(path), "path": f"{name}{path.suffix}", "metadata": {}}
+            for name, path in list_loras().items()
         ]
     )
 

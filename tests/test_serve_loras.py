@@ -1,0 +1,225 @@
+"""LoRA tags over HTTP: images, refusals, and names that lead nowhere else."""
+
+import base64
+import io
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from lora_files import lora_file
+from PIL import Image
+from serving import PROMPT, client, engine_of
+
+import sdrt
+from sdrt.errors import UsageError
+from sdrt.runtime.lora_names import find_named, list_loras
+
+SDAPI = {"steps": 3, "seed": 5, "width": 64, "height": 64, "sampler_name": "Euler", "cfg_scale": 2}
+USUAL = {"num_inference_steps": 3, "seed": 5, "guidance_scale": 2.0}
+SETS = {
+    "": {},
+    " <lora:first:0.8>": {"first": 0.8},
+    " <lora:sub/third:1>": {"sub/third": 1.0},
+    " <lora:first:0.5> <lora:third:-1>": {"first": 0.5, "sub/third": -1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(home, embedded):
+    folder = home / "loras"
+    (folder / "sub").mkdir(parents=True)
+    lora_file(folder / "first.safetensors", embedded, "kohya")
+    alias = {"ss_output_name": "Third One"}
+    lora_file(folder / "sub" / "third.safetensors", embedded, "peft", seed=1, metadata=alias)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def wanted(shapes, folder):
+    """Every set's image and its text, by the pipeline alone, with Euler."""
+    made = {}
+    with sdrt.load(shapes, backend="onnxruntime") as pipe:
+        for tags, loras in SETS.items():
+            pipe.set_lora(loras)
+            made[tags] = pipe.with_scheduler("Euler")(PROMPT, **USUAL).images[0].tobytes()
+    assert len(set(made.values())) == len(SETS)
+    return made
+
+
+def image_from(text):
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def test_images_are_those_of_set_lora(server, wanted):
+    jobs = [*SETS] * 3
+
+    def a1111(tags):
+        with client(server) as http:
+            body = {**SDAPI, "prompt": PROMPT + tags}
+            return http.post("/sdapi/v1/txt2img", json=body).json()
+
+    def openais(tags):
+        with client(server) as http:
+            body = {**USUAL, "prompt": PROMPT + tags, "scheduler": "Euler"}
+            return http.post("/v1/images/generations", json=body).json()
+
+    with ThreadPoolExecutor(6) as pool:
+        theirs, ours = pool.map(a1111, jobs), pool.map(openais, jobs)
+        for tags, one, other in zip(jobs, theirs, ours, strict=True):
+            info = json.loads(one["info"])
+            assert info["prompt"] == PROMPT + tags
+            for image in (image_from(one["images"][0]), image_from(other["data"][0]["b64_json"])):
+                assert image.tobytes() == wanted[tags], tags
+                assert image.text["parameters"].startswith(f"{PROMPT + tags}\nSteps: 3")
+            assert info["infotexts"][0].startswith(f"{PROMPT + tags}\nSteps: 3")
+
+
+def test_the_field_does_what_a_tag_does(server, wanted):
+    own = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="x")
+    more = {**USUAL, "scheduler": "Euler", "loras": {"first": 0.8}}
+    made = own.images.generate(prompt=PROMPT, size="64x64", extra_body=more)
+    image = image_from(made.data[0].b64_json)
+    assert image.tobytes() == wanted[" <lora:first:0.8>"]
+    assert image.text["parameters"].startswith(f"{PROMPT} <lora:first:0.8>\n")
+
+
+def refusals(server, prompt, **more):
+    """What the endpoints say of a prompt that they refuse."""
+    with client(server) as http:
+        first = http.post("/sdapi/v1/txt2img", json={**SDAPI, "prompt": prompt, **more})
+        other = http.post("/v1/images/generations", json={**USUAL, "prompt": prompt, **more})
+    assert first.status_code == other.status_code == 400, (first.text, other.text)
+    detail, error = first.json()["detail"], other.json()["error"]
+    assert error["type"] == first.json()["error"] == "invalid_request_error"
+    assert detail == error["message"]
+    return detail
+
+
+@pytest.mark.parametrize(
+    ("tag", "message"),
+    [
+        (
+            "<lora:frist:1>",
+            "named 'frist' in $SDRT_HOME/loras; did you mean first?",
+        ),
+        ("<lora:thrid:1>", "did you mean sub/third?"),
+        ("<lora:qqqqqqqq:1>", "there are first, sub/third"),
+        ("<lora:first:much>", "is not a number"),
+        ("<lora:first:1:dyn=4>", "'dyn'"),
+        ("<hypernet:first:1>", "'hypernet'"),
+    ],
+)
+def test_what_is_refused_says_why(server, folder, tag, message):
+    assert message in refusals(server, f"{PROMPT} {tag}")
+
+
+def test_a_tag_in_the_negative_prompt_is_refused(server, folder):
+    said = refusals(server, PROMPT, negative_prompt="blurry <lora:first:1>")
+    assert "in the negative prompt is not applied" in said
+
+
+@pytest.fixture
+def outside(folder, embedded, tmp_path):
+    """A file beside the folder, one elsewhere, and links to both in the folder."""
+    beside = lora_file(folder.parent / "outside.safetensors", embedded, "kohya")
+    secret = lora_file(tmp_path / "secret.safetensors", embedded, "kohya")
+    links = {folder / "link.safetensors": secret, folder / "way": tmp_path}
+    for link, target in links.items():
+        link.symlink_to(target)
+    yield beside, secret
+    for link in links:
+        link.unlink()
+    beside.unlink()
+
+
+def test_names_lead_nowhere_else(server, folder, outside):
+    """Neither paths nor links: only names of files that are in the folder."""
+    beside, secret = outside
+    names = ["../outside", "sub/../../outside", "./first", "sub/../first", "sub//third", "/first"]
+    names += [str(beside), str(beside.with_suffix("")), str(secret.with_suffix("")), "~/first"]
+    names += ["link", "way/secret", "secret", "first\0", "..", ".", "sub", "first.safetensors"]
+    names += [str(folder / "first.safetensors"), str(folder / "first"), "%2e%2e/outside"]
+    assert list(list_loras()) == ["first", "sub/third"]
+    for name in names:
+        said = refusals(server, f"{PROMPT} <lora:{name}:1>")
+        assert "There is no LoRA named" in said and str(folder.parent) not in said.replace(name, "")
+        with client(server) as http:
+            body = {**USUAL, "prompt": PROMPT, "loras": {name: 1.0}}
+            answer = http.post("/v1/images/generations", json=body)
+        assert answer.status_code == 400 and "There is no LoRA named" in answer.text
+    carried = engine_of(server).pipe.adapters.chosen
+    assert {path for path, _ in carried} <= {
+        folder / f"{name}.safetensors" for name in list_loras()
+    }
+
+
+def test_the_list_of_names(server, folder):
+    with client(server) as http:
+        listed = http.get("/sdapi/v1/loras").json()
+    assert [(each["name"], each["alias"]) for each in listed] == [
+        ("first", "first"),
+        ("sub/third", "Third One"),
+    ]
+    assert not any(str(folder.parent) in each["path"] for each in listed)
+
+
+def test_how_names_are_found(folder, embedded):
+    first, third = folder / "first.safetensors", folder / "sub" / "third.safetensors"
+    for name in ("first", "FIRST", "First"):
+        assert find_named(name) == first
+    for name in ("sub/third", "third", "Third One", "THIRD", "third one", "Sub/Third"):
+        assert find_named(name) == third
+    other = folder / "other"
+    other.mkdir()
+    try:
+        shutil.copyfile(third, other / "third.safetensors")
+        (other / "old.pt").write_bytes(b"")
+        (other / "damaged.safetensors").write_bytes(b"?")
+        assert find_named("other/third") == other / "third.safetensors"
+        for name in ("third", "Third One", "THIRD"):
+            with pytest.raises(UsageError, match=r"several .* name one: other/third, sub/third"):
+                find_named(name)
+        with pytest.raises(UsageError, match=r"old\.pt is a pickle"):
+            find_named("old")
+    finally:
+        shutil.rmtree(other)
+
+
+def test_a_long_name_is_compared_in_no_time(folder):
+    with pytest.raises(UsageError, match="no LoRA named"):
+        find_named("first" * 100_000)
+
+
+def test_the_command_line(shapes, folder, tmp_path):
+    command = [sys.executable, "-m", "sdrt", "run", "--bundle", str(shapes), "--steps", "3"]
+    command += ["--seed", "5", "--backend", "onnxruntime", "--guidance-scale", "2"]
+
+    def run(*more):
+        return subprocess.run([*command, *more], check=False, capture_output=True, text=True)
+
+    prompts = [PROMPT + tags for tags in SETS]
+    several = run(*prompts, "--output", str(tmp_path), "--lora", "third:0.5", "--json")
+    assert several.returncode == 0, several.stderr
+    with sdrt.load(shapes, backend="onnxruntime") as pipe:
+        for i, (path, loras) in enumerate(
+            zip(json.loads(several.stdout)["images"], SETS.values(), strict=True)
+        ):
+            pipe.set_lora({**loras, "sub/third": loras.get("sub/third", 0.0) + 0.5})
+            options = {**USUAL, "seed": 5 + i}
+            image = Image.open(path)
+            assert image.tobytes() == pipe(PROMPT, **options).images[0].tobytes(), prompts[i]
+            assert image.text["parameters"].startswith(f"{prompts[i]} <lora:third:0.5>\n")
+    again = tmp_path / "again.png"
+    typed = Image.open(json.loads(several.stdout)["images"][1]).text["parameters"].split("\n")[0]
+    made = run(typed, "--seed", "6", "--output", str(again))
+    assert made.returncode == 0, made.stderr
+    assert again.read_bytes() == (tmp_path / json.loads(several.stdout)["images"][1]).read_bytes()
+    wrong = run(f"{PROMPT} <lora:frist:1>", "--output", str(tmp_path / "wrong.png"))
+    assert wrong.returncode == 2 and "did you mean first" in wrong.stderr
+    literal = run(f"{PROMPT} <lora:frist:1>", "--literal", "--output", str(tmp_path / "l.png"))
+    assert literal.returncode == 0, literal.stderr
