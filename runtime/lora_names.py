@@ -86,8 +86,8 @@ def _files() -> Iterator[tuple[str, Path]]:
         folders.sort()
         for file in sorted(files):
             path = Path(parent, file)
-            known = path.suffix.lower() in (SUFFIX, *PICKLES)
-            if known and path.resolve().is_relative_to(inside) and path.is_file():
+            known = path.suffix.lower() in (SUFFIX, *PICKLES) and path.is_file()
+            if known and path.resolve().is_relative_to(inside):
                 yield path.relative_to(folder).with_suffix("").as_posix(), path
 
 

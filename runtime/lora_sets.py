@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sdrt.errors import UsageError
 
@@ -25,7 +26,7 @@ from .parsing import lora_weights
 
 # Files with their weights, in the order in which they are added, each once and none of no weight.
 LoraSet = tuple[tuple[Path, LoraWeight], ...]
-Named = Mapping[str | os.PathLike[str], float | LoraWeight]
+Named = Mapping[Any, float | LoraWeight]  # by `str` or path
 
 
 def added(*parts: Iterable[tuple[Path, LoraWeight]]) -> LoraSet:

@@ -4,8 +4,10 @@ import re
 
 import pytest
 from browsing import downloaded, expect, finished, generate, loaded, opened
+from lora_files import lora_file
 from serving import PROMPT, client, served, wait_for
 
+import sdrt
 from sdrt.serve.settings import digest_from_key
 
 pytestmark = pytest.mark.browser
@@ -257,3 +259,24 @@ def test_words_can_be_read_and_controls_have_names(browser, server, scheme):
         for control in page.locator("input, textarea, select, button, a").all():
             if control.is_visible():
                 expect(control).to_have_accessible_name(re.compile(r"\w"))
+
+
+def test_a_lora_tag_in_the_prompt(browser, server, embedded, home, shapes):
+    """Applied where the file is there; else said in words."""
+    folder = home / "loras"
+    folder.mkdir(exist_ok=True)
+    path = lora_file(folder / "style.safetensors", embedded, "kohya")
+    options = {"num_inference_steps": 3, "guidance_scale": 5, "seed": 7}
+    with opened(browser, server, refusals=True) as page:
+        loaded(page)
+        generate(page, prompt=f"{PROMPT} <lora:styl:1>", **options)
+        expect(page.locator("#error")).to_contain_text("did you mean style?")
+        generate(page, prompt=f"{PROMPT} <lora:style:1>", **options)
+        finished(page)
+        image = downloaded(page)
+    with sdrt.load(shapes, backend="onnxruntime") as pipe:
+        pipe.set_lora({"style": 1.0})
+        alone = pipe(PROMPT, **options)
+    path.unlink()
+    assert image.tobytes() == alone.images[0].tobytes()
+    assert image.text["parameters"] == alone.parameters[0]
