@@ -261,7 +261,7 @@ def test_words_can_be_read_and_controls_have_names(browser, server, scheme):
                 expect(control).to_have_accessible_name(re.compile(r"\w"))
 
 
-def test_a_lora_tag_in_the_prompt(browser, server, embedded, home, shapes):
+def test_a_lora_tag_in_the_prompt(browser, server, embedded, shapes, home):
     """Applied where the file is there; else said in words."""
     folder = home / "loras"
     folder.mkdir(exist_ok=True)
@@ -271,6 +271,8 @@ def test_a_lora_tag_in_the_prompt(browser, server, embedded, home, shapes):
         loaded(page)
         generate(page, prompt=f"{PROMPT} <lora:styl:1>", **options)
         expect(page.locator("#error")).to_contain_text("did you mean style?")
+    with opened(browser, server) as page:
+        loaded(page)
         generate(page, prompt=f"{PROMPT} <lora:style:1>", **options)
         finished(page)
         image = downloaded(page)
