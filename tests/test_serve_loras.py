@@ -56,7 +56,7 @@ def image_from(text):
 
 
 def test_images_are_those_of_set_lora(server, wanted):
-    jobs = [*SETS] * 3
+    jobs = [*SETS] * 2
 
     def a1111(tags):
         with client(server) as http:
