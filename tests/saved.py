@@ -6,13 +6,13 @@ import torch
 import transformers
 from diffusers.models.attention_processor import Attention
 
-PROMPT, NEGATIVE = "a red circle on a blue background!", "an orange triangle, blurry!"
+PROMPT, NEGATIVE = "a red <zorb> circle on blue!", "an orange triangle, blurry!"
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 KNOWN = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 
 
 def text_encoder(kind="CLIPTextModel", **options):
-    config = {"vocab_size": 608, "hidden_size": 16, "intermediate_size": 32, "projection_dim": 16}
+    config = {"vocab_size": 609, "hidden_size": 16, "intermediate_size": 32, "projection_dim": 16}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
     config |= {"bos_token_id": 606, "eos_token_id": 607, "pad_token_id": 607, **options}
     torch.manual_seed(0)  # parts alike of several families are exported once
@@ -56,14 +56,15 @@ def tiny_vae():
 
 
 def tokenizer(embedded, pad="<|endoftext|>"):
-    return transformers.CLIPTokenizer.from_pretrained(str(embedded / "tokenizer"), pad_token=pad)
+    """The embedded model's, with a word that textual inversion might have added."""
+    made = transformers.CLIPTokenizer.from_pretrained(str(embedded / "tokenizer"), pad_token=pad)
+    made.add_tokens(["<zorb>"])
+    return made
 
 
 def pipeline(embedded, kind="StableDiffusionPipeline", pad="<|endoftext|>", **parts):
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(
-        str(embedded / "tokenizer"), pad_token=pad
-    )
-    usual = {"tokenizer": tokenizer, "vae": vae(), "unet": unet(), "text_encoder": text_encoder()}
+    usual = {"tokenizer": tokenizer(embedded, pad), "vae": vae()}
+    usual |= {"unet": unet(), "text_encoder": text_encoder()}
     usual["scheduler"] = diffusers.PNDMScheduler(
         **BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
     )
