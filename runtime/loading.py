@@ -105,7 +105,7 @@ def _loaded(
     engines: dict[str, Engine] = {}
     try:
         for name in names:
-            with reported(lambda name=name: f"loading {name}"):
+            with reported(partial("loading {}".format, name)):
                 engines[name] = load(bundle, name)
     except BaseException:
         for engine in engines.values():
