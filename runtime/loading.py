@@ -6,6 +6,7 @@ Knows which of a bundle's components are loaded at once and which when they are 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sdrt.bundle import WEIGHTS, Bundle
 from sdrt.engine import Candidate, Engine, LazyEngine, Turn
@@ -48,7 +49,7 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
 
         return LazyEngine(opened, manifest.components.get(name), turn)
 
-    config = read_config(bundle.folder / "scheduler" / "scheduler_config.json")
+    config = _scheduler_config(bundle)
     names = [name for name in AT_ONCE if name in manifest.components]
     engines: dict[str, Engine] = {}
     if in_turn:
@@ -89,7 +90,7 @@ def unloaded_pipeline(bundle: Bundle) -> Pipeline:
 
     components = bundle.manifest.components
     engines: dict[str, Engine] = {name: LazyEngine(none, components[name]) for name in components}
-    config = read_config(bundle.folder / "scheduler" / "scheduler_config.json")
+    config = _scheduler_config(bundle)
     adapters = Adapters(bundle, engines)
     return Pipeline(bundle.manifest, None, engines, config, "", adapters, bundle_config=config)
 
@@ -112,6 +113,11 @@ def _loaded(
             engine.close()
         raise
     return engines
+
+
+def _scheduler_config(bundle: Bundle) -> dict[str, Any]:
+    """The sampler's configuration, bounded as whatever comes with a bundle."""
+    return read_config(bundle.folder / "scheduler" / "scheduler_config.json")
 
 
 def _embedded(weights: Path) -> int | None:

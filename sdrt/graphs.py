@@ -67,7 +67,7 @@ def check_graph(path: Path, component: Component) -> None:
     """
     header = read_header(path.with_name("model.safetensors"), BundleError)
     try:
-        names = _checked(read_bytes(path, MOST_GRAPH), header)
+        names = _checked(_graph_bytes(path), header)
         for found, specs in zip(names, (component.inputs, component.outputs), strict=True):
             if found != (wanted := [spec.name for spec in specs]):
                 raise ValueError(f"it has {shortened(found)}, the manifest {shortened(wanted)}")
@@ -179,12 +179,17 @@ def _check_place(
 Shape = tuple[str | int, ...]
 
 
+def _graph_bytes(path: Path) -> bytes:
+    """A graph's file; raises ValueError where it is larger than any graph that sdrt builds."""
+    return read_bytes(path, MOST_GRAPH)
+
+
 def graph_values(path: Path) -> tuple[list[tuple[str, list[str]]], dict[str, Shape]]:
     """A graph's nodes, each its operator and the names of its inputs, and every value's shape: a
     number or a name for each axis. Raises BundleError for a file that is no graph.
     """
     try:
-        model = message(read_bytes(path, MOST_GRAPH), MODEL, "the model")
+        model = message(_graph_bytes(path), MODEL, "the model")
         graph = message(_bytes(model, 7)[0], GRAPH, "the graph")
         nodes = [message(each, NODE, "a node") for each in _bytes(graph, 1)]
         values = [

@@ -29,8 +29,8 @@ HEAVY = (
 )
 SHARED = ("bundle", "errors", "files", "manifest", "reading", "tensors", "usage")
 ALLOWED = {
-    "engine": {*SHARED, "engine", "folders"},
-    "runtime": {*SHARED, "engine", "runtime", "__version__"},
+    "engine": {*SHARED, "engine", "folders", "graphs"},
+    "runtime": {*SHARED, "engine", "leaving", "progress", "runtime", "__version__"},
     "export": {*SHARED, "engine", "export", "folders", "runtime"},
     "serve": {"bundle", "errors", "runtime", "serve", "__version__"},
 }
