@@ -16,7 +16,7 @@ T = TypeVar("T")
 # What training and saving leave behind; so are all names that begin with an underscore.
 IGNORED = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup"}
 IGNORED |= {"inv_gamma", "power", "collected_params"}  # of averaged weights
-IGNORED |= {"architectures", "dtype", "gradient_checkpointing", "torch_dtype"}
+IGNORED |= {"architectures", "dropout", "dtype", "gradient_checkpointing", "torch_dtype"}
 
 
 def read_config(
@@ -44,12 +44,19 @@ def read_config(
                 f"{kind.__name__}: the configuration has {key}={value!r}, which is not known here; "
                 "export only what is fully understood"
             )
-        if value != fixed[key]:
+        if value != fixed[key] and not (_is_off(fixed[key]) and _is_off(value)):
             raise CheckpointError(
                 f"{kind.__name__}: {key}={value!r} is not supported; expected {fixed[key]!r}"
             )
     values = {key: _frozen(value) for key, value in raw.items() if key in known}
     return kind(**values)
+
+
+def _is_off(value: Any) -> bool:
+    """Whether it turns a setting off: false, null, or false for every stage."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(_is_off, value))
+    return value is None or value is False
 
 
 def _frozen(value: Any) -> Any:

@@ -53,7 +53,6 @@ class PixelUnetConfig:
             "act_fn": "silu",
             "center_input_sample": False,
             "downsample_type": "conv",
-            "dropout": 0.0,
             "mid_block_scale_factor": 1,
             "resnet_time_scale_shift": "default",
             "time_embedding_dim": None,

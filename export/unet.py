@@ -77,7 +77,6 @@ class UnetConfig:
             "conv_in_kernel": 3,
             "conv_out_kernel": 3,
             "downsample_padding": 1,
-            "dropout": 0.0,
             "flip_sin_to_cos": True,
             "freq_shift": 0,
             "mid_block_only_cross_attention": None,

@@ -15,7 +15,7 @@ from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.modules import native_size
 from sdrt.export.pixel_unet import PixelUnetConfig
 from sdrt.export.tiny_vae import TinyVaeConfig
-from sdrt.export.unet import UnetConfig
+from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import VaeConfig
 from sdrt.runtime.samplers.catalogue import SAMPLERS
 from sdrt.runtime.samplers.table import sampler_table
@@ -50,6 +50,22 @@ def test_every_default_of_a_scheduler_is_accepted(name, caplog):
     config = dict(getattr(diffusers, name)().config)
     sampler_table({**json.loads(json.dumps(config)), "_class_name": name}, 4)
     assert "nothing reads" not in caplog.text
+
+
+@pytest.mark.reference
+def test_what_is_off_may_be_false_or_null_and_dropout_is_for_training():
+    stages = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    stages |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    stages |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "dropout": 0.1}
+    stages |= {"only_cross_attention": (False, False), "mid_block_only_cross_attention": False}
+    stages |= {"dual_cross_attention": None, "resnet_skip_time_act": None}
+    reference = diffusers.UNet2DConditionModel(**stages)
+    found = UnetConfig.from_json(json.loads(reference.to_json_string()))
+    assert Unet(found).state_dict().keys() == reference.state_dict().keys()
+    for key in ("only_cross_attention", "mid_block_only_cross_attention"):
+        for value in (True, (False, True)):
+            with pytest.raises(CheckpointError, match=key):
+                UnetConfig.from_json({key: value})
 
 
 @pytest.mark.reference
