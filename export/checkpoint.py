@@ -157,7 +157,12 @@ class Checkpoint:
     def _own_prediction(self) -> Prediction | None:
         if self.chosen:
             return self.chosen
-        noted = [read_notes(f).get("prediction") for f in (self.part_folder("unet"), self.folder)]
+        unet = self.part_folder("unet")
+        noted = [read_notes(folder).get("prediction") for folder in (unet, self.folder)]
+        if "unet" in self.others and not noted[0]:
+            beside = unet.parent / "scheduler" / "scheduler_config.json"
+            if unet.name == "unet" and beside.is_file():  # that of the model which the UNet is from
+                return prediction_of_scheduler(read_config(beside))
         return next((Prediction(**each) for each in noted if each), None)
 
     def passed_over(self) -> list[str]:

@@ -1,6 +1,7 @@
 """What a model predicts: the marks of published files, the options of a build, and what follows."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -120,6 +121,23 @@ def test_a_unet_from_a_file_brings_its_mark(tensors, written):
         assert given.scheduler_config()["prediction_type"] == "v_prediction"
     unmarked = written(unet, "unmarked.safetensors")
     assert find_checkpoint(str(base), parts={"unet": str(unmarked)}).prediction.kind == "epsilon"
+
+
+def test_a_unet_from_a_model_brings_what_its_scheduler_says(tensors, written):
+    base = find_checkpoint(str(written(tensors["XL"], "base.safetensors")))
+    other = find_checkpoint(str(written({**tensors["XL"], **V_PRED, **ZTSNR}, "other.safetensors")))
+    plain = shutil.copytree(other.folder, other.folder.parent / "as_saved")
+    (plain / "notes.json").unlink()
+    scheduler = json.dumps(other.scheduler_config())
+    (plain / "scheduler" / "scheduler_config.json").write_text(scheduler)
+    for where in (plain, plain / "unet"):
+        given = find_checkpoint(str(base.folder), parts={"unet": str(where)})
+        assert given.prediction.kind == "v_prediction" and given.prediction.zero_snr
+        assert given.scheduler_config()["prediction_type"] == "v_prediction"
+    alone = shutil.copytree(plain / "unet", plain.parent / "alone")
+    assert (
+        find_checkpoint(str(base.folder), parts={"unet": str(alone)}).prediction.kind == "epsilon"
+    )
 
 
 @pytest.mark.parametrize("family", ["1.x", "2.x", "XL"])
