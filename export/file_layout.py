@@ -17,13 +17,16 @@ OPTIONS = {
     "text_encoder": "--text-encoder",
     "text_encoder_2": "--text-encoder-2",
 }
+# The place of the text encoder of 2.x and of XL's refiner, in the layout that XL was published in.
+LATER_TEXT = "conditioner.embedders.0.model."
 # Where each part's names may begin, the most telling first; "" for a file of that part alone.
 PREFIXES = {
     "unet": ("model.diffusion_model.", "diffusion_model.", "unet.", ""),
     "vae": ("first_stage_model.", "vae.", ""),
     "text_encoder": (
         *("cond_stage_model.transformer.", "cond_stage_model.model."),
-        *("conditioner.embedders.0.transformer.", "text_encoder.", "clip_l.transformer.", ""),
+        *("conditioner.embedders.0.transformer.", LATER_TEXT),
+        *("text_encoder.", "clip_l.transformer.", ""),
     ),
     "text_encoder_2": (
         *("conditioner.embedders.1.model.", "conditioner.embedders.1.transformer."),
@@ -56,7 +59,7 @@ _SHAPES_NOTHING = re.compile(
     r"|.*sqrt_(recip_|recipm1_|one_minus_)?alphas_cumprod|(.*\.)?alphas_cumprod(_prev)?"
     r"|(.*\.)?(betas|log_one_minus_alphas_cumprod|posterior_\w+|lvlb_weights|logvar|scale_factor)"
     r"|(.*\.)?(position_ids|logit_scale|attn_mask|num_batches_tracked)"
-    r"|cond_stage_model\..*text_projection(\.weight)?"
+    r"|(cond_stage_model|conditioner\.embedders\.0)\..*text_projection(\.weight)?"
     r"|global_step|epoch|step|iteration|state|pytorch-lightning_version|v_pred|ztsnr|sigmas"
     r"|log_sigmas"
 )
@@ -73,7 +76,7 @@ _OTHERS = (
     (r"(control_model\.|controlnet_|.*input_hint_block|.*zero_convs)", "a ControlNet", ""),
     (r"(ip_adapter|image_proj)\.", "an IP-Adapter", ""),
     (r".*motion_modules", "a motion module for video", ""),
-    (r"conditioner\.embedders\.0\.model\.", "a refiner of Stable Diffusion XL", ""),
+    (rf"{re.escape(LATER_TEXT)}", "a refiner of Stable Diffusion XL", ""),
     (r"(.*\.)?joint_blocks\.", "a model of Stable Diffusion 3", ""),
     (r"(.*\.)?(double_blocks|double_stream_modulation\w*)\.", "a model of the FLUX family", ""),
     (r"(.*\.)?(RRDB_trunk|rdb\d|conv_body)\.", "an upscaler", ""),
@@ -134,8 +137,11 @@ def shapes_nothing_of(part: str, name: str, last_layer_unread: bool) -> bool:
 
 def seems_to_be(keys: Collection[str]) -> str | None:
     """What a file that is no whole model seems to be, with what to do about it; None if unknown."""
+    unet = [key for key in keys if key.startswith("model.diffusion_model.")]
+    of_2x = unet and not any(".label_emb." in key for key in unet)
+    telling = [key for key in keys if not (of_2x and key.startswith(LATER_TEXT))]
     for pattern, what, hint in _OTHERS:
-        if any(re.match(pattern, key) for key in keys):
+        if any(re.match(pattern, key) for key in telling):
             return f"it seems to be {what}" + (f": {hint}" if hint else ", which is not read here")
     names = {"unet": "a UNet", "vae": "an autoencoder", "text_encoder": "a text encoder"}
     found = find_parts(keys)

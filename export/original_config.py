@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdrt.errors import CheckpointError
 
-from .file_layout import OPTIONS, Found, seems_to_be
+from .file_layout import LATER_TEXT, OPTIONS, Found, seems_to_be
 
 Weights = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -96,9 +96,9 @@ def family_of(shapes: Shapes, found: Mapping[str, Found]) -> Family:
     unet, text = found.get("unet"), found.get("text_encoder")
     names = [name for name in shapes if unet and name.startswith(unet.prefix)]
     added = (".label_emb.0.0.weight", ".add_embedding.linear_1.weight")
-    if any(name.startswith("conditioner.") for name in shapes) or any(
-        f".{name}".endswith(added) for name in names
-    ):
+    # 2.x may be in the layout of XL: then that text encoder is all that it has there.
+    of_xl = [n for n in shapes if n.startswith("conditioner.") and not n.startswith(LATER_TEXT)]
+    if of_xl or any(f".{name}".endswith(added) for name in names):
         return xl
     if text and (text.layout == "open_clip" or text.prefix.startswith("cond_stage_model.")):
         return second if text.layout == "open_clip" else first

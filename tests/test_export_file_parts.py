@@ -224,8 +224,38 @@ def test_a_whole_model_may_be_in_the_layout_of_diffusers(family, models, tmp_pat
         assert found.config(part) == model.config(part)
         wanted = model.weights(part)
         assert all(torch.equal(t, wanted[n]) for n, t in found.weights(part).items())
-    pads = [c.pad_token(name) for c in (found, model) for name in ("tokenizer", "tokenizer_2")]
-    assert pads[:2] == pads[2:]
+    assert found.tokenizers() == model.tokenizers()
+
+
+def test_what_xl_has_left_of_a_clip_model_is_passed_over(models, tmp_path):
+    _, tensors, model = models["XL"]
+    shutil.copytree(model.folder / "tokenizer", tmp_path / "tokenizer")
+    left = {
+        f"conditioner.embedders.0.{name}": torch.eye(4)
+        for name in ("text_projection", "logit_scale")
+    }
+    save_file({**tensors, **left}, tmp_path / "model.safetensors")
+    found = find_checkpoint(str(tmp_path / "model.safetensors"))
+    assert found.config("text_encoder") == model.config("text_encoder")
+    assert "conditioner.embedders.0.text_projection" in found.passed_over()[0]
+
+
+def test_2x_may_be_in_the_layout_of_xl(models, tmp_path):
+    _, tensors, model = models["2.x"]
+    shutil.copytree(model.folder / "tokenizer", tmp_path / "tokenizer")
+    later = "conditioner.embedders.0.model."
+    moved = {k.replace("cond_stage_model.model.", later): t for k, t in tensors.items()}
+    save_file(moved, tmp_path / "whole.safetensors")
+    found = find_checkpoint(str(tmp_path / "whole.safetensors"))
+    assert found.parts == model.parts and found.scheduler_config() == model.scheduler_config()
+    for part in model.parts:
+        assert found.config(part) == model.config(part)
+        wanted = model.weights(part)
+        assert all(torch.equal(t, wanted[n]) for n, t in found.weights(part).items())
+    moved = {k: t for k, t in moved.items() if not k.startswith("first_stage_model.")}
+    save_file(moved, tmp_path / "lacking.safetensors")
+    with pytest.raises(CheckpointError, match=r"text_encoder \(conditioner.*with --vae FILE"):
+        find_checkpoint(str(tmp_path / "lacking.safetensors"))
 
 
 def of_more_channels(tensors):
