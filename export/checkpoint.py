@@ -25,6 +25,7 @@ from .prediction import (
     Prediction,
     chosen_prediction,
     prediction_of_scheduler,
+    scheduler_of_pipeline,
     scheduler_with,
 )
 from .quantized import weights_without_scales
@@ -177,7 +178,19 @@ class Checkpoint:
     def _stored_scheduler_config(self) -> dict[str, Any]:
         path = self.folder / "scheduler" / "scheduler_config.json"
         beside = self.part_folder("unet") / path.name  # where there is one part, at the root
-        return read_config(beside if beside.is_file() else path)
+        if beside.is_file():
+            return read_config(beside)
+        stored = read_config(path)
+        return scheduler_of_pipeline(stored) if self._corrects_scheduler else stored
+
+    @property
+    def _corrects_scheduler(self) -> bool:
+        """Whether diffusers' pipeline corrects its scheduler: that of 1.x and 2.x does, those of XL
+        and of latent consistency models do not.
+        """
+        path = self.folder / "model_index.json"
+        kind = str(read_json(path).get("_class_name")) if path.is_file() else ""
+        return len(self.text_encoders) == 1 and not kind.startswith("LatentConsistency")
 
     def tokenizers(self) -> dict[str, CheckpointTokenizer]:
         """Every text encoder's tokenizer; raises CheckpointError."""

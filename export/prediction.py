@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdrt.errors import CheckpointError, UsageError
-from sdrt.runtime.samplers.catalogue import SAMPLERS, ZERO_SNR
+from sdrt.runtime.samplers.catalogue import CLIP, SAMPLERS, ZERO_SNR
 
 KINDS = ("epsilon", "v_prediction", "sample")
 SPELLINGS = {
@@ -146,6 +146,17 @@ def chosen_prediction(found: Prediction, kind: str | None, zero_snr: bool) -> Pr
     if kind and kind != found.kind:
         reason += f", instead of {found}"
     return Prediction(chosen, zero_snr or (found.zero_snr and chosen != "epsilon"), reason)
+
+
+def scheduler_of_pipeline(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's configuration as `StableDiffusionPipeline` of diffusers corrects it when it is
+    loaded: timesteps are offset by one, and nothing is clipped.
+    """
+    sampler = SAMPLERS.get(str(scheduler.get("_class_name")))
+    corrected = {**scheduler, "steps_offset": 1}
+    if "clip_sample" in scheduler or (sampler and sampler.reads >= CLIP):
+        corrected["clip_sample"] = False
+    return corrected
 
 
 def scheduler_with(scheduler: Mapping[str, Any], prediction: Prediction) -> dict[str, Any]:

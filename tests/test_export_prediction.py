@@ -18,6 +18,7 @@ from sdrt.export.build import BuildPlan, _announce
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.modules import native_size
 from sdrt.runtime.samplers.catalogue import SAMPLERS
+from sdrt.runtime.samplers.table import sampler_table
 
 FAMILIES = ("1.x", "2.x", "2.x base", "XL")
 V_PRED, ZTSNR = {"v_pred": torch.empty(0)}, {"ztsnr": torch.empty(0)}
@@ -138,6 +139,31 @@ def test_a_unet_from_a_model_brings_what_its_scheduler_says(tensors, written):
     assert (
         find_checkpoint(str(base.folder), parts={"unet": str(alone)}).prediction.kind == "epsilon"
     )
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("family", ["1.x", "XL"])
+def test_a_scheduler_is_corrected_where_the_reference_corrects_it(family, name, tensors, written):
+    """Trainers save schedulers whose settings the pipelines of 1.x and 2.x overrule."""
+    diffusers = pytest.importorskip("diffusers")
+    model = find_checkpoint(str(written(tensors[family])))
+    scheduler = getattr(diffusers, name)(timestep_spacing="leading")
+    scheduler.save_pretrained(model.folder / "scheduler")
+    (model.folder / "notes.json").unlink()
+    found = find_checkpoint(str(model.folder)).scheduler_config()
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "feature_extractor"))
+    if family == "XL":
+        parts = dict.fromkeys(("vae", "unet", "text_encoder", "tokenizer"))
+        parts |= dict.fromkeys(("text_encoder_2", "tokenizer_2"))
+        reference = diffusers.StableDiffusionXLPipeline(**parts, scheduler=scheduler)
+    else:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+        reference = diffusers.StableDiffusionPipeline(**parts, scheduler=scheduler)
+    wanted = reference.scheduler
+    wanted.set_timesteps(5)
+    assert found.get("clip_sample") == wanted.config.get("clip_sample")
+    assert np.array_equal(sampler_table(found, 5).timesteps, wanted.timesteps.numpy())
 
 
 @pytest.mark.parametrize("family", ["1.x", "2.x", "XL"])
