@@ -23,6 +23,7 @@ from sdrt.folders import made_once
 from sdrt.tensors import Header, read_header
 
 from .file_layout import (
+    LATER_TEXT,
     OPTIONS,
     Found,
     described,
@@ -103,6 +104,12 @@ class SingleFile:
         """What its marks say, or else what models of the family mostly do."""
         if self.prediction:
             return self.prediction
+        text = self.found.get("text_encoder")
+        if self.sizes_follow and text and text.prefix == LATER_TEXT:
+            advice = "if images are noise, build with --prediction-type v_prediction"
+            return Prediction(
+                "epsilon", False, f"2.x in the layout of XL, as SD-Turbo is; {advice}"
+            )
         if self.sizes_follow:
             advice = "if images are noise, build with --prediction-type epsilon"
             return Prediction(
