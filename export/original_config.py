@@ -172,7 +172,7 @@ def addition_config(width: int, pooled: int | None) -> dict[str, Any]:
 
 def unet_config(weights: Weights) -> dict[str, Any]:
     """What the weights' names and shapes tell of a UNet."""
-    stages = range(_count(weights, r"down_blocks\.(\d+)\."))
+    stages = range(_stages(weights, r"down_blocks\.(\d+)\.", "down_blocks.0"))
     widths = [_shape(weights, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in stages]
     down = [_depths(weights, f"down_blocks.{i}.") for i in stages]
     up = [_depths(weights, f"up_blocks.{i}.") for i in stages]
@@ -212,7 +212,7 @@ def vae_config(weights: Weights) -> dict[str, Any]:
     if any(name.startswith("decoder.layers.") for name in weights):
         channels = _shape(weights, "decoder.layers.0.weight")[1]
         return {"_class_name": "AutoencoderTiny", "latent_channels": channels}
-    stages = range(_count(weights, r"encoder\.down_blocks\.(\d+)\."))
+    stages = range(_stages(weights, r"encoder\.down_blocks\.(\d+)\.", "encoder.down_blocks.0"))
     name = "encoder.down_blocks.{}.resnets.0.conv1.weight"
     return {
         "block_out_channels": [_shape(weights, name.format(i))[0] for i in stages],
@@ -247,11 +247,23 @@ def text_config(weights: Weights, open_clip: bool) -> dict[str, Any]:
 
 
 def _shape(weights: Weights, name: str) -> tuple[int, ...]:
+    """Raises CheckpointError for a weight that is not there, or is a vector."""
     if name not in weights:
         raise CheckpointError(
             f"the file lacks {name}, by its published name; it is not whole, or of an unknown make"
         )
+    if weights[name].ndim < 2:
+        raise CheckpointError(
+            f"{name}, by its published name, is of shape {list(weights[name].shape)}; expected a "
+            "matrix or a convolution: the file is of an unknown make"
+        )
     return tuple(weights[name].shape)
+
+
+def _stages(weights: Weights, pattern: str, first: str) -> int:
+    """How many stages there are; raises CheckpointError if there is none."""
+    _shape(weights, f"{first}.resnets.0.conv1.weight")
+    return _count(weights, pattern)
 
 
 def _count(weights: Weights, pattern: str) -> int:

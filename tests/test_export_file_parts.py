@@ -260,6 +260,25 @@ def test_2x_may_be_in_the_layout_of_xl(models, tmp_path):
         find_checkpoint(str(tmp_path / "lacking.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("part", "broken", "message"),
+    [
+        ("vae", lambda k, t: {} if k.startswith("encoder.") else {k: t}, "lacks encoder.down_bl"),
+        ("unet", lambda k, t: {} if k.startswith("input_bl") else {k: t}, "lacks down_blocks.0"),
+        ("unet", lambda k, t: {k: t.flatten() if "input_blocks.0.0" in k else t}, "expected a mat"),
+        ("text_encoder", lambda k, t: {k: t[0] if "token_emb" in k else t}, "expected a mat"),
+    ],
+)
+def test_a_part_that_is_not_whole_is_refused(part, broken, message, models, tmp_path):
+    _, tensors, model = models["1.x"]
+    prefix = PLACES.get(("1.x", part)) or PREFIXES[part]
+    own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    kept = {new: tensor for k, t in own.items() for new, tensor in broken(k, t).items()}
+    save_file(kept, tmp_path / "part.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        find_checkpoint(str(model.folder), parts={part: str(tmp_path / "part.safetensors")})
+
+
 def of_more_channels(tensors):
     """The file's autoencoder with latents of 16 channels, and no convolutions beside them."""
     own = {k: t for k, t in tensors.items() if k.startswith("first_stage_model.")}
