@@ -115,9 +115,11 @@ def rgb_image(image: Image.Image) -> Image.Image:
 
 
 def mask_array(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """A mask for latents, [1, 1, H, W] float32 of 0 (keep) and 1 (make new, where it is light).
+    """A mask for latents, [1, 1, H, W] float32 of 0 (keep) and 1 (make new, where it is light). One
+    of nothing but 0 and 1 is light where it is 1.
 
-    Raises UsageError when its size is not the picture's.
+    Raises UsageError when its size is not the picture's, and for an alpha channel that masks
+    something else.
     """
     upright, below = _decoded(mask), _upright(image)
     if upright.size != below.size:
@@ -125,8 +127,27 @@ def mask_array(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> 
             f"the mask is {upright.size[0]}x{upright.size[1]}, the picture "
             f"{below.size[0]}x{below.size[1]}; give a mask of the picture's size"
         )
-    light = np.asarray(upright.convert("L").resize(size, Image.Resampling.NEAREST), np.float32)
-    return (light >= 127.5).astype(np.float32)[None, None]
+    light = _light(upright)
+    threshold = 1 if light.getextrema()[1] == 1 else 128
+    values = np.asarray(light.resize(size, Image.Resampling.NEAREST))
+    return (values >= threshold).astype(np.float32)[None, None]
+
+
+def _light(mask: Image.Image) -> Image.Image:
+    """A mask in shades of grey, dark where it is transparent; raises UsageError where its alpha
+    masks something else, so that it is not clear which of the two is meant.
+    """
+    if "A" not in mask.getbands() and "transparency" not in mask.info:
+        return mask.convert("L")
+    alpha = mask.convert("RGBA").getchannel("A")
+    light = Image.composite(mask.convert("RGBA").convert("L"), Image.new("L", mask.size), alpha)
+    differs = (np.asarray(light) >= 128) != (np.asarray(alpha) >= 128)
+    if alpha.getextrema() != (255, 255) and differs.any():
+        raise UsageError(
+            "the mask's alpha channel and its brightness mask different areas; give a mask without "
+            "transparency that is white where the image is made new"
+        )
+    return light
 
 
 def depth_array(depth: Image.Image, size: tuple[int, int]) -> np.ndarray:

@@ -42,9 +42,11 @@ def base64_from_image(
 
 def mask_from_alpha(mask: Image.Image) -> Image.Image:
     """Light where a mask as OpenAI defines it is transparent; raises UsageError if nothing is."""
-    if "A" not in mask.getbands() and "transparency" not in mask.info:
-        raise UsageError("the mask has no transparency; make transparent what is to be made new")
-    alpha = mask.convert("RGBA").getchannel("A")
+    alpha = mask.convert("RGBA").getchannel("A")  # 255 where a file has none
+    if alpha.getextrema()[0] > 0:
+        raise UsageError(
+            "the mask has no transparency; make fully transparent what is to be made new"
+        )
     return alpha.point(lambda value: 255 if value == 0 else 0)
 
 

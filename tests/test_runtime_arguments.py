@@ -230,6 +230,27 @@ def test_masks_of_every_kind_are_the_same_mask(pipe, noisy):
     for mask in (light, light.astype(np.float32), light[:, :, None] * np.uint8(255), light[None]):
         found = pixels(pipe, image=noisy, mask_image=mask, num_inference_steps=2)
         assert np.array_equal(found, wanted)
+    ones = light.astype(np.uint8)  # nothing but 0 and 1
+    deep = Image.fromarray(light.astype(np.int32) * 255)  # 255 of 65535
+    for mask in (ones, ones.astype(np.int64), Image.fromarray(ones), deep):
+        found = pixels(pipe, image=noisy, mask_image=mask, num_inference_steps=2)
+        assert np.array_equal(found, wanted)
+
+
+def test_the_alpha_of_a_mask_is_not_passed_over(pipe, noisy):
+    light = np.zeros((64, 64), np.uint8)
+    light[8:40, 8:40] = 255
+    shape = Image.fromarray(light)
+    wanted = pixels(pipe, image=noisy, mask_image=shape, num_inference_steps=2)
+    painted = Image.merge("RGBA", [Image.new("L", (64, 64), 255)] * 3 + [shape])
+    found = pixels(pipe, image=noisy, mask_image=painted, num_inference_steps=2)
+    assert np.array_equal(found, wanted)
+    hole = noisy.convert("RGBA")  # as OpenAI's masks are: transparent where the image is made new
+    hole.putalpha(Image.fromarray(255 - light))
+    black = Image.merge("RGBA", [Image.new("L", (64, 64))] * 3 + [shape])
+    for mask in (hole, black):
+        with pytest.raises(UsageError, match="alpha"):
+            pipe(PROMPT, image=noisy, mask_image=mask, num_inference_steps=2)
 
 
 @pytest.mark.parametrize(

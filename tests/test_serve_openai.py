@@ -155,6 +155,9 @@ def test_a_mask_is_transparent_where_the_picture_is_made_new(api, pipe):
     made = np.asarray(picture(answer.data[0].b64_json), float)
     change = np.abs(made - np.asarray(start)).mean(axis=2)
     assert change[:20].mean() > 3 * change[32:].mean()
+    mask.putalpha(128)  # nowhere fully transparent
+    with pytest.raises(openai.BadRequestError, match="transparency"):
+        api.images.edit(image=_file(start), mask=_file(mask), prompt=PROMPT, extra_body=FAST)
 
 
 def _file(image):
