@@ -6,7 +6,7 @@ there, and never become part of a path; a link that leads out of the folder is n
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,6 +31,12 @@ def list_loras() -> dict[str, Path]:
     Source: the web UI lists sub-folders too (its extension `Lora`, `list_available_networks`).
     """
     return {name: path for name, path in _files() if path.suffix.lower() == SUFFIX}
+
+
+def outside_names(files: Sequence[Path]) -> list[str]:
+    """The names of those files that are not in the folder, so that they are not found by name."""
+    listed = set(list_loras().values()) if files else set()
+    return [file.stem for file in files if file not in listed]
 
 
 def find_named(name: str) -> Path:

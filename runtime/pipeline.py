@@ -26,6 +26,7 @@ from .embedded_guidance import check_guidance, guidance_width, one_row, with_gui
 from .leases import Leases, Loop
 from .loop import Edit, Guidance, Run, Step, denoised, plan_of
 from .lora import Adapters
+from .lora_names import outside_names
 from .lora_sets import refuse_negative_tags, refuse_tags
 from .lora_tags import LoraWeight
 from .options import (
@@ -507,6 +508,8 @@ class Pipeline:
                 prompt += self.adapters.text
             else:  # in the prompt it would be text
                 settings["Lora"] = self.adapters.text.strip()
+        if outside := outside_names([file for file, _ in self.adapters.chosen]):
+            settings["Lora files"] = ", ".join(outside)
         rng = {"cpu": "CPU", "cuda": "NV"}[options.rng]
         settings |= {"RNG": rng, "Version": f"sdrt {__version__}"}
         return parameters_text(prompt, request.negative_prompt, settings)

@@ -21,6 +21,7 @@ MOST_WEIGHT = 10.0
 MOST_PRODUCT = 100.0  # of brackets in brackets
 MOST_CHUNKS = 16
 PARTNER = {")": "(", "]": "["}
+AND = re.compile(r"\bAND\b")
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 NUMBER = re.compile(r":\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\Z")
 
@@ -119,6 +120,27 @@ def weighted_parts(prompt: str, literal: Sequence[range] = ()) -> Iterator[tuple
             if text:
                 yield text, weights[start]
             start = i
+
+
+def check_constant(prompt: str, joined: bool = True) -> None:
+    """Raise UsageError for what the AUTOMATIC1111 web UI reads as a prompt that changes during the
+    run, `[from:to:0.5]` and `[a|b]`, and as several prompts, `AND`: neither is supported.
+
+    joined: whether `AND` is read, as it is there in all but negative prompts
+    """
+    letters, special, _ = _unescaped(prompt, ())
+    for low, high in _pairs(letters, special):
+        inside = "".join(letters[low + 1 : high])
+        if letters[low] == "[" and ("|" in inside or NUMBER.search(inside)):
+            raise UsageError(
+                f"the prompt changes during the run at {f'[{inside}]'[:60]!r}, which is not "
+                "supported; leave it out, or write \\[ for a bracket"
+            )
+    if joined and AND.search(prompt):
+        raise UsageError(
+            "the prompt has AND, which joins several prompts and is not supported; write it in "
+            "lower case to have it read as text"
+        )
 
 
 def _products(factors: dict[int, float | None], count: int) -> Iterator[float]:

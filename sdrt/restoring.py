@@ -18,6 +18,7 @@ from .reading import shortened
 from .runtime.lora_tags import LoraTag, LoraWeight, parse_tags
 from .runtime.options import SIZES_IN_TEXT
 from .runtime.pictures import open_image, settings_from_text, text_of, unquoted
+from .runtime.prompt import check_constant
 
 log = logging.getLogger(__name__)
 OURS = "sdrt "  # how `Version` begins
@@ -99,6 +100,7 @@ NEEDED = {
     "Denoising strength": ("image", "--image, the image that it started from"),
     "Mask": ("mask", "--mask, its mask"),
     "Depth map": ("depth", "--depth, its depth map"),
+    "Lora files": ("lora", "--lora for each of its LoRAs, as not all are in the folder loras"),
 }
 LOST = {
     "Latents": "latents of its own",
@@ -147,11 +149,19 @@ def restored_from(path: Path) -> Restored:
                 f"{path} was made with {name!r} ({shortened(value)}), which is not supported here, "
                 "so that the image would be another one"
             )
+    if "Lora files" in settings and "Prompts" in settings:
+        raise UsageError(
+            f"{path} was made of several prompts with LoRA files outside the folder loras "
+            f"({shortened(settings['Lora files'])}), which its text does not hold; put them into "
+            "the folder and make it again"
+        )
     arguments = _read(path, settings, {**ARGUMENTS, **PROMPTS})
     loras = _take_tags(settings, arguments)
     if settings.get("Version", "").startswith(OURS):
         arguments["bundle"] = settings.get("Model")
     else:
+        check_constant(settings["Prompt"])
+        check_constant(settings["Negative prompt"], joined=False)
         arguments |= _of_other_tools(settings, arguments)
     needed = {name: words for key, (name, words) in NEEDED.items() if key in settings}
     return Restored(arguments, _read(path, settings, OPTIONS), loras, needed)
@@ -208,7 +218,7 @@ def _of_other_tools(settings: Mapping[str, str], arguments: Mapping[str, Any]) -
 def settle(args: argparse.Namespace, restored: Restored) -> argparse.Namespace:
     """The arguments as typed over those of an image; raises UsageError where one is missing."""
     for name, words in restored.needed.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) in (None, []):
             raise UsageError(f"{args.source}: its text does not hold everything; give {words}")
     args.options, args.loras = dict(restored.options), dict(restored.loras)
     if args.scheduler != restored.arguments.get("scheduler"):

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from sdrt import drawing
 from sdrt.bundle import home
@@ -294,6 +294,26 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, capsys, setting, me
     path = theirs(tmp_path / "a.png", f"{A1111}, {setting}, Version: v1.10.1")
     assert main(["run", "--from", str(path), "--output", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", ["a [cat:dog:0.5]", "a [cat|dog]", "a cat AND a dog"])
+def test_prompts_that_the_web_ui_reads_otherwise_are_refused(tmp_path, capsys, prompt):
+    path = theirs(tmp_path / "a.png", f"{A1111}, Version: v1.10.1", prompt)
+    assert main(["run", "--from", str(path), "--output", str(tmp_path)]) == 2
+    assert "not supported" in capsys.readouterr().err
+
+
+def test_lora_files_outside_their_folder_must_be_typed(pipe, tmp_path, lora, capsys):
+    inside = home() / "loras" / f"{lora}.safetensors"
+    tensors = {name: 2 * tensor for name, tensor in load_file(inside).items()}
+    outside = tmp_path / inside.name  # another file of the same name
+    save_file(tensors, outside)
+    pipe.set_lora({outside: 1.0})
+    path = saved(pipe, tmp_path / "a.png")
+    assert main(["run", "--from", str(path), "--output", str(tmp_path)]) == 2
+    assert "give --lora" in capsys.readouterr().err
+    pipe.set_lora({})
+    assert_again(path, "--lora", str(outside))
 
 
 def test_files_without_a_text_are_refused(tmp_path, capsys):
