@@ -4,8 +4,8 @@ Knows images; no requests and no model. `size`: (width, height) of what the mode
 light where the image is made new.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from sdrt.runtime.pictures import rgb_image
 
 LANCZOS = Image.Resampling.LANCZOS
 STRETCH, CROP, FILL = 0, 1, 2  # the original's resize modes
+MODES = ("Just resize", "Crop and resize", "Resize and fill")
 # Blurs of what is kept, the widest first, each laid over those before it so many times.
 LAYERS = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
 Size = tuple[int, int]
@@ -38,14 +39,28 @@ class Inpainting:
     padding: int
     filled: bool
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """As the original writes them into an image's text."""
+        area = {"Inpaint area": "Only masked", "Masked area padding": str(self.padding)}
+        return {
+            "Mask blur": "x".join(f"{each:g}" for each in dict.fromkeys(self.blur)),
+            "Mask mode": "Inpaint not masked" if self.invert else "Inpaint masked",
+            "Masked content": "fill" if self.filled else "original",
+            **(area if self.cropped else {"Inpaint area": "Whole picture"}),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """image, mask: for the model; finish: what becomes of each image that it makes"""
+    """image, mask: for the model; finish: what becomes of each image that it makes
+    settings: what the image's text says of all this, under the original's names
+    """
 
     image: Image.Image
     mask: Image.Image | None
     finish: Finish
+    settings: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -57,6 +72,17 @@ def given_from(
 ) -> Given:
     """An image and its mask for the model, and how its result is laid over the image."""
     whole = rgb_image(image)
+    given = _given_from(whole, mask, size, mode, how)
+    stretched = mode == STRETCH or whole.width * size[1] == whole.height * size[0]
+    settings = {} if stretched else {"Resize mode": MODES[mode]}
+    if given.mask is not None:
+        settings |= how.settings
+    return replace(given, settings=settings)
+
+
+def _given_from(
+    whole: Image.Image, mask: Image.Image | None, size: Size, mode: int, how: Inpainting
+) -> Given:
     light = None if mask is None else blurred(binary_mask(mask, how.invert), how.blur)
     box = light.getbbox() if light is not None and how.cropped else None
     if light is None or (how.cropped and box is None):

@@ -20,7 +20,7 @@ from sdrt.runtime.tickets import Cancelled, Picture, Ticket
 
 from .context import Call, StrictRoute, context_of
 from .images import base64_from_image, enlarged, image_from_base64
-from .inpainting import Finish, Given, Inpainting, given_from
+from .inpainting import Given, Inpainting, given_from
 from .models import Model
 from .problem import Problem, json_response
 from .requests import ImageToImage, PngInfo, TextToImage
@@ -51,7 +51,7 @@ async def img2img(request: Request, body: ImageToImage) -> Response:
     given = await context.off_loop(_given, body, _size(found, body))
     strength = 0.75 if body.denoising_strength is None else body.denoising_strength
     call = call_from(found, body, options, {**given.options, "strength": strength})
-    return await _answer(request, body, call, options, given.finish)
+    return await _answer(request, body, call, options, given)
 
 
 def _given(body: ImageToImage, size: tuple[int, int]) -> Given:
@@ -147,9 +147,9 @@ async def _answer(
     body: TextToImage,
     call: Call,
     options: Mapping[str, Any],
-    finish: Finish | None,
+    given: Given | None,
 ) -> Response:
-    """finish: what becomes of each image"""
+    """given: what the images start from"""
     context, jobs = context_of(request), _jobs(request).running
     job = Job(request.state.owner, call)
     watch = await context.submit(call, steps=True)
@@ -162,11 +162,14 @@ async def _answer(
         made = await _made(watch, job, request)
     finally:
         jobs.remove(job)
-    if finish is not None:
-        made = await context.off_loop(
-            lambda: [replace(one, image=finish(one.image)) for one in made]
-        )
+    if given is not None:
+        made = await context.off_loop(lambda: [_finished(one, given) for one in made])
     return await context.off_loop(_response, body, call, options, made)
+
+
+def _finished(made: Picture, given: Given) -> Picture:
+    text = made.parameters + "".join(f", {name}: {value}" for name, value in given.settings.items())
+    return replace(made, image=given.finish(made.image), parameters=text)
 
 
 async def _made(watch: Watch, job: Job, request: Request) -> list[Picture]:

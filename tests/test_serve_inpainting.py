@@ -103,6 +103,21 @@ def test_a_masked_region_is_made_at_the_whole_size_and_put_back():
     assert given.finish(Image.new("RGB", (64, 64))).size == image.size
 
 
+def test_what_is_done_with_an_image_is_in_its_text():
+    image, mask = noise(64, 32), boxed((64, 32), (16, 16, 48, 30))
+    plain = Inpainting((4, 4), False, True, 8, filled=True)
+    assert given_from(image, None, (64, 32), CROP, plain).settings == {}
+    cropped = given_from(image, None, (64, 64), CROP, plain)
+    assert cropped.settings == {"Resize mode": "Crop and resize"}
+    assert given_from(image, mask, (64, 64), STRETCH, plain).settings == {
+        "Mask blur": "4",
+        "Mask mode": "Inpaint masked",
+        "Masked content": "fill",
+        "Inpaint area": "Only masked",
+        "Masked area padding": "8",
+    }
+
+
 def test_a_dark_mask_masks_nothing_where_the_region_alone_is_made():
     image = noise(64, 64)
     how = Inpainting((4, 4), False, True, 0, filled=True)

@@ -10,6 +10,9 @@ import webuiapi
 from PIL import Image
 from serving import PROMPT, client
 
+from sdrt.cli import main
+from sdrt.runtime.pictures import save_png
+
 
 def encoded(image):
     buffer = BytesIO()
@@ -234,6 +237,15 @@ def test_what_clients_send_is_answered(http, body):
     info = json.loads(told["info"])
     assert decoded(told["images"][0]).info["parameters"] == info["infotexts"][0]
     assert info["all_seeds"][0] == info["seed"]
+
+
+def test_an_inpainted_images_text_says_how(http, tmp_path, capsys):
+    body = {**FROM_IMAGE, "mask": encoded(MASK)}
+    image = decoded(asked(http, "img2img", body).json()["images"][0])
+    assert "Mask blur: 4" in image.info["parameters"]
+    save_png(image, tmp_path / "a.png", image.info["parameters"])
+    assert main(["run", "--from", str(tmp_path / "a.png")]) == 2
+    assert "Mask blur" in capsys.readouterr().err  # the command line does not use masks so
 
 
 def test_a_library_of_the_original_goes_round(server):
