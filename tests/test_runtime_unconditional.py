@@ -110,7 +110,7 @@ def test_the_command_draws_without_a_prompt(bundle, shapes, tmp_path, capsys):
     assert main([arguments[0], "a cat", *arguments[1:]]) == 2
     assert "takes no prompt" in capsys.readouterr().err
     assert main(["run", "--bundle", str(shapes), "--steps", "1"]) == 2
-    assert "no prompt; give one" in capsys.readouterr().err
+    assert "no prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["negative_prompt", "image", "clip_skip"])
