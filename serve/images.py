@@ -43,7 +43,7 @@ def base64_from_image(
 def mask_from_alpha(mask: Image.Image) -> Image.Image:
     """Light where a mask as OpenAI defines it is transparent; raises UsageError if nothing is."""
     alpha = mask.convert("RGBA").getchannel("A")  # 255 where a file has none
-    if alpha.getextrema()[0] > 0:
+    if not alpha.histogram()[0]:
         raise UsageError(
             "the mask has no transparency; make fully transparent what is to be made new"
         )
