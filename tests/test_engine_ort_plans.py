@@ -43,12 +43,17 @@ def made(bundle, name="unet"):
     return ort_plans.optimised(bundle, name, session_options())
 
 
-def test_the_optimised_graph_gives_the_same_picture(kept, pipe, tmp_path):
+def test_the_optimised_graph_gives_the_same_picture(kept, pipe, tmp_path, monkeypatch):
     wanted = np.asarray(pipe("a red circle", **PICTURE).images[0])
     first, second = picture(kept), picture(kept)
-    assert np.array_equal(first, wanted) and np.array_equal(second, wanted)
+    assert np.array_equal(first, second)
+    # Fused attention adds in another order: on some processors a value rounds to its neighbor.
+    assert np.abs(first.astype(int) - wanted).max() <= 1
     graphs = sorted(path.parent.name.split("-")[0] for path in tmp_path.rglob("model.onnx"))
     assert graphs == ["text_encoder", "unet", "vae_decoder"]
+    monkeypatch.setattr(ort_plans, "find_spec", lambda name: None)  # so that nothing is fused
+    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "unfused"))
+    assert np.array_equal(picture(kept), wanted)
 
 
 def test_it_is_made_once_and_is_what_is_loaded(kept):
@@ -60,12 +65,13 @@ def test_it_is_made_once_and_is_what_is_loaded(kept):
     assert str(graph.with_name("model.data")) in mapped
 
 
-def test_a_damaged_one_is_made_again(kept, pipe, caplog):
+def test_a_damaged_one_is_made_again(kept, caplog):
+    wanted = picture(kept)
     data = made(kept).with_name("model.data")
     whole = data.read_bytes()
     data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 0xFF]))
     with caplog.at_level(logging.WARNING, "sdrt"):
-        assert np.array_equal(picture(kept), np.asarray(pipe("a red circle", **PICTURE).images[0]))
+        assert np.array_equal(picture(kept), wanted)
     assert "damaged" in caplog.text and data.read_bytes() == whole
 
 
