@@ -5,11 +5,36 @@ Knows Linux's /proc and madvise and the C library's heap; anywhere else it does 
 
 import ctypes
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 DONT_NEED = 4  # MADV_DONTNEED
+
+
+class Users:
+    """Who uses mapped files of this process now. What is dropped must not be unmapped meanwhile:
+    whatever the system puts in its place would lose its bytes.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._lock = 0, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+
+    def let_go(self, path: Path) -> bool:
+        """As `let_go`, if nobody uses any now; whether it was done."""
+        with self._lock:
+            if not self._count:
+                let_go(path)
+            return not self._count
 
 
 def let_go(path: Path) -> None:

@@ -13,10 +13,11 @@ from sdrt.errors import BackendError
 from sdrt.manifest import Component
 
 from . import openvino_plans
-from .mapped import let_go, trim
+from .mapped import Users, trim
 from .protocol import Feeds, checked_feeds
 
 log = logging.getLogger(__name__)
+USERS = Users()
 LARGE = 512 * 512 * 3 * 4  # bytes of a picture whose activations are given back
 
 
@@ -65,10 +66,11 @@ class OpenVinoEngine:
         self._open({})
 
     def _open(self, weights: Feeds) -> None:
-        kept = None if weights else self._imported()
-        self._requests: Requests | None = Requests(kept or self._compile(weights))
+        with USERS:
+            kept = None if weights else self._imported()
+            self._requests: Requests | None = Requests(kept or self._compile(weights))
         self._packed.clear()
-        let_go(self._mapped)
+        USERS.let_go(self._mapped)
 
     def _imported(self) -> ov.CompiledModel | None:
         if self._kept is None:
@@ -101,17 +103,21 @@ class OpenVinoEngine:
         self._refitted = bool(weights)
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        ready = checked_feeds(self.name, self.inputs, feeds)
+        with USERS:
+            made = self._infer(ready)
+        shapes = tuple(array.shape for array in ready.values())
+        if shapes not in self._packed and USERS.let_go(self._mapped):
+            self._packed.add(shapes)
+        return made
+
+    def _infer(self, ready: Feeds) -> dict[str, np.ndarray]:
         if (requests := self._requests) is None:
             raise BackendError(f"{self.name} is closed")
-        ready = checked_feeds(self.name, self.inputs, feeds)
         try:
             made = requests.infer(ready, [spec.name for spec in self.outputs])
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed in {self.name}: {error}") from error
-        shapes = tuple(array.shape for array in ready.values())
-        if shapes not in self._packed:
-            self._packed.add(shapes)
-            let_go(self._mapped)
         most = max(array.nbytes for array in (*ready.values(), *made.values()))
         if self.name.startswith("vae") and most >= LARGE:
             # Once a picture: its activations dwarf all else, and are made again in a moment.
@@ -120,4 +126,5 @@ class OpenVinoEngine:
         return made
 
     def close(self) -> None:
-        self._requests = None
+        with USERS:
+            self._requests = None

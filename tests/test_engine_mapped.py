@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sdrt
-from sdrt.engine.mapped import let_go, trim
+from sdrt.engine.mapped import Users, let_go, trim
 
 SIZE = 32 << 20
 
@@ -77,3 +77,13 @@ def test_a_decoder_that_gives_back_draws_the_same(shapes, monkeypatch):
         wanted = draw().images[0].tobytes()
         monkeypatch.setattr(openvino_cpu, "LARGE", 1)
         assert [draw().images[0].tobytes() for _ in range(3)] == [wanted] * 3
+
+
+def test_nothing_is_let_go_while_somebody_uses_a_file(tmp_path, monkeypatch):
+    dropped, users = [], Users()
+    monkeypatch.setattr("sdrt.engine.mapped.let_go", dropped.append)
+    with users:
+        with users:
+            assert not users.let_go(tmp_path)
+        assert not users.let_go(tmp_path)
+    assert users.let_go(tmp_path) and dropped == [tmp_path]

@@ -80,9 +80,7 @@ def in_threads(count, work):
         return work(i)
 
     with ThreadPoolExecutor(count) as pool:
-        return [
-            each.result(timeout=SECONDS) for each in [pool.submit(begun, i) for i in range(count)]
-        ]
+        return list(pool.map(begun, range(count)))
 
 
 def alone_of(pipe, lora):
