@@ -39,6 +39,13 @@ def home(tmp_path_factory):
     patch.undo()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loras(home):
+    """No test file finds the LoRA files of another by name."""
+    yield
+    shutil.rmtree(home / "loras", ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
 def handlers():
     """The command line logs to the stream of its test, which ends with it; its handler must too."""
