@@ -1,11 +1,14 @@
 """The bundle that the wheel carries is the checkpoint's: run by `make wheel` once it is made."""
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from sdrt.bundle import embedded as shipped_folder
 from sdrt.bundle import open_bundle
+from sdrt.runtime.proving import ANSWERS
 
 pytestmark = pytest.mark.release
 PARTS = {
@@ -43,4 +46,22 @@ def test_weights_are_the_checkpoints(shipped, embedded, part):
 def test_it_is_what_a_build_makes_today(shipped, shapes):
     built = open_bundle(shapes)
     for name, record in built.manifest.files.items():
-        assert shipped.manifest.files[name].sha256 == record.sha256, name
+        if name != ANSWERS:
+            assert shipped.manifest.files[name].sha256 == record.sha256, name
+    # On a busy machine the last digit of a few of torch's own answers has been seen to differ.
+    wanted, found = (
+        numbers(json.loads((b.folder / ANSWERS).read_text())) for b in (built, shipped)
+    )
+    assert wanted.keys() == found.keys()
+    assert np.allclose([*wanted.values()], [*found.values()], rtol=1e-4, atol=1e-5)
+
+
+def numbers(value, place=()):
+    """The numbers in parsed JSON by where they are; text is its own place."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {place: value} if isinstance(value, int | float) else {(*place, value): 0}
+    return {k: v for key, each in items for k, v in numbers(each, (*place, key)).items()}
