@@ -19,6 +19,7 @@ from .runtime.lora_tags import LoraTag, LoraWeight, parse_tags
 from .runtime.options import SIZES_IN_TEXT
 from .runtime.pictures import open_image, settings_from_text, text_of, unquoted
 from .runtime.prompt import check_constant
+from .runtime.samplers.catalogue import AUTOMATIC_SCHEDULES
 
 log = logging.getLogger(__name__)
 OURS = "sdrt "  # how `Version` begins
@@ -121,11 +122,6 @@ READ_APART |= {"Schedule type"}
 # Of other tools: what says where an image came from but does not shape it, or is the bundle's.
 NEUTRAL = {"Model hash", "VAE", "VAE hash", "Hashes", "Lora hashes", "Batch size", "Batch pos"}
 NEUTRAL |= {"User", "Time taken"}
-# The web UI's own schedule of its samplers, where it is not the plain one.
-AUTOMATIC = {
-    **dict.fromkeys(("DPM2", "DPM2 a", "DPM++ 2M", "DPM++ 2S a", "DPM++ SDE"), "Karras"),
-    **dict.fromkeys(("DPM++ 2M SDE", "DPM++ 3M SDE"), "Exponential"),
-}
 
 
 def restored_from(path: Path) -> Restored:
@@ -210,7 +206,7 @@ def _of_other_tools(settings: Mapping[str, str], arguments: Mapping[str, Any]) -
     sampler = str(arguments.get("scheduler", ""))
     schedule = settings.get("Schedule type", "")
     if schedule == "Automatic":
-        schedule = AUTOMATIC.get(sampler, "")
+        schedule = AUTOMATIC_SCHEDULES.get(sampler, "")
     changed = {"rng": arguments.get("rng", "cuda")}
     return changed | ({"scheduler": f"{sampler} {schedule}".strip()} if sampler else {})
 

@@ -7,6 +7,7 @@ from typing import Any
 from sdrt.errors import UsageError
 from sdrt.runtime import Pipeline
 from sdrt.runtime.samplers.catalogue import (
+    AUTOMATIC_SCHEDULES,
     LEVELS,
     SAMPLERS,
     SCHEDULES,
@@ -21,17 +22,6 @@ from .problem import Problem
 
 log = logging.getLogger("sdrt.serve")
 
-# What the original's samplers do where its schedule is left to them; the others have no own one.
-AUTOMATIC = {
-    "DPM++ 2M": "Karras",
-    "DPM++ SDE": "Karras",
-    "DPM++ 2M SDE": "Exponential",
-    "DPM++ 2M SDE Heun": "Exponential",
-    "DPM++ 2S a": "Karras",
-    "DPM++ 3M SDE": "Exponential",
-    "DPM2": "Karras",
-    "DPM2 a": "Karras",
-}
 # Samplers that have no use for a schedule there.
 TIMED = {"DDIM", "DDPM", "PNDM", "PLMS", "UniPC", "LCM", "TCD"}
 FALLBACK = "Euler"  # its default, for a schedule without a sampler
@@ -73,7 +63,7 @@ def configuration(
         config = config_from_name(sampler.strip(), own)
     elif sampler and sampler.strip():
         title, joined = _pair(sampler)
-        label = joined or _usable(title, label) or AUTOMATIC.get(title, "")
+        label = joined or _usable(title, label) or AUTOMATIC_SCHEDULES.get(title, "")
         config = config_from_name(f"{title} {label}".strip(), own, xl=xl)
     elif label:
         title, _ = pair_from_name(title_of(own))
@@ -151,7 +141,11 @@ def listed_samplers() -> list[dict[str, Any]]:
     listed = []
     for title, (kind, _) in titles().items():
         aliases = [f"k_{alias}" for alias, of in ALIASES.items() if of == title] or [kind]
-        options = {"scheduler": AUTOMATIC[title].lower()} if title in AUTOMATIC else {}
+        options = (
+            {"scheduler": AUTOMATIC_SCHEDULES[title].lower()}
+            if title in AUTOMATIC_SCHEDULES
+            else {}
+        )
         listed.append({"name": title, "aliases": aliases, "options": options})
         for law in LEVELS:
             if takes_schedule(title, law):

@@ -177,6 +177,18 @@ SAMPLERS: dict[str, Sampler] = {
     ),
 }
 
+# The schedule that A1111's samplers have where it is left to them; the others take the plain one.
+AUTOMATIC_SCHEDULES = {
+    "DPM++ 2M": "Karras",
+    "DPM++ SDE": "Karras",
+    "DPM++ 2M SDE": "Exponential",
+    "DPM++ 2M SDE Heun": "Exponential",
+    "DPM++ 2S a": "Karras",
+    "DPM++ 3M SDE": "Exponential",
+    "DPM2": "Karras",
+    "DPM2 a": "Karras",
+}
+
 
 def sampler_name(config: Mapping[str, Any]) -> str:
     """The class name a configuration asks for; raises UsageError with the nearest ones."""
