@@ -20,7 +20,7 @@ from pathlib import Path
 from published import made_checkpoint
 from results import save
 
-from sdrt.usage import forget_peak, peak_bytes
+from sdrt.process_stats import forget_peak, peak_bytes
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from typing import Any
 from published import TEXT, XL_TEXT_2, XL_UNET
 from results import save
 
-from sdrt.usage import peak_bytes
+from sdrt.process_stats import peak_bytes
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 CLOSE = 0.999  # least cosine between ONNX Runtime's answer and torch's, in half precision

@@ -25,9 +25,9 @@ from results import save
 
 from sdrt.bundle import Bundle, open_bundle
 from sdrt.engine import choose
+from sdrt.process_stats import forget_peak, peak_bytes, resident_bytes
 from sdrt.runtime import randn
 from sdrt.runtime.decoding import Tiling, decoded_picture, spans_of
-from sdrt.usage import forget_peak, peak_bytes, resident_bytes
 
 LEVELS = (1, 3, 4, 6, 9)  # of PNG's compression
 
@@ -36,10 +36,10 @@ def with_tiny(bundle: Bundle, folder: Path) -> Bundle:
     """The bundle with TAESD's decoder, of random weights, in place of its own."""
     import torch
 
+    from sdrt.bundle.manifest import Component
     from sdrt.export.graph import export_graph
     from sdrt.export.proof import LATENT_AXES
     from sdrt.export.tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder
-    from sdrt.manifest import Component
 
     torch.manual_seed(0)
     module = TinyVaeDecoder(AutoencoderTiny(TinyVaeConfig())).eval().requires_grad_(False)

@@ -17,8 +17,9 @@ from safetensors.numpy import save_file
 
 import sdrt
 import sdrt.runtime
-from sdrt.bundle import TRANSPOSED, open_bundle
-from sdrt.tensors import Tensors
+from sdrt.bundle import open_bundle
+from sdrt.bundle.bundle import TRANSPOSED
+from sdrt.bundle.safetensors import Tensors
 
 RANK = 16
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "q_proj", "k_proj", "v_proj")

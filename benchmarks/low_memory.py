@@ -19,7 +19,7 @@ from results import save
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.engine.budget import budget_of
-from sdrt.usage import peak_bytes
+from sdrt.process_stats import peak_bytes
 
 
 def work(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from results import save
 from sdrt.bench.command import Worker, chosen, contestants, loaded
 from sdrt.bench.report import Contestant, Run
 from sdrt.bundle import Bundle, open_bundle
-from sdrt.usage import memory
+from sdrt.process_stats import memory
 
 
 def held(each: Contestant, bundle: Bundle, run: Run, count: int) -> list[dict[str, int]]:

@@ -30,7 +30,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from results import save
 
-from sdrt.usage import resident_bytes
+from sdrt.process_stats import resident_bytes
 
 SAMPLERS = ("Euler", "DPM++ 2M Karras", "UniPC", "Euler a")
 KINDS = ("plain", "stream", "cut", "wrong", "hopeless")

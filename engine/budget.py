@@ -8,9 +8,9 @@ import logging
 from dataclasses import dataclass
 
 from sdrt.bundle import Bundle
+from sdrt.bundle.manifest import Manifest
 from sdrt.errors import BackendError
-from sdrt.manifest import Manifest
-from sdrt.usage import NO_BOUND, available_bytes
+from sdrt.process_stats import NO_BOUND, available_bytes
 
 from .gpus import Gpu, free_memory
 

@@ -15,19 +15,12 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from sdrt.bundle import (
-    WEIGHTS,
-    Bundle,
-    check_files,
-    describe_files,
-    graph_name,
-    home,
-    remember,
-)
+from sdrt.bundle import Bundle
+from sdrt.bundle.bundle import WEIGHTS, check_files, describe_files, graph_name, home, remember
+from sdrt.bundle.manifest import FileRecord
 from sdrt.errors import SdrtError
 from sdrt.folders import made_once
-from sdrt.manifest import FileRecord
-from sdrt.reading import read_json
+from sdrt.json_validation import read_json
 
 from .processor import processor
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from sdrt.bundle import WEIGHTS
+from sdrt.bundle.bundle import WEIGHTS
+from sdrt.bundle.manifest import Component
 from sdrt.errors import BackendError
-from sdrt.manifest import Component
 
 from . import openvino_plans
 from .mapped import Users, trim

@@ -15,7 +15,8 @@ import openvino as ov
 from openvino import opset13 as operations
 from openvino.preprocess import PrePostProcessor
 
-from sdrt.bundle import TRANSPOSED, Bundle
+from sdrt.bundle import Bundle
+from sdrt.bundle.bundle import TRANSPOSED
 from sdrt.errors import BackendError
 
 from .kept import kept

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from sdrt.bundle.manifest import Component
 from sdrt.errors import BackendError
-from sdrt.manifest import Component
 
 from .once import once
 from .ort_plans import FUSED

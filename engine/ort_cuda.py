@@ -16,8 +16,8 @@ import numpy as np
 import onnxruntime as ort
 
 from sdrt.bundle import Bundle
+from sdrt.bundle.manifest import Component
 from sdrt.errors import BackendError, ParityError, UsageError
-from sdrt.manifest import Component
 
 from .comparing import prove
 from .gpus import ONE_AT_A_TIME, Gpu

@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sdrt.bundle import Bundle, home, sha256_of
+from sdrt.atomic_files import identity, locked, whole, write_whole
+from sdrt.bundle import Bundle
+from sdrt.bundle.bundle import home, sha256_of
+from sdrt.bundle.manifest import Manifest, TensorSpec
 from sdrt.errors import BackendError, BundleError
-from sdrt.files import identity, locked, whole, write_whole
-from sdrt.manifest import Manifest, TensorSpec
-from sdrt.reading import json_object, read_bytes, shortened
+from sdrt.json_validation import json_object, read_bytes, shortened
 
 from .trust import VARIABLE, is_ours, mark_of, named
 

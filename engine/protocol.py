@@ -13,8 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
+from sdrt.bundle.manifest import Component, TensorSpec
 from sdrt.errors import BackendError, UsageError
-from sdrt.manifest import Component, TensorSpec
 
 Feeds = Mapping[str, np.ndarray]
 PATIENCE = 5.0  # seconds that a caller waits for others of the engine that is loaded

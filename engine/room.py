@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.bundle import Bundle
+from sdrt.bundle.manifest import Manifest
+from sdrt.bundle.onnx_check import graph_values
 from sdrt.errors import UsageError
-from sdrt.graphs import graph_values
-from sdrt.manifest import Manifest
-from sdrt.usage import resident_bytes
+from sdrt.process_stats import resident_bytes
 
 from .budget import free_bytes, scratch_of
 from .gpus import Gpu

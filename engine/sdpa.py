@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
+from sdrt.bundle.manifest import Component
 from sdrt.errors import BackendError
-from sdrt.manifest import Component
 
 from .gpus import ONE_AT_A_TIME
 from .once import once

@@ -20,10 +20,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sdrt.bundle import home
+from sdrt.atomic_files import write_whole
+from sdrt.bundle.bundle import home
 from sdrt.errors import BackendError
-from sdrt.files import write_whole
-from sdrt.usage import forget_peak, peak_bytes
+from sdrt.process_stats import forget_peak, peak_bytes
 
 from .plans import PlanKey
 from .trt_plans import INSTALL, MODULES, RTX

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdrt.bundle.manifest import Component
 from sdrt.errors import BackendError
-from sdrt.manifest import Component
 
 from .cuda import Device, Graph, Mirrored, reset_device
 from .gpus import ONE_AT_A_TIME

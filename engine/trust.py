@@ -14,10 +14,10 @@ import re
 import secrets
 from pathlib import Path
 
-from sdrt.bundle import home
+from sdrt.atomic_files import write_whole
+from sdrt.bundle.bundle import home
 from sdrt.errors import UsageError
-from sdrt.files import write_whole
-from sdrt.reading import read_bytes
+from sdrt.json_validation import read_bytes
 
 VARIABLE = "SDRT_TRUST_PLANS"
 KEY_BYTES = MARK_BYTES = 32

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdrt.bundle import Bundle, bundles_folder, describe_files
+from sdrt.bundle import Bundle
+from sdrt.bundle.bundle import bundles_folder, describe_files
+from sdrt.bundle.manifest import MANIFEST, Component, Manifest, json_from_manifest
 from sdrt.engine import Candidate, Machine, choose
 from sdrt.errors import SdrtError, UsageError
 from sdrt.folders import published
-from sdrt.manifest import MANIFEST, Component, Manifest, json_from_manifest
 from sdrt.runtime.proving import ANSWERS, json_from_answers
 
 from .checkpoint import TOKENIZERS, Checkpoint, find_checkpoint

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdrt.bundle.safetensors import read_header
 from sdrt.errors import CheckpointError
 from sdrt.runtime.lora import Lora, check_parts, deltas, parse_lora, read_lora
-from sdrt.tensors import read_header
 
 from .file_layout import OPTIONS
 from .hub import HUB_ID, PARTS, fetched

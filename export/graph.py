@@ -18,8 +18,8 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
-from sdrt.bundle import FLOAT32_GRAPH, SHALLOW_GRAPH, TRANSPOSED
-from sdrt.manifest import FEATURE, Component, TensorSpec
+from sdrt.bundle.bundle import FLOAT32_GRAPH, SHALLOW_GRAPH, TRANSPOSED
+from sdrt.bundle.manifest import FEATURE, Component, TensorSpec
 
 from .safetensors_file import Entry, write_safetensors
 

@@ -15,10 +15,10 @@ import numpy as np
 import onnx
 
 from sdrt.bundle import Bundle
+from sdrt.bundle.manifest import Manifest, TensorSpec
 from sdrt.engine import Candidate, budget
 from sdrt.engine.room import evaluated, lengths_of
 from sdrt.errors import BackendError
-from sdrt.manifest import Manifest, TensorSpec
 
 log = logging.getLogger("sdrt.build")
 

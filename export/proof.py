@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdrt.bundle import FLOAT32_GRAPH, Bundle, graph_name
+from sdrt.bundle import Bundle
+from sdrt.bundle.bundle import FLOAT32_GRAPH, graph_name
+from sdrt.bundle.manifest import FEATURE, SHALLOW, Component, Manifest
 from sdrt.engine import Candidate, Feeds, candidates, parity
 from sdrt.errors import ParityError
-from sdrt.manifest import FEATURE, SHALLOW, Component, Manifest
 from sdrt.runtime import Options, load_pipeline, randn, sampler_table
 from sdrt.runtime.conditioning import Told, time_ids_of
 from sdrt.runtime.embedded_guidance import GUIDANCE, guidance_embedding

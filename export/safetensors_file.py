@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdrt.bundle import NAMES
+from sdrt.bundle.bundle import NAMES
 
 ALIGNMENT = 256
 

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdrt.bundle import home
+from sdrt.bundle.bundle import home
+from sdrt.bundle.safetensors import Header, read_header
 from sdrt.errors import CheckpointError
 from sdrt.folders import made_once
-from sdrt.tensors import Header, read_header
 
 from .file_layout import (
     LATER_TEXT,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdrt.errors import CheckpointError
-from sdrt.reading import shortened
+from sdrt.json_validation import shortened
 
 from .checkpoint import Checkpoint
 from .tokenizer import CheckpointTokenizer

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.errors import CheckpointError
-from sdrt.reading import shortened
+from sdrt.json_validation import shortened
 from sdrt.runtime.added_tokens import AddedToken
 from sdrt.runtime.tokenizer import END, MOST_TOKENS, ROLES, START
 

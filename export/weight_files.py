@@ -11,9 +11,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sdrt import reading
+from sdrt import json_validation
+from sdrt.bundle.safetensors import read_header
 from sdrt.errors import CheckpointError
-from sdrt.tensors import read_header
 
 STEMS = ("model", "diffusion_pytorch_model")
 VARIANTS = ("", ".fp16")
@@ -98,9 +98,9 @@ def open_safetensors(path: Path) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint's file; raises CheckpointError with the file's name."""
-    return reading.read_json(path, CheckpointError)
+    return json_validation.read_json(path, CheckpointError)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The same of a configuration, whose values are bounded."""
-    return reading.read_config(path, CheckpointError)
+    return json_validation.read_config(path, CheckpointError)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sdrt.errors import UsageError
-from sdrt.reading import mapping, record, text, truth
+from sdrt.json_validation import mapping, record, text, truth
 
 MAX_ADDED, MAX_CONTENT, MAX_EXPANDED = 10_000, 256, 100_000
 SPACES = re.compile(r"[^\S\x1c-\x1f]+")

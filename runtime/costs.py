@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdrt.atomic_files import write_whole
+from sdrt.bundle.manifest import TensorSpec
 from sdrt.engine import Engine, Feeds
 from sdrt.engine.gpus import this_machine
-from sdrt.files import write_whole
-from sdrt.manifest import TensorSpec
-from sdrt.reading import json_object, number, read_bytes, whole
-from sdrt.usage import available_bytes, forget_peak, peak_bytes, resident_bytes
+from sdrt.json_validation import json_object, number, read_bytes, whole
+from sdrt.process_stats import available_bytes, forget_peak, peak_bytes, resident_bytes
 
 from .turns import Rates
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from sdrt.bundle.manifest import Manifest
 from sdrt.errors import UsageError
-from sdrt.manifest import Manifest
 
 from .conditioning import Told
 from .options import Options

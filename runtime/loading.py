@@ -8,15 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdrt.bundle import WEIGHTS, Bundle
+from sdrt.bundle import Bundle
+from sdrt.bundle.bundle import WEIGHTS
+from sdrt.bundle.manifest import SHALLOW
+from sdrt.bundle.safetensors import read_header
 from sdrt.engine import Candidate, Engine, LazyEngine, Turn
 from sdrt.engine.room import Room
 from sdrt.errors import BundleError
-from sdrt.manifest import SHALLOW
+from sdrt.json_validation import read_config
+from sdrt.process_stats import resident_bytes
 from sdrt.progress import reported
-from sdrt.reading import read_config
-from sdrt.tensors import read_header
-from sdrt.usage import resident_bytes
 
 from .lora import Adapters
 from .opening import opened_apart

@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from sdrt.bundle.manifest import FEATURE, SHALLOW
 from sdrt.engine import Engine, Feeds, NumpyHistory
-from sdrt.manifest import FEATURE, SHALLOW
 
 from .samplers.table import SamplerTable, guided_matrix
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from sdrt.bundle import NAMES, TRANSPOSED, Bundle
+from sdrt.bundle import Bundle
+from sdrt.bundle.bundle import NAMES, TRANSPOSED
+from sdrt.bundle.manifest import SHALLOW
+from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import Engine
 from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
-from sdrt.manifest import SHALLOW
-from sdrt.reading import read_json
-from sdrt.tensors import Tensors
+from sdrt.json_validation import read_json
 
 from .lora_deltas import Change
 from .lora_layouts import BIAS, PARTS, Place, changes_from_tensors, counted, flat, is_unread

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.errors import CheckpointError
-from sdrt.reading import shortened
+from sdrt.json_validation import shortened
 
 from .lora_deltas import Change
 from .lora_settings import add_settings

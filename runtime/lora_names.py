@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from sdrt.bundle import home
+from sdrt.bundle.bundle import home
+from sdrt.bundle.safetensors import Tensors
 from sdrt.errors import SdrtError, UsageError
-from sdrt.tensors import Tensors
 
 SUFFIX = ".safetensors"
 PICKLES = (".pt", ".ckpt", ".bin", ".pth", ".pkl")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.errors import CheckpointError
-from sdrt.reading import Reader, json_object, mapping, number, shortened, text, truth
+from sdrt.json_validation import Reader, json_object, mapping, number, shortened, text, truth
 
 from .lora_deltas import MAX_ALPHA, Change
 from .patterns import Patterns

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from sdrt.engine import Engine
-from sdrt.leaving import start_workers
+from sdrt.process_exit import start_workers
 from sdrt.progress import reported
 
 Open = Callable[[], Engine]

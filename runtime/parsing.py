@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdrt.bundle import parse_size
 from sdrt.errors import UsageError
-from sdrt.reading import bounded, shortened
+from sdrt.json_validation import bounded, shortened
 
 from .lora_tags import MAX_WEIGHT, LoraWeight
 from .pictures import open_image

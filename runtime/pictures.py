@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from sdrt.atomic_files import write_new, write_whole
 from sdrt.errors import UsageError
-from sdrt.files import write_new, write_whole
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MOST_SIDE = 8192

@@ -15,10 +15,10 @@ import numpy as np
 from PIL.Image import Image, fromarray
 
 from sdrt.bundle import parse_size
+from sdrt.bundle.manifest import Manifest
 from sdrt.engine import Drawn, Engine
 from sdrt.engine.room import Room
 from sdrt.errors import SdrtError, UsageError
-from sdrt.manifest import Manifest
 
 from .conditioning import Known, TextEncoder, Told, parts_of_like_length, texts_of, told_of
 from .decoding import Tiling, decoded_picture, encoded_picture

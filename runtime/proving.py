@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from sdrt.bundle import Bundle
+from sdrt.bundle.manifest import COMPONENTS, Manifest
 from sdrt.engine import Feeds
 from sdrt.errors import BundleError
-from sdrt.manifest import COMPONENTS, Manifest
-from sdrt.reading import Reader, mapping, number, one_of, record, row, text
+from sdrt.json_validation import Reader, mapping, number, one_of, record, row, text
 
 from .conditioning import time_ids_of
 from .loop import Guidance, Run, denoised, plan_of

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from sdrt.bundle.manifest import SHALLOW, Manifest
 from sdrt.errors import UsageError
-from sdrt.manifest import SHALLOW, Manifest
 
 from .samplers.table import SamplerTable
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sdrt.errors import BundleError, UsageError
-from sdrt.reading import MOST_JSON, read_bytes, read_json, shortened
+from sdrt.json_validation import MOST_JSON, read_bytes, read_json, shortened
 
 from .added_tokens import AddedToken, AddedTokens, added_tokens_from_json
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from sdrt.bundle.manifest import Manifest
 from sdrt.engine import Drawn, Engine, Read, Schedule
-from sdrt.manifest import Manifest
 
 from .loop import Guidance, Run
 from .options import Options

@@ -83,7 +83,7 @@ def _interrupt_again(unraisable: Any) -> None:
 
 def entry() -> int:
     """What the `sdrt` script and `python -m sdrt` call."""
-    from .leaving import leave
+    from .process_exit import leave
 
     sys.unraisablehook = _interrupt_again
     code = main()
@@ -411,7 +411,8 @@ def export_triton(args: argparse.Namespace) -> None:
 def inspect(args: argparse.Namespace) -> None:
     """`sdrt inspect`: every bundle, or one, as a table or JSON."""
     from . import report
-    from .bundle import list_bundles, open_bundle
+    from .bundle import open_bundle
+    from .bundle.bundle import list_bundles
 
     folders = [args.bundle] if args.bundle else list_bundles()
     if not folders:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .atomic_files import beside, locked, sync, sync_tree
 from .errors import BundleError, SdrtError
-from .files import beside, locked, sync, sync_tree
 
 log = logging.getLogger(__name__)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2

@@ -17,23 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .bundle import (
-    Bundle,
-    bundles_folder,
-    changed_memory,
-    embedded,
-    forget,
-    home,
-    list_bundles,
-)
+from .atomic_files import beside, locked
+from .bundle import Bundle
+from .bundle.bundle import bundles_folder, changed_memory, embedded, forget, home, list_bundles
+from .bundle.manifest import MANIFEST, MOST_MANIFEST, manifest_from_json
 from .engine.gpus import Machine, this_machine
 from .engine.kept import MARK, other_version
 from .engine.plans import Plan, plan_from_json, plans_folder
 from .engine.trt_plans import MODULES
 from .errors import BundleError, SdrtError
-from .files import beside, locked
-from .manifest import MANIFEST, MOST_MANIFEST, manifest_from_json
-from .reading import read_json
+from .json_validation import read_json
 from .report import megabytes
 
 log = logging.getLogger(__name__)

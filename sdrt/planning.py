@@ -5,8 +5,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from .bundle import Bundle
+from .bundle.manifest import SHALLOW
 from .errors import BackendError, UsageError
-from .manifest import SHALLOW
 
 if TYPE_CHECKING:
     from .engine.gpus import Gpu

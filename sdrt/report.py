@@ -6,7 +6,8 @@ import platform
 import shutil
 from typing import Any
 
-from .bundle import Bundle, home
+from .bundle import Bundle
+from .bundle.bundle import home
 from .errors import BackendError
 
 PACKAGES = (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .reading import shortened
+from .json_validation import shortened
 from .runtime.lora_tags import LoraTag, LoraWeight, parse_tags
 from .runtime.options import SIZES_IN_TEXT
 from .runtime.pictures import open_image, settings_from_text, text_of, unquoted

@@ -32,7 +32,8 @@ class TritonPythonModel:
         if args["model_instance_kind"] == "GPU":  # before anything looks for devices
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
         import sdrt
-        from sdrt.runtime.inflight import InFlight
+
+        from .runtime.inflight import InFlight
 
         given = json.loads(args["model_config"])["parameters"]
         set_to = {name: value["string_value"] for name, value in given.items()}
@@ -104,8 +105,8 @@ def response_from(future: "Future[Any]") -> Any:
 
 def triton_error_from(error: BaseException) -> Any:
     """An error under the code that Triton's clients know."""
-    from sdrt.errors import UsageError
-    from sdrt.runtime.tickets import Cancelled, Refused
+    from .errors import UsageError
+    from .runtime.tickets import Cancelled, Refused
 
     codes = pb_utils.TritonError
     if isinstance(error, UsageError | ValueError):

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from .bundle import Bundle, check_files, graphs_of, open_bundle
+from .bundle import Bundle, open_bundle
+from .bundle.bundle import check_files, graphs_of
+from .bundle.manifest import Manifest
 from .engine import Candidate, Feeds, choose, parity
 from .errors import BackendError, ParityError, SdrtError
-from .manifest import Manifest
 from .runtime import Pipeline, load_pipeline
 from .runtime.proving import GUIDED_STEPS, PROMPT, Answers, answers_of, drawn, made_up, samples_of
 

@@ -28,8 +28,8 @@ def built(*arguments, **options) -> Path:
 
 def exported_once(module, inputs, outputs, axes, folder):
     """What `export_graph` does, once for everything that its result depends on."""
+    from sdrt.bundle.manifest import TensorSpec
     from sdrt.export.graph import export_graph
-    from sdrt.manifest import TensorSpec
 
     kept = Path(os.environ["SDRT_TEST_EXPORTS"]) / key_of(module, inputs, outputs, axes)
     kept.mkdir(parents=True, exist_ok=True)

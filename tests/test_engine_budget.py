@@ -10,11 +10,11 @@ from onnx import TensorProto, helper
 
 import sdrt
 from sdrt.bundle import open_bundle
+from sdrt.bundle.manifest import FileRecord
 from sdrt.engine import LazyEngine, choose
 from sdrt.engine.budget import budget_of, check_room, free_bytes, most_pictures
 from sdrt.errors import BackendError
 from sdrt.export import memory
-from sdrt.manifest import FileRecord
 
 PROMPT = "a red circle on a blue background"
 OPTIONS = {"num_inference_steps": 3, "seed": [3, 4], "num_images_per_prompt": 2}

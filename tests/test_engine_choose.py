@@ -13,7 +13,8 @@ import pytest
 from test_engine_plans import BOTH, L4
 
 import sdrt
-from sdrt.bundle import open_bundle, sha256_of
+from sdrt.bundle import open_bundle
+from sdrt.bundle.bundle import sha256_of
 from sdrt.cli import main
 from sdrt.engine import candidates, choose
 from sdrt.engine.gpus import NO_DEVICE, Machine, why_none

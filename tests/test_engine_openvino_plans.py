@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdrt import bundle as bundles
+from sdrt.bundle import bundle as bundles
 from sdrt.bundle import open_bundle
+from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import kept as kept_folder
 from sdrt.engine.comparing import sample_of
 from sdrt.engine.processor import has_bf16
-from sdrt.tensors import Tensors
 
 pytest.importorskip("openvino")
 

@@ -68,7 +68,7 @@ def test_other_weights_are_for_fused_graphs_too(bundle):
     feeds = feeds_of(component)
     engine = load_engine(bundle, "unet", GPU, place="cpu")
     before = engine(feeds)["output"].copy()
-    from sdrt.tensors import Tensors
+    from sdrt.bundle.safetensors import Tensors
 
     name = "conv_out.weight"
     weights = Tensors(bundle.folder / "unet" / "model.safetensors")[name]

@@ -14,6 +14,7 @@ import pytest
 
 import sdrt
 from sdrt.bundle import open_bundle
+from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import kept as kept_folder
 from sdrt.engine import ort_plans
 from sdrt.engine.comparing import sample_of
@@ -21,7 +22,6 @@ from sdrt.engine.gpus import Machine
 from sdrt.engine.ort import OrtEngine, session_options
 from sdrt.errors import BackendError
 from sdrt.leftovers import leftovers
-from sdrt.tensors import Tensors
 
 PICTURE = {"num_inference_steps": 4, "seed": 3}
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sdrt import usage
+from sdrt import process_stats
 from sdrt.bundle import open_bundle
 from sdrt.cli import main
 from sdrt.engine import budget
@@ -20,7 +20,7 @@ GB = 10**9
 CALL = """
 import sys, sdrt
 from sdrt.runtime.costs import made_up
-from sdrt.usage import forget_peak, peak_bytes, resident_bytes
+from sdrt.process_stats import forget_peak, peak_bytes, resident_bytes
 pipe = sdrt.load(sys.argv[1], backend=sys.argv[2])
 unet, tokens = pipe.engines["unet"], pipe.manifest.max_tokens
 unet(made_up(unet, 2, (8, 8), tokens))
@@ -106,7 +106,7 @@ def test_a_containers_bound_counts_without_files_that_can_be_dropped(
     folder.mkdir(exist_ok=True)
     for name, text in ((most, "1000000"), (used, "900000"), ("memory.stat", f"{cached} 600000")):
         (folder / name).write_text(text)
-    monkeypatch.setattr(usage, "CGROUPS", tmp_path)
-    assert usage.available_bytes() == budget.free_bytes(None) == 700_000
+    monkeypatch.setattr(process_stats, "CGROUPS", tmp_path)
+    assert process_stats.available_bytes() == budget.free_bytes(None) == 700_000
     (folder / most).write_text("max")
-    assert usage.available_bytes() > 700_000
+    assert process_stats.available_bytes() > 700_000

@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 import sdrt
+from sdrt.bundle.manifest import Component, TensorSpec
 from sdrt.cli import main
 from sdrt.engine import sdpa
 from sdrt.engine.choose import choose
@@ -15,7 +16,6 @@ from sdrt.engine.comparing import sample_of
 from sdrt.engine.sdpa import TorchEngine
 from sdrt.engine.straight import straightened
 from sdrt.errors import BackendError, UsageError
-from sdrt.manifest import Component, TensorSpec
 
 SHAPE = ("rows", 4, "latent_height", "latent_width")
 COMPONENT = Component(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+from sdrt.bundle.manifest import Component, TensorSpec
 from sdrt.engine import Schedule
 from sdrt.engine.comparing import sample_of
 from sdrt.engine.cuda import device_of
@@ -17,7 +18,6 @@ from sdrt.engine.gpus import this_machine
 from sdrt.engine.trt_engine import TrtEngine, profile_index
 from sdrt.engine.trt_loop import feeds_of
 from sdrt.errors import BackendError
-from sdrt.manifest import Component, TensorSpec
 
 SMALL = {"sample": ((1, 4, 8, 8), (2, 4, 8, 8), (8, 4, 8, 8)), "timestep": ((1,), (2,), (8,))}
 WIDE = {"sample": ((1, 4, 8, 12), (2, 4, 8, 12), (8, 4, 8, 12)), "timestep": ((1,), (2,), (8,))}

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import sdrt
 from sdrt.bundle import open_bundle
+from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import choose, kept, parity
 from sdrt.engine.processor import has_bf16
 from sdrt.errors import BundleError, CheckpointError, ParityError, SdrtError
@@ -27,7 +28,6 @@ from sdrt.export import build, proof
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.graph import export_graph
 from sdrt.export.unet import Unet
-from sdrt.tensors import Tensors
 
 
 @pytest.fixture

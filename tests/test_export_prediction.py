@@ -218,7 +218,7 @@ def test_a_bundle_predicts_what_was_chosen(tiny, tmp_path):
 
 
 def test_a_manifest_without_a_prediction_is_still_read(tiny_bundle, tmp_path):
-    from sdrt.manifest import MANIFEST, manifest_from_json
+    from sdrt.bundle.manifest import MANIFEST, manifest_from_json
 
     raw = json.loads((tiny_bundle / MANIFEST).read_text())
     del raw["prediction"]

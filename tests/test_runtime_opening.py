@@ -153,7 +153,7 @@ def test_unfinished_folders_are_cleared_when_a_process_is_left(tmp_path):
 import sys, threading, time
 from pathlib import Path
 from sdrt.folders import made_once
-from sdrt.leaving import leave, start_workers
+from sdrt.process_exit import leave, start_workers
 begun = threading.Event()
 def fill(folder):
     (folder / "half").write_text("half")

@@ -12,11 +12,11 @@ from PIL import Image
 
 import sdrt
 from sdrt.bundle import open_bundle
+from sdrt.bundle.manifest import FEATURE, SHALLOW
 from sdrt.cli import main
 from sdrt.errors import BundleError, ParityError, UsageError
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.unet import Unet
-from sdrt.manifest import FEATURE, SHALLOW
 from sdrt.runtime.inflight import InFlight
 from sdrt.runtime.reuse import reusing
 from sdrt.runtime.samplers.table import sampler_table

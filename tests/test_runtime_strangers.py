@@ -15,7 +15,7 @@ from strangers import list_files, state_of, write_bundle
 from sdrt.bundle import open_bundle
 from sdrt.engine import Candidate
 from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
-from sdrt.reading import read_config
+from sdrt.json_validation import read_config
 from sdrt.runtime.loading import load_pipeline
 from sdrt.runtime.lora import deltas, read_lora
 from sdrt.runtime.pictures import (

@@ -15,7 +15,7 @@ from sdrt.bench import compare, plot
 from sdrt.bench.flops import flops
 from sdrt.bundle import open_bundle
 from sdrt.cli import main
-from sdrt.usage import Others, memory, peak_bytes
+from sdrt.process_stats import Others, memory, peak_bytes
 
 
 @pytest.fixture(scope="module")

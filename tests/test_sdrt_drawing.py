@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from sdrt import drawing, files
+from sdrt import atomic_files, drawing
 from sdrt.cli import main
 from sdrt.runtime.pictures import settings_from_text
 
@@ -77,10 +77,12 @@ def test_names_are_each_taken_once(tmp_path, monkeypatch, links):
         raise PermissionError("no hard links here")
 
     if not links:
-        monkeypatch.setattr(files.os, "link", none)
+        monkeypatch.setattr(atomic_files.os, "link", none)
     with ThreadPoolExecutor(8) as pool:
         contents = [str(i).encode() for i in range(24)]
-        paths = list(pool.map(lambda each: files.write_new(tmp_path / "a.txt", each), contents))
+        paths = list(
+            pool.map(lambda each: atomic_files.write_new(tmp_path / "a.txt", each), contents)
+        )
     assert len({*paths}) == 24 and [path.read_bytes() for path in paths] == contents
     assert len(names(tmp_path)) == 24
 

@@ -14,11 +14,11 @@ import pytest
 from killing import killed_at, points_of
 
 from sdrt import folders
-from sdrt.bundle import find_bundle, list_bundles
+from sdrt.atomic_files import beside, locked, write_whole
+from sdrt.bundle.bundle import find_bundle, list_bundles
+from sdrt.bundle.manifest import MANIFEST
 from sdrt.errors import BundleError, SdrtError
-from sdrt.files import beside, locked, write_whole
 from sdrt.folders import published
-from sdrt.manifest import MANIFEST
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
 
@@ -168,7 +168,7 @@ def test_who_makes_the_same_waits(target):
 ON_A_SMALL_DISK = """
 import subprocess
 from pathlib import Path
-from sdrt.files import write_whole
+from sdrt.atomic_files import write_whole
 from sdrt.folders import published
 
 disk = Path("{folder}")

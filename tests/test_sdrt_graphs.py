@@ -8,12 +8,12 @@ import pytest
 from onnx import TensorProto, helper
 from strangers import graph, list_files, loaded, state_of, write_bundle
 
-import sdrt.bundle
-from sdrt import graphs
-from sdrt.bundle import graph_name, open_bundle
+import sdrt.bundle.bundle
+from sdrt.bundle import onnx_check, open_bundle
+from sdrt.bundle.bundle import graph_name
+from sdrt.bundle.manifest import manifest_from_json
 from sdrt.errors import BundleError
-from sdrt.manifest import manifest_from_json
-from sdrt.reading import read_json
+from sdrt.json_validation import read_json
 
 
 def with_node(node):
@@ -177,16 +177,18 @@ def test_bytes_that_are_no_graph(tmp_path, data, message):
 
 
 def test_a_graph_of_gigabytes_is_not_parsed(tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_GRAPH", len(WHOLE) - 1)
+    monkeypatch.setattr(onnx_check, "MOST_GRAPH", len(WHOLE) - 1)
     refused(write_bundle(tmp_path / "b"), "more than")
-    monkeypatch.setattr(graphs, "MOST_GRAPH", len(WHOLE))
+    monkeypatch.setattr(onnx_check, "MOST_GRAPH", len(WHOLE))
     open_bundle(tmp_path / "b")
 
 
 def test_a_graph_is_looked_into_once_and_again_with_other_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("SDRT_HOME", str(tmp_path / "home"))
     seen = []
-    monkeypatch.setattr(sdrt.bundle, "check_graph", lambda path, component: seen.append(path))
+    monkeypatch.setattr(
+        sdrt.bundle.bundle, "check_graph", lambda path, component: seen.append(path)
+    )
     folder = write_bundle(tmp_path / "b")
     open_bundle(folder)
     open_bundle(folder)
@@ -215,13 +217,13 @@ def facts(model):
 
 def facts_here(data):
     def inside(fields, number, kind):
-        return [graphs.message(each, kind, "it") for each in fields.get(number, ())]
+        return [onnx_check.message(each, kind, "it") for each in fields.get(number, ())]
 
-    (found,) = inside(graphs.message(data, graphs.MODEL, "it"), 7, graphs.GRAPH)
-    tensors = inside(found, 5, graphs.TENSOR)
-    entries = [[entry[2][0].decode() for entry in inside(t, 13, graphs.ENTRY)] for t in tensors]
+    (found,) = inside(onnx_check.message(data, onnx_check.MODEL, "it"), 7, onnx_check.GRAPH)
+    tensors = inside(found, 5, onnx_check.TENSOR)
+    entries = [[entry[2][0].decode() for entry in inside(t, 13, onnx_check.ENTRY)] for t in tensors]
     return [
-        [node[4][0].decode() for node in inside(found, 1, graphs.NODE)],
+        [node[4][0].decode() for node in inside(found, 1, onnx_check.NODE)],
         [
             (tensor[8][0].decode(), tensor.get(1, []), values)
             for tensor, values in zip(tensors, entries, strict=True)
@@ -233,10 +235,10 @@ def test_graphs_of_a_build_are_read_as_onnx_reads_them(shapes):
     manifest = manifest_from_json(read_json(shapes / "sdrt.json"), shapes)
     for name, component in manifest.components.items():
         path = shapes / graph_name(name)
-        graphs.check_graph(path, component)
+        onnx_check.check_graph(path, component)
         assert facts_here(path.read_bytes()) == facts(loaded(path))
         with pytest.raises(BundleError, match="the manifest"):
-            graphs.check_graph(path, replace(component, inputs=component.outputs))
+            onnx_check.check_graph(path, replace(component, inputs=component.outputs))
 
 
 def test_what_is_accepted_onnx_reads_alike(tmp_path):
@@ -251,7 +253,7 @@ def test_what_is_accepted_onnx_reads_alike(tmp_path):
             data[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(data)
         try:
-            graphs.check_graph(path, component)
+            onnx_check.check_graph(path, component)
         except BundleError:
             continue
         model = onnx.ModelProto.FromString(bytes(data))
@@ -264,4 +266,4 @@ def test_what_is_accepted_onnx_reads_alike(tmp_path):
 def test_what_the_torch_backend_runs_is_let_in():
     from sdrt.engine.sdpa import OPERATIONS
 
-    assert set(OPERATIONS) <= graphs.OPERATORS
+    assert set(OPERATIONS) <= onnx_check.OPERATORS

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from sdrt import bundle
-from sdrt.bundle import check_files, describe_files
+from sdrt.bundle import bundle
+from sdrt.bundle.bundle import check_files, describe_files
+from sdrt.bundle.manifest import Manifest
 from sdrt.errors import BundleError
-from sdrt.manifest import Manifest
 
 NAME = "unet/model.safetensors"
 HOUR = 3600 * 10**9

@@ -27,10 +27,10 @@ HEAVY = (
     "uvicorn",
     "prometheus_client",
 )
-SHARED = ("bundle", "errors", "files", "manifest", "reading", "tensors", "usage")
+SHARED = ("atomic_files", "bundle", "errors", "json_validation", "process_stats")
 ALLOWED = {
     "engine": {*SHARED, "engine", "folders", "graphs"},
-    "runtime": {*SHARED, "engine", "leaving", "progress", "runtime", "__version__"},
+    "runtime": {*SHARED, "engine", "process_exit", "progress", "runtime", "__version__"},
     "export": {*SHARED, "engine", "export", "folders", "runtime"},
     "serve": {"bundle", "errors", "runtime", "serve", "__version__"},
 }

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from sdrt import drawing
-from sdrt.bundle import home
+from sdrt.bundle.bundle import home
 from sdrt.cli import main
 from sdrt.errors import UsageError
 from sdrt.restoring import LOST, restored_from

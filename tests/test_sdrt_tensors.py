@@ -12,8 +12,8 @@ from safetensors.numpy import save
 from safetensors.torch import save_file as save_torch
 from strangers import safetensors_bytes
 
+from sdrt.bundle.safetensors import MOST_HEADER, WIDTHS, Tensors, read_header
 from sdrt.errors import CheckpointError, SdrtError
-from sdrt.tensors import MOST_HEADER, WIDTHS, Tensors, read_header
 
 
 def entry(low, high, shape=(4,), dtype="U8", **more):

@@ -9,11 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sdrt.bundle import describe_files, home, open_bundle
+from sdrt.atomic_files import identity
+from sdrt.bundle import open_bundle
+from sdrt.bundle.bundle import describe_files, home
 from sdrt.cli import main
 from sdrt.engine import choose
 from sdrt.errors import BundleError
-from sdrt.files import identity
 from sdrt.verifying import proven
 
 WITHOUT_TORCH = """

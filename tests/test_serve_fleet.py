@@ -184,9 +184,9 @@ def with_sampler(bundle, folder, kind):
     """A copy of a bundle with another default sampler."""
     from dataclasses import replace
 
-    from sdrt.bundle import describe_files
-    from sdrt.manifest import json_from_manifest, manifest_from_json
-    from sdrt.reading import read_json
+    from sdrt.bundle.bundle import describe_files
+    from sdrt.bundle.manifest import json_from_manifest, manifest_from_json
+    from sdrt.json_validation import read_json
 
     shutil.copytree(bundle, folder)
     config = folder / "scheduler/scheduler_config.json"

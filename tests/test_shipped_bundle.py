@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sdrt.bundle import embedded as shipped_folder
 from sdrt.bundle import open_bundle
+from sdrt.bundle.bundle import embedded as shipped_folder
 from sdrt.runtime.proving import ANSWERS
 
 pytestmark = pytest.mark.release

@@ -25,10 +25,12 @@ from starlette.formparsers import MultiPartException
 
 import sdrt
 from sdrt.bundle import parse_size
+from sdrt.bundle.manifest import Component, TensorSpec, manifest_from_json
+from sdrt.bundle.onnx_check import check_graph
+from sdrt.bundle.safetensors import Tensors
 from sdrt.errors import SdrtError
-from sdrt.graphs import check_graph
-from sdrt.manifest import Component, TensorSpec, manifest_from_json
-from sdrt.reading import read_json
+from sdrt.json_validation import read_json
+from sdrt.process_stats import forget_peak, peak_bytes, resident_bytes
 from sdrt.runtime import Tokenizer
 from sdrt.runtime.lora import parse_lora, read_lora
 from sdrt.runtime.pictures import image_array, image_from_bytes, settings_from_text, text_of
@@ -44,8 +46,6 @@ from sdrt.serve.sdapi import _given
 from sdrt.serve.sdapi import call_from as sdapi_call_from
 from sdrt.serve.sdapi_fields import IGNORED, check_fields
 from sdrt.serve.sdapi_options import USED, checked
-from sdrt.tensors import Tensors
-from sdrt.usage import forget_peak, peak_bytes, resident_bytes
 
 WEIGHT = json.dumps({"w": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}).encode()
 SIDE = (TensorSpec("x", "float32", ("rows", 4)),), (TensorSpec("y", "float32", ("rows", 4)),)

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from sdrt.errors import UsageError
-from sdrt.reading import shortened
+from sdrt.json_validation import shortened
 
 from . import exploding, ladder, logsnr, stepwise
 from .ladder import Ladder

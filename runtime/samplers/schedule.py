@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.errors import UsageError
-from sdrt.reading import Reader, number, one_of, row, truth, whole
+from sdrt.json_validation import Reader, number, one_of, row, truth, whole
 
 from .sigmas import SIGMA_SCHEDULES
 

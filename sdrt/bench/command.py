@@ -21,9 +21,9 @@ from sdrt.bundle import Bundle, open_bundle, parse_size
 from sdrt.engine import candidates
 from sdrt.engine.gpus import free_memory, this_machine
 from sdrt.errors import BackendError, UsageError
+from sdrt.process_stats import available_bytes, peak_bytes
 from sdrt.progress import reported
 from sdrt.runtime.samplers.catalogue import config_from_name
-from sdrt.usage import available_bytes, peak_bytes
 
 from .compare import old_report, refuse_slower
 from .cpp_peers import prepare

@@ -20,11 +20,11 @@ from typing import Any, TextIO
 import numpy as np
 
 from sdrt.bundle import parse_size
+from sdrt.process_stats import Others, memory
 from sdrt.runtime import Pipeline
-from sdrt.usage import Others, memory
 
 PROMPT = "a red circle on a blue background"
-FILLED = 0.2  # seconds of a turn, see `usage.Others`
+FILLED = 0.2  # seconds of a turn, see `process_stats.Others`
 MOST = 100  # calls of a turn
 Part = Callable[[], object]
 Spent = defaultdict[str, float]  # seconds by name

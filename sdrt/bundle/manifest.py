@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import BundleError
-from .reading import Reader, mapping, number, one_of, record, row, text, truth, whole
+from sdrt.errors import BundleError
+from sdrt.json_validation import Reader, mapping, number, one_of, record, row, text, truth, whole
 
 FORMAT = 2
 MANIFEST = "sdrt.json"

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import SdrtError
-from .reading import json_object, mapping, one_of, record, row, shortened, text, whole
+from sdrt.errors import SdrtError
+from sdrt.json_validation import json_object, mapping, one_of, record, row, shortened, text, whole
 
 DTYPES = {
     "F64": np.float64,

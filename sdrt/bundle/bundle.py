@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import BundleError, UsageError
-from .files import beside, identity, locked, whole
-from .graphs import check_graph
+from sdrt.atomic_files import beside, identity, locked, whole
+from sdrt.errors import BundleError, UsageError
+from sdrt.json_validation import read_json
+
 from .manifest import (
     MANIFEST,
     MOST_MANIFEST,
@@ -27,7 +28,7 @@ from .manifest import (
     Manifest,
     manifest_from_json,
 )
-from .reading import read_json
+from .onnx_check import check_graph
 
 # What a bundle's safetensors files say of themselves, and how a transposed weight's name ends.
 NAMES = {"names": "checkpoint"}
@@ -92,7 +93,7 @@ def bundles_folder() -> Path:
 
 def embedded(name: str) -> Path:
     """Where a bundle shipped with the package would be."""
-    return Path(__file__).parent / "models" / f"{name}.bundle"
+    return Path(__file__).parent.parent / "models" / f"{name}.bundle"
 
 
 def list_bundles() -> list[Path]:
@@ -132,7 +133,7 @@ def _put_back(folder: Path) -> None:
     """Where a build that replaced a bundle was cut off between two renames, end that."""
     with contextlib.suppress(OSError):
         if folder.name and not folder.exists() and beside(folder, "old").exists():
-            from .folders import restore
+            from sdrt.folders import restore
 
             with locked(folder):
                 restore(folder)

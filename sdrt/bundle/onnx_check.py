@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from .errors import BundleError
+from sdrt.errors import BundleError
+from sdrt.json_validation import read_bytes, shortened
+
 from .manifest import Component
-from .reading import read_bytes, shortened
-from .tensors import Header, read_header
+from .safetensors import Header, read_header
 
 MOST_GRAPH = 64_000_000  # bytes; a full-size UNet's has 330,000
 OPSETS = range(18, 24)
