@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from .cli.serve import settings_from_arguments, sources_from_arguments
 from .errors import BackendError, SdrtError, UsageError
-from .serving import settings_from_arguments, sources_from_arguments
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -50,7 +50,7 @@ def app(options: Mapping[str, Any]) -> "Application":
     """What `serve run` and `serve deploy` take; options: those of `sdrt serve` by name, such as
     `{"bundle": ["a", "b"], "replicas": "1:4", "no_keys": True}`.
     """
-    from .cli import parser
+    from .cli.main import parser
 
     words = ["serve", "--ray", *_words(options)]
     try:

@@ -15,7 +15,7 @@ from test_engine_plans import BOTH, L4
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.bundle.bundle import sha256_of
-from sdrt.cli import main
+from sdrt.cli.main import main
 from sdrt.engine import candidates, choose
 from sdrt.engine.gpus import NO_DEVICE, Machine, why_none
 from sdrt.engine.ort import OrtEngine
@@ -178,7 +178,7 @@ def test_doctor_on_a_machine_where_nothing_works_still_says_why():
     """Packages that are not found, as on a machine that has only what sdrt itself needs."""
     code = """
 import importlib.util, sys
-from sdrt.cli import main
+from sdrt.cli.main import main
 found, absent = importlib.util.find_spec, ("onnxruntime", "openvino", "torch", "tensorrt_rtx")
 importlib.util.find_spec = lambda name, *rest: None if name in absent else found(name, *rest)
 sys.exit(main(["doctor"]))

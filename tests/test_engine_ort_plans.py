@@ -15,13 +15,13 @@ import pytest
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
+from sdrt.cli.gc import leftovers
 from sdrt.engine import kept as kept_folder
 from sdrt.engine import ort_plans
 from sdrt.engine.comparing import sample_of
 from sdrt.engine.gpus import Machine
 from sdrt.engine.ort import OrtEngine, session_options
 from sdrt.errors import BackendError
-from sdrt.leftovers import leftovers
 
 PICTURE = {"num_inference_steps": 4, "seed": 3}
 

@@ -7,7 +7,7 @@ import pytest
 
 from sdrt import process_stats
 from sdrt.bundle import open_bundle
-from sdrt.cli import main
+from sdrt.cli.main import main
 from sdrt.engine import budget
 from sdrt.engine.room import Room, attention_shapes
 from sdrt.errors import UsageError

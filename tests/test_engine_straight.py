@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 import sdrt
 from sdrt.bundle.manifest import Component, TensorSpec
-from sdrt.cli import main
+from sdrt.cli.main import main
 from sdrt.engine import sdpa
 from sdrt.engine.choose import choose
 from sdrt.engine.comparing import sample_of

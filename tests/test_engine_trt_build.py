@@ -15,7 +15,7 @@ from test_export_pixel_unet import SMALL as PIXELS
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection
 
 from sdrt.bundle import open_bundle
-from sdrt.cli import main
+from sdrt.cli.main import main
 from sdrt.engine import trt_build
 from sdrt.engine.plans import PlanKey
 from sdrt.engine.trt_plans import PORTABLE, RTX, RTX_TARGETS, PlanOptions, trt_plan

@@ -9,9 +9,10 @@ import torch
 from exports import built
 from single_files import single_file, tiny_parts
 
-from sdrt import load, report
+from sdrt import load
 from sdrt.bundle import open_bundle
-from sdrt.cli import PREDICTION_TYPES, parser
+from sdrt.cli import inspect as cli_inspect
+from sdrt.cli.main import PREDICTION_TYPES, parser
 from sdrt.errors import CheckpointError, UsageError
 from sdrt.export import prediction
 from sdrt.export.build import BuildPlan, _announce
@@ -199,9 +200,9 @@ def test_choice_and_reason_are_printed_stored_and_shown(tiny, tiny_bundle, tmp_p
     assert any(record.getMessage().startswith(said) for record in caplog.records)
     bundle = open_bundle(tiny_bundle)
     assert bundle.manifest.prediction == str(checkpoint.prediction)
-    described = report.describe(bundle)
+    described = cli_inspect.describe(bundle)
     assert described["prediction"] == bundle.manifest.prediction
-    assert said in report.text_from_bundles([described])
+    assert said in cli_inspect.text_from_bundles([described])
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.cli import parser
+from sdrt.cli.main import parser
 
 ROOT = Path(__file__).parents[1]
 

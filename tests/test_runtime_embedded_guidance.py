@@ -12,12 +12,12 @@ from saved import PROMPT, drawn, psnr, saved
 
 import sdrt
 from sdrt.bundle import open_bundle
+from sdrt.cli.verify import proven
 from sdrt.engine import choose
 from sdrt.errors import UsageError
 from sdrt.runtime.embedded_guidance import GUIDANCE, guidance_embedding
 from sdrt.runtime.inflight import InFlight
 from sdrt.runtime.options import Options
-from sdrt.verifying import proven
 
 pytestmark = pytest.mark.reference
 

@@ -13,7 +13,7 @@ from PIL import Image
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.bundle.manifest import FEATURE, SHALLOW
-from sdrt.cli import main
+from sdrt.cli.main import main
 from sdrt.errors import BundleError, ParityError, UsageError
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.unet import Unet

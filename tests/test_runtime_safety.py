@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
 import sdrt
-from sdrt.cli import main
+from sdrt.cli.main import main
 from sdrt.engine import choose
 from sdrt.errors import CheckpointError
 from sdrt.export.build import BuildPlan, build_bundle

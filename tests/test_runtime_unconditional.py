@@ -14,7 +14,7 @@ from test_export_pixel_unet import DDPM, SMALL
 
 import sdrt
 from sdrt.bundle import open_bundle
-from sdrt.cli import main
+from sdrt.cli.main import main
 from sdrt.errors import CheckpointError, UsageError
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.runtime.inflight import InFlight

@@ -296,7 +296,7 @@ def test_what_another_model_is_told_is_refused(shapes, option):
 
 
 def test_sizes_come_back_from_an_images_text(pipe, tiny_xl_bundle, tmp_path):
-    from sdrt.cli import main
+    from sdrt.cli.main import main
     from sdrt.runtime.pictures import save_png
 
     options = {

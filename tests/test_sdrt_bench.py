@@ -14,7 +14,7 @@ from PIL import Image
 from sdrt.bench import compare, plot
 from sdrt.bench.flops import flops
 from sdrt.bundle import open_bundle
-from sdrt.cli import main
+from sdrt.cli.main import main
 from sdrt.process_stats import Others, memory, peak_bytes
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from sdrt.cli import main
+from sdrt.cli.main import main
 
 PROMPT = "a red circle on a blue background"
 
@@ -154,7 +154,7 @@ def test_the_preview_takes_nobodys_file(shapes, tmp_path, capsys):
 
 
 def test_the_preview_is_replaced_at_every_step(shapes, tmp_path, monkeypatch):
-    from sdrt import drawing
+    from sdrt.cli import run as cli_run
 
     seen = []
 
@@ -162,7 +162,7 @@ def test_the_preview_is_replaced_at_every_step(shapes, tmp_path, monkeypatch):
         seen.append((image, text))
         return path
 
-    monkeypatch.setattr(drawing, "save_png", save)
+    monkeypatch.setattr(cli_run, "save_png", save)
     arguments = ["run", PROMPT, "--steps", "4", "--seed", "0", "--preview", "-q"]
     assert main([*arguments, "--scheduler", "DDIM", "--output", str(tmp_path / "a.png")]) == 0
     assert [text for _, text in seen[:-1]] == [f"step {i} of 4" for i in range(1, 5)]
@@ -178,7 +178,7 @@ def test_a_file_is_written_while_the_next_picture_is_made(shapes, tmp_path, caps
     from dataclasses import replace
 
     import sdrt
-    from sdrt import drawing
+    from sdrt.cli import run as cli_run
 
     second, saved = threading.Event(), []
 
@@ -205,9 +205,9 @@ def test_a_file_is_written_while_the_next_picture_is_made(shapes, tmp_path, caps
         saved.append(path)
         return write(image, path, text, replace)
 
-    write = drawing.save_png
-    monkeypatch.setattr(drawing, "opened", opened)
-    monkeypatch.setattr(drawing, "save_png", save)
+    write = cli_run.save_png
+    monkeypatch.setattr(cli_run, "opened", opened)
+    monkeypatch.setattr(cli_run, "save_png", save)
     arguments = ["run", PROMPT, "--num-images", "3", "--steps", "1", "--output", str(tmp_path)]
     assert main(arguments) == 0
     assert capsys.readouterr().out.split() == [str(path) for path in saved] and len(saved) == 3

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from sdrt import atomic_files, drawing
-from sdrt.cli import main
+from sdrt import atomic_files
+from sdrt.cli import run as cli_run
+from sdrt.cli.main import main
 from sdrt.runtime.pictures import settings_from_text
 
 PROMPT = "a red circle"
@@ -39,7 +40,7 @@ def text_of(path):
     ],
 )
 def test_arguments_are_checked_before_anything_loads(shapes, capsys, monkeypatch, arguments):
-    monkeypatch.setattr(drawing, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(cli_run, "load", lambda *_, **__: pytest.fail("it was loaded"))
     assert main(["run", PROMPT, "--bundle", str(shapes), *arguments]) in (2, 4)
     assert "sdrt: " in capsys.readouterr().err
 

@@ -14,11 +14,11 @@ from test_engine_plans import KEY, build
 from sdrt.atomic_files import identity, locked
 from sdrt.bundle.bundle import describe_files
 from sdrt.bundle.manifest import Manifest, json_from_manifest
-from sdrt.cli import main
+from sdrt.cli.gc import leftovers
+from sdrt.cli.main import main
 from sdrt.engine.gpus import Gpu, Machine
 from sdrt.engine.plans import plan_of
 from sdrt.engine.trt_plans import MODULES
-from sdrt.leftovers import leftovers
 
 HOLD = """
 import os, sys, time
@@ -35,7 +35,7 @@ with published(Path(sys.argv[1]), "sdrt.json", force=True) as folder:
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
     monkeypatch.setattr("sdrt.bundle.bundle.embedded", lambda name: tmp_path / "shipped" / name)
-    monkeypatch.setattr("sdrt.leftovers.embedded", lambda name: tmp_path / "shipped" / name)
+    monkeypatch.setattr("sdrt.cli.gc.embedded", lambda name: tmp_path / "shipped" / name)
     return tmp_path
 
 

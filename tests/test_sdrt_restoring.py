@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from sdrt import drawing
 from sdrt.bundle.bundle import home
-from sdrt.cli import main
+from sdrt.cli import run as cli_run
+from sdrt.cli.infotext import LOST, restored_from
+from sdrt.cli.main import main
 from sdrt.errors import UsageError
-from sdrt.restoring import LOST, restored_from
 from sdrt.runtime import LoraWeight, Pipeline
 from sdrt.runtime.options import PARSERS
 from sdrt.runtime.pictures import encoded, save_png
@@ -47,7 +47,7 @@ SIZES = {name for name in PARSERS if "_size" in name or "crops" in name}
 @pytest.fixture(autouse=True)
 def loaded(pipe, monkeypatch):
     """The command line runs on the pipeline that the test does."""
-    monkeypatch.setattr(drawing, "load", lambda *_, **__: pipe)
+    monkeypatch.setattr(cli_run, "load", lambda *_, **__: pipe)
     monkeypatch.setattr(Pipeline, "close", lambda self: None)
     yield
     pipe.set_lora({})

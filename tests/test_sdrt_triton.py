@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import sdrt
-from sdrt.cli import main
+from sdrt.cli.main import main
 from sdrt.errors import BundleError, UsageError
 from sdrt.triton_export import TritonPlan, export_triton
 

@@ -12,15 +12,15 @@ import pytest
 from sdrt.atomic_files import identity
 from sdrt.bundle import open_bundle
 from sdrt.bundle.bundle import describe_files, home
-from sdrt.cli import main
+from sdrt.cli.main import main
+from sdrt.cli.verify import proven
 from sdrt.engine import choose
 from sdrt.errors import BundleError
-from sdrt.verifying import proven
 
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = sys.modules["transformers"] = sys.modules["onnx"] = None
-from sdrt.cli import main
+from sdrt.cli.main import main
 sys.exit(main(["verify", "--json", "--quiet", "--bundle", sys.argv[1]]))
 """
 

@@ -10,7 +10,7 @@ import webuiapi
 from PIL import Image
 from serving import PROMPT, client
 
-from sdrt.cli import main
+from sdrt.cli.main import main
 from sdrt.runtime.pictures import save_png
 
 

@@ -14,8 +14,8 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from sdrt.cli.inspect import diagnose
 from sdrt.engine.gpus import this_machine
-from sdrt.report import diagnose
 
 ROOT = Path(__file__).parent.parent
 ENDS = {"failure": "failed", "error": "failed", "skipped": "skipped"}

@@ -6,9 +6,9 @@ import platform
 import shutil
 from typing import Any
 
-from .bundle import Bundle
-from .bundle.bundle import home
-from .errors import BackendError
+from sdrt.bundle import Bundle
+from sdrt.bundle.bundle import home
+from sdrt.errors import BackendError
 
 PACKAGES = (
     *("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "onnx"),
@@ -62,10 +62,10 @@ def _layers(bundle: Bundle, name: str) -> dict[str, Any]:
     """A component's nodes that TensorRT has kernels of its own for, and where there is a GPU the
     layers of its engine that they went into.
     """
-    from .engine import choose
-    from .engine.choose import installed
-    from .engine.trt_layers import layers_of, nodes_of
-    from .engine.trt_plans import FULL, MODULES, RTX
+    from sdrt.engine import choose
+    from sdrt.engine.choose import installed
+    from sdrt.engine.trt_layers import layers_of, nodes_of
+    from sdrt.engine.trt_plans import FULL, MODULES, RTX
 
     kind = next((kind for kind in (FULL, RTX) if installed(MODULES[kind])), RTX)
     found: dict[str, Any] = {"nodes": nodes_of(kind, bundle.graph(name))}
@@ -117,8 +117,8 @@ def megabytes(count: int) -> str:
 
 def diagnose() -> dict[str, Any]:
     """This machine, the packages found and every backend with the reason why it does not work."""
-    from .engine import candidates, choose
-    from .engine.gpus import free_memory, this_machine
+    from sdrt.engine import candidates, choose
+    from sdrt.engine.gpus import free_memory, this_machine
 
     machine = this_machine()
     try:

@@ -4,12 +4,12 @@ import argparse
 import logging
 from typing import TYPE_CHECKING
 
-from .bundle import Bundle
-from .bundle.manifest import SHALLOW
-from .errors import BackendError, UsageError
+from sdrt.bundle import Bundle
+from sdrt.bundle.manifest import SHALLOW
+from sdrt.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
-    from .engine.gpus import Gpu
+    from sdrt.engine.gpus import Gpu
 
 log = logging.getLogger("sdrt.build")
 KINDS = ("tensorrt", "tensorrt-rtx")
@@ -40,8 +40,8 @@ def wanted(args: argparse.Namespace) -> str | None:
 
     Raises UsageError for what does not fit, before any work.
     """
-    from .engine import choose
-    from .engine.trt_plans import targets_of
+    from sdrt.engine import choose
+    from sdrt.engine.trt_plans import targets_of
 
     if args.backend not in KINDS:
         if args.target or args.bundle:
@@ -59,7 +59,7 @@ def wanted(args: argparse.Namespace) -> str | None:
 
 def proving(backend: str) -> str:
     """What the build proves the bundle on: the backend asked for, where it can run."""
-    from .engine import choose
+    from sdrt.engine import choose
 
     if backend not in KINDS:
         return backend
@@ -82,7 +82,7 @@ def build_plans(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
 
 
 def _build(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
-    from .engine.trt_plans import PlanOptions, trt_plan
+    from sdrt.engine.trt_plans import PlanOptions, trt_plan
 
     workspace = None if args.workspace is None else args.workspace * 1_000_000
     options = PlanOptions(
@@ -103,6 +103,6 @@ def _build(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
 
 
 def _gpu() -> "Gpu | None":
-    from .engine.gpus import this_machine
+    from sdrt.engine.gpus import this_machine
 
     return next(iter(this_machine().gpus), None)

@@ -10,13 +10,21 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from .bundle import Bundle, open_bundle
-from .bundle.bundle import check_files, graphs_of
-from .bundle.manifest import Manifest
-from .engine import Candidate, Feeds, choose, parity
-from .errors import BackendError, ParityError, SdrtError
-from .runtime import Pipeline, load_pipeline
-from .runtime.proving import GUIDED_STEPS, PROMPT, Answers, answers_of, drawn, made_up, samples_of
+from sdrt.bundle import Bundle, open_bundle
+from sdrt.bundle.bundle import check_files, graphs_of
+from sdrt.bundle.manifest import Manifest
+from sdrt.engine import Candidate, Feeds, choose, parity
+from sdrt.errors import BackendError, ParityError, SdrtError
+from sdrt.runtime import Pipeline, load_pipeline
+from sdrt.runtime.proving import (
+    GUIDED_STEPS,
+    PROMPT,
+    Answers,
+    answers_of,
+    drawn,
+    made_up,
+    samples_of,
+)
 
 log = logging.getLogger(__name__)
 GUIDANCE = 7.5

@@ -15,10 +15,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from . import planning
+from sdrt.errors import SdrtError, UsageError
+
+from . import plans as cli_plans
 from .arguments import BACKENDS, add_bench, add_export_triton, add_gc, add_serve, add_verify
 from .arguments import whole as _whole
-from .errors import SdrtError, UsageError
 
 EXAMPLES = """examples:
   sdrt build --model shapes
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _restored(args: argparse.Namespace, typed: Sequence[str] | None) -> argparse.Namespace:
     """The arguments as typed over those that an image's text holds."""
-    from .restoring import restored_from, settle
+    from .infotext import restored_from, settle
 
     restored = restored_from(args.source)
     return settle(parser(restored.arguments).parse_args(typed), restored)
@@ -83,7 +84,7 @@ def _interrupt_again(unraisable: Any) -> None:
 
 def entry() -> int:
     """What the `sdrt` script and `python -m sdrt` call."""
-    from .process_exit import leave
+    from sdrt.process_exit import leave
 
     sys.unraisablehook = _interrupt_again
     code = main()
@@ -93,7 +94,7 @@ def entry() -> int:
 
 def parser(for_run: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
     """for_run: defaults of `sdrt run` instead of its own"""
-    from . import __version__
+    from sdrt import __version__
 
     top = argparse.ArgumentParser(
         prog="sdrt",
@@ -214,7 +215,7 @@ def _add_build(to: argparse.ArgumentParser) -> None:
     to.add_argument("--batch", default="1:1:4", metavar="MIN:OPT:MAX|auto", help="pictures at once")
     to.add_argument("--backend", choices=BACKENDS, default="auto")
     to.add_argument("--force", action="store_true", help="replace a bundle that is there")
-    planning.add_arguments(to)
+    cli_plans.add_arguments(to)
 
 
 def _add_run(to: argparse.ArgumentParser) -> None:
@@ -310,24 +311,24 @@ def _add_compare(to: argparse.ArgumentParser) -> None:
 
 def build(args: argparse.Namespace) -> None:
     """`sdrt build`: prints the bundle's folder."""
-    from .bundle import open_bundle
+    from sdrt.bundle import open_bundle
 
-    kind = planning.wanted(args)
+    kind = cli_plans.wanted(args)
     folder = open_bundle(args.bundle).folder if args.bundle else _built(args)
     if kind:
-        planning.build_plans(open_bundle(folder), kind, args)
+        cli_plans.build_plans(open_bundle(folder), kind, args)
     print(folder)
 
 
 def _built(args: argparse.Namespace) -> Path:
     """Build a bundle from a model."""
     try:
-        from .export.build import BuildPlan, build_bundle
+        from sdrt.export.build import BuildPlan, build_bundle
     except ImportError as error:
         raise SdrtError(
             f"building needs {error.name}, which is not installed; pip install 'sdrt[build]'"
         ) from error
-    from .bundle import parse_size
+    from sdrt.bundle import parse_size
 
     plan = BuildPlan(
         model=args.model,
@@ -335,7 +336,7 @@ def _built(args: argparse.Namespace) -> Path:
         dtype="float16" if args.fp16 else "float32",
         sizes=tuple(parse_size(text) for text in args.size or ()),
         batch=_batch(args.batch),
-        backend=planning.proving(args.backend),
+        backend=cli_plans.proving(args.backend),
         force=args.force,
         vae=args.vae,
         unet=args.unet,
@@ -367,42 +368,42 @@ def _batch(text: str) -> tuple[int, int, int] | None:
 
 def run(args: argparse.Namespace) -> None:
     """`sdrt run`: prints the path of every picture, or JSON."""
-    from .drawing import run
+    from .run import run
 
     run(args)
 
 
 def compare(args: argparse.Namespace) -> None:
     """`sdrt compare`: prints the path of the sheet, or JSON."""
-    from .drawing import compare
+    from .run import compare
 
     compare(args)
 
 
 def schedulers(args: argparse.Namespace) -> None:
     """`sdrt schedulers`: prints a line for each, or JSON."""
-    from .drawing import schedulers
+    from .run import schedulers
 
     schedulers(args)
 
 
 def bench(args: argparse.Namespace) -> None:
     """`sdrt bench`: prints a table, or JSON."""
-    from .bench.command import bench
+    from sdrt.bench.command import bench
 
     bench(args)
 
 
 def serve(args: argparse.Namespace) -> None:
     """`sdrt serve`: runs until it is told to end."""
-    from .serving import serve
+    from .serve import serve
 
     serve(args)
 
 
 def export_triton(args: argparse.Namespace) -> None:
     """`sdrt export-triton`: prints the model's folder."""
-    from .triton_export import TritonPlan, export_triton
+    from sdrt.triton_export import TritonPlan, export_triton
 
     chosen = {field.name: getattr(args, field.name) for field in fields(TritonPlan)}
     print(export_triton(TritonPlan(**chosen)))
@@ -410,35 +411,38 @@ def export_triton(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     """`sdrt inspect`: every bundle, or one, as a table or JSON."""
-    from . import report
-    from .bundle import open_bundle
-    from .bundle.bundle import list_bundles
+    from sdrt.bundle import open_bundle
+    from sdrt.bundle.bundle import list_bundles
+
+    from . import inspect as cli_inspect
 
     folders = [args.bundle] if args.bundle else list_bundles()
     if not folders:
         open_bundle(None)
     bundles = [open_bundle(folder) for folder in folders]
-    described = [report.describe(bundle, layers=args.layers) for bundle in bundles]
-    print(json.dumps(described, indent=2) if args.json else report.text_from_bundles(described))
+    described = [cli_inspect.describe(bundle, layers=args.layers) for bundle in bundles]
+    print(
+        json.dumps(described, indent=2) if args.json else cli_inspect.text_from_bundles(described)
+    )
 
 
 def verify(args: argparse.Namespace) -> None:
     """`sdrt verify`: prints every check, or JSON."""
-    from .verifying import verify
+    from .verify import verify
 
     verify(args)
 
 
 def gc(args: argparse.Namespace) -> None:
     """`sdrt gc`: prints what is left over, or JSON."""
-    from .leftovers import collect
+    from .gc import collect
 
     collect(args)
 
 
 def doctor(args: argparse.Namespace) -> None:
     """`sdrt doctor`: the machine, its packages and its backends."""
-    from . import report
+    from . import inspect as cli_inspect
 
-    found = report.diagnose()
-    print(json.dumps(found, indent=2) if args.json else report.text_from_diagnosis(found))
+    found = cli_inspect.diagnose()
+    print(json.dumps(found, indent=2) if args.json else cli_inspect.text_from_diagnosis(found))

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
-from .json_validation import shortened
-from .runtime.lora_tags import LoraTag, LoraWeight, parse_tags
-from .runtime.options import SIZES_IN_TEXT
-from .runtime.pictures import open_image, settings_from_text, text_of, unquoted
-from .runtime.prompt import check_constant
-from .runtime.samplers.catalogue import AUTOMATIC_SCHEDULES
+from sdrt.errors import UsageError
+from sdrt.json_validation import shortened
+from sdrt.runtime.lora_tags import LoraTag, LoraWeight, parse_tags
+from sdrt.runtime.options import SIZES_IN_TEXT
+from sdrt.runtime.pictures import open_image, settings_from_text, text_of, unquoted
+from sdrt.runtime.prompt import check_constant
+from sdrt.runtime.samplers.catalogue import AUTOMATIC_SCHEDULES
 
 log = logging.getLogger(__name__)
 OURS = "sdrt "  # how `Version` begins

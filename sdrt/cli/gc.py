@@ -17,17 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .atomic_files import beside, locked
-from .bundle import Bundle
-from .bundle.bundle import bundles_folder, changed_memory, embedded, forget, home, list_bundles
-from .bundle.manifest import MANIFEST, MOST_MANIFEST, manifest_from_json
-from .engine.gpus import Machine, this_machine
-from .engine.kept import MARK, other_version
-from .engine.plans import Plan, plan_from_json, plans_folder
-from .engine.trt_plans import MODULES
-from .errors import BundleError, SdrtError
-from .json_validation import read_json
-from .report import megabytes
+from sdrt.atomic_files import beside, locked
+from sdrt.bundle import Bundle
+from sdrt.bundle.bundle import bundles_folder, changed_memory, embedded, forget, home, list_bundles
+from sdrt.bundle.manifest import MANIFEST, MOST_MANIFEST, manifest_from_json
+from sdrt.engine.gpus import Machine, this_machine
+from sdrt.engine.kept import MARK, other_version
+from sdrt.engine.plans import Plan, plan_from_json, plans_folder
+from sdrt.engine.trt_plans import MODULES
+from sdrt.errors import BundleError, SdrtError
+from sdrt.json_validation import read_json
+
+from .inspect import megabytes
 
 log = logging.getLogger(__name__)
 REASONS = {

@@ -4,13 +4,13 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING
 
-from . import load
-from .bundle import open_bundle
-from .errors import SdrtError, UsageError
+from sdrt import load
+from sdrt.bundle import open_bundle
+from sdrt.errors import SdrtError, UsageError
 
 if TYPE_CHECKING:
-    from .serve.models import Source
-    from .serve.settings import Settings
+    from sdrt.serve.models import Source
+    from sdrt.serve.settings import Settings
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -18,13 +18,13 @@ def serve(args: argparse.Namespace) -> None:
     while it loads.
     """
     try:
-        from .serve.run import serve
+        from sdrt.serve.run import serve
     except ImportError as error:
         raise SdrtError(
             f"serving needs {error.name}, which is not installed; pip install 'sdrt[serve]'"
         ) from error
     if args.ray:
-        from .fleet import serve_fleet
+        from sdrt.fleet import serve_fleet
 
         serve_fleet(args)
         return
@@ -34,7 +34,7 @@ def serve(args: argparse.Namespace) -> None:
 
 def sources_from_arguments(args: argparse.Namespace) -> "dict[str, Source]":
     """The bundles of a command line by name; raises BundleError or UsageError."""
-    from .serve.models import Source
+    from sdrt.serve.models import Source
 
     precision = "exact" if args.exact else "auto"
     sources = {}
@@ -49,7 +49,7 @@ def sources_from_arguments(args: argparse.Namespace) -> "dict[str, Source]":
 
 def settings_from_arguments(args: argparse.Namespace) -> "Settings":
     """What a command line asks for; raises UsageError for what would let everyone in unasked."""
-    from .serve.settings import LOCAL_NAMES, Settings, is_loopback, keys_from_file
+    from sdrt.serve.settings import LOCAL_NAMES, Settings, is_loopback, keys_from_file
 
     local = is_loopback(args.host)
     if not 0 <= args.port <= 65535:
