@@ -20,11 +20,11 @@ CHILD = """
 import sys, threading
 sys.setswitchinterval(1e-6)
 import sdrt
-from sdrt.engine import kept
+from sdrt.engine import compile_cache
 from sdrt.runtime import loading
 kept.WORTH = 0
 if sys.argv[2] == "openvino":
-    from sdrt.engine import openvino_plans
+    from sdrt.engine.openvino import cache
     turned = openvino_plans._turn_products
     components = sdrt.bundle.open_bundle(sys.argv[1]).manifest.components
     together = threading.Barrier(len(set(loading.AT_ONCE) & set(components)))

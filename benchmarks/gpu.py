@@ -29,7 +29,7 @@ from results import FOLDER, save
 
 from sdrt.bundle import parse_size
 from sdrt.engine import candidates
-from sdrt.engine.gpus import free_memory, this_machine
+from sdrt.engine.gpu import free_memory, this_machine
 
 PROMPT = "a lighthouse at dusk"
 ROWS = (1, 2, 4, 8, 16)

@@ -18,7 +18,7 @@ from results import save
 
 import sdrt
 from sdrt.bundle import open_bundle
-from sdrt.engine.budget import budget_of
+from sdrt.engine.memory_budget import budget_of
 from sdrt.process_stats import peak_bytes
 
 

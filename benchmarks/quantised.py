@@ -178,13 +178,13 @@ class Quantized:
     def __init__(self, like: Any, graph: Path, engine: str, form: str = "int8") -> None:
         self.inputs, self.outputs = like.inputs, like.outputs
         if engine == "openvino":
-            from sdrt.engine.openvino_cpu import OpenVinoEngine
+            from sdrt.engine.openvino.engine import OpenVinoEngine
 
             self._call = OpenVinoEngine("unet", graph, self, "f32")  # it needs the specs alone
         elif form == "fp8":
             self._call = rounding(graph)
         else:
-            from sdrt.engine.ort import OrtEngine
+            from sdrt.engine.onnxruntime.cpu import OrtEngine
 
             self._call = OrtEngine("unet", graph, self)
 

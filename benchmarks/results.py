@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from sdrt.bench.report import machine, versions
-from sdrt.engine.choose import installed
+from sdrt.engine.selection import installed
 
 FOLDER = Path(__file__).parent / "results"
 ROOT = Path(__file__).resolve().parent.parent

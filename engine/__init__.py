@@ -1,7 +1,6 @@
 """One compiled component on one backend: ONNX Runtime or torch. See `protocol.py`."""
 
-from .choose import BACKENDS, PRECISIONS, Candidate, candidates, choose
-from .gpus import Machine
+from .gpu import Machine
 from .protocol import (
     Drawn,
     Engine,
@@ -14,6 +13,7 @@ from .protocol import (
     Schedule,
     Turn,
 )
+from .selection import BACKENDS, PRECISIONS, Candidate, candidates, choose
 
 __all__ = [
     "BACKENDS",

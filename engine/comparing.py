@@ -33,7 +33,7 @@ def compared(
     bundle: Bundle, name: str, engine: Any, profiles: tuple[Profile, ...]
 ) -> dict[str, float]:
     """How an engine compares with ONNX Runtime on the CPU, at the usual shape of every profile."""
-    from .ort import OrtEngine
+    from .onnxruntime.cpu import OrtEngine
 
     component = bundle.manifest.components[name]
     exact = OrtEngine(name, bundle.graph(name), component)

@@ -26,7 +26,7 @@ from sdrt.bundle.manifest import Manifest, TensorSpec
 from sdrt.errors import BackendError, BundleError
 from sdrt.json_validation import json_object, read_bytes, shortened
 
-from .trust import VARIABLE, is_ours, mark_of, named
+from .plan_signing import VARIABLE, is_ours, mark_of, named
 
 log = logging.getLogger(__name__)
 PICTURE_ROWS = 1  # the runtime decodes and encodes one picture at a time

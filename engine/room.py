@@ -19,8 +19,8 @@ from sdrt.bundle.onnx_check import graph_values
 from sdrt.errors import UsageError
 from sdrt.process_stats import resident_bytes
 
-from .budget import free_bytes, scratch_of
-from .gpus import Gpu
+from .gpu import Gpu
+from .memory_budget import free_bytes, scratch_of
 
 Size = tuple[int, int]
 SCORE_BYTES = 4  # of one score: processors compute in float32

@@ -16,7 +16,7 @@ import onnx
 
 from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import Manifest, TensorSpec
-from sdrt.engine import Candidate, budget
+from sdrt.engine import Candidate, memory_budget
 from sdrt.engine.room import evaluated, lengths_of
 from sdrt.errors import BackendError
 
@@ -65,8 +65,10 @@ def most_pictures(bundle: Bundle, candidate: Candidate) -> int:
     """The most pictures at once, by calculation, confirmed by one evaluation of all of them; where
     that fails it is half of them.
     """
-    free = int((budget.free_bytes(candidate.gpu) or 0) * budget.SHARE[bool(candidate.gpu)])
-    count = budget.most_pictures(bundle.manifest, free)
+    free = int(
+        (memory_budget.free_bytes(candidate.gpu) or 0) * memory_budget.SHARE[bool(candidate.gpu)]
+    )
+    count = memory_budget.most_pictures(bundle.manifest, free)
     log.info("batch: %d pictures by calculation, %.0f MB may be used", count, free / 1e6)
     while count > 1:
         try:

@@ -23,7 +23,7 @@ import numpy as np
 from sdrt.atomic_files import write_whole
 from sdrt.bundle.manifest import TensorSpec
 from sdrt.engine import Engine, Feeds
-from sdrt.engine.gpus import this_machine
+from sdrt.engine.gpu import this_machine
 from sdrt.json_validation import json_object, number, read_bytes, whole
 from sdrt.process_stats import available_bytes, forget_peak, peak_bytes, resident_bytes
 

@@ -69,7 +69,7 @@ def load(
 
     from .bundle import open_bundle
     from .engine import PRECISIONS, choose
-    from .engine.budget import check_room
+    from .engine.memory_budget import check_room
     from .progress import reported
     from .runtime import load_pipeline
     from .runtime.parsing import flag, refusal, text, whole

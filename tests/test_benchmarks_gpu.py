@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.engine.gpus import this_machine
+from sdrt.engine.gpu import this_machine
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 

@@ -12,7 +12,7 @@ import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.bundle.manifest import FileRecord
 from sdrt.engine import LazyEngine, choose
-from sdrt.engine.budget import budget_of, check_room, free_bytes, most_pictures
+from sdrt.engine.memory_budget import budget_of, check_room, free_bytes, most_pictures
 from sdrt.errors import BackendError
 from sdrt.export import memory
 
@@ -79,7 +79,7 @@ def test_the_budget_is_printed_and_refused_with_the_numbers(shapes, caplog):
 
 
 def test_a_backend_without_room_is_left_for_the_next(shapes, monkeypatch, caplog):
-    monkeypatch.setattr("sdrt.engine.budget.free_bytes", lambda gpu: 1000)
+    monkeypatch.setattr("sdrt.engine.memory_budget.free_bytes", lambda gpu: 1000)
     with pytest.raises(BackendError, match="0 MB of the host's memory are free"):
         sdrt.load(shapes, backend="onnxruntime")
     assert "does not serve" in caplog.text

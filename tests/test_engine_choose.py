@@ -17,9 +17,9 @@ from sdrt.bundle import open_bundle
 from sdrt.bundle.bundle import sha256_of
 from sdrt.cli.main import main
 from sdrt.engine import candidates, choose
-from sdrt.engine.gpus import NO_DEVICE, Machine, why_none
-from sdrt.engine.ort import OrtEngine
-from sdrt.engine.ort_cuda import MOST_SHAPES, OrtCudaEngine, OrtCudaOptions
+from sdrt.engine.gpu import NO_DEVICE, Machine, why_none
+from sdrt.engine.onnxruntime.cpu import OrtEngine
+from sdrt.engine.onnxruntime.cuda import MOST_SHAPES, OrtCudaEngine, OrtCudaOptions
 from sdrt.errors import BackendError, UsageError
 
 LARGE = 2_000_000_000
@@ -136,7 +136,7 @@ def test_doctor_says_what_is_here_and_what_would_be_taken(capsys):
 
 def test_the_machine_is_asked_whatever_the_environment_hides():
     """On a machine with a GPU this says that it is hidden, elsewhere that there is none."""
-    code = "from sdrt.engine.gpus import this_machine; print(this_machine().why_none)"
+    code = "from sdrt.engine.gpu import this_machine; print(this_machine().why_none)"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)

@@ -23,8 +23,9 @@ from sdrt.runtime.samplers.table import sampler_table
 from sdrt.runtime.whole import drawn, schedule_of
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
-from sdrt.engine import cuda, kernels
-from sdrt.engine.trt_loop import different, feeds_of
+from sdrt.engine.cuda import driver as cuda_driver
+from sdrt.engine.cuda import kernels
+from sdrt.engine.tensorrt.sampling_graph import different, feeds_of
 
 SHIM = """
 #include <cmath>
@@ -59,14 +60,14 @@ def launcher_of(name):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120"])
 def test_it_compiles_for_every_gpu(target, dtype):
-    code = cuda.compiled(kernels.source_of(dtype), target)
+    code = cuda_driver.compiled(kernels.source_of(dtype), target)
     assert code.startswith(b"\x7fELF")
     assert all(name.encode() in code for name in kernels.PARAMETERS)
 
 
 def test_what_the_compiler_says_is_in_the_error():
     with pytest.raises(BackendError, match=r"sdrt\.cu\(1\).*undefined"):
-        cuda.compiled("__global__ void k() { x = 1; }", "sm_90")
+        cuda_driver.compiled("__global__ void k() { x = 1; }", "sm_90")
 
 
 @pytest.fixture(scope="module", params=["float32", "float16"])
@@ -345,8 +346,8 @@ def attributes(path, base):
 
 
 def test_every_function_of_the_driver_is_there():
-    engine = Path(cuda.__file__).parent
+    engine = Path(cuda_driver.__file__).parent
     for base in ("driver", "nvrtc"):
-        module = getattr(cuda, base)
-        names = {n for f in ("cuda.py", "kernels.py") for n in attributes(engine / f, base)}
+        module = getattr(cuda_driver, base)
+        names = {n for f in ("driver.py", "kernels.py") for n in attributes(engine / f, base)}
         assert len(names) > 5 and [name for name in names if not hasattr(module, name)] == []

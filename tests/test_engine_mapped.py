@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sdrt
-from sdrt.engine.mapped import Users, let_go, trim
+from sdrt.engine.page_cache import Users, let_go, trim
 
 SIZE = 32 << 20
 
@@ -71,7 +71,7 @@ def test_the_heap_gives_back_what_was_freed():
 
 
 def test_a_decoder_that_gives_back_draws_the_same(shapes, monkeypatch):
-    openvino_cpu = pytest.importorskip("sdrt.engine.openvino_cpu")
+    openvino_cpu = pytest.importorskip("sdrt.engine.openvino.engine")
     with sdrt.load(shapes, backend="openvino") as pipe:
         draw = partial(pipe, "a red circle", num_inference_steps=2, seed=0)
         wanted = draw().images[0].tobytes()
@@ -81,7 +81,7 @@ def test_a_decoder_that_gives_back_draws_the_same(shapes, monkeypatch):
 
 def test_nothing_is_let_go_while_somebody_uses_a_file(tmp_path, monkeypatch):
     dropped, users = [], Users()
-    monkeypatch.setattr("sdrt.engine.mapped.let_go", dropped.append)
+    monkeypatch.setattr("sdrt.engine.page_cache.let_go", dropped.append)
     with users:
         with users:
             assert not users.let_go(tmp_path)

@@ -9,9 +9,9 @@ import pytest
 from sdrt.bundle import bundle as bundles
 from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
-from sdrt.engine import kept as kept_folder
+from sdrt.engine import compile_cache as kept_folder
 from sdrt.engine.comparing import sample_of
-from sdrt.engine.processor import has_bf16
+from sdrt.engine.cpu import has_bf16
 
 pytest.importorskip("openvino")
 
@@ -27,7 +27,7 @@ def bundle(shapes):
 @pytest.fixture
 def compiled(bundle, tmp_path, monkeypatch):
     """Makes a component's model in a home where even the smallest is kept."""
-    from sdrt.engine.openvino_plans import compiled
+    from sdrt.engine.openvino.cache import compiled
 
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
     monkeypatch.setattr(kept_folder, "WORTH", 0)
@@ -35,7 +35,7 @@ def compiled(bundle, tmp_path, monkeypatch):
 
 
 def opened(bundle, name, precision, kept):
-    from sdrt.engine.openvino_cpu import OpenVinoEngine
+    from sdrt.engine.openvino.engine import OpenVinoEngine
 
     component = bundle.manifest.components[name]
     return OpenVinoEngine(name, bundle.graph(name), component, precision, kept)
@@ -71,7 +71,7 @@ def test_a_kept_model_gives_the_same_numbers(bundle, compiled, name, precision, 
 def test_products_read_their_weights_turned(bundle):
     import openvino as ov
 
-    from sdrt.engine.openvino_plans import _turn_products
+    from sdrt.engine.openvino.cache import _turn_products
 
     model = ov.Core().read_model(str(bundle.graph("unet")))
     before = stored_turned(model)

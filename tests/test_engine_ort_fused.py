@@ -13,12 +13,12 @@ import torch
 from torch.nn import functional as F
 
 from sdrt.bundle import open_bundle
-from sdrt.engine import sdpa
 from sdrt.engine.comparing import sample_of
-from sdrt.engine.gpus import Gpu
-from sdrt.engine.ort import OrtEngine, session, session_options
-from sdrt.engine.ort_cuda import load_engine
-from sdrt.engine.ort_fused import write_fused
+from sdrt.engine.gpu import Gpu
+from sdrt.engine.onnxruntime.cpu import OrtEngine, session, session_options
+from sdrt.engine.onnxruntime.cuda import load_engine
+from sdrt.engine.onnxruntime.fusion import write_fused
+from sdrt.engine.torch import engine as torch_engine
 from sdrt.errors import BackendError
 
 GPU = Gpu(0, "NVIDIA L4", "sm_89", 24 << 30)
@@ -105,15 +105,15 @@ def attention(given, attributes):
 
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_norms_by_torch_compute_the_same(bundle, name, monkeypatch):
-    monkeypatch.setitem(sdpa.OPERATIONS, "GroupNorm", group_norm)
-    monkeypatch.setitem(sdpa.OPERATIONS, "MultiHeadAttention", attention)
+    monkeypatch.setitem(torch_engine.OPERATIONS, "GroupNorm", group_norm)
+    monkeypatch.setitem(torch_engine.OPERATIONS, "MultiHeadAttention", attention)
     component = bundle.manifest.components[name]
     graph = bundle.graph(name).with_name("fused.onnx")
     write_fused(bundle.graph(name), graph)
     assert counted(graph) == FUSED[name]
     feeds = feeds_of(component)
     graphs = bundle.graph(name), graph
-    plain, fused = (sdpa.TorchEngine(name, each, component, "cpu") for each in graphs)
+    plain, fused = (torch_engine.TorchEngine(name, each, component, "cpu") for each in graphs)
     wanted, found = (engine(feeds)[OUTPUTS[name]] for engine in (plain, fused))
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
     # Its types and attributes are those that ONNX Runtime knows: only a kernel is missing here.

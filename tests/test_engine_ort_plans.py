@@ -16,11 +16,11 @@ import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
 from sdrt.cli.gc import leftovers
-from sdrt.engine import kept as kept_folder
-from sdrt.engine import ort_plans
+from sdrt.engine import compile_cache as kept_folder
 from sdrt.engine.comparing import sample_of
-from sdrt.engine.gpus import Machine
-from sdrt.engine.ort import OrtEngine, session_options
+from sdrt.engine.gpu import Machine
+from sdrt.engine.onnxruntime import cache as onnxruntime_cache
+from sdrt.engine.onnxruntime.cpu import OrtEngine, session_options
 from sdrt.errors import BackendError
 
 PICTURE = {"num_inference_steps": 4, "seed": 3}
@@ -40,7 +40,7 @@ def picture(bundle):
 
 
 def made(bundle, name="unet"):
-    return ort_plans.optimised(bundle, name, session_options())
+    return onnxruntime_cache.optimised(bundle, name, session_options())
 
 
 def test_the_optimised_graph_gives_the_same_picture(kept, pipe, tmp_path, monkeypatch):
@@ -51,7 +51,9 @@ def test_the_optimised_graph_gives_the_same_picture(kept, pipe, tmp_path, monkey
     assert np.abs(first.astype(int) - wanted).max() <= 1
     graphs = sorted(path.parent.name.split("-")[0] for path in tmp_path.rglob("model.onnx"))
     assert graphs == ["text_encoder", "unet", "vae_decoder"]
-    monkeypatch.setattr(ort_plans, "find_spec", lambda name: None)  # so that nothing is fused
+    monkeypatch.setattr(
+        onnxruntime_cache, "find_spec", lambda name: None
+    )  # so that nothing is fused
     monkeypatch.setenv("SDRT_HOME", str(tmp_path / "unfused"))
     assert np.array_equal(picture(kept), wanted)
 

@@ -11,10 +11,10 @@ import pytest
 from sdrt.bundle import Bundle
 from sdrt.bundle.bundle import FLOAT32_GRAPH
 from sdrt.bundle.manifest import Component, FileRecord, Manifest, TensorSpec
-from sdrt.engine.gpus import NO_DEVICE, Gpu, Machine, why_none
+from sdrt.engine.gpu import NO_DEVICE, Gpu, Machine, why_none
+from sdrt.engine.plan_signing import is_ours, mark_of, read_ours, write_ours
 from sdrt.engine.plans import PlanKey, differences, find_plan, key_of, plan_of, profiles_of
-from sdrt.engine.trt_plans import PORTABLE, RTX, targets_of, why_not
-from sdrt.engine.trust import is_ours, mark_of, read_ours, write_ours
+from sdrt.engine.tensorrt.plans import PORTABLE, RTX, targets_of, why_not
 from sdrt.errors import BackendError, BundleError, UsageError
 
 KEY = PlanKey(

@@ -8,7 +8,7 @@ import pytest
 from sdrt import process_stats
 from sdrt.bundle import open_bundle
 from sdrt.cli.main import main
-from sdrt.engine import budget
+from sdrt.engine import memory_budget
 from sdrt.engine.room import Room, attention_shapes
 from sdrt.errors import UsageError
 from sdrt.runtime.inflight import InFlight
@@ -107,6 +107,6 @@ def test_a_containers_bound_counts_without_files_that_can_be_dropped(
     for name, text in ((most, "1000000"), (used, "900000"), ("memory.stat", f"{cached} 600000")):
         (folder / name).write_text(text)
     monkeypatch.setattr(process_stats, "CGROUPS", tmp_path)
-    assert process_stats.available_bytes() == budget.free_bytes(None) == 700_000
+    assert process_stats.available_bytes() == memory_budget.free_bytes(None) == 700_000
     (folder / most).write_text("max")
     assert process_stats.available_bytes() > 700_000

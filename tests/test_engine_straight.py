@@ -10,11 +10,11 @@ from safetensors.numpy import save_file
 import sdrt
 from sdrt.bundle.manifest import Component, TensorSpec
 from sdrt.cli.main import main
-from sdrt.engine import sdpa
-from sdrt.engine.choose import choose
 from sdrt.engine.comparing import sample_of
-from sdrt.engine.sdpa import TorchEngine
-from sdrt.engine.straight import straightened
+from sdrt.engine.selection import choose
+from sdrt.engine.torch import engine as torch_engine
+from sdrt.engine.torch.compile import straightened
+from sdrt.engine.torch.engine import TorchEngine
 from sdrt.errors import BackendError, UsageError
 
 SHAPE = ("rows", 4, "latent_height", "latent_width")
@@ -88,7 +88,7 @@ def test_what_is_compiled_computes_the_same_with_any_weights(graph):
 
 @pytest.mark.slow
 def test_the_shape_that_was_used_least_recently_goes(graph, monkeypatch):
-    monkeypatch.setattr(sdpa, "MOST_SHAPES", 2)
+    monkeypatch.setattr(torch_engine, "MOST_SHAPES", 2)
     plain, quick = (TorchEngine("unet", graph, COMPONENT, "cpu", compile=c) for c in (False, True))
     for width in (4, 6, 4, 8):
         feeds = {"sample": sample_of("float32", (1, 4, 4, width))}
@@ -109,7 +109,7 @@ def test_what_shapes_alone_decide_is_not_computed_again(graph):
 
 def test_a_shape_that_depends_on_values_is_refused():
     given = {"x": torch.zeros(4), "target": torch.tensor([2, 2])}
-    nodes = [(sdpa.OPERATIONS["Reshape"], ["x", "target"], ["y"], {})]
+    nodes = [(torch_engine.OPERATIONS["Reshape"], ["x", "target"], ["y"], {})]
     with pytest.raises(BackendError, match=r"Reshape .* run without compiling"):
         straightened(nodes, ["Reshape"], given, {})
 

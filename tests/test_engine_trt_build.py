@@ -16,9 +16,9 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection
 
 from sdrt.bundle import open_bundle
 from sdrt.cli.main import main
-from sdrt.engine import trt_build
 from sdrt.engine.plans import PlanKey
-from sdrt.engine.trt_plans import PORTABLE, RTX, RTX_TARGETS, PlanOptions, trt_plan
+from sdrt.engine.tensorrt import builder as tensorrt_builder
+from sdrt.engine.tensorrt.plans import PORTABLE, RTX, RTX_TARGETS, PlanOptions, trt_plan
 from sdrt.errors import BackendError
 from sdrt.export import modules
 from sdrt.export.checkpoint import find_checkpoint
@@ -47,15 +47,15 @@ def exported(folder, name, module, inputs, dtype=torch.float16):
 
 def parsed(graph):
     """The network, if no node of the graph is unsupported; kept alive with what it rests on."""
-    builder = trt.Builder(trt_build.logger_of(trt))
+    builder = trt.Builder(tensorrt_builder.logger_of(trt))
     network = builder.create_network(0)
-    parser = trt.OnnxParser(network, trt_build.logger_of(trt))
+    parser = trt.OnnxParser(network, tensorrt_builder.logger_of(trt))
     taken = parser.supports_model_v2(graph.read_bytes(), str(graph))
     errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
     assert taken and all(parser.is_subgraph_supported(i) for i in range(parser.num_subgraphs)), (
         errors
     )
-    network, parser = trt_build.parsed_network(trt, builder, graph)
+    network, parser = tensorrt_builder.parsed_network(trt, builder, graph)
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     assert trt.int64 not in {tensor.dtype for tensor in inputs}
     return network, parser, builder
@@ -72,7 +72,7 @@ def attentions(network):
 def build(folder, component, graph, profile, targets=("sm_89",)):
     marks = {"level": 3, "workspace": 0, "stripped": False, "graph": "", "weights": ""}
     key = PlanKey(component, RTX, "1", targets, "", "", (profile,), **marks)
-    return trt_build.build_plan(key, graph, folder / "plan")
+    return tensorrt_builder.build_plan(key, graph, folder / "plan")
 
 
 def unet_inputs(config, tokens=7, side=8):
@@ -207,7 +207,7 @@ def test_weights_may_stay_with_the_host(planned):
 
 
 def test_inspect_says_what_must_be_fused(planned, capsys):
-    from sdrt.engine.gpus import this_machine
+    from sdrt.engine.gpu import this_machine
 
     if this_machine().gpus:
         pytest.skip("there is a GPU")
@@ -226,7 +226,7 @@ def test_inspect_says_what_must_be_fused(planned, capsys):
 
 def test_layers_are_found_by_the_nodes_that_they_name(planned):
     """By the marks that the parser really puts into a network, which the inspector repeats."""
-    from sdrt.engine.trt_layers import layers_of
+    from sdrt.engine.tensorrt.inspector import layers_of
 
     network, *_ = parsed(open_bundle(planned).graph("unet"))
     layers = [network.get_layer(i) for i in range(network.num_layers)]
@@ -292,7 +292,7 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(planned, tmp_path):
 
 
 def test_progress_counts_every_step_once():
-    progress = trt_build.Progress("unet", shown=True)
+    progress = tensorrt_builder.Progress("unet", shown=True)
     progress.start("outer", 3)
     progress.start("inner", 2)
     assert progress.step("inner")

@@ -13,10 +13,10 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from sdrt.bundle.manifest import Component, TensorSpec
 from sdrt.engine import Schedule
 from sdrt.engine.comparing import sample_of
-from sdrt.engine.cuda import device_of
-from sdrt.engine.gpus import this_machine
-from sdrt.engine.trt_engine import TrtEngine, profile_index
-from sdrt.engine.trt_loop import feeds_of
+from sdrt.engine.cuda.driver import device_of
+from sdrt.engine.gpu import this_machine
+from sdrt.engine.tensorrt.engine import TrtEngine, profile_index
+from sdrt.engine.tensorrt.sampling_graph import feeds_of
 from sdrt.errors import BackendError
 
 SMALL = {"sample": ((1, 4, 8, 8), (2, 4, 8, 8), (8, 4, 8, 8)), "timestep": ((1,), (2,), (8,))}

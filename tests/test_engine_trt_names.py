@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = ("trt_build.py", "trt_engine.py", "trt_layers.py")
+FILES = ("builder.py", "engine.py", "inspector.py")
 CLASSES = {  # what a variable of this name holds
     "builder": "Builder",
     "network": "INetworkDefinition",
@@ -26,12 +26,12 @@ CLASSES = {  # what a variable of this name holds
     "parser_refitter": "OnnxParserRefitter",
 }
 OWN = {  # the same name holds different things in different files
-    ("trt_build.py", "config"): "IBuilderConfig",
-    ("trt_build.py", "cache"): "ITimingCache",
-    ("trt_build.py", "profile"): "IOptimizationProfile",
-    ("trt_build.py", "error"): "ParserError",
-    ("trt_engine.py", "config"): "IRuntimeConfig",
-    ("trt_engine.py", "cache"): "IRuntimeCache",
+    ("builder.py", "config"): "IBuilderConfig",
+    ("builder.py", "cache"): "ITimingCache",
+    ("builder.py", "profile"): "IOptimizationProfile",
+    ("builder.py", "error"): "ParserError",
+    ("engine.py", "config"): "IRuntimeConfig",
+    ("engine.py", "cache"): "IRuntimeCache",
 }
 # Not TensorRT's: `engine` is sometimes this project's own, `layer` becomes an attention's end.
 OTHER = {
@@ -59,7 +59,7 @@ def dotted(node):
 def used():
     """(class or "", dotted name) of everything taken from TensorRT."""
     for name in FILES:
-        for node in ast.walk(ast.parse((ROOT / "engine" / name).read_text())):
+        for node in ast.walk(ast.parse((ROOT / "engine" / "tensorrt" / name).read_text())):
             parts = dotted(node) if isinstance(node, ast.Attribute) else []
             if not parts:
                 continue

@@ -21,8 +21,8 @@ from safetensors.numpy import load_file, save_file
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
-from sdrt.engine import choose, kept, parity
-from sdrt.engine.processor import has_bf16
+from sdrt.engine import choose, compile_cache, parity
+from sdrt.engine.cpu import has_bf16
 from sdrt.errors import BundleError, CheckpointError, ParityError, SdrtError
 from sdrt.export import build, proof
 from sdrt.export.build import BuildPlan, build_bundle
@@ -226,8 +226,8 @@ def test_openvino_keeps_half_in_single(half, tmp_path, monkeypatch):
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
     draw = {"prompt": "a", "num_inference_steps": 4, "seed": 0}
     pictures = []
-    for worth in (kept.WORTH, 0):
-        monkeypatch.setattr(kept, "WORTH", worth)
+    for worth in (compile_cache.WORTH, 0):
+        monkeypatch.setattr(compile_cache, "WORTH", worth)
         with sdrt.load(half, backend="openvino") as pipe:
             pictures.append(np.asarray(pipe(**draw).images[0], np.int16))
     assert np.ptp(pictures[0]) > 50 and np.abs(pictures[0] - pictures[1]).max() <= 2

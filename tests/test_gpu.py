@@ -15,9 +15,9 @@ import pytest
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.engine import candidates, parity
-from sdrt.engine.gpus import free_memory, this_machine
-from sdrt.engine.ort import OrtEngine
-from sdrt.engine.trt_plans import FULL, RTX, PlanOptions, trt_plan
+from sdrt.engine.gpu import free_memory, this_machine
+from sdrt.engine.onnxruntime.cpu import OrtEngine
+from sdrt.engine.tensorrt.plans import FULL, RTX, PlanOptions, trt_plan
 from sdrt.errors import BackendError
 from sdrt.runtime import load_pipeline
 
@@ -175,7 +175,7 @@ def test_texts_take_turns_in_one_graph(bundle, planned):
 def test_a_stream_of_the_callers_is_worked_in(bundle, planned):
     from cuda.bindings import driver
 
-    from sdrt.engine.cuda import device_of
+    from sdrt.engine.cuda.driver import device_of
 
     device = device_of(0)
     with device.use():
@@ -207,7 +207,7 @@ def test_in_turn_less_memory_is_taken_and_weights_stream(bundle, planned, gpu):
 
 
 def test_the_budget_is_what_is_taken(bundle, planned, gpu):
-    from sdrt.engine.budget import budget_of
+    from sdrt.engine.memory_budget import budget_of
 
     manifest = open_bundle(bundle).manifest
     before = free_memory(gpu)
@@ -224,7 +224,7 @@ def test_the_largest_batch_is_found_by_one_probe(bundle, backend):
 
 
 def test_attention_is_fused_as_the_inspector_tells(bundle, planned, capsys):
-    from sdrt.engine.trt_layers import ATTENTION, layers_of, nodes_of
+    from sdrt.engine.tensorrt.inspector import ATTENTION, layers_of, nodes_of
 
     opened = open_bundle(bundle)
     nodes = nodes_of(planned, opened.graph("unet"))
@@ -287,10 +287,10 @@ def test_memory_comes_back_when_a_pipeline_is_closed(bundle, planned, gpu):
 def test_a_stripped_plan_filled_in_computes_what_a_full_one_does(bundle, planned, tmp_path, gpu):
     from functools import partial
 
-    from sdrt.engine.cuda import device_of
+    from sdrt.engine.cuda.driver import device_of
     from sdrt.engine.plans import plan_of, plans_folder
-    from sdrt.engine.trt_build import build_plan
-    from sdrt.engine.trt_engine import Loaded, TrtEngine
+    from sdrt.engine.tensorrt.builder import build_plan
+    from sdrt.engine.tensorrt.engine import Loaded, TrtEngine
 
     opened = open_bundle(bundle)
     component, graph = opened.manifest.components["unet"], opened.graph("unet")
@@ -337,7 +337,7 @@ def test_a_plan_that_computes_something_else_is_left_for_the_next_backend(bundle
 
 
 def test_without_memory_it_says_so_and_stays_usable(bundle, planned, gpu):
-    from sdrt.engine.cuda import device_of
+    from sdrt.engine.cuda.driver import device_of
 
     device, taken = device_of(0), []
     with device.use():
@@ -359,7 +359,7 @@ def test_after_a_fault_for_good_it_says_so_and_a_new_load_works(bundle, planned,
     code = f"""
 import sdrt
 from cuda.bindings import driver
-from sdrt.engine.cuda import compiled, device_of
+from sdrt.engine.cuda.driver import compiled, device_of
 from sdrt.errors import BackendError
 from sdrt.runtime import load_pipeline
 pipe = sdrt.load({str(bundle)!r}, backend={planned!r})

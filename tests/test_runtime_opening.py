@@ -116,7 +116,7 @@ SLOW = """
 import sys, time
 import sdrt
 from sdrt import cli
-from sdrt.engine.ort import OrtEngine
+from sdrt.engine.onnxruntime.cpu import OrtEngine
 def slow(*_):
     print("loading", flush=True)
     time.sleep({seconds})

@@ -16,9 +16,9 @@ from sdrt.bundle.bundle import describe_files
 from sdrt.bundle.manifest import Manifest, json_from_manifest
 from sdrt.cli.gc import leftovers
 from sdrt.cli.main import main
-from sdrt.engine.gpus import Gpu, Machine
+from sdrt.engine.gpu import Gpu, Machine
 from sdrt.engine.plans import plan_of
-from sdrt.engine.trt_plans import MODULES
+from sdrt.engine.tensorrt.plans import MODULES
 
 HOLD = """
 import os, sys, time

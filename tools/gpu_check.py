@@ -15,7 +15,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from sdrt.cli.inspect import diagnose
-from sdrt.engine.gpus import this_machine
+from sdrt.engine.gpu import this_machine
 
 ROOT = Path(__file__).parent.parent
 ENDS = {"failure": "failed", "error": "failed", "skipped": "skipped"}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sdrt.bundle import Bundle, open_bundle, parse_size
 from sdrt.engine import candidates
-from sdrt.engine.gpus import free_memory, this_machine
+from sdrt.engine.gpu import free_memory, this_machine
 from sdrt.errors import BackendError, UsageError
 from sdrt.process_stats import available_bytes, peak_bytes
 from sdrt.progress import reported

@@ -10,8 +10,8 @@ from functools import partial
 
 import numpy as np
 
-from sdrt.engine.choose import installed
-from sdrt.engine.processor import has_bf16
+from sdrt.engine.cpu import has_bf16
+from sdrt.engine.selection import installed
 
 SIDE = 2048
 FLOPS = 2 * SIDE**3

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.bundle import Bundle, open_bundle, parse_size
-from sdrt.engine.choose import installed
-from sdrt.engine.processor import has_bf16
+from sdrt.engine.cpu import has_bf16
+from sdrt.engine.selection import installed
 from sdrt.runtime.samplers.catalogue import config_from_name
 
 from .worker import PROMPT, Part, Spent, Timed, picture_of

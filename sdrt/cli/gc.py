@@ -21,10 +21,10 @@ from sdrt.atomic_files import beside, locked
 from sdrt.bundle import Bundle
 from sdrt.bundle.bundle import bundles_folder, changed_memory, embedded, forget, home, list_bundles
 from sdrt.bundle.manifest import MANIFEST, MOST_MANIFEST, manifest_from_json
-from sdrt.engine.gpus import Machine, this_machine
-from sdrt.engine.kept import MARK, other_version
+from sdrt.engine.compile_cache import MARK, other_version
+from sdrt.engine.gpu import Machine, this_machine
 from sdrt.engine.plans import Plan, plan_from_json, plans_folder
-from sdrt.engine.trt_plans import MODULES
+from sdrt.engine.tensorrt.plans import MODULES
 from sdrt.errors import BundleError, SdrtError
 from sdrt.json_validation import read_json
 

@@ -63,9 +63,9 @@ def _layers(bundle: Bundle, name: str) -> dict[str, Any]:
     layers of its engine that they went into.
     """
     from sdrt.engine import choose
-    from sdrt.engine.choose import installed
-    from sdrt.engine.trt_layers import layers_of, nodes_of
-    from sdrt.engine.trt_plans import FULL, MODULES, RTX
+    from sdrt.engine.selection import installed
+    from sdrt.engine.tensorrt.inspector import layers_of, nodes_of
+    from sdrt.engine.tensorrt.plans import FULL, MODULES, RTX
 
     kind = next((kind for kind in (FULL, RTX) if installed(MODULES[kind])), RTX)
     found: dict[str, Any] = {"nodes": nodes_of(kind, bundle.graph(name))}
@@ -118,7 +118,7 @@ def megabytes(count: int) -> str:
 def diagnose() -> dict[str, Any]:
     """This machine, the packages found and every backend with the reason why it does not work."""
     from sdrt.engine import candidates, choose
-    from sdrt.engine.gpus import free_memory, this_machine
+    from sdrt.engine.gpu import free_memory, this_machine
 
     machine = this_machine()
     try:

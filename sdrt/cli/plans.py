@@ -9,7 +9,7 @@ from sdrt.bundle.manifest import SHALLOW
 from sdrt.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
-    from sdrt.engine.gpus import Gpu
+    from sdrt.engine.gpu import Gpu
 
 log = logging.getLogger("sdrt.build")
 KINDS = ("tensorrt", "tensorrt-rtx")
@@ -41,7 +41,7 @@ def wanted(args: argparse.Namespace) -> str | None:
     Raises UsageError for what does not fit, before any work.
     """
     from sdrt.engine import choose
-    from sdrt.engine.trt_plans import targets_of
+    from sdrt.engine.tensorrt.plans import targets_of
 
     if args.backend not in KINDS:
         if args.target or args.bundle:
@@ -82,7 +82,7 @@ def build_plans(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
 
 
 def _build(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
-    from sdrt.engine.trt_plans import PlanOptions, trt_plan
+    from sdrt.engine.tensorrt.plans import PlanOptions, trt_plan
 
     workspace = None if args.workspace is None else args.workspace * 1_000_000
     options = PlanOptions(
@@ -103,6 +103,6 @@ def _build(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
 
 
 def _gpu() -> "Gpu | None":
-    from sdrt.engine.gpus import this_machine
+    from sdrt.engine.gpu import this_machine
 
     return next(iter(this_machine().gpus), None)

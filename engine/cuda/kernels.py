@@ -9,7 +9,7 @@ from typing import Any
 
 from cuda.bindings import driver
 
-from .cuda import Device, compiled
+from .driver import Device, compiled
 
 THREADS = 256
 HALF = """

@@ -10,11 +10,11 @@ import openvino as ov
 
 from sdrt.bundle.bundle import WEIGHTS
 from sdrt.bundle.manifest import Component
+from sdrt.engine.page_cache import Users, trim
+from sdrt.engine.protocol import Feeds, checked_feeds
 from sdrt.errors import BackendError
 
-from . import openvino_plans
-from .mapped import Users, trim
-from .protocol import Feeds, checked_feeds
+from . import cache as openvino_cache
 
 log = logging.getLogger(__name__)
 USERS = Users()
@@ -46,7 +46,7 @@ class Requests:
 class OpenVinoEngine:
     """One compiled model on all cores; calls at the same time wait in OpenVINO's own queue.
 
-    kept: the model as OpenVINO has compiled it, see `openvino_plans`
+    kept: the model as OpenVINO has compiled it, see `cache`
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class OpenVinoEngine:
     def _imported(self) -> ov.CompiledModel | None:
         if self._kept is None:
             return None
-        self._mapped = self._kept.with_name(openvino_plans.WEIGHTS)
+        self._mapped = self._kept.with_name(openvino_cache.WEIGHTS)
         try:
-            return openvino_plans.imported(self._kept, self._precision)
+            return openvino_cache.imported(self._kept, self._precision)
         except RuntimeError as error:
             log.warning("%s: %s does not open, so it is compiled: %s", self.name, self._kept, error)
             return None
@@ -91,7 +91,7 @@ class OpenVinoEngine:
                 if node.get_type_name() == "Constant" and node.get_friendly_name() in weights:
                     new = ov.op.Constant(weights[node.get_friendly_name()])
                     node.output(0).replace(new.output(0))
-            return core.compile_model(model, "CPU", openvino_plans.settings(self._precision))
+            return core.compile_model(model, "CPU", openvino_cache.settings(self._precision))
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {self._graph}: {error}") from error
 

@@ -4,12 +4,12 @@ Knows plans and loaded plans; not what is run with them. Never run on a GPU yet.
 """
 
 from sdrt.bundle import Bundle
+from sdrt.engine.comparing import prove
+from sdrt.engine.cuda.driver import device_of
+from sdrt.engine.gpu import Gpu
 
-from .comparing import prove
-from .cuda import device_of
-from .gpus import Gpu
-from .trt_engine import Loaded, TrtEngine, TrtUnet, loaded_plans, loading
-from .trt_plans import PlanOptions, trt_plan
+from .engine import Loaded, TrtEngine, TrtUnet, loaded_plans, loading
+from .plans import PlanOptions, trt_plan
 
 
 def load_engine(

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdrt.bundle.manifest import Component
+from sdrt.engine.cuda.driver import Device, Graph, Mirrored, reset_device
+from sdrt.engine.gpu import ONE_AT_A_TIME
+from sdrt.engine.plan_signing import read_ours, write_ours
+from sdrt.engine.plans import Plan, Profile
+from sdrt.engine.protocol import Drawn, Feeds, Schedule, checked_feeds
 from sdrt.errors import BackendError
 
-from .cuda import Device, Graph, Mirrored, reset_device
-from .gpus import ONE_AT_A_TIME
-from .plans import Plan, Profile
-from .protocol import Drawn, Feeds, Schedule, checked_feeds
-from .trt_build import logger_of, module_of
-from .trt_plans import RTX
-from .trust import read_ours, write_ours
+from .builder import logger_of, module_of
+from .plans import RTX
 
 if TYPE_CHECKING:
-    from .trt_loop import Loops
+    from .sampling_graph import Loops
 
 log = logging.getLogger(__name__)
 MOST_SHAPES = 8
@@ -153,7 +153,7 @@ class Loaded:
 
     def layers(self) -> list[Mapping[str, Any]]:
         """What the engine inspector tells of every layer."""
-        from .trt_layers import inspected
+        from .inspector import inspected
 
         with self.device.use():
             return inspected(self._trt, self._engine)
@@ -321,7 +321,7 @@ class TrtUnet(TrtEngine):
     def __init__(
         self, name: str, component: Component, loaded: Loaded, target: str, stream: int = 0
     ) -> None:
-        from .trt_loop import Loops
+        from .sampling_graph import Loops
 
         super().__init__(name, component, loaded, stream)
         if loaded.loops is None:

@@ -22,7 +22,7 @@ from sdrt.errors import SdrtError
 from sdrt.folders import made_once
 from sdrt.json_validation import read_json
 
-from .processor import processor
+from .cpu import processor
 
 log = logging.getLogger(__name__)
 MARK = "plan.json"

@@ -17,12 +17,11 @@ from openvino.preprocess import PrePostProcessor
 
 from sdrt.bundle import Bundle
 from sdrt.bundle.bundle import TRANSPOSED
+from sdrt.engine.compile_cache import kept
+from sdrt.engine.cpu import has_bf16
+from sdrt.engine.once import once
+from sdrt.engine.page_cache import trim
 from sdrt.errors import BackendError
-
-from .kept import kept
-from .mapped import trim
-from .once import once
-from .processor import has_bf16
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
 FLOATS = "Constant", ov.Type.f32

@@ -17,13 +17,13 @@ import onnxruntime as ort
 
 from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import Component
+from sdrt.engine.comparing import prove
+from sdrt.engine.gpu import ONE_AT_A_TIME, Gpu
+from sdrt.engine.plans import Plan, key_of, plan_of, plans_folder
+from sdrt.engine.protocol import Feeds, checked_feeds
 from sdrt.errors import BackendError, ParityError, UsageError
 
-from .comparing import prove
-from .gpus import ONE_AT_A_TIME, Gpu
-from .ort import options_with, session
-from .plans import Plan, key_of, plan_of, plans_folder
-from .protocol import Feeds, checked_feeds
+from .cpu import options_with, session
 
 log = logging.getLogger(__name__)
 PROVIDER = "CUDAExecutionProvider"
@@ -39,7 +39,7 @@ class OrtCudaOptions:
     tf32: products of single precision in TensorFloat-32, which rounds to 10 bits
     conv_search: how convolutions are chosen: DEFAULT, HEURISTIC or EXHAUSTIVE
     graphs: replay CUDA graphs. nhwc: convolutions with channels last
-    fused: ONNX Runtime's own fused attention and group normalisation, see `ort_fused`
+    fused: ONNX Runtime's own fused attention and group normalisation, see `fusion`
     """
 
     tf32: bool = False
@@ -225,7 +225,7 @@ def _fused_plan(bundle: Bundle, name: str, gpu: Gpu, *, norms: bool) -> Plan:
 
     def build(out: Path) -> tuple[float, int]:
         try:
-            from .ort_fused import write_fused
+            from .fusion import write_fused
         except ImportError as error:
             raise BackendError(f"making them needs {error.name}; pip install onnx") from error
         return write_fused(bundle.graph(name), out, norms=norms)

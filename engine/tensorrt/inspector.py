@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .trt_build import logger_of, module_of, parsed_network
+from .builder import logger_of, module_of, parsed_network
 
 ATTENTION, NORMALISATION, DECOMPOSED = "attention", "normalisation", "attention, decomposed"
 

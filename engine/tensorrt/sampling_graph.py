@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from sdrt.engine.cuda.driver import Graph, Mirrored
+from sdrt.engine.cuda.kernels import Kernels
+from sdrt.engine.protocol import Drawn, Read, Schedule, checked_feeds
 from sdrt.errors import BackendError
 
-from .cuda import Graph, Mirrored
-from .kernels import Kernels
-from .protocol import Drawn, Read, Schedule, checked_feeds
-from .trt_engine import Bound, Loaded
+from .engine import Bound, Loaded
 
 log = logging.getLogger(__name__)
 MOST_LOOPS = 4

@@ -1,7 +1,7 @@
 """Graphs that ONNX Runtime has optimised for this processor, kept in the user's folder.
 
 Optimising a large UNet and packing its weights takes ten times as long as reading the outcome,
-which is mapped into memory: processes share it. Attention is fused first (`ort_fused`, if onnx is
+which is mapped into memory: processes share it. Attention is fused first (`fusion`, if onnx is
 installed): its scores, gigabytes at 512x512, are then never whole. Where none is kept the bundle's
 own graph is what runs.
 """
@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt.bundle import Bundle
-
-from .kept import kept
-from .mapped import trim
+from sdrt.engine.compile_cache import kept
+from sdrt.engine.page_cache import trim
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -36,11 +35,11 @@ def optimised(bundle: Bundle, component: str, options: "ort.SessionOptions") -> 
 def _make(
     bundle: Bundle, component: str, options: "ort.SessionOptions", fuses: bool, folder: Path
 ) -> None:
-    from .ort import session
+    from .cpu import session
 
     graph, fused = bundle.graph(component), None
     if fuses:
-        from .ort_fused import write_fused
+        from .fusion import write_fused
 
         write_fused(graph, folder / FUSED, norms=False)
         fused = (folder / FUSED).read_bytes()

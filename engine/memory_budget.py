@@ -12,7 +12,7 @@ from sdrt.bundle.manifest import Manifest
 from sdrt.errors import BackendError
 from sdrt.process_stats import NO_BOUND, available_bytes
 
-from .gpus import Gpu, free_memory
+from .gpu import Gpu, free_memory
 
 log = logging.getLogger(__name__)
 SELDOM = "vae_encoder"  # loaded when a picture is given

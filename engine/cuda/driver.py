@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver, nvrtc
 
+from sdrt.engine.gpu import ONE_AT_A_TIME, this_machine
 from sdrt.errors import BackendError
-
-from .gpus import ONE_AT_A_TIME, this_machine
 
 OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
 # After these nothing works in the process until the GPU's context is made anew.

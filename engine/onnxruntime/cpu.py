@@ -8,11 +8,11 @@ import numpy as np
 import onnxruntime as ort
 
 from sdrt.bundle.manifest import Component
+from sdrt.engine.once import once
+from sdrt.engine.protocol import Feeds, checked_feeds
 from sdrt.errors import BackendError
 
-from .once import once
-from .ort_plans import FUSED
-from .protocol import Feeds, checked_feeds
+from .cache import FUSED
 
 log = logging.getLogger(__name__)
 GIVE_BACK = "memory.enable_memory_arena_shrinkage"
@@ -55,7 +55,7 @@ def options_with(weights: Feeds) -> ort.SessionOptions:
 class OrtEngine:
     """One session on the CPU; inputs and outputs are bound, not copied.
 
-    optimised: the same graph as ONNX Runtime has optimised it, if it is kept (`ort_plans`)
+    optimised: the same graph as ONNX Runtime has optimised it, if it is kept (`cache`)
     """
 
     def __init__(

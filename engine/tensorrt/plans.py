@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from sdrt.bundle import Bundle
+from sdrt.engine.gpu import Gpu, Machine
+from sdrt.engine.plans import Plan, PlanKey, key_of, plan_of, plans_folder
 from sdrt.errors import BackendError, UsageError
-
-from .gpus import Gpu, Machine
-from .plans import Plan, PlanKey, key_of, plan_of, plans_folder
 
 RTX, FULL = "tensorrt-rtx", "tensorrt"
 MODULES = {FULL: "tensorrt", RTX: "tensorrt_rtx"}
@@ -86,7 +85,7 @@ def wanted_key(
 
     Raises BackendError where the kind cannot build, UsageError for a target that it lacks.
     """
-    from .trt_build import module_of
+    from .builder import module_of
 
     streamed = options.streamed and component == "unet"
     return key_of(
@@ -125,7 +124,7 @@ def trt_plan(
     bundle: Bundle, component: str, kind: str, gpu: Gpu | None, options: PlanOptions
 ) -> Plan:
     """The plan of a component, built where there is none that fits."""
-    from .trt_build import build_plan
+    from .builder import build_plan
 
     key = wanted_key(bundle, component, kind, gpu, options)
     ignored = [name for name in ("level", "workspace") if getattr(options, name) is None]

@@ -2,7 +2,7 @@
 
 Knows torch and onnx. The bundle's graph stays the only description of a component: its nodes run
 one by one as torch operations, `Attention` as `scaled_dot_product_attention`, with the weights
-taken from the same safetensors file; or, compiled, all at once (see `straight`).
+taken from the same safetensors file; or, compiled, all at once (see `compile`).
 """
 
 import logging
@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdrt.bundle.manifest import Component
+from sdrt.engine.gpu import ONE_AT_A_TIME
+from sdrt.engine.once import once
+from sdrt.engine.protocol import Feeds, checked_feeds
 from sdrt.errors import BackendError
 
-from .gpus import ONE_AT_A_TIME
-from .once import once
-from .protocol import Feeds, checked_feeds
-from .straight import Compiled, compiled, straightened
+from .compile import Compiled, compiled, straightened
 
 log = logging.getLogger(__name__)
 MOST_SHAPES = 8  # compiled at a time, of one component

@@ -9,10 +9,10 @@ from pathlib import Path
 from sdrt.bundle import Bundle
 from sdrt.errors import BackendError, UsageError
 
-from .gpus import Gpu, Machine, this_machine
-from .processor import has_bf16
+from .cpu import has_bf16
+from .gpu import Gpu, Machine, this_machine
 from .protocol import Engine
-from .trt_plans import FULL, RTX, why_not
+from .tensorrt.plans import FULL, RTX, why_not
 
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
 PRECISIONS = ("auto", "exact")
@@ -96,7 +96,7 @@ def _cuda(device: int) -> str:
 
 def _tensorrt(kind: str, machine: Machine, device: int, stream: int, low_memory: bool) -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
-        from .trt_load import load_engine
+        from .tensorrt.load import load_engine
 
         return load_engine(bundle, name, kind, machine.gpus[device], stream, streamed=low_memory)
 
@@ -107,8 +107,8 @@ def _tensorrt(kind: str, machine: Machine, device: int, stream: int, low_memory:
 
 def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
-        from .ort import initialise
-        from .ort_cuda import load_engine
+        from .onnxruntime.cpu import initialise
+        from .onnxruntime.cuda import load_engine
 
         initialise()
         return load_engine(bundle, name, machine.gpus[device], stream)
@@ -117,7 +117,7 @@ def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
     if not installed("onnxruntime"):
         reason = "onnxruntime is not installed; pip install 'sdrt[gpu]'"
     elif reason is None:
-        from .ort import available
+        from .onnxruntime.cpu import available
 
         reason = available("CUDAExecutionProvider")
     gpu = _gpu(machine, device)
@@ -126,8 +126,8 @@ def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
 
 def _ort_cpu() -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
-        from .ort import OrtEngine, initialise, session_options
-        from .ort_plans import optimised
+        from .onnxruntime.cache import optimised
+        from .onnxruntime.cpu import OrtEngine, initialise, session_options
 
         initialise()
         kept = optimised(bundle, name, session_options())
@@ -141,8 +141,8 @@ def _openvino() -> Candidate:
     reduced = "openvino-bf16" if has_bf16() else None
 
     def load(bundle: Bundle, name: str) -> Engine:
-        from .openvino_cpu import OpenVinoEngine
-        from .openvino_plans import compiled, initialise
+        from .openvino.cache import compiled, initialise
+        from .openvino.engine import OpenVinoEngine
 
         initialise()
         precision = "bf16" if reduced and reduced in bundle.manifest.admitted else "f32"
@@ -159,7 +159,7 @@ def _torch(kind: str, machine: Machine, device: int, compile: bool) -> Candidate
     where = _cuda(device) if kind == "cuda" else kind
 
     def load(bundle: Bundle, name: str) -> Engine:
-        from .sdpa import TorchEngine, initialise
+        from .torch.engine import TorchEngine, initialise
 
         initialise()
         component = bundle.manifest.components[name]
@@ -179,7 +179,7 @@ def _torch_reason(kind: str, machine: Machine) -> str | None:
         return "not a Mac"
     if kind == "cpu":
         return None
-    from .sdpa import available
+    from .torch.engine import available
 
     return available(kind)
 

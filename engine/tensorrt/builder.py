@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from sdrt.atomic_files import write_whole
 from sdrt.bundle.bundle import home
+from sdrt.engine.plans import PlanKey
 from sdrt.errors import BackendError
 from sdrt.process_stats import forget_peak, peak_bytes
 
-from .plans import PlanKey
-from .trt_plans import INSTALL, MODULES, RTX
+from .plans import INSTALL, MODULES, RTX
 
 log = logging.getLogger(__name__)
 

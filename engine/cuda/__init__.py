@@ -1,0 +1,1 @@
+"""CUDA without a framework: the driver, and kernels compiled at run time."""

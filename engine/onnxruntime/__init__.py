@@ -1,0 +1,1 @@
+"""Components on ONNX Runtime, on the CPU and on CUDA."""

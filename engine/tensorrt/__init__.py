@@ -1,0 +1,1 @@
+"""Components on TensorRT and on TensorRT for RTX, one code path for both."""

@@ -1,0 +1,1 @@
+"""Components on torch: the fallback on GPUs that TensorRT does not serve."""
