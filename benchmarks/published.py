@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path, divisor: int = 1) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     import sdrt
-    from sdrt.export.original_config import FAMILIES
+    from sdrt.export.single_file.config import FAMILIES
     from sdrt.export.unet import Unet, UnetConfig
     from sdrt.export.vae import AutoencoderKL, VaeConfig
 

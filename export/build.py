@@ -16,10 +16,9 @@ from sdrt.errors import SdrtError, UsageError
 from sdrt.folders import published
 from sdrt.runtime.proving import ANSWERS, json_from_answers
 
+from .activation_memory import most_pictures
 from .checkpoint import TOKENIZERS, Checkpoint, find_checkpoint
-from .file_layout import OPTIONS
 from .graph import OPSET
-from .memory import most_pictures
 from .modules import (
     check_branch,
     check_fit,
@@ -27,9 +26,10 @@ from .modules import (
     native_size,
     unet_config,
 )
-from .proof import RECIPES, Proof
+from .single_file.parts import OPTIONS
 from .text_encoder import prompt_length
 from .tokenizer import CheckpointTokenizer
+from .validation import RECIPES, Proof
 
 log = logging.getLogger("sdrt.build")
 

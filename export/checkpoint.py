@@ -18,9 +18,7 @@ from sdrt.bundle.safetensors import read_header
 from sdrt.errors import CheckpointError
 from sdrt.runtime.lora import Lora, check_parts, deltas, parse_lora, read_lora
 
-from .file_layout import OPTIONS
 from .hub import HUB_ID, PARTS, fetched
-from .original_config import FAMILIES
 from .prediction import (
     Prediction,
     chosen_prediction,
@@ -28,10 +26,18 @@ from .prediction import (
     scheduler_of_pipeline,
     scheduler_with,
 )
-from .quantized import weights_without_scales
-from .single_file import SingleFile, folder_from_file, folder_from_part, open_file, read_notes
+from .single_file.config import FAMILIES
+from .single_file.convert import (
+    SingleFile,
+    folder_from_file,
+    folder_from_part,
+    open_file,
+    read_notes,
+)
+from .single_file.parts import OPTIONS
+from .single_file.quantized import weights_without_scales
 from .tokenizer import CheckpointTokenizer, missing_files, read_tokenizer
-from .weight_files import (
+from .weights import (
     PICKLES,
     STEMS,
     TO_CONVERT,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sdrt.bundle.bundle import FLOAT32_GRAPH, SHALLOW_GRAPH, TRANSPOSED
 from sdrt.bundle.manifest import FEATURE, Component, TensorSpec
 
-from .safetensors_file import Entry, write_safetensors
+from .safetensors_writer import Entry, write_safetensors
 
 OPSET = 23
 SMALLEST_EXTERNAL = 1024  # bytes; shapes and scalars stay inside the graph, weights never do

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sdrt.errors import CheckpointError
 
-from .weight_files import PICKLES, TO_CONVERT, weight_names
+from .weights import PICKLES, TO_CONVERT, weight_names
 
 log = logging.getLogger("sdrt.build")
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from sdrt.errors import CheckpointError, UsageError
 
 from .checkpoint import Checkpoint
-from .file_layout import OPTIONS
-from .original_layout import modern_name
 from .pixel_unet import PixelUnet, PixelUnetConfig
-from .quantized import check_used
-from .safety import SafetyChecker, renamed
+from .safety_checker import SafetyChecker, renamed
+from .single_file.original_layout import modern_name
+from .single_file.parts import OPTIONS
+from .single_file.quantized import check_used
 from .text_encoder import load_text_model, prompt_length, text_config
 from .tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from .unet import Unet, UnetConfig

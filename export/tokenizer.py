@@ -18,7 +18,7 @@ from sdrt.json_validation import shortened
 from sdrt.runtime.added_tokens import AddedToken
 from sdrt.runtime.tokenizer import END, MOST_TOKENS, ROLES, START
 
-from .weight_files import read_json
+from .weights import read_json
 
 log = logging.getLogger("sdrt.build")
 CONFIG, WHOLE, VOCAB, MERGES = "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt"

@@ -19,10 +19,10 @@ SPECS = "specs.json"
 
 def built(*arguments, **options) -> Path:
     """`build_bundle(BuildPlan(...))`, of components that this run may have exported before."""
-    from sdrt.export import proof
+    from sdrt.export import validation
     from sdrt.export.build import BuildPlan, build_bundle
 
-    with mock.patch.object(proof, "export_graph", exported_once):
+    with mock.patch.object(validation, "export_graph", exported_once):
         return build_bundle(BuildPlan(*arguments, **options))
 
 

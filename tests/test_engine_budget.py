@@ -14,7 +14,7 @@ from sdrt.bundle.manifest import FileRecord
 from sdrt.engine import LazyEngine, choose
 from sdrt.engine.memory_budget import budget_of, check_room, free_bytes, most_pictures
 from sdrt.errors import BackendError
-from sdrt.export import memory
+from sdrt.export import activation_memory
 
 PROMPT = "a red circle on a blue background"
 OPTIONS = {"num_inference_steps": 3, "seed": [3, 4], "num_images_per_prompt": 2}
@@ -35,21 +35,23 @@ def test_what_is_alive_is_counted_by_the_axes(tmp_path):
     x, y, *others = [value(name, "rows", channels, side) for name, channels in named.items()]
     graph = helper.make_graph(nodes, "g", [x], [y], value_info=others)
     onnx.save(helper.make_model(graph), tmp_path / "g.onnx")
-    found = memory.activations(tmp_path / "g.onnx", {"rows": 5, "side": 7})
+    found = activation_memory.activations(tmp_path / "g.onnx", {"rows": 5, "side": 7})
     assert found == 2 * 5 * 8 * (3 + 6 + 6)
-    assert memory.activations(tmp_path / "g.onnx", {"rows": 5}) == 2 * 5 * (3 + 6 + 6)
+    assert activation_memory.activations(tmp_path / "g.onnx", {"rows": 5}) == 2 * 5 * (3 + 6 + 6)
     with pytest.raises(ValueError, match="not known"):
-        memory.evaluated("__import__('os')", {})
+        activation_memory.evaluated("__import__('os')", {})
 
 
 def test_a_bundle_says_what_every_component_has_alive(shapes):
     bundle = open_bundle(shapes)
     size = bundle.manifest.sizes[0]
     for name, component in bundle.manifest.components.items():
-        lengths = memory.lengths_of(bundle.manifest, size)
-        assert component.activations == memory.activations(bundle.graph(name), lengths) > 0
-    doubled = memory.lengths_of(bundle.manifest, (2 * size[0], size[1])) | {"rows": 3}
-    found = memory.activations(bundle.graph("unet"), doubled)
+        lengths = activation_memory.lengths_of(bundle.manifest, size)
+        assert (
+            component.activations == activation_memory.activations(bundle.graph(name), lengths) > 0
+        )
+    doubled = activation_memory.lengths_of(bundle.manifest, (2 * size[0], size[1])) | {"rows": 3}
+    found = activation_memory.activations(bundle.graph("unet"), doubled)
     assert 5.5 < found / bundle.manifest.components["unet"].activations < 6.5
 
 
@@ -123,7 +125,7 @@ def test_the_largest_batch_is_what_fits_by_calculation(shapes):
 
 def test_the_largest_batch_is_confirmed_by_one_evaluation(shapes):
     bundle, candidate = open_bundle(shapes), choose("onnxruntime")
-    assert memory.most_pictures(bundle, candidate) == 16
+    assert activation_memory.most_pictures(bundle, candidate) == 16
     tried = []
 
     def load(of, name):
@@ -132,5 +134,5 @@ def test_the_largest_batch_is_confirmed_by_one_evaluation(shapes):
             raise BackendError("out of memory")
         return candidate.load(of, name)
 
-    assert memory.most_pictures(bundle, replace(candidate, load=load)) == 4
+    assert activation_memory.most_pictures(bundle, replace(candidate, load=load)) == 4
     assert tried == [16, 8, 4]

@@ -24,11 +24,11 @@ from sdrt.export import modules
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.graph import export_graph
 from sdrt.export.pixel_unet import PixelUnet, PixelUnetConfig
-from sdrt.export.proof import RECIPES
-from sdrt.export.safety import SafetyChecker
+from sdrt.export.safety_checker import SafetyChecker
 from sdrt.export.tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
+from sdrt.export.validation import RECIPES
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 AXES = {recipe.name: recipe for recipe in RECIPES}

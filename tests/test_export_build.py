@@ -24,7 +24,7 @@ from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import choose, compile_cache, parity
 from sdrt.engine.cpu import has_bf16
 from sdrt.errors import BundleError, CheckpointError, ParityError, SdrtError
-from sdrt.export import build, proof
+from sdrt.export import build, validation
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.graph import export_graph
 from sdrt.export.unet import Unet
@@ -180,7 +180,7 @@ def bytes_of(folder):
 
 def test_builds_are_reproducible(tiny, tiny_bundle, tmp_path, monkeypatch):
     """All is exported anew but the UNet, whose export takes as long as all else."""
-    monkeypatch.setattr(proof, "export_graph", unet_once)
+    monkeypatch.setattr(validation, "export_graph", unet_once)
     again = build_bundle(
         BuildPlan(str(tiny), tmp_path / "tiny", sizes=((32, 32), (48, 32)), batch=(1, 1, 2))
     )

@@ -16,7 +16,7 @@ from strangers import safetensors_bytes
 from sdrt.errors import CheckpointError
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.hub import needed_names
-from sdrt.export.weight_files import weight_files
+from sdrt.export.weights import weight_files
 
 FETCH = """
 import logging, sys

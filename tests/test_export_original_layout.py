@@ -24,7 +24,7 @@ from sdrt.errors import CheckpointError
 from sdrt.export import modules
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.checkpoint import find_checkpoint
-from sdrt.export.original_layout import converted, unet_name, vae_name
+from sdrt.export.single_file.original_layout import converted, unet_name, vae_name
 from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig
 from sdrt.runtime.lora import changes_from_tensors

@@ -218,7 +218,7 @@ def test_the_budget_is_what_is_taken(bundle, planned, gpu):
 
 
 def test_the_largest_batch_is_found_by_one_probe(bundle, backend):
-    from sdrt.export.memory import most_pictures
+    from sdrt.export.activation_memory import most_pictures
 
     assert most_pictures(open_bundle(bundle), candidate_of(backend)) == 16
 

@@ -17,7 +17,7 @@ from sdrt.bundle.bundle import FLOAT32_GRAPH
 from sdrt.errors import SdrtError
 from sdrt.export import modules
 from sdrt.export.checkpoint import find_checkpoint
-from sdrt.export.proof import largest_activation
+from sdrt.export.validation import largest_activation
 from sdrt.runtime import randn
 from sdrt.runtime.decoding import Tiling, decoded_picture, encoded_picture, fade, spans_of
 

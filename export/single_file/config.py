@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdrt.errors import CheckpointError
 
-from .file_layout import LATER_TEXT, OPTIONS, Found, seems_to_be
+from .parts import LATER_TEXT, OPTIONS, Found, seems_to_be
 
 Weights = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]

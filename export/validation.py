@@ -41,9 +41,9 @@ from sdrt.runtime.proving import (
 from sdrt.runtime.safety import clip_pixels
 
 from . import modules
+from .activation_memory import alive_bytes
 from .checkpoint import Checkpoint
 from .graph import export_graph, write_float32_graph, write_shallow_graph
-from .memory import alive_bytes
 from .pixel_unet import PixelUnet
 from .vae import preview_projection
 

@@ -1,6 +1,6 @@
 """The names of Stable Diffusion 1.x, 2.x and XL in the original layout, and the published ones.
 
-Knows both layouts' names; `original_config.py` tells the families apart. The file holds weights
+Knows both layouts' names; `single_file_config.py` tells the families apart. The file holds weights
 only: the tokenizer comes from a `tokenizer` folder beside the file, or from the hub.
 """
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from torch import Tensor
 
 from sdrt.errors import CheckpointError
+from sdrt.export.tokenizer import missing_files
+from sdrt.export.weights import read_json
 
-from .file_layout import LAYERS_READ, Found, find_parts, shapes_nothing_of
-from .original_config import Family, check_whole, family_of
-from .tokenizer import missing_files
-from .weight_files import read_json
+from .config import Family, check_whole, family_of
+from .parts import LAYERS_READ, Found, find_parts, shapes_nothing_of
 
 TOKENIZER_SOURCE = "openai/clip-vit-large-patch14"
 RESNET = {
@@ -197,7 +197,7 @@ def _without_pixels(name: str, tensor: Tensor) -> Tensor:
 
 def copy_tokenizers(family: Family, beside: Path, folder: Path) -> None:
     """The tokenizer of every text encoder: all read the same tokens, and pad with their own."""
-    from .checkpoint import TOKENIZERS
+    from sdrt.export.checkpoint import TOKENIZERS
 
     for part, name in TOKENIZERS.items():
         if part in family.prefixes:

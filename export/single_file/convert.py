@@ -20,9 +20,13 @@ from torch import Tensor
 from sdrt.bundle.bundle import home
 from sdrt.bundle.safetensors import Header, read_header
 from sdrt.errors import CheckpointError
+from sdrt.export.prediction import Prediction, prediction_from_marks
+from sdrt.export.weights import open_safetensors, read_json
 from sdrt.folders import made_once
 
-from .file_layout import (
+from .config import FAMILIES, Family, check_whole, configs_of, family_of
+from .original_layout import copy_tokenizers, published_weights
+from .parts import (
     LATER_TEXT,
     OPTIONS,
     Found,
@@ -34,11 +38,7 @@ from .file_layout import (
     shapes_nothing,
     shapes_nothing_of,
 )
-from .original_config import FAMILIES, Family, check_whole, configs_of, family_of
-from .original_layout import copy_tokenizers, published_weights
-from .prediction import Prediction, prediction_from_marks
 from .quantized import check_used, weights_without_scales
-from .weight_files import open_safetensors, read_json
 
 LATENT_CHANNELS = 4  # of Stable Diffusion 1.x, 2.x and XL
 VERSION = 2  # of what is made of a file: folders that an earlier one made are not used
@@ -360,9 +360,9 @@ def _names_taken(part: str, config: Mapping[str, Any], names: Iterable[str]) -> 
     """The names of the weights that a part's network has."""
     if part.startswith("text_encoder"):
         return {name for name in names if TEXT_WEIGHT.fullmatch(name)}
-    from .tiny_vae import AutoencoderTiny, TinyVaeConfig
-    from .unet import Unet, UnetConfig
-    from .vae import AutoencoderKL, VaeConfig
+    from sdrt.export.tiny_vae import AutoencoderTiny, TinyVaeConfig
+    from sdrt.export.unet import Unet, UnetConfig
+    from sdrt.export.vae import AutoencoderKL, VaeConfig
 
     with torch.device("meta"):
         if part == "unet":
