@@ -27,7 +27,7 @@ from sdrt.bundle import Bundle, open_bundle
 from sdrt.engine import choose
 from sdrt.process_stats import forget_peak, peak_bytes, resident_bytes
 from sdrt.runtime import randn
-from sdrt.runtime.decoding import Tiling, decoded_picture, spans_of
+from sdrt.runtime.vae import Tiling, decoded_picture, spans_of
 
 LEVELS = (1, 3, 4, 6, 9)  # of PNG's compression
 

@@ -25,7 +25,7 @@ import sdrt
 from sdrt.engine import Engine
 from sdrt.runtime import Pipeline, randn
 from sdrt.runtime.samplers import table as tables
-from sdrt.runtime.samplers.catalogue import SAMPLERS
+from sdrt.runtime.samplers.registry import SAMPLERS
 
 PROMPT = "a red circle"
 STEPS = 50

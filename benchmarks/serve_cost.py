@@ -20,7 +20,7 @@ import time
 from PIL import Image, ImageFilter
 from results import save
 
-from sdrt.runtime.pictures import encoded
+from sdrt.runtime.images import encoded
 
 ROUNDS = 200
 PATH = "/v1/images/generations"

@@ -32,11 +32,11 @@ from sdrt.engine import Engine, Feeds
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.checkpoint import embedded_checkpoint
 from sdrt.runtime import Pipeline
-from sdrt.runtime.inflight import InFlight
-from sdrt.runtime.loop import Gather
+from sdrt.runtime.batching.engine import InFlight
+from sdrt.runtime.batching.request import Refused
+from sdrt.runtime.batching.scheduler import Rates
+from sdrt.runtime.denoising import Gather
 from sdrt.runtime.options import options_from
-from sdrt.runtime.tickets import Refused
-from sdrt.runtime.turns import Rates
 
 PROMPT = "a red circle on a blue background"
 SIZES = ((64, 64), (96, 96))

@@ -2,10 +2,10 @@
 
     python benchmarks/serve_sim.py [--gpu a100] [--replicas 1,10,100,1000] [--load 0.6] [--save]
 
-Replicas run the very rules of the engine in flight (`sdrt.runtime.turns`) on a curve of costs: the
-seconds of a call by its rows. The curves are drawn through published figures of other runtimes,
-named beside each; none was measured here. `benchmarks/serve_load.py` compares the simulation, on
-measured costs, with the real engine of one replica.
+Replicas run the very rules of the engine in flight (`sdrt.runtime.batching.scheduler`) on a curve
+of costs: the seconds of a call by its rows. The curves are drawn through published figures of other
+runtimes, named beside each; none was measured here. `benchmarks/serve_load.py` compares the
+simulation, on measured costs, with the real engine of one replica.
 A request goes to the less laden of two replicas drawn at random (Mitzenmacher 2001).
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from results import save
 
-from sdrt.runtime.turns import Rates, Turn, sharing
+from sdrt.runtime.batching.scheduler import Rates, Turn, sharing
 
 MIX = ((4, 1), (8, 2), (20, 2), (20, 1), (30, 2), (50, 2))  # evaluations and rows, alike likely
 

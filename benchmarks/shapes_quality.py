@@ -13,7 +13,7 @@ import numpy as np
 from results import save
 
 import sdrt
-from sdrt.runtime.pictures import image_grid
+from sdrt.runtime.images import image_grid
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from shapes_reader import verdict

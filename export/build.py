@@ -14,7 +14,7 @@ from sdrt.bundle.manifest import MANIFEST, Component, Manifest, json_from_manife
 from sdrt.engine import Candidate, Machine, choose
 from sdrt.errors import SdrtError, UsageError
 from sdrt.folders import published
-from sdrt.runtime.proving import ANSWERS, json_from_answers
+from sdrt.runtime.reference_outputs import ANSWERS, json_from_answers
 
 from .activation_memory import most_pictures
 from .checkpoint import TOKENIZERS, Checkpoint, find_checkpoint

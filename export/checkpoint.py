@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdrt.bundle.safetensors import read_header
 from sdrt.errors import CheckpointError
-from sdrt.runtime.lora import Lora, check_parts, deltas, parse_lora, read_lora
+from sdrt.runtime.lora.adapters import Lora, check_parts, deltas, parse_lora, read_lora
 
 from .hub import HUB_ID, PARTS, fetched
 from .prediction import (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdrt.errors import CheckpointError, UsageError
-from sdrt.runtime.samplers.catalogue import CLIP, SAMPLERS, ZERO_SNR
+from sdrt.runtime.samplers.registry import CLIP, SAMPLERS, ZERO_SNR
 
 KINDS = ("epsilon", "v_prediction", "sample")
 SPELLINGS = {

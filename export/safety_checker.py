@@ -1,7 +1,7 @@
 """The safety checker of Stable Diffusion 1.x as a component: how near a picture is to concepts.
 
 Knows transformers' CLIP vision tower and the published weights' names; what the distances decide is
-`runtime.safety`'s.
+`runtime.safety_checker`'s.
 """
 
 from typing import Any

@@ -15,8 +15,8 @@ from typing import Any
 
 from sdrt.errors import CheckpointError
 from sdrt.json_validation import shortened
-from sdrt.runtime.added_tokens import AddedToken
-from sdrt.runtime.tokenizer import END, MOST_TOKENS, ROLES, START
+from sdrt.runtime.text.added_tokens import AddedToken
+from sdrt.runtime.text.tokenizer import END, MOST_TOKENS, ROLES, START
 
 from .weights import read_json
 

@@ -23,10 +23,9 @@ from sdrt.bundle.manifest import FEATURE, SHALLOW, Component, Manifest
 from sdrt.engine import Candidate, Feeds, candidates, parity
 from sdrt.errors import ParityError
 from sdrt.runtime import Options, load_pipeline, randn, sampler_table
-from sdrt.runtime.conditioning import Told, time_ids_of
 from sdrt.runtime.embedded_guidance import GUIDANCE, guidance_embedding
-from sdrt.runtime.pictures import images_from_decoded, pixels_of
-from sdrt.runtime.proving import (
+from sdrt.runtime.images import images_from_decoded, pixels_of
+from sdrt.runtime.reference_outputs import (
     GUIDED_STEPS,
     PROMPT,
     SCHEDULER,
@@ -38,7 +37,8 @@ from sdrt.runtime.proving import (
     latent_shape,
     made_up,
 )
-from sdrt.runtime.safety import clip_pixels
+from sdrt.runtime.safety_checker import clip_pixels
+from sdrt.runtime.text.conditioning import Told, time_ids_of
 
 from . import modules
 from .activation_memory import alive_bytes

@@ -1,14 +1,14 @@
 """Prompt to picture: tokenizer, noise, samplers, guidance, pipeline. Knows numpy and engines."""
 
+from .denoising import Step
 from .loading import load_pipeline
-from .loop import Step
-from .lora_tags import LoraWeight
+from .lora.tags import LoraWeight
 from .noise import CpuNoise, CudaNoise, noise_from_seed, randn
 from .options import Options
 from .pipeline import Output, Pipeline
 from .preview import Preview
 from .samplers.table import SamplerTable, sample, sampler_table
-from .tokenizer import Tokenizer
+from .text.tokenizer import Tokenizer
 
 __all__ = [
     "CpuNoise",

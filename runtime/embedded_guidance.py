@@ -12,8 +12,8 @@ import numpy as np
 from sdrt.bundle.manifest import Manifest
 from sdrt.errors import UsageError
 
-from .conditioning import Told
 from .options import Options
+from .text.conditioning import Told
 
 log = logging.getLogger(__name__)
 GUIDANCE = "timestep_cond"  # the UNet's input

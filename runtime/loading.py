@@ -19,10 +19,10 @@ from sdrt.json_validation import read_config
 from sdrt.process_stats import resident_bytes
 from sdrt.progress import reported
 
-from .lora import Adapters
+from .lora.adapters import Adapters
 from .opening import opened_apart
 from .pipeline import Pipeline
-from .tokenizer import Tokenizer
+from .text.tokenizer import Tokenizer
 
 EMBEDDING = "token_embedding.weight"
 AT_ONCE = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "safety_checker")

@@ -11,6 +11,7 @@ from PIL.Image import Image
 
 from sdrt.errors import UsageError
 
+from .images import MOST_SIDE
 from .noise import STREAMS
 from .parsing import (
     Parser,
@@ -29,7 +30,6 @@ from .parsing import (
     texts,
     whole,
 )
-from .pictures import MOST_SIDE
 
 MAX_STEPS = 1000
 MOST_IMAGES = 1000

@@ -19,8 +19,8 @@ from sdrt.bundle import parse_size
 from sdrt.errors import UsageError
 from sdrt.json_validation import bounded, shortened
 
-from .lora_tags import MAX_WEIGHT, LoraWeight
-from .pictures import open_image
+from .images import open_image
+from .lora.tags import MAX_WEIGHT, LoraWeight
 
 T = TypeVar("T")
 Parser = Callable[[str, Any], T]

@@ -20,15 +20,16 @@ from sdrt.engine import Drawn, Engine
 from sdrt.engine.room import Room
 from sdrt.errors import SdrtError, UsageError
 
-from .conditioning import Known, TextEncoder, Told, parts_of_like_length, texts_of, told_of
-from .decoding import Tiling, decoded_picture, encoded_picture
+from .deepcache import check_reuse, reusing
+from .denoising import Edit, Guidance, Run, Step, denoised, plan_of
 from .embedded_guidance import check_guidance, guidance_width, one_row, with_guidance
+from .images import image_array, images_from_decoded, parameters_text, quoted
+from .initial_latents import Source, Start, check_task, source_of, start_of
 from .leases import Leases, Loop
-from .loop import Edit, Guidance, Run, Step, denoised, plan_of
-from .lora import Adapters
-from .lora_names import outside_names
-from .lora_sets import refuse_negative_tags, refuse_tags
-from .lora_tags import LoraWeight
+from .lora.adapters import Adapters
+from .lora.names import outside_names
+from .lora.sets import refuse_negative_tags, refuse_tags
+from .lora.tags import LoraWeight
 from .options import (
     Options,
     Request,
@@ -38,14 +39,13 @@ from .options import (
     shortest,
 )
 from .parsing import configuration, function, lora_weights, numbers, refusal
-from .pictures import image_array, images_from_decoded, parameters_text, quoted
-from .reuse import check_reuse, reusing
-from .safety import checked, marks_of
-from .samplers.catalogue import config_beyond_name, config_from_name, title_of
+from .safety_checker import checked, marks_of
+from .samplers.registry import config_beyond_name, config_from_name, title_of
 from .samplers.table import SamplerTable, sampler_table
-from .start import Source, Start, check_task, source_of, start_of
-from .tokenizer import Tokenizer
-from .whole import drawn, linear, reads_text
+from .sampling_program import drawn, linear, reads_text
+from .text.conditioning import Known, TextEncoder, Told, parts_of_like_length, texts_of, told_of
+from .text.tokenizer import Tokenizer
+from .vae import Tiling, decoded_picture, encoded_picture
 
 log = logging.getLogger(__name__)
 Prompt = str | Sequence[str] | None
@@ -69,7 +69,7 @@ class Output:
 class Batch:
     """Pictures that are made together.
 
-    told: what the model is fed of each besides latents and time; see `loop.Run`
+    told: what the model is fed of each besides latents and time; see `denoising.Run`
     """
 
     requests: Sequence[Request]

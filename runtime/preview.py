@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from .loop import Step
-from .pictures import image_grid, images_from_decoded
+from .denoising import Step
+from .images import image_grid, images_from_decoded
 
 
 class Preview:

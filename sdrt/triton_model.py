@@ -33,7 +33,7 @@ class TritonPythonModel:
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
         import sdrt
 
-        from .runtime.inflight import InFlight
+        from .runtime.batching.engine import InFlight
 
         given = json.loads(args["model_config"])["parameters"]
         set_to = {name: value["string_value"] for name, value in given.items()}
@@ -106,7 +106,7 @@ def response_from(future: "Future[Any]") -> Any:
 def triton_error_from(error: BaseException) -> Any:
     """An error under the code that Triton's clients know."""
     from .errors import UsageError
-    from .runtime.tickets import Cancelled, Refused
+    from .runtime.batching.request import Cancelled, Refused
 
     codes = pb_utils.TritonError
     if isinstance(error, UsageError | ValueError):

@@ -10,8 +10,8 @@ from PIL.Image import Image
 from starlette.responses import Response
 
 from sdrt.runtime import Preview, Step
-from sdrt.runtime.safety import FLAT, is_flat
-from sdrt.runtime.tickets import Picture, Ticket
+from sdrt.runtime.batching.request import Picture, Ticket
+from sdrt.runtime.safety_checker import FLAT, is_flat
 
 from .context import Call, Context, context_of, known_size
 from .images import base64_from_image, enlarged

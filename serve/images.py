@@ -7,7 +7,7 @@ import re
 from PIL import Image
 
 from sdrt.errors import UsageError
-from sdrt.runtime.pictures import encoded, image_from_bytes
+from sdrt.runtime.images import encoded, image_from_bytes
 
 MOST_PIXELS = 4096 * 4096
 PREVIEW_SIDE = 256

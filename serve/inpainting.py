@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from sdrt.runtime.pictures import rgb_image
+from sdrt.runtime.images import rgb_image
 
 LANCZOS = Image.Resampling.LANCZOS
 STRETCH, CROP, FILL = 0, 1, 2  # the original's resize modes

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdrt.runtime import Pipeline
-from sdrt.runtime.inflight import InFlight
+from sdrt.runtime.batching.engine import InFlight
 
 from .metrics import Metrics
 from .problem import Problem

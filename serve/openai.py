@@ -13,7 +13,7 @@ from starlette.formparsers import MultiPartException
 from starlette.responses import Response
 
 from sdrt.bundle import parse_size
-from sdrt.runtime.pictures import image_from_bytes
+from sdrt.runtime.images import image_from_bytes
 
 from .context import Context, StrictRoute, context_of
 from .generation import answer, call_from

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from sdrt.errors import SdrtError, UsageError
-from sdrt.runtime.tickets import Cancelled, Refused
+from sdrt.runtime.batching.request import Cancelled, Refused
 
 log = logging.getLogger("sdrt.serve")
 

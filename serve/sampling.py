@@ -6,7 +6,7 @@ from typing import Any
 
 from sdrt.errors import UsageError
 from sdrt.runtime import Pipeline
-from sdrt.runtime.samplers.catalogue import (
+from sdrt.runtime.samplers.registry import (
     AUTOMATIC_SCHEDULES,
     LEVELS,
     SAMPLERS,

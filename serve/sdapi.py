@@ -14,9 +14,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sdrt.runtime import Preview, Step
-from sdrt.runtime.pictures import settings_from_text, text_of
-from sdrt.runtime.samplers.catalogue import title_of
-from sdrt.runtime.tickets import Cancelled, Picture, Ticket
+from sdrt.runtime.batching.request import Cancelled, Picture, Ticket
+from sdrt.runtime.images import settings_from_text, text_of
+from sdrt.runtime.samplers.registry import title_of
 
 from .context import Call, StrictRoute, context_of
 from .images import base64_from_image, enlarged, image_from_base64

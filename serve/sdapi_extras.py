@@ -7,7 +7,7 @@ from PIL import Image
 from starlette.responses import Response
 
 from sdrt.errors import UsageError
-from sdrt.runtime.pictures import rgb_image, text_of
+from sdrt.runtime.images import rgb_image, text_of
 
 from .context import StrictRoute, context_of
 from .images import MOST_PIXELS, base64_from_image, image_from_base64

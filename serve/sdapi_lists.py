@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sdrt.runtime.costs import memory_of_machine
-from sdrt.runtime.lora_names import alias_of, list_loras
+from sdrt.runtime.batching.cost_model import memory_of_machine
+from sdrt.runtime.lora.names import alias_of, list_loras
 
 from .context import StrictRoute, context_of
 from .problem import Problem, json_response

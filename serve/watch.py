@@ -9,7 +9,7 @@ from functools import partial
 from starlette.types import Receive
 
 from sdrt.runtime import Step
-from sdrt.runtime.tickets import Cancelled, Picture, Ticket
+from sdrt.runtime.batching.request import Cancelled, Picture, Ticket
 
 from .problem import Gone
 

@@ -16,11 +16,11 @@ from PIL import Image
 
 from sdrt.engine import Drawn
 from sdrt.errors import BackendError, UsageError
-from sdrt.runtime.loop import Guidance, Run, denoised, plan_of
-from sdrt.runtime.pictures import images_from_decoded
-from sdrt.runtime.samplers.catalogue import config_from_name
+from sdrt.runtime.denoising import Guidance, Run, denoised, plan_of
+from sdrt.runtime.images import images_from_decoded
+from sdrt.runtime.samplers.registry import config_from_name
 from sdrt.runtime.samplers.table import sampler_table
-from sdrt.runtime.whole import drawn, schedule_of
+from sdrt.runtime.sampling_program import drawn, schedule_of
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from sdrt.engine.cuda import driver as cuda_driver

@@ -11,7 +11,7 @@ from sdrt.cli.main import main
 from sdrt.engine import memory_budget
 from sdrt.engine.room import Room, attention_shapes
 from sdrt.errors import UsageError
-from sdrt.runtime.inflight import InFlight
+from sdrt.runtime.batching.engine import InFlight
 
 PROMPT = "a red circle"
 HUGE = "4096x4096"
@@ -19,7 +19,7 @@ GB = 10**9
 # One call of the UNet in a process of its own; prints the bytes that it adds at its peak.
 CALL = """
 import sys, sdrt
-from sdrt.runtime.costs import made_up
+from sdrt.runtime.batching.cost_model import made_up
 from sdrt.process_stats import forget_peak, peak_bytes, resident_bytes
 pipe = sdrt.load(sys.argv[1], backend=sys.argv[2])
 unet, tokens = pipe.engines["unet"], pipe.manifest.max_tokens

@@ -17,7 +17,7 @@ from sdrt.export.pixel_unet import PixelUnetConfig
 from sdrt.export.tiny_vae import TinyVaeConfig
 from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import VaeConfig
-from sdrt.runtime.samplers.catalogue import SAMPLERS
+from sdrt.runtime.samplers.registry import SAMPLERS
 from sdrt.runtime.samplers.table import sampler_table
 
 NETWORKS = {

@@ -27,8 +27,8 @@ from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.single_file.original_layout import converted, unet_name, vae_name
 from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig
-from sdrt.runtime.lora import changes_from_tensors
-from sdrt.runtime.tokenizer import END
+from sdrt.runtime.lora.adapters import changes_from_tensors
+from sdrt.runtime.text.tokenizer import END
 
 
 def original_unet_names():

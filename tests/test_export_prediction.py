@@ -18,7 +18,7 @@ from sdrt.export import prediction
 from sdrt.export.build import BuildPlan, _announce
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.modules import native_size
-from sdrt.runtime.samplers.catalogue import SAMPLERS
+from sdrt.runtime.samplers.registry import SAMPLERS
 from sdrt.runtime.samplers.table import sampler_table
 
 FAMILIES = ("1.x", "2.x", "2.x base", "XL")

@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 from sdrt.errors import BundleError, CheckpointError, UsageError
 from sdrt.export.tokenizer import read_tokenizer
 from sdrt.runtime import Tokenizer
-from sdrt.runtime.prompt import chunks_from_prompt
+from sdrt.runtime.text.prompt_weighting import chunks_from_prompt
 
 LENGTH = 32
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -11,9 +11,9 @@ from PIL import Image
 import sdrt
 from sdrt.errors import SdrtError, UsageError
 from sdrt.runtime import Options
-from sdrt.runtime.inflight import InFlight
+from sdrt.runtime.batching.engine import InFlight
+from sdrt.runtime.images import image_array
 from sdrt.runtime.options import PARSERS, options_from
-from sdrt.runtime.pictures import image_array
 
 PROMPT = "a red circle on a blue background"
 STEPS = {"num_inference_steps": 1, "seed": 0}

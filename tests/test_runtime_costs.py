@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdrt.runtime.costs import _costs_from_json
+from sdrt.runtime.batching.cost_model import _costs_from_json
 
 GOOD = {"calls": {"1": 0.5, "2": 0.7}, "bytes": {"1": 100}, "most": 2, "decode": 0.1}
 

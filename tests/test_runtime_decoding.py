@@ -19,7 +19,7 @@ from sdrt.export import modules
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.validation import largest_activation
 from sdrt.runtime import randn
-from sdrt.runtime.decoding import Tiling, decoded_picture, encoded_picture, fade, spans_of
+from sdrt.runtime.vae import Tiling, decoded_picture, encoded_picture, fade, spans_of
 
 SHAPE = (1, 4, 4, 4)
 LARGE = 8.0  # times what the decoder is made to hold

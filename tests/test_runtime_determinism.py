@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdrt.runtime.safety import is_flat
+from sdrt.runtime.safety_checker import is_flat
 
 PROMPT = "a red circle on a blue background"
 

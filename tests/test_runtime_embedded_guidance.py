@@ -15,8 +15,8 @@ from sdrt.bundle import open_bundle
 from sdrt.cli.verify import proven
 from sdrt.engine import choose
 from sdrt.errors import UsageError
+from sdrt.runtime.batching.engine import InFlight
 from sdrt.runtime.embedded_guidance import GUIDANCE, guidance_embedding
-from sdrt.runtime.inflight import InFlight
 from sdrt.runtime.options import Options
 
 pytestmark = pytest.mark.reference

@@ -11,10 +11,10 @@ from PIL import Image
 
 import sdrt
 from sdrt.errors import BackendError, SdrtError, UsageError
-from sdrt.runtime import costs as costs_module
-from sdrt.runtime.inflight import InFlight
-from sdrt.runtime.loop import Run
-from sdrt.runtime.tickets import Cancelled, Refused
+from sdrt.runtime.batching import cost_model as costs_module
+from sdrt.runtime.batching.engine import InFlight
+from sdrt.runtime.batching.request import Cancelled, Refused
+from sdrt.runtime.denoising import Run
 
 PROMPT = "a red circle on a blue background"
 SECONDS = 60

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sdrt.errors import CheckpointError, UsageError
 from sdrt.export.checkpoint import find_checkpoint
-from sdrt.runtime.lora import parse_lora, read_lora
+from sdrt.runtime.lora.adapters import parse_lora, read_lora
 
 pytestmark = [
     pytest.mark.reference,

@@ -6,7 +6,7 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from sdrt.runtime.lora import deltas, read_lora
+from sdrt.runtime.lora.adapters import deltas, read_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LINEAR, POINT, CONV = "mid_block.to_q", "mid_block.proj_in", "mid_block.conv1"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from sdrt.errors import CheckpointError
-from sdrt.runtime.lora import deltas, read_lora
+from sdrt.runtime.lora.adapters import deltas, read_lora
 
 DOWN, UP = torch.arange(6.0).reshape(2, 3), torch.arange(8.0).reshape(4, 2)
 Q, K = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "encoder.layers.3.mlp.fc1"

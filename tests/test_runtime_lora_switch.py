@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import sdrt
 from sdrt.errors import BackendError, UsageError
 from sdrt.runtime import LoraWeight
-from sdrt.runtime.inflight import InFlight
+from sdrt.runtime.batching.engine import InFlight
 
 PROMPT = "a red circle on a blue background"
 OPTIONS = {"num_inference_steps": 3, "seed": 0, "guidance_scale": 2.0}

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sdrt.errors import UsageError
-from sdrt.runtime.lora_tags import LoraTag, LoraWeight, check_untagged, parse_tags
+from sdrt.runtime.lora.tags import LoraTag, LoraWeight, check_untagged, parse_tags
 
 # The web UI's own expression; what it does not match is text there and here.
 WEB_UI = re.compile(r"<(\w+):([^>]+)>")

@@ -6,8 +6,8 @@ import re
 import pytest
 from peft.utils.other import get_pattern_key
 
-from sdrt.runtime import patterns
-from sdrt.runtime.patterns import Patterns
+from sdrt.runtime.lora import patterns
+from sdrt.runtime.lora.patterns import Patterns
 
 ATOMS = ("a", "b", ".", r"\.", "_", "[ab]", "[^a]", r"\d", r"\w", "to_q", "(a|b)", "(?:ab|b)")
 ATOMS = (*ATOMS, "(a*b)", "(a*)*b", "^", "$", "1", "0")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sdrt.errors import UsageError
-from sdrt.runtime.pictures import image_array, image_from_bytes, settings_from_text, text_of
+from sdrt.runtime.images import image_array, image_from_bytes, settings_from_text, text_of
 
 
 @pytest.mark.parametrize("letters", ["a", " ", "a:", 'a: "b', ",", '\\"', 'a:"\\'])

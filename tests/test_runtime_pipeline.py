@@ -10,8 +10,8 @@ from PIL import Image
 
 import sdrt
 from sdrt.errors import SdrtError, UsageError
-from sdrt.runtime.loop import Guidance, plan_of
-from sdrt.runtime.pictures import image_grid, save_png
+from sdrt.runtime.denoising import Guidance, plan_of
+from sdrt.runtime.images import image_grid, save_png
 from sdrt.runtime.samplers.table import sampler_table
 
 PROMPT = "a red circle on a blue background"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from sdrt.errors import UsageError
-from sdrt.runtime.prompt import chunks_from_prompt, weighted, weighted_parts
-from sdrt.runtime.tokenizer import END, START, Tokenizer
+from sdrt.runtime.text.prompt_weighting import chunks_from_prompt, weighted, weighted_parts
+from sdrt.runtime.text.tokenizer import END, START, Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdrt.runtime.samplers.catalogue import SAMPLERS
+from sdrt.runtime.samplers.registry import SAMPLERS
 
 pytestmark = pytest.mark.reference
 PROMPTS = (

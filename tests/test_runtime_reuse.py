@@ -17,8 +17,8 @@ from sdrt.cli.main import main
 from sdrt.errors import BundleError, ParityError, UsageError
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.unet import Unet
-from sdrt.runtime.inflight import InFlight
-from sdrt.runtime.reuse import reusing
+from sdrt.runtime.batching.engine import InFlight
+from sdrt.runtime.deepcache import reusing
 from sdrt.runtime.samplers.table import sampler_table
 
 PROMPT = "a red circle on a blue background"

@@ -15,7 +15,7 @@ from sdrt.cli.main import main
 from sdrt.engine import choose
 from sdrt.errors import CheckpointError
 from sdrt.export.build import BuildPlan, build_bundle
-from sdrt.runtime.safety import checked, clip_pixels, is_flagged, scores_of
+from sdrt.runtime.safety_checker import checked, clip_pixels, is_flagged, scores_of
 
 pytestmark = [
     pytest.mark.reference,

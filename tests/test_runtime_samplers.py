@@ -12,10 +12,11 @@ from sampler_grid import BASE, STEPS, configs
 
 from sdrt.errors import UsageError
 from sdrt.runtime.noise import CpuNoise
-from sdrt.runtime.samplers import ladder, logsnr
+from sdrt.runtime.samplers import exponential
+from sdrt.runtime.samplers import spacing as samplers_spacing
 from sdrt.runtime.samplers import table as table_module
-from sdrt.runtime.samplers.catalogue import SAMPLERS, config_from_name
-from sdrt.runtime.samplers.schedule import Schedule
+from sdrt.runtime.samplers.noise_schedule import Schedule
+from sdrt.runtime.samplers.registry import SAMPLERS, config_from_name
 from sdrt.runtime.samplers.sigmas import beta_quantile
 from sdrt.runtime.samplers.table import sample, sampler_table
 
@@ -81,7 +82,7 @@ GRIDS = [
 @pytest.mark.parametrize("name", GRIDS)
 def test_tables_are_the_references_in_float64(name, monkeypatch):
     # What its float32 cuts off another test compares.
-    monkeypatch.setattr(ladder, "cut", lambda schedule, timesteps: np.trunc(timesteps))
+    monkeypatch.setattr(samplers_spacing, "cut", lambda schedule, timesteps: np.trunc(timesteps))
     table_module._table.cache_clear()
     compared, asked = 0, 0
     for config in configs(name):
@@ -107,7 +108,7 @@ def test_tables_are_the_references_in_float64(name, monkeypatch):
 
 
 BETAS = ("scaled_linear", "linear")
-LAYING = sorted(name for name, sampler in SAMPLERS.items() if sampler.family is logsnr)
+LAYING = sorted(name for name, sampler in SAMPLERS.items() if sampler.family is exponential)
 
 
 @pytest.mark.parametrize("name", LAYING)
@@ -148,8 +149,8 @@ def test_third_order_with_noise_differs_by_one_sign_alone(kind, monkeypatch):
     config |= {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
     wanted, _ = both(config, 20, double=True)
     assert difference(sampler_table(config, 20).matrix, wanted) > 1e-2
-    right = logsnr.Leap.bend.fget
-    monkeypatch.setattr(logsnr.Leap, "bend", property(lambda leap: right(leap) - 1.0))
+    right = exponential.Leap.bend.fget
+    monkeypatch.setattr(exponential.Leap, "bend", property(lambda leap: right(leap) - 1.0))
     table_module._table.cache_clear()
     assert difference(sampler_table(config, 20).matrix, wanted) <= 1e-11
     table_module._table.cache_clear()
@@ -159,7 +160,7 @@ def test_third_order_with_noise_integrates_quadratics():
     """Ours is right: the weights are the integrals of 1, s and s**2 / 2 over the step."""
     schedule = Schedule(algorithm_type="sde-dpmsolver++")
     for level, after in ((3.0, 2.0), (0.5, 0.1)):
-        step = logsnr.leap(schedule, level, after)
+        step = exponential.leap(schedule, level, after)
         h = np.log(level / after)
         nodes, weights = np.polynomial.legendre.leggauss(40)
         share = 0.5 * (nodes + 1.0)

@@ -20,7 +20,7 @@ from sdrt.errors import BundleError, CheckpointError
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.runtime import LoraWeight
-from sdrt.runtime.lora import read_lora
+from sdrt.runtime.lora.adapters import read_lora
 
 pytestmark = [
     pytest.mark.reference,

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from sdrt.errors import UsageError
-from sdrt.runtime.samplers.catalogue import (
+from sdrt.runtime.samplers.registry import (
     SCHEDULES,
     config_from_name,
     pair_from_name,

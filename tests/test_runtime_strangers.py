@@ -16,15 +16,10 @@ from sdrt.bundle import open_bundle
 from sdrt.engine import Candidate
 from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
 from sdrt.json_validation import read_config
+from sdrt.runtime.images import depth_array, image_array, image_from_bytes, open_image
 from sdrt.runtime.loading import load_pipeline
-from sdrt.runtime.lora import deltas, read_lora
-from sdrt.runtime.pictures import (
-    depth_array,
-    image_array,
-    image_from_bytes,
-    open_image,
-)
-from sdrt.runtime.tokenizer import END, START, Tokenizer
+from sdrt.runtime.lora.adapters import deltas, read_lora
+from sdrt.runtime.text.tokenizer import END, START, Tokenizer
 
 VOCAB = {"a": 0, "b": 1, "ab": 2, START: 3, END: 4}
 TOKENIZERS = {

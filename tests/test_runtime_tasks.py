@@ -11,7 +11,7 @@ from PIL import Image
 
 import sdrt
 from sdrt.errors import UsageError
-from sdrt.runtime.pictures import depth_array
+from sdrt.runtime.images import depth_array
 
 pytestmark = [
     pytest.mark.reference,

@@ -17,8 +17,8 @@ import sdrt
 from sdrt.engine import LazyEngine, Turn
 from sdrt.errors import BackendError, UsageError
 from sdrt.runtime import options as options_module
-from sdrt.runtime.inflight import InFlight
-from sdrt.runtime.pictures import image_array
+from sdrt.runtime.batching.engine import InFlight
+from sdrt.runtime.images import image_array
 
 BACKENDS = ("onnxruntime", "openvino", "torch")
 THREADS, SECONDS = 8, 60
@@ -398,7 +398,7 @@ def test_an_engine_in_flight_can_be_closed_while_a_change_waits(tiny_bundle):
 
 def test_what_was_read_is_kept_for_all_threads(one, monkeypatch):
     """More prompts than are kept, so that threads add and drop at the same time."""
-    monkeypatch.setattr("sdrt.runtime.conditioning.MOST_KNOWN", 3)
+    monkeypatch.setattr("sdrt.runtime.text.conditioning.MOST_KNOWN", 3)
     own = replace(one, known={})
     alone = [own(f"word {i}", num_inference_steps=1, seed=0).images[0].tobytes() for i in range(6)]
     got = in_threads(

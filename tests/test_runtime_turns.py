@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sdrt.runtime.turns import PATIENCE, Rates, Turn, forecast, sharing
+from sdrt.runtime.batching.scheduler import PATIENCE, Rates, Turn, forecast, sharing
 
 RATES = Rates(
     call=lambda group, rows: (0.01 + 0.004 * rows) * group[0],

@@ -17,7 +17,7 @@ from sdrt.bundle import open_bundle
 from sdrt.cli.main import main
 from sdrt.errors import CheckpointError, UsageError
 from sdrt.export.build import BuildPlan, build_bundle
-from sdrt.runtime.inflight import InFlight
+from sdrt.runtime.batching.engine import InFlight
 
 pytestmark = [
     pytest.mark.reference,

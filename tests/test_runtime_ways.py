@@ -257,7 +257,7 @@ def rotated(image):
 
 
 def test_pictures_of_every_kind_are_read(picture, tmp_path):
-    from sdrt.runtime.pictures import image_array, open_image
+    from sdrt.runtime.images import image_array, open_image
 
     wanted = image_array(picture, (64, 64))
     exif, turned = rotated(picture)
@@ -276,7 +276,7 @@ def test_pictures_of_every_kind_are_read(picture, tmp_path):
 
 
 def test_pictures_that_cannot_be_read_are_refused(tmp_path):
-    from sdrt.runtime.pictures import image_array, open_image
+    from sdrt.runtime.images import image_array, open_image
 
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UsageError, match="not a readable"):

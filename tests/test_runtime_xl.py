@@ -125,7 +125,7 @@ def test_a_lora_of_every_layer_of_every_part_makes_the_references_picture(
     own = pipe.with_scheduler("DDIMScheduler")
     bare = reference("StableDiffusionXLPipeline", own, prompt=PROMPT)
     save_loras(reference.parts, tmp_path / "l.safetensors")
-    caplog.set_level("INFO", "sdrt.runtime.lora")
+    caplog.set_level("INFO", "sdrt.runtime.lora.adapters")
     try:
         wanted = reference("StableDiffusionXLPipeline", own, prompt=PROMPT)
         own.set_lora({tmp_path / "l.safetensors": 1.0})
@@ -297,7 +297,7 @@ def test_what_another_model_is_told_is_refused(shapes, option):
 
 def test_sizes_come_back_from_an_images_text(pipe, tiny_xl_bundle, tmp_path):
     from sdrt.cli.main import main
-    from sdrt.runtime.pictures import save_png
+    from sdrt.runtime.images import save_png
 
     options = {
         "original_size": (64, 48),

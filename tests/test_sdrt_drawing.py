@@ -16,7 +16,7 @@ from PIL import Image
 from sdrt import atomic_files
 from sdrt.cli import run as cli_run
 from sdrt.cli.main import main
-from sdrt.runtime.pictures import settings_from_text
+from sdrt.runtime.images import settings_from_text
 
 PROMPT = "a red circle"
 FAST = ["--steps", "1", "--seed", "0", "-q"]

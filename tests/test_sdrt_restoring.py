@@ -13,8 +13,8 @@ from sdrt.cli.infotext import LOST, restored_from
 from sdrt.cli.main import main
 from sdrt.errors import UsageError
 from sdrt.runtime import LoraWeight, Pipeline
+from sdrt.runtime.images import encoded, save_png
 from sdrt.runtime.options import PARSERS
-from sdrt.runtime.pictures import encoded, save_png
 
 PROMPT = "a red circle on a blue background"
 USUAL = {"num_inference_steps": 4, "seed": 3}

@@ -16,7 +16,7 @@ from serving import PROMPT, client, engine_of
 
 import sdrt
 from sdrt.errors import UsageError
-from sdrt.runtime.lora_names import find_named, list_loras
+from sdrt.runtime.lora.names import find_named, list_loras
 
 SDAPI = {"steps": 3, "seed": 5, "width": 64, "height": 64, "sampler_name": "Euler", "cfg_scale": 2}
 USUAL = {"num_inference_steps": 3, "seed": 5, "guidance_scale": 2.0}

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from serving import PROMPT, client, engine_of, served, wait_for
 
-from sdrt.runtime.pictures import settings_from_text, text_of
+from sdrt.runtime.images import settings_from_text, text_of
 
 FAST = {"num_inference_steps": 4, "seed": 3}
 FEWER = {"guidance_scale": 5.0, "feature_reuse": 2}

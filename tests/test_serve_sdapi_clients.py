@@ -11,7 +11,7 @@ from PIL import Image
 from serving import PROMPT, client
 
 from sdrt.cli.main import main
-from sdrt.runtime.pictures import save_png
+from sdrt.runtime.images import save_png
 
 
 def encoded(image):

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from sdrt.bundle import open_bundle
 from sdrt.bundle.bundle import embedded as shipped_folder
-from sdrt.runtime.proving import ANSWERS
+from sdrt.runtime.reference_outputs import ANSWERS
 
 pytestmark = pytest.mark.release
 PARTS = {

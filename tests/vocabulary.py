@@ -15,7 +15,7 @@ from tokenizers.normalizers import NFC
 from transformers import CLIPTokenizer
 
 from sdrt.runtime import Tokenizer
-from sdrt.runtime.tokenizer import byte_letters
+from sdrt.runtime.text.tokenizer import byte_letters
 
 FILE = "open_clip/bpe_simple_vocab_16e6.txt.gz"
 SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"

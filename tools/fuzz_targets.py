@@ -32,11 +32,11 @@ from sdrt.errors import SdrtError
 from sdrt.json_validation import read_json
 from sdrt.process_stats import forget_peak, peak_bytes, resident_bytes
 from sdrt.runtime import Tokenizer
-from sdrt.runtime.lora import parse_lora, read_lora
-from sdrt.runtime.pictures import image_array, image_from_bytes, settings_from_text, text_of
-from sdrt.runtime.prompt import chunks_from_prompt
-from sdrt.runtime.samplers.catalogue import config_from_name
+from sdrt.runtime.images import image_array, image_from_bytes, settings_from_text, text_of
+from sdrt.runtime.lora.adapters import parse_lora, read_lora
+from sdrt.runtime.samplers.registry import config_from_name
 from sdrt.runtime.samplers.table import sampler_table
+from sdrt.runtime.text.prompt_weighting import chunks_from_prompt
 from sdrt.serve.context import _StrictRequest
 from sdrt.serve.generation import call_from
 from sdrt.serve.openai import _edit_from

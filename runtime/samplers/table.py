@@ -16,9 +16,10 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
-from . import exploding, ladder, stepwise
-from .catalogue import SAMPLERS, Sampler, sampler_name
-from .schedule import Schedule, clean_and_noise, schedule_from_config
+from . import discrete as samplers_discrete
+from . import karras, spacing
+from .noise_schedule import Schedule, clean_and_noise, schedule_from_config
+from .registry import SAMPLERS, Sampler, sampler_name
 
 MOST_STEPS = 1000
 LONG = 100  # steps of tables of which few are remembered
@@ -62,7 +63,7 @@ class SamplerTable:
         column for each row from the first on, once it is known
     clip: what is clipped after each row; None for most
     full: [N] bool, which evaluations run the whole model; the others run its shallow part with the
-        feature of the last that did (see `reuse.py`). None is all
+        feature of the last that did (see `deepcache.py`). None is all
     """
 
     timesteps: np.ndarray
@@ -259,7 +260,7 @@ def _written(
         x = of_picture * run.picture + of_noise * run.start
     sampler.solve(schedule, rungs, x, run)
     shares = np.array([*run.shares, (1.0, 0.0)])
-    scales = 1.0 / shares[:, 0] if sampler.family is exploding else np.ones(len(shares))
+    scales = 1.0 / shares[:, 0] if sampler.family is karras else np.ones(len(shares))
     chain = run.chain(picture, scales)
     if not np.isfinite(chain).all():
         raise UsageError(f"{steps} steps of {sampler_name(config)} hold no finite numbers")
@@ -276,15 +277,15 @@ _long_table = lru_cache(maxsize=2)(_table.__wrapped__)
 
 def _ladder(
     sampler: Sampler, schedule: Schedule, steps: int, timesteps: Rungs, sigmas: Rungs
-) -> ladder.Ladder:
+) -> spacing.Ladder:
     if timesteps is not None or sigmas is not None:
-        if sigmas is not None and sampler.family is stepwise:
+        if sigmas is not None and sampler.family is samplers_discrete:
             raise UsageError("this scheduler goes by timesteps; give timesteps, not sigmas")
-        return ladder.given(schedule, timesteps, sigmas)
+        return spacing.given(schedule, timesteps, sigmas)
     most = min(MOST_STEPS, schedule.num_train_timesteps)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
         raise UsageError(f"{steps!r} steps; expected a whole number from 1 to {most}")
-    laid = ladder.scheduled if schedule.sigma_schedule else sampler.ladder
+    laid = spacing.scheduled if schedule.sigma_schedule else sampler.ladder
     rungs = laid(schedule, steps)
     heights = rungs.levels[:-1] or rungs.timesteps
     falling = all(a > b for a, b in itertools.pairwise(heights))

@@ -23,7 +23,7 @@ from sdrt.engine.gpu import free_memory, this_machine
 from sdrt.errors import BackendError, UsageError
 from sdrt.process_stats import available_bytes, peak_bytes
 from sdrt.progress import reported
-from sdrt.runtime.samplers.catalogue import config_from_name
+from sdrt.runtime.samplers.registry import config_from_name
 
 from .compare import old_report, refuse_slower
 from .cpp_peers import prepare

@@ -14,7 +14,7 @@ from typing import Any
 from sdrt.bundle import Bundle, open_bundle, parse_size
 from sdrt.engine.cpu import has_bf16
 from sdrt.engine.selection import installed
-from sdrt.runtime.samplers.catalogue import config_from_name
+from sdrt.runtime.samplers.registry import config_from_name
 
 from .worker import PROMPT, Part, Spent, Timed, picture_of
 

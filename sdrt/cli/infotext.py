@@ -15,11 +15,11 @@ from typing import Any
 
 from sdrt.errors import UsageError
 from sdrt.json_validation import shortened
-from sdrt.runtime.lora_tags import LoraTag, LoraWeight, parse_tags
+from sdrt.runtime.images import open_image, settings_from_text, text_of, unquoted
+from sdrt.runtime.lora.tags import LoraTag, LoraWeight, parse_tags
 from sdrt.runtime.options import SIZES_IN_TEXT
-from sdrt.runtime.pictures import open_image, settings_from_text, text_of, unquoted
-from sdrt.runtime.prompt import check_constant
-from sdrt.runtime.samplers.catalogue import AUTOMATIC_SCHEDULES
+from sdrt.runtime.samplers.registry import AUTOMATIC_SCHEDULES
+from sdrt.runtime.text.prompt_weighting import check_constant
 
 log = logging.getLogger(__name__)
 OURS = "sdrt "  # how `Version` begins

@@ -24,14 +24,14 @@ from sdrt import load
 from sdrt.bundle import open_bundle
 from sdrt.errors import UsageError
 from sdrt.runtime import Options, Pipeline, Preview, Step
+from sdrt.runtime.images import image_grid, labelled_sheet, open_image, save_png
 from sdrt.runtime.loading import unloaded_pipeline
-from sdrt.runtime.lora import find_lora, parse_lora
-from sdrt.runtime.lora_sets import LoraSet, added, checked, requests_by_set
-from sdrt.runtime.lora_switch import apply_tags, pictures_by_set
-from sdrt.runtime.lora_tags import weight_from
+from sdrt.runtime.lora.adapters import find_lora, parse_lora
+from sdrt.runtime.lora.sets import LoraSet, added, checked, requests_by_set
+from sdrt.runtime.lora.switch import apply_tags, pictures_by_set
+from sdrt.runtime.lora.tags import weight_from
 from sdrt.runtime.options import Request, options_from
-from sdrt.runtime.pictures import image_grid, labelled_sheet, open_image, save_png
-from sdrt.runtime.safety import is_flagged, is_flat
+from sdrt.runtime.safety_checker import is_flagged, is_flat
 
 PREVIEW_SIDE = 256
 FLAGGED = "seed {}: the safety checker flagged the picture, so it is black"
@@ -361,14 +361,14 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def all_titles() -> list[str]:
-    from sdrt.runtime.samplers.catalogue import titles
+    from sdrt.runtime.samplers.registry import titles
 
     return list(titles())
 
 
 def schedulers(args: argparse.Namespace) -> None:
     """Every sampler with its names and what a step costs."""
-    from sdrt.runtime.samplers.catalogue import SAMPLERS, SCHEDULES, takes_schedule, titles
+    from sdrt.runtime.samplers.registry import SAMPLERS, SCHEDULES, takes_schedule, titles
 
     listed: list[dict[str, Any]] = []
     for name, sampler in SAMPLERS.items():

@@ -16,7 +16,7 @@ from sdrt.bundle.manifest import Manifest
 from sdrt.engine import Candidate, Feeds, choose, parity
 from sdrt.errors import BackendError, ParityError, SdrtError
 from sdrt.runtime import Pipeline, load_pipeline
-from sdrt.runtime.proving import (
+from sdrt.runtime.reference_outputs import (
     GUIDED_STEPS,
     PROMPT,
     Answers,

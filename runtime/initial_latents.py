@@ -10,9 +10,9 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
+from .images import depth_array, image_array, mask_array
 from .noise import Noise, noise_from_seed
 from .options import Options, Request
-from .pictures import depth_array, image_array, mask_array
 from .samplers.table import SamplerTable
 
 Shape = tuple[int, int, int]

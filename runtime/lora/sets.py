@@ -10,19 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.errors import UsageError
+from sdrt.runtime.options import Options, Request
+from sdrt.runtime.parsing import lora_weights
 
-from .lora_names import find_named
-from .lora_tags import (
-    LITERAL,
-    MAX_LORAS,
-    LoraTag,
-    LoraWeight,
-    check_untagged,
-    parse_tags,
-    weight_from,
-)
-from .options import Options, Request
-from .parsing import lora_weights
+from .names import find_named
+from .tags import LITERAL, MAX_LORAS, LoraTag, LoraWeight, check_untagged, parse_tags, weight_from
 
 # Files with their weights, in the order in which they are added, each once and none of no weight.
 LoraSet = tuple[tuple[Path, LoraWeight], ...]

@@ -11,7 +11,7 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
-from .schedule import Schedule, all_levels, highest_level_in_float32
+from .noise_schedule import Schedule, all_levels, highest_level_in_float32
 from .sigmas import SIGMA_SCHEDULES, beta, exponential, karras
 
 

@@ -1,7 +1,7 @@
 """LoRA files: small changes to a model's weights, added at the build or between images.
 
 Knows where the files are and what they change: a checkpoint's weights, or a bundle's. What their
-tensors are called is `lora_layouts.py`'s, what they compute is `lora_deltas.py`'s.
+tensors are called is `layouts.py`'s, what they compute is `deltas.py`'s.
 """
 
 import logging
@@ -22,12 +22,12 @@ from sdrt.engine import Engine
 from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
 from sdrt.json_validation import read_json
 
-from .lora_deltas import Change
-from .lora_layouts import BIAS, PARTS, Place, changes_from_tensors, counted, flat, is_unread
-from .lora_names import PICKLES, find_named, loras_folder
-from .lora_sets import LoraSet, added, text_from
-from .lora_settings import FILE
-from .lora_tags import LoraWeight, weight_from
+from .deltas import Change
+from .layouts import BIAS, PARTS, Place, changes_from_tensors, counted, flat, is_unread
+from .names import PICKLES, find_named, loras_folder
+from .sets import LoraSet, added, text_from
+from .settings import FILE
+from .tags import LoraWeight, weight_from
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import math
 
 import numpy as np
 
-from .ladder import Ladder, timesteps_at
-from .run import Latent, Run
-from .schedule import Schedule, alpha_sigma_from_level, clean_and_noise
+from .noise_schedule import Schedule, alpha_sigma_from_level, clean_and_noise
+from .protocol import Latent, Run
+from .spacing import Ladder, timesteps_at
 
 
 def mix(schedule: Schedule, ladder: Ladder) -> tuple[float, float]:

@@ -9,10 +9,10 @@ from typing import Any
 from sdrt.errors import UsageError
 from sdrt.json_validation import shortened
 
-from . import exploding, ladder, logsnr, stepwise
-from .ladder import Ladder
-from .run import Latent, Run
-from .schedule import IGNORED, REFUSED, Schedule
+from . import discrete, exponential, karras, spacing
+from .noise_schedule import IGNORED, REFUSED, Schedule
+from .protocol import Latent, Run
+from .spacing import Ladder
 
 KARRAS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
 ZERO_SNR = {"rescale_betas_zero_snr"}
@@ -30,7 +30,7 @@ class Sampler:
     solve: the solver. ladder: its rungs. family: the module that says how its run starts
     title: the name users' tools know
     defaults: its class's own, where they differ from `Schedule`'s
-    reads: the keys of `schedule.FOREIGN` that it reads
+    reads: the keys of `noise_schedule.FOREIGN` that it reads
     per_step: evaluations that a step costs; extra: more than that in a run
     draws: whether it draws fresh noise by default
     """
@@ -51,65 +51,65 @@ class Sampler:
 
 SAMPLERS: dict[str, Sampler] = {
     "DDIMScheduler": Sampler(
-        stepwise.ddim,
-        ladder.whole,
-        stepwise,
+        discrete.ddim,
+        spacing.whole,
+        discrete,
         "DDIM",
         {"set_alpha_to_one": True, "clip_sample": True},
         ZERO_SNR | CLIP | {"eta"},
     ),
     "DDPMScheduler": Sampler(
-        stepwise.ddpm,
-        ladder.whole,
-        stepwise,
+        discrete.ddpm,
+        spacing.whole,
+        discrete,
         "DDPM",
         {"clip_sample": True},
         ZERO_SNR | CLIP,
         draws=True,
     ),
-    "PNDMScheduler": Sampler(stepwise.pndm, ladder.whole, stepwise, "PLMS", {}, set(), extra=9),
+    "PNDMScheduler": Sampler(discrete.pndm, spacing.whole, discrete, "PLMS", {}, set(), extra=9),
     "LMSDiscreteScheduler": Sampler(
-        exploding.lms, ladder.exploding, exploding, "LMS", LINSPACE, KARRAS | LEVELLED
+        karras.lms, spacing.exploding, karras, "LMS", LINSPACE, KARRAS | LEVELLED
     ),
     "EulerDiscreteScheduler": Sampler(
-        exploding.euler,
-        ladder.exploding,
-        exploding,
+        karras.euler,
+        spacing.exploding,
+        karras,
         "Euler",
         LINSPACE,
         KARRAS | LEVELLED | ZERO_SNR | FINAL | {"interpolation_type", "timestep_type"},
     ),
     "EulerAncestralDiscreteScheduler": Sampler(
-        exploding.euler_ancestral,
-        ladder.exploding,
-        exploding,
+        karras.euler_ancestral,
+        spacing.exploding,
+        karras,
         "Euler a",
         LINSPACE | ANCESTRAL,
         LEVELLED | ZERO_SNR | {"eta"},
         draws=True,
     ),
     "HeunDiscreteScheduler": Sampler(
-        exploding.heun,
-        ladder.exploding,
-        exploding,
+        karras.heun,
+        spacing.exploding,
+        karras,
         "Heun",
         {**LINSPACE, **SD_BETAS},
         KARRAS | LEVELLED,
         per_step=2,
     ),
     "KDPM2DiscreteScheduler": Sampler(
-        exploding.dpm2,
-        ladder.rounded_exploding,
-        exploding,
+        karras.dpm2,
+        spacing.rounded_exploding,
+        karras,
         "DPM2",
         {**LINSPACE, **SD_BETAS},
         KARRAS | LEVELLED,
         per_step=2,
     ),
     "KDPM2AncestralDiscreteScheduler": Sampler(
-        exploding.dpm2_ancestral,
-        ladder.rounded_exploding,
-        exploding,
+        karras.dpm2_ancestral,
+        spacing.rounded_exploding,
+        karras,
         "DPM2 a",
         {**LINSPACE, **SD_BETAS, **ANCESTRAL},
         KARRAS | LEVELLED | {"eta"},
@@ -117,9 +117,9 @@ SAMPLERS: dict[str, Sampler] = {
         draws=True,
     ),
     "DPMSolverSDEScheduler": Sampler(
-        exploding.dpmpp_sde,
-        ladder.exploding,
-        exploding,
+        karras.dpmpp_sde,
+        spacing.exploding,
+        karras,
         "DPM++ SDE",
         {**LINSPACE, **SD_BETAS, **ANCESTRAL},
         KARRAS | LEVELLED | {"eta"},
@@ -127,9 +127,9 @@ SAMPLERS: dict[str, Sampler] = {
         draws=True,
     ),
     "DPMSolverMultistepScheduler": Sampler(
-        logsnr.dpm_multistep,
-        ladder.cosine_before_end,
-        logsnr,
+        exponential.dpm_multistep,
+        spacing.cosine_before_end,
+        exponential,
         "DPM++ 2M",
         LINSPACE,
         KARRAS
@@ -139,37 +139,37 @@ SAMPLERS: dict[str, Sampler] = {
         | {"use_lu_lambdas", "lambda_min_clipped", "euler_at_final"},
     ),
     "DPMSolverSinglestepScheduler": Sampler(
-        logsnr.dpm_singlestep,
-        ladder.linspace_before_end,
-        logsnr,
+        exponential.dpm_singlestep,
+        spacing.linspace_before_end,
+        exponential,
         "DPM++ 2S",
         {},
         KARRAS | LEVELLED | FINAL | {"lambda_min_clipped"},
     ),
     "DEISMultistepScheduler": Sampler(
-        logsnr.deis, ladder.to_the_lowest, logsnr, "DEIS", LINSPACE, KARRAS
+        exponential.deis, spacing.to_the_lowest, exponential, "DEIS", LINSPACE, KARRAS
     ),
     "UniPCMultistepScheduler": Sampler(
-        logsnr.unipc,
-        ladder.before_end,
-        logsnr,
+        exponential.unipc,
+        spacing.before_end,
+        exponential,
         "UniPC",
         {**LINSPACE, "solver_type": "bh2"},
         KARRAS | ZERO_SNR | FINAL,
     ),
     "LCMScheduler": Sampler(
-        stepwise.lcm,
-        ladder.distilled,
-        stepwise,
+        discrete.lcm,
+        spacing.distilled,
+        discrete,
         "LCM",
         {**SD_BETAS, "beta_schedule": "scaled_linear", "set_alpha_to_one": True},
         ZERO_SNR | CLIP,
         draws=True,
     ),
     "TCDScheduler": Sampler(
-        stepwise.tcd,
-        ladder.distilled,
-        stepwise,
+        discrete.tcd,
+        spacing.distilled,
+        discrete,
         "TCD",
         {**SD_BETAS, "beta_schedule": "scaled_linear", "set_alpha_to_one": True, "eta": 0.3},
         ZERO_SNR | {"eta"},
@@ -282,7 +282,7 @@ def _laid(class_name: str, label: str, xl: bool) -> dict[str, Any]:
         return {}
     # The reference library's own keys lay it between the ends of the timestep spacing, which are
     # the model's only for solvers in log signal-to-noise ratio.
-    if sampler.family is logsnr and (key := LEVELS.get(label)) in sampler.reads:
+    if sampler.family is exponential and (key := LEVELS.get(label)) in sampler.reads:
         return {str(key): True}
     schedule = SCHEDULES[label]
     return {"sigma_schedule": f"{schedule}_xl" if xl and "align" in schedule else schedule}

@@ -10,9 +10,9 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
-from .ladder import Ladder
-from .run import Latent, Run
-from .schedule import Schedule, alpha_sigma, alphas_cumprod, clean_and_noise
+from .noise_schedule import Schedule, alpha_sigma, alphas_cumprod, clean_and_noise
+from .protocol import Latent, Run
+from .spacing import Ladder
 
 
 def mix(schedule: Schedule, ladder: Ladder) -> tuple[float, float]:

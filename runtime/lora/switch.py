@@ -16,15 +16,15 @@ from dataclasses import replace
 from PIL.Image import Image
 
 from sdrt.errors import BackendError, BundleError, CheckpointError, SdrtError, UsageError
+from sdrt.runtime.batching.request import Ticket
+from sdrt.runtime.denoising import Step
+from sdrt.runtime.leases import Lease
+from sdrt.runtime.options import Options, Request
+from sdrt.runtime.pipeline import Pipeline
 
-from .leases import Lease
-from .loop import Step
-from .lora_names import find_named
-from .lora_sets import LoraSet, added, checked, requests_by_set, text_from
-from .lora_tags import parse_tags
-from .options import Options, Request
-from .pipeline import Pipeline
-from .tickets import Ticket
+from .names import find_named
+from .sets import LoraSet, added, checked, requests_by_set, text_from
+from .tags import parse_tags
 
 
 class LoraSwitch:

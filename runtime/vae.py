@@ -14,7 +14,7 @@ import numpy as np
 from sdrt.engine import Engine
 from sdrt.errors import SdrtError
 
-from .pictures import pixels_of
+from .images import pixels_of
 
 log = logging.getLogger(__name__)
 DECODERS = ("vae_decoder", "vae_decoder_float32")

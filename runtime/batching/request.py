@@ -13,12 +13,12 @@ from typing import Any, Literal, Protocol
 from PIL.Image import Image
 
 from sdrt.errors import BackendError, SdrtError
+from sdrt.runtime.denoising import Edit, Run, Step
+from sdrt.runtime.leases import Lease
+from sdrt.runtime.lora.sets import LoraSet
+from sdrt.runtime.options import Options, Request
 
-from .leases import Lease
-from .loop import Edit, Run, Step
-from .lora_sets import LoraSet
-from .options import Options, Request
-from .turns import Turn
+from .scheduler import Turn
 
 log = logging.getLogger(__name__)
 

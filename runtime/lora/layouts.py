@@ -16,8 +16,8 @@ import numpy as np
 from sdrt.errors import CheckpointError
 from sdrt.json_validation import shortened
 
-from .lora_deltas import Change
-from .lora_settings import add_settings
+from .deltas import Change
+from .settings import add_settings
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from sdrt.engine import Feeds
 from sdrt.errors import BundleError
 from sdrt.json_validation import Reader, mapping, number, one_of, record, row, text
 
-from .conditioning import time_ids_of
-from .loop import Guidance, Run, denoised, plan_of
+from .denoising import Guidance, Run, denoised, plan_of
 from .noise import randn
 from .options import Options, requests_from
 from .pipeline import Pipeline
 from .samplers.table import sampler_table
+from .text.conditioning import time_ids_of
 
 PROMPT = "a red circle on a blue background"
 SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False}

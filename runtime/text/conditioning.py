@@ -14,11 +14,11 @@ import numpy as np
 
 from sdrt.engine import Engine
 from sdrt.errors import UsageError
+from sdrt.runtime.options import SIZES, Options, Request
+from sdrt.runtime.sampling_program import IDS, WEIGHTS
 
-from .options import SIZES, Options, Request
-from .prompt import Chunks, chunks_from_prompt, weighted
+from .prompt_weighting import Chunks, chunks_from_prompt, weighted
 from .tokenizer import Tokenizer
-from .whole import IDS, WEIGHTS
 
 # What the UNet is fed by input name, [rows, ..]. Of a picture that is guided there are two rows,
 # what is steered away from first; else one.

@@ -12,7 +12,7 @@ import numpy as np
 from sdrt.errors import CheckpointError
 from sdrt.json_validation import Reader, json_object, mapping, number, shortened, text, truth
 
-from .lora_deltas import MAX_ALPHA, Change
+from .deltas import MAX_ALPHA, Change
 from .patterns import Patterns
 
 METADATA, FILE = "lora_adapter_metadata", "adapter_config.json"

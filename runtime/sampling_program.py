@@ -11,7 +11,7 @@ import numpy as np
 from sdrt.bundle.manifest import Manifest
 from sdrt.engine import Drawn, Engine, Read, Schedule
 
-from .loop import Guidance, Run
+from .denoising import Guidance, Run
 from .options import Options
 from .samplers.table import SamplerTable
 

@@ -4,9 +4,9 @@
         tickets = engine.submit("a red circle", {"num_inference_steps": 20, "seed": 0})
         tickets[0].future.result().image.save("circle.png")
 
-Knows pipelines and whose turn it is (`turns`); not requests over a network. Pictures need not agree
-on timestep, steps, sampler, guidance or seed. Three threads work: one prepares (prompts, given
-pictures), one evaluates, one decodes, so that a long decode does not stall the loop.
+Knows pipelines and whose turn it is (`scheduler`); not requests over a network. Pictures need not
+agree on timestep, steps, sampler, guidance or seed. Three threads work: one prepares (prompts,
+given pictures), one evaluates, one decodes, so that a long decode does not stall the loop.
 """
 
 import logging
@@ -17,15 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .costs import Costs, costs_of, works
-from .loop import Edit, Gather, Run, step_of
-from .lora_sets import Named, requests_by_set
-from .lora_switch import LoraSwitch
-from .options import Request, options_from
-from .parsing import function, real, whole
-from .pipeline import Pipeline, Prompt
-from .tickets import Cancelled, Observer, OnStep, Picture, Refused, Submission, Ticket, Times, typed
-from .turns import Turn, forecast, lateness, sharing
+from sdrt.runtime.denoising import Edit, Gather, Run, step_of
+from sdrt.runtime.lora.sets import Named, requests_by_set
+from sdrt.runtime.lora.switch import LoraSwitch
+from sdrt.runtime.options import Request, options_from
+from sdrt.runtime.parsing import function, real, whole
+from sdrt.runtime.pipeline import Pipeline, Prompt
+
+from .cost_model import Costs, costs_of, works
+from .request import Cancelled, Observer, OnStep, Picture, Refused, Submission, Ticket, Times, typed
+from .scheduler import Turn, forecast, lateness, sharing
 
 log = logging.getLogger(__name__)
 MOST_DEADLINE = 86400.0

@@ -14,9 +14,9 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
-from .ladder import Ladder
-from .run import Latent, Run
-from .schedule import Schedule, alpha_sigma_from_level, clean_and_noise
+from .noise_schedule import Schedule, alpha_sigma_from_level, clean_and_noise
+from .protocol import Latent, Run
+from .spacing import Ladder
 
 FEW_STEPS = 15  # below this many, `lower_order_final` applies
 NO_STEP = 1e-9  # in lambda: a last level that repeats the one before

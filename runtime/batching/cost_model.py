@@ -27,10 +27,10 @@ from sdrt.engine.gpu import this_machine
 from sdrt.json_validation import json_object, number, read_bytes, whole
 from sdrt.process_stats import available_bytes, forget_peak, peak_bytes, resident_bytes
 
-from .turns import Rates
+from .scheduler import Rates
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline
+    from sdrt.runtime.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 Size = tuple[int, int]

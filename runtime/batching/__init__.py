@@ -1,0 +1,1 @@
+"""In-flight batching: requests of any sampler and length share the evaluations of one model."""

@@ -1,0 +1,1 @@
+"""LoRA: its files, what they add to the weights, the tags that name them in prompts."""

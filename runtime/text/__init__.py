@@ -1,0 +1,1 @@
+"""From a prompt to what the UNet is conditioned on."""
