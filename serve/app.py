@@ -14,13 +14,17 @@ from starlette.responses import FileResponse, Response
 from sdrt import __version__
 from sdrt.errors import SdrtError
 
-from . import health, openai, sdapi, sdapi_extras, sdapi_lists, sdapi_options
-from .context import Context
-from .guard import Guard
+from .dependencies import Context
+from .errors import Gone, Problem, problem_from, problem_from_invalid
 from .metrics import Metrics
-from .models import Models, Source
-from .problem import Gone, Problem, problem_from, problem_from_invalid
-from .requests import Edit
+from .middleware import Guard
+from .model_manager import Models, Source
+from .routes import health, openai
+from .routes.sdapi import extras as sdapi_extras
+from .routes.sdapi import lists as sdapi_lists
+from .routes.sdapi import options as sdapi_options
+from .routes.sdapi import routes as sdapi_routes
+from .schemas import Edit
 from .settings import Settings
 
 JSON = re.compile(r"application/(\w[\w.+-]*\+)?json")
@@ -34,9 +38,9 @@ def application(sources: Mapping[str, Source], settings: Settings) -> tuple[Guar
     models = Models(sources, settings, metrics)
     app = FastAPI(title="sdrt", version=__version__, docs_url=None, redoc_url=None)
     app.state.context = Context(settings, models, metrics)
-    app.state.jobs = sdapi.Jobs()
+    app.state.jobs = sdapi_routes.Jobs()
     app.state.sd_options = sdapi_options.ServerOptions()
-    for module in (openai, sdapi, sdapi_options, sdapi_extras, sdapi_lists, health):
+    for module in (openai, sdapi_routes, sdapi_options, sdapi_extras, sdapi_lists, health):
         app.include_router(module.router)
     for kind in (HTTPException, SdrtError, RequestValidationError, Gone, Exception):
         app.add_exception_handler(kind, _told)

@@ -13,13 +13,13 @@ from sdrt.runtime import Preview, Step
 from sdrt.runtime.batching.request import Picture, Ticket
 from sdrt.runtime.safety_checker import FLAT, is_flat
 
-from .context import Call, Context, context_of, known_size
-from .images import base64_from_image, enlarged
-from .models import Model
-from .problem import Problem, json_response
-from .requests import Generation
-from .stream import EventStream, event_bytes
-from .watch import Watch, failure_of
+from .dependencies import Call, Context, context_of, known_size
+from .errors import Problem, json_response
+from .image_encoding import base64_from_image, enlarged
+from .job import Watch, failure_of
+from .model_manager import Model
+from .schemas import Generation
+from .sse import EventStream, event_bytes
 
 PULSE_SECONDS, QUIET_SECONDS = 0.5, 15.0
 NOTHING_NEW = b":\n\n"  # a comment, so that no proxy takes the stream for dead

@@ -8,8 +8,8 @@ from functools import partial
 import httpx
 
 import sdrt
-from sdrt.serve.models import Source
-from sdrt.serve.run import Server
+from sdrt.serve.model_manager import Source
+from sdrt.serve.server import Server
 from sdrt.serve.settings import Settings
 
 PROMPT = "a red circle on a blue background"

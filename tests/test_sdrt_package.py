@@ -32,7 +32,7 @@ ALLOWED = {
     "engine": {*SHARED, "engine", "folders", "graphs"},
     "runtime": {*SHARED, "engine", "process_exit", "progress", "runtime", "__version__"},
     "export": {*SHARED, "engine", "export", "folders", "runtime"},
-    "serve": {"bundle", "errors", "runtime", "serve", "__version__"},
+    "serve": {"__version__", "atomic_files", "bundle", "cli", "errors", "runtime", "serve"},
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 import sdrt
 from sdrt.cli.main import main
 from sdrt.errors import BundleError, UsageError
-from sdrt.triton_export import TritonPlan, export_triton
+from sdrt.serve.triton.export import TritonPlan, export_triton
 
 PROMPT = "a red circle on a blue background"
 

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import PROMPT, client, engine_of, served, wait_for
 
 from sdrt.errors import BackendError
-from sdrt.serve.run import allow_connections
+from sdrt.serve.server import allow_connections
 from sdrt.serve.settings import digest_from_key
 
 LONG = {"prompt": PROMPT, "num_inference_steps": 900}

@@ -49,7 +49,7 @@ def deploy(cluster):
     """Deploys the fleet with options of `sdrt serve`; gone after the test."""
     from ray import serve
 
-    from sdrt.fleet import app
+    from sdrt.serve.ray.app import app
 
     def deployed(**options):
         given = {"backend": "onnxruntime", "replicas": "2", **options}
@@ -329,8 +329,8 @@ def _running(http):
 def test_a_replica_whose_engine_stays_broken_is_replaced(cluster, shapes, tmp_path):
     from ray import serve
 
-    from sdrt.fleet import Fleet, bound
-    from sdrt.serve.models import Source
+    from sdrt.serve.model_manager import Source
+    from sdrt.serve.ray.app import Fleet, bound
     from sdrt.serve.settings import Settings
 
     flag = tmp_path / "broken"  # holds the process whose device fails
@@ -409,7 +409,7 @@ def test_the_command_serves_until_it_is_told_to_end(shapes):
 )
 def test_options_that_do_not_fit(shapes, options, capfd):
     from sdrt.errors import UsageError
-    from sdrt.fleet import app
+    from sdrt.serve.ray.app import app
 
     with pytest.raises(UsageError):
         app({"bundle": str(shapes), **options})

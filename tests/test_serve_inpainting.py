@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import correlate1d
 
-from sdrt.serve.inpainting import (
+from sdrt.serve.routes.sdapi.inpainting import (
     CROP,
     FILL,
     STRETCH,

@@ -11,10 +11,11 @@ from PIL import Image
 from serving import PROMPT, client, engine_of
 from starlette.testclient import TestClient
 
-from sdrt.serve import sdapi_fields, sdapi_options
 from sdrt.serve.app import application
-from sdrt.serve.models import Source
-from sdrt.serve.requests import ImageToImage, TextToImage
+from sdrt.serve.model_manager import Source
+from sdrt.serve.routes.sdapi import fields as sdapi_fields
+from sdrt.serve.routes.sdapi import options as sdapi_options
+from sdrt.serve.schemas import ImageToImage, TextToImage
 from sdrt.serve.settings import Settings
 
 DOCS = Path(__file__).parents[1] / "docs" / "sdapi.md"

@@ -403,7 +403,7 @@ def serve(args: argparse.Namespace) -> None:
 
 def export_triton(args: argparse.Namespace) -> None:
     """`sdrt export-triton`: prints the model's folder."""
-    from sdrt.triton_export import TritonPlan, export_triton
+    from sdrt.serve.triton.export import TritonPlan, export_triton
 
     chosen = {field.name: getattr(args, field.name) for field in fields(TritonPlan)}
     print(export_triton(TritonPlan(**chosen)))

@@ -9,7 +9,7 @@ from sdrt.bundle import open_bundle
 from sdrt.errors import SdrtError, UsageError
 
 if TYPE_CHECKING:
-    from sdrt.serve.models import Source
+    from sdrt.serve.model_manager import Source
     from sdrt.serve.settings import Settings
 
 
@@ -18,13 +18,13 @@ def serve(args: argparse.Namespace) -> None:
     while it loads.
     """
     try:
-        from sdrt.serve.run import serve
+        from sdrt.serve.server import serve
     except ImportError as error:
         raise SdrtError(
             f"serving needs {error.name}, which is not installed; pip install 'sdrt[serve]'"
         ) from error
     if args.ray:
-        from sdrt.fleet import serve_fleet
+        from sdrt.serve.ray.app import serve_fleet
 
         serve_fleet(args)
         return
@@ -34,7 +34,7 @@ def serve(args: argparse.Namespace) -> None:
 
 def sources_from_arguments(args: argparse.Namespace) -> "dict[str, Source]":
     """The bundles of a command line by name; raises BundleError or UsageError."""
-    from sdrt.serve.models import Source
+    from sdrt.serve.model_manager import Source
 
     precision = "exact" if args.exact else "auto"
     sources = {}

@@ -3,8 +3,8 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from .context import context_of
-from .problem import json_response
+from sdrt.serve.dependencies import context_of
+from sdrt.serve.errors import json_response
 
 router = APIRouter()
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .problem import Problem
+from sdrt.serve.errors import Problem
 
 log = logging.getLogger("sdrt.serve")
 

@@ -11,7 +11,7 @@ from starlette.types import Receive
 from sdrt.runtime import Step
 from sdrt.runtime.batching.request import Cancelled, Picture, Ticket
 
-from .problem import Gone
+from .errors import Gone
 
 # A ticket's step, None with the ticket when it has ended, and neither when nothing was heard.
 Event = tuple[Ticket | None, Step | None]

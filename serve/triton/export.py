@@ -1,7 +1,7 @@
 """`sdrt export-triton`: a bundle as a model repository for NVIDIA's Triton Inference Server.
 
     OUTPUT/NAME/config.pbtxt     what the model takes and gives
-    OUTPUT/NAME/1/model.py       the Python backend's side, `triton_model.py` of this package
+    OUTPUT/NAME/1/model.py       the Python backend's side, `model.py` of this package
     OUTPUT/NAME/1/bundle/        a copy of the bundle, with the plans it has
 
 Knows files; no Triton is needed to write them. The machine that serves needs sdrt in the Python
@@ -13,11 +13,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .bundle import open_bundle
-from .errors import UsageError
-from .folders import published
+from sdrt.bundle import open_bundle
+from sdrt.errors import UsageError
+from sdrt.folders import published
 
-MODEL = Path(__file__).parent / "triton_model.py"
+MODEL = Path(__file__).parent / "model.py"
 INPUTS = (
     ("prompt", "STRING", False),
     ("negative_prompt", "STRING", True),

@@ -32,8 +32,7 @@ class TritonPythonModel:
         if args["model_instance_kind"] == "GPU":  # before anything looks for devices
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
         import sdrt
-
-        from .runtime.batching.engine import InFlight
+        from sdrt.runtime.batching.engine import InFlight
 
         given = json.loads(args["model_config"])["parameters"]
         set_to = {name: value["string_value"] for name, value in given.items()}
@@ -105,8 +104,8 @@ def response_from(future: "Future[Any]") -> Any:
 
 def triton_error_from(error: BaseException) -> Any:
     """An error under the code that Triton's clients know."""
-    from .errors import UsageError
-    from .runtime.batching.request import Cancelled, Refused
+    from sdrt.errors import UsageError
+    from sdrt.runtime.batching.request import Cancelled, Refused
 
     codes = pb_utils.TritonError
     if isinstance(error, UsageError | ValueError):

@@ -14,13 +14,12 @@ from starlette.responses import Response
 
 from sdrt.bundle import parse_size
 from sdrt.runtime.images import image_from_bytes
-
-from .context import Context, StrictRoute, context_of
-from .generation import answer, call_from
-from .images import MOST_PIXELS, mask_from_alpha
-from .models import Model
-from .problem import Problem, json_response
-from .requests import Edit, Generation
+from sdrt.serve.dependencies import Context, StrictRoute, context_of
+from sdrt.serve.errors import Problem, json_response
+from sdrt.serve.generation import answer, call_from
+from sdrt.serve.image_encoding import MOST_PIXELS, mask_from_alpha
+from sdrt.serve.model_manager import Model
+from sdrt.serve.schemas import Edit, Generation
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 

@@ -15,8 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from sdrt.errors import UsageError
 
 from .app import application
-from .guard import Guard
-from .models import Source
+from .middleware import Guard
+from .model_manager import Source
 from .settings import Settings
 
 log = logging.getLogger("sdrt.serve")

@@ -12,10 +12,11 @@ from fastapi import APIRouter, Request
 from pydantic import TypeAdapter, ValidationError
 from starlette.responses import Response
 
-from .context import Context, StrictRoute, context_of
-from .models import Models
-from .problem import Problem, json_response
-from .sdapi_fields import LOOKS_UNUSED, is_one_of, unsupported
+from sdrt.serve.dependencies import Context, StrictRoute, context_of
+from sdrt.serve.errors import Problem, json_response
+from sdrt.serve.model_manager import Models
+
+from .fields import LOOKS_UNUSED, is_one_of, unsupported
 
 router = APIRouter(prefix="/sdapi/v1", route_class=StrictRoute)
 

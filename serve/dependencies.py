@@ -15,11 +15,11 @@ from starlette.responses import Response
 from sdrt.bundle import parse_size
 from sdrt.errors import UsageError
 
+from .errors import Problem
+from .job import Watch
 from .metrics import Metrics
-from .models import Model, Models
-from .problem import Problem
+from .model_manager import Model, Models
 from .settings import Settings
-from .watch import Watch
 
 log = logging.getLogger("sdrt.serve")
 

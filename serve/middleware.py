@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .errors import Gone, Problem, problem_from
 from .metrics import Metrics
-from .problem import Gone, Problem, problem_from
 from .settings import Settings, digest_from_key
 
 log = logging.getLogger("sdrt.serve")

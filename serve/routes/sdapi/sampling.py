@@ -17,8 +17,7 @@ from sdrt.runtime.samplers.registry import (
     title_of,
     titles,
 )
-
-from .problem import Problem
+from sdrt.serve.errors import Problem
 
 log = logging.getLogger("sdrt.serve")
 

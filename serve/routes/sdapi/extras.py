@@ -8,12 +8,12 @@ from starlette.responses import Response
 
 from sdrt.errors import UsageError
 from sdrt.runtime.images import rgb_image, text_of
+from sdrt.serve.dependencies import StrictRoute, context_of
+from sdrt.serve.errors import Problem, json_response
+from sdrt.serve.image_encoding import MOST_PIXELS, base64_from_image, image_from_base64
+from sdrt.serve.schemas import UpscaledImage, UpscaledImages, Upscaling
 
-from .context import StrictRoute, context_of
-from .images import MOST_PIXELS, base64_from_image, image_from_base64
-from .problem import Problem, json_response
-from .requests import UpscaledImage, UpscaledImages, Upscaling
-from .sdapi_fields import LOOKS_UNUSED, is_one_of, unsupported
+from .fields import LOOKS_UNUSED, is_one_of, unsupported
 
 router = APIRouter(prefix="/sdapi/v1", route_class=StrictRoute)
 

@@ -7,9 +7,9 @@ from starlette.responses import Response
 
 from sdrt.runtime.batching.cost_model import memory_of_machine
 from sdrt.runtime.lora.names import alias_of, list_loras
+from sdrt.serve.dependencies import StrictRoute, context_of
+from sdrt.serve.errors import Problem, json_response
 
-from .context import StrictRoute, context_of
-from .problem import Problem, json_response
 from .sampling import listed_samplers, listed_schedulers
 
 router = APIRouter(route_class=StrictRoute)

@@ -11,8 +11,8 @@ from pathlib import Path
 from sdrt.runtime import Pipeline
 from sdrt.runtime.batching.engine import InFlight
 
+from .errors import Problem
 from .metrics import Metrics
-from .problem import Problem
 from .settings import Settings
 
 log = logging.getLogger("sdrt.serve")

@@ -18,14 +18,15 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .guard import Guard
-from .merged import merge_for
-from .metrics import Metrics
-from .problem import Problem
+from sdrt.serve.errors import Problem
+from sdrt.serve.metrics import Metrics
+from sdrt.serve.middleware import Guard
+from sdrt.serve.routes.sdapi.options import known_name
+from sdrt.serve.settings import Settings
+from sdrt.serve.sse import event_bytes
+
+from .aggregate import merge_for
 from .replica import Answer
-from .sdapi_options import known_name
-from .settings import Settings
-from .stream import event_bytes
 
 ATTEMPTS = 3
 RETRY_SECONDS = 5.0

@@ -12,11 +12,10 @@ from ray import serve
 from starlette.types import ASGIApp, Message, Scope
 
 from sdrt.errors import BackendError
-
-from .app import application
-from .models import Models, Source
-from .problem import problem_from
-from .settings import Settings
+from sdrt.serve.app import application
+from sdrt.serve.errors import problem_from
+from sdrt.serve.model_manager import Models, Source
+from sdrt.serve.settings import Settings
 
 Headers = list[tuple[bytes, bytes]]
 Answer = tuple[int, Headers, bytes]  # with the status first, the body last

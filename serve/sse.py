@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .problem import Gone, problem_from
+from .errors import Gone, problem_from
 
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 

@@ -1,6 +1,6 @@
 """The `/sdapi/v1` endpoints that make images, under the field names that their many clients use.
 
-What they send and this server does not support is in `sdapi_fields`.
+What they send and this server does not support is in `sdapi.fields`.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ from sdrt.runtime import Preview, Step
 from sdrt.runtime.batching.request import Cancelled, Picture, Ticket
 from sdrt.runtime.images import settings_from_text, text_of
 from sdrt.runtime.samplers.registry import title_of
+from sdrt.serve.dependencies import Call, StrictRoute, context_of
+from sdrt.serve.errors import Problem, json_response
+from sdrt.serve.image_encoding import base64_from_image, enlarged, image_from_base64
+from sdrt.serve.job import Watch
+from sdrt.serve.model_manager import Model
+from sdrt.serve.schemas import ImageToImage, PngInfo, TextToImage
 
-from .context import Call, StrictRoute, context_of
-from .images import base64_from_image, enlarged, image_from_base64
+from .fields import IGNORED, IMAGE_ONLY, check_fields
 from .inpainting import Given, Inpainting, given_from
-from .models import Model
-from .problem import Problem, json_response
-from .requests import ImageToImage, PngInfo, TextToImage
+from .options import FORMATS, RNG, checked, keep, options_with, server_options
 from .sampling import configuration
-from .sdapi_fields import IGNORED, IMAGE_ONLY, check_fields
-from .sdapi_options import FORMATS, RNG, checked, keep, options_with, server_options
-from .watch import Watch
 
 router = APIRouter(prefix="/sdapi/v1", route_class=StrictRoute)
 T = TypeVar("T")

@@ -62,7 +62,7 @@ class Edit(Generation):
 
 class TextToImage(BaseModel):
     """What clients of `/sdapi` send. Numbers may be text and whole numbers floats, as there; what
-    they send beyond it is read by `sdapi_fields`.
+    they send beyond it is read by `sdapi.fields`.
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)

@@ -1,0 +1,1 @@
+"""The server on Ray Serve: an ingress before replicas that each hold the engines."""

@@ -1,0 +1,1 @@
+"""A file an API: what it takes and what it answers."""
