@@ -17,8 +17,8 @@ from latency import arguments
 from published import made_bundle
 from results import save
 
-from sdrt.bench.command import Worker, chosen, contestants, loaded
 from sdrt.bench.report import Contestant, Run
+from sdrt.bench.rounds import Worker, chosen, contestants, loaded
 from sdrt.bundle import Bundle, open_bundle
 from sdrt.process_stats import memory
 

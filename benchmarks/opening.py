@@ -19,8 +19,8 @@ from latency import arguments
 from published import made_bundle
 from results import save
 
-from sdrt.bench.command import chosen, contestants, loaded
 from sdrt.bench.report import Contestant, Run
+from sdrt.bench.rounds import chosen, contestants, loaded
 from sdrt.bundle import Bundle, open_bundle
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sdrt.bench import cpp_peers
-from sdrt.bench.peers import checkpoint_folder, peers
+from sdrt.bench.peers import checkpoint_folder, peers, sdcpp
 from sdrt.bench.worker import PROMPT
 from sdrt.bundle import open_bundle
 from sdrt.errors import BackendError
@@ -15,7 +14,7 @@ from sdrt.errors import BackendError
 
 def test_what_stable_diffusion_cpp_reads_has_the_older_names(shapes, tmp_path):
     bundle = open_bundle(shapes)
-    cpp_peers.prepare("stable-diffusion.cpp", bundle, tmp_path)
+    sdcpp.prepare("stable-diffusion.cpp", bundle, tmp_path)
     source = load_file(checkpoint_folder(bundle) / "text_encoder" / "model.safetensors")
     found = load_file(tmp_path / "text_encoder" / "model.safetensors")
     assert "text_model.embeddings.token_embedding.weight" in found
@@ -40,8 +39,8 @@ def test_what_stable_diffusion_cpp_says_is_told_apart():
         b"stable-diffusion.cpp:3212 - decode_first_stage completed, taking 10.21s\n",
         b"stable-diffusion.cpp:3591 - generate_image completed in 19.84s\n",
     )
-    said = [match for line in lines if (match := cpp_peers.SAID.search(line))]
-    spent = {cpp_peers.PARTS[match[1]]: float(match[2]) for match in said}
+    said = [match for line in lines if (match := sdcpp.SAID.search(line))]
+    spent = {sdcpp.PARTS[match[1]]: float(match[2]) for match in said}
     assert len(said) == 3
     assert spent == {"text": 0.28, "unet": 9.34, "decode": 10.21}
 
@@ -50,9 +49,9 @@ def test_what_stable_diffusion_cpp_says_is_told_apart():
 def test_openvino_genai_draws_the_prompt_and_tells_its_parts(shapes, tmp_path):
     genai = pytest.importorskip("openvino_genai")
     pytest.importorskip("openvino_tokenizers")
-    cpp_peers.prepare("openvino-genai", open_bundle(shapes), tmp_path)
+    sdcpp.prepare("openvino-genai", open_bundle(shapes), tmp_path)
     pipe = genai.Text2ImagePipeline(tmp_path, "CPU")
-    given = {"width": 64, "height": 64, "guidance_scale": cpp_peers.GUIDANCE, "rng_seed": 1}
+    given = {"width": 64, "height": 64, "guidance_scale": sdcpp.GUIDANCE, "rng_seed": 1}
     pixels = pipe.generate(PROMPT, num_inference_steps=20, **given).data[0].astype(int)
     middle, corner = pixels[24:40, 24:40].mean((0, 1)), pixels[:8, :8].mean((0, 1))
     assert middle[0] > middle[2] + 100  # red
@@ -60,9 +59,9 @@ def test_openvino_genai_draws_the_prompt_and_tells_its_parts(shapes, tmp_path):
 
     spent = collections.defaultdict(float)
     wanted = {"made": str(tmp_path), "size": "64x64", "steps": [2], "scheduler": "DPM++ 2M"}
-    parts = cpp_peers.openvino_genai(wanted, spent)
+    parts = sdcpp.openvino_genai(wanted, spent)
     parts["picture, 2 steps"]()
     assert set(spent) == {"text", "unet", "decode", "PNG"}
     assert all(seconds > 0 for seconds in spent.values())
     with pytest.raises(BackendError, match="it has no sampler Heun"):
-        cpp_peers.openvino_genai({**wanted, "scheduler": "Heun"}, spent)
+        sdcpp.openvino_genai({**wanted, "scheduler": "Heun"}, spent)

@@ -2,5 +2,5 @@
 
 Every contestant lives in a process of its own, so that its memory is its own, and they take turns,
 so that a machine that drifts favours none; ratios are taken turn by turn. See `worker` for a turn,
-`limit` for what the processor reaches at most, `peers` for what others would run.
+`roofline` for what the processor reaches at most, `peers` for what others would run.
 """

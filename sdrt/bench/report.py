@@ -18,7 +18,7 @@ import numpy as np
 from sdrt.bundle import Bundle, parse_size
 
 from .flops import flops
-from .limit import FLOPS
+from .roofline import FLOPS
 
 LOADED = 0.15  # the share of the processor by others from which on a turn is marked
 GRAPHS = {"text": ("text_encoder", "text_encoder_2"), "unet": ("unet",), "decode": ("vae_decoder",)}

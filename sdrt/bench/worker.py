@@ -103,7 +103,7 @@ def opened(wanted: dict[str, Any], spent: Spent) -> dict[str, Part]:
     """The parts of a contestant, loaded."""
     backend, precision, folder = wanted["backend"], wanted["precision"], wanted["folder"]
     if backend == "limit":
-        from .limit import products
+        from .roofline import products
 
         return {f"{dtype} {library}": part for dtype, (library, part) in products().items()}
     if backend in ("reference", "optimum"):
@@ -112,7 +112,7 @@ def opened(wanted: dict[str, Any], spent: Spent) -> dict[str, Part]:
         kind = peers.reference if backend == "reference" else peers.optimum
         return kind(folder, wanted, spent)
     if backend in ("stable-diffusion.cpp", "openvino-genai"):
-        from . import cpp_peers as cpp
+        from .peers import sdcpp as cpp
 
         one = backend == "openvino-genai"
         return (cpp.openvino_genai if one else cpp.stable_diffusion_cpp)(wanted, spent)

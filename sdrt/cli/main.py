@@ -389,7 +389,7 @@ def schedulers(args: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """`sdrt bench`: prints a table, or JSON."""
-    from sdrt.bench.command import bench
+    from sdrt.bench.rounds import bench
 
     bench(args)
 

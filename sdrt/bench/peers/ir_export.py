@@ -2,7 +2,8 @@
 
 Knows the reference library's modules, OpenVINO's converter and the names that GenAI wants; what
 optimum-intel's export does, which needs older versions of the libraries. Run in a process of its
-own, as it takes much more memory than drawing: `python -m sdrt.bench.ir_export CHECKPOINT FOLDER`.
+own, as it takes much more memory than drawing: `python -m sdrt.bench.peers.ir_export CHECKPOINT
+FOLDER`.
 """
 
 import sys

@@ -11,12 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from sdrt.bench.worker import PROMPT, Part, Spent, Timed, picture_of
 from sdrt.bundle import Bundle, open_bundle, parse_size
 from sdrt.engine.cpu import has_bf16
 from sdrt.engine.selection import installed
 from sdrt.runtime.samplers.registry import config_from_name
-
-from .worker import PROMPT, Part, Spent, Timed, picture_of
 
 TEXT_TO_IMAGE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 CPP = "pip install stable-diffusion-cpp-python"
@@ -28,7 +27,7 @@ OPTIMUM = "pip install 'optimum-onnx[onnxruntime]' 'diffusers<0.36'"
 def checkpoint_folder(bundle: Bundle) -> Path | None:
     """Where the bundle's checkpoint lies, if it is a folder that the reference library reads."""
     source = bundle.manifest.source
-    shipped = Path(__file__).parents[1] / "models" / source
+    shipped = Path(__file__).parents[2] / "models" / source
     for folder in (shipped, Path(source).expanduser()):
         if (folder / "model_index.json").is_file():
             return folder

@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sdrt.bench.worker import PROMPT, Part, Spent, Timed, picture_of
 from sdrt.bundle import Bundle, parse_size
 from sdrt.errors import BackendError
 
-from .peers import checkpoint_folder
-from .worker import PROMPT, Part, Spent, Timed, picture_of
+from . import checkpoint_folder
 
 GUIDANCE = 7.5
 SAID = re.compile(
@@ -54,7 +54,7 @@ def prepare(backend: str, bundle: Bundle, folder: Path) -> None:
     if checkpoint and backend == "stable-diffusion.cpp":
         write_readable(checkpoint, folder)
     if checkpoint and backend == "openvino-genai":
-        command = [sys.executable, "-m", "sdrt.bench.ir_export", str(checkpoint), str(folder)]
+        command = [sys.executable, "-m", "sdrt.bench.peers.ir_export", str(checkpoint), str(folder)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["nothing was said"]

@@ -26,8 +26,8 @@ from sdrt.progress import reported
 from sdrt.runtime.samplers.registry import config_from_name
 
 from .compare import old_report, refuse_slower
-from .cpp_peers import prepare
 from .peers import peers
+from .peers.sdcpp import prepare
 from .plot import check_path, write_plot
 from .report import Contestant, Run, rate_of, report_from, text_from_report
 
