@@ -145,7 +145,7 @@ class Trial:
         distinct: build again only on what no kill before this one had left
         """
         from sdrt.bundle import open_bundle
-        from sdrt.bundle.bundle import list_bundles
+        from sdrt.bundle.store import list_bundles
         from sdrt.errors import BundleError
 
         self.prepare(replacing)

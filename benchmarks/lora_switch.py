@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 import sdrt
 import sdrt.runtime
 from sdrt.bundle import open_bundle
-from sdrt.bundle.bundle import TRANSPOSED
+from sdrt.bundle.manifest import TRANSPOSED
 from sdrt.bundle.safetensors import Tensors
 
 RANK = 16

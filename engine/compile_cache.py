@@ -15,11 +15,13 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from sdrt.atomic_files import made_once
 from sdrt.bundle import Bundle
-from sdrt.bundle.bundle import WEIGHTS, check_files, describe_files, graph_name, home, remember
-from sdrt.bundle.manifest import FileRecord
+from sdrt.bundle.bundle import graph_name
+from sdrt.bundle.integrity import check_files, describe_files, remember
+from sdrt.bundle.manifest import WEIGHTS, FileRecord
+from sdrt.bundle.store import home
 from sdrt.errors import SdrtError
-from sdrt.folders import made_once
 from sdrt.json_validation import read_json
 
 from .cpu import processor

@@ -15,7 +15,7 @@ import secrets
 from pathlib import Path
 
 from sdrt.atomic_files import write_whole
-from sdrt.bundle.bundle import home
+from sdrt.bundle.store import home
 from sdrt.errors import UsageError
 from sdrt.json_validation import read_bytes
 

@@ -21,8 +21,9 @@ from typing import Any
 
 from sdrt.atomic_files import identity, locked, whole, write_whole
 from sdrt.bundle import Bundle
-from sdrt.bundle.bundle import home, sha256_of
+from sdrt.bundle.integrity import sha256_of
 from sdrt.bundle.manifest import Manifest, TensorSpec
+from sdrt.bundle.store import home
 from sdrt.errors import BackendError, BundleError
 from sdrt.json_validation import json_object, read_bytes, shortened
 

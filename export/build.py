@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sdrt.atomic_files import published
 from sdrt.bundle import Bundle
-from sdrt.bundle.bundle import bundles_folder, describe_files
+from sdrt.bundle.integrity import describe_files
 from sdrt.bundle.manifest import MANIFEST, Component, Manifest, json_from_manifest
+from sdrt.bundle.store import bundles_folder
 from sdrt.engine import Candidate, Machine, choose
 from sdrt.errors import SdrtError, UsageError
-from sdrt.folders import published
 from sdrt.runtime.reference_outputs import ANSWERS, json_from_answers
 
 from .activation_memory import most_pictures

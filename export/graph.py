@@ -18,8 +18,14 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
-from sdrt.bundle.bundle import FLOAT32_GRAPH, SHALLOW_GRAPH, TRANSPOSED
-from sdrt.bundle.manifest import FEATURE, Component, TensorSpec
+from sdrt.bundle.manifest import (
+    FEATURE,
+    FLOAT32_GRAPH,
+    SHALLOW_GRAPH,
+    TRANSPOSED,
+    Component,
+    TensorSpec,
+)
 
 from .safetensors_writer import Entry, write_safetensors
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdrt.bundle.bundle import NAMES
+from sdrt.bundle.manifest import NAMES
 
 ALIGNMENT = 256
 

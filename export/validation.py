@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.bundle import FLOAT32_GRAPH, graph_name
-from sdrt.bundle.manifest import FEATURE, SHALLOW, Component, Manifest
+from sdrt.bundle.bundle import graph_name
+from sdrt.bundle.manifest import FEATURE, FLOAT32_GRAPH, SHALLOW, Component, Manifest
 from sdrt.engine import Candidate, Feeds, candidates, parity
 from sdrt.errors import ParityError
 from sdrt.runtime import Options, load_pipeline, randn, sampler_table

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.bundle import WEIGHTS
-from sdrt.bundle.manifest import SHALLOW
+from sdrt.bundle.manifest import SHALLOW, WEIGHTS
 from sdrt.bundle.safetensors import read_header
 from sdrt.engine import Candidate, Engine, LazyEngine, Turn
 from sdrt.engine.room import Room

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 
-from .folders import clear_unfinished
+from .atomic_files import clear_unfinished
 
 _workers: list[threading.Thread] = []
 

@@ -14,7 +14,7 @@ from test_engine_plans import BOTH, L4
 
 import sdrt
 from sdrt.bundle import open_bundle
-from sdrt.bundle.bundle import sha256_of
+from sdrt.bundle.integrity import sha256_of
 from sdrt.cli.main import main
 from sdrt.engine import candidates, choose
 from sdrt.engine.gpu import NO_DEVICE, Machine, why_none

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdrt.bundle import bundle as bundles
+from sdrt.bundle import integrity as bundles
 from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import compile_cache as kept_folder

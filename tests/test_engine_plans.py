@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.bundle import FLOAT32_GRAPH
-from sdrt.bundle.manifest import Component, FileRecord, Manifest, TensorSpec
+from sdrt.bundle.manifest import FLOAT32_GRAPH, Component, FileRecord, Manifest, TensorSpec
 from sdrt.engine.gpu import NO_DEVICE, Gpu, Machine, why_none
 from sdrt.engine.plan_signing import is_ours, mark_of, read_ours, write_ours
 from sdrt.engine.plans import PlanKey, differences, find_plan, key_of, plan_of, profiles_of

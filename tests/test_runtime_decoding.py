@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import sdrt
-from sdrt.bundle.bundle import FLOAT32_GRAPH
+from sdrt.bundle.manifest import FLOAT32_GRAPH
 from sdrt.errors import SdrtError
 from sdrt.export import modules
 from sdrt.export.checkpoint import find_checkpoint

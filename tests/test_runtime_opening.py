@@ -152,7 +152,7 @@ def test_unfinished_folders_are_cleared_when_a_process_is_left(tmp_path):
     script = """
 import sys, threading, time
 from pathlib import Path
-from sdrt.folders import made_once
+from sdrt.atomic_files import made_once
 from sdrt.process_exit import leave, start_workers
 begun = threading.Event()
 def fill(folder):

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sdrt
-from sdrt.bundle.bundle import home, sha256_of
+from sdrt.bundle.integrity import sha256_of
+from sdrt.bundle.store import home
 from sdrt.errors import BundleError, CheckpointError
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.checkpoint import find_checkpoint

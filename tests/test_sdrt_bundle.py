@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from sdrt.bundle import open_bundle, parse_size
-from sdrt.bundle.bundle import find_bundle
+from sdrt.bundle.store import find_bundle
 from sdrt.errors import BundleError, UsageError
 
 
@@ -66,7 +66,7 @@ def test_a_manifest_that_is_not_json_is_refused(copy, text):
 
 def test_nothing_built_yet_says_what_to_type(tmp_path, monkeypatch):
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
-    monkeypatch.setattr("sdrt.bundle.bundle.embedded", lambda name: tmp_path / f"{name}.bundle")
+    monkeypatch.setattr("sdrt.bundle.store.embedded", lambda name: tmp_path / f"{name}.bundle")
     with pytest.raises(BundleError, match="sdrt build --model shapes"):
         open_bundle(None)
 

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 from killing import killed_at, points_of
 
-from sdrt import folders
-from sdrt.atomic_files import beside, locked, write_whole
-from sdrt.bundle.bundle import find_bundle, list_bundles
+from sdrt import atomic_files
+from sdrt.atomic_files import beside, locked, published, write_whole
 from sdrt.bundle.manifest import MANIFEST
+from sdrt.bundle.store import find_bundle, list_bundles
 from sdrt.errors import BundleError, SdrtError
-from sdrt.folders import published
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
 
@@ -51,7 +50,7 @@ def target(tmp_path, monkeypatch):
 @pytest.fixture(params=["exchanged", "renamed twice"])
 def steps(request, monkeypatch):
     if request.param == "renamed twice":  # a flag that no kernel knows, as where there is none
-        monkeypatch.setattr(folders, "RENAME_EXCHANGE", 1 << 20)
+        monkeypatch.setattr(atomic_files, "RENAME_EXCHANGE", 1 << 20)
     return request.param
 
 
@@ -103,14 +102,16 @@ def test_a_file_under_a_kill_is_the_old_one_or_the_new(tmp_path):
 
 def test_all_is_on_the_disk_before_it_has_its_name(target, monkeypatch):
     """A loss of power keeps what was told to be kept, so the order of the calls is what counts."""
-    told, fsync, swapped = [], os.fsync, folders._exchanged
+    told, fsync, swapped = [], os.fsync, atomic_files._exchanged
 
     def seen_fsync(file):
         told.append(str(Path(f"/proc/self/fd/{file}").resolve()))
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", seen_fsync)
-    monkeypatch.setattr(folders, "_exchanged", lambda *two: told.append("swap") or swapped(*two))
+    monkeypatch.setattr(
+        atomic_files, "_exchanged", lambda *two: told.append("swap") or swapped(*two)
+    )
     publish(target, OLD)
     told.clear()
     publish(target, NEW)
@@ -169,7 +170,7 @@ ON_A_SMALL_DISK = """
 import subprocess
 from pathlib import Path
 from sdrt.atomic_files import write_whole
-from sdrt.folders import published
+from sdrt.atomic_files import published
 
 disk = Path("{folder}")
 target = disk / "b"

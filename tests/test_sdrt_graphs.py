@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 from strangers import graph, list_files, loaded, state_of, write_bundle
 
-import sdrt.bundle.bundle
+import sdrt.bundle.integrity
 from sdrt.bundle import onnx_check, open_bundle
 from sdrt.bundle.bundle import graph_name
 from sdrt.bundle.manifest import manifest_from_json
@@ -187,7 +187,7 @@ def test_a_graph_is_looked_into_once_and_again_with_other_weights(tmp_path, monk
     monkeypatch.setenv("SDRT_HOME", str(tmp_path / "home"))
     seen = []
     monkeypatch.setattr(
-        sdrt.bundle.bundle, "check_graph", lambda path, component: seen.append(path)
+        sdrt.bundle.integrity, "check_graph", lambda path, component: seen.append(path)
     )
     folder = write_bundle(tmp_path / "b")
     open_bundle(folder)

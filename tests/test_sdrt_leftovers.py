@@ -12,7 +12,7 @@ import pytest
 from test_engine_plans import KEY, build
 
 from sdrt.atomic_files import identity, locked
-from sdrt.bundle.bundle import describe_files
+from sdrt.bundle.integrity import describe_files
 from sdrt.bundle.manifest import Manifest, json_from_manifest
 from sdrt.cli.gc import leftovers
 from sdrt.cli.main import main
@@ -23,7 +23,7 @@ from sdrt.engine.tensorrt.plans import MODULES
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from sdrt.folders import published
+from sdrt.atomic_files import published
 with published(Path(sys.argv[1]), "sdrt.json", force=True) as folder:
     (folder / "weights").write_bytes(b"x" * 1000)
     print(flush=True)
@@ -34,7 +34,7 @@ with published(Path(sys.argv[1]), "sdrt.json", force=True) as folder:
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
-    monkeypatch.setattr("sdrt.bundle.bundle.embedded", lambda name: tmp_path / "shipped" / name)
+    monkeypatch.setattr("sdrt.bundle.store.embedded", lambda name: tmp_path / "shipped" / name)
     monkeypatch.setattr("sdrt.cli.gc.embedded", lambda name: tmp_path / "shipped" / name)
     return tmp_path
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from sdrt.bundle import bundle
-from sdrt.bundle.bundle import check_files, describe_files
+from sdrt.bundle import integrity
+from sdrt.bundle.integrity import check_files, describe_files
 from sdrt.bundle.manifest import Manifest
 from sdrt.errors import BundleError
 
@@ -28,8 +28,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def hashed(monkeypatch):
     """The files whose bytes are read."""
-    read, seen = bundle.sha256_of, []
-    monkeypatch.setattr(bundle, "sha256_of", lambda path: seen.append(path.name) or read(path))
+    read, seen = integrity.sha256_of, []
+    monkeypatch.setattr(integrity, "sha256_of", lambda path: seen.append(path.name) or read(path))
     return seen
 
 

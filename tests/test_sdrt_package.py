@@ -29,9 +29,9 @@ HEAVY = (
 )
 SHARED = ("atomic_files", "bundle", "errors", "json_validation", "process_stats")
 ALLOWED = {
-    "engine": {*SHARED, "engine", "folders", "graphs"},
+    "engine": {*SHARED, "engine", "graphs"},
     "runtime": {*SHARED, "engine", "process_exit", "progress", "runtime", "__version__"},
-    "export": {*SHARED, "engine", "export", "folders", "runtime"},
+    "export": {*SHARED, "engine", "export", "runtime"},
     "serve": {"__version__", "atomic_files", "bundle", "cli", "errors", "runtime", "serve"},
 }
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from sdrt.bundle.bundle import home
+from sdrt.bundle.store import home
 from sdrt.cli import run as cli_run
 from sdrt.cli.infotext import LOST, restored_from
 from sdrt.cli.main import main

@@ -11,7 +11,8 @@ import pytest
 
 from sdrt.atomic_files import identity
 from sdrt.bundle import open_bundle
-from sdrt.bundle.bundle import describe_files, home
+from sdrt.bundle.integrity import describe_files
+from sdrt.bundle.store import home
 from sdrt.cli.main import main
 from sdrt.cli.verify import proven
 from sdrt.engine import choose

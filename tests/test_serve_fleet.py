@@ -184,7 +184,7 @@ def with_sampler(bundle, folder, kind):
     """A copy of a bundle with another default sampler."""
     from dataclasses import replace
 
-    from sdrt.bundle.bundle import describe_files
+    from sdrt.bundle.integrity import describe_files
     from sdrt.bundle.manifest import json_from_manifest, manifest_from_json
     from sdrt.json_validation import read_json
 

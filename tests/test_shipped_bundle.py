@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from sdrt.bundle import open_bundle
-from sdrt.bundle.bundle import embedded as shipped_folder
+from sdrt.bundle.store import embedded as shipped_folder
 from sdrt.runtime.reference_outputs import ANSWERS
 
 pytestmark = pytest.mark.release

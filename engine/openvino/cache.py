@@ -16,7 +16,7 @@ from openvino import opset13 as operations
 from openvino.preprocess import PrePostProcessor
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.bundle import TRANSPOSED
+from sdrt.bundle.manifest import TRANSPOSED
 from sdrt.engine.compile_cache import kept
 from sdrt.engine.cpu import has_bf16
 from sdrt.engine.once import once

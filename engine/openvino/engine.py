@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from sdrt.bundle.bundle import WEIGHTS
-from sdrt.bundle.manifest import Component
+from sdrt.bundle.manifest import WEIGHTS, Component
 from sdrt.engine.page_cache import Users, trim
 from sdrt.engine.protocol import Feeds, checked_feeds
 from sdrt.errors import BackendError

@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sdrt.atomic_files import write_whole
-from sdrt.bundle.bundle import home
+from sdrt.bundle.store import home
 from sdrt.engine.plans import PlanKey
 from sdrt.errors import BackendError
 from sdrt.process_stats import forget_peak, peak_bytes

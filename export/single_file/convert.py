@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdrt.bundle.bundle import home
+from sdrt.atomic_files import made_once
 from sdrt.bundle.safetensors import Header, read_header
+from sdrt.bundle.store import home
 from sdrt.errors import CheckpointError
 from sdrt.export.prediction import Prediction, prediction_from_marks
 from sdrt.export.weights import open_safetensors, read_json
-from sdrt.folders import made_once
 
 from .config import FAMILIES, Family, check_whole, configs_of, family_of
 from .original_layout import copy_tokenizers, published_weights

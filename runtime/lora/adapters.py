@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.bundle import NAMES, TRANSPOSED
-from sdrt.bundle.manifest import SHALLOW
+from sdrt.bundle.manifest import NAMES, SHALLOW, TRANSPOSED
 from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import Engine
 from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from sdrt.bundle.bundle import home
 from sdrt.bundle.safetensors import Tensors
+from sdrt.bundle.store import home
 from sdrt.errors import SdrtError, UsageError
 
 SUFFIX = ".safetensors"

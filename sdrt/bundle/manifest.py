@@ -25,6 +25,16 @@ COMPONENTS = (
 DTYPES = ("float32", "float16", "int64", "int32")
 MOST_FILES = 1000
 MOST_WEIGHTS = 10_000
+# What a bundle's safetensors files say of themselves, and how a transposed weight's name ends.
+NAMES = {"names": "checkpoint"}
+TRANSPOSED = ".T"
+FLOAT32_GRAPH = "float32.onnx"
+WEIGHTS = "model.safetensors"
+# A UNet's layers nearest to its input and output lie beside it: its weights are theirs.
+SHALLOW_GRAPH = "shallow.onnx"
+# All that a bundle may hold beside graphs and their weights.
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+SMALL_FILES = {f"tokenizer{which}/{name}" for which in ("", "_2") for name in TOKENIZER_FILES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,3 +198,6 @@ READ: Reader[Manifest] = record(
         "format": whole(FORMAT, FORMAT),
     },
 )
+
+
+SMALL_FILES |= {"scheduler/scheduler_config.json", "proof.json"}

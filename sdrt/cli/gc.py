@@ -19,8 +19,9 @@ from typing import Any
 
 from sdrt.atomic_files import beside, locked
 from sdrt.bundle import Bundle
-from sdrt.bundle.bundle import bundles_folder, changed_memory, embedded, forget, home, list_bundles
+from sdrt.bundle.integrity import changed_memory, forget
 from sdrt.bundle.manifest import MANIFEST, MOST_MANIFEST, manifest_from_json
+from sdrt.bundle.store import bundles_folder, embedded, home, list_bundles
 from sdrt.engine.compile_cache import MARK, other_version
 from sdrt.engine.gpu import Machine, this_machine
 from sdrt.engine.plans import Plan, plan_from_json, plans_folder

@@ -7,7 +7,7 @@ import shutil
 from typing import Any
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.bundle import home
+from sdrt.bundle.store import home
 from sdrt.errors import BackendError
 
 PACKAGES = (

@@ -412,7 +412,7 @@ def export_triton(args: argparse.Namespace) -> None:
 def inspect(args: argparse.Namespace) -> None:
     """`sdrt inspect`: every bundle, or one, as a table or JSON."""
     from sdrt.bundle import open_bundle
-    from sdrt.bundle.bundle import list_bundles
+    from sdrt.bundle.store import list_bundles
 
     from . import inspect as cli_inspect
 

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from sdrt.bundle import Bundle, open_bundle
-from sdrt.bundle.bundle import check_files, graphs_of
+from sdrt.bundle.bundle import graphs_of
+from sdrt.bundle.integrity import check_files
 from sdrt.bundle.manifest import Manifest
 from sdrt.engine import Candidate, Feeds, choose, parity
 from sdrt.errors import BackendError, ParityError, SdrtError

@@ -13,9 +13,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdrt.atomic_files import published
 from sdrt.bundle import open_bundle
 from sdrt.errors import UsageError
-from sdrt.folders import published
 
 MODEL = Path(__file__).parent / "model.py"
 INPUTS = (

@@ -1,0 +1,72 @@
+"""Where bundles are: those built here, those shipped with the package, and finding one by name.
+
+Knows folders; not what is in a manifest.
+"""
+
+import contextlib
+import difflib
+import os
+from pathlib import Path
+
+from sdrt.atomic_files import beside, locked, restore
+from sdrt.errors import BundleError
+
+from .manifest import MANIFEST
+
+
+def home() -> Path:
+    """Where bundles live: `$SDRT_HOME`, else `sdrt` in the user's cache folder."""
+    if folder := os.environ.get("SDRT_HOME"):
+        return Path(folder).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "sdrt"
+
+
+def bundles_folder() -> Path:
+    return home() / "bundles"
+
+
+def embedded(name: str) -> Path:
+    """Where a bundle shipped with the package would be."""
+    return Path(__file__).parent.parent / "models" / f"{name}.bundle"
+
+
+def list_bundles() -> list[Path]:
+    """Folders of all bundles built here, newest first, then the ones shipped with the package."""
+    for old in bundles_folder().glob(".*.old"):
+        _put_back(old.with_name(old.name[1 : -len(".old")]))
+    # What begins with a dot is not finished.
+    built = [path.parent for path in bundles_folder().glob(f"[!.]*/{MANIFEST}")]
+    built.sort(key=lambda folder: (folder / MANIFEST).stat().st_mtime, reverse=True)
+    shipped = sorted(path.parent for path in embedded("x").parent.glob(f"*.bundle/{MANIFEST}"))
+    return built + shipped
+
+
+def find_bundle(name: str | os.PathLike[str] | None) -> Path:
+    """The folder of the bundle called `name`, a folder's path, or the newest one for None."""
+    if name is None:
+        if found := list_bundles():
+            return found[0]
+        raise BundleError("no bundle has been built yet; type: sdrt build --model shapes")
+    for folder in (Path(name).expanduser(), bundles_folder() / name, embedded(str(name))):
+        _put_back(folder)
+        try:
+            if (folder / MANIFEST).is_file():
+                return folder
+        except OSError as error:
+            raise BundleError(f"{folder} cannot be read: {error.strerror}") from error
+    names = sorted({folder.stem for folder in list_bundles()})
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"type: sdrt build --model {name}"
+    raise BundleError(
+        f"no bundle called {str(name)!r}: neither a folder with {MANIFEST} nor one of those built "
+        f"here ({', '.join(names) or 'none'}); {hint}"
+    )
+
+
+def _put_back(folder: Path) -> None:
+    """Where a build that replaced a bundle was cut off between two renames, end that."""
+    with contextlib.suppress(OSError):
+        if folder.name and not folder.exists() and beside(folder, "old").exists():
+            with locked(folder):
+                restore(folder)
