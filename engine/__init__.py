@@ -1,18 +1,10 @@
 """One compiled component on one backend: ONNX Runtime or torch. See `protocol.py`."""
 
 from .gpu import Machine
-from .protocol import (
-    Drawn,
-    Engine,
-    Feeds,
-    History,
-    LazyEngine,
-    NumpyHistory,
-    Read,
-    Sampler,
-    Schedule,
-    Turn,
-)
+from .history import History, NumpyHistory
+from .lazy import LazyEngine, Turn
+from .protocol import Engine, Feeds
+from .sampling import Drawn, Read, Sampler, Schedule
 from .selection import BACKENDS, PRECISIONS, Candidate, candidates, choose
 
 __all__ = [

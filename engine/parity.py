@@ -1,14 +1,19 @@
-"""The gate: what an engine computes against what torch computes, on shared inputs.
+"""The gate: what an engine computes against what torch, or the bundle's own graph, computes.
 
-Knows numpy and floors. Below a floor nothing is published.
+Knows floors, engines and profiles; not which backend compiled an engine. Below a floor nothing is
+published, and a plan is not used.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from sdrt.bundle import Bundle
 from sdrt.errors import ParityError
+
+from .plans import Plan, Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,6 @@ FLOORS = {
     "float32": Floor(cosine=0.999999, error=1e-3, psnr=60.0),
     "float16": Floor(cosine=0.999, error=5e-2, psnr=30.0),
 }
-
 
 # Least PSNR in dB of a guided picture in a lower precision against the exact one.
 PICTURE_FLOOR = 35.0
@@ -75,3 +79,48 @@ def worst(every: list[dict[str, float]]) -> dict[str, float]:
         key: float((np.max if key == "error" else np.min)([run[key] for run in every]))
         for key in keys
     }
+
+
+def prove(bundle: Bundle, name: str, engine: Any, plan: Plan) -> None:
+    """Let a plan's engine pass, or close it. What was compared once is kept in the plan's sidecar.
+
+    Raises ParityError if it computes something else than the bundle's graph, BackendError if it
+    cannot be called.
+    """
+    try:
+        if plan.parity is None:
+            plan = plan.with_parity(compared(bundle, name, engine, plan.key.profiles))
+        check(name, plan.parity or {}, bundle.manifest.components[name].dtype)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def compared(
+    bundle: Bundle, name: str, engine: Any, profiles: tuple[Profile, ...]
+) -> dict[str, float]:
+    """How an engine compares with ONNX Runtime on the CPU, at the usual shape of every profile."""
+    from .onnxruntime.cpu import OrtEngine
+
+    component = bundle.manifest.components[name]
+    exact = OrtEngine(name, bundle.graph(name), component)
+    every = []
+    for profile in profiles:
+        feeds = {spec.name: sample_of(spec.dtype, profile[spec.name][1]) for spec in engine.inputs}
+        wanted, found = exact(feeds), engine(feeds)
+        every += [
+            measures(found[spec.name], wanted[spec.name], picture=name == "vae_decoder")
+            for spec in engine.outputs
+        ]
+    exact.close()
+    return worst(every)
+
+
+def sample_of(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Something to feed: small whole numbers, timesteps from 1 to 999, or normal noise."""
+    rng = np.random.default_rng(0)
+    if dtype.startswith("int"):
+        return rng.integers(0, 16, shape).astype(dtype)
+    if len(shape) == 1:
+        return np.linspace(999, 1, shape[0], dtype=dtype)
+    return rng.normal(size=shape).astype(dtype)

@@ -10,8 +10,8 @@ from sdrt.bundle import integrity as bundles
 from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import compile_cache as kept_folder
-from sdrt.engine.comparing import sample_of
 from sdrt.engine.cpu import has_bf16
+from sdrt.engine.parity import sample_of
 
 pytest.importorskip("openvino")
 

@@ -13,12 +13,13 @@ import torch
 from torch.nn import functional as F
 
 from sdrt.bundle import open_bundle
-from sdrt.engine.comparing import sample_of
 from sdrt.engine.gpu import Gpu
 from sdrt.engine.onnxruntime.cpu import OrtEngine, session, session_options
 from sdrt.engine.onnxruntime.cuda import load_engine
 from sdrt.engine.onnxruntime.fusion import write_fused
+from sdrt.engine.parity import sample_of
 from sdrt.engine.torch import engine as torch_engine
+from sdrt.engine.torch import ops
 from sdrt.errors import BackendError
 
 GPU = Gpu(0, "NVIDIA L4", "sm_89", 24 << 30)
@@ -80,7 +81,7 @@ def test_other_weights_are_for_fused_graphs_too(bundle):
 
 
 def test_what_computes_something_else_is_left_with_a_warning(bundle, monkeypatch, caplog):
-    monkeypatch.setattr("sdrt.engine.comparing.compared", lambda *_: {"cosine": 0.5, "error": 1.0})
+    monkeypatch.setattr("sdrt.engine.parity.compared", lambda *_: {"cosine": 0.5, "error": 1.0})
     engine = load_engine(bundle, "vae_encoder", GPU, place="cpu")
     assert engine._derived is None and "without fused operators" in caplog.text
     engine.close()
@@ -105,8 +106,8 @@ def attention(given, attributes):
 
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_norms_by_torch_compute_the_same(bundle, name, monkeypatch):
-    monkeypatch.setitem(torch_engine.OPERATIONS, "GroupNorm", group_norm)
-    monkeypatch.setitem(torch_engine.OPERATIONS, "MultiHeadAttention", attention)
+    monkeypatch.setitem(ops.OPERATIONS, "GroupNorm", group_norm)
+    monkeypatch.setitem(ops.OPERATIONS, "MultiHeadAttention", attention)
     component = bundle.manifest.components[name]
     graph = bundle.graph(name).with_name("fused.onnx")
     write_fused(bundle.graph(name), graph)

@@ -17,10 +17,10 @@ from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
 from sdrt.cli.gc import leftovers
 from sdrt.engine import compile_cache as kept_folder
-from sdrt.engine.comparing import sample_of
 from sdrt.engine.gpu import Machine
 from sdrt.engine.onnxruntime import cache as onnxruntime_cache
 from sdrt.engine.onnxruntime.cpu import OrtEngine, session_options
+from sdrt.engine.parity import sample_of
 from sdrt.errors import BackendError
 
 PICTURE = {"num_inference_steps": 4, "seed": 3}

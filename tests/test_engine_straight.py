@@ -10,9 +10,10 @@ from safetensors.numpy import save_file
 import sdrt
 from sdrt.bundle.manifest import Component, TensorSpec
 from sdrt.cli.main import main
-from sdrt.engine.comparing import sample_of
+from sdrt.engine.parity import sample_of
 from sdrt.engine.selection import choose
 from sdrt.engine.torch import engine as torch_engine
+from sdrt.engine.torch import ops
 from sdrt.engine.torch.compile import straightened
 from sdrt.engine.torch.engine import TorchEngine
 from sdrt.errors import BackendError, UsageError
@@ -109,7 +110,7 @@ def test_what_shapes_alone_decide_is_not_computed_again(graph):
 
 def test_a_shape_that_depends_on_values_is_refused():
     given = {"x": torch.zeros(4), "target": torch.tensor([2, 2])}
-    nodes = [(torch_engine.OPERATIONS["Reshape"], ["x", "target"], ["y"], {})]
+    nodes = [(ops.OPERATIONS["Reshape"], ["x", "target"], ["y"], {})]
     with pytest.raises(BackendError, match=r"Reshape .* run without compiling"):
         straightened(nodes, ["Reshape"], given, {})
 

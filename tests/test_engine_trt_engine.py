@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from sdrt.bundle.manifest import Component, TensorSpec
 from sdrt.engine import Schedule
-from sdrt.engine.comparing import sample_of
 from sdrt.engine.cuda.driver import device_of
 from sdrt.engine.gpu import this_machine
+from sdrt.engine.parity import sample_of
 from sdrt.engine.tensorrt.engine import TrtEngine, profile_index
 from sdrt.engine.tensorrt.sampling_graph import feeds_of
 from sdrt.errors import BackendError

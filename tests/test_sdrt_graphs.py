@@ -264,6 +264,6 @@ def test_what_is_accepted_onnx_reads_alike(tmp_path):
 
 
 def test_what_the_torch_backend_runs_is_let_in():
-    from sdrt.engine.torch.engine import OPERATIONS
+    from sdrt.engine.torch.ops import OPERATIONS
 
     assert set(OPERATIONS) <= onnx_check.OPERATORS

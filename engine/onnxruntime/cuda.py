@@ -17,8 +17,8 @@ import onnxruntime as ort
 
 from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import Component
-from sdrt.engine.comparing import prove
 from sdrt.engine.gpu import ONE_AT_A_TIME, Gpu
+from sdrt.engine.parity import prove
 from sdrt.engine.plans import Plan, key_of, plan_of, plans_folder
 from sdrt.engine.protocol import Feeds, checked_feeds
 from sdrt.errors import BackendError, ParityError, UsageError

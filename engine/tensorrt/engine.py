@@ -21,7 +21,8 @@ from sdrt.engine.cuda.driver import Device, Graph, Mirrored, reset_device
 from sdrt.engine.gpu import ONE_AT_A_TIME
 from sdrt.engine.plan_signing import read_ours, write_ours
 from sdrt.engine.plans import Plan, Profile
-from sdrt.engine.protocol import Drawn, Feeds, Schedule, checked_feeds
+from sdrt.engine.protocol import Feeds, checked_feeds
+from sdrt.engine.sampling import Drawn, Schedule
 from sdrt.errors import BackendError
 
 from .builder import logger_of, module_of

@@ -4,9 +4,9 @@ Knows plans and loaded plans; not what is run with them. Never run on a GPU yet.
 """
 
 from sdrt.bundle import Bundle
-from sdrt.engine.comparing import prove
 from sdrt.engine.cuda.driver import device_of
 from sdrt.engine.gpu import Gpu
+from sdrt.engine.parity import prove
 
 from .engine import Loaded, TrtEngine, TrtUnet, loaded_plans, loading
 from .plans import PlanOptions, trt_plan

@@ -14,7 +14,8 @@ import numpy as np
 
 from sdrt.engine.cuda.driver import Graph, Mirrored
 from sdrt.engine.cuda.kernels import Kernels
-from sdrt.engine.protocol import Drawn, Read, Schedule, checked_feeds
+from sdrt.engine.protocol import checked_feeds
+from sdrt.engine.sampling import Drawn, Read, Schedule
 from sdrt.errors import BackendError
 
 from .engine import Bound, Loaded
