@@ -12,7 +12,8 @@ from single_files import single_file, tiny_parts
 from sdrt import load
 from sdrt.bundle import open_bundle
 from sdrt.cli import inspect as cli_inspect
-from sdrt.cli.main import PREDICTION_TYPES, parser
+from sdrt.cli.build import PREDICTION_TYPES
+from sdrt.cli.main import parser
 from sdrt.errors import CheckpointError, UsageError
 from sdrt.export import prediction
 from sdrt.export.build import BuildPlan, _announce

@@ -14,7 +14,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from sdrt.cli.inspect import diagnose
+from sdrt.cli.doctor import diagnose
 from sdrt.engine.gpu import this_machine
 
 ROOT = Path(__file__).parent.parent

@@ -110,3 +110,94 @@ def add_export_triton(to: argparse.ArgumentParser) -> None:
     to.add_argument("--slots", type=whole, default=16, metavar="N", help="of each instance")
     to.add_argument("--waiting", type=whole, default=64, metavar="N", help="of each instance")
     to.add_argument("--force", action="store_true", help="replace a model that is there")
+
+
+def add_run(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "prompt",
+        nargs="*",
+        metavar="PROMPT",
+        help="(word:1.3), [word] and BREAK work; none for models that take none",
+    )
+    to.add_argument(
+        "--from",
+        type=Path,
+        metavar="FILE",
+        dest="source",
+        help="make an image again by the text in its file; what is typed beside it goes first. The "
+        "same pixels need the same bundle, backend and machine",
+    )
+    to.add_argument("--negative-prompt", default="", metavar="TEXT")
+    to.add_argument("--steps", type=whole, default=20, metavar="N")
+    to.add_argument(
+        "--scheduler", metavar="NAME", help='such as "DPM++ 2M Karras"; sdrt schedulers'
+    )
+    to.add_argument("--scheduler-option", action="append", default=[], metavar="KEY=VALUE")
+    to.add_argument("--num-images", type=whole, default=1, metavar="N", help="per prompt")
+    to.add_argument(
+        "--output",
+        type=Path,
+        default=Path(),
+        metavar="FILE|FOLDER",
+        help="a FILE is replaced; in a FOLDER no file is (default: the current folder)",
+    )
+    to.add_argument(
+        "--grid", action="store_true", help="one image of all; its text holds every seed"
+    )
+    to.add_argument("--preview", action="store_true", help="show the picture as it forms")
+    _add_shared(to)
+    guidance = to.add_argument_group("guidance")
+    guidance.add_argument("--guidance-rescale", type=float, default=0.0, metavar="0..1")
+    guidance.add_argument(
+        "--guidance-interval", default="0:1", metavar="FROM:TO", help="of the run"
+    )
+    to.add_argument(
+        "--reuse",
+        type=whole,
+        default=1,
+        metavar="N",
+        help="every Nth evaluation runs the whole model: faster, less exact (default: 1)",
+    )
+    start = to.add_argument_group("starting from a picture")
+    start.add_argument("--image", type=Path, metavar="FILE", help="the picture to start from")
+    start.add_argument("--mask", type=Path, metavar="FILE", help="light where it is made new")
+    start.add_argument("--depth", type=Path, metavar="FILE", help="for models that take depth")
+    start.add_argument("--strength", type=float, metavar="0..1", help="0.8; with a mask 1")
+    told = to.add_argument_group("sizes that models such as XL are told of")
+    told.add_argument("--original-size", metavar="WxH", help="default: the size made")
+    told.add_argument("--crop", metavar="LEFTxTOP", help="what was cut off; default: 0x0")
+    told.add_argument("--target-size", metavar="WxH", help="default: the size made")
+    text = to.add_argument_group("reading prompts")
+    text.add_argument("--clip-skip", type=whole, default=0, metavar="N", help="layers left out")
+    text.add_argument("--literal", action="store_true", help="brackets are text")
+    text.add_argument("--cut", action="store_true", help="stop where the encoder's tokens end")
+    text.add_argument("--rng", choices=("cpu", "cuda"), default="cpu", help="whose noise a seed is")
+
+
+def _add_shared(to: argparse.ArgumentParser) -> None:
+    to.set_defaults(options={}, loras={})
+    to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
+    to.add_argument("--guidance-scale", type=float, default=7.5, metavar="G")
+    to.add_argument("--seed", type=whole, metavar="N", help="default: drawn, and in the file")
+    to.add_argument("--size", metavar="WxH", help="larger than the bundle's is decoded in tiles")
+    to.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE|NAME[:WEIGHT]",
+        help="added for this run, repeatable; a NAME is a file in $SDRT_HOME/loras",
+    )
+    to.add_argument("--backend", choices=BACKENDS, default="auto")
+    to.add_argument("--device", type=whole, default=0, metavar="N", help="which GPU")
+    to.add_argument("--exact", action="store_true", help="no lower precision than the bundle's")
+    to.add_argument("--low-memory", action="store_true", help="one component loaded at a time")
+    to.add_argument("--compile", action="store_true", help="with --backend torch; a minute once")
+    to.add_argument("--json", action="store_true", help="print paths, seeds and times as JSON")
+
+
+def add_compare(to: argparse.ArgumentParser) -> None:
+    to.add_argument("prompt", metavar="PROMPT")
+    to.add_argument("--schedulers", metavar="A,B", help="default: all; see sdrt schedulers")
+    to.add_argument("--steps", default="20", metavar="N,M", help="such as 5,10,20")
+    to.add_argument("--output", type=Path, default=Path("compare.png"), metavar="FILE")
+    _add_shared(to)

@@ -1,26 +1,9 @@
-"""What `sdrt inspect` and `sdrt doctor` say: plain values first, then their text."""
+"""What `sdrt inspect` says: plain values first, then their text."""
 
-import importlib.metadata
-import os
-import platform
-import shutil
 from typing import Any
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.store import home
 from sdrt.errors import BackendError
-
-PACKAGES = (
-    *("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "onnx"),
-    *(
-        "tensorrt",
-        "tensorrt-rtx",
-        "cuda-bindings",
-        "nvidia-cuda-nvrtc",
-        "polygraphy",
-        "huggingface_hub",
-    ),
-)
 
 
 def describe(bundle: Bundle, *, layers: bool = False) -> dict[str, Any]:
@@ -113,89 +96,3 @@ def _layer_lines(found: dict[str, Any]) -> list[str]:
 
 def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
-
-
-def diagnose() -> dict[str, Any]:
-    """This machine, the packages found and every backend with the reason why it does not work."""
-    from sdrt.engine import candidates, choose
-    from sdrt.engine.gpu import free_memory, this_machine
-
-    machine = this_machine()
-    try:
-        chosen = choose()
-        taken, because = chosen.title, chosen.because
-    except BackendError as error:
-        taken, because = None, str(error)
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "home": str(home()),
-        "free_bytes": shutil.disk_usage(_existing(home())).free,
-        "packages": {name: _version(name) for name in PACKAGES},
-        "backends": [
-            {
-                "backend": c.backend,
-                "device": c.device,
-                "works": c.why_not is None,
-                "reason": c.why_not,
-            }
-            for c in candidates()
-        ],
-        "driver": machine.driver,
-        "cuda": ".".join(map(str, machine.cuda)) if machine.cuda else None,
-        "no_gpu": machine.why_none,
-        "gpus": [
-            {
-                "index": gpu.index,
-                "name": gpu.name,
-                "sm": gpu.sm,
-                "bytes": gpu.memory,
-                "free_bytes": free_memory(gpu),
-            }
-            for gpu in machine.gpus
-        ],
-        "chosen": taken,
-        "chosen_because": because,
-    }
-
-
-def _existing(folder: Any) -> Any:
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def text_from_diagnosis(found: dict[str, Any]) -> str:
-    lines = [
-        f"Python {found['python']} on {found['platform']}, {found['cores']} cores",
-        f"bundles in {found['home']} ({found['free_bytes'] / 1e9:.0f} GB free)",
-        "packages: " + ", ".join(f"{k} {v}" for k, v in found["packages"].items() if v),
-        *_gpu_lines(found),
-        "backends, in the order in which auto tries them:",
-    ]
-    for entry in found["backends"]:
-        mark = "works" if entry["works"] else f"no: {entry['reason']}"
-        lines.append(f"  {entry['backend']:13} {entry['device']:5} {mark}")
-    lines.append(f"auto takes, for a large model: {found['chosen'] or 'nothing: none works'}")
-    return "\n".join(lines)
-
-
-def _gpu_lines(found: dict[str, Any]) -> list[str]:
-    if found["no_gpu"]:
-        return [f"GPUs: none ({found['no_gpu']})"]
-    lines = [f"NVIDIA driver {found['driver'] or 'of unknown version'}, CUDA {found['cuda']}"]
-    for gpu in found["gpus"]:
-        free = "unknown" if gpu["free_bytes"] is None else f"{gpu['free_bytes'] / 1e9:.1f} GB"
-        whole = f"{gpu['bytes'] / 1e9:.1f} GB"
-        lines.append(f"  GPU {gpu['index']}: {gpu['name']}, {gpu['sm']}, {whole}, {free} free")
-    return lines

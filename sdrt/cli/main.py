@@ -12,14 +12,20 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
-from sdrt.errors import SdrtError, UsageError
+from sdrt.errors import SdrtError
 
-from . import plans as cli_plans
-from .arguments import BACKENDS, add_bench, add_export_triton, add_gc, add_serve, add_verify
-from .arguments import whole as _whole
+from .arguments import (
+    add_bench,
+    add_compare,
+    add_export_triton,
+    add_gc,
+    add_run,
+    add_serve,
+    add_verify,
+)
+from .build import add_build, build
 
 EXAMPLES = """examples:
   sdrt build --model shapes
@@ -40,8 +46,6 @@ EXAMPLES = """examples:
 
 exit codes: 0 done, 1 failed, 2 usage, 3 bundle, 4 checkpoint, 5 backend, 6 parity, 130 interrupted
 """
-TINY_VAE = "madebyollin/taesd"
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,11 +108,11 @@ def parser(for_run: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"sdrt {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_build(_command(commands, "build", build, "turn a model into a bundle"))
+    add_build(_command(commands, "build", build, "turn a model into a bundle"))
     run_parser = _command(commands, "run", run, "turn a prompt into a picture")
-    _add_run(run_parser)
+    add_run(run_parser)
     run_parser.set_defaults(**(for_run or {}))
-    _add_compare(
+    add_compare(
         _command(commands, "compare", compare, "draw one prompt with several schedulers and steps")
     )
     schedulers_parser = _command(commands, "schedulers", schedulers, "list the samplers")
@@ -147,225 +151,6 @@ def _command(
     return made
 
 
-def _add_build(to: argparse.ArgumentParser) -> None:
-    made_from = to.add_mutually_exclusive_group(required=True)
-    made_from.add_argument(
-        "--model",
-        metavar="NAME|ID|FOLDER|FILE",
-        help="well-known name, hub id, local folder or .safetensors file",
-    )
-    made_from.add_argument(
-        "--bundle", metavar="NAME|FOLDER", help="only the plans of a bundle that is there"
-    )
-    to.add_argument("--revision", metavar="NAME", help="a hub model's branch, tag or commit")
-    to.add_argument("--output", type=Path, metavar="FOLDER", help="where the bundle goes")
-    parts = to.add_mutually_exclusive_group()
-    parts.add_argument("--vae", metavar="ID|FOLDER|FILE", help="another autoencoder")
-    parts.add_argument(
-        "--tiny-vae", action="store_const", const=TINY_VAE, dest="vae", help=f"--vae {TINY_VAE}"
-    )
-    to.add_argument(
-        "--unet", metavar="ID|FOLDER|FILE", help="another UNet, such as a distilled one"
-    )
-    to.add_argument(
-        "--text-encoder",
-        metavar="ID|FOLDER|FILE",
-        help="another text encoder, or that of a file without one",
-    )
-    to.add_argument(
-        "--text-encoder-2", metavar="ID|FOLDER|FILE", help="the second, of models such as XL"
-    )
-    to.add_argument(
-        "--prediction-type",
-        choices=PREDICTION_TYPES,
-        help="what the model predicts (default: as the model says, see the line 'predicts')",
-    )
-    to.add_argument(
-        "--zero-snr",
-        action="store_true",
-        help="the schedule ends in pure noise: betas rescaled to zero terminal SNR, steps spaced "
-        "from the end (default: as the model says)",
-    )
-    to.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[:WEIGHT]",
-        help="added to the weights, repeatable",
-    )
-    to.add_argument(
-        "--safety-checker",
-        action="store_true",
-        help="with the checkpoint's own: flagged pictures are black (default: off)",
-    )
-    to.add_argument(
-        "--feature-reuse",
-        nargs="?",
-        type=_whole,
-        const=0,
-        metavar="BRANCH",
-        help="so that sdrt run --reuse works; a higher branch is slower and nearer (default: 0)",
-    )
-    precision = to.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", action="store_true", help="half precision")
-    precision.add_argument("--fp32", action="store_true", help="single precision (default)")
-    to.add_argument(
-        "--size", action="append", metavar="WxH", help="picture size, repeatable; first is default"
-    )
-    to.add_argument("--batch", default="1:1:4", metavar="MIN:OPT:MAX|auto", help="pictures at once")
-    to.add_argument("--backend", choices=BACKENDS, default="auto")
-    to.add_argument("--force", action="store_true", help="replace a bundle that is there")
-    cli_plans.add_arguments(to)
-
-
-def _add_run(to: argparse.ArgumentParser) -> None:
-    to.add_argument(
-        "prompt",
-        nargs="*",
-        metavar="PROMPT",
-        help="(word:1.3), [word] and BREAK work; none for models that take none",
-    )
-    to.add_argument(
-        "--from",
-        type=Path,
-        metavar="FILE",
-        dest="source",
-        help="make an image again by the text in its file; what is typed beside it goes first. The "
-        "same pixels need the same bundle, backend and machine",
-    )
-    to.add_argument("--negative-prompt", default="", metavar="TEXT")
-    to.add_argument("--steps", type=_whole, default=20, metavar="N")
-    to.add_argument(
-        "--scheduler", metavar="NAME", help='such as "DPM++ 2M Karras"; sdrt schedulers'
-    )
-    to.add_argument("--scheduler-option", action="append", default=[], metavar="KEY=VALUE")
-    to.add_argument("--num-images", type=_whole, default=1, metavar="N", help="per prompt")
-    to.add_argument(
-        "--output",
-        type=Path,
-        default=Path(),
-        metavar="FILE|FOLDER",
-        help="a FILE is replaced; in a FOLDER no file is (default: the current folder)",
-    )
-    to.add_argument(
-        "--grid", action="store_true", help="one image of all; its text holds every seed"
-    )
-    to.add_argument("--preview", action="store_true", help="show the picture as it forms")
-    _add_shared(to)
-    guidance = to.add_argument_group("guidance")
-    guidance.add_argument("--guidance-rescale", type=float, default=0.0, metavar="0..1")
-    guidance.add_argument(
-        "--guidance-interval", default="0:1", metavar="FROM:TO", help="of the run"
-    )
-    to.add_argument(
-        "--reuse",
-        type=_whole,
-        default=1,
-        metavar="N",
-        help="every Nth evaluation runs the whole model: faster, less exact (default: 1)",
-    )
-    start = to.add_argument_group("starting from a picture")
-    start.add_argument("--image", type=Path, metavar="FILE", help="the picture to start from")
-    start.add_argument("--mask", type=Path, metavar="FILE", help="light where it is made new")
-    start.add_argument("--depth", type=Path, metavar="FILE", help="for models that take depth")
-    start.add_argument("--strength", type=float, metavar="0..1", help="0.8; with a mask 1")
-    told = to.add_argument_group("sizes that models such as XL are told of")
-    told.add_argument("--original-size", metavar="WxH", help="default: the size made")
-    told.add_argument("--crop", metavar="LEFTxTOP", help="what was cut off; default: 0x0")
-    told.add_argument("--target-size", metavar="WxH", help="default: the size made")
-    text = to.add_argument_group("reading prompts")
-    text.add_argument("--clip-skip", type=_whole, default=0, metavar="N", help="layers left out")
-    text.add_argument("--literal", action="store_true", help="brackets are text")
-    text.add_argument("--cut", action="store_true", help="stop where the encoder's tokens end")
-    text.add_argument("--rng", choices=("cpu", "cuda"), default="cpu", help="whose noise a seed is")
-
-
-def _add_shared(to: argparse.ArgumentParser) -> None:
-    to.set_defaults(options={}, loras={})
-    to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
-    to.add_argument("--guidance-scale", type=float, default=7.5, metavar="G")
-    to.add_argument("--seed", type=_whole, metavar="N", help="default: drawn, and in the file")
-    to.add_argument("--size", metavar="WxH", help="larger than the bundle's is decoded in tiles")
-    to.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE|NAME[:WEIGHT]",
-        help="added for this run, repeatable; a NAME is a file in $SDRT_HOME/loras",
-    )
-    to.add_argument("--backend", choices=BACKENDS, default="auto")
-    to.add_argument("--device", type=_whole, default=0, metavar="N", help="which GPU")
-    to.add_argument("--exact", action="store_true", help="no lower precision than the bundle's")
-    to.add_argument("--low-memory", action="store_true", help="one component loaded at a time")
-    to.add_argument("--compile", action="store_true", help="with --backend torch; a minute once")
-    to.add_argument("--json", action="store_true", help="print paths, seeds and times as JSON")
-
-
-def _add_compare(to: argparse.ArgumentParser) -> None:
-    to.add_argument("prompt", metavar="PROMPT")
-    to.add_argument("--schedulers", metavar="A,B", help="default: all; see sdrt schedulers")
-    to.add_argument("--steps", default="20", metavar="N,M", help="such as 5,10,20")
-    to.add_argument("--output", type=Path, default=Path("compare.png"), metavar="FILE")
-    _add_shared(to)
-
-
-def build(args: argparse.Namespace) -> None:
-    """`sdrt build`: prints the bundle's folder."""
-    from sdrt.bundle import open_bundle
-
-    kind = cli_plans.wanted(args)
-    folder = open_bundle(args.bundle).folder if args.bundle else _built(args)
-    if kind:
-        cli_plans.build_plans(open_bundle(folder), kind, args)
-    print(folder)
-
-
-def _built(args: argparse.Namespace) -> Path:
-    """Build a bundle from a model."""
-    try:
-        from sdrt.export.build import BuildPlan, build_bundle
-    except ImportError as error:
-        raise SdrtError(
-            f"building needs {error.name}, which is not installed; pip install 'sdrt[build]'"
-        ) from error
-    from sdrt.bundle import parse_size
-
-    plan = BuildPlan(
-        model=args.model,
-        output=args.output,
-        dtype="float16" if args.fp16 else "float32",
-        sizes=tuple(parse_size(text) for text in args.size or ()),
-        batch=_batch(args.batch),
-        backend=cli_plans.proving(args.backend),
-        force=args.force,
-        vae=args.vae,
-        unet=args.unet,
-        text_encoder=args.text_encoder,
-        text_encoder_2=args.text_encoder_2,
-        prediction_type=args.prediction_type,
-        zero_snr=args.zero_snr,
-        loras=tuple(args.lora),
-        revision=args.revision,
-        safety_checker=args.safety_checker,
-        feature_reuse=args.feature_reuse,
-    )
-    return build_bundle(plan)
-
-
-def _batch(text: str) -> tuple[int, int, int] | None:
-    if text == "auto":
-        return None
-    parts = text.split(":")
-    if len(parts) == 3 and all(part.isdigit() for part in parts):
-        low, usual, high = (int(part) for part in parts)
-        if 1 <= low <= usual <= high <= 256:
-            return low, usual, high
-    raise UsageError(
-        f"batch {text!r} is not MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX <= 256; "
-        "type for example --batch 1:1:4 or --batch auto"
-    )
-
-
 def run(args: argparse.Namespace) -> None:
     """`sdrt run`: prints the path of every picture, or JSON."""
     from .run import run
@@ -375,21 +160,21 @@ def run(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """`sdrt compare`: prints the path of the sheet, or JSON."""
-    from .run import compare
+    from .compare import compare
 
     compare(args)
 
 
 def schedulers(args: argparse.Namespace) -> None:
     """`sdrt schedulers`: prints a line for each, or JSON."""
-    from .run import schedulers
+    from .schedulers import schedulers
 
     schedulers(args)
 
 
 def bench(args: argparse.Namespace) -> None:
     """`sdrt bench`: prints a table, or JSON."""
-    from sdrt.bench.rounds import bench
+    from .bench import bench
 
     bench(args)
 
@@ -442,7 +227,7 @@ def gc(args: argparse.Namespace) -> None:
 
 def doctor(args: argparse.Namespace) -> None:
     """`sdrt doctor`: the machine, its packages and its backends."""
-    from . import inspect as cli_inspect
+    from . import doctor as cli_inspect
 
     found = cli_inspect.diagnose()
     print(json.dumps(found, indent=2) if args.json else cli_inspect.text_from_diagnosis(found))

@@ -1,10 +1,6 @@
-"""`sdrt run`, `sdrt compare` and `sdrt schedulers`: from arguments to files and lines.
-
-Imported by the command line when one of them runs.
-"""
+"""`sdrt run`: from arguments to files and lines. Imported by the command line when it runs."""
 
 import argparse
-import base64
 import io
 import json
 import os
@@ -13,10 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from PIL import Image
 
@@ -24,14 +19,16 @@ from sdrt import load
 from sdrt.bundle import open_bundle
 from sdrt.errors import UsageError
 from sdrt.runtime import Options, Pipeline, Preview, Step
-from sdrt.runtime.images import image_grid, labelled_sheet, open_image, save_png
+from sdrt.runtime.images import image_grid, open_image, save_png
 from sdrt.runtime.loading import unloaded_pipeline
 from sdrt.runtime.lora.adapters import find_lora, parse_lora
 from sdrt.runtime.lora.sets import LoraSet, added, checked, requests_by_set
-from sdrt.runtime.lora.switch import apply_tags, pictures_by_set
+from sdrt.runtime.lora.switch import pictures_by_set
 from sdrt.runtime.lora.tags import weight_from
 from sdrt.runtime.options import Request, options_from
 from sdrt.runtime.safety_checker import is_flagged, is_flat
+
+from .terminal import terminal_graphics
 
 PREVIEW_SIDE = 256
 FLAGGED = "seed {}: the safety checker flagged the picture, so it is black"
@@ -272,7 +269,7 @@ def _preview(pipe: Pipeline, output: Path) -> Iterator[Callable[[Step], None]]:
     """The picture as it forms: in the terminal where it can show one, else in a file that is
     replaced at every step and is gone when the run is over.
     """
-    preview, protocol = Preview(pipe.manifest.preview), _terminal_graphics()
+    preview, protocol = Preview(pipe.manifest.preview), terminal_graphics()
     # A name that is nobody else's: the file is gone when the run is over.
     path = (output.parent if output.suffix else output) / f"sdrt-{os.getpid()}.preview.png"
     if not protocol:
@@ -299,101 +296,3 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _terminal_graphics() -> Callable[[bytes], str] | None:
-    """How this terminal is told to show a PNG, if it can."""
-    if not sys.stderr.isatty():
-        return None
-    if os.environ.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
-        return _iterm
-    if "kitty" in os.environ.get("TERM", "") or "ghostty" in os.environ.get("TERM", ""):
-        return _kitty
-    return None
-
-
-def _iterm(png: bytes) -> str:
-    return f"\x1b]1337;File=inline=1;size={len(png)}:{base64.b64encode(png).decode()}\a"
-
-
-def _kitty(png: bytes) -> str:
-    """Chunks of at most 4096 letters, all but the last marked as followed by more."""
-    text = base64.b64encode(png).decode()
-    parts = [text[i : i + 4096] for i in range(0, len(text), 4096)]
-    heads = ["a=T,f=100,i=1,q=2,", *[""] * (len(parts) - 1)]
-    more = [*[1] * (len(parts) - 1), 0]
-    return "".join(
-        f"\x1b_G{head}m={flag};{part}\x1b\\"
-        for head, flag, part in zip(heads, more, parts, strict=True)
-    )
-
-
-def compare(args: argparse.Namespace) -> None:
-    """One prompt over schedulers and numbers of steps, on one labelled sheet; prints its path."""
-    if args.output.suffix.lower() != ".png":
-        raise UsageError(f"{args.output}: the sheet is written as .png; name a .png file")
-    steps = [int(part) for part in args.steps.split(",") if part.strip().isdigit()]
-    if not steps or len(steps) != len(args.steps.split(",")):
-        raise UsageError(f"steps {args.steps!r}; expected whole numbers such as 10,20,50")
-    names = [name.strip() for name in (args.schedulers or "").split(",") if name.strip()]
-    images, labels, rows = [], [], []
-    with opened(args) as pipe:
-        names = names or [title for title in all_titles() if title != "PNDM"]
-        base = options_from(
-            {"seed": args.seed, "guidance_scale": args.guidance_scale, "size": args.size}
-        )
-        chosen = [pipe.with_scheduler(name) for name in names]
-        prompt = apply_tags(pipe, args.prompt)
-        next(pipe.pictures(prompt, replace(base, num_inference_steps=1)))  # warm
-        for name, one in zip(names, chosen, strict=True):
-            for count in steps:
-                began = time.perf_counter()
-                _, image = next(one.pictures(prompt, replace(base, num_inference_steps=count)))
-                seconds = time.perf_counter() - began
-                images.append(image)
-                labels.append(f"{name}\n{count} steps, {seconds:.2f} s")
-                rows.append({"scheduler": name, "steps": count, "seconds": round(seconds, 4)})
-                if not args.quiet:
-                    print(f"{name:24} {count:4} steps {seconds:8.2f} s", file=sys.stderr)
-    columns = len(steps) if len(steps) > 1 else None
-    save_png(labelled_sheet(images, labels, columns), args.output, args.prompt)
-    print(json.dumps({"sheet": str(args.output), "pictures": rows}) if args.json else args.output)
-
-
-def all_titles() -> list[str]:
-    from sdrt.runtime.samplers.registry import titles
-
-    return list(titles())
-
-
-def schedulers(args: argparse.Namespace) -> None:
-    """Every sampler with its names and what a step costs."""
-    from sdrt.runtime.samplers.registry import SAMPLERS, SCHEDULES, takes_schedule, titles
-
-    listed: list[dict[str, Any]] = []
-    for name, sampler in SAMPLERS.items():
-        named = [title for title, (class_name, _) in titles().items() if class_name == name]
-        laws = [label for label in SCHEDULES if takes_schedule(named[0], label)]
-        listed.append(
-            {
-                "name": name,
-                "also": named,
-                "with": laws,
-                "evaluations_per_step": sampler.per_step,
-                "fresh_noise": sampler.draws,
-            }
-        )
-    if args.json:
-        print(json.dumps(listed, indent=2))
-        return
-    for entry in listed:
-        also, words = ", ".join(entry["also"]), ", ".join(entry["with"])
-        words = "any schedule" if len(entry["with"]) == len(SCHEDULES) else words
-        noise = "draws noise" if entry["fresh_noise"] else ""
-        cost = f"{entry['evaluations_per_step']} a step"
-        print(f"{entry['name']:32} {also:36} {cost:9} {noise:12} {words}".rstrip())
-    print(
-        "\nAny name works with --scheduler; a schedule of the last column goes after one, as in "
-        f'"DPM++ 2M Karras". Schedules: {", ".join(SCHEDULES)}.',
-        file=sys.stderr,
-    )

@@ -1,0 +1,50 @@
+"""`sdrt compare`: one prompt by several schedulers, on one sheet.
+
+Imported by the command line when it runs.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+
+from sdrt.errors import UsageError
+from sdrt.runtime.images import labelled_sheet, save_png
+from sdrt.runtime.lora.switch import apply_tags
+from sdrt.runtime.options import options_from
+
+from .run import opened
+from .schedulers import all_titles
+
+
+def compare(args: argparse.Namespace) -> None:
+    """One prompt over schedulers and numbers of steps, on one labelled sheet; prints its path."""
+    if args.output.suffix.lower() != ".png":
+        raise UsageError(f"{args.output}: the sheet is written as .png; name a .png file")
+    steps = [int(part) for part in args.steps.split(",") if part.strip().isdigit()]
+    if not steps or len(steps) != len(args.steps.split(",")):
+        raise UsageError(f"steps {args.steps!r}; expected whole numbers such as 10,20,50")
+    names = [name.strip() for name in (args.schedulers or "").split(",") if name.strip()]
+    images, labels, rows = [], [], []
+    with opened(args) as pipe:
+        names = names or [title for title in all_titles() if title != "PNDM"]
+        base = options_from(
+            {"seed": args.seed, "guidance_scale": args.guidance_scale, "size": args.size}
+        )
+        chosen = [pipe.with_scheduler(name) for name in names]
+        prompt = apply_tags(pipe, args.prompt)
+        next(pipe.pictures(prompt, replace(base, num_inference_steps=1)))  # warm
+        for name, one in zip(names, chosen, strict=True):
+            for count in steps:
+                began = time.perf_counter()
+                _, image = next(one.pictures(prompt, replace(base, num_inference_steps=count)))
+                seconds = time.perf_counter() - began
+                images.append(image)
+                labels.append(f"{name}\n{count} steps, {seconds:.2f} s")
+                rows.append({"scheduler": name, "steps": count, "seconds": round(seconds, 4)})
+                if not args.quiet:
+                    print(f"{name:24} {count:4} steps {seconds:8.2f} s", file=sys.stderr)
+    columns = len(steps) if len(steps) > 1 else None
+    save_png(labelled_sheet(images, labels, columns), args.output, args.prompt)
+    print(json.dumps({"sheet": str(args.output), "pictures": rows}) if args.json else args.output)

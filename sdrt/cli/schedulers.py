@@ -1,0 +1,45 @@
+"""`sdrt schedulers`: the samplers by name. Imported by the command line when it runs."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+
+def all_titles() -> list[str]:
+    from sdrt.runtime.samplers.registry import titles
+
+    return list(titles())
+
+
+def schedulers(args: argparse.Namespace) -> None:
+    """Every sampler with its names and what a step costs."""
+    from sdrt.runtime.samplers.registry import SAMPLERS, SCHEDULES, takes_schedule, titles
+
+    listed: list[dict[str, Any]] = []
+    for name, sampler in SAMPLERS.items():
+        named = [title for title, (class_name, _) in titles().items() if class_name == name]
+        laws = [label for label in SCHEDULES if takes_schedule(named[0], label)]
+        listed.append(
+            {
+                "name": name,
+                "also": named,
+                "with": laws,
+                "evaluations_per_step": sampler.per_step,
+                "fresh_noise": sampler.draws,
+            }
+        )
+    if args.json:
+        print(json.dumps(listed, indent=2))
+        return
+    for entry in listed:
+        also, words = ", ".join(entry["also"]), ", ".join(entry["with"])
+        words = "any schedule" if len(entry["with"]) == len(SCHEDULES) else words
+        noise = "draws noise" if entry["fresh_noise"] else ""
+        cost = f"{entry['evaluations_per_step']} a step"
+        print(f"{entry['name']:32} {also:36} {cost:9} {noise:12} {words}".rstrip())
+    print(
+        "\nAny name works with --scheduler; a schedule of the last column goes after one, as in "
+        f'"DPM++ 2M Karras". Schedules: {", ".join(SCHEDULES)}.',
+        file=sys.stderr,
+    )
