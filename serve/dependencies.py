@@ -1,7 +1,6 @@
 """What all endpoints of one server share, and the way of a request from its fields to tickets."""
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.routing import APIRoute
-from starlette.responses import Response
 
 from sdrt.bundle import parse_size
 from sdrt.errors import UsageError
@@ -106,44 +103,6 @@ class Context:
 def context_of(request: Request) -> Context:
     context: Context = request.app.state.context
     return context
-
-
-class StrictRoute(APIRoute):
-    """Reads JSON bodies as RFC 8259 has them: no NaN, no name twice, not endlessly deep."""
-
-    def get_route_handler(self) -> Callable[[Request], Any]:
-        handler = super().get_route_handler()
-
-        async def strict(request: Request) -> Response:
-            response: Response = await handler(_StrictRequest(request.scope, request.receive))
-            return response
-
-        return strict
-
-
-class _StrictRequest(Request):
-    async def json(self) -> Any:
-        try:
-            return json.loads(
-                await self.body(), object_pairs_hook=_object, parse_constant=_constant
-            )
-        except RecursionError:
-            raise Problem(400, "JSON that is nested too deeply", code="invalid_json") from None
-        except ValueError as error:
-            raise Problem(400, f"no valid JSON: {error}", code="invalid_json") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in made:
-            raise Problem(400, f"the field {name!r} comes twice", name, "invalid_json")
-        made[name] = value
-    return made
-
-
-def _constant(name: str) -> None:
-    raise Problem(400, f"{name} is no JSON number", code="invalid_json")
 
 
 def known_size(text: str) -> str:

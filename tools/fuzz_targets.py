@@ -37,7 +37,6 @@ from sdrt.runtime.lora.adapters import parse_lora, read_lora
 from sdrt.runtime.samplers.registry import config_from_name
 from sdrt.runtime.samplers.table import sampler_table
 from sdrt.runtime.text.prompt_weighting import chunks_from_prompt
-from sdrt.serve.dependencies import _StrictRequest
 from sdrt.serve.errors import Problem, problem_from_invalid
 from sdrt.serve.generation import call_from
 from sdrt.serve.routes.openai import _edit_from
@@ -46,6 +45,7 @@ from sdrt.serve.routes.sdapi.options import USED, checked
 from sdrt.serve.routes.sdapi.routes import _given
 from sdrt.serve.routes.sdapi.routes import call_from as sdapi_call_from
 from sdrt.serve.schemas import Generation, ImageToImage, TextToImage
+from sdrt.serve.strict_json import _StrictRequest
 
 WEIGHT = json.dumps({"w": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}).encode()
 SIDE = (TensorSpec("x", "float32", ("rows", 4)),), (TensorSpec("y", "float32", ("rows", 4)),)

@@ -14,12 +14,13 @@ from starlette.responses import Response
 
 from sdrt.bundle import parse_size
 from sdrt.runtime.images import image_from_bytes
-from sdrt.serve.dependencies import Context, StrictRoute, context_of
+from sdrt.serve.dependencies import Context, context_of
 from sdrt.serve.errors import Problem, json_response
 from sdrt.serve.generation import answer, call_from
 from sdrt.serve.image_encoding import MOST_PIXELS, mask_from_alpha
 from sdrt.serve.model_manager import Model
 from sdrt.serve.schemas import Edit, Generation
+from sdrt.serve.strict_json import StrictRoute
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 

@@ -8,10 +8,11 @@ from starlette.responses import Response
 
 from sdrt.errors import UsageError
 from sdrt.runtime.images import rgb_image, text_of
-from sdrt.serve.dependencies import StrictRoute, context_of
+from sdrt.serve.dependencies import context_of
 from sdrt.serve.errors import Problem, json_response
 from sdrt.serve.image_encoding import MOST_PIXELS, base64_from_image, image_from_base64
 from sdrt.serve.schemas import UpscaledImage, UpscaledImages, Upscaling
+from sdrt.serve.strict_json import StrictRoute
 
 from .fields import LOOKS_UNUSED, is_one_of, unsupported
 

@@ -7,8 +7,9 @@ from starlette.responses import Response
 
 from sdrt.runtime.batching.cost_model import memory_of_machine
 from sdrt.runtime.lora.names import alias_of, list_loras
-from sdrt.serve.dependencies import StrictRoute, context_of
+from sdrt.serve.dependencies import context_of
 from sdrt.serve.errors import Problem, json_response
+from sdrt.serve.strict_json import StrictRoute
 
 from .sampling import listed_samplers, listed_schedulers
 

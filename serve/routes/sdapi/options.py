@@ -12,9 +12,10 @@ from fastapi import APIRouter, Request
 from pydantic import TypeAdapter, ValidationError
 from starlette.responses import Response
 
-from sdrt.serve.dependencies import Context, StrictRoute, context_of
+from sdrt.serve.dependencies import Context, context_of
 from sdrt.serve.errors import Problem, json_response
 from sdrt.serve.model_manager import Models
+from sdrt.serve.strict_json import StrictRoute
 
 from .fields import LOOKS_UNUSED, is_one_of, unsupported
 

@@ -17,12 +17,13 @@ from sdrt.runtime import Preview, Step
 from sdrt.runtime.batching.request import Cancelled, Picture, Ticket
 from sdrt.runtime.images import settings_from_text, text_of
 from sdrt.runtime.samplers.registry import title_of
-from sdrt.serve.dependencies import Call, StrictRoute, context_of
+from sdrt.serve.dependencies import Call, context_of
 from sdrt.serve.errors import Problem, json_response
 from sdrt.serve.image_encoding import base64_from_image, enlarged, image_from_base64
 from sdrt.serve.job import Watch
 from sdrt.serve.model_manager import Model
 from sdrt.serve.schemas import ImageToImage, PngInfo, TextToImage
+from sdrt.serve.strict_json import StrictRoute
 
 from .fields import IGNORED, IMAGE_ONLY, check_fields
 from .inpainting import Given, Inpainting, given_from
