@@ -12,7 +12,7 @@ from sdrt.errors import BackendError, UsageError
 from .cpu import has_bf16
 from .gpu import Gpu, Machine, this_machine
 from .protocol import Engine
-from .tensorrt.plans import FULL, RTX, why_not
+from .tensorrt.variants import FULL, RTX, why_not
 
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
 PRECISIONS = ("auto", "exact")
@@ -117,7 +117,7 @@ def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
     if not installed("onnxruntime"):
         reason = "onnxruntime is not installed; pip install 'sdrt[gpu]'"
     elif reason is None:
-        from .onnxruntime.cpu import available
+        from .onnxruntime.session import available
 
         reason = available("CUDAExecutionProvider")
     gpu = _gpu(machine, device)
@@ -127,7 +127,8 @@ def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
 def _ort_cpu() -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
         from .onnxruntime.cache import optimised
-        from .onnxruntime.cpu import OrtEngine, initialise, session_options
+        from .onnxruntime.cpu import OrtEngine, initialise
+        from .onnxruntime.session import session_options
 
         initialise()
         kept = optimised(bundle, name, session_options())

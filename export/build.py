@@ -18,7 +18,7 @@ from sdrt.errors import SdrtError, UsageError
 from sdrt.runtime.reference_outputs import ANSWERS, json_from_answers
 
 from .activation_memory import most_pictures
-from .checkpoint import TOKENIZERS, Checkpoint, find_checkpoint
+from .checkpoint import Checkpoint, find_checkpoint
 from .graph import OPSET
 from .modules import (
     check_branch,
@@ -31,6 +31,7 @@ from .single_file.parts import OPTIONS
 from .text_encoder import prompt_length
 from .tokenizer import CheckpointTokenizer
 from .validation import RECIPES, Proof
+from .weights import TOKENIZERS
 
 log = logging.getLogger("sdrt.build")
 

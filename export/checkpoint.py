@@ -41,9 +41,10 @@ from .weights import (
     PICKLES,
     STEMS,
     TO_CONVERT,
-    open_safetensors,
+    TOKENIZERS,
     read_config,
     read_json,
+    read_safetensors,
     weight_files,
 )
 
@@ -55,7 +56,6 @@ KNOWN = {
 }
 EMBEDDED = ("shapes",)
 SUFFIX = ".safetensors"
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,9 +366,3 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     for part in checkpoint.parts:
         checkpoint.weight_files(part)
     return checkpoint
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file, as stored; raises CheckpointError if it is damaged."""
-    with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from sdrt import json_validation
 from sdrt.bundle.safetensors import read_header
@@ -23,6 +24,7 @@ TO_CONVERT = (
     "safetensors.torch as s; w = torch.load('FILE', weights_only=True); "
     "s.save_file(w.get('state_dict', w), 'FILE.safetensors')\""
 )
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 def weight_names(names: Collection[str]) -> list[str]:
@@ -104,3 +106,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(path: Path) -> dict[str, Any]:
     """The same of a configuration, whose values are bounded."""
     return json_validation.read_config(path, CheckpointError)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file, as stored; raises CheckpointError if it is damaged."""
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -487,7 +487,7 @@ class Pipeline:
 
     def parameters(self, request: Request, options: Options) -> str:
         """The text that goes into a picture's file."""
-        from sdrt import __version__
+        from sdrt.version import __version__
 
         width, height = self._size(options)
         title = title_of(self.scheduler_config)

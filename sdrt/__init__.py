@@ -20,11 +20,11 @@ from .errors import (
     SdrtError,
     UsageError,
 )
+from .version import __version__
 
 if TYPE_CHECKING:
     from .runtime import Pipeline
 
-__version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BundleError",

@@ -11,8 +11,8 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
 
-from sdrt import __version__
 from sdrt.errors import SdrtError
+from sdrt.version import __version__
 
 from .dependencies import Context
 from .errors import Gone, Problem, problem_from, problem_from_invalid

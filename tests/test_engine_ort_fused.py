@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from sdrt.bundle import open_bundle
 from sdrt.engine.gpu import Gpu
-from sdrt.engine.onnxruntime.cpu import OrtEngine, session, session_options
+from sdrt.engine.onnxruntime.cpu import OrtEngine
 from sdrt.engine.onnxruntime.cuda import load_engine
 from sdrt.engine.onnxruntime.fusion import write_fused
+from sdrt.engine.onnxruntime.session import session, session_options
 from sdrt.engine.parity import sample_of
 from sdrt.engine.torch import engine as torch_engine
 from sdrt.engine.torch import ops

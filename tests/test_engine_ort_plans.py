@@ -19,7 +19,8 @@ from sdrt.cli.gc import leftovers
 from sdrt.engine import compile_cache as kept_folder
 from sdrt.engine.gpu import Machine
 from sdrt.engine.onnxruntime import cache as onnxruntime_cache
-from sdrt.engine.onnxruntime.cpu import OrtEngine, session_options
+from sdrt.engine.onnxruntime.cpu import OrtEngine
+from sdrt.engine.onnxruntime.session import session_options
 from sdrt.engine.parity import sample_of
 from sdrt.errors import BackendError
 

@@ -13,7 +13,8 @@ from sdrt.bundle.manifest import FLOAT32_GRAPH, Component, FileRecord, Manifest,
 from sdrt.engine.gpu import NO_DEVICE, Gpu, Machine, why_none
 from sdrt.engine.plan_signing import is_ours, mark_of, read_ours, write_ours
 from sdrt.engine.plans import PlanKey, differences, find_plan, key_of, plan_of, profiles_of
-from sdrt.engine.tensorrt.plans import PORTABLE, RTX, targets_of, why_not
+from sdrt.engine.tensorrt.plans import targets_of
+from sdrt.engine.tensorrt.variants import PORTABLE, RTX, why_not
 from sdrt.errors import BackendError, BundleError, UsageError
 
 KEY = PlanKey(

@@ -18,7 +18,10 @@ from sdrt.bundle import open_bundle
 from sdrt.cli.main import main
 from sdrt.engine.plans import PlanKey
 from sdrt.engine.tensorrt import builder as tensorrt_builder
-from sdrt.engine.tensorrt.plans import PORTABLE, RTX, RTX_TARGETS, PlanOptions, trt_plan
+from sdrt.engine.tensorrt import progress as tensorrt_progress
+from sdrt.engine.tensorrt import variants
+from sdrt.engine.tensorrt.plans import PlanOptions, trt_plan
+from sdrt.engine.tensorrt.variants import PORTABLE, RTX, RTX_TARGETS
 from sdrt.errors import BackendError
 from sdrt.export import modules
 from sdrt.export.checkpoint import find_checkpoint
@@ -47,9 +50,9 @@ def exported(folder, name, module, inputs, dtype=torch.float16):
 
 def parsed(graph):
     """The network, if no node of the graph is unsupported; kept alive with what it rests on."""
-    builder = trt.Builder(tensorrt_builder.logger_of(trt))
+    builder = trt.Builder(variants.logger_of(trt))
     network = builder.create_network(0)
-    parser = trt.OnnxParser(network, tensorrt_builder.logger_of(trt))
+    parser = trt.OnnxParser(network, variants.logger_of(trt))
     taken = parser.supports_model_v2(graph.read_bytes(), str(graph))
     errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
     assert taken and all(parser.is_subgraph_supported(i) for i in range(parser.num_subgraphs)), (
@@ -292,7 +295,7 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(planned, tmp_path):
 
 
 def test_progress_counts_every_step_once():
-    progress = tensorrt_builder.Progress("unet", shown=True)
+    progress = tensorrt_progress.Progress("unet", shown=True)
     progress.start("outer", 3)
     progress.start("inner", 2)
     assert progress.step("inner")

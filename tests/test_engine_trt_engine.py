@@ -15,7 +15,8 @@ from sdrt.engine import Schedule
 from sdrt.engine.cuda.driver import device_of
 from sdrt.engine.gpu import this_machine
 from sdrt.engine.parity import sample_of
-from sdrt.engine.tensorrt.engine import TrtEngine, profile_index
+from sdrt.engine.tensorrt.engine import TrtEngine
+from sdrt.engine.tensorrt.loaded_plan import profile_index
 from sdrt.engine.tensorrt.sampling_graph import feeds_of
 from sdrt.errors import BackendError
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = ("builder.py", "engine.py", "inspector.py")
+FILES = (
+    *("builder.py", "engine.py", "inspector.py"),
+    *("loaded_plan.py", "progress.py", "variants.py"),
+)
 CLASSES = {  # what a variable of this name holds
     "builder": "Builder",
     "network": "INetworkDefinition",
@@ -30,8 +33,8 @@ OWN = {  # the same name holds different things in different files
     ("builder.py", "cache"): "ITimingCache",
     ("builder.py", "profile"): "IOptimizationProfile",
     ("builder.py", "error"): "ParserError",
-    ("engine.py", "config"): "IRuntimeConfig",
-    ("engine.py", "cache"): "IRuntimeCache",
+    ("loaded_plan.py", "config"): "IRuntimeConfig",
+    ("loaded_plan.py", "cache"): "IRuntimeCache",
 }
 # Not TensorRT's: `engine` is sometimes this project's own, `layer` becomes an attention's end.
 OTHER = {

@@ -17,7 +17,8 @@ from sdrt.bundle import open_bundle
 from sdrt.engine import candidates, parity
 from sdrt.engine.gpu import free_memory, this_machine
 from sdrt.engine.onnxruntime.cpu import OrtEngine
-from sdrt.engine.tensorrt.plans import FULL, RTX, PlanOptions, trt_plan
+from sdrt.engine.tensorrt.plans import PlanOptions, trt_plan
+from sdrt.engine.tensorrt.variants import FULL, RTX
 from sdrt.errors import BackendError
 from sdrt.runtime import load_pipeline
 
@@ -290,7 +291,8 @@ def test_a_stripped_plan_filled_in_computes_what_a_full_one_does(bundle, planned
     from sdrt.engine.cuda.driver import device_of
     from sdrt.engine.plans import plan_of, plans_folder
     from sdrt.engine.tensorrt.builder import build_plan
-    from sdrt.engine.tensorrt.engine import Loaded, TrtEngine
+    from sdrt.engine.tensorrt.engine import TrtEngine
+    from sdrt.engine.tensorrt.loaded_plan import Loaded
 
     opened = open_bundle(bundle)
     component, graph = opened.manifest.components["unet"], opened.graph("unet")

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sdrt.bench.peers import checkpoint_folder, peers, sdcpp
-from sdrt.bench.worker import PROMPT
+from sdrt.bench import peers as bench_peers
+from sdrt.bench.peers import checkpoint_folder, openvino_genai, peers, sdcpp
+from sdrt.bench.timing import PROMPT
 from sdrt.bundle import open_bundle
 from sdrt.errors import BackendError
 
 
 def test_what_stable_diffusion_cpp_reads_has_the_older_names(shapes, tmp_path):
     bundle = open_bundle(shapes)
-    sdcpp.prepare("stable-diffusion.cpp", bundle, tmp_path)
+    bench_peers.prepare("stable-diffusion.cpp", bundle, tmp_path)
     source = load_file(checkpoint_folder(bundle) / "text_encoder" / "model.safetensors")
     found = load_file(tmp_path / "text_encoder" / "model.safetensors")
     assert "text_model.embeddings.token_embedding.weight" in found
@@ -49,7 +50,7 @@ def test_what_stable_diffusion_cpp_says_is_told_apart():
 def test_openvino_genai_draws_the_prompt_and_tells_its_parts(shapes, tmp_path):
     genai = pytest.importorskip("openvino_genai")
     pytest.importorskip("openvino_tokenizers")
-    sdcpp.prepare("openvino-genai", open_bundle(shapes), tmp_path)
+    bench_peers.prepare("openvino-genai", open_bundle(shapes), tmp_path)
     pipe = genai.Text2ImagePipeline(tmp_path, "CPU")
     given = {"width": 64, "height": 64, "guidance_scale": sdcpp.GUIDANCE, "rng_seed": 1}
     pixels = pipe.generate(PROMPT, num_inference_steps=20, **given).data[0].astype(int)
@@ -59,9 +60,9 @@ def test_openvino_genai_draws_the_prompt_and_tells_its_parts(shapes, tmp_path):
 
     spent = collections.defaultdict(float)
     wanted = {"made": str(tmp_path), "size": "64x64", "steps": [2], "scheduler": "DPM++ 2M"}
-    parts = sdcpp.openvino_genai(wanted, spent)
+    parts = openvino_genai.openvino_genai(wanted, spent)
     parts["picture, 2 steps"]()
     assert set(spent) == {"text", "unet", "decode", "PNG"}
     assert all(seconds > 0 for seconds in spent.values())
     with pytest.raises(BackendError, match="it has no sampler Heun"):
-        sdcpp.openvino_genai({**wanted, "scheduler": "Heun"}, spent)
+        openvino_genai.openvino_genai({**wanted, "scheduler": "Heun"}, spent)

@@ -18,7 +18,7 @@ from sdrt.cli.gc import leftovers
 from sdrt.cli.main import main
 from sdrt.engine.gpu import Gpu, Machine
 from sdrt.engine.plans import plan_of
-from sdrt.engine.tensorrt.plans import MODULES
+from sdrt.engine.tensorrt.variants import MODULES
 
 HOLD = """
 import os, sys, time

@@ -30,9 +30,9 @@ HEAVY = (
 SHARED = ("atomic_files", "bundle", "errors", "json_validation", "process_stats")
 ALLOWED = {
     "engine": {*SHARED, "engine", "graphs"},
-    "runtime": {*SHARED, "engine", "process_exit", "progress", "runtime", "__version__"},
+    "runtime": {*SHARED, "engine", "process_exit", "progress", "runtime", "version"},
     "export": {*SHARED, "engine", "export", "runtime"},
-    "serve": {"__version__", "atomic_files", "bundle", "cli", "errors", "runtime", "serve"},
+    "serve": {"version", "atomic_files", "bundle", "cli", "errors", "runtime", "serve"},
 }
 
 
@@ -68,6 +68,50 @@ def test_imports_run_one_way(folder):
                 assert rest.split(".")[0] in ALLOWED[folder], f"{path} imports {name}"
             if folder == "runtime":
                 assert first not in HEAVY, f"{path} imports {name}"
+
+
+def modules():
+    """Every module of the five packages and its file."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for package, folder in setup["package-dir"].items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            yield ".".join([package, *(part for part in parts if part != "__init__")]), path
+
+
+def imported(module, path, known):
+    """Modules of `known` that a file imports anywhere: at its top, for types, in functions."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        if isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = parts[: len(parts) + 1 - node.level] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                whole = f"{name}.{alias.name}"
+                if whole in known and not binds(known.get(name), alias.name):
+                    yield whole
+                elif name in known:
+                    yield name
+
+
+def binds(path, name):
+    """Whether a package's own file imports a name, which hides the module that is called so."""
+    body = ast.parse(path.read_text()).body if path else []
+    froms = [node for node in body if isinstance(node, ast.ImportFrom)]
+    return any(name == (alias.asname or alias.name) for node in froms for alias in node.names)
+
+
+def test_no_modules_import_each_other():
+    known = dict(modules())
+    graph = {m: set(imported(m, path, known)) - {m} for m, path in known.items()}
+    assert len(graph) > 100 and sum(map(len, graph.values())) > 300
+    while free := [module for module, needs in graph.items() if not needs & graph.keys()]:
+        for module in free:
+            del graph[module]
+    assert not graph, f"these import each other, or what does: {sorted(graph)}"
 
 
 def test_every_folder_is_in_the_wheel():

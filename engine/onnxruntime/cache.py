@@ -15,6 +15,8 @@ from sdrt.bundle import Bundle
 from sdrt.engine.compile_cache import kept
 from sdrt.engine.page_cache import trim
 
+from .session import session
+
 if TYPE_CHECKING:
     import onnxruntime as ort
 
@@ -35,8 +37,6 @@ def optimised(bundle: Bundle, component: str, options: "ort.SessionOptions") -> 
 def _make(
     bundle: Bundle, component: str, options: "ort.SessionOptions", fuses: bool, folder: Path
 ) -> None:
-    from .cpu import session
-
     graph, fused = bundle.graph(component), None
     if fuses:
         from .fusion import write_fused

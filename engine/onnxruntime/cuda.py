@@ -23,7 +23,7 @@ from sdrt.engine.plans import Plan, key_of, plan_of, plans_folder
 from sdrt.engine.protocol import Feeds, checked_feeds
 from sdrt.errors import BackendError, ParityError, UsageError
 
-from .cpu import options_with, session
+from .session import options_with, session
 
 log = logging.getLogger(__name__)
 PROVIDER = "CUDAExecutionProvider"

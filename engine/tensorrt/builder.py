@@ -5,20 +5,13 @@ typed: precision is what the bundle's graph says.
 """
 
 import contextlib
-import functools
-import importlib
 import logging
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-
-from tqdm import tqdm
 
 from sdrt.atomic_files import write_whole
 from sdrt.bundle.store import home
@@ -26,105 +19,10 @@ from sdrt.engine.plans import PlanKey
 from sdrt.errors import BackendError
 from sdrt.process_stats import forget_peak, peak_bytes
 
-from .plans import INSTALL, MODULES, RTX
+from .progress import Progress, interruptible, monitor_of
+from .variants import RTX, logger_of, module_of
 
 log = logging.getLogger(__name__)
-
-
-def module_of(kind: str) -> ModuleType:
-    """The Python module of a kind; raises BackendError if it does not import."""
-    try:
-        return importlib.import_module(MODULES[kind])
-    except (ImportError, OSError) as error:
-        raise BackendError(f"{kind} cannot be imported: {error}; {INSTALL[kind]}") from error
-
-
-@functools.cache
-def logger_of(trt: Any) -> Any:
-    """TensorRT's messages go to `logging`; the latest errors are kept. One for the whole process,
-    since TensorRT wants it to outlive everything else.
-    """
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors = [*self.errors[-2:], message]
-            log.debug("%s", message)
-
-    return Logger()
-
-
-class Progress:
-    """TensorRT's phases as one bar on standard error, drawn on a terminal only. May be called from
-    several threads. Its steps tell TensorRT to stop once `stopped` is set.
-    """
-
-    def __init__(self, title: str, shown: bool) -> None:
-        self.stopped = False
-        self._lock = threading.Lock()
-        self._left: dict[str, int] = {}
-        self._bar = tqdm(desc=title, total=0, leave=False, disable=not shown)
-
-    def start(self, phase: str, steps: int) -> None:
-        with self._lock:
-            self._left[phase] = steps
-            self._bar.total += steps
-            self._bar.set_postfix_str(phase)
-
-    def step(self, phase: str) -> bool:
-        with self._lock:
-            self._left[phase] = self._left.get(phase, 1) - 1
-            self._bar.update()
-        return not self.stopped
-
-    def finish(self, phase: str) -> None:
-        with self._lock:
-            self._bar.update(max(0, self._left.pop(phase, 0)))
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def monitor_of(trt: Any, progress: Progress) -> Any:
-    """What TensorRT calls with its progress."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-
-        def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
-            progress.start(phase_name, num_steps)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            return progress.step(phase_name)
-
-        def phase_finish(self, phase_name: str) -> None:
-            progress.finish(phase_name)
-
-    return Monitor()
-
-
-@contextlib.contextmanager
-def interruptible(progress: Progress) -> Iterator[None]:
-    """Ctrl-C stops the build at its next step instead of being lost inside TensorRT."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        progress.stopped = True
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if progress.stopped:
-        raise KeyboardInterrupt
 
 
 def parsed_network(trt: Any, builder: Any, graph: Path) -> tuple[Any, Any]:

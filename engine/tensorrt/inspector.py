@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .builder import logger_of, module_of, parsed_network
+from .builder import parsed_network
+from .variants import logger_of, module_of
 
 ATTENTION, NORMALISATION, DECOMPOSED = "attention", "normalisation", "attention, decomposed"
 

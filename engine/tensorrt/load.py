@@ -8,7 +8,8 @@ from sdrt.engine.cuda.driver import device_of
 from sdrt.engine.gpu import Gpu
 from sdrt.engine.parity import prove
 
-from .engine import Loaded, TrtEngine, TrtUnet, loaded_plans, loading
+from .engine import TrtEngine, TrtUnet
+from .loaded_plan import Loaded, loaded_plans, loading
 from .plans import PlanOptions, trt_plan
 
 

@@ -3,24 +3,18 @@
 Knows the kinds of TensorRT, their GPUs and packages; TensorRT itself only where a plan is built.
 """
 
-import importlib.metadata
-import importlib.util
 from dataclasses import dataclass
 from functools import partial
 
 from sdrt.bundle import Bundle
-from sdrt.engine.gpu import Gpu, Machine
+from sdrt.engine.gpu import Gpu
 from sdrt.engine.plans import Plan, PlanKey, key_of, plan_of, plans_folder
 from sdrt.errors import BackendError, UsageError
 
-RTX, FULL = "tensorrt-rtx", "tensorrt"
-MODULES = {FULL: "tensorrt", RTX: "tensorrt_rtx"}
-INSTALL = {FULL: "pip install 'sdrt[gpu]'", RTX: "pip install 'sdrt[rtx]'"}
-# What TensorRT for RTX compiles for; a test compares it with the package's own list.
-RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-PORTABLE = RTX_TARGETS[1:]  # Turing refuses products in single precision, so it is asked for
+from .builder import build_plan
+from .variants import FULL, PORTABLE, RTX, RTX_TARGETS, module_of
+
 LEVEL = 3
-OLDEST = 75  # compute capability that TensorRT 10.14 and later serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,45 +33,6 @@ class PlanOptions:
     streamed: bool = False
 
 
-def why_not(kind: str, machine: Machine, index: int = 0) -> str | None:
-    """None if a kind of TensorRT can run on a GPU of the machine, else why not."""
-    if machine.why_none:
-        return machine.why_none
-    for module in (MODULES[kind], "cuda.bindings"):
-        if not _installed(module):
-            return f"{module} is not installed; {INSTALL[kind]}"
-    gpu, wanted = machine.gpus[index], needed_cuda(kind)
-    number = int(gpu.sm.removeprefix("sm_"))
-    if kind == RTX and gpu.sm not in RTX_TARGETS:
-        return f"TensorRT for RTX serves {', '.join(RTX_TARGETS)}; {gpu.name} is {gpu.sm}"
-    if number < OLDEST:
-        return f"TensorRT serves sm_{OLDEST} and later; {gpu.name} is {gpu.sm}"
-    if wanted and machine.cuda and machine.cuda[0] < wanted:
-        return (
-            f"the driver {machine.driver or ''} serves CUDA {machine.cuda[0]}.{machine.cuda[1]}, "
-            f"this {kind} needs {wanted}.0; update the NVIDIA driver"
-        )
-    return None
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package's part, when the package is missing
-        return False
-
-
-def needed_cuda(kind: str) -> int | None:
-    """The major version of CUDA that the installed package was made for, by its wheels' names."""
-    for major in (13, 12):
-        try:
-            importlib.metadata.version(f"{MODULES[kind]}_cu{major}_libs")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return major
-    return None
-
-
 def wanted_key(
     bundle: Bundle, component: str, kind: str, gpu: Gpu | None, options: PlanOptions
 ) -> PlanKey:
@@ -85,8 +40,6 @@ def wanted_key(
 
     Raises BackendError where the kind cannot build, UsageError for a target that it lacks.
     """
-    from .builder import module_of
-
     streamed = options.streamed and component == "unet"
     return key_of(
         bundle,
@@ -124,8 +77,6 @@ def trt_plan(
     bundle: Bundle, component: str, kind: str, gpu: Gpu | None, options: PlanOptions
 ) -> Plan:
     """The plan of a component, built where there is none that fits."""
-    from .builder import build_plan
-
     key = wanted_key(bundle, component, kind, gpu, options)
     ignored = [name for name in ("level", "workspace") if getattr(options, name) is None]
     build = partial(build_plan, key, bundle.graph(component))

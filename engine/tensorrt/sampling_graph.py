@@ -18,7 +18,7 @@ from sdrt.engine.protocol import checked_feeds
 from sdrt.engine.sampling import Drawn, Read, Schedule
 from sdrt.errors import BackendError
 
-from .engine import Bound, Loaded
+from .loaded_plan import Bound, Loaded
 
 log = logging.getLogger(__name__)
 MOST_LOOPS = 4

@@ -197,7 +197,7 @@ def _without_pixels(name: str, tensor: Tensor) -> Tensor:
 
 def copy_tokenizers(family: Family, beside: Path, folder: Path) -> None:
     """The tokenizer of every text encoder: all read the same tokens, and pad with their own."""
-    from sdrt.export.checkpoint import TOKENIZERS
+    from sdrt.export.weights import TOKENIZERS
 
     for part, name in TOKENIZERS.items():
         if part in family.prefixes:

@@ -236,7 +236,7 @@ def made_up(engine: Engine, rows: int, sides: tuple[int, int], tokens: int) -> F
 
 def _key(pipe: "Pipeline", most: int) -> str:
     """What the figures depend on."""
-    from sdrt import __version__
+    from sdrt.version import __version__
 
     files = sorted((name, record.sha256) for name, record in pipe.manifest.files.items())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

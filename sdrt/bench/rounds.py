@@ -18,8 +18,7 @@ from sdrt.engine.gpu import free_memory, this_machine
 from sdrt.errors import BackendError, UsageError
 from sdrt.progress import reported
 
-from .peers import peers
-from .peers.sdcpp import prepare
+from .peers import peers, prepare
 from .report import Contestant, Run
 
 log = logging.getLogger("sdrt.bench")

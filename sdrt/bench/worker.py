@@ -11,8 +11,6 @@ import json
 import os
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TextIO
@@ -23,33 +21,10 @@ from sdrt.bundle import parse_size
 from sdrt.process_stats import Others, memory
 from sdrt.runtime import Pipeline
 
-PROMPT = "a red circle on a blue background"
+from .timing import PROMPT, Part, Spent, Timed, picture_of
+
 FILLED = 0.2  # seconds of a turn, see `process_stats.Others`
 MOST = 100  # calls of a turn
-Part = Callable[[], object]
-Spent = defaultdict[str, float]  # seconds by name
-
-
-class Timed:
-    """Something that is called, and the seconds that its calls took, added up under a name."""
-
-    def __init__(self, inner: Any, name: str, spent: Spent) -> None:
-        self._inner, self._name, self._spent = inner, name, spent
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._timed(self._inner, *args, **kwargs)
-
-    def _timed(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return call(*args, **kwargs)
-        finally:
-            self._spent[self._name] += time.perf_counter() - began
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._inner, name)
-        # What runs a whole schedule in one call; see `engine.protocol.Sampler`.
-        return partial(self._timed, found) if name == "sampled" else found
 
 
 def own(pipe: Pipeline, size: str, steps: list[int], spent: Spent) -> dict[str, Part]:
@@ -94,11 +69,6 @@ def own(pipe: Pipeline, size: str, steps: list[int], spent: Spent) -> dict[str, 
     return parts
 
 
-def picture_of(steps: int) -> str:
-    """The name of the part that draws a whole picture."""
-    return f"picture, {steps} steps"
-
-
 def opened(wanted: dict[str, Any], spent: Spent) -> dict[str, Part]:
     """The parts of a contestant, loaded."""
     backend, precision, folder = wanted["backend"], wanted["precision"], wanted["folder"]
@@ -107,15 +77,16 @@ def opened(wanted: dict[str, Any], spent: Spent) -> dict[str, Part]:
 
         return {f"{dtype} {library}": part for dtype, (library, part) in products().items()}
     if backend in ("reference", "optimum"):
-        from . import peers
+        from .peers import diffusers, optimum
 
-        kind = peers.reference if backend == "reference" else peers.optimum
+        kind = diffusers.reference if backend == "reference" else optimum.optimum
         return kind(folder, wanted, spent)
     if backend in ("stable-diffusion.cpp", "openvino-genai"):
+        from .peers import openvino_genai
         from .peers import sdcpp as cpp
 
         one = backend == "openvino-genai"
-        return (cpp.openvino_genai if one else cpp.stable_diffusion_cpp)(wanted, spent)
+        return (openvino_genai.openvino_genai if one else cpp.stable_diffusion_cpp)(wanted, spent)
     from sdrt import load
 
     pipe = load(folder, backend=backend, precision=precision)

@@ -1,10 +1,19 @@
 """Arguments of the commands that serve, and what other commands' arguments share.
 
-Knows argparse; imports nothing of sdrt, so that `sdrt --help` is immediate.
+Knows argparse; what is slow to import is imported by who needs it, so that `sdrt --help` is
+immediate.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdrt.errors import UsageError
+
+if TYPE_CHECKING:
+    from sdrt.serve.model_manager import Source
+    from sdrt.serve.settings import Settings
 
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
 
@@ -15,6 +24,12 @@ def whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def add_talk(to: argparse.ArgumentParser) -> None:
+    """What every command takes."""
+    to.add_argument("-v", "--verbose", action="store_true", help="say more")
+    to.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
 
 
 def add_serve(to: argparse.ArgumentParser) -> None:
@@ -201,3 +216,48 @@ def add_compare(to: argparse.ArgumentParser) -> None:
     to.add_argument("--steps", default="20", metavar="N,M", help="such as 5,10,20")
     to.add_argument("--output", type=Path, default=Path("compare.png"), metavar="FILE")
     _add_shared(to)
+
+
+def sources_from_arguments(args: argparse.Namespace) -> "dict[str, Source]":
+    """The bundles of a command line by name; raises BundleError or UsageError."""
+    from sdrt import load
+    from sdrt.bundle import open_bundle
+    from sdrt.serve.model_manager import Source
+
+    precision = "exact" if args.exact else "auto"
+    sources = {}
+    for name in args.bundle or [None]:
+        bundle = open_bundle(name)
+        if bundle.manifest.name in sources:
+            raise UsageError(f"two bundles are called {bundle.manifest.name}; serve one of them")
+        one = partial(load, bundle.folder, backend=args.backend, precision=precision)
+        sources[bundle.manifest.name] = Source(one, bundle.folder / "plans")
+    return sources
+
+
+def settings_from_arguments(args: argparse.Namespace) -> "Settings":
+    """What a command line asks for; raises UsageError for what would let everyone in unasked."""
+    from sdrt.serve.settings import LOCAL_NAMES, Settings, is_loopback, keys_from_file
+
+    local = is_loopback(args.host)
+    if not 0 <= args.port <= 65535:
+        raise UsageError(f"port {args.port}; expected 0 to 65535")
+    if not 0.0 <= args.drain <= 86_400.0:
+        raise UsageError(f"--drain {args.drain:g}; expected 0 to 86400 seconds")
+    if not (local or args.keys or args.no_keys):
+        raise UsageError(
+            f"{args.host} can be reached from other machines; give --keys FILE, one key a line, "
+            "or say --no-keys"
+        )
+    named = tuple(name.lower() for name in args.allow_host)
+    return Settings(
+        host=args.host,
+        port=args.port,
+        keys=keys_from_file(args.keys) if args.keys else None,
+        hosts=(*LOCAL_NAMES, *named) if local or named else None,
+        slots=args.slots,
+        waiting=args.waiting,
+        deterministic=args.deterministic,
+        drain=args.drain,
+        log_prompts=args.log_prompts,
+    )

@@ -25,7 +25,7 @@ from sdrt.bundle.store import bundles_folder, embedded, home, list_bundles
 from sdrt.engine.compile_cache import MARK, other_version
 from sdrt.engine.gpu import Machine, this_machine
 from sdrt.engine.plans import Plan, plan_from_json, plans_folder
-from sdrt.engine.tensorrt.plans import MODULES
+from sdrt.engine.tensorrt.variants import MODULES
 from sdrt.errors import BundleError, SdrtError
 from sdrt.json_validation import read_json
 

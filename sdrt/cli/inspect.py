@@ -48,7 +48,7 @@ def _layers(bundle: Bundle, name: str) -> dict[str, Any]:
     from sdrt.engine import choose
     from sdrt.engine.selection import installed
     from sdrt.engine.tensorrt.inspector import layers_of, nodes_of
-    from sdrt.engine.tensorrt.plans import FULL, MODULES, RTX
+    from sdrt.engine.tensorrt.variants import FULL, MODULES, RTX
 
     kind = next((kind for kind in (FULL, RTX) if installed(MODULES[kind])), RTX)
     found: dict[str, Any] = {"nodes": nodes_of(kind, bundle.graph(name))}

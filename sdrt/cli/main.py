@@ -23,6 +23,7 @@ from .arguments import (
     add_gc,
     add_run,
     add_serve,
+    add_talk,
     add_verify,
 )
 from .build import add_build, build
@@ -98,7 +99,7 @@ def entry() -> int:
 
 def parser(for_run: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
     """for_run: defaults of `sdrt run` instead of its own"""
-    from sdrt import __version__
+    from sdrt.version import __version__
 
     top = argparse.ArgumentParser(
         prog="sdrt",
@@ -146,8 +147,7 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.set_defaults(command=function)
-    made.add_argument("-v", "--verbose", action="store_true", help="say more")
-    made.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
+    add_talk(made)
     return made
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from sdrt.cli.serve import settings_from_arguments, sources_from_arguments
+from sdrt.cli.arguments import add_serve, add_talk, settings_from_arguments, sources_from_arguments
 from sdrt.errors import BackendError, SdrtError, UsageError
 
 if TYPE_CHECKING:
@@ -50,14 +50,22 @@ def app(options: Mapping[str, Any]) -> "Application":
     """What `serve run` and `serve deploy` take; options: those of `sdrt serve` by name, such as
     `{"bundle": ["a", "b"], "replicas": "1:4", "no_keys": True}`.
     """
-    from sdrt.cli.main import parser
-
-    words = ["serve", "--ray", *_words(options)]
+    words = ["--ray", *_words(options)]
     try:
-        args = parser().parse_args(words)
+        args = _parser().parse_args(words)
     except SystemExit:
-        raise UsageError(f"{' '.join(words)!r} was not understood; sdrt serve --help") from None
+        raise UsageError(
+            f"{' '.join(['serve', *words])!r} was not understood; sdrt serve --help"
+        ) from None
     return application(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Of the options of `sdrt serve`, with those that every command has."""
+    parser = argparse.ArgumentParser(prog="sdrt serve")
+    add_serve(parser)
+    add_talk(parser)
+    return parser
 
 
 def _words(options: Mapping[str, Any]) -> Sequence[str]:

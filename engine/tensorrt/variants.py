@@ -1,0 +1,90 @@
+"""The two kinds of TensorRT: their packages, the GPUs they serve, and what is missing here.
+
+Knows both packages by name, and loads one when it is asked for; nothing of plans.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+from types import ModuleType
+from typing import Any
+
+from sdrt.engine.gpu import Machine
+from sdrt.errors import BackendError
+
+RTX, FULL = "tensorrt-rtx", "tensorrt"
+MODULES = {FULL: "tensorrt", RTX: "tensorrt_rtx"}
+INSTALL = {FULL: "pip install 'sdrt[gpu]'", RTX: "pip install 'sdrt[rtx]'"}
+# What TensorRT for RTX compiles for; a test compares it with the package's own list.
+RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+PORTABLE = RTX_TARGETS[1:]  # Turing refuses products in single precision, so it is asked for
+
+OLDEST = 75  # compute capability that TensorRT 10.14 and later serve
+log = logging.getLogger(__name__)
+
+
+def why_not(kind: str, machine: Machine, index: int = 0) -> str | None:
+    """None if a kind of TensorRT can run on a GPU of the machine, else why not."""
+    if machine.why_none:
+        return machine.why_none
+    for module in (MODULES[kind], "cuda.bindings"):
+        if not _installed(module):
+            return f"{module} is not installed; {INSTALL[kind]}"
+    gpu, wanted = machine.gpus[index], needed_cuda(kind)
+    number = int(gpu.sm.removeprefix("sm_"))
+    if kind == RTX and gpu.sm not in RTX_TARGETS:
+        return f"TensorRT for RTX serves {', '.join(RTX_TARGETS)}; {gpu.name} is {gpu.sm}"
+    if number < OLDEST:
+        return f"TensorRT serves sm_{OLDEST} and later; {gpu.name} is {gpu.sm}"
+    if wanted and machine.cuda and machine.cuda[0] < wanted:
+        return (
+            f"the driver {machine.driver or ''} serves CUDA {machine.cuda[0]}.{machine.cuda[1]}, "
+            f"this {kind} needs {wanted}.0; update the NVIDIA driver"
+        )
+    return None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package's part, when the package is missing
+        return False
+
+
+def needed_cuda(kind: str) -> int | None:
+    """The major version of CUDA that the installed package was made for, by its wheels' names."""
+    for major in (13, 12):
+        try:
+            importlib.metadata.version(f"{MODULES[kind]}_cu{major}_libs")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return major
+    return None
+
+
+def module_of(kind: str) -> ModuleType:
+    """The Python module of a kind; raises BackendError if it does not import."""
+    try:
+        return importlib.import_module(MODULES[kind])
+    except (ImportError, OSError) as error:
+        raise BackendError(f"{kind} cannot be imported: {error}; {INSTALL[kind]}") from error
+
+
+@functools.cache
+def logger_of(trt: Any) -> Any:
+    """TensorRT's messages go to `logging`; the latest errors are kept. One for the whole process,
+    since TensorRT wants it to outlive everything else.
+    """
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors = [*self.errors[-2:], message]
+            log.debug("%s", message)
+
+    return Logger()
