@@ -24,7 +24,7 @@ gpu-check: $(READY)
 # Ray is large, and its tests take minutes.
 test-fleet: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[ray]" -c constraints.txt
-	$(BIN)/pytest -m slow tests/test_serve_fleet.py
+	$(BIN)/pytest -m slow tests/serve/ray/test_app.py
 
 check: lint types test
 

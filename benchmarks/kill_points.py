@@ -36,7 +36,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads do not live through a fork
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "helpers")]
 
 from killing import in_child, killed_at, points_of  # noqa: E402
 
@@ -106,7 +106,7 @@ class Trial:
     """A tiny model, the bundle that its build makes, and an older one."""
 
     def __init__(self, work: Path) -> None:
-        from conftest import write_tiny
+        from tiny_checkpoints import write_tiny
 
         from sdrt.export.checkpoint import embedded_checkpoint
 

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from tiny_checkpoints import write_tiny, write_tiny_xl
 
 # Before any test file imports what reads it: no test reaches the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -98,98 +99,6 @@ def tiny_bundle(tiny, tmp_path_factory):
 
     target = tmp_path_factory.mktemp("built") / "tiny"
     return built(str(tiny), target, sizes=((32, 32), (48, 32)), batch=(1, 1, 2))
-
-
-def write_tiny(folder: Path, embedded: Path, **unet_options) -> Path:
-    import torch
-    from safetensors.torch import save_file
-
-    from sdrt.export.unet import Unet, UnetConfig
-    from sdrt.export.vae import AutoencoderKL, VaeConfig
-
-    torch.manual_seed(0)
-    shutil.copytree(embedded / "tokenizer", folder / "tokenizer")
-    shutil.copytree(embedded / "scheduler", folder / "scheduler")
-    write_text_encoder(folder, "text_encoder", "CLIPTextModel", num_hidden_layers=1)
-    unet = {
-        "sample_size": 4,
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        "block_out_channels": [8, 16],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-        **unet_options,
-    }
-    vae = {
-        "block_out_channels": [4] * 4,
-        "layers_per_block": 1,
-        "norm_num_groups": 2,
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    }
-    made = {
-        # first, so that models of other UNets have the same one
-        "vae": (vae, AutoencoderKL(VaeConfig.from_json(vae))),
-        "unet": (unet, Unet(UnetConfig.from_json(unet))),
-    }
-    for part, (config, module) in made.items():
-        (folder / part).mkdir()
-        (folder / part / "config.json").write_text(json.dumps(config))
-        save_file(module.state_dict(), folder / part / "diffusion_pytorch_model.safetensors")
-    return folder
-
-
-def write_text_encoder(folder: Path, part: str, kind: str, **options) -> None:
-    import transformers
-
-    tokenizer = part.replace("text_encoder", "tokenizer")
-    vocabulary = len(json.loads((folder / tokenizer / "vocab.json").read_text()))
-    config = transformers.CLIPTextConfig(
-        **{
-            "vocab_size": vocabulary,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 32,
-            "eos_token_id": vocabulary - 1,
-            **options,
-        }
-    )
-    getattr(transformers, kind)(config).save_pretrained(folder / part)
-
-
-def write_tiny_xl(folder: Path, embedded: Path, **unet_options) -> Path:
-    """Shaped like XL: two text encoders, 16 and 24 wide, and a pooled prompt of 20."""
-    options = {
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "transformer_layers_per_block": [1, 2],
-        "attention_head_dim": [2, 4],
-        "use_linear_projection": True,
-        "upcast_attention": None,
-        "cross_attention_dim": 40,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 68,
-    }
-    write_tiny(folder, embedded, **{**options, **unet_options})
-    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
-    (folder / "tokenizer_2" / "tokenizer_config.json").write_text('{"pad_token": "!"}')
-    (folder / "tokenizer_2" / "special_tokens_map.json").unlink()
-    shutil.rmtree(folder / "text_encoder")
-    write_text_encoder(folder, "text_encoder", "CLIPTextModel", num_hidden_layers=2)
-    write_text_encoder(
-        folder,
-        "text_encoder_2",
-        "CLIPTextModelWithProjection",
-        num_hidden_layers=3,
-        hidden_size=24,
-        projection_dim=20,
-        hidden_act="gelu",
-    )
-    return folder
 
 
 @pytest.fixture(scope="session")

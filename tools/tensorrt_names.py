@@ -3,7 +3,7 @@
     python tools/tensorrt_names.py tensorrt_cu13_bindings-11.4.0.106-cp311-*.whl …
 
 The wheels import only where TensorRT's own libraries are, so that their names are looked up among
-the strings of the compiled module. Adds to `tests/tensorrt_names.json`, by version.
+the strings of the compiled module. Adds to `tests/engine/tensorrt/names.json`, by version.
 """
 
 import json
@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-KEPT = ROOT / "tests" / "tensorrt_names.json"
+KEPT = ROOT / "tests" / "engine" / "tensorrt" / "names.json"
 
 
 def names_in(wheel: Path, wanted: set[str]) -> list[str]:
@@ -29,8 +29,8 @@ def names_in(wheel: Path, wanted: set[str]) -> list[str]:
 
 
 def main() -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
-    from test_engine_trt_names import used_names
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+    from tensorrt_usage import used_names
 
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for wheel in map(Path, sys.argv[1:]):

@@ -1,0 +1,52 @@
+"""Pictures, pipelines and LoRA files leave nothing behind: benchmarks/leaks.py in short."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def leaks():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("leaks", BENCHMARKS / "leaks.py")
+        module = sys.modules["leaks"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.SAMPLES = 30
+        yield module
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def test_files_and_threads_are_flat(leaks, shapes):
+    args = leaks.argparse.Namespace(
+        bundle=shapes, backend="onnxruntime", pictures=60, cycles=12, switches=12
+    )
+    for name, found in leaks.measured(args).items():
+        assert found.files[0] == found.files[1], name
+        assert found.threads[0] == found.threads[1], name
+
+
+def test_a_leak_is_found(leaks, tmp_path):
+    held, files = [], []
+    found = leaks.growth(30, lambda i: held.append(bytearray(b"x") * 100_000))
+    assert found.leaks
+    assert found.bytes == pytest.approx(100_000, rel=0.2)
+    found = leaks.growth(12, lambda i: files.append((tmp_path / str(i)).open("w")))
+    assert found.leaks
+    assert found.files[1] > found.files[0]
+    for file in files:
+        file.close()
+    assert leaks.growth(12, lambda i: bytearray(100_000)).bytes < 50_000
+
+
+def test_the_interval_is_that_of_ten_means(leaks):
+    rng = np.random.default_rng(0)
+    at = np.arange(1000.0)
+    slope, within = leaks.line_through(at, 7.0 * at + rng.normal(0.0, 100.0, 1000))
+    assert abs(slope - 7.0) < within < 0.2

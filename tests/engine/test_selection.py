@@ -1,0 +1,188 @@
+"""Which backend is taken, why, and what happens when it does not serve."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from plan_examples import BOTH, L4
+
+import sdrt
+from sdrt.bundle import open_bundle
+from sdrt.bundle.integrity import sha256_of
+from sdrt.cli.main import main
+from sdrt.engine import candidates, choose
+from sdrt.engine.gpu import NO_DEVICE, Machine, why_none
+from sdrt.engine.onnxruntime.cpu import OrtEngine
+from sdrt.engine.onnxruntime.cuda import MOST_SHAPES, OrtCudaEngine, OrtCudaOptions
+from sdrt.errors import BackendError, UsageError
+
+LARGE = 2_000_000_000
+NONE = Machine(why_none="no NVIDIA GPU on this machine")
+
+
+def reasons(machine, device=0):
+    return {c.title: c.why_not for c in candidates(machine, device)}
+
+
+def test_a_gpu_that_tensorrt_for_rtx_serves_takes_it():
+    pytest.importorskip("tensorrt_rtx")
+    chosen = choose("auto", LARGE, machine=Machine((L4,), (13, 0), "580.1"))
+    assert chosen.title == "tensorrt-rtx on cuda"
+    assert "tensorrt is not installed" in chosen.because
+
+
+def test_every_cause_to_go_on_is_said():
+    """What this machine lacks is really lacking; what the GPU lacks is in its description."""
+    pytest.importorskip("tensorrt_rtx")
+    said = reasons(BOTH, device=1)
+    assert "NVIDIA H100 is sm_90" in said["tensorrt-rtx on cuda:1"]
+    assert "pip install" in said["tensorrt on cuda:1"]
+    assert "CUDAExecutionProvider" in said["onnxruntime on cuda:1"]
+    assert "finds no GPU" in said["torch on cuda:1"]
+    chosen = choose("auto", LARGE, machine=BOTH, device=1)
+    assert chosen.title == "openvino on cpu"
+    for title, reason in said.items():
+        if title.endswith("cuda:1"):
+            assert reason in chosen.because
+    old = replace(BOTH, cuda=(12, 4), driver="550.54")
+    assert "driver 550.54 serves CUDA 12.4" in reasons(old)["tensorrt-rtx on cuda"]
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_a_backend_that_was_named_is_not_replaced(backend):
+    with pytest.raises(BackendError, match="no NVIDIA GPU"):
+        choose(backend, machine=NONE)
+
+
+def test_a_stream_of_the_callers_is_for_what_takes_one():
+    pytest.importorskip("tensorrt_rtx")
+    chosen = choose("auto", LARGE, machine=Machine((L4,), (13, 0), "580.1"), stream=1)
+    assert chosen.title == "tensorrt-rtx on cuda"
+    with pytest.raises(BackendError, match="stream of the caller's, so not openvino on cpu"):
+        choose("auto", LARGE, machine=NONE, stream=1)
+    assert OrtCudaOptions().settings(0, 77)["user_compute_stream"] == "77"
+
+
+def test_a_hidden_gpu_is_told_from_none():
+    hidden = Machine(why_none=why_none(NO_DEVICE, ""))
+    assert "unset it" in choose("auto", LARGE, machine=hidden).because
+
+
+def test_a_device_that_is_not_there_is_refused(capsys):
+    with pytest.raises(UsageError, match="device 2; here is 0 NVIDIA L4, 1 NVIDIA H100"):
+        choose(machine=BOTH, device=2)
+    with pytest.raises(UsageError, match="device -1"):
+        choose(machine=BOTH, device=-1)
+    with pytest.raises(UsageError, match="no NVIDIA GPU"):
+        choose(machine=NONE, device=1)
+
+
+def test_what_failed_is_not_chosen_again_and_says_why():
+    chosen = choose("auto", 0, machine=NONE, failed={"onnxruntime on cpu": "it is broken"})
+    assert chosen.title == "torch on cpu"
+    assert "it is broken, so not onnxruntime on cpu" in chosen.because
+    with pytest.raises(BackendError, match="it is broken"):
+        choose("onnxruntime", 0, machine=NONE, failed={"onnxruntime on cpu": "it is broken"})
+
+
+@pytest.fixture(scope="module")
+def refused_by_onnxruntime(tiny_bundle, tmp_path_factory):
+    """A bundle whose UNet is of a later format than ONNX Runtime reads; torch does not mind."""
+    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("opset") / "tiny")
+    graph = folder / "unet" / "model.onnx"
+    model = onnx.load(graph, load_external_data=False)
+    model.ir_version = 99
+    graph.write_bytes(model.SerializeToString())
+    manifest = json.loads((folder / "sdrt.json").read_text())
+    size = graph.stat().st_size
+    manifest["files"]["unet/model.onnx"] = {"size": size, "sha256": sha256_of(graph)}
+    (folder / "sdrt.json").write_text(json.dumps(manifest))
+    return folder, tiny_bundle
+
+
+def test_a_backend_that_does_not_load_is_left_for_the_next_with_a_warning(
+    refused_by_onnxruntime, caplog
+):
+    broken, whole = refused_by_onnxruntime
+    options = {"prompt": "a circle", "num_inference_steps": 2, "seed": 0}
+    with caplog.at_level("INFO", logger="sdrt"), sdrt.load(broken) as pipe:
+        assert pipe.backend == "torch on cpu"
+        found = np.asarray(pipe(**options).images[0], np.int16)
+    warned = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert any(w.startswith("onnxruntime on cpu does not serve") for w in warned)
+    with sdrt.load(whole, backend="onnxruntime") as pipe:
+        wanted = np.asarray(pipe(**options).images[0], np.int16)
+    assert np.abs(found - wanted).max() <= 1
+    with pytest.raises(BackendError, match="cannot load"):
+        sdrt.load(broken, backend="onnxruntime")
+
+
+def test_doctor_says_what_is_here_and_what_would_be_taken(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"] == choose().title
+    assert bool(found["gpus"]) == (found["no_gpu"] is None)
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"auto takes, for a large model: {found['chosen']}" in text
+    assert "tensorrt-rtx  cuda" in text
+
+
+def test_the_machine_is_asked_whatever_the_environment_hides():
+    """On a machine with a GPU this says that it is hidden, elsewhere that there is none."""
+    code = "from sdrt.engine.gpu import this_machine; print(this_machine().why_none)"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "no NVIDIA GPU" in done.stdout or "CUDA_VISIBLE_DEVICES" in done.stdout
+
+
+def test_onnxruntimes_cuda_options_are_read_and_checked():
+    options = OrtCudaOptions.from_text("tf32=1,conv_search=EXHAUSTIVE,graphs=0")
+    assert options == OrtCudaOptions(tf32=True, conv_search="EXHAUSTIVE", graphs=False)
+    settings = options.settings(device=1)
+    assert settings["device_id"] == "1" and settings["enable_cuda_graph"] == "0"
+    for text in ("tf32=2", "speed=1", "conv_search=FAST", "tf32"):
+        with pytest.raises(UsageError, match="SDRT_ORT_CUDA"):
+            OrtCudaOptions.from_text(text)
+
+
+def test_the_binding_of_the_cuda_engine_computes_the_same_on_the_cpu(refused_by_onnxruntime):
+    """The GPU is not here; that buffers are kept, filled and dropped as they should is."""
+    bundle = open_bundle(refused_by_onnxruntime[1])
+    component, graph = bundle.manifest.components["unet"], bundle.graph("unet")
+    exact = OrtEngine("unet", graph, component)
+    bound = OrtCudaEngine("unet", graph, component, 0, place="cpu")
+    rng = np.random.default_rng(0)
+    for side in (4, 6, 4, *range(2, 4 + 2 * MOST_SHAPES, 2), 4):
+        feeds = {
+            "sample": rng.normal(size=(2, 4, side, 4)).astype(np.float32),
+            "timestep": rng.uniform(0, 999, 2).astype(np.float32),
+            "context": rng.normal(size=(2, 32, 16)).astype(np.float32),
+        }
+        wanted = exact(feeds)["output"].copy()
+        assert np.array_equal(bound(feeds)["output"], wanted)
+    assert len(bound._bound) == MOST_SHAPES
+    bound.close()
+    with pytest.raises(BackendError, match="closed"):
+        bound(feeds)
+
+
+def test_doctor_on_a_machine_where_nothing_works_still_says_why():
+    """Packages that are not found, as on a machine that has only what sdrt itself needs."""
+    code = """
+import importlib.util, sys
+from sdrt.cli.main import main
+found, absent = importlib.util.find_spec, ("onnxruntime", "openvino", "torch", "tensorrt_rtx")
+importlib.util.find_spec = lambda name, *rest: None if name in absent else found(name, *rest)
+sys.exit(main(["doctor"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "onnxruntime is not installed" in done.stdout and "none works" in done.stdout

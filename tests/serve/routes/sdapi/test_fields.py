@@ -1,0 +1,414 @@
+"""Which fields and options of `/sdapi` are used, refused or of no effect, and that docs say so."""
+
+import base64
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webuiapi
+from PIL import Image
+from serving import PROMPT, client, engine_of
+from starlette.testclient import TestClient
+
+from sdrt.serve.app import application
+from sdrt.serve.model_manager import Source
+from sdrt.serve.routes.sdapi import fields as sdapi_fields
+from sdrt.serve.routes.sdapi import options as sdapi_options
+from sdrt.serve.schemas import ImageToImage, TextToImage
+from sdrt.serve.settings import Settings
+
+DOCS = Path(__file__).parents[4] / "docs" / "sdapi.md"
+BODY = {"prompt": PROMPT, "steps": 2, "seed": 3}
+
+
+def encoded(image, kind="PNG"):
+    buffer = BytesIO()
+    image.save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def image_of(answer, index=0):
+    assert answer.status_code == 200, answer.text[:300]
+    return np.asarray(Image.open(BytesIO(base64.b64decode(answer.json()["images"][index]))))
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with client(server) as opened:
+        yield opened
+
+
+def txt2img(http, **fields):
+    return http.post("/sdapi/v1/txt2img", json={**BODY, **fields})
+
+
+def img2img(http, **fields):
+    start = fields.pop("init_images", [encoded(Image.new("RGB", (64, 64), "red"))])
+    return http.post("/sdapi/v1/img2img", json={**BODY, "init_images": start, **fields})
+
+
+CHANGED = {
+    "enable_hr": (True, 1, "true"),
+    "restore_faces": (True,),
+    "tiling": (True,),
+    "styles": (["anime"],),
+    "subseed_strength": (0.5, "0.5"),
+    "seed_resize_from_h": (512,),
+    "seed_resize_from_w": (512,),
+    "s_churn": (0.1,),
+    "s_noise": (0.9,),
+    "s_min_uncond": (1.5,),
+    "refiner_checkpoint": ("xl",),
+    "script_name": ("X/Y/Z plot",),
+    "infotext": ("Steps: 3",),
+    "firstpass_image": ("AAAA",),
+    "latent_mask": ("AAAA",),
+    "mask_round": (False,),
+    "initial_noise_multiplier": (1.1,),
+    "disable_extra_networks": (True,),
+}
+
+
+@pytest.mark.parametrize("name", sdapi_fields.NEUTRAL)
+def test_a_field_is_refused_by_name_unless_it_changes_nothing(http, name):
+    plain = image_of(txt2img(http))
+    for neutral in (None, *sdapi_fields.NEUTRAL[name]):
+        assert np.array_equal(image_of(txt2img(http, **{name: neutral})), plain)
+    for value in CHANGED[name]:
+        for send in (txt2img, img2img):
+            answer = send(http, **{name: value})
+            assert answer.status_code == 400 and name in answer.json()["detail"]
+
+
+def test_what_is_of_no_effect_is_passed_over(http):
+    plain = image_of(txt2img(http))
+    ignored = sdapi_fields.IGNORED | sdapi_fields.IMAGE_ONLY
+    for value in (1, True, "x"):
+        assert np.array_equal(image_of(txt2img(http, **dict.fromkeys(ignored, value))), plain)
+
+
+@pytest.mark.parametrize("value", [1, "x", [0], {"a": 1}, True])
+def test_an_unknown_field_is_refused_unless_it_looks_unused(http, value):
+    answer = txt2img(http, cfg_scal=value)
+    assert answer.status_code == 400 and "cfg_scal" in answer.json()["detail"]
+    for unused in (None, "", False, 0, [], {}):
+        assert txt2img(http, hr_new_field=unused, steps=1).status_code == 200
+
+
+OFF = (
+    None,
+    {},
+    {"controlnet": {"args": []}},
+    {"controlnet": {"args": [{"enabled": False, "model": "canny"}] * 3}},
+    {"ControlNet": {"args": [{"enabled": False}, None]}},
+    {"ADetailer": {"args": [False, {"ad_model": "face_yolov8n.pt"}]}},
+    {"ADetailer": {"args": [{"ad_model": "None"}]}},
+    {"Refiner": {"args": [False, "", 0.8]}},
+)
+ON = (
+    {"controlnet": {"args": [{"model": "canny", "image": "AAAA"}]}},
+    {"controlnet": {"args": [{"enabled": False}, {"enabled": True}]}},
+    {"ADetailer": {"args": [True, False, {"ad_model": "face_yolov8n.pt"}]}},
+    {"ADetailer": {"args": [{"ad_model": "face_yolov8n.pt"}]}},
+    {"Refiner": {"args": [True, "xl", 0.8]}},
+    {"Sampler": {"args": [20, "Euler", "Karras"]}},
+    {"x": {"args": "no"}},
+)
+
+
+@pytest.mark.parametrize("scripts", OFF)
+def test_scripts_that_are_off_are_passed_over(http, scripts):
+    assert txt2img(http, alwayson_scripts=scripts, steps=1).status_code == 200
+
+
+@pytest.mark.parametrize("scripts", ON)
+def test_scripts_that_act_are_refused_by_name(http, scripts):
+    answer = txt2img(http, alwayson_scripts=scripts)
+    assert answer.status_code == 400
+    assert all(name in answer.json()["detail"] for name in ("alwayson_scripts", *scripts))
+
+
+@pytest.mark.parametrize(
+    ("plain", "lax"),
+    [
+        ({"steps": 3}, {"steps": "3"}),
+        ({"steps": 3}, {"steps": 3.0}),
+        ({"seed": 7}, {"seed": "7"}),
+        ({"seed": 7}, {"seed": 7.0}),
+        ({"cfg_scale": 5.0}, {"cfg_scale": "5"}),
+        ({"cfg_scale": 1}, {"cfg_scale": 0}),
+        ({}, {"width": "64", "height": 64.0}),
+        ({}, dict.fromkeys(("steps", "cfg_scale", "width", "height", "n_iter", "styles"))),
+        ({}, dict.fromkeys(("sampler_name", "scheduler", "eta", "override_settings"))),
+    ],
+)
+def test_numbers_come_as_text_or_floats(http, plain, lax):
+    lax = {name: value for name, value in lax.items() if name != "steps" or value is not None}
+    assert np.array_equal(image_of(txt2img(http, **lax)), image_of(txt2img(http, **plain)))
+
+
+@pytest.mark.parametrize("field", ["steps", "seed", "width", "batch_size"])
+def test_a_number_that_is_not_whole_is_refused_by_name(http, field):
+    for value in (4.5, "4.5", "many", [4], {}):
+        answer = txt2img(http, **{field: value})
+        assert answer.status_code == 422 and field in answer.json()["detail"]
+
+
+def test_a_drawn_seed_has_many_spellings(http):
+    for seed in (-1, "-1", -1.0, None):
+        assert txt2img(http, seed=seed, steps=1).status_code == 200
+
+
+def test_no_strength_gives_the_image_back(http):
+    start = Image.new("RGB", (64, 64), "red")
+    wanted = image_of(img2img(http, denoising_strength=0))
+    assert np.abs(wanted.astype(float) - np.asarray(start)).mean() < 20
+
+
+def as_data_url(text):
+    return f"data:image/png;base64,{text}"
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        as_data_url,
+        lambda text: as_data_url(text).replace("data:image", "DATA:Image"),
+        lambda text: f"data:image/png;charset=utf-8;base64,{text}",
+        lambda text: f"data:application/octet-stream;base64,{text}",
+        lambda text: "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+        lambda text: f" {text}\n",
+        lambda text: text.rstrip("="),
+        lambda text: text.replace("+", "-").replace("/", "_"),
+    ],
+)
+def test_base64_comes_in_many_spellings(http, spell):
+    rng = np.random.default_rng(1)
+    text = encoded(Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)))
+    plain = image_of(img2img(http, init_images=[text]))
+    assert np.array_equal(image_of(img2img(http, init_images=[spell(text)])), plain)
+
+
+def test_what_an_image_cannot_be_is_said(http):
+    text = encoded(Image.new("RGB", (64, 64)))
+    for fields, named in (
+        ({"init_images": [text, text]}, "init_images"),
+        ({"init_images": ["https://example.org/a.png"]}, "base64"),
+        ({"resize_mode": 3}, "resize_mode"),
+        ({"mask": text, "inpainting_fill": 2}, "inpainting_fill"),
+    ):
+        answer = img2img(http, **fields)
+        assert answer.status_code == 400 and named in answer.json()["detail"]
+
+
+def test_a_canvas_exports_its_mask_as_alpha(http):
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (8, 8, 40, 40))
+    drawn = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    drawn.putalpha(mask)
+    made = [image_of(img2img(http, mask=encoded(each))) for each in (mask, drawn)]
+    assert np.array_equal(*made)
+    plain = image_of(img2img(http))
+    assert not np.array_equal(made[0], plain)
+    kept = [image_of(img2img(http, mask=encoded(mask), mask_blur=n)) for n in (0, 4)]
+    assert (kept[0][60:] == (255, 0, 0)).all() and not np.array_equal(*kept)
+
+
+def test_init_images_come_back_only_if_asked_for(http):
+    assert img2img(http).json()["parameters"]["init_images"] is None
+    again = img2img(http, include_init_images=True).json()
+    assert len(again["parameters"]["init_images"]) == len(again["images"]) == 1
+
+
+def test_sampler_and_scheduler_are_the_pipelines_own(http, pipe):
+    for sampler, scheduler, name in (
+        ("Euler a", "Karras", "Euler a Karras"),
+        ("Euler", "sgm_uniform", "Euler SGM Uniform"),
+        ("DPM++ 2S a", "KARRAS", "DPM++ 2S a Karras"),
+        ("DDIM", "Karras", "DDIM"),
+        ("UniPC", "Beta", "UniPC"),
+        ("DPM++ 2M", None, "DPM++ 2M Karras"),
+        ("DPM++ 2M", "Automatic", "DPM++ 2M Karras"),
+        ("DPM++ 2M SDE", "", "DPM++ 2M SDE Exponential"),
+        ("k_dpmpp_2m_ka", None, "DPM++ 2M Karras"),
+        ("dpmpp_2m", "simple", "DPM++ 2M Simple"),
+        (None, "Karras", "Euler Karras"),
+    ):
+        answer = txt2img(http, sampler_name=sampler, scheduler=scheduler)
+        wanted = pipe.with_scheduler(name)(
+            PROMPT, seed=3, num_inference_steps=2, guidance_scale=7.0
+        )
+        assert np.array_equal(image_of(answer), wanted.images[0]), name
+        assert f"Sampler: {name}," in answer.json()["info"]
+    plain = pipe(PROMPT, seed=3, num_inference_steps=2, guidance_scale=7.0).images[0]
+    assert np.array_equal(image_of(txt2img(http)), plain)
+
+
+def test_a_pair_that_is_not_supported_is_refused_by_name(http):
+    for fields in (
+        {"scheduler": "Turbo"},
+        {"sampler_name": "Euler", "scheduler": "Linear Quadratic"},
+        {"sampler_name": "DPM adaptive"},
+        {"sampler_name": "Restart", "scheduler": "Karras"},
+        {"sampler_name": "DPM++ 2M SDE", "eta": 0.5},
+    ):
+        answer = txt2img(http, **fields)
+        assert answer.status_code == 400
+        detail = answer.json()["detail"]
+        assert str(fields.get("eta") or fields.get("scheduler")) in detail or (
+            fields["sampler_name"] in detail
+        )
+
+
+def test_every_listed_pair_is_taken(http):
+    samplers = http.get("/sdapi/v1/samplers").json()
+    schedulers = http.get("/sdapi/v1/schedulers").json()
+    names = {each["name"] for each in samplers}
+    assert {"Euler", "DPM++ 2S a", "DPM++ 2M SDE Heun", "DPM++ 2M Karras"} <= names
+    for each in ("Euler a", "DPM2 a", "DPM++ 3M SDE", "PLMS"):
+        for scheduler in schedulers:
+            for spelling in (scheduler["name"], scheduler["label"]):
+                fields = {"sampler_name": each, "scheduler": spelling, "steps": 1}
+                assert txt2img(http, **fields).status_code == 200, fields
+
+
+def test_eta_is_the_share_of_fresh_noise(http, pipe):
+    plain, least = (image_of(txt2img(http, sampler_name="Euler a", eta=n)) for n in (1, 0))
+    assert np.array_equal(plain, image_of(txt2img(http, sampler_name="Euler a")))
+    config = pipe.with_scheduler("Euler a").scheduler_config | {"eta": 0.0}
+    wanted = pipe.with_scheduler(config)(PROMPT, seed=3, num_inference_steps=2, guidance_scale=7.0)
+    assert np.array_equal(least, wanted.images[0]) and not np.array_equal(plain, least)
+    assert "eta" in wanted.parameters[0]
+
+
+SET = {
+    "sd_vae": "some.vae",
+    "eta_noise_seed_delta": 31337,
+    "token_merging_ratio": 0.5,
+    "a_new_option": 3,
+    "CLIP_stop_at_last_layers": "two",
+    "samples_format": "gif",
+    "sd_model_checkpoint": "shapez",
+}
+
+
+@pytest.mark.parametrize("name", SET)
+def test_options_are_refused_by_the_same_rule(http, name):
+    before = http.get("/sdapi/v1/options").json()
+    for answer in (
+        http.post("/sdapi/v1/options", json={"send_size": False, name: SET[name]}),
+        txt2img(http, override_settings={name: SET[name]}),
+    ):
+        named = "'shapez' is served here; the nearest: shapes" if "model" in name else name
+        assert answer.status_code == 400 and named in answer.json()["detail"]
+    assert http.get("/sdapi/v1/options").json() == before
+
+
+def test_options_are_kept_and_returned(server, http):
+    api = webuiapi.WebUIApi(port=server.port)
+    before = api.get_options()
+    assert before["sd_model_checkpoint"] == "shapes"
+    api.set_options(before)  # as clients do: all of them again
+    assert api.get_options() == before
+    plain = image_of(txt2img(http))
+    try:
+        chosen = {"samples_format": "jpg", "CLIP_stop_at_last_layers": 2, "send_seed": False}
+        api.set_options({"sd_model_checkpoint": "shapes.safetensors [0123456789]", **chosen})
+        assert api.get_options() == before | chosen
+        answer = txt2img(http)
+        skipped = txt2img(http, override_settings={"samples_format": "png"})
+        made = Image.open(BytesIO(base64.b64decode(answer.json()["images"][0])))
+        assert made.format == "JPEG" and answer.json()["info"].count("Clip skip: 2")
+        assert not np.array_equal(image_of(skipped), plain)
+    finally:
+        api.set_options(before)
+    assert np.array_equal(image_of(txt2img(http)), plain)
+
+
+def test_options_of_one_request_end_with_it_unless_it_says_not(http):
+    settings = {"CLIP_stop_at_last_layers": 2, "sd_vae": "Automatic"}
+    plain, skipped = image_of(txt2img(http)), image_of(txt2img(http, override_settings=settings))
+    assert np.array_equal(image_of(txt2img(http)), plain)
+    try:
+        txt2img(
+            http, override_settings=settings, override_settings_restore_afterwards=False
+        ).raise_for_status()
+        assert np.array_equal(image_of(txt2img(http)), skipped)
+    finally:
+        reset = {"CLIP_stop_at_last_layers": 1}
+        http.post("/sdapi/v1/options", json=reset).raise_for_status()
+
+
+def test_noise_is_drawn_as_the_options_say(http, pipe):
+    drawn = {"seed": 3, "num_inference_steps": 2, "guidance_scale": 7.0}
+    for source, rng in (("CPU", "cpu"), ("NV", "cuda"), ("GPU", "cuda")):
+        made = image_of(txt2img(http, override_settings={"randn_source": source}))
+        assert np.array_equal(made, pipe(PROMPT, rng=rng, **drawn).images[0])
+
+
+def test_sizes_are_those_of_the_command_line(http, server, pipe):
+    for size in ((128, 64), (48, 80), (96, 96)):
+        made = txt2img(http, width=size[0], height=size[1])
+        assert image_of(made).shape[:2] == size[::-1]
+        text = f"{size[0]}x{size[1]}"
+        wanted = pipe(PROMPT, seed=3, num_inference_steps=2, guidance_scale=7.0, size=text)
+        assert np.array_equal(image_of(made), wanted.images[0])
+    image = http.post(
+        "/v1/images/generations",
+        json={"prompt": PROMPT, "size": "128x64", "num_inference_steps": 2},
+    ).json()
+    assert image["size"] == "128x64" and image["data"]
+    odd = txt2img(http, width=72)
+    assert odd.status_code == 400 and "multiples of 16" in odd.json()["detail"]
+    assert (128, 64) in engine_of(server).costs.estimated
+
+
+def test_a_body_without_its_type_is_told_which(http):
+    for path in ("/sdapi/v1/txt2img", "/v1/images/generations", "/sdapi/v1/options"):
+        for headers in ({}, {"content-type": "text/plain"}):
+            answer = http.post(path, content='{"prompt": "x"}', headers=headers)
+            assert answer.status_code == 415
+            assert "Send Content-Type: application/json" in answer.text
+    assert txt2img(http, steps=1).status_code == 200
+
+
+@pytest.mark.parametrize("body", ["[]", "3", '"x"', "null"])
+def test_a_body_that_is_no_object_is_told_so(http, body):
+    for path in ("/sdapi/v1/txt2img", "/v1/images/generations", "/sdapi/v1/options"):
+        headers = {"content-type": "application/json; charset=utf-8"}
+        answer = http.post(path, content=body, headers=headers)
+        assert answer.status_code in (400, 422) and "JSON" in answer.text
+
+
+def test_a_fleet_keeps_no_options():
+    guard, models = application({"shapes": Source(lambda: None)}, Settings())
+    models.on_demand = True
+    with TestClient(guard, base_url="http://localhost") as fleet:
+        kept = {"sd_model_checkpoint": "Shapes.safetensors", "send_seed": False}
+        assert fleet.post("/sdapi/v1/options", json=kept).status_code == 200
+        for changed in ({"CLIP_stop_at_last_layers": 2}, {"samples_format": "jpg"}):
+            answer = fleet.post("/sdapi/v1/options", json=changed)
+            assert answer.status_code == 400 and "override_settings" in answer.json()["detail"]
+
+
+def test_options_have_a_bound(http):
+    many = {f"save_{i}": i for i in range(500)}
+    for sent in (many, {"save_x": "x" * 200_000}):
+        answer = http.post("/sdapi/v1/options", json=sent)
+        assert answer.status_code == 400 and "too many" in answer.json()["detail"]
+
+
+def rows(section):
+    text = DOCS.read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
+    return {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
+
+
+def test_docs_name_every_field_and_option():
+    used = {*ImageToImage.model_fields, *TextToImage.model_fields}
+    assert rows("Fields that are used") == used
+    assert rows("Fields that are refused") == {*sdapi_fields.NEUTRAL, "alwayson_scripts"}
+    ignored = sdapi_fields.IGNORED | sdapi_fields.IMAGE_ONLY
+    assert rows("Fields without effect") == set(ignored) - used | {"denoising_strength"}
+    assert rows("Options that are used") == set(sdapi_options.USED)
+    assert rows("Options that are refused") == set(sdapi_options.NEUTRAL)
