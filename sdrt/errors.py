@@ -7,15 +7,29 @@
     ├── BackendError         5   no backend serves, or one failed
     └── ParityError          6   a component differs from torch by more than its floor
 
-Each message says what was found, what was expected and what to type. An interrupted command
-exits with 130.
+A message says what was found and what was expected; a hint says what to do about it. An
+interrupted command exits with 130.
 """
 
 
 class SdrtError(Exception):
-    """The root: catch this to catch all that sdrt raises on purpose."""
+    """The root: catch this to catch all that sdrt raises on purpose.
+
+    Args:
+        message: What was found and what was expected, without a full stop at its end.
+        hint: What to do about it, such as "run `sdrt doctor`"; the command line prints it on a
+            line of its own.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
 
 
 class UsageError(SdrtError):

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command(_restored(args, arguments) if getattr(args, "source", None) else args)
     except SdrtError as error:
-        print(f"sdrt: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("sdrt: interrupted; nothing half-written is left", file=sys.stderr)

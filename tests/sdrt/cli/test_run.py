@@ -42,7 +42,7 @@ def text_of(path):
 def test_arguments_are_checked_before_anything_loads(shapes, capsys, monkeypatch, arguments):
     monkeypatch.setattr(cli_run, "load", lambda *_, **__: pytest.fail("it was loaded"))
     assert main(["run", PROMPT, "--bundle", str(shapes), *arguments]) in (2, 4)
-    assert "sdrt: " in capsys.readouterr().err
+    assert "error: " in capsys.readouterr().err
 
 
 def test_images_are_named_after_their_own_prompts(shapes, tmp_path, capsys):
