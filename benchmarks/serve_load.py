@@ -32,10 +32,10 @@ from sdrt.engine import Engine, Feeds
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.checkpoint import embedded_checkpoint
 from sdrt.runtime import Pipeline
-from sdrt.runtime.batching.engine import InFlight
-from sdrt.runtime.batching.request import Refused
+from sdrt.runtime.batching.engine import InflightBatcher
+from sdrt.runtime.batching.request import RequestRejected
 from sdrt.runtime.batching.scheduler import Rates
-from sdrt.runtime.denoising import Gather
+from sdrt.runtime.denoising import BatchBuilder
 from sdrt.runtime.options import options_from
 
 PROMPT = "a red circle on a blue background"
@@ -127,7 +127,7 @@ def played(jobs: Sequence[Job], send: Callable[[Job], None]) -> float:
     return began
 
 
-def in_flight(jobs: Sequence[Job], engine: InFlight) -> None:
+def in_flight(jobs: Sequence[Job], engine: InflightBatcher) -> None:
     left = threading.Semaphore(0)
     began = time.perf_counter()
 
@@ -142,7 +142,7 @@ def in_flight(jobs: Sequence[Job], engine: InFlight) -> None:
 
         try:
             (ticket,) = engine.submit(PROMPT, job.options, scheduler=job.sampler, on_step=stepped)
-        except Refused:
+        except RequestRejected:
             job.refused = True
             left.release()
         else:
@@ -189,7 +189,7 @@ def run_batch(pipe: Pipeline, batch: Sequence[Job], clock: Callable[[], float]) 
         own, options = pipe.with_scheduler(job.sampler), options_from(job.options)
         requests, *_ = own.planned(PROMPT, options)
         runs += [run for _, run, _ in own.separate(requests, options)]
-    gather = Gather()
+    gather = BatchBuilder()
     while going := [run for run in runs if not run.finished]:
         gather.evaluate(pipe.engines, going)
         for job in batch:
@@ -257,7 +257,7 @@ def fresh(jobs: Sequence[Job]) -> list[Job]:
 
 
 def measured(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
-    with InFlight(pipe, waiting=10_000) as engine:
+    with InflightBatcher(pipe, waiting=10_000) as engine:
         rates = engine.rates
         most = max(size.most for size in engine.costs.sizes.values())
 

@@ -2,26 +2,26 @@
 
 from .gpu import Machine
 from .history import History, NumpyHistory
-from .lazy import LazyEngine, Turn
+from .lazy import ExclusiveSlot, LazyEngine
 from .protocol import Engine, Feeds
-from .sampling import Drawn, Read, Sampler, Schedule
+from .sampling import ProgramEngine, SamplingProgram, SamplingResult, TextInput
 from .selection import BACKENDS, PRECISIONS, Candidate, candidates, choose
 
 __all__ = [
     "BACKENDS",
     "PRECISIONS",
     "Candidate",
-    "Drawn",
     "Engine",
+    "ExclusiveSlot",
     "Feeds",
     "History",
     "LazyEngine",
     "Machine",
     "NumpyHistory",
-    "Read",
-    "Sampler",
-    "Schedule",
-    "Turn",
+    "ProgramEngine",
+    "SamplingProgram",
+    "SamplingResult",
+    "TextInput",
     "candidates",
     "choose",
 ]

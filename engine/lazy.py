@@ -18,7 +18,7 @@ from .protocol import Engine, Feeds
 PATIENCE = 5.0  # seconds that a caller waits for others of the engine that is loaded
 
 
-class Turn:
+class ExclusiveSlot:
     """Engines that take turns: one of them is loaded, the others are not. It goes when another is
     needed and nobody uses it; callers of the one that is loaded go before the others, which load
     theirs less often for it, unless one of those has waited for `PATIENCE`.
@@ -64,7 +64,10 @@ class LazyEngine:
     """
 
     def __init__(
-        self, load: Callable[[], Engine], component: Component | None, turn: Turn | None = None
+        self,
+        load: Callable[[], Engine],
+        component: Component | None,
+        turn: ExclusiveSlot | None = None,
     ) -> None:
         """component: None if there is none, which `load` says"""
         self._load, self._component, self._turn = load, component, turn

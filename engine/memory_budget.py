@@ -16,7 +16,7 @@ from .gpu import Gpu, free_memory
 
 log = logging.getLogger(__name__)
 SELDOM = "vae_encoder"  # loaded when a picture is given
-MOST_PICTURES = 16  # at once; more are no faster anywhere
+MAX_PICTURES = 16  # at once; more are no faster anywhere
 SHARE = {True: 0.85, False: 0.5}  # of what a GPU, or the host, has free, for a largest batch
 
 
@@ -81,7 +81,7 @@ def most_pictures(manifest: Manifest, free: int) -> int:
     largest = max(manifest.sizes, key=lambda size: size[0] * size[1])
     fitting = [
         count
-        for count in range(1, MOST_PICTURES + 1)
+        for count in range(1, MAX_PICTURES + 1)
         if budget_of(manifest, largest, 2 * count).total <= free
     ]
     return fitting[-1] if fitting else 1

@@ -21,7 +21,7 @@ from sdrt.json_validation import read_bytes
 
 VARIABLE = "SDRT_TRUST_PLANS"
 KEY_BYTES = MARK_BYTES = 32
-MOST_MARKED = 2**30
+MAX_MARKED = 2**30
 
 
 def mark_of(content: bytes) -> str:
@@ -61,7 +61,7 @@ def write_ours(path: Path, content: bytes) -> None:
 def read_ours(path: Path) -> bytes:
     """What `write_ours` wrote; raises OSError if it was not by this user or is damaged."""
     try:
-        data = read_bytes(path, MOST_MARKED)
+        data = read_bytes(path, MAX_MARKED)
     except ValueError as error:
         raise OSError(f"{path}: {error}") from error
     mark, content = data[:MARK_BYTES], data[MARK_BYTES:]

@@ -31,8 +31,8 @@ from .plan_signing import VARIABLE, is_ours, mark_of, named
 
 log = logging.getLogger(__name__)
 PICTURE_ROWS = 1  # the runtime decodes and encodes one picture at a time
-MOST_SIDECAR = 1_000_000  # bytes
-MOST_STRETCHES = 16  # of a prompt, each of the text encoder's length: all that are read
+MAX_SIDECAR = 1_000_000  # bytes
+MAX_STRETCHES = 16  # of a prompt, each of the text encoder's length: all that are read
 # Files whose sha256 this process has compared, so that gigabytes are not hashed twice in a load.
 _unchanged: set[tuple[object, ...]] = set()
 Shape = tuple[int, ...]
@@ -213,7 +213,7 @@ def profiles_of(
         down = manifest.downscale
         lengths = {
             "rows": rows,
-            "tokens": (tokens, tokens, MOST_STRETCHES * tokens),
+            "tokens": (tokens, tokens, MAX_STRETCHES * tokens),
             **{"width": (width,) * 3, "height": (height,) * 3},
             **{"latent_width": (width // down,) * 3, "latent_height": (height // down,) * 3},
         }
@@ -298,7 +298,7 @@ def _plans(folder: Path, component: str) -> Iterator[Plan]:
 
 def plan_from_json(sidecar: Path) -> Plan:
     """Raises OSError, ValueError, KeyError or TypeError for a file that is no sidecar."""
-    raw = json_object(read_bytes(sidecar, MOST_SIDECAR))
+    raw = json_object(read_bytes(sidecar, MAX_SIDECAR))
     key = dict(raw.pop("key"))
     key["targets"] = tuple(key["targets"])
     key["profiles"] = tuple(

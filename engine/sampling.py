@@ -13,7 +13,7 @@ from .protocol import Engine, Feeds
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class TextInput:
     """Text that a text encoder reads in the same run, in place of the UNet's input `context`.
 
     ids: [B, 2 or 1, stretches, tokens] int32; weights: alike, float32, of every token
@@ -26,7 +26,7 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class SamplingResult:
     """What becomes of a schedule.
 
     latents: [B, C, H/8, W/8] float32
@@ -40,7 +40,7 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class SamplingProgram:
     """A whole run of B pictures in N evaluations, all numbers known: what a backend that decides
     nothing in between needs. Rows of the model are laid out picture by picture.
 
@@ -64,7 +64,7 @@ class Schedule:
     state_places: tuple[int, ...]
     told: Feeds
     beside: np.ndarray
-    read: Read | None = None
+    read: TextInput | None = None
 
     @property
     def layout(self) -> tuple[object, ...]:
@@ -75,10 +75,12 @@ class Schedule:
         return self.columns.shape, self.rows.shape, self.beside.shape, shapes, places, read
 
 
-class Sampler(Protocol):
+class ProgramEngine(Protocol):
     """A UNet's engine that also runs a whole schedule."""
 
-    def drawn(self, schedule: Schedule, encoder: Engine | None, decoder: Engine | None) -> Drawn:
+    def run_program(
+        self, schedule: SamplingProgram, encoder: Engine | None, decoder: Engine | None
+    ) -> SamplingResult:
         """Run it, after the text encoder where the schedule has text, before the decoder where one
         is given; both are engines of the same backend.
         """

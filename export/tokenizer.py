@@ -16,7 +16,7 @@ from typing import Any
 from sdrt.errors import CheckpointError
 from sdrt.json_validation import shortened
 from sdrt.runtime.text.added_tokens import AddedToken
-from sdrt.runtime.text.tokenizer import END, MOST_TOKENS, ROLES, START
+from sdrt.runtime.text.tokenizer import END, MAX_TOKENS, ROLES, START
 
 from .weights import read_json
 
@@ -149,8 +149,8 @@ def _read_by_transformers(folder: Path) -> CheckpointTokenizer:
         each["id"]: AddedToken(each["content"], **{flag: each[flag] for flag in flags})
         for each in state["added_tokens"]
     }
-    if max(*model["vocab"].values(), *added) >= MOST_TOKENS:
-        raise ValueError(f"an id is {MOST_TOKENS:,} or more")
+    if max(*model["vocab"].values(), *added) >= MAX_TOKENS:
+        raise ValueError(f"an id is {MAX_TOKENS:,} or more")
     length = read.model_max_length
     return CheckpointTokenizer(
         model["vocab"],

@@ -22,7 +22,7 @@ from sdrt.bundle.bundle import graph_name
 from sdrt.bundle.manifest import FEATURE, FLOAT32_GRAPH, SHALLOW, Component, Manifest
 from sdrt.engine import Candidate, Feeds, candidates, parity
 from sdrt.errors import ParityError
-from sdrt.runtime import Options, load_pipeline, randn, sampler_table
+from sdrt.runtime import GenerationOptions, load_pipeline, randn, sampler_table
 from sdrt.runtime.embedded_guidance import GUIDANCE, guidance_embedding
 from sdrt.runtime.images import images_from_decoded, pixels_of
 from sdrt.runtime.reference_outputs import (
@@ -30,7 +30,7 @@ from sdrt.runtime.reference_outputs import (
     PROMPT,
     SCHEDULER,
     STEPS,
-    Answers,
+    ReferenceOutputs,
     beside,
     drawn,
     kept,
@@ -184,9 +184,9 @@ class Proof:
         return feeds, answers
 
     @property
-    def answers(self) -> Answers:
+    def answers(self) -> ReferenceOutputs:
         """What the bundle keeps of torch's."""
-        return Answers(self.samples, kept(self.images[self.manifest.sizes[0]]))
+        return ReferenceOutputs(self.samples, kept(self.images[self.manifest.sizes[0]]))
 
     def _export(
         self, module: nn.Module, recipe: Recipe, cases: list[Any], dtype: str
@@ -289,7 +289,7 @@ class Proof:
                     **self.told,
                 }
                 if getattr(module, "add_embedding", None) is not None:
-                    feeds["time_ids"] = time_ids_of(Options(), size)[1:]
+                    feeds["time_ids"] = time_ids_of(GenerationOptions(), size)[1:]
                 if width := getattr(module.config, "time_cond_proj_dim", None):
                     feeds[GUIDANCE] = guidance_embedding(1.0, width)[None]
                 wanted = self._unet_answers(module, feeds, wanted)

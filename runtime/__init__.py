@@ -4,7 +4,7 @@ from .denoising import Step
 from .loading import load_pipeline
 from .lora.tags import LoraWeight
 from .noise import CpuNoise, CudaNoise, noise_from_seed, randn
-from .options import Options
+from .options import GenerationOptions
 from .pipeline import Output, Pipeline
 from .preview import Preview
 from .samplers.table import SamplerTable, sample, sampler_table
@@ -13,8 +13,8 @@ from .text.tokenizer import Tokenizer
 __all__ = [
     "CpuNoise",
     "CudaNoise",
+    "GenerationOptions",
     "LoraWeight",
-    "Options",
     "Output",
     "Pipeline",
     "Preview",

@@ -52,7 +52,7 @@ class Guidance:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class HistoryLayout:
     """A run's rows over the places of a history. An output or a state is read by the next few rows
     only, so each kind goes round a ring, and a long run needs no more memory than a short one.
 
@@ -79,7 +79,7 @@ class Plan:
         return self.state_base + k % self.state_ring
 
 
-def plan_of(table: SamplerTable, guidance: Guidance) -> Plan:
+def plan_of(table: SamplerTable, guidance: Guidance) -> HistoryLayout:
     """The rows of a run with its guidance, in as few places as they need; the table's last plan is
     remembered for as long as the table is.
     """
@@ -90,10 +90,10 @@ def plan_of(table: SamplerTable, guidance: Guidance) -> Plan:
     return known[1]
 
 
-_PLANS: WeakKeyDictionary[SamplerTable, tuple[bytes | None, Plan]] = WeakKeyDictionary()
+_PLANS: WeakKeyDictionary[SamplerTable, tuple[bytes | None, HistoryLayout]] = WeakKeyDictionary()
 
 
-def _written_plan(table: SamplerTable, guidance: Guidance) -> Plan:
+def _written_plan(table: SamplerTable, guidance: Guidance) -> HistoryLayout:
     count, per = table.evaluations, 2 if guidance.pairs else 1
     chain = guided_matrix(table.chain, count, guidance.scales) if guidance.pairs else table.chain
     outputs = chain[:, 1 : 1 + count * per].reshape(count + 1, count, per)
@@ -109,7 +109,7 @@ def _written_plan(table: SamplerTable, guidance: Guidance) -> Plan:
     for place in range(state_ring):
         rows[:, state_base + place] = states[:, place::state_ring].sum(axis=1)
     rows.flags.writeable = False
-    return Plan(rows, per, output_ring, state_base, state_ring)
+    return HistoryLayout(rows, per, output_ring, state_base, state_ring)
 
 
 def _ring(read: np.ndarray) -> int:
@@ -120,7 +120,7 @@ def _ring(read: np.ndarray) -> int:
     return int(max(1, (rows - columns).max(initial=1)))
 
 
-class Run:
+class DenoisingState:
     """One picture's run: its rows of numbers, its history, and what the model is told.
 
     latents: [C, H/8, W/8] float32, the next model input, or the result after the last evaluation
@@ -132,7 +132,7 @@ class Run:
         self,
         table: SamplerTable,
         guidance: Guidance,
-        plan: Plan,
+        plan: HistoryLayout,
         columns: Sequence[np.ndarray],
         told: Feeds,
         beside: np.ndarray,
@@ -208,7 +208,7 @@ class Run:
         self.latents = latents
 
 
-class Gather:
+class BatchBuilder:
     """The rows of several runs as one call of the model. They need not agree on anything but
     shapes and which network is next; what stays from call to call is laid out once.
     """
@@ -216,11 +216,11 @@ class Gather:
     def __init__(self, padded: int = 0) -> None:
         """padded: the least rows of a call, filled up with zeros."""
         self._padded = padded
-        self._laid: list[tuple[Run, int]] = []
+        self._laid: list[tuple[DenoisingState, int]] = []
         self._sample = self._timesteps = np.empty(0, np.float32)
         self._told: dict[str, np.ndarray] = {}
 
-    def evaluate(self, engines: Mapping[str, Engine], runs: Sequence[Run]) -> None:
+    def evaluate(self, engines: Mapping[str, Engine], runs: Sequence[DenoisingState]) -> None:
         """One evaluation of every run; engines: by component."""
         laid = [(run, run.rows) for run in runs]
         if laid != self._laid:
@@ -243,13 +243,13 @@ class Gather:
             run.receive(found["output"][at : at + rows])
             at += rows
 
-    def _features(self, laid: list[tuple[Run, int]]) -> np.ndarray:
+    def _features(self, laid: list[tuple[DenoisingState, int]]) -> np.ndarray:
         """Of every row, as its run's last full evaluation left it."""
         kept = [run.feature[-rows:] for run, rows in laid if run.feature is not None]
         short = len(self._sample) - sum(rows for _, rows in laid)
         return np.concatenate([*kept, *[np.zeros_like(kept[0][:1])] * short])
 
-    def _lay(self, laid: list[tuple[Run, int]]) -> None:
+    def _lay(self, laid: list[tuple[DenoisingState, int]]) -> None:
         """Buffers for these runs, with what no evaluation changes in place."""
         used = sum(rows for _, rows in laid)
         count = max(used, self._padded)
@@ -271,14 +271,14 @@ class Gather:
 
 
 def denoised(
-    engines: Mapping[str, Engine], runs: Sequence[Run], edit: Edit | None = None
+    engines: Mapping[str, Engine], runs: Sequence[DenoisingState], edit: Edit | None = None
 ) -> Iterator[Step]:
     """One `Step` per evaluation of runs that share one table.
 
     engines: by component
     edit: given the evaluations done and the latents [B, ..], may give others in their place
     """
-    gather, table = Gather(), runs[0].table
+    gather, table = BatchBuilder(), runs[0].table
     for k in range(1, table.evaluations + 1):
         gather.evaluate(engines, runs)
         latents = np.stack([run.latents for run in runs])

@@ -12,7 +12,7 @@ import numpy as np
 from sdrt.bundle.manifest import Manifest
 from sdrt.errors import UsageError
 
-from .options import Options
+from .options import GenerationOptions
 from .text.conditioning import Told
 
 log = logging.getLogger(__name__)
@@ -37,12 +37,12 @@ def guidance_embedding(scale: float, width: int) -> np.ndarray:
     return np.pad(embedding, (0, width % 2)).astype(np.float32)
 
 
-def one_row(options: Options) -> Options:
+def one_row(options: GenerationOptions) -> GenerationOptions:
     """The options without guidance by a second row."""
     return replace(options, guidance_scale=1.0)
 
 
-def with_guidance(told: Sequence[Told], options: Options, width: int) -> list[Told]:
+def with_guidance(told: Sequence[Told], options: GenerationOptions, width: int) -> list[Told]:
     """What the UNet is told of every image, and the guidance scale [1, width].
 
     Warns of a negative prompt: it has no effect, as in the reference pipelines.
@@ -53,7 +53,7 @@ def with_guidance(told: Sequence[Told], options: Options, width: int) -> list[To
     return [{**each, GUIDANCE: embedding} for each in told]
 
 
-def check_guidance(options: Options) -> None:
+def check_guidance(options: GenerationOptions) -> None:
     """Raise UsageError for what such a model cannot do."""
     if tuple(options.guidance_interval) != (0.0, 1.0):
         raise UsageError("guidance_interval: this model has one guidance scale for the whole run")

@@ -16,7 +16,7 @@ from sdrt.atomic_files import write_new, write_whole
 from sdrt.errors import UsageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-MOST_SIDE = 8192
+MAX_SIDE = 8192
 # No try reads past the next comma or quote: a text takes no longer than it is.
 SETTING = re.compile(r'([^,:"]++):\s*+("(?:\\.|[^"\\])*+"(?=,|$)|[^,]*+)|[^,]++|,')
 EXIF, USER_COMMENT = 0x8769, 0x9286
@@ -24,7 +24,7 @@ CONVERTED = {"La": "LA", "LAB": "RGB"}  # modes from which Pillow reaches few ot
 COMPRESSION = 4  # of PNG: of a photograph as small as 6 and 9, in half their time
 # Pillow decodes an opened image when it is first used, which goes wrong where two threads share it.
 _DECODING = threading.Lock()
-MOST_COMMENT = 60_000  # bytes; JPEG has room for 65,533 of EXIF
+MAX_COMMENT = 60_000  # bytes; JPEG has room for 65,533 of EXIF
 
 
 def images_from_decoded(decoded: np.ndarray) -> list[Image.Image]:
@@ -88,9 +88,9 @@ def image_from_bytes(data: bytes, most_pixels: int) -> Image.Image:
 
 def _bounded(image: Image.Image) -> None:
     """Before a picture is decoded: its sides must be sane."""
-    if not all(1 <= side <= MOST_SIDE for side in image.size):
+    if not all(1 <= side <= MAX_SIDE for side in image.size):
         raise UsageError(
-            f"a picture of {image.size[0]}x{image.size[1]}; at most {MOST_SIDE} a side are read"
+            f"a picture of {image.size[0]}x{image.size[1]}; at most {MAX_SIDE} a side are read"
         )
 
 
@@ -266,7 +266,7 @@ def encoded(image: Image.Image, parameters: str, kind: str = "PNG", quality: int
         image.save(buffer, kind, pnginfo=info, compress_level=COMPRESSION)
     else:
         exif = Image.Exif()
-        comment = parameters.encode("utf-16-be")[:MOST_COMMENT]
+        comment = parameters.encode("utf-16-be")[:MAX_COMMENT]
         exif.get_ifd(EXIF)[USER_COMMENT] = b"UNICODE\0" + comment
         image.save(buffer, kind, quality=quality, exif=exif)
     return buffer.getvalue()

@@ -12,7 +12,7 @@ from sdrt.errors import UsageError
 
 from .images import depth_array, image_array, mask_array
 from .noise import Noise, noise_from_seed
-from .options import Options, Request
+from .options import GenerationOptions, Request
 from .samplers.table import SamplerTable
 
 Shape = tuple[int, int, int]
@@ -67,7 +67,11 @@ class Start:
 
 
 def source_of(
-    encode: Encode, options: Options, size: tuple[int, int], shape: Shape, model_channels: int
+    encode: Encode,
+    options: GenerationOptions,
+    size: tuple[int, int],
+    shape: Shape,
+    model_channels: int,
 ) -> Source:
     """Encode what is given once for all seeds; raises UsageError for what does not fit.
 
@@ -92,7 +96,7 @@ def source_of(
     return Source(picture, kept, mask, depth)
 
 
-def check_task(options: Options, beside: int, channels: int) -> None:
+def check_task(options: GenerationOptions, beside: int, channels: int) -> None:
     """Raise UsageError unless what is given is what the model takes."""
     if beside == 0 and options.depth_map is not None:
         raise UsageError("a depth map, but this model takes none; build a depth model")
@@ -104,7 +108,7 @@ def check_task(options: Options, beside: int, channels: int) -> None:
         raise UsageError(f"this model takes {beside} channels beside the latents, which is unknown")
 
 
-def _check_latents(options: Options, shape: Shape) -> None:
+def _check_latents(options: GenerationOptions, shape: Shape) -> None:
     if options.latents is None:
         return
     found = np.shape(options.latents)
@@ -118,7 +122,7 @@ def _check_latents(options: Options, shape: Shape) -> None:
 
 
 def start_of(
-    request: Request, options: Options, table: SamplerTable, shape: Shape, source: Source
+    request: Request, options: GenerationOptions, table: SamplerTable, shape: Shape, source: Source
 ) -> Start:
     """Draw what one picture needs; the same whatever else is in its batch."""
     stream = noise_from_seed(request.seed, options.rng)

@@ -11,7 +11,7 @@ from typing import Any
 from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import SHALLOW, WEIGHTS
 from sdrt.bundle.safetensors import read_header
-from sdrt.engine import Candidate, Engine, LazyEngine, Turn
+from sdrt.engine import Candidate, Engine, ExclusiveSlot, LazyEngine
 from sdrt.engine.room import Room
 from sdrt.errors import BundleError
 from sdrt.json_validation import read_config
@@ -34,7 +34,7 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
     """
     load = candidate.load
     assert load is not None
-    manifest, turn = bundle.manifest, Turn() if in_turn else None
+    manifest, turn = bundle.manifest, ExclusiveSlot() if in_turn else None
     side_by_side = candidate.device == "cpu"
 
     def tokenizer(encoder: str, folder: str) -> Tokenizer | None:
@@ -43,7 +43,7 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
         rows = _embedded(bundle.graph(encoder).with_name(WEIGHTS))
         return Tokenizer.from_folder(bundle.folder / folder, manifest.max_tokens, rows)
 
-    def lazy(of: Bundle, name: str, turn: Turn | None = turn) -> LazyEngine:
+    def lazy(of: Bundle, name: str, turn: ExclusiveSlot | None = turn) -> LazyEngine:
         def opened() -> Engine:
             return _loaded(of, [name], load, side_by_side)[name]
 

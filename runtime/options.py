@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from sdrt.errors import UsageError
 
-from .images import MOST_SIDE
+from .images import MAX_SIDE
 from .noise import STREAMS
 from .parsing import (
     Parser,
@@ -32,9 +32,9 @@ from .parsing import (
 )
 
 MAX_STEPS = 1000
-MOST_IMAGES = 1000
-MOST_GUIDANCE = 100.0
-MOST_REUSE = 100  # evaluations of which one is full
+MAX_IMAGES = 1000
+MAX_GUIDANCE = 100.0
+MAX_REUSE = 100  # evaluations of which one is full
 LONG_PROMPTS = ("chunk", "cut")
 Seed = int | Sequence[int] | None
 Pair = tuple[int, int] | None
@@ -56,7 +56,7 @@ Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class GenerationOptions:
     """The named arguments of a call, under the reference library's names where it has them.
 
     None is an option's default. Numbers may be NumPy's, or floats where a whole number is meant
@@ -205,14 +205,14 @@ def _row(values: Sequence[float] | None) -> str:
     return " ".join(shortest(value) for value in values or ())
 
 
-def options_from(arguments: Mapping[str, Any]) -> Options:
+def options_from(arguments: Mapping[str, Any]) -> GenerationOptions:
     """Checked options; raises UsageError for an unknown name or a value that does not fit."""
     if not isinstance(arguments, Mapping):
         raise refusal("options", arguments, 'a mapping such as {"seed": 3}')
     for name in arguments:
         if name not in PARSERS:
             raise UsageError(f"a call takes no {name!r}{_hint(str(name))}")
-    return Options(**arguments)
+    return GenerationOptions(**arguments)
 
 
 def _hint(name: str) -> str:
@@ -224,7 +224,7 @@ def _hint(name: str) -> str:
     return f"; did you mean {wanted}?" if wanted else f"; one of {', '.join(PARSERS)}"
 
 
-def _check_together(options: Options) -> None:
+def _check_together(options: GenerationOptions) -> None:
     """Raise UsageError for options that do not go together."""
     if options.image is None:
         for name in ("mask_image", "strength"):
@@ -244,18 +244,18 @@ def _check_together(options: Options) -> None:
             )
 
 
-PAIR = sequence(whole(0, MOST_SIDE), f"two whole numbers from 0 to {MOST_SIDE}", length=2)
+PAIR = sequence(whole(0, MAX_SIDE), f"two whole numbers from 0 to {MAX_SIDE}", length=2)
 RUNGS = sequence(real(0.0, 1e6), "a list of numbers that fall")
 PARSERS: dict[str, Parser[Any]] = {
     "negative_prompt": texts,
     "num_inference_steps": whole(1, MAX_STEPS),
-    "guidance_scale": real(0.0, MOST_GUIDANCE),
+    "guidance_scale": real(0.0, MAX_GUIDANCE),
     "guidance_rescale": real(0.0, 1.0),
     "guidance_interval": interval,
-    "feature_reuse": whole(1, MOST_REUSE),
+    "feature_reuse": whole(1, MAX_REUSE),
     "seed": seeds(2**64),
     "rng": choice(*STREAMS),
-    "num_images_per_prompt": whole(1, MOST_IMAGES),
+    "num_images_per_prompt": whole(1, MAX_IMAGES),
     "size": size,
     "image": image,
     "strength": real(0.0, 1.0),
@@ -274,7 +274,7 @@ PARSERS: dict[str, Parser[Any]] = {
     "weighting": flag,
     "callback_on_step_end": function,
 }
-DEFAULTS = {each.name: each.default for each in fields(Options)}
+DEFAULTS = {each.name: each.default for each in fields(GenerationOptions)}
 # Names that other tools use for an option.
 ALIASES = {
     **dict.fromkeys(("steps", "num_steps", "n_steps"), "num_inference_steps"),
@@ -317,7 +317,7 @@ class Request:
     written: str = ""
 
 
-def requests_from(prompt: str | Sequence[str] | None, options: Options) -> list[Request]:
+def requests_from(prompt: str | Sequence[str] | None, options: GenerationOptions) -> list[Request]:
     """Every picture of a call; raises UsageError for counts and seeds that do not fit."""
     if prompt is None and options.prompt_embeds is None:
         raise UsageError("no prompt; give one, or prompt_embeds")
@@ -337,9 +337,9 @@ def requests_from(prompt: str | Sequence[str] | None, options: Options) -> list[
         )
     each = options.num_images_per_prompt
     total = len(prompts) * each
-    if not 1 <= total <= MOST_IMAGES:
+    if not 1 <= total <= MAX_IMAGES:
         raise UsageError(
-            f"{each!r} images of {len(prompts)} prompts; expected 1 to {MOST_IMAGES} in all"
+            f"{each!r} images of {len(prompts)} prompts; expected 1 to {MAX_IMAGES} in all"
         )
     seeds = _seeds(options.seed, total)
     return [
@@ -348,7 +348,7 @@ def requests_from(prompt: str | Sequence[str] | None, options: Options) -> list[
     ]
 
 
-def requests_without_prompt(prompt: object, options: Options) -> list[Request]:
+def requests_without_prompt(prompt: object, options: GenerationOptions) -> list[Request]:
     """Every picture of a call of a model that is told nothing; raises UsageError for what it
     cannot be told.
     """

@@ -16,12 +16,12 @@ from PIL.Image import Image, fromarray
 
 from sdrt.bundle import parse_size
 from sdrt.bundle.manifest import Manifest
-from sdrt.engine import Drawn, Engine
+from sdrt.engine import Engine, SamplingResult
 from sdrt.engine.room import Room
 from sdrt.errors import SdrtError, UsageError
 
 from .deepcache import check_reuse, reusing
-from .denoising import Edit, Guidance, Run, Step, denoised, plan_of
+from .denoising import DenoisingState, Edit, Guidance, Step, denoised, plan_of
 from .embedded_guidance import check_guidance, guidance_width, one_row, with_guidance
 from .images import image_array, images_from_decoded, parameters_text, quoted
 from .initial_latents import Source, Start, check_task, source_of, start_of
@@ -31,7 +31,7 @@ from .lora.names import outside_names
 from .lora.sets import refuse_negative_tags, refuse_tags
 from .lora.tags import LoraWeight
 from .options import (
-    Options,
+    GenerationOptions,
     Request,
     options_from,
     requests_from,
@@ -89,10 +89,10 @@ class Pipeline:
     the same time share the processor's cores, so they are no faster together than one after the
     other, and each needs memory for an image's activations of its own on ONNX Runtime and torch; on
     OpenVINO, on GPUs and with `low_memory` they take turns at a component. For the most images a
-    second see `InFlight`, which puts calls together. `set_lora` and `close` wait for the calls
-    that have begun, and calls that begin meanwhile wait for them. The iterators of `steps` and
-    `pictures` belong to one thread at a time, and count as calls until they are finished, closed
-    or dropped.
+    second see `InflightBatcher`, which puts calls together. `set_lora` and `close` wait for the
+    calls that have begun, and calls that begin meanwhile wait for them. The iterators of `steps`
+    and `pictures` belong to one thread at a time, and count as calls until they are finished,
+    closed or dropped.
     """
 
     manifest: Manifest
@@ -130,7 +130,7 @@ class Pipeline:
         return Output(images, seeds, texts, *marks_of(images))
 
     def pictures(
-        self, prompt: Prompt, options: Options, on_step: Watch = None
+        self, prompt: Prompt, options: GenerationOptions, on_step: Watch = None
     ) -> Iterator[tuple[Request, Image]]:
         """The pictures of a call, as they are finished; SdrtError, after all others, for one that
         holds no numbers.
@@ -138,20 +138,20 @@ class Pipeline:
         return Loop(self.leases, partial(self._pictures, prompt, options, on_step))
 
     def pictures_of(
-        self, requests: Sequence[Request], options: Options, on_step: Watch = None
+        self, requests: Sequence[Request], options: GenerationOptions, on_step: Watch = None
     ) -> Iterator[tuple[Request, Image]]:
         """As `pictures`, of requests from `planned`."""
         return Loop(self.leases, partial(self._pictures_of, requests, options, on_step))
 
     def _pictures(
-        self, prompt: Prompt, options: Options, on_step: Watch
+        self, prompt: Prompt, options: GenerationOptions, on_step: Watch
     ) -> Iterator[tuple[Request, Image]]:
         requests, *_ = self.planned(prompt, options)
         refuse_tags(requests, options)
         yield from self._pictures_of(requests, options, on_step)
 
     def _pictures_of(
-        self, requests: Sequence[Request], options: Options, on_step: Watch
+        self, requests: Sequence[Request], options: GenerationOptions, on_step: Watch
     ) -> Iterator[tuple[Request, Image]]:
         table, guidance = self._run(options)
         if options.returns_image:
@@ -175,7 +175,7 @@ class Pipeline:
         """The denoising loop, one `Step` per evaluation; arguments as for a call, one batch."""
         return Loop(self.leases, partial(self._steps, prompt, options_from(options)))
 
-    def _steps(self, prompt: Prompt, chosen: Options) -> Iterator[Step]:
+    def _steps(self, prompt: Prompt, chosen: GenerationOptions) -> Iterator[Step]:
         requests, table, guidance, _ = self.planned(prompt, chosen)
         refuse_tags(requests, chosen)
         if chosen.returns_image:
@@ -190,7 +190,7 @@ class Pipeline:
         return denoised(self.engines, runs, self._edit(batches[0], chosen, table))
 
     def planned(
-        self, prompt: Prompt, options: Options
+        self, prompt: Prompt, options: GenerationOptions
     ) -> tuple[list[Request], SamplerTable, Guidance, tuple[int, int]]:
         """What is known of a call before anything is computed: its pictures, their sampler's
         table, their guidance and their (width, height). Raises UsageError for what does not fit.
@@ -206,13 +206,15 @@ class Pipeline:
             )
         return requests, *self._run(options), size
 
-    def given_image(self, options: Options) -> Image:
+    def given_image(self, options: GenerationOptions) -> Image:
         """The image to start from in the size asked for, which is the result at strength 0."""
         assert options.image is not None
         pixels = image_array(options.image, self._size(options))
         return self._checked(images_from_decoded(pixels))[0]
 
-    def check(self, prompt: Prompt, options: Options) -> tuple[list[Request], tuple[int, int]]:
+    def check(
+        self, prompt: Prompt, options: GenerationOptions
+    ) -> tuple[list[Request], tuple[int, int]]:
         """The images of a call and their (width, height), by the manifest alone: no engine need be
         loaded. Raises UsageError for what does not fit the bundle.
         """
@@ -228,8 +230,8 @@ class Pipeline:
         return requests, size
 
     def separate(
-        self, requests: Sequence[Request], options: Options
-    ) -> Iterator[tuple[Request, Run, Edit | None]]:
+        self, requests: Sequence[Request], options: GenerationOptions
+    ) -> Iterator[tuple[Request, DenoisingState, Edit | None]]:
         """Every picture as a run of its own at its beginning, in order, with what edits its
         latents after each evaluation. The caller holds a lease (`leases`) from here until each
         picture is decoded.
@@ -311,7 +313,7 @@ class Pipeline:
         self.leases.drop_paused()  # loops that an error or a break left
         self.close()
 
-    def _run(self, options: Options) -> tuple[SamplerTable, Guidance]:
+    def _run(self, options: GenerationOptions) -> tuple[SamplerTable, Guidance]:
         """The numbers of a run, known before it begins."""
         picture = options.image is not None
         table = sampler_table(
@@ -334,7 +336,7 @@ class Pipeline:
             table = reusing(table, options.feature_reuse, 1 + (scales != 1.0))
         return table, Guidance(scales, options.guidance_rescale)
 
-    def _most_images(self, size: tuple[int, int], options: Options) -> int:
+    def _most_images(self, size: tuple[int, int], options: GenerationOptions) -> int:
         """How many images are made together: what the bundle takes, as far as memory has room.
         Raises UsageError where there is none for one.
         """
@@ -345,7 +347,7 @@ class Pipeline:
         keeps_scores = bool(getattr(self.engines["unet"], "keeps_scores", False))
         return self.room.most_images(size, rows, most, keeps_scores)
 
-    def _size(self, options: Options) -> tuple[int, int]:
+    def _size(self, options: GenerationOptions) -> tuple[int, int]:
         have = self.manifest.sizes
         size = parse_size(options.size) if options.size else have[0]
         multiple = self.manifest.multiple
@@ -359,7 +361,7 @@ class Pipeline:
     def _batches(
         self,
         requests: Sequence[Request],
-        options: Options,
+        options: GenerationOptions,
         table: SamplerTable,
         together: bool = True,
         told: list[Told] | None = None,
@@ -388,11 +390,11 @@ class Pipeline:
     def _finished(
         self,
         batch: Batch,
-        options: Options,
+        options: GenerationOptions,
         table: SamplerTable,
         guidance: Guidance,
         on_step: Watch,
-    ) -> Drawn:
+    ) -> SamplingResult:
         """A batch's result; in one go where nobody looks and the engine can."""
         runs, edit = runs_of(batch, table, guidance), self._edit(batch, options, table)
         if on_step is None and edit is None:
@@ -402,9 +404,9 @@ class Pipeline:
         for step in denoised(self.engines, runs, edit):
             if on_step:
                 on_step(step)
-        return Drawn(step.latents)
+        return SamplingResult(step.latents)
 
-    def _image(self, made: Drawn, i: int) -> Image:
+    def _image(self, made: SamplingResult, i: int) -> Image:
         """One picture of a batch; raises as `decode`."""
         if made.pixels is None or not made.good[i]:
             return self.decode(made.latents[i : i + 1])[0]
@@ -414,7 +416,11 @@ class Pipeline:
         return checked(self.engines.get("safety_checker"), images)
 
     def _texts(
-        self, requests: Sequence[Request], options: Options, table: SamplerTable, guidance: Guidance
+        self,
+        requests: Sequence[Request],
+        options: GenerationOptions,
+        table: SamplerTable,
+        guidance: Guidance,
     ) -> list[Told] | None:
         """The text of every picture, where the engine reads it in the run; else None."""
         reads = reads_text(self.manifest, self.engines, options) and linear(table, guidance)
@@ -435,7 +441,7 @@ class Pipeline:
             if tokenizer is not None
         ]
 
-    def told(self, requests: Sequence[Request], options: Options) -> list[Told]:
+    def told(self, requests: Sequence[Request], options: GenerationOptions) -> list[Told]:
         """What the model is fed of every picture besides latents and time; raises UsageError."""
         if not self.takes_prompt:
             return [{} for _ in requests]
@@ -451,14 +457,19 @@ class Pipeline:
         """Of the guidance scale's embedding, in models that are fed one; else 0."""
         return guidance_width(self.manifest)
 
-    def _edit(self, batch: Batch, options: Options, table: SamplerTable) -> Edit | None:
+    def _edit(self, batch: Batch, options: GenerationOptions, table: SamplerTable) -> Edit | None:
         masked = batch.source.mask is not None and not batch.source.model_masks
         if not masked and options.callback_on_step_end is None:
             return None
         return partial(self._edited, batch, options, table)
 
     def _edited(
-        self, batch: Batch, options: Options, table: SamplerTable, index: int, latents: np.ndarray
+        self,
+        batch: Batch,
+        options: GenerationOptions,
+        table: SamplerTable,
+        index: int,
+        latents: np.ndarray,
     ) -> np.ndarray:
         """The latents after an evaluation with what the mask keeps put back, and as the caller's
         callback leaves them; it sees them in the solver's own scale.
@@ -485,7 +496,7 @@ class Pipeline:
             latents = array.astype(np.float32) / scale
         return latents
 
-    def parameters(self, request: Request, options: Options) -> str:
+    def parameters(self, request: Request, options: GenerationOptions) -> str:
         """The text that goes into a picture's file."""
         from sdrt.version import __version__
 
@@ -514,7 +525,7 @@ class Pipeline:
         settings |= {"RNG": rng, "Version": f"sdrt {__version__}"}
         return parameters_text(prompt, request.negative_prompt, settings)
 
-    def grid_parameters(self, requests: Sequence[Request], options: Options) -> str:
+    def grid_parameters(self, requests: Sequence[Request], options: GenerationOptions) -> str:
         """The text that goes into the file of a grid: that of the first image, every seed, and
         every prompt where they differ.
         """
@@ -528,10 +539,10 @@ class Pipeline:
         return text + "".join(f", {name}: {quoted(values)}" for name, values in differ.items())
 
 
-def runs_of(batch: Batch, table: SamplerTable, guidance: Guidance) -> list[Run]:
+def runs_of(batch: Batch, table: SamplerTable, guidance: Guidance) -> list[DenoisingState]:
     """The runs of a batch, at their beginning."""
     plan = plan_of(table, guidance)
     return [
-        Run(table, guidance, plan, start.columns, told, start.beside)
+        DenoisingState(table, guidance, plan, start.columns, told, start.beside)
         for told, start in zip(batch.told, batch.starts, strict=True)
     ]

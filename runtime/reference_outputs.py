@@ -16,9 +16,9 @@ from sdrt.engine import Feeds
 from sdrt.errors import BundleError
 from sdrt.json_validation import Reader, mapping, number, one_of, record, row, text
 
-from .denoising import Guidance, Run, denoised, plan_of
+from .denoising import DenoisingState, Guidance, denoised, plan_of
 from .noise import randn
-from .options import Options, requests_from
+from .options import GenerationOptions, requests_from
 from .pipeline import Pipeline
 from .samplers.table import sampler_table
 from .text.conditioning import time_ids_of
@@ -34,7 +34,7 @@ Size = tuple[int, int]  # width and height in pixels
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class ReferenceOutputs:
     """Samples of torch's answers.
 
     components: of each component's outputs to `made_up` inputs, by their names
@@ -47,8 +47,8 @@ class Answers:
 
 NUMBERS = row(number(), 1, SAMPLES)
 OUTPUTS = mapping(NUMBERS, text(r"\w{1,64}", "an output's name"), 32)
-READ: Reader[Answers] = record(
-    Answers,
+READ: Reader[ReferenceOutputs] = record(
+    ReferenceOutputs,
     {
         "components": mapping(OUTPUTS, one_of(COMPONENTS), len(COMPONENTS)),
         "picture": NUMBERS,
@@ -60,7 +60,7 @@ def made_up(shapes: Mapping[str, tuple[int, ...]], ids: np.ndarray | None, size:
     """Inputs of a component of the given names and shapes; ids: of a prompt, where it reads one."""
     fixed = {
         "input_ids": ids,
-        "time_ids": time_ids_of(Options(), size)[1:],
+        "time_ids": time_ids_of(GenerationOptions(), size)[1:],
         "timestep": np.full(1, TIMESTEP, np.float32),
     }
     feeds = {}
@@ -82,11 +82,11 @@ def kept(answer: np.ndarray) -> list[float]:
     return [float(f"{value:.{DIGITS}g}") for value in samples_of(answer)]
 
 
-def json_from_answers(answers: Answers) -> str:
+def json_from_answers(answers: ReferenceOutputs) -> str:
     return json.dumps(asdict(answers), indent=1, sort_keys=True) + "\n"
 
 
-def answers_of(bundle: Bundle) -> Answers:
+def answers_of(bundle: Bundle) -> ReferenceOutputs:
     """What a bundle's build kept; raises BundleError where it kept none."""
     if ANSWERS not in bundle.manifest.files:
         raise BundleError(
@@ -124,13 +124,15 @@ def drawn(
     """The proof's picture of each seed, made together, [B, 3, H, W], by a bundle's engines."""
     manifest = pipe.manifest
     scale = guidance_scale if pipe.takes_prompt else 1.0
-    options = Options(size=f"{size[0]}x{size[1]}", guidance_scale=scale)
+    options = GenerationOptions(size=f"{size[0]}x{size[1]}", guidance_scale=scale)
     (told,) = pipe.told(requests_from(PROMPT, options), options)
     table = sampler_table(SCHEDULER, steps)
     guidance = Guidance(np.full(steps, 1.0 if pipe.guidance_width else scale))
     fed = {spec.name: spec.shape for spec in manifest.components["unet"].inputs}["sample"]
     more = beside(manifest, size, int(fed[1]))[0]
     plan, shape = plan_of(table, guidance), latent_shape(manifest, size)
-    runs = [Run(table, guidance, plan, [randn(seed, shape)[0]], told, more) for seed in seeds]
+    runs = [
+        DenoisingState(table, guidance, plan, [randn(seed, shape)[0]], told, more) for seed in seeds
+    ]
     *_, last = denoised(pipe.engines, runs)
     return pipe.decoded(last.latents)

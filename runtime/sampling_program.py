@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from sdrt.bundle.manifest import Manifest
-from sdrt.engine import Drawn, Engine, Read, Schedule
+from sdrt.engine import Engine, SamplingProgram, SamplingResult, TextInput
 
-from .denoising import Guidance, Run
-from .options import Options
+from .denoising import DenoisingState, Guidance
+from .options import GenerationOptions
 from .samplers.table import SamplerTable
 
 IDS, WEIGHTS = "input_ids", "weights"  # of what a run is told where the engine reads text itself
@@ -27,7 +27,9 @@ def linear(table: SamplerTable, guidance: Guidance) -> bool:
     return plain and (guidance.pairs or not guided)
 
 
-def reads_text(manifest: Manifest, engines: Mapping[str, Engine], options: Options) -> bool:
+def reads_text(
+    manifest: Manifest, engines: Mapping[str, Engine], options: GenerationOptions
+) -> bool:
     """Whether the engine can run the text encoder too: there is one, its context is all that the
     UNet is told, and nobody looks in between.
     """
@@ -36,7 +38,7 @@ def reads_text(manifest: Manifest, engines: Mapping[str, Engine], options: Optio
     fed = {spec.name for spec in unet.inputs}
     given = (options.prompt_embeds, options.negative_prompt_embeds, options.mask_image)
     return (
-        hasattr(engines["unet"], "drawn")
+        hasattr(engines["unet"], "run_program")
         and fed == {"sample", "timestep", "context"}
         and encoder is not None
         and encoder.dtype == unet.dtype  # its kernel reads and writes one type
@@ -47,22 +49,22 @@ def reads_text(manifest: Manifest, engines: Mapping[str, Engine], options: Optio
 
 
 def drawn(
-    engines: Mapping[str, Engine], runs: Sequence[Run], *, decoded: bool, skip: int = 0
-) -> Drawn | None:
+    engines: Mapping[str, Engine], runs: Sequence[DenoisingState], *, decoded: bool, skip: int = 0
+) -> SamplingResult | None:
     """What becomes of runs, or None where the engine or the runs cannot be handed over.
 
     decoded: whether the decoder takes part
     skip: layers that a text encoder leaves out, where the runs are told text
     """
-    whole = getattr(engines["unet"], "drawn", None)
+    whole = getattr(engines["unet"], "run_program", None)
     if whole is None or (schedule := schedule_of(runs, skip)) is None:
         return None
     decoder = engines.get("vae_decoder") if decoded else None
-    made: Drawn = whole(schedule, engines.get("text_encoder"), decoder)
+    made: SamplingResult = whole(schedule, engines.get("text_encoder"), decoder)
     return made
 
 
-def schedule_of(runs: Sequence[Run], skip: int = 0) -> Schedule | None:
+def schedule_of(runs: Sequence[DenoisingState], skip: int = 0) -> SamplingProgram | None:
     """What runs at their beginning will do; None if they are not alike, or not linear."""
     first = runs[0]
     plan, guidance, count = first.plan, first.guidance, first.evaluations
@@ -71,7 +73,7 @@ def schedule_of(runs: Sequence[Run], skip: int = 0) -> Schedule | None:
     if not alike or not linear(first.table, guidance):
         return None
     told = {name: np.stack([run.told[name] for run in runs]) for name in first.told}
-    schedule = Schedule(
+    schedule = SamplingProgram(
         columns=np.stack([run.history.columns.reshape(-1, *run.history.shape) for run in runs]),
         rows=np.repeat(plan.rows[:, None], len(runs), axis=1),
         timesteps=np.repeat(
@@ -86,5 +88,5 @@ def schedule_of(runs: Sequence[Run], skip: int = 0) -> Schedule | None:
     )
     if IDS not in told:
         return schedule
-    read = Read(told.pop(IDS), told.pop(WEIGHTS), skip)
+    read = TextInput(told.pop(IDS), told.pop(WEIGHTS), skip)
     return replace(schedule, read=read)

@@ -16,13 +16,13 @@ from .errors import BundleError, SdrtError
 
 T = TypeVar("T")
 Reader = Callable[[Any, str], T]
-MOST_NUMBER, MOST_LAYERS, MOST_LENGTH = 1_000_000, 256, 10_000  # of configurations
-MOST_CONFIG = 1_000_000  # bytes
-MOST_JSON = 16_000_000  # bytes; a vocabulary of 49,408 tokens has one million
+MAX_NUMBER, MAX_LAYERS, MAX_LENGTH = 1_000_000, 256, 10_000  # of configurations
+MAX_CONFIG = 1_000_000  # bytes
+MAX_JSON = 16_000_000  # bytes; a vocabulary of 49,408 tokens has one million
 
 
 def read_json(
-    path: Path, error_class: type[SdrtError] = BundleError, most: int = MOST_JSON
+    path: Path, error_class: type[SdrtError] = BundleError, most: int = MAX_JSON
 ) -> dict[str, Any]:
     """A JSON object from a file of at most so many bytes; raises the error with the file's name."""
     try:
@@ -33,7 +33,7 @@ def read_json(
 
 def read_config(path: Path, error_class: type[SdrtError] = BundleError) -> dict[str, Any]:
     """A configuration, its values bounded; raises the error with the file's name."""
-    raw = read_json(path, error_class, MOST_CONFIG)
+    raw = read_json(path, error_class, MAX_CONFIG)
     try:
         bounded(raw, "it")
     except ValueError as error:
@@ -100,13 +100,13 @@ def bounded(value: Any, where: str) -> None:
     """
     if where.count(".") > 6:
         raise ValueError(f"{shortened(where)} is nested too deeply")
-    most = MOST_LAYERS if "layers" in where else MOST_NUMBER
+    most = MAX_LAYERS if "layers" in where else MAX_NUMBER
     named = value if isinstance(value, dict) else {}
     inside = dict(enumerate(value)) if isinstance(value, list) else named
     if isinstance(value, int) and abs(value) > most:
         raise _wrong(value, where, f"a number up to {most:,}")
-    if isinstance(value, str | list | dict) and len(value) > MOST_LENGTH:
-        raise ValueError(f"{shortened(where)} is {len(value):,} long; at most {MOST_LENGTH:,}")
+    if isinstance(value, str | list | dict) and len(value) > MAX_LENGTH:
+        raise ValueError(f"{shortened(where)} is {len(value):,} long; at most {MAX_LENGTH:,}")
     for name, each in inside.items():
         bounded(each, f"{where}.{name}")
 

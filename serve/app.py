@@ -15,7 +15,7 @@ from sdrt.errors import SdrtError
 from sdrt.version import __version__
 
 from .dependencies import Context
-from .errors import Gone, Problem, problem_from, problem_from_invalid
+from .errors import ApiError, Gone, problem_from, problem_from_invalid
 from .metrics import Metrics
 from .middleware import Guard
 from .model_manager import Models, Source
@@ -59,7 +59,7 @@ async def _told(request: Request, error: Exception) -> Response:
     whole = any(tuple(each["loc"]) == ("body",) for each in error.errors())
     if whole and not JSON.fullmatch(kind):
         wanted = "Send Content-Type: application/json"
-        return Problem(415, wanted, code="invalid_type").response(path)
+        return ApiError(415, wanted, code="invalid_type").response(path)
     problem = problem_from_invalid(error.errors())
     if path.startswith("/sdapi/"):
         problem.status_code = 422  # what these clients know

@@ -12,8 +12,8 @@ from fastapi import Request
 from sdrt.bundle import parse_size
 from sdrt.errors import UsageError
 
-from .errors import Problem
-from .job import Watch
+from .errors import ApiError
+from .job import ImageJob
 from .metrics import Metrics
 from .model_manager import Model, Models
 from .settings import Settings
@@ -54,19 +54,19 @@ class Context:
     async def off_loop(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
-    async def submit(self, call: Call, *, steps: bool = False) -> Watch:
-        """Tickets for a call, followed; `steps` if its steps are to be heard too. Raises Problem,
-        UsageError or Refused.
+    async def submit(self, call: Call, *, steps: bool = False) -> ImageJob:
+        """Handles of a call, followed; `steps` if its steps are to be heard too. Raises ApiError,
+        UsageError or RequestRejected.
         """
         self._bounded(call)
         if self.settings.log_prompts:
             log.info("prompt: %r", call.prompt)
-        watch = Watch()
+        watch = ImageJob()
         submitted = self.off_loop(self._submitted, call, watch if steps else None)
         watch.follow(await submitted)
         return watch
 
-    def _submitted(self, call: Call, watch: Watch | None) -> Any:
+    def _submitted(self, call: Call, watch: ImageJob | None) -> Any:
         return call.model.engine.submit(
             call.prompt,
             call.options,
@@ -78,12 +78,12 @@ class Context:
         )
 
     def _bounded(self, call: Call) -> None:
-        """Raise Problem 400 for more work than one request may ask for."""
+        """Raise ApiError 400 for more work than one request may ask for."""
         width, height = parse_size(known_size(call.size))
         multiple = call.model.pipe.manifest.multiple
         if call.size not in call.model.sizes and (width % multiple or height % multiple):
             have = ", ".join(call.model.sizes)
-            raise Problem(
+            raise ApiError(
                 400,
                 f"size {call.size}; {call.model.name} makes {have} and multiples of {multiple}",
                 "size",
@@ -92,7 +92,7 @@ class Context:
         count, steps = call.options["num_images_per_prompt"], call.options["num_inference_steps"]
         most = self.settings.most_work // (width * height)
         if count * steps > most:
-            raise Problem(
+            raise ApiError(
                 400,
                 f"{count} pictures of {call.size} in {steps} steps; "
                 f"pictures times steps may be {most} at this size",
@@ -106,9 +106,9 @@ def context_of(request: Request) -> Context:
 
 
 def known_size(text: str) -> str:
-    """`WIDTHxHEIGHT` as bundles write it; raises Problem 400."""
+    """`WIDTHxHEIGHT` as bundles write it; raises ApiError 400."""
     try:
         width, height = parse_size(text)
     except UsageError as error:
-        raise Problem(400, str(error), "size", "invalid_value") from None
+        raise ApiError(400, str(error), "size", "invalid_value") from None
     return f"{width}x{height}"

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from sdrt.errors import SdrtError, UsageError
-from sdrt.runtime.batching.request import Cancelled, Refused
+from sdrt.runtime.batching.request import RequestCancelled, RequestRejected
 
 log = logging.getLogger("sdrt.serve")
 
@@ -24,7 +24,7 @@ class Gone(Exception):
 
 
 @dataclass(eq=False)
-class Problem(HTTPException):
+class ApiError(HTTPException):
     """What a client is told instead of what it asked for.
 
     param: the field at fault; code: for programs; retry_after: seconds
@@ -68,38 +68,38 @@ def json_response(
     return Response(body, status, headers, media_type="application/json")
 
 
-def problem_from(error: BaseException) -> Problem:
+def problem_from(error: BaseException) -> ApiError:
     """A problem for whatever was raised; what is no SdrtError is logged and not told."""
-    if isinstance(error, Problem):
+    if isinstance(error, ApiError):
         return error
     if isinstance(error, Gone):
-        return Problem(499, "the client is gone")
+        return ApiError(499, "the client is gone")
     if isinstance(error, UsageError):
-        return Problem(400, str(error), code="invalid_value")
-    if isinstance(error, Refused):
-        return Problem(503, str(error), code=error.cause, retry_after=error.retry_after)
-    if isinstance(error, Cancelled):
-        return Problem(503, str(error), code="cancelled", retry_after=1.0)
+        return ApiError(400, str(error), code="invalid_value")
+    if isinstance(error, RequestRejected):
+        return ApiError(503, str(error), code=error.cause, retry_after=error.retry_after)
+    if isinstance(error, RequestCancelled):
+        return ApiError(503, str(error), code="cancelled", retry_after=1.0)
     if isinstance(error, HTTPException):
-        return Problem(error.status_code, str(error.detail))
+        return ApiError(error.status_code, str(error.detail))
     log_failure(error)
     if isinstance(error, SdrtError):
-        return Problem(500, str(error), code="engine_error")
-    return Problem(500, "the server failed; its log says where", code="internal_error")
+        return ApiError(500, str(error), code="engine_error")
+    return ApiError(500, "the server failed; its log says where", code="internal_error")
 
 
-def problem_from_invalid(errors: Sequence[Mapping[str, Any]]) -> Problem:
+def problem_from_invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first of pydantic's findings, which never quotes more than the field's name."""
     first = errors[0] if errors else {"loc": ("body",), "msg": "cannot be read", "type": ""}
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     name = ".".join(where) or None
     if first["type"] == "extra_forbidden":
-        return Problem(400, f"unknown field {name!r}", name, "unknown_parameter")
+        return ApiError(400, f"unknown field {name!r}", name, "unknown_parameter")
     if first["type"] == "missing":
-        return Problem(400, f"{name or 'a JSON body'} is missing", name, "missing_parameter")
+        return ApiError(400, f"{name or 'a JSON body'} is missing", name, "missing_parameter")
     if name is None and first["type"] in ("model_attributes_type", "model_type", "dict_type"):
-        return Problem(400, "the body must be a JSON object", code="invalid_json")
-    return Problem(400, f"{name or 'the body'}: {first['msg']}", name, "invalid_value")
+        return ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return ApiError(400, f"{name or 'the body'}: {first['msg']}", name, "invalid_value")
 
 
 def log_failure(error: BaseException) -> None:

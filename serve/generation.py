@@ -10,13 +10,13 @@ from PIL.Image import Image
 from starlette.responses import Response
 
 from sdrt.runtime import Preview, Step
-from sdrt.runtime.batching.request import Picture, Ticket
+from sdrt.runtime.batching.request import GeneratedImage, RequestHandle
 from sdrt.runtime.safety_checker import FLAT, is_flat
 
 from .dependencies import Call, Context, context_of, known_size
-from .errors import Problem, json_response
+from .errors import ApiError, json_response
 from .image_encoding import base64_from_image, enlarged
-from .job import Watch, failure_of
+from .job import ImageJob, failure_of
 from .model_manager import Model
 from .schemas import Generation
 from .sse import EventStream, event_bytes
@@ -27,17 +27,17 @@ T = TypeVar("T")
 
 
 def call_from(found: Model, body: Generation, given: Mapping[str, Any]) -> Call:
-    """The request in the engine's terms, `given` what came as files; raises Problem 400 for fields
+    """The request in the engine's terms, `given` what came as files; raises ApiError 400 for fields
     that do not go together.
     """
     if body.response_format == "url":
-        raise Problem(
+        raise ApiError(
             400, "pictures are not kept, so they have no url; use b64_json", "response_format"
         )
     if not body.stream and (body.partial_images or body.progress):
-        raise Problem(400, "partial_images and progress need stream: true", "stream")
+        raise ApiError(400, "partial_images and progress need stream: true", "stream")
     if body.output_compression is not None and body.output_format in (None, "png"):
-        raise Problem(400, "png has no quality; use jpeg or webp", "output_compression")
+        raise ApiError(400, "png has no quality; use jpeg or webp", "output_compression")
     options = {
         "negative_prompt": body.negative_prompt or "",
         "num_inference_steps": _or(body.num_inference_steps, 20),
@@ -70,7 +70,7 @@ async def answer(request: Request, body: Generation, call: Call, kind: str) -> R
     return await context.off_loop(_response, made, body, call)
 
 
-def _response(made: Sequence[Picture], body: Generation, call: Call) -> Response:
+def _response(made: Sequence[GeneratedImage], body: Generation, call: Call) -> Response:
     data = [
         {"b64_json": _file(one.image, body, one.parameters), "seed": one.seed, **_warned(one.image)}
         for one in made
@@ -102,13 +102,13 @@ class _Telling:
     """The events of one stream."""
 
     def __init__(
-        self, context: Context, watch: Watch, body: Generation, call: Call, kind: str
+        self, context: Context, watch: ImageJob, body: Generation, call: Call, kind: str
     ) -> None:
         self.context, self.watch, self.body, self.call, self.kind = context, watch, body, call, kind
         projection = call.model.pipe.manifest.preview
         self.previews = {ticket: Preview(projection) for ticket in watch.tickets}
         self.shown = dict.fromkeys(watch.tickets, 0)
-        self.positions: dict[Ticket, int] = {}
+        self.positions: dict[RequestHandle, int] = {}
 
     async def events(self, request: Request) -> AsyncGenerator[bytes, None]:
         """Every picture's way. A failure is raised, which cancels the others."""
@@ -126,7 +126,7 @@ class _Telling:
                 for event in told:
                     yield event
 
-    def _event(self, what: str, ticket: Ticket, **fields: Any) -> bytes:
+    def _event(self, what: str, ticket: RequestHandle, **fields: Any) -> bytes:
         index = self.watch.tickets.index(ticket)
         return event_bytes(f"{self.kind}.{what}", {"index": index, **fields})
 
@@ -140,7 +140,7 @@ class _Telling:
                 self.positions[ticket] = position
                 yield self._event("queued", ticket, position=position)
 
-    def _stepped(self, ticket: Ticket, step: Step) -> list[bytes]:
+    def _stepped(self, ticket: RequestHandle, step: Step) -> list[bytes]:
         told = []
         if self.body.progress:
             told.append(self._event("progress", ticket, step=step.index, total=step.total))
@@ -153,14 +153,14 @@ class _Telling:
                 told.append(self._pictured("partial_image", ticket, enlarged(small), "", shown))
         return told
 
-    def _completed(self, ticket: Ticket) -> bytes:
+    def _completed(self, ticket: RequestHandle) -> bytes:
         if error := failure_of(ticket):
             raise error
         picture = ticket.future.result()
         return self._pictured("completed", ticket, picture.image, picture.parameters)
 
     def _pictured(
-        self, what: str, ticket: Ticket, image: Image, text: str, partial: int | None = None
+        self, what: str, ticket: RequestHandle, image: Image, text: str, partial: int | None = None
     ) -> bytes:
         fields = _shared(self.body, self.call) | {"created_at": int(time.time())}
         if partial is not None:

@@ -9,7 +9,7 @@ from PIL import Image
 from sdrt.errors import UsageError
 from sdrt.runtime.images import encoded, image_from_bytes
 
-MOST_PIXELS = 4096 * 4096
+MAX_PIXELS = 4096 * 4096
 PREVIEW_SIDE = 256
 DATA_URL = re.compile(r"data:[\w.+/-]{0,40}(?:;[\w.+=-]{1,40}){0,3};base64,", re.IGNORECASE)
 SPACE = re.compile(r"\s+")
@@ -31,7 +31,7 @@ def image_from_base64(text: str) -> Image.Image:
         data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise UsageError("an image that is not base64") from error
-    return image_from_bytes(data, MOST_PIXELS)
+    return image_from_bytes(data, MAX_PIXELS)
 
 
 def base64_from_image(

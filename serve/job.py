@@ -9,32 +9,32 @@ from functools import partial
 from starlette.types import Receive
 
 from sdrt.runtime import Step
-from sdrt.runtime.batching.request import Cancelled, Picture, Ticket
+from sdrt.runtime.batching.request import GeneratedImage, RequestCancelled, RequestHandle
 
 from .errors import Gone
 
 # A ticket's step, None with the ticket when it has ended, and neither when nothing was heard.
-Event = tuple[Ticket | None, Step | None]
+Event = tuple[RequestHandle | None, Step | None]
 
 
 @dataclass(slots=True)
-class Watch:
+class ImageJob:
     """What the engine's threads tell, brought into the event loop. Made in that loop."""
 
-    tickets: Sequence[Ticket] = ()
+    tickets: Sequence[RequestHandle] = ()
     queue: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
-    def on_step(self, ticket: Ticket, step: Step) -> None:
+    def on_step(self, ticket: RequestHandle, step: Step) -> None:
         """Called in the engine's thread."""
         self._put((ticket, step))
 
-    def follow(self, tickets: Sequence[Ticket]) -> None:
+    def follow(self, tickets: Sequence[RequestHandle]) -> None:
         self.tickets = tickets
         for ticket in tickets:
             ticket.future.add_done_callback(partial(self._ended, ticket))
 
-    def _ended(self, ticket: Ticket, _: object) -> None:
+    def _ended(self, ticket: RequestHandle, _: object) -> None:
         self._put((ticket, None))
 
     def _put(self, event: Event | None) -> None:
@@ -75,7 +75,7 @@ class Watch:
             if not ticket.future.done():
                 ticket.cancel()
 
-    async def pictures(self, receive: Receive) -> list[Picture]:
+    async def pictures(self, receive: Receive) -> list[GeneratedImage]:
         """All pictures, in the tickets' order; raises what the first failure raised."""
         async with contextlib.aclosing(self.events(receive)) as events:
             async for ticket, step in events:
@@ -84,8 +84,8 @@ class Watch:
         return [ticket.future.result() for ticket in self.tickets]
 
 
-def failure_of(ticket: Ticket) -> BaseException | None:
+def failure_of(ticket: RequestHandle) -> BaseException | None:
     """What an ended ticket failed with."""
     if ticket.future.cancelled():
-        return Cancelled("the request was cancelled")
+        return RequestCancelled("the request was cancelled")
     return ticket.future.exception()

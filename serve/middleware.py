@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import Gone, Problem, problem_from
+from .errors import ApiError, Gone, problem_from
 from .metrics import Metrics
 from .settings import Settings, digest_from_key
 
@@ -55,17 +55,17 @@ class Guard:
         scope["state"]["owner"] = owner_of(headers, scope["path"], self.settings.keys)
         try:
             body = await self._body(headers, receive)
-        except Problem as problem:
+        except ApiError as problem:
             await _refuse_body(problem, scope, receive, answer)
             return
         await self.app(scope, _replay(body, receive), answer)
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
-        """The whole body; raises Problem 413 where it is, or says it is, too large, 408 where it
+        """The whole body; raises ApiError 413 where it is, or says it is, too large, 408 where it
         takes too long.
         """
         most, length = self.settings.most_body, headers.get("content-length", "0")
-        large = Problem(413, f"a body of more than {most} bytes", code="body_too_large")
+        large = ApiError(413, f"a body of more than {most} bytes", code="body_too_large")
         if length.isascii() and length.isdigit() and int(length[:20]) > most:
             raise large
         body, more = bytearray(), True
@@ -81,7 +81,9 @@ class Guard:
                         raise large
         except TimeoutError:
             seconds = self.settings.body_seconds
-            raise Problem(408, f"the body took more than {seconds:g} s", code="slow_body") from None
+            raise ApiError(
+                408, f"the body took more than {seconds:g} s", code="slow_body"
+            ) from None
         return bytes(body)
 
 
@@ -111,7 +113,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-async def _refuse_body(problem: Problem, scope: Scope, receive: Receive, answer: _Answer) -> None:
+async def _refuse_body(problem: ApiError, scope: Scope, receive: Receive, answer: _Answer) -> None:
     """Answer at once, then read on for a moment: a connection closed over unread bytes is reset,
     and the client would not see the answer.
     """
@@ -133,23 +135,23 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 
 def check_origin(headers: dict[str, str], hosts: tuple[str, ...] | None) -> None:
-    """Raise Problem 403 for a web page from elsewhere, be it by its Origin or by a name of its own
+    """Raise ApiError 403 for a web page from elsewhere, be it by its Origin or by a name of its own
     that was made to lead here.
     """
     host = headers.get("host", "")
     name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
     if hosts is not None and name.lower() not in hosts:
-        raise Problem(
+        raise ApiError(
             403, f"host {name!r} is not served here; type: sdrt serve --allow-host NAME", "host"
         )
     origin = headers.get("origin")
     own = (f"http://{host}".lower(), f"https://{host}".lower())
     if origin is not None and origin.lower() not in own:
-        raise Problem(403, "a page from elsewhere may not call this server", code="foreign_origin")
+        raise ApiError(403, "a page from elsewhere may not call this server", code="foreign_origin")
 
 
 def owner_of(headers: dict[str, str], path: str, keys: tuple[bytes, ...] | None) -> int | None:
-    """Which key a request carries; raises Problem 401 where it needs one and has none."""
+    """Which key a request carries; raises ApiError 401 where it needs one and has none."""
     if keys is None or path in OPEN or path.startswith(OPEN_FOLDERS):
         return None
     scheme, _, token = headers.get("authorization", "").partition(" ")
@@ -158,7 +160,7 @@ def owner_of(headers: dict[str, str], path: str, keys: tuple[bytes, ...] | None)
     # All are compared, so that the time tells nothing.
     matches = [i for i, key in enumerate(keys) if hmac.compare_digest(key, digest)]
     if not matches or not given:
-        raise Problem(
+        raise ApiError(
             401,
             "no valid API key; send Authorization: Bearer KEY or X-Api-Key: KEY",
             code="invalid_api_key",

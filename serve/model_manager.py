@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdrt.runtime import Pipeline
-from sdrt.runtime.batching.engine import InFlight
+from sdrt.runtime.batching.engine import InflightBatcher
 
-from .errors import Problem
+from .errors import ApiError
 from .metrics import Metrics
 from .settings import Settings
 
@@ -37,7 +37,7 @@ class Model:
 
     name: str
     pipe: Pipeline
-    engine: InFlight
+    engine: InflightBatcher
 
     @property
     def sizes(self) -> list[str]:
@@ -60,7 +60,7 @@ class Models:
     failed: Exception | None = None
     _loaded: dict[str, Model] = field(default_factory=dict)
     _ending: threading.Event = field(default_factory=threading.Event)
-    _engines: dict[str, InFlight] = field(default_factory=dict)
+    _engines: dict[str, InflightBatcher] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.metrics.watch(self._engines)
@@ -93,7 +93,7 @@ class Models:
 
     def _started(self, name: str, source: Source) -> Model:
         pipe, settings = source.load(), self.settings
-        engine = InFlight(
+        engine = InflightBatcher(
             pipe,
             slots=settings.slots,
             waiting=settings.waiting,
@@ -106,21 +106,21 @@ class Models:
         return Model(name, pipe, engine)
 
     def known(self, name: str | None) -> str:
-        """The name of a model, or of the first; raises Problem 404 for an unknown one."""
+        """The name of a model, or of the first; raises ApiError 404 for an unknown one."""
         wanted = next(iter(self.sources)) if name is None else name
         if wanted not in self.sources:
             have = ", ".join(self.sources)
-            raise Problem(
+            raise ApiError(
                 404, f"no model {wanted!r}; this server has {have}", "model", "model_not_found"
             )
         return wanted
 
     def named(self, name: str | None) -> Model:
-        """A model, or the first; raises Problem 404 for an unknown one, 503 while it is loading."""
+        """A model, or the first; raises ApiError 404 where unknown, 503 while it is loading."""
         wanted = self.known(name)
         if wanted not in self._loaded:
             state = self.states[wanted]
-            raise Problem(503, f"{wanted} is {state}", code=state, retry_after=LOADING_SECONDS)
+            raise ApiError(503, f"{wanted} is {state}", code=state, retry_after=LOADING_SECONDS)
         return self._loaded[wanted]
 
     @property

@@ -4,11 +4,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MOST_STEPS = 1000
-MOST_PICTURES = 10
+MAX_STEPS = 1000
+MAX_PICTURES = 10
 LAST_SEED = 2**64 - 1
 TEXT = 32_000
-MOST_BLUR = 64
+MAX_BLUR = 64
 
 
 class Generation(BaseModel):
@@ -18,7 +18,7 @@ class Generation(BaseModel):
 
     prompt: str = Field(max_length=TEXT)
     model: str | None = Field(None, description="one of /v1/models; default: the first")
-    n: int | None = Field(1, ge=1, le=MOST_PICTURES)
+    n: int | None = Field(1, ge=1, le=MAX_PICTURES)
     size: str | None = Field("auto", max_length=20, description="WIDTHxHEIGHT or auto")
     response_format: Literal["b64_json", "url"] | None = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
@@ -37,7 +37,7 @@ class Generation(BaseModel):
     partial_images: int | None = Field(None, ge=0, le=100, description="previews of a stream")
     progress: bool | None = Field(False, description="adds queued and progress events to a stream")
     negative_prompt: str | None = Field(None, max_length=TEXT)
-    num_inference_steps: int | None = Field(20, ge=1, le=MOST_STEPS)
+    num_inference_steps: int | None = Field(20, ge=1, le=MAX_STEPS)
     guidance_scale: float | None = Field(7.5, ge=0.0, le=100.0, description="to 1: no guidance")
     seed: int | None = Field(None, ge=0, le=LAST_SEED, description="default: drawn")
     scheduler: str | None = Field(None, max_length=100, description="such as DPM++ 2M Karras")
@@ -70,7 +70,7 @@ class TextToImage(BaseModel):
     prompt: str | None = Field("", max_length=TEXT)
     negative_prompt: str | None = Field("", max_length=TEXT)
     seed: int | None = Field(-1, ge=-1, le=LAST_SEED, description="-1: drawn")
-    steps: int | None = Field(20, ge=1, le=MOST_STEPS)
+    steps: int | None = Field(20, ge=1, le=MAX_STEPS)
     cfg_scale: float | None = Field(7.0, ge=0.0, le=100.0, description="to 1: no guidance")
     width: int | None = Field(None, ge=16, le=8192, description="default: the model's own")
     height: int | None = Field(None, ge=16, le=8192, description="default: the model's own")
@@ -78,8 +78,8 @@ class TextToImage(BaseModel):
     sampler_index: str | None = Field(None, max_length=100, description="if no sampler_name")
     scheduler: str | None = Field(None, max_length=100, description="such as Karras")
     eta: float | None = Field(None, description="share of fresh noise; default: the sampler's")
-    batch_size: int | None = Field(1, ge=1, le=MOST_PICTURES)
-    n_iter: int | None = Field(1, ge=1, le=MOST_PICTURES)
+    batch_size: int | None = Field(1, ge=1, le=MAX_PICTURES)
+    n_iter: int | None = Field(1, ge=1, le=MAX_PICTURES)
     send_images: bool | None = True
     override_settings: dict[str, Any] | None = Field(None, description="options of one request")
     override_settings_restore_afterwards: bool | None = Field(
@@ -94,9 +94,9 @@ class ImageToImage(TextToImage):
     denoising_strength: float | None = Field(0.75, ge=0.0, le=1.0)
     resize_mode: int | None = Field(0, ge=0, le=3, description="0 stretch, 1 crop, 2 fill")
     mask: str | None = Field(None, description="light, or opaque, where the image is made new")
-    mask_blur: int | None = Field(None, ge=0, le=MOST_BLUR, description="both of these")
-    mask_blur_x: int | None = Field(4, ge=0, le=MOST_BLUR)
-    mask_blur_y: int | None = Field(4, ge=0, le=MOST_BLUR)
+    mask_blur: int | None = Field(None, ge=0, le=MAX_BLUR, description="both of these")
+    mask_blur_x: int | None = Field(4, ge=0, le=MAX_BLUR)
+    mask_blur_y: int | None = Field(4, ge=0, le=MAX_BLUR)
     inpainting_fill: int | None = Field(0, ge=0, le=3, description="0 fill, 1 original")
     inpaint_full_res: bool | None = Field(True, description="the masked region alone, enlarged")
     inpaint_full_res_padding: int | None = Field(0, ge=0, le=8192)

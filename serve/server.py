@@ -21,7 +21,7 @@ from .settings import Settings
 
 log = logging.getLogger("sdrt.serve")
 
-MOST_FILES = 65_536
+MAX_FILES = 65_536
 LAST_ANSWERS_SECONDS = 5
 KEEP_ALIVE_SECONDS = 75
 
@@ -175,6 +175,6 @@ def allow_connections() -> None:
     except ImportError:  # Windows has no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

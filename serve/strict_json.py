@@ -8,7 +8,7 @@ from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
-from .errors import Problem
+from .errors import ApiError
 
 
 class StrictRoute(APIRoute):
@@ -31,19 +31,19 @@ class _StrictRequest(Request):
                 await self.body(), object_pairs_hook=_object, parse_constant=_constant
             )
         except RecursionError:
-            raise Problem(400, "JSON that is nested too deeply", code="invalid_json") from None
+            raise ApiError(400, "JSON that is nested too deeply", code="invalid_json") from None
         except ValueError as error:
-            raise Problem(400, f"no valid JSON: {error}", code="invalid_json") from None
+            raise ApiError(400, f"no valid JSON: {error}", code="invalid_json") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in pairs:
         if name in made:
-            raise Problem(400, f"the field {name!r} comes twice", name, "invalid_json")
+            raise ApiError(400, f"the field {name!r} comes twice", name, "invalid_json")
         made[name] = value
     return made
 
 
 def _constant(name: str) -> None:
-    raise Problem(400, f"{name} is no JSON number", code="invalid_json")
+    raise ApiError(400, f"{name} is no JSON number", code="invalid_json")

@@ -37,7 +37,7 @@ from sdrt.runtime.lora.adapters import parse_lora, read_lora
 from sdrt.runtime.samplers.registry import config_from_name
 from sdrt.runtime.samplers.table import sampler_table
 from sdrt.runtime.text.prompt_weighting import chunks_from_prompt
-from sdrt.serve.errors import Problem, problem_from_invalid
+from sdrt.serve.errors import ApiError, problem_from_invalid
 from sdrt.serve.generation import call_from
 from sdrt.serve.routes.openai import _edit_from
 from sdrt.serve.routes.sdapi.fields import IGNORED, check_fields
@@ -51,7 +51,7 @@ WEIGHT = json.dumps({"w": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 
 SIDE = (TensorSpec("x", "float32", ("rows", 4)),), (TensorSpec("y", "float32", ("rows", 4)),)
 COMPONENT = Component(*SIDE, "float32", {})
 BASE = np.eye(4, dtype=np.float32)
-MOST_PIXELS = 256 * 256
+MAX_PIXELS = 256 * 256
 BOUNDARY = "sdrt-boundary"
 MODEL = SimpleNamespace(
     name="shapes",
@@ -143,7 +143,7 @@ def tokenizer_files(data: bytes) -> None:
 
 
 def image(data: bytes) -> None:
-    picture = image_from_bytes(data, MOST_PIXELS)
+    picture = image_from_bytes(data, MAX_PIXELS)
     image_array(picture, (64, 64))
     settings_from_text(text_of(picture))
 
@@ -178,14 +178,14 @@ def scheduler(data: bytes) -> None:
 def request(data: bytes) -> None:
     """A JSON body as each of the endpoints that make pictures."""
     body = driven(request_of(data, "application/json").json())
-    with contextlib.suppress(ValidationError, SdrtError, Problem):
+    with contextlib.suppress(ValidationError, SdrtError, ApiError):
         call_from(MODEL, Generation.model_validate(body), {})  # type: ignore[arg-type]
-    with contextlib.suppress(ValidationError, SdrtError, Problem):
+    with contextlib.suppress(ValidationError, SdrtError, ApiError):
         text = TextToImage.model_validate(body)
         sdapi_call_from(MODEL, text, USED, {})  # type: ignore[arg-type]
         check_fields(text.model_extra or {}, IGNORED)
         checked(text.override_settings or {}, MODELS)  # type: ignore[arg-type]
-    with contextlib.suppress(ValidationError, SdrtError, Problem):
+    with contextlib.suppress(ValidationError, SdrtError, ApiError):
         _given(ImageToImage.model_validate(body), (64, 64))
 
 
@@ -225,7 +225,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], float, int]] = {
 
 def execute(name: str, data: bytes) -> None:
     """One execution; whatever comes out of it is a crash."""
-    with contextlib.suppress(SdrtError, Problem, ValidationError):
+    with contextlib.suppress(SdrtError, ApiError, ValidationError):
         TARGETS[name][0](data)
 
 

@@ -27,7 +27,7 @@ from .session import options_with, session
 
 log = logging.getLogger(__name__)
 PROVIDER = "CUDAExecutionProvider"
-MOST_SHAPES = 8
+MAX_SHAPES = 8
 FUSED = ("unet", "vae_decoder", "vae_encoder")
 SEARCHES = ("DEFAULT", "HEURISTIC", "EXHAUSTIVE")
 
@@ -161,7 +161,7 @@ class OrtCudaEngine:
                 f"ONNX Runtime failed in {self.name} on GPU {self._device}: {error}; "
                 "with less memory try fewer pictures at once"
             ) from error
-        while len(self._bound) > MOST_SHAPES:
+        while len(self._bound) > MAX_SHAPES:
             self._bound.popitem(last=False)
         return found
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from sdrt.bundle.manifest import Component
 from sdrt.engine.protocol import Feeds, checked_feeds
-from sdrt.engine.sampling import Drawn, Schedule
+from sdrt.engine.sampling import SamplingProgram, SamplingResult
 from sdrt.errors import BackendError
 
 from .loaded_plan import Loaded, loaded_plans, loading
@@ -81,11 +81,11 @@ class TrtUnet(TrtEngine):
         if loaded.loops is None:
             loaded.loops = Loops(loaded, target)
 
-    def drawn(self, schedule: Schedule, encoder: Any, decoder: Any) -> Drawn:
+    def run_program(self, schedule: SamplingProgram, encoder: Any, decoder: Any) -> SamplingResult:
         """See `Sampler`."""
         with self.loaded.device.use(self.stream):
             loops = self.loaded.loops
             assert loops is not None
             read = encoder.loaded if schedule.read else None
-            drawn: Drawn = loops.run(schedule, read, decoder.loaded if decoder else None)
+            drawn: SamplingResult = loops.run(schedule, read, decoder.loaded if decoder else None)
             return drawn

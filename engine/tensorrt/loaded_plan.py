@@ -25,7 +25,7 @@ from .variants import RTX, logger_of, module_of
 
 log = logging.getLogger(__name__)
 
-MOST_SHAPES = 8
+MAX_SHAPES = 8
 loaded_plans: dict[tuple[str, str, int], "Loaded"] = {}
 loading = threading.Lock()
 
@@ -157,7 +157,7 @@ class Loaded:
             with ONE_AT_A_TIME:
                 self._bound[mark] = self._bind(shapes)
         self._bound.move_to_end(mark)
-        while len(self._bound) > MOST_SHAPES:
+        while len(self._bound) > MAX_SHAPES:
             self._release(self._bound.popitem(last=False)[1])
         return self._bound[mark]
 

@@ -15,13 +15,13 @@ import numpy as np
 from sdrt.engine.cuda.driver import Graph, Mirrored
 from sdrt.engine.cuda.kernels import Kernels
 from sdrt.engine.protocol import checked_feeds
-from sdrt.engine.sampling import Drawn, Read, Schedule
+from sdrt.engine.sampling import SamplingProgram, SamplingResult, TextInput
 from sdrt.errors import BackendError
 
 from .loaded_plan import Bound, Loaded
 
 log = logging.getLogger(__name__)
-MOST_LOOPS = 4
+MAX_LOOPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,11 @@ class Loop:
     """Buffers and the graph of one layout of schedules."""
 
     def __init__(
-        self, parts: "Parts", kernels: Mapping[str, Kernels], schedule: Schedule, some: Bounds
+        self,
+        parts: "Parts",
+        kernels: Mapping[str, Kernels],
+        schedule: SamplingProgram,
+        some: Bounds,
     ) -> None:
         """kernels: by dtype; the decoder may be in another than the UNet"""
         self._parts, self._device = parts, parts.unet.device
@@ -60,7 +64,7 @@ class Loop:
             self.close()
             raise
 
-    def _buffers(self, schedule: Schedule) -> dict[str, tuple[tuple[int, ...], str]]:
+    def _buffers(self, schedule: SamplingProgram) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of what belongs to this loop alone."""
         pictures, _, *shape = schedule.columns.shape
         buffers = {
@@ -78,8 +82,8 @@ class Loop:
             buffers["bad"] = (pictures,), "int32"
         return buffers
 
-    def run(self, schedule: Schedule, bounds: Bounds) -> Drawn:
-        """See `Sampler.drawn`; bounds: of this schedule's shapes."""
+    def run(self, schedule: SamplingProgram, bounds: Bounds) -> SamplingResult:
+        """See `ProgramEngine.run_program`; bounds: of this schedule's shapes."""
         moved = [a is not b for a, b in zip(bounds.all, self._bounds.all, strict=True)]
         self._bounds = bounds
         self._fill(schedule)
@@ -92,10 +96,12 @@ class Loop:
         self._device.synchronize()
         latents, pixels = self._held["latents"].array.copy(), self._held.get("pixels")
         if pixels is None:
-            return Drawn(latents)
-        return Drawn(latents, pixels.array.copy(), [not bad for bad in self._held["bad"].array])
+            return SamplingResult(latents)
+        return SamplingResult(
+            latents, pixels.array.copy(), [not bad for bad in self._held["bad"].array]
+        )
 
-    def _fill(self, schedule: Schedule) -> None:
+    def _fill(self, schedule: SamplingProgram) -> None:
         """What this run is told, into pinned memory."""
         for name in ("columns", "rows", "timesteps"):
             self._held[name].array[...] = getattr(schedule, name)
@@ -108,7 +114,7 @@ class Loop:
             for name, value in feeds_of(schedule, used).items():
                 bound.tensors[name].array[...] = value
 
-    def _prepare(self, schedule: Schedule) -> None:
+    def _prepare(self, schedule: SamplingProgram) -> None:
         """Capture the graph; without one, kernels are launched one by one."""
         while not all([loaded.ready(bound) for loaded, bound in self._parts.of(self._bounds)]):
             continue  # one of them moved the arena under another
@@ -131,7 +137,7 @@ class Loop:
             return
         self._graph = graph
 
-    def _everything(self, schedule: Schedule) -> None:
+    def _everything(self, schedule: SamplingProgram) -> None:
         """The whole run, put into the stream."""
         self._upload(schedule)
         if schedule.read:
@@ -139,7 +145,7 @@ class Loop:
         self._evaluations(schedule)
         self._results(schedule)
 
-    def _upload(self, schedule: Schedule) -> None:
+    def _upload(self, schedule: SamplingProgram) -> None:
         """What this run is told, to the GPU."""
         for name in ("columns", "rows", "timesteps", "places", "weights"):
             if name in self._held:
@@ -150,7 +156,7 @@ class Loop:
             for name in feeds_of(schedule, used):
                 bound.tensors[name].upload()
 
-    def _read(self, read: Read) -> None:
+    def _read(self, read: TextInput) -> None:
         """The text through its encoder, into every context that the UNet is fed."""
         encoder, held = self._bounds.encoder, self._held
         assert encoder is not None and self._parts.encoder is not None
@@ -169,7 +175,7 @@ class Loop:
                 *(context.address, pictures, rows, used, each, *numbers),
             )
 
-    def _evaluations(self, schedule: Schedule) -> None:
+    def _evaluations(self, schedule: SamplingProgram) -> None:
         pictures, _, *shape = schedule.columns.shape
         for k in range(len(schedule.used) + 1):
             if k:
@@ -177,7 +183,7 @@ class Loop:
             values = self._parameters(schedule, k)
             self._kernels("advance_pictures", pictures * int(np.prod(shape)), *values)
 
-    def _parameters(self, schedule: Schedule, k: int) -> tuple[Any, ...]:
+    def _parameters(self, schedule: SamplingProgram, k: int) -> tuple[Any, ...]:
         """Of the kernel after k evaluations."""
         columns, rows, timesteps = (
             self._held[name].address for name in ("columns", "rows", "timesteps")
@@ -205,7 +211,7 @@ class Loop:
             schedule.state_places[k],
         )
 
-    def _results(self, schedule: Schedule) -> None:
+    def _results(self, schedule: SamplingProgram) -> None:
         """Every picture's latents, and its pixels where there is a decoder, to the host."""
         held, decoder, loaded = self._held, self._bounds.decoder, self._parts.decoder
         pictures, places = schedule.columns.shape[:2]
@@ -240,7 +246,7 @@ class Loop:
         self._held.clear()
 
 
-def feeds_of(schedule: Schedule, used: int) -> dict[str, np.ndarray]:
+def feeds_of(schedule: SamplingProgram, used: int) -> dict[str, np.ndarray]:
     """The UNet's inputs at the start, for evaluations of so many rows a picture, but a context that
     is read in the run.
     """
@@ -255,7 +261,7 @@ def feeds_of(schedule: Schedule, used: int) -> dict[str, np.ndarray]:
     return {"sample": sample.reshape(-1, *sample.shape[2:]), "timestep": timestep, **told}
 
 
-def different(read: Read) -> tuple[np.ndarray, np.ndarray]:
+def different(read: TextInput) -> tuple[np.ndarray, np.ndarray]:
     """The different stretches [R, tokens] int32, and which of them each is [B, rows, stretches]."""
     *shape, tokens = read.ids.shape
     ids, places = np.unique(read.ids.reshape(-1, tokens), axis=0, return_inverse=True)
@@ -275,7 +281,7 @@ class Parts:
         other = [(loaded, bound) for loaded, bound in pairs if loaded and bound]
         return [*((self.unet, bound) for bound in bounds.unet.values()), *other]
 
-    def bounds(self, schedule: Schedule) -> Bounds:
+    def bounds(self, schedule: SamplingProgram) -> Bounds:
         """What runs a schedule's shapes; raises BackendError where a plan has no profile for them,
         UsageError for what misfits.
         """
@@ -287,7 +293,7 @@ class Parts:
             decoder = self.decoder.bound({"latents": (1, *schedule.columns.shape[2:])})
         return Bounds(unet, encoder, decoder)
 
-    def _unet_bound(self, schedule: Schedule, used: int) -> Bound:
+    def _unet_bound(self, schedule: SamplingProgram, used: int) -> Bound:
         inputs, feeds = self.unet.component.inputs, feeds_of(schedule, used)
         if schedule.read:
             width = {spec.name: spec.shape for spec in inputs}["context"][-1]
@@ -305,8 +311,10 @@ class Loops:
         self._kernels: dict[str, Kernels] = {}
         self._loops: OrderedDict[tuple[object, ...], Loop] = OrderedDict()
 
-    def run(self, schedule: Schedule, encoder: Loaded | None, decoder: Loaded | None) -> Drawn:
-        """See `Sampler.drawn`; the device is in use."""
+    def run(
+        self, schedule: SamplingProgram, encoder: Loaded | None, decoder: Loaded | None
+    ) -> SamplingResult:
+        """See `ProgramEngine.run_program`; the device is in use."""
         parts = Parts(self._loaded, encoder, decoder)
         for loaded, name in ((self._loaded, "sample"), (decoder, "image")):
             if loaded and (dtype := dtype_of(loaded, name)) not in self._kernels:
@@ -317,7 +325,7 @@ class Loops:
         if layout not in self._loops:
             self._loops[layout] = Loop(parts, self._kernels, schedule, bounds)
         self._loops.move_to_end(layout)
-        while len(self._loops) > MOST_LOOPS:
+        while len(self._loops) > MAX_LOOPS:
             self._loops.popitem(last=False)[1].close()
         return self._loops[layout].run(schedule, bounds)
 

@@ -29,7 +29,7 @@ from .compile import Compiled, compiled, straightened
 from .ops import OPERATIONS, Attributes
 
 log = logging.getLogger(__name__)
-MOST_SHAPES = 8  # compiled at a time, of one component
+MAX_SHAPES = 8  # compiled at a time, of one component
 # A function, and the weights and constants that follow a graph's inputs as its arguments.
 CompiledFor = tuple[Compiled, list[str], list[Tensor]]
 
@@ -126,7 +126,7 @@ class TorchEngine:
             ) from error
         with self._order:
             self._compiled[shapes] = found
-            if len(self._compiled) > MOST_SHAPES:
+            if len(self._compiled) > MAX_SHAPES:
                 self._compiled.popitem(last=False)
         return made
 

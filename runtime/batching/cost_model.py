@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Size = tuple[int, int]
 REPEATS = 3
-MOST_KEPT = 1_000_000  # bytes of a file of figures, which may have come with a bundle
+MAX_KEPT = 1_000_000  # bytes of a file of figures, which may have come with a bundle
 SECONDS, ROWS, COUNT = number(0.0, 1e6), whole(1, 4096), whole(-(2**50), 2**50)
 GAIN = 1.05  # more rows in a call must make this much more of a picture a second
 LEARNED = 0.1  # share of a new measurement in the drift
 MEMORY_SHARE = 0.8  # of the memory that is free, for calls of the model
-MOST_ESTIMATED = 64  # sizes that are remembered without having been measured
+MAX_ESTIMATED = 64  # sizes that are remembered without having been measured
 
 
 @dataclass(slots=True)
@@ -99,7 +99,7 @@ class Costs:
             return self.sizes[size]
         with self.lock:
             if size not in self.estimated:
-                for old in list(self.estimated)[: 1 - MOST_ESTIMATED]:
+                for old in list(self.estimated)[: 1 - MAX_ESTIMATED]:
                     del self.estimated[old]
                 self.estimated[size] = self._estimate(size)
             return self.estimated[size]
@@ -139,7 +139,7 @@ def costs_of(pipe: "Pipeline", most: int, kept: Path | None = None) -> Costs:
     path = kept / f"costs-{_key(pipe, most)}.json" if kept else None
     if path and path.is_file():
         try:
-            return _costs_from_json(json_object(read_bytes(path, MOST_KEPT)))
+            return _costs_from_json(json_object(read_bytes(path, MAX_KEPT)))
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             log.warning("%s is not readable (%s); measuring again", path, error)
     costs = measured(pipe, most)

@@ -1,6 +1,6 @@
 """Pictures in flight: they join and leave between evaluations and share calls of the model.
 
-    with InFlight(sdrt.load("shapes")) as engine:
+    with InflightBatcher(sdrt.load("shapes")) as engine:
         tickets = engine.submit("a red circle", {"num_inference_steps": 20, "seed": 0})
         tickets[0].future.result().image.save("circle.png")
 
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sdrt.runtime.denoising import Edit, Gather, Run, step_of
+from sdrt.runtime.denoising import BatchBuilder, DenoisingState, Edit, step_of
 from sdrt.runtime.lora.sets import Named, requests_by_set
 from sdrt.runtime.lora.switch import LoraSwitch
 from sdrt.runtime.options import Request, options_from
@@ -25,17 +25,27 @@ from sdrt.runtime.parsing import function, real, whole
 from sdrt.runtime.pipeline import Pipeline, Prompt
 
 from .cost_model import Costs, costs_of, works
-from .request import Cancelled, Observer, OnStep, Picture, Refused, Submission, Ticket, Times, typed
+from .request import (
+    GeneratedImage,
+    Observer,
+    OnStep,
+    RequestCancelled,
+    RequestHandle,
+    RequestRejected,
+    Submission,
+    Times,
+    typed,
+)
 from .scheduler import Turn, forecast, lateness, sharing
 
 log = logging.getLogger(__name__)
-MOST_DEADLINE = 86400.0
-DEADLINE = real(1e-9, MOST_DEADLINE, f"seconds from now, at most {MOST_DEADLINE:g}")
+MAX_DEADLINE = 86400.0
+DEADLINE = real(1e-9, MAX_DEADLINE, f"seconds from now, at most {MAX_DEADLINE:g}")
 PRIORITY = whole(-100, 100)
 LONGEST_PAUSE = 30.0  # seconds between two tries to bring a broken engine back
 
 
-class InFlight:
+class InflightBatcher:
     """See the module. A context manager: `start` and `close`."""
 
     def __init__(
@@ -65,10 +75,10 @@ class InFlight:
         self._rows, self._deterministic = rows, deterministic
         self._observer, self._reload, self._kept = observer, reload, kept
         self._changed = threading.Condition()
-        self._waiting: list[Ticket] = []
-        self._inside: list[Ticket] = []
-        self._decoding: list[Ticket] = []
-        self._gather = Gather()
+        self._waiting: list[RequestHandle] = []
+        self._inside: list[RequestHandle] = []
+        self._decoding: list[RequestHandle] = []
+        self._gather = BatchBuilder()
         self._threads: list[threading.Thread] = []
         self._reloaded = False
         self._loras = LoraSwitch(pipe)
@@ -80,7 +90,7 @@ class InFlight:
         if self._deterministic and self._rows is None:
             self._rows = max(2, *(size.most for size in self.costs.sizes.values()))
         self.rates = self.costs.rates(self._rows)
-        self._gather = Gather(self._rows or 0 if self._deterministic else 0)
+        self._gather = BatchBuilder(self._rows or 0 if self._deterministic else 0)
         for work in (self._prepare, self._denoise, self._decode):
             name = f"sdrt{work.__name__}"
             thread = threading.Thread(target=self._work, args=(work,), name=name, daemon=True)
@@ -98,7 +108,7 @@ class InFlight:
         deadline: float | None = None,
         on_step: OnStep | None = None,
         loras: Named | None = None,
-    ) -> list[Ticket]:
+    ) -> list[RequestHandle]:
         """One ticket for every picture of the call, all accepted or none.
 
         options: the named arguments of `Options`. scheduler: as for `Pipeline.with_scheduler`
@@ -106,7 +116,7 @@ class InFlight:
         on_step: called after each evaluation, in the engine's thread: it must be quick
         loras: LoRA files by name (a `str`, in the folder `loras`) or path (a `Path`), with their
             weights, beside those that tags in the prompts name
-        Raises UsageError for what does not fit, Refused for what cannot be done in time.
+        Raises UsageError for what does not fit, RequestRejected for what cannot be done in time.
         """
         if deadline is not None:
             deadline = DEADLINE("deadline", deadline)
@@ -122,11 +132,13 @@ class InFlight:
         rows = 2 if (guidance.scales != 1.0).any() else 1
         now = time.monotonic()
 
-        def ticket(request: Request, submission: Submission) -> Ticket:
+        def ticket(request: Request, submission: Submission) -> RequestHandle:
             turn = Turn((size, submission.loras), rows, table.evaluations, now, now, priority)
             turn.promised, turn.full = deadline is not None, table.full_share
             turn.due = self.rates.due(turn) if deadline is None else now + deadline
-            return Ticket(request, table.evaluations, Times(now), turn, submission, self._cancel)
+            return RequestHandle(
+                request, table.evaluations, Times(now), turn, submission, self._cancel
+            )
 
         tickets = []
         for own, part in requests_by_set(requests, chosen, self._loras.base, loras).items():
@@ -136,7 +148,7 @@ class InFlight:
         with self._changed:
             try:
                 self._admit(tickets, now)
-            except Refused as refused:
+            except RequestRejected as refused:
                 if self._observer:
                     self._observer.refused(refused.cause)
                 raise
@@ -146,20 +158,20 @@ class InFlight:
 
     def _check_open(self) -> None:
         if self.state == "broken":
-            raise Refused("broken", "the device failed and is brought back", LONGEST_PAUSE)
+            raise RequestRejected("broken", "the device failed and is brought back", LONGEST_PAUSE)
         if self.state != "ready":
-            raise Refused("draining", f"the engine is {self.state}", LONGEST_PAUSE)
+            raise RequestRejected("draining", f"the engine is {self.state}", LONGEST_PAUSE)
 
-    def _admit(self, tickets: Sequence[Ticket], now: float) -> None:
-        """Raise Refused unless all of them can be accepted and every promise be kept."""
+    def _admit(self, tickets: Sequence[RequestHandle], now: float) -> None:
+        """Raise RequestRejected unless all of them can be accepted and every promise be kept."""
         self._check_open()
         turn = tickets[0].turn
         if missing := self.costs.missing_bytes(turn.group[0], turn.rows):  # type: ignore[index]
-            raise Refused("memory", f"{missing / 1e6:.0f} MB of memory are missing", 10.0)
+            raise RequestRejected("memory", f"{missing / 1e6:.0f} MB of memory are missing", 10.0)
         others = [other.turn for other in (*self._inside, *self._waiting)]
         if len(self._waiting) + len(tickets) > self.most_waiting:
             done = forecast(others, now, self.rates, self.slots)
-            raise Refused(
+            raise RequestRejected(
                 "queue",
                 f"{len(self._waiting)} pictures wait, at most {self.most_waiting} may",
                 min(done, default=now) - now,
@@ -169,15 +181,15 @@ class InFlight:
             return
         late = lateness(turns, now, self.rates, self.slots)
         if turn.promised and (new := max(late[len(others) :])) > 0.0:
-            raise Refused("deadline", f"it would be done {new:.2g} s too late", new)
+            raise RequestRejected("deadline", f"it would be done {new:.2g} s too late", new)
         if any(other.promised and by > 0.0 for other, by in zip(others, late, strict=False)):
             then = lateness(others, now, self.rates, self.slots)
             for other, by, before in zip(others, late, then, strict=False):
                 if other.promised and before <= 0.0 < by:
                     message = "a picture that was promised earlier would come too late"
-                    raise Refused("deadline", message, other.due - now)
+                    raise RequestRejected("deadline", message, other.due - now)
 
-    def tickets(self) -> list[Ticket]:
+    def tickets(self) -> list[RequestHandle]:
         """Those that are not finished, in the order of their turns."""
         now = time.monotonic()
         with self._changed:
@@ -203,28 +215,28 @@ class InFlight:
         for thread in self._threads[:1]:
             thread.join()
         for ticket in self._unfinished():
-            self._end(ticket, Cancelled("the engine was closed"))
+            self._end(ticket, RequestCancelled("the engine was closed"))
         if self._reloaded:
             self.pipe.close()
 
-    def __enter__(self) -> "InFlight":
+    def __enter__(self) -> "InflightBatcher":
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _unfinished(self) -> list[Ticket]:
+    def _unfinished(self) -> list[RequestHandle]:
         return [*self._waiting, *self._inside, *self._decoding]
 
-    def _cancel(self, ticket: Ticket) -> None:
+    def _cancel(self, ticket: RequestHandle) -> None:
         with self._changed:
             ticket.unwanted = True
             if ticket.state == "waiting":
-                self._end(ticket, Cancelled("cancelled"))
+                self._end(ticket, RequestCancelled("cancelled"))
             self._changed.notify_all()
 
-    def _end(self, ticket: Ticket, result: Picture | Exception) -> None:
+    def _end(self, ticket: RequestHandle, result: GeneratedImage | Exception) -> None:
         """The picture, or what went wrong, for whoever waits."""
         with self._changed:
             for place in (self._waiting, self._inside, self._decoding):
@@ -232,19 +244,19 @@ class InFlight:
                     place.remove(ticket)
             ticket.run = ticket.edit = None
             ticket.let_go()
-            if isinstance(result, Picture):
+            if isinstance(result, GeneratedImage):
                 ticket.state = "done"
             else:
-                ticket.state = "cancelled" if isinstance(result, Cancelled) else "failed"
+                ticket.state = "cancelled" if isinstance(result, RequestCancelled) else "failed"
             self._changed.notify_all()
         if self._observer:
             self._observer.finished(ticket)
-        if isinstance(result, Picture):
+        if isinstance(result, GeneratedImage):
             ticket.future.set_result(result)
         else:
             ticket.future.set_exception(result)
 
-    def _next(self, tickets: Callable[[], list[Ticket]]) -> list[Ticket]:
+    def _next(self, tickets: Callable[[], list[RequestHandle]]) -> list[RequestHandle]:
         """Wait until there are some, and give them in the order of their turns; none at the end.
         The unwanted among them are cancelled.
         """
@@ -256,7 +268,7 @@ class InFlight:
                 found = [] if self.state == "closed" else list(tickets())
                 unwanted = [ticket for ticket in found if ticket.unwanted]
             for ticket in unwanted:  # one that is cancelled from here on takes part once more
-                self._end(ticket, Cancelled("cancelled"))
+                self._end(ticket, RequestCancelled("cancelled"))
             if len(unwanted) < len(found) or not found:
                 now = time.monotonic()
                 wanted = (ticket for ticket in found if ticket not in unwanted)
@@ -275,7 +287,7 @@ class InFlight:
     def _prepare(self) -> None:
         """A thread: whoever gets a slot is encoded."""
 
-        def candidates() -> list[Ticket]:
+        def candidates() -> list[RequestHandle]:
             begun = len(self._inside) + len(self._decoding)
             if begun >= self.slots:
                 return []
@@ -308,7 +320,7 @@ class InFlight:
                 ticket.times.prepared = time.monotonic()
                 self._changed.notify_all()
 
-    def _return_image(self, ticket: Ticket) -> None:
+    def _return_image(self, ticket: RequestHandle) -> None:
         """At strength 0 there is nothing to evaluate: the image to start from is the result."""
         options = ticket.submission.options
         try:
@@ -318,9 +330,9 @@ class InFlight:
             self._end(ticket, typed(error))
             return
         ticket.times.prepared = ticket.times.denoised = ticket.times.decoded = time.monotonic()
-        self._end(ticket, Picture(image, text, ticket.request.seed))
+        self._end(ticket, GeneratedImage(image, text, ticket.request.seed))
 
-    def _prepared(self, ticket: Ticket) -> tuple[Run, Edit | None]:
+    def _prepared(self, ticket: RequestHandle) -> tuple[DenoisingState, Edit | None]:
         shared = ticket.submission
         if shared.failed:
             raise shared.failed
@@ -341,7 +353,7 @@ class InFlight:
     def _denoise(self) -> None:
         """A thread: the loop."""
 
-        def candidates() -> list[Ticket]:
+        def candidates() -> list[RequestHandle]:
             return [ticket for ticket in self._inside if ticket.state == "running"]
 
         while ordered := self._next(candidates):
@@ -349,7 +361,7 @@ class InFlight:
             chosen = sharing([ticket.turn for ticket in ordered], self.rates.most)
             self._evaluate([turns[id(turn)] for turn in chosen])
 
-    def _evaluate(self, tickets: Sequence[Ticket]) -> None:
+    def _evaluate(self, tickets: Sequence[RequestHandle]) -> None:
         """One call of the model for all of these."""
         runs = [ticket.run for ticket in tickets if ticket.run is not None]
         group, rows = tickets[0].turn.group, sum(run.rows for run in runs)
@@ -370,7 +382,7 @@ class InFlight:
         for ticket, run in zip(tickets, runs, strict=True):
             self._stepped(ticket, run)
 
-    def _stepped(self, ticket: Ticket, run: Run) -> None:
+    def _stepped(self, ticket: RequestHandle, run: DenoisingState) -> None:
         """After an evaluation: edits, news, and the way to the decoder."""
         try:
             with ticket.held():
@@ -407,7 +419,7 @@ class InFlight:
                 self._end(ticket, typed(error))
                 continue
             ticket.times.decoded = time.monotonic()
-            self._end(ticket, Picture(image, text, ticket.request.seed))
+            self._end(ticket, GeneratedImage(image, text, ticket.request.seed))
 
     def _recover(self) -> None:
         """Until the model can be called again: try, load anew, wait longer every time. Pictures

@@ -13,10 +13,10 @@ from typing import Any, Literal, Protocol
 from PIL.Image import Image
 
 from sdrt.errors import BackendError, SdrtError
-from sdrt.runtime.denoising import Edit, Run, Step
+from sdrt.runtime.denoising import DenoisingState, Edit, Step
 from sdrt.runtime.leases import Lease
 from sdrt.runtime.lora.sets import LoraSet
-from sdrt.runtime.options import Options, Request
+from sdrt.runtime.options import GenerationOptions, Request
 
 from .scheduler import Turn
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Cause = Literal["queue", "deadline", "memory", "draining", "broken"]
 
 
-class Refused(SdrtError):
+class RequestRejected(SdrtError):
     """A request was not accepted. cause: why; retry_after: seconds until it may fit."""
 
     def __init__(self, cause: Cause, message: str, retry_after: float) -> None:
@@ -33,12 +33,12 @@ class Refused(SdrtError):
         self.cause, self.retry_after = cause, max(1.0, retry_after)
 
 
-class Cancelled(SdrtError):
+class RequestCancelled(SdrtError):
     """Whoever asked for the picture does not want it any more, or the engine was closed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class GeneratedImage:
     """A finished picture and the text that goes into its file."""
 
     image: Image
@@ -60,9 +60,9 @@ class Times:
     decoded: float | None = None
 
 
-OnStep = Callable[["Ticket", Step], None]
+OnStep = Callable[["RequestHandle", Step], None]
 State = Literal["waiting", "preparing", "running", "decoding", "done", "failed", "cancelled"]
-Prepared = Iterator[tuple[Request, Run, Edit | None]]
+Prepared = Iterator[tuple[Request, DenoisingState, Edit | None]]
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +70,7 @@ class Submission:
     """What the pictures of one call of `submit` share."""
 
     requests: Sequence[Request]
-    options: Options
+    options: GenerationOptions
     scheduler_config: Mapping[str, Any]
     on_step: OnStep | None
     loras: LoraSet | None = None  # which its images are made with; None: what is carried anyway
@@ -80,18 +80,18 @@ class Submission:
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
-    """One picture on its way. future: gives the `Picture`, or raises what went wrong."""
+class RequestHandle:
+    """One picture on its way. future: gives the `GeneratedImage`, or raises what went wrong."""
 
     request: Request
     evaluations: int
     times: Times
     turn: Turn
     submission: Submission = field(repr=False)
-    on_cancel: Callable[["Ticket"], None] = field(repr=False)
+    on_cancel: Callable[["RequestHandle"], None] = field(repr=False)
     state: State = "waiting"
-    future: "Future[Picture]" = field(default_factory=Future, repr=False)
-    run: Run | None = field(default=None, repr=False)
+    future: "Future[GeneratedImage]" = field(default_factory=Future, repr=False)
+    run: DenoisingState | None = field(default=None, repr=False)
     edit: Edit | None = field(default=None, repr=False)
     unwanted: bool = False
     lease: Lease | None = None
@@ -119,7 +119,7 @@ class Observer(Protocol):
 
     def called(self, rows: int, seconds: float) -> None: ...
 
-    def finished(self, ticket: Ticket) -> None: ...
+    def finished(self, ticket: RequestHandle) -> None: ...
 
     def refused(self, cause: Cause) -> None: ...
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.errors import UsageError
-from sdrt.runtime.options import Options, Request
+from sdrt.runtime.options import GenerationOptions, Request
 from sdrt.runtime.parsing import lora_weights
 
 from .names import find_named
@@ -45,7 +45,10 @@ def text_from(loras: LoraSet) -> str:
 
 
 def requests_by_set(
-    requests: Sequence[Request], options: Options, base: LoraSet, named: Named | None = None
+    requests: Sequence[Request],
+    options: GenerationOptions,
+    base: LoraSet,
+    named: Named | None = None,
 ) -> dict[LoraSet | None, list[Request]]:
     """The requests of a call by the LoRA files that they are made with.
 
@@ -83,7 +86,7 @@ def requests_by_set(
     return found
 
 
-def refuse_tags(requests: Iterable[Request], options: Options) -> None:
+def refuse_tags(requests: Iterable[Request], options: GenerationOptions) -> None:
     """Raise UsageError for a LoRA tag in a prompt, for a call that must not change the weights
     which other calls at the same time are made with.
     """
@@ -96,7 +99,7 @@ def refuse_tags(requests: Iterable[Request], options: Options) -> None:
             )
 
 
-def refuse_negative_tags(requests: Iterable[Request], options: Options) -> None:
+def refuse_negative_tags(requests: Iterable[Request], options: GenerationOptions) -> None:
     """Raise UsageError for a LoRA tag in a negative prompt, where no tool applies one."""
     for prompt in {each.negative_prompt for each in requests} if options.weighting else ():
         check_untagged(prompt, "negative prompt", "put it into the prompt")

@@ -16,10 +16,10 @@ from dataclasses import replace
 from PIL.Image import Image
 
 from sdrt.errors import BackendError, BundleError, CheckpointError, SdrtError, UsageError
-from sdrt.runtime.batching.request import Ticket
+from sdrt.runtime.batching.request import RequestHandle
 from sdrt.runtime.denoising import Step
 from sdrt.runtime.leases import Lease
-from sdrt.runtime.options import Options, Request
+from sdrt.runtime.options import GenerationOptions, Request
 from sdrt.runtime.pipeline import Pipeline
 
 from .names import find_named
@@ -36,7 +36,9 @@ class LoraSwitch:
         self._changed_at = 0.0
         self._changing = threading.Lock()
 
-    def eligible(self, pipe: Pipeline, waiting: Sequence[Ticket], busy: bool) -> list[Ticket]:
+    def eligible(
+        self, pipe: Pipeline, waiting: Sequence[RequestHandle], busy: bool
+    ) -> list[RequestHandle]:
         """Those of the waiting tickets that may begin now. busy: whether others are unfinished."""
         if not waiting:
             return []
@@ -56,7 +58,7 @@ class LoraSwitch:
         ]
         return early or ([] if busy and not first.submission.failed else [first])
 
-    def begin(self, pipe: Pipeline, ticket: Ticket) -> Lease:
+    def begin(self, pipe: Pipeline, ticket: RequestHandle) -> Lease:
         """A lease of the pipeline while it carries the ticket's set, which it is made to carry
         where it does not; nothing that was begun with another may be unfinished. Raises UsageError
         for files that do not fit and a backend that takes none; the other tickets of the submission
@@ -84,7 +86,7 @@ class LoraSwitch:
             if pipe.adapters.chosen != carried:
                 pipe.set_lora(dict(carried))
 
-    def _wanted(self, pipe: Pipeline, ticket: Ticket) -> LoraSet:
+    def _wanted(self, pipe: Pipeline, ticket: RequestHandle) -> LoraSet:
         """The base is what others made the pipeline carry last."""
         if pipe.adapters.chosen != self._carried:
             self.base = self._carried = pipe.adapters.chosen
@@ -106,7 +108,7 @@ class LoraSwitch:
 def pictures_by_set(
     pipe: Pipeline,
     requests: Sequence[Request],
-    options: Options,
+    options: GenerationOptions,
     on_step: Callable[[Step], None] | None = None,
 ) -> Iterator[tuple[Request, Image]]:
     """The images of requests whose prompts may have LoRA tags, which add to what the pipeline

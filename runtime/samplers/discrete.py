@@ -10,22 +10,22 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
-from .noise_schedule import Schedule, alpha_sigma, alphas_cumprod, clean_and_noise
+from .noise_schedule import NoiseSchedule, alpha_sigma, alphas_cumprod, clean_and_noise
 from .protocol import Latent, Run
-from .spacing import Ladder
+from .spacing import TimestepGrid
 
 
-def mix(schedule: Schedule, ladder: Ladder) -> tuple[float, float]:
+def mix(schedule: NoiseSchedule, ladder: TimestepGrid) -> tuple[float, float]:
     """Shares of picture and noise that a run from the ladder's first rung starts with."""
     return alpha_sigma(schedule, ladder.timesteps[0])
 
 
-def start(schedule: Schedule, ladder: Ladder) -> float:
+def start(schedule: NoiseSchedule, ladder: TimestepGrid) -> float:
     """The starting noise's standard deviation when there is no picture."""
     return 1.0
 
 
-def ddim(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def ddim(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """Denoising diffusion implicit models: Song et al. 2020 (arXiv:2010.02502), eqs. 12 and 16."""
     for t, to in zip(ladder.timesteps, strides(schedule, ladder), strict=True):
         alpha, sigma = alpha_sigma(schedule, t)
@@ -48,7 +48,7 @@ def posterior_deviation(alpha: float, sigma: float, alpha_to: float, sigma_to: f
     return sigma_to / sigma * math.sqrt(max(1.0 - (alpha / alpha_to) ** 2, 0.0))
 
 
-def ddpm(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def ddpm(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """Ancestral sampling: Ho et al. 2020 (arXiv:2006.11239), eq. 7 between the rungs taken."""
     cumulative = alphas_cumprod(schedule)
     shares = [float(cumulative[int(t)]) for t in ladder.timesteps] + [1.0]
@@ -78,7 +78,7 @@ ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (
 )
 
 
-def pndm(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def pndm(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """Pseudo numerical methods: Liu et al. 2022 (arXiv:2202.09778), eqs. 9, 11 and 12.
 
     With `skip_prk_steps` the first step is one of Heun's kind: it is taken again with the mean of
@@ -109,7 +109,7 @@ def pndm(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
 
 
 def runge_kutta(
-    schedule: Schedule, ladder: Ladder, x: Latent, run: Run
+    schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run
 ) -> tuple[Latent, list[Latent]]:
     """Three pseudo Runge-Kutta steps (eq. 9) of four evaluations each; also their first outputs,
     newest first.
@@ -133,14 +133,14 @@ def runge_kutta(
     return x, outputs
 
 
-def transfer(schedule: Schedule, x: Latent, output: Latent, t: float, to: float) -> Latent:
+def transfer(schedule: NoiseSchedule, x: Latent, output: Latent, t: float, to: float) -> Latent:
     """PNDM's transfer (eq. 11): one deterministic step along the given output."""
     clean, noise = clean_and_noise(schedule, x, output, *alpha_sigma(schedule, t))
     alpha, sigma = alpha_sigma(schedule, to)
     return alpha * clean + sigma * noise
 
 
-def lcm(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def lcm(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """Multistep consistency sampling: Luo et al. 2023 (arXiv:2310.04378), algorithm 3."""
     for i, t in enumerate(ladder.timesteps):
         alpha, sigma = alpha_sigma(schedule, t)
@@ -157,7 +157,7 @@ def lcm(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
     return x
 
 
-def tcd(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def tcd(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """Strategic stochastic sampling: Zheng et al. 2024 (arXiv:2402.19159), algorithm 4; eta is
     the paper's gamma.
     """
@@ -177,7 +177,7 @@ def tcd(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
     return x
 
 
-def strides(schedule: Schedule, ladder: Ladder) -> tuple[float, ...]:
+def strides(schedule: NoiseSchedule, ladder: TimestepGrid) -> tuple[float, ...]:
     """Where each step goes: one stride down, or to the caller's next timestep; last the end."""
     if not ladder.even:
         return (*ladder.timesteps[1:], -1.0)

@@ -14,20 +14,20 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
-from .noise_schedule import Schedule, alpha_sigma_from_level, clean_and_noise
+from .noise_schedule import NoiseSchedule, alpha_sigma_from_level, clean_and_noise
 from .protocol import Latent, Run
-from .spacing import Ladder
+from .spacing import TimestepGrid
 
 FEW_STEPS = 15  # below this many, `lower_order_final` applies
 NO_STEP = 1e-9  # in lambda: a last level that repeats the one before
 
 
-def mix(schedule: Schedule, ladder: Ladder) -> tuple[float, float]:
+def mix(schedule: NoiseSchedule, ladder: TimestepGrid) -> tuple[float, float]:
     """Shares of picture and noise that a run from the ladder's first rung starts with."""
     return alpha_sigma_from_level(ladder.levels[0])
 
 
-def start(schedule: Schedule, ladder: Ladder) -> float:
+def start(schedule: NoiseSchedule, ladder: TimestepGrid) -> float:
     """The starting noise's standard deviation when there is no picture."""
     return 1.0
 
@@ -64,7 +64,7 @@ class Leap:
         return sign * ((math.expm1(self.power) - self.power) / self.power**2 - 0.5)
 
 
-def leap(schedule: Schedule, level: float, after: float) -> Leap:
+def leap(schedule: NoiseSchedule, level: float, after: float) -> Leap:
     """Lu et al. 2022: (arXiv:2206.00927), eq. 3.7 for noise; (arXiv:2211.01095), eqs. 9 and 18."""
     h = math.log(level / after) if after > 0.0 else math.inf
     alpha, sigma = alpha_sigma_from_level(level)
@@ -81,24 +81,26 @@ def leap(schedule: Schedule, level: float, after: float) -> Leap:
     return Leap(alpha_after / alpha, -2.0 * sigma_after, h, fresh)
 
 
-def predicted(schedule: Schedule, run: Run, x: Latent, timestep: float, level: float) -> Latent:
+def predicted(
+    schedule: NoiseSchedule, run: Run, x: Latent, timestep: float, level: float
+) -> Latent:
     """One evaluation: what the integral is over, the clean latent or the noise."""
     return evaluated(schedule, run, x, timestep, level)[0 if over_clean(schedule) else 1]
 
 
 def evaluated(
-    schedule: Schedule, run: Run, x: Latent, timestep: float, level: float
+    schedule: NoiseSchedule, run: Run, x: Latent, timestep: float, level: float
 ) -> tuple[Latent, Latent]:
     """One evaluation: the clean latent and the noise in x."""
     alpha, sigma = alpha_sigma_from_level(level)
     return clean_and_noise(schedule, x, run.output(x, timestep, alpha, sigma), alpha, sigma)
 
 
-def over_clean(schedule: Schedule) -> bool:
+def over_clean(schedule: NoiseSchedule) -> bool:
     return schedule.algorithm_type.endswith("++")
 
 
-def check(schedule: Schedule, ladder: Ladder) -> None:
+def check(schedule: NoiseSchedule, ladder: TimestepGrid) -> None:
     if ladder.levels[-1] == 0.0 and not over_clean(schedule):
         raise UsageError(
             f"algorithm_type {schedule.algorithm_type} cannot end at no noise; "
@@ -108,7 +110,7 @@ def check(schedule: Schedule, ladder: Ladder) -> None:
         raise UsageError("algorithm_type sde-dpmsolver has no third order; set solver_order to 2")
 
 
-def dpm_multistep(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def dpm_multistep(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """DPM-Solver++ multistep: Lu et al. 2022 (arXiv:2211.01095), algorithm 2 and appendix B."""
     check(schedule, ladder)
     known: list[Latent] = []
@@ -139,14 +141,14 @@ def log_step(level: float, after: float) -> float:
     return math.log(level / after) if after > 0.0 else math.inf
 
 
-def with_noise(x: Latent, step: Leap, schedule: Schedule, run: Run) -> Latent:
+def with_noise(x: Latent, step: Leap, schedule: NoiseSchedule, run: Run) -> Latent:
     if schedule.algorithm_type.startswith("sde"):
         return x + step.fresh * run.noise()
     return x
 
 
 def advance(
-    schedule: Schedule,
+    schedule: NoiseSchedule,
     step: Leap,
     x: Latent,
     values: Sequence[Latent],
@@ -178,7 +180,7 @@ def derivatives(values: Sequence[Latent], at: Sequence[float]) -> tuple[Latent, 
     return near + (at[0] - at[1]) * second, second
 
 
-def dpm_singlestep(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def dpm_singlestep(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """DPM-Solver singlestep: Lu et al. 2022 (arXiv:2206.00927), algorithms 1 and 2, and
     (arXiv:2211.01095), algorithm 1. A group of steps starts again from its first latent.
     """
@@ -208,7 +210,7 @@ def dpm_singlestep(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> L
     return x
 
 
-def single_orders(schedule: Schedule, steps: int, ends_clean: bool) -> list[int]:
+def single_orders(schedule: NoiseSchedule, steps: int, ends_clean: bool) -> list[int]:
     """The order of each step: groups of 1, 2, .. up to the solver's, ending low."""
     order = schedule.solver_order
     even = steps % order == 0 and not ends_clean
@@ -224,7 +226,7 @@ def single_orders(schedule: Schedule, steps: int, ends_clean: bool) -> list[int]
     return orders
 
 
-def deis(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def deis(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """Diffusion exponential integrator: Zhang and Chen 2022 (arXiv:2204.13902), eq. 15, its
     polynomial taken over the logarithm of the level.
     """
@@ -261,7 +263,7 @@ def exponential_integral(nodes: Sequence[float], k: int, low: float, high: float
     return whole(high) - whole(low)
 
 
-def unipc(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def unipc(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """Unified predictor-corrector: Zhao et al. 2023 (arXiv:2302.04867), algorithms 5 to 8.
 
     Predictor and corrector begin alike, so the corrected latents are the predicted ones with one
@@ -289,7 +291,7 @@ def unipc(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
     return x
 
 
-def unified_step(schedule: Schedule, level: float, after: float) -> tuple[float, float, float]:
+def unified_step(schedule: NoiseSchedule, level: float, after: float) -> tuple[float, float, float]:
     """What x is multiplied by, what the outputs are, and the exponent of their integral."""
     h = log_step(level, after)
     alpha, sigma = alpha_sigma_from_level(level)
@@ -300,7 +302,7 @@ def unified_step(schedule: Schedule, level: float, after: float) -> tuple[float,
 
 
 def unified_sum(
-    schedule: Schedule,
+    schedule: NoiseSchedule,
     values: Sequence[Latent],
     levels: Sequence[float],
     i: int,

@@ -9,17 +9,17 @@ import math
 
 import numpy as np
 
-from .noise_schedule import Schedule, alpha_sigma_from_level, clean_and_noise
+from .noise_schedule import NoiseSchedule, alpha_sigma_from_level, clean_and_noise
 from .protocol import Latent, Run
-from .spacing import Ladder, timesteps_at
+from .spacing import TimestepGrid, timesteps_at
 
 
-def mix(schedule: Schedule, ladder: Ladder) -> tuple[float, float]:
+def mix(schedule: NoiseSchedule, ladder: TimestepGrid) -> tuple[float, float]:
     """Shares of picture and noise that a run from the ladder's first rung starts with."""
     return 1.0, ladder.levels[0]
 
 
-def start(schedule: Schedule, ladder: Ladder) -> float:
+def start(schedule: NoiseSchedule, ladder: TimestepGrid) -> float:
     """The starting noise's standard deviation when there is no picture."""
     if schedule.sigma_schedule or schedule.timestep_spacing in ("linspace", "trailing"):
         return ladder.levels[0]
@@ -27,7 +27,7 @@ def start(schedule: Schedule, ladder: Ladder) -> float:
 
 
 def clean_noise(
-    schedule: Schedule, run: Run, x: Latent, timestep: float, level: float
+    schedule: NoiseSchedule, run: Run, x: Latent, timestep: float, level: float
 ) -> tuple[Latent, Latent]:
     """One evaluation: the clean latent and the noise in x."""
     alpha, sigma = alpha_sigma_from_level(level)
@@ -36,7 +36,7 @@ def clean_noise(
     return clean_and_noise(schedule, scaled, output, alpha, sigma)
 
 
-def euler(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def euler(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """Euler's method on the probability flow: algorithm 1 without its second half."""
     levels = ladder.levels
     for t, level, after in zip(ladder.timesteps, levels, levels[1:], strict=False):
@@ -45,7 +45,7 @@ def euler(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
     return x
 
 
-def heun(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def heun(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """Heun's method: algorithm 1. The last step, to no noise, is Euler's."""
     levels, timesteps = ladder.levels, ladder.timesteps
     for i, (t, level, after) in enumerate(zip(timesteps, levels, levels[1:], strict=False)):
@@ -58,7 +58,7 @@ def heun(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
     return x
 
 
-def dpm2(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def dpm2(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """The midpoint method in log level: algorithm 2 without churn, as DPM-Solver-2 has it."""
     levels = ladder.levels
     for t, level, after in zip(ladder.timesteps, levels, levels[1:], strict=False):
@@ -72,7 +72,7 @@ def dpm2(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
     return x
 
 
-def euler_ancestral(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def euler_ancestral(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """Euler to below the next level, then fresh noise up to it."""
     levels = ladder.levels
     for t, level, after in zip(ladder.timesteps, levels, levels[1:], strict=False):
@@ -82,7 +82,7 @@ def euler_ancestral(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> 
     return x
 
 
-def dpm2_ancestral(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def dpm2_ancestral(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """The midpoint method to below the next level, then fresh noise up to it."""
     levels = ladder.levels
     for t, level, after in zip(ladder.timesteps, levels, levels[1:], strict=False):
@@ -97,7 +97,7 @@ def dpm2_ancestral(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> L
     return x
 
 
-def dpmpp_sde(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def dpmpp_sde(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """DPM-Solver++ (SDE) of two evaluations: Lu et al. 2022 (arXiv:2211.01095) in Karras's form.
 
     Both stages of a step read one Brownian path over the level: the noise of the whole step is
@@ -123,7 +123,9 @@ def dpmpp_sde(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent
     return x
 
 
-def dpmpp_2s_ancestral(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def dpmpp_2s_ancestral(
+    schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run
+) -> Latent:
     """DPM-Solver++(2S) to below the next level, then fresh noise up to it: Lu et al. 2022
     (arXiv:2211.01095), algorithm 1, its middle halfway in the level's logarithm.
     """
@@ -150,11 +152,11 @@ def down_and_up(level: float, after: float, eta: float) -> tuple[float, float]:
     return math.sqrt(max(after**2 - up**2, 0.0)), up
 
 
-def timestep_at(schedule: Schedule, level: float) -> float:
+def timestep_at(schedule: NoiseSchedule, level: float) -> float:
     return float(timesteps_at(schedule, np.array(level)))
 
 
-def lms(schedule: Schedule, ladder: Ladder, x: Latent, run: Run) -> Latent:
+def lms(schedule: NoiseSchedule, ladder: TimestepGrid, x: Latent, run: Run) -> Latent:
     """Linear multistep of order four: the polynomial through the slopes, integrated over the level
     (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, III.5).
     """

@@ -89,7 +89,7 @@ READERS: dict[str, Reader[Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class NoiseSchedule:
     """The keys that change numbers, under their published names; `eta` is a call's in the
     reference library and a key here, and `sigma_schedule` is of `sigmas.SIGMA_SCHEDULES`.
     """
@@ -133,7 +133,7 @@ class Schedule:
 
 def schedule_from_config(
     config: Mapping[str, Any], defaults: Mapping[str, Any], reads: Set[str]
-) -> Schedule:
+) -> NoiseSchedule:
     """Read a configuration; what cannot be a table is refused by name.
 
     defaults: those of the scheduler's class. reads: the keys of `FOREIGN` that it reads.
@@ -148,7 +148,7 @@ def schedule_from_config(
             "scheduler option clip_sample=True is refused: clipping is not linear in the model's "
             "outputs, and only DDIM, DDPM and LCM have a step of their own for it"
         )
-    known = {field.name for field in fields(Schedule)}
+    known = {field.name for field in fields(NoiseSchedule)}
     unread = {key for key in set(merged) - known - IGNORED - set(REFUSED) if key[:1] != "_"}
     unread |= {k for k in FOREIGN.keys() - reads if merged.pop(k, FOREIGN[k]) != FOREIGN[k]}
     if unread:
@@ -157,12 +157,12 @@ def schedule_from_config(
         values = {key: READERS[key](merged[key], key) for key in merged.keys() & known}
     except ValueError as error:
         raise UsageError(f"scheduler option {error}") from error
-    schedule = Schedule(**values)
+    schedule = NoiseSchedule(**values)
     _check(schedule)
     return schedule
 
 
-def _check(schedule: Schedule) -> None:
+def _check(schedule: NoiseSchedule) -> None:
     """Raise UsageError for what is wrong between keys."""
     if sum(bool(getattr(schedule, key)) for key in LADDERS) > 1:
         raise UsageError(f"of {', '.join(LADDERS)} only one can be true")
@@ -171,7 +171,7 @@ def _check(schedule: Schedule) -> None:
         raise UsageError(f"scheduler option trained_betas has {len(given)} numbers, not {count}")
 
 
-def betas(schedule: Schedule) -> np.ndarray:
+def betas(schedule: NoiseSchedule) -> np.ndarray:
     """Variance added at each training step, [num_train_timesteps] float64."""
     low, high, count = schedule.beta_start, schedule.beta_end, schedule.num_train_timesteps
     if schedule.trained_betas is not None:
@@ -187,7 +187,7 @@ def betas(schedule: Schedule) -> np.ndarray:
 
 
 @lru_cache(maxsize=32)
-def alphas_cumprod(schedule: Schedule) -> np.ndarray:
+def alphas_cumprod(schedule: NoiseSchedule) -> np.ndarray:
     """[num_train_timesteps] float64: the share of the clean picture's variance at each step."""
     cumulative = np.cumprod(1.0 - betas(schedule))
     if schedule.rescale_betas_zero_snr:  # Lin et al. 2023 (arXiv:2305.08891), algorithm 1
@@ -198,7 +198,7 @@ def alphas_cumprod(schedule: Schedule) -> np.ndarray:
 
 
 @lru_cache(maxsize=32)
-def all_levels(schedule: Schedule) -> np.ndarray:
+def all_levels(schedule: NoiseSchedule) -> np.ndarray:
     """Noise levels of all training steps, rising, [num_train_timesteps] float64."""
     cumulative = alphas_cumprod(schedule)
     if schedule.rescale_betas_zero_snr:  # a level must be finite; the reference library's floor
@@ -208,7 +208,7 @@ def all_levels(schedule: Schedule) -> np.ndarray:
     return levels
 
 
-def highest_level_in_float32(schedule: Schedule) -> np.float32:
+def highest_level_in_float32(schedule: NoiseSchedule) -> np.float32:
     """The highest noise level as the reference library's float32 has it, to the last bit."""
     one, low, high = np.float32(1.0), schedule.beta_start, schedule.beta_end
     count = schedule.num_train_timesteps
@@ -234,7 +234,7 @@ def _linspace_in_float32(low: float, high: float, count: int) -> np.ndarray:
     return np.where(index < count // 2, up, down).astype(np.float32)
 
 
-def alpha_sigma(schedule: Schedule, timestep: float) -> tuple[float, float]:
+def alpha_sigma(schedule: NoiseSchedule, timestep: float) -> tuple[float, float]:
     """Shares of clean latent and noise at a timestep; below 0 it is the end of the run."""
     cumulative = alphas_cumprod(schedule)
     if timestep >= 0:
@@ -251,7 +251,7 @@ def alpha_sigma_from_level(level: float) -> tuple[float, float]:
 
 
 def clean_and_noise(
-    schedule: Schedule, x: Any, output: Any, alpha: float, sigma: float
+    schedule: NoiseSchedule, x: Any, output: Any, alpha: float, sigma: float
 ) -> tuple[Any, Any]:
     """The clean latent and the noise in x that the model's output stands for.
 

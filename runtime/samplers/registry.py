@@ -10,9 +10,9 @@ from sdrt.errors import UsageError
 from sdrt.json_validation import shortened
 
 from . import discrete, exponential, karras, spacing
-from .noise_schedule import IGNORED, REFUSED, Schedule
+from .noise_schedule import IGNORED, REFUSED, NoiseSchedule
 from .protocol import Latent, Run
-from .spacing import Ladder
+from .spacing import TimestepGrid
 
 KARRAS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
 ZERO_SNR = {"rescale_betas_zero_snr"}
@@ -35,8 +35,8 @@ class Sampler:
     draws: whether it draws fresh noise by default
     """
 
-    solve: Callable[[Schedule, Ladder, Latent, Run], Latent]
-    ladder: Callable[[Schedule, int], Ladder]
+    solve: Callable[[NoiseSchedule, TimestepGrid, Latent, Run], Latent]
+    ladder: Callable[[NoiseSchedule, int], TimestepGrid]
     family: ModuleType
     title: str
     defaults: Mapping[str, Any]

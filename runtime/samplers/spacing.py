@@ -11,12 +11,12 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
-from .noise_schedule import Schedule, all_levels, highest_level_in_float32
+from .noise_schedule import NoiseSchedule, all_levels, highest_level_in_float32
 from .sigmas import SIGMA_SCHEDULES, beta, exponential, karras
 
 
 @dataclass(frozen=True, slots=True)
-class Ladder:
+class TimestepGrid:
     """
     timesteps: N, falling, one per step
     levels: N + 1 noise levels; level[i] is step i's, the last the result's. Empty for solvers
@@ -31,7 +31,7 @@ class Ladder:
     skipped: int = 0
     even: bool = True
 
-    def after(self, count: int) -> "Ladder":
+    def after(self, count: int) -> "TimestepGrid":
         """The ladder without its first `count` steps."""
         return replace(
             self,
@@ -41,12 +41,12 @@ class Ladder:
         )
 
 
-def whole(schedule: Schedule, steps: int) -> Ladder:
+def whole(schedule: NoiseSchedule, steps: int) -> TimestepGrid:
     """Whole timesteps, no levels."""
-    return Ladder(tuple(spaced(schedule, steps).round().tolist()), (), steps)
+    return TimestepGrid(tuple(spaced(schedule, steps).round().tolist()), (), steps)
 
 
-def distilled(schedule: Schedule, steps: int) -> Ladder:
+def distilled(schedule: NoiseSchedule, steps: int) -> TimestepGrid:
     """Every few of the timesteps that a consistency model was distilled on
     (Luo et al. 2023, arXiv:2310.04378, section 4.3).
     """
@@ -58,10 +58,10 @@ def distilled(schedule: Schedule, steps: int) -> Ladder:
     stride = schedule.num_train_timesteps // count
     trained = np.arange(count, 0, -1) * stride - 1
     chosen = np.floor(np.linspace(0, count, steps, endpoint=False)).astype(int)
-    return Ladder(tuple(trained[chosen].astype(float).tolist()), (), steps)
+    return TimestepGrid(tuple(trained[chosen].astype(float).tolist()), (), steps)
 
 
-def exploding(schedule: Schedule, steps: int) -> Ladder:
+def exploding(schedule: NoiseSchedule, steps: int) -> TimestepGrid:
     """Levels for the solvers whose latents grow with the noise: from the spacing's first
     timestep's to its last's, then zero.
     """
@@ -77,10 +77,10 @@ def exploding(schedule: Schedule, steps: int) -> Ladder:
         levels = np.append(levels, final_level(schedule))
     if schedule.timestep_type == "continuous" and schedule.prediction_type == "v_prediction":
         timesteps = 0.25 * np.log(levels[:-1])
-    return Ladder(tuple(timesteps.tolist()), tuple(levels.tolist()), steps)
+    return TimestepGrid(tuple(timesteps.tolist()), tuple(levels.tolist()), steps)
 
 
-def rounded_exploding(schedule: Schedule, steps: int) -> Ladder:
+def rounded_exploding(schedule: NoiseSchedule, steps: int) -> TimestepGrid:
     """The same, with whole timesteps beside Karras's levels."""
     ladder = exploding(schedule, steps)
     if schedule.use_karras_sigmas:
@@ -88,7 +88,7 @@ def rounded_exploding(schedule: Schedule, steps: int) -> Ladder:
     return ladder
 
 
-def before_end(schedule: Schedule, steps: int) -> Ladder:
+def before_end(schedule: NoiseSchedule, steps: int) -> TimestepGrid:
     """Levels for the solvers in log signal-to-noise ratio: one more timestep is laid out and the
     lowest left to the final level; other levels span the whole schedule.
     """
@@ -101,10 +101,10 @@ def before_end(schedule: Schedule, steps: int) -> Ladder:
         laid = schedule.use_karras_sigmas or schedule.use_lu_lambdas
         timesteps = timesteps.round() if laid else cut(schedule, timesteps)
     levels = np.append(levels, final_level(schedule))
-    return Ladder(tuple(timesteps.tolist()), tuple(levels.tolist()), steps)
+    return TimestepGrid(tuple(timesteps.tolist()), tuple(levels.tolist()), steps)
 
 
-def cosine_before_end(schedule: Schedule, steps: int) -> Ladder:
+def cosine_before_end(schedule: NoiseSchedule, steps: int) -> TimestepGrid:
     """The same, but the cosine schedule's timesteps are cut where others are rounded."""
     ladder = before_end(schedule, steps)
     laid = schedule.use_karras_sigmas or schedule.use_lu_lambdas
@@ -114,7 +114,7 @@ def cosine_before_end(schedule: Schedule, steps: int) -> Ladder:
     return ladder
 
 
-def cut(schedule: Schedule, timesteps: np.ndarray) -> np.ndarray:
+def cut(schedule: NoiseSchedule, timesteps: np.ndarray) -> np.ndarray:
     """Whole timesteps, cut off. The reference library keeps its levels in float32; where that
     rounds the logarithm of the highest up, the highest level lies a hair below its own timestep,
     and the model is fed the one before.
@@ -126,12 +126,12 @@ def cut(schedule: Schedule, timesteps: np.ndarray) -> np.ndarray:
     return whole
 
 
-def linspace_before_end(schedule: Schedule, steps: int) -> Ladder:
+def linspace_before_end(schedule: NoiseSchedule, steps: int) -> TimestepGrid:
     """The same, always spaced evenly."""
     return before_end(replace(schedule, timestep_spacing="linspace"), steps)
 
 
-def to_the_lowest(schedule: Schedule, steps: int) -> Ladder:
+def to_the_lowest(schedule: NoiseSchedule, steps: int) -> TimestepGrid:
     """The same, ending at the lowest level that is trained; other levels end where they are."""
     ladder = before_end(replace(schedule, final_sigmas_type="sigma_min"), steps)
     if relaid(schedule, 1.0, 0.5, 1) is None:
@@ -139,16 +139,18 @@ def to_the_lowest(schedule: Schedule, steps: int) -> Ladder:
     return replace(ladder, levels=(*ladder.levels[:-1], ladder.levels[-2]))
 
 
-def scheduled(schedule: Schedule, steps: int) -> Ladder:
+def scheduled(schedule: NoiseSchedule, steps: int) -> TimestepGrid:
     """The levels of `sigma_schedule`, which need not be as many as the steps asked for."""
     levels = SIGMA_SCHEDULES[schedule.sigma_schedule](all_levels(schedule), steps)
     timesteps = timesteps_at(schedule, levels[:-1])
-    return Ladder(tuple(timesteps.tolist()), tuple(levels.tolist()), len(timesteps), even=False)
+    return TimestepGrid(
+        tuple(timesteps.tolist()), tuple(levels.tolist()), len(timesteps), even=False
+    )
 
 
 def given(
-    schedule: Schedule, timesteps: tuple[float, ...] | None, sigmas: tuple[float, ...] | None
-) -> Ladder:
+    schedule: NoiseSchedule, timesteps: tuple[float, ...] | None, sigmas: tuple[float, ...] | None
+) -> TimestepGrid:
     """A ladder of the caller's own: falling timesteps, or falling noise levels with the last."""
     values = np.array(timesteps if sigmas is None else sigmas, np.float64)
     most = schedule.num_train_timesteps - 1 if sigmas is None else np.inf
@@ -161,10 +163,10 @@ def given(
         levels = np.append(levels_at(schedule, values), final_level(schedule))
     else:
         levels, values = values, timesteps_at(schedule, values[:-1])
-    return Ladder(tuple(values.tolist()), tuple(levels.tolist()), len(values), even=False)
+    return TimestepGrid(tuple(values.tolist()), tuple(levels.tolist()), len(values), even=False)
 
 
-def spaced(schedule: Schedule, steps: int) -> np.ndarray:
+def spaced(schedule: NoiseSchedule, steps: int) -> np.ndarray:
     """Timesteps of a run, falling, [steps]; `linspace` ones are not whole."""
     total = schedule.num_train_timesteps
     if schedule.timestep_spacing == "linspace":
@@ -174,7 +176,7 @@ def spaced(schedule: Schedule, steps: int) -> np.ndarray:
     return np.arange(steps)[::-1] * (total // steps) + float(schedule.steps_offset)
 
 
-def spaced_before_end(schedule: Schedule, steps: int) -> np.ndarray:
+def spaced_before_end(schedule: NoiseSchedule, steps: int) -> np.ndarray:
     """Whole timesteps with one more laid out below, falling, [steps]."""
     levels = all_levels(schedule)
     total = int(np.sum(-np.log(levels) >= schedule.lambda_min_clipped))
@@ -189,22 +191,22 @@ def _trailing(total: int, stride: float) -> np.ndarray:
     return np.arange(total, 0, -stride).round() - 1
 
 
-def levels_at(schedule: Schedule, timesteps: np.ndarray) -> np.ndarray:
+def levels_at(schedule: NoiseSchedule, timesteps: np.ndarray) -> np.ndarray:
     levels = all_levels(schedule)
     return np.interp(timesteps, np.arange(len(levels)), levels)
 
 
-def timesteps_at(schedule: Schedule, levels: np.ndarray) -> np.ndarray:
+def timesteps_at(schedule: NoiseSchedule, levels: np.ndarray) -> np.ndarray:
     """Timesteps of noise levels, between the trained ones linear in the level's logarithm."""
     every = all_levels(schedule)
     return np.interp(np.log(np.maximum(levels, 1e-10)), np.log(every), np.arange(len(every)))
 
 
-def final_level(schedule: Schedule) -> float:
+def final_level(schedule: NoiseSchedule) -> float:
     return 0.0 if schedule.final_sigmas_type == "zero" else float(all_levels(schedule)[0])
 
 
-def relaid(schedule: Schedule, high: float, low: float, steps: int) -> np.ndarray | None:
+def relaid(schedule: NoiseSchedule, high: float, low: float, steps: int) -> np.ndarray | None:
     """Levels of another law between two, falling, [steps]; None where the spacing's own stand."""
     high = schedule.sigma_max if schedule.sigma_max is not None else high
     low = schedule.sigma_min if schedule.sigma_min is not None else low

@@ -18,10 +18,10 @@ from sdrt.errors import UsageError
 
 from . import discrete as samplers_discrete
 from . import karras, spacing
-from .noise_schedule import Schedule, clean_and_noise, schedule_from_config
+from .noise_schedule import NoiseSchedule, clean_and_noise, schedule_from_config
 from .registry import SAMPLERS, Sampler, sampler_name
 
-MOST_STEPS = 1000
+MAX_STEPS = 1000
 LONG = 100  # steps of tables of which few are remembered
 
 
@@ -152,7 +152,7 @@ class Recorder:
         self.states.append(x)
         return self._basis(1 + 2 * self.most + len(self.states))
 
-    def clip(self, schedule: Schedule) -> Clip | None:
+    def clip(self, schedule: NoiseSchedule) -> Clip | None:
         if not self.clips:
             return None
         count = len(self.rows)
@@ -276,13 +276,13 @@ _long_table = lru_cache(maxsize=2)(_table.__wrapped__)
 
 
 def _ladder(
-    sampler: Sampler, schedule: Schedule, steps: int, timesteps: Rungs, sigmas: Rungs
-) -> spacing.Ladder:
+    sampler: Sampler, schedule: NoiseSchedule, steps: int, timesteps: Rungs, sigmas: Rungs
+) -> spacing.TimestepGrid:
     if timesteps is not None or sigmas is not None:
         if sigmas is not None and sampler.family is samplers_discrete:
             raise UsageError("this scheduler goes by timesteps; give timesteps, not sigmas")
         return spacing.given(schedule, timesteps, sigmas)
-    most = min(MOST_STEPS, schedule.num_train_timesteps)
+    most = min(MAX_STEPS, schedule.num_train_timesteps)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
         raise UsageError(f"{steps!r} steps; expected a whole number from 1 to {most}")
     laid = spacing.scheduled if schedule.sigma_schedule else sampler.ladder

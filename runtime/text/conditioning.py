@@ -14,7 +14,7 @@ import numpy as np
 
 from sdrt.engine import Engine
 from sdrt.errors import UsageError
-from sdrt.runtime.options import SIZES, Options, Request
+from sdrt.runtime.options import SIZES, GenerationOptions, Request
 from sdrt.runtime.sampling_program import IDS, WEIGHTS
 
 from .prompt_weighting import Chunks, chunks_from_prompt, weighted
@@ -23,12 +23,12 @@ from .tokenizer import Tokenizer
 # What the UNet is fed by input name, [rows, ..]. Of a picture that is guided there are two rows,
 # what is steered away from first; else one.
 Told = dict[str, np.ndarray]
-MOST_KNOWN = 256
+MAX_KNOWN = 256
 _KEEPING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class EncodedChunk:
     """What an encoder made of a stretch of tokens: [tokens, width], and as a whole [width] from the
     encoders that give it.
     """
@@ -38,7 +38,7 @@ class Stretch:
 
 
 # Stretches encoded before, by the encoder's name, the bytes of their ids and the layers left out.
-Known = dict[tuple[str, bytes, int], Stretch]
+Known = dict[tuple[str, bytes, int], EncodedChunk]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class TextEncoder:
     most: int
     known: Known
 
-    def chunks(self, texts: Iterable[str], options: Options) -> dict[str, Chunks]:
+    def chunks(self, texts: Iterable[str], options: GenerationOptions) -> dict[str, Chunks]:
         """Every text's stretches of tokens."""
         return {
             text: chunks_from_prompt(
@@ -67,7 +67,7 @@ class TextEncoder:
             for text in texts
         }
 
-    def encoded(self, chunks: Iterable[Chunks], clip_skip: int) -> dict[bytes, Stretch]:
+    def encoded(self, chunks: Iterable[Chunks], clip_skip: int) -> dict[bytes, EncodedChunk]:
         """Every different stretch, by the bytes of its ids; raises UsageError for a clip_skip that
         leaves no layer.
         """
@@ -84,7 +84,7 @@ class TextEncoder:
             for j, key in enumerate(part):
                 context = np.array(layers[j, layers.shape[1] - 1 - clip_skip], np.float32)
                 whole = None if pooled is None else np.array(pooled[j], np.float32)
-                found[key] = Stretch(context, whole)
+                found[key] = EncodedChunk(context, whole)
         self._keep({places[key]: found[key] for key in keys})
         return found
 
@@ -92,7 +92,7 @@ class TextEncoder:
         """Keep these for later calls, and drop the oldest; all who share `known` do it in turn."""
         with _KEEPING:
             self.known.update(made)
-            while len(self.known) > MOST_KNOWN:
+            while len(self.known) > MAX_KNOWN:
                 del self.known[next(iter(self.known))]
 
     def check_skip(self, clip_skip: int) -> None:
@@ -106,7 +106,7 @@ class Reading:
     """Texts as all of a model's encoders read them."""
 
     def __init__(
-        self, encoders: Sequence[TextEncoder], texts: Sequence[str], options: Options
+        self, encoders: Sequence[TextEncoder], texts: Sequence[str], options: GenerationOptions
     ) -> None:
         every = dict.fromkeys([*texts, ""])
         self.chunks = [encoder.chunks(every, options) for encoder in encoders]
@@ -137,7 +137,7 @@ class Reading:
 def told_of(
     encoders: Sequence[TextEncoder],
     requests: Sequence[Request],
-    options: Options,
+    options: GenerationOptions,
     *,
     fed: Collection[str],
     size: tuple[int, int],
@@ -159,7 +159,7 @@ def told_of(
 
 
 def texts_of(
-    encoder: TextEncoder, requests: Sequence[Request], options: Options
+    encoder: TextEncoder, requests: Sequence[Request], options: GenerationOptions
 ) -> list[Told] | None:
     """Of every picture the ids of its text's stretches, `input_ids` [2 or 1, stretches, tokens],
     and their `weights`, for an engine that reads them in its run; None where there is more than
@@ -183,7 +183,7 @@ def _text_of(texts: Sequence[Chunks], empty: Chunks) -> Told:
     return {IDS: np.stack(ids), WEIGHTS: np.stack(weights).astype(np.float32)}
 
 
-def _check_taken(options: Options, fed: Collection[str]) -> None:
+def _check_taken(options: GenerationOptions, fed: Collection[str]) -> None:
     """Raise UsageError for what this model is not told of."""
     for name, side in (("time_ids", SIZES), ("pooled", ("pooled_prompt_embeds",))):
         for option in (*side, *(f"negative_{each}" for each in side)):
@@ -194,7 +194,7 @@ def _check_taken(options: Options, fed: Collection[str]) -> None:
 def _told_of_prompts(
     encoders: Sequence[TextEncoder],
     requests: Sequence[Request],
-    options: Options,
+    options: GenerationOptions,
     pooled: bool,
     zeroed: bool,
 ) -> list[Told]:
@@ -246,7 +246,7 @@ def _both(unwanted: Told, wanted: Told) -> Told:
     return {name: np.stack([unwanted[name], value]) for name, value in wanted.items()}
 
 
-def _given(options: Options, side: str, pooled: bool) -> Told:
+def _given(options: GenerationOptions, side: str, pooled: bool) -> Told:
     """Embeddings instead of a prompt; raises UsageError unless they are all that the model needs.
 
     side: "" or "negative_"
@@ -288,7 +288,7 @@ def parts_of_like_length(told: Mapping[Request, Told], most: int) -> Iterator[li
             yield alike[i : i + most]
 
 
-def time_ids_of(options: Options, size: tuple[int, int]) -> np.ndarray:
+def time_ids_of(options: GenerationOptions, size: tuple[int, int]) -> np.ndarray:
     """The six numbers of sizes that some models are told, [2, 6] float32, those for what is steered
     away from first: Podell et al. 2023 (arXiv:2307.01952), section 2.2. size: (width, height)
     """

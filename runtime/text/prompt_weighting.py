@@ -17,9 +17,9 @@ from .tokenizer import Tokenizer, checked
 
 log = logging.getLogger(__name__)
 STEP = 1.1
-MOST_WEIGHT = 10.0
-MOST_PRODUCT = 100.0  # of brackets in brackets
-MOST_CHUNKS = 16
+MAX_WEIGHT = 10.0
+MAX_PRODUCT = 100.0  # of brackets in brackets
+MAX_CHUNKS = 16
 PARTNER = {")": "(", "]": "["}
 AND = re.compile(r"\bAND\b")
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
@@ -66,7 +66,7 @@ def chunks_from_prompt(
                         cut.append(word)
     if cut:
         log.warning("the model reads %d tokens; cut off: %r", room, " ".join(cut))
-    if len(rows) > MOST_CHUNKS:
+    if len(rows) > MAX_CHUNKS:
         raise UsageError(f"a prompt of {len(rows)} stretches of {room} tokens; at most 16 are read")
     return _padded(rows, tokenizer)
 
@@ -111,8 +111,8 @@ def weighted_parts(prompt: str, literal: Sequence[range] = ()) -> Iterator[tuple
         hidden |= {low, *range(tail, high + 1)}
         factors[low], factors[high], inner = weight, None, high
     weights = list(_products(factors, len(letters)))
-    if max(weights, default=1.0) > MOST_PRODUCT:
-        raise UsageError(f"attention in {prompt[:60]!r} multiplies to more than {MOST_PRODUCT:g}")
+    if max(weights, default=1.0) > MAX_PRODUCT:
+        raise UsageError(f"attention in {prompt[:60]!r} multiplies to more than {MAX_PRODUCT:g}")
     start = 0
     for i in range(1, len(letters) + 1):
         if i == len(letters) or weights[i] != weights[start]:
@@ -162,9 +162,9 @@ def _products(factors: dict[int, float | None], count: int) -> Iterator[float]:
 
 def _weight(number: str, prompt: str) -> float:
     weight = float(number)
-    if not 0.0 <= weight <= MOST_WEIGHT:
+    if not 0.0 <= weight <= MAX_WEIGHT:
         raise UsageError(
-            f"attention {number} in {prompt[:60]!r}; expected 0 to {MOST_WEIGHT:g}, or write \\( "
+            f"attention {number} in {prompt[:60]!r}; expected 0 to {MAX_WEIGHT:g}, or write \\( "
             "for a bracket"
         )
     return weight

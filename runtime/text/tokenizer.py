@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sdrt.errors import BundleError, UsageError
-from sdrt.json_validation import MOST_JSON, read_bytes, read_json, shortened
+from sdrt.json_validation import MAX_JSON, read_bytes, read_json, shortened
 
 from .added_tokens import AddedToken, AddedTokens, added_tokens_from_json
 
@@ -21,7 +21,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 LONGEST_PROMPT = 10_000
-MOST_TOKENS = 1_000_000
+MAX_TOKENS = 1_000_000
 _Added = dict[int, AddedToken]
 
 
@@ -128,7 +128,7 @@ def _joined(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 def _vocab_from(path: Path) -> dict[str, int]:
     vocab = read_json(path)
-    whole = all(type(number) is int and 0 <= number < MOST_TOKENS for number in vocab.values())
+    whole = all(type(number) is int and 0 <= number < MAX_TOKENS for number in vocab.values())
     if not whole or not vocab or len(set(vocab.values())) < len(vocab):
         raise BundleError(f"{path} gives two tokens one number, or one that is none")
     return vocab
@@ -136,7 +136,7 @@ def _vocab_from(path: Path) -> dict[str, int]:
 
 def _merges_from(path: Path) -> list[tuple[str, ...]]:
     try:
-        lines = read_bytes(path, MOST_JSON).decode("utf-8").split("\n")
+        lines = read_bytes(path, MAX_JSON).decode("utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
     return [tuple(line.split()) for line in lines if line and not line.startswith("#version")]

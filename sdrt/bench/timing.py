@@ -31,7 +31,7 @@ class Timed:
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
         # What runs a whole schedule in one call; see `engine.protocol.Sampler`.
-        return partial(self._timed, found) if name == "sampled" else found
+        return partial(self._timed, found) if name == "run_program" else found
 
 
 def picture_of(steps: int) -> str:

@@ -17,7 +17,7 @@ from .integrity import check_files
 from .manifest import (
     FLOAT32_GRAPH,
     MANIFEST,
-    MOST_MANIFEST,
+    MAX_MANIFEST,
     SHALLOW,
     SHALLOW_GRAPH,
     SMALL_FILES,
@@ -68,7 +68,7 @@ def graph_name(component: str, file: str = "model.onnx") -> str:
 def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
     """Read and check a bundle; raises BundleError: missing, damaged, of another format."""
     folder = find_bundle(name)
-    raw = read_json(folder / MANIFEST, most=MOST_MANIFEST)
+    raw = read_json(folder / MANIFEST, most=MAX_MANIFEST)
     manifest = manifest_from_json(raw, folder / MANIFEST)
     check_listed(folder, manifest)
     check_files(folder, manifest.files, graphs_of(manifest))

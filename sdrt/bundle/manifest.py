@@ -15,7 +15,7 @@ from sdrt.json_validation import Reader, mapping, number, one_of, record, row, t
 
 FORMAT = 2
 MANIFEST = "sdrt.json"
-MOST_MANIFEST = 4_000_000  # bytes
+MAX_MANIFEST = 4_000_000  # bytes
 SHALLOW = "unet_shallow"
 FEATURE = "feature"  # what the shallow part is given of the whole UNet
 COMPONENTS = (
@@ -23,8 +23,8 @@ COMPONENTS = (
     "safety_checker",
 )
 DTYPES = ("float32", "float16", "int64", "int32")
-MOST_FILES = 1000
-MOST_WEIGHTS = 10_000
+MAX_FILES = 1000
+MAX_WEIGHTS = 10_000
 # What a bundle's safetensors files say of themselves, and how a transposed weight's name ends.
 NAMES = {"names": "checkpoint"}
 TRANSPOSED = ".T"
@@ -164,7 +164,7 @@ COMPONENT = record(
         "outputs": row(SPEC, 1, 32),
         "dtype": one_of(DTYPES),
         "parity": MEASURES,
-        "weights": row(WEIGHT_NAME, 0, MOST_WEIGHTS),
+        "weights": row(WEIGHT_NAME, 0, MAX_WEIGHTS),
         "activations": whole(0, 2**44),
     },
 )
@@ -190,7 +190,7 @@ READ: Reader[Manifest] = record(
         "components": mapping(COMPONENT, one_of(COMPONENTS), len(COMPONENTS)),
         "parity": MEASURES,
         "preview": row(row(number(-1e6, 1e6), 2, 129), 0, 3),
-        "files": mapping(RECORD, FILE_NAME, MOST_FILES),
+        "files": mapping(RECORD, FILE_NAME, MAX_FILES),
         "admitted": MEASURES,
         "multiple": whole(1, 8192),
         "zero_empty_prompt": truth,

@@ -16,7 +16,7 @@ from sdrt.json_validation import read_bytes, shortened
 from .manifest import Component
 from .safetensors import Header, read_header
 
-MOST_GRAPH = 64_000_000  # bytes; a full-size UNet's has 330,000
+MAX_GRAPH = 64_000_000  # bytes; a full-size UNet's has 330,000
 OPSETS = range(18, 24)
 VARINT, WIDE, BYTES, NARROW = 0, 1, 2, 5  # wire types; groups, 3 and 4, are gone from ONNX
 EXTERNAL = 1
@@ -182,7 +182,7 @@ Shape = tuple[str | int, ...]
 
 def _graph_bytes(path: Path) -> bytes:
     """A graph's file; raises ValueError where it is larger than any graph that sdrt builds."""
-    return read_bytes(path, MOST_GRAPH)
+    return read_bytes(path, MAX_GRAPH)
 
 
 def graph_values(path: Path) -> tuple[list[tuple[str, list[str]]], dict[str, Shape]]:

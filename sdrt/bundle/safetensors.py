@@ -29,8 +29,8 @@ DTYPES = {
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 WIDTHS |= {"I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 WIDTHS |= {"F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
-MOST_HEADER = 100_000_000  # bytes, as the format has it
-MOST_AXES = 16
+MAX_HEADER = 100_000_000  # bytes, as the format has it
+MAX_AXES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ _RECORD = record(
     TensorRecord,
     {
         "dtype": one_of(WIDTHS),
-        "shape": row(whole(0, 2**48), 0, MOST_AXES),
+        "shape": row(whole(0, 2**48), 0, MAX_AXES),
         "data_offsets": row(whole(0, 2**48), 2, 2),
     },
 )
@@ -74,7 +74,7 @@ def read_header(path: Path, error_class: type[SdrtError] = SdrtError) -> Header:
         with path.open("rb") as file:
             size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(MOST_HEADER, size - 8):
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = _header(file.read(length), size)
     except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ from typing import Any
 from sdrt.atomic_files import beside, locked
 from sdrt.bundle import Bundle
 from sdrt.bundle.integrity import changed_memory, forget
-from sdrt.bundle.manifest import MANIFEST, MOST_MANIFEST, manifest_from_json
+from sdrt.bundle.manifest import MANIFEST, MAX_MANIFEST, manifest_from_json
 from sdrt.bundle.store import bundles_folder, embedded, home, list_bundles
 from sdrt.engine.compile_cache import MARK, other_version
 from sdrt.engine.gpu import Machine, this_machine
@@ -127,7 +127,7 @@ def _bundles() -> Iterator[tuple[Path, Bundle]]:
     for folder in list_bundles():
         path = folder / MANIFEST
         try:
-            manifest = manifest_from_json(read_json(path, most=MOST_MANIFEST), path)
+            manifest = manifest_from_json(read_json(path, most=MAX_MANIFEST), path)
         except BundleError:  # nothing is known of its plans, so they stay
             continue
         bundle = Bundle(folder, manifest)

@@ -18,7 +18,7 @@ from PIL import Image
 from sdrt import load
 from sdrt.bundle import open_bundle
 from sdrt.errors import UsageError
-from sdrt.runtime import Options, Pipeline, Preview, Step
+from sdrt.runtime import GenerationOptions, Pipeline, Preview, Step
 from sdrt.runtime.images import image_grid, open_image, save_png
 from sdrt.runtime.loading import unloaded_pipeline
 from sdrt.runtime.lora.adapters import find_lora, parse_lora
@@ -34,7 +34,7 @@ PREVIEW_SIDE = 256
 FLAGGED = "seed {}: the safety checker flagged the picture, so it is black"
 
 
-def options_from_arguments(args: argparse.Namespace) -> Options:
+def options_from_arguments(args: argparse.Namespace) -> GenerationOptions:
     """The call that a command line asks for."""
     return options_from(
         {
@@ -88,7 +88,7 @@ def _loras(args: argparse.Namespace) -> LoraSet:
     return checked(added((find_lora(name), weight) for name, weight in named))
 
 
-def check_arguments(args: argparse.Namespace) -> Options:
+def check_arguments(args: argparse.Namespace) -> GenerationOptions:
     """The call that a command line asks for. Raises SdrtError for what does not fit the bundle,
     before any of its engines is loaded.
     """
@@ -203,7 +203,7 @@ def _write(image: Image.Image, file: "File", text: str, silent: bool) -> Path:
 
 def _write_grid(
     pipe: Pipeline,
-    options: Options,
+    options: GenerationOptions,
     finished: Sequence[tuple[Request, Image.Image]],
     args: argparse.Namespace,
 ) -> Path:

@@ -20,7 +20,7 @@ from sdrt.runtime import Pipeline, load_pipeline
 from sdrt.runtime.reference_outputs import (
     GUIDED_STEPS,
     PROMPT,
-    Answers,
+    ReferenceOutputs,
     answers_of,
     drawn,
     made_up,
@@ -106,7 +106,7 @@ def proven(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
         yield Check(what, f"psnr {psnr:.1f} dB", f"at least {floor} dB", psnr >= floor)
 
 
-def _component(pipe: Pipeline, name: str, answers: Answers) -> Check:
+def _component(pipe: Pipeline, name: str, answers: ReferenceOutputs) -> Check:
     part = name.removesuffix("_float32")
     component, size = pipe.manifest.components[part], pipe.manifest.sizes[0]
     tokenizer = pipe.tokenizer_2 if part == "text_encoder_2" else pipe.tokenizer

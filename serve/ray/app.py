@@ -95,7 +95,7 @@ def bound(sources: "Mapping[str, Source]", settings: "Settings", fleet: Fleet) -
     """A front before replicas; every option can be set anew in a Serve configuration file."""
     from ray.serve import deployment
 
-    from .ingress import Front
+    from .ingress import Ingress
     from .replica import Replica
 
     least, most = fleet.replicas
@@ -122,7 +122,7 @@ def bound(sources: "Mapping[str, Source]", settings: "Settings", fleet: Fleet) -
         graceful_shutdown_timeout_s=settings.drain + SHUTDOWN_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,
         ray_actor_options={"num_cpus": 0},
-    )(Front)
+    )(Ingress)
     return front.bind(replicas, list(sources), settings)
 
 

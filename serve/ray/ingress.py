@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sdrt.serve.errors import Problem
+from sdrt.serve.errors import ApiError
 from sdrt.serve.metrics import Metrics
 from sdrt.serve.middleware import Guard
 from sdrt.serve.routes.sdapi.options import known_name
@@ -41,7 +41,7 @@ class Again(Exception):
 
 
 @serve.ingress()
-class Front:
+class Ingress:
     """A Ray Serve deployment."""
 
     def __init__(self, replicas: DeploymentHandle, names: Sequence[str], settings: Settings):
@@ -75,7 +75,7 @@ class Front:
         return known_name(name or "", self.names) or self.names[0]
 
     async def _together(self, scope: Scope, body: bytes) -> dict[str, Answer]:
-        """The answers of all replicas by name; raises Problem 503 if there are none."""
+        """The answers of all replicas by name; raises ApiError 503 if there are none."""
         try:
             asked = self.replicas.broadcast("answer", scope, body)
             found = await asked.results_async(timeout_s=TOGETHER_SECONDS, return_exceptions=True)
@@ -114,7 +114,7 @@ class Front:
                     begun = True
                 await send(message)
         except BackPressureError as error:
-            raise Problem(503, "all replicas are busy", None, "queue", RETRY_SECONDS) from error
+            raise ApiError(503, "all replicas are busy", None, "queue", RETRY_SECONDS) from error
         except (RayError, RayServeException) as error:
             if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
                 raise
@@ -181,5 +181,5 @@ def _is_stream(head: Message) -> bool:
     return bool(headers.get(b"content-type", b"").startswith(b"text/event-stream"))
 
 
-def _unavailable(message: str) -> Problem:
-    return Problem(503, message, None, "unavailable", RETRY_SECONDS)
+def _unavailable(message: str) -> ApiError:
+    return ApiError(503, message, None, "unavailable", RETRY_SECONDS)

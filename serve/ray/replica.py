@@ -35,7 +35,7 @@ class Replica:
 
     async def forward(self, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
         """What the application sends for a request, once the model that Ray routed it by is loaded.
-        Cancelled, it is a client that is gone.
+        `RequestCancelled` means that the client has gone.
         """
         app: ASGIApp = self.app
         try:

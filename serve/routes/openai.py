@@ -15,9 +15,9 @@ from starlette.responses import Response
 from sdrt.bundle import parse_size
 from sdrt.runtime.images import image_from_bytes
 from sdrt.serve.dependencies import Context, context_of
-from sdrt.serve.errors import Problem, json_response
+from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.generation import answer, call_from
-from sdrt.serve.image_encoding import MOST_PIXELS, mask_from_alpha
+from sdrt.serve.image_encoding import MAX_PIXELS, mask_from_alpha
 from sdrt.serve.model_manager import Model
 from sdrt.serve.schemas import Edit, Generation
 from sdrt.serve.strict_json import StrictRoute
@@ -80,7 +80,7 @@ async def edits(request: Request) -> Response:
             body = _edit_from(form)
             files = {name: await _bytes(form, name) for name in (*IMAGE_FIELDS, "mask")}
     except MultiPartException as error:
-        raise Problem(400, f"no valid form: {error.message}", code="invalid_form") from None
+        raise ApiError(400, f"no valid form: {error.message}", code="invalid_form") from None
     found = context.models.named(body.model)
     given = await context.off_loop(_pictures_from, files)
     if body.size in (None, "auto"):
@@ -94,7 +94,7 @@ def _edit_from(form: FormData) -> Edit:
     fields = {name: value for name, value in form.items() if name not in (*IMAGE_FIELDS, "mask")}
     for name in form:
         if len(form.getlist(name)) > 1:
-            raise Problem(400, f"the field {name!r} comes twice; one is taken", name)
+            raise ApiError(400, f"the field {name!r} comes twice; one is taken", name)
     try:
         return Edit.model_validate(fields, strict=False)
     except ValidationError as error:
@@ -104,18 +104,18 @@ def _edit_from(form: FormData) -> Edit:
 async def _bytes(form: FormData, name: str) -> bytes | None:
     value = form.get(name)
     if isinstance(value, str):
-        raise Problem(400, f"{name} is text; send it as a file", name)
+        raise ApiError(400, f"{name} is text; send it as a file", name)
     return await value.read() if isinstance(value, UploadFile) else None
 
 
 def _pictures_from(files: Mapping[str, bytes | None]) -> dict[str, Any]:
     image, *more = [files[name] for name in IMAGE_FIELDS if files[name] is not None] or [None]
     if image is None or more:
-        raise Problem(400, "one image is taken; send it as the file image", "image")
+        raise ApiError(400, "one image is taken; send it as the file image", "image")
     mask = files["mask"]
     return {
-        "image": image_from_bytes(image, MOST_PIXELS),
-        "mask_image": mask_from_alpha(image_from_bytes(mask, MOST_PIXELS)) if mask else None,
+        "image": image_from_bytes(image, MAX_PIXELS),
+        "mask_image": mask_from_alpha(image_from_bytes(mask, MAX_PIXELS)) if mask else None,
     }
 
 

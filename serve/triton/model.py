@@ -32,14 +32,16 @@ class TritonPythonModel:
         if args["model_instance_kind"] == "GPU":  # before anything looks for devices
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
         import sdrt
-        from sdrt.runtime.batching.engine import InFlight
+        from sdrt.runtime.batching.engine import InflightBatcher
 
         given = json.loads(args["model_config"])["parameters"]
         set_to = {name: value["string_value"] for name, value in given.items()}
         folder = Path(__file__).parent / "bundle"
         self.pipe = sdrt.load(folder, backend=set_to["backend"])
         slots, waiting = int(set_to["slots"]), int(set_to["waiting"])
-        self.engine = InFlight(self.pipe, slots=slots, waiting=waiting, kept=folder / "plans")
+        self.engine = InflightBatcher(
+            self.pipe, slots=slots, waiting=waiting, kept=folder / "plans"
+        )
         self.engine.start()
 
     def execute(self, requests: list[Any]) -> None:
@@ -105,14 +107,14 @@ def response_from(future: "Future[Any]") -> Any:
 def triton_error_from(error: BaseException) -> Any:
     """An error under the code that Triton's clients know."""
     from sdrt.errors import UsageError
-    from sdrt.runtime.batching.request import Cancelled, Refused
+    from sdrt.runtime.batching.request import RequestCancelled, RequestRejected
 
     codes = pb_utils.TritonError
     if isinstance(error, UsageError | ValueError):
         return codes(str(error), codes.INVALID_ARG)
-    if isinstance(error, Refused):
+    if isinstance(error, RequestRejected):
         return codes(f"{error} (again in {error.retry_after:.0f} s)", codes.UNAVAILABLE)
-    if isinstance(error, Cancelled):
+    if isinstance(error, RequestCancelled):
         return codes(str(error), codes.CANCELLED)
     return codes(f"{type(error).__name__}: {error}", codes.INTERNAL)
 

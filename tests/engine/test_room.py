@@ -11,7 +11,7 @@ from sdrt.cli.main import main
 from sdrt.engine import memory_budget
 from sdrt.engine.room import Room, attention_shapes
 from sdrt.errors import UsageError
-from sdrt.runtime.batching.engine import InFlight
+from sdrt.runtime.batching.engine import InflightBatcher
 
 PROMPT = "a red circle"
 HUGE = "4096x4096"
@@ -76,7 +76,7 @@ def test_python_and_in_flight_refuse_it_too(pipe):
     for call in (lambda: pipe(PROMPT, size=HUGE), lambda: pipe.steps(PROMPT, size=HUGE)):
         with pytest.raises(UsageError, match="4096x4096 needs about"):
             call()
-    with InFlight(pipe) as engine, pytest.raises(UsageError, match="4096x4096 needs about"):
+    with InflightBatcher(pipe) as engine, pytest.raises(UsageError, match="4096x4096 needs about"):
         engine.submit(PROMPT, {"size": HUGE})
 
 

@@ -19,7 +19,7 @@ from sdrt.cli.main import main
 from sdrt.engine import candidates, choose
 from sdrt.engine.gpu import NO_DEVICE, Machine, why_none
 from sdrt.engine.onnxruntime.cpu import OrtEngine
-from sdrt.engine.onnxruntime.cuda import MOST_SHAPES, OrtCudaEngine, OrtCudaOptions
+from sdrt.engine.onnxruntime.cuda import MAX_SHAPES, OrtCudaEngine, OrtCudaOptions
 from sdrt.errors import BackendError, UsageError
 
 LARGE = 2_000_000_000
@@ -160,7 +160,7 @@ def test_the_binding_of_the_cuda_engine_computes_the_same_on_the_cpu(refused_by_
     exact = OrtEngine("unet", graph, component)
     bound = OrtCudaEngine("unet", graph, component, 0, place="cpu")
     rng = np.random.default_rng(0)
-    for side in (4, 6, 4, *range(2, 4 + 2 * MOST_SHAPES, 2), 4):
+    for side in (4, 6, 4, *range(2, 4 + 2 * MAX_SHAPES, 2), 4):
         feeds = {
             "sample": rng.normal(size=(2, 4, side, 4)).astype(np.float32),
             "timestep": rng.uniform(0, 999, 2).astype(np.float32),
@@ -168,7 +168,7 @@ def test_the_binding_of_the_cuda_engine_computes_the_same_on_the_cpu(refused_by_
         }
         wanted = exact(feeds)["output"].copy()
         assert np.array_equal(bound(feeds)["output"], wanted)
-    assert len(bound._bound) == MOST_SHAPES
+    assert len(bound._bound) == MAX_SHAPES
     bound.close()
     with pytest.raises(BackendError, match="closed"):
         bound(feeds)

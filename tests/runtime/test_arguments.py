@@ -10,8 +10,8 @@ from PIL import Image
 
 import sdrt
 from sdrt.errors import SdrtError, UsageError
-from sdrt.runtime import Options
-from sdrt.runtime.batching.engine import InFlight
+from sdrt.runtime import GenerationOptions
+from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.images import image_array
 from sdrt.runtime.options import PARSERS, options_from
 
@@ -34,7 +34,7 @@ def same(pipe, one, other):
 
 
 def test_every_option_has_a_parser():
-    assert list(PARSERS) == [field.name for field in fields(Options)]
+    assert list(PARSERS) == [field.name for field in fields(GenerationOptions)]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_at_strength_0_the_image_comes_back(pipe, noisy):
     assert np.array_equal(pixels(pipe, **given, mask_image=noisy), np.asarray(noisy))
     assert pipe(PROMPT, **STEPS, **given, size=(96, 64)).images[0].size == (96, 64)
     assert list(pipe.steps(PROMPT, **STEPS, **given)) == []
-    with InFlight(pipe) as engine:
+    with InflightBatcher(pipe) as engine:
         (ticket,) = engine.submit(PROMPT, {**STEPS, **given})
         made = ticket.future.result(timeout=60)
     assert np.array_equal(np.asarray(made.image), np.asarray(noisy))
@@ -407,13 +407,13 @@ def test_odd_values_of_the_other_functions_work_or_are_refused(pipe, tmp_path):
 
 
 def test_odd_values_of_a_submission_work_or_are_refused(pipe):
-    with InFlight(pipe) as engine:
+    with InflightBatcher(pipe) as engine:
         for value in ODD:
             for name in ("prompt", "options", "scheduler", "priority", "deadline", "on_step"):
                 given = {"prompt": PROMPT, "options": STEPS, name: value}
                 works_or_is_refused(engine.submit, **given)
             works_or_is_refused(engine.submit, PROMPT, {**STEPS, "strength": value})
             for name in ("slots", "waiting", "rows"):
-                works_or_is_refused(InFlight, pipe, **{name: value})
+                works_or_is_refused(InflightBatcher, pipe, **{name: value})
         for ticket in engine.tickets():
             ticket.cancel()

@@ -17,7 +17,7 @@ from sdrt.cli.main import main
 from sdrt.errors import BundleError, ParityError, UsageError
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.unet import Unet
-from sdrt.runtime.batching.engine import InFlight
+from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.deepcache import reusing
 from sdrt.runtime.samplers.table import sampler_table
 
@@ -202,7 +202,7 @@ def test_a_bundle_that_does_not_list_it_is_refused(shapes, tmp_path):
 def test_in_flight_with_and_without_it_keep_their_bytes(pipe, deterministic):
     jobs = [{"feature_reuse": every, "num_inference_steps": 6 + every} for every in (1, 2, 3, 2)]
     jobs[3] |= {"guidance_interval": (0.0, 0.5)}
-    with InFlight(pipe, rows=16, deterministic=deterministic) as engine:
+    with InflightBatcher(pipe, rows=16, deterministic=deterministic) as engine:
         tickets = [engine.submit(PROMPT, {**job, "seed": i})[0] for i, job in enumerate(jobs)]
         made = [ticket.future.result(60) for ticket in tickets]
         size = next(iter(engine.costs.sizes))

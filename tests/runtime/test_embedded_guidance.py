@@ -15,9 +15,9 @@ from sdrt.bundle import open_bundle
 from sdrt.cli.verify import proven
 from sdrt.engine import choose
 from sdrt.errors import UsageError
-from sdrt.runtime.batching.engine import InFlight
+from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.embedded_guidance import GUIDANCE, guidance_embedding
-from sdrt.runtime.options import Options
+from sdrt.runtime.options import GenerationOptions
 
 pytestmark = pytest.mark.reference
 
@@ -70,7 +70,7 @@ def test_images_in_flight_share_calls_whatever_their_scale(pipe):
     alone = [
         pipe(PROMPT, seed=0, num_inference_steps=3, guidance_scale=s).images[0] for s in scales
     ]
-    with InFlight(pipe) as engine:
+    with InflightBatcher(pipe) as engine:
         options = [{"num_inference_steps": 3, "guidance_scale": s, "seed": 0} for s in scales]
         tickets = [engine.submit(PROMPT, each)[0] for each in options]
         together = [ticket.future.result().image for ticket in tickets]
@@ -79,7 +79,7 @@ def test_images_in_flight_share_calls_whatever_their_scale(pipe):
 
 
 def test_one_row_is_computed(pipe):
-    _, _, guidance, _ = pipe.planned(PROMPT, Options(guidance_scale=8.0))
+    _, _, guidance, _ = pipe.planned(PROMPT, GenerationOptions(guidance_scale=8.0))
     assert (guidance.scales == 1.0).all()
     (step,) = pipe.steps(PROMPT, num_inference_steps=1, guidance_scale=8.0)
     assert len(step.latents) == 1

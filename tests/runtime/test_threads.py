@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import sdrt
-from sdrt.engine import LazyEngine, Turn
+from sdrt.engine import ExclusiveSlot, LazyEngine
 from sdrt.errors import BackendError, UsageError
 from sdrt.runtime import options as options_module
-from sdrt.runtime.batching.engine import InFlight
+from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.images import image_array
 
 BACKENDS = ("onnxruntime", "openvino", "torch")
@@ -205,7 +205,7 @@ def test_an_engine_in_use_stays_loaded_and_is_loaded_once(monkeypatch):
     in_threads(THREADS, lambda i: alone({}))
     assert Counted.loads == 1
     alone.close()
-    turn = Turn()
+    turn = ExclusiveSlot()
     engines = [LazyEngine(Counted, None, turn) for _ in range(3)]
     monkeypatch.setattr(Counted, "most_loaded", 0)
     in_threads(THREADS, lambda i: [engines[(i + k // 4) % 3]({}) for k in range(12)])
@@ -214,7 +214,7 @@ def test_an_engine_in_use_stays_loaded_and_is_loaded_once(monkeypatch):
 
 def test_whoever_waits_for_another_component_comes_in_turn(monkeypatch):
     monkeypatch.setattr("sdrt.engine.lazy.PATIENCE", 0.05)
-    turn, done = Turn(), threading.Event()
+    turn, done = ExclusiveSlot(), threading.Event()
     busy, other = LazyEngine(Counted, None, turn), LazyEngine(Counted, None, turn)
 
     def work(i):
@@ -366,7 +366,7 @@ def test_images_in_flight_and_changes_do_not_mix(tiny_bundle, lora):
             output = pipe(PROMPT, **options)
             texts = [text.split("\n")[0] for text in output.parameters]
             alone.append([(i.tobytes(), t) for i, t in zip(output.images, texts, strict=True)])
-        with InFlight(pipe, slots=2, rows=2) as engine:
+        with InflightBatcher(pipe, slots=2, rows=2) as engine:
             for _ in range(2):
                 tickets = engine.submit(PROMPT, options)
                 pipe.set_lora({lora: 0.8})
@@ -380,7 +380,7 @@ def test_images_in_flight_and_changes_do_not_mix(tiny_bundle, lora):
 
 def test_an_engine_in_flight_can_be_closed_while_a_change_waits(tiny_bundle):
     with sdrt.load(tiny_bundle, backend="onnxruntime") as pipe:
-        engine = InFlight(pipe, slots=1, rows=2)
+        engine = InflightBatcher(pipe, slots=1, rows=2)
         engine.start()
         reached = threading.Event()
         tickets = engine.submit(
@@ -398,7 +398,7 @@ def test_an_engine_in_flight_can_be_closed_while_a_change_waits(tiny_bundle):
 
 def test_what_was_read_is_kept_for_all_threads(one, monkeypatch):
     """More prompts than are kept, so that threads add and drop at the same time."""
-    monkeypatch.setattr("sdrt.runtime.text.conditioning.MOST_KNOWN", 3)
+    monkeypatch.setattr("sdrt.runtime.text.conditioning.MAX_KNOWN", 3)
     own = replace(one, known={})
     alone = [own(f"word {i}", num_inference_steps=1, seed=0).images[0].tobytes() for i in range(6)]
     got = in_threads(

@@ -17,7 +17,7 @@ from sdrt.bundle import open_bundle
 from sdrt.cli.main import main
 from sdrt.errors import CheckpointError, UsageError
 from sdrt.export.build import BuildPlan, build_bundle
-from sdrt.runtime.batching.engine import InFlight
+from sdrt.runtime.batching.engine import InflightBatcher
 
 pytestmark = [
     pytest.mark.reference,
@@ -122,7 +122,7 @@ def test_what_cannot_be_told_is_refused(pixels, option):
 
 def test_several_in_flight(pixels):
     wanted = pixels(num_inference_steps=3, seed=5).images[0]
-    with InFlight(pixels) as engine:
+    with InflightBatcher(pixels) as engine:
         tickets = engine.submit(None, {"num_inference_steps": 3, "seed": 5})
         found = tickets[0].future.result(timeout=60).image
     assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1

@@ -212,9 +212,9 @@ def test_prompts_of_unlike_length_are_made_in_batches_of_their_own(pipe):
 
 
 def test_pictures_come_as_they_are_finished(pipe):
-    from sdrt.runtime import Options
+    from sdrt.runtime import GenerationOptions
 
-    made = pipe.pictures([PROMPT] * 6, Options(num_inference_steps=1, seed=0))
+    made = pipe.pictures([PROMPT] * 6, GenerationOptions(num_inference_steps=1, seed=0))
     assert next(made)[0].index == 0
     assert len(list(made)) == 5
 
@@ -223,7 +223,7 @@ def test_one_picture_without_numbers_does_not_take_the_others(pipe):
     from dataclasses import replace
 
     from sdrt.errors import SdrtError
-    from sdrt.runtime import Options
+    from sdrt.runtime import GenerationOptions
 
     class Second(Counted):
         def __call__(self, feeds):
@@ -233,7 +233,7 @@ def test_one_picture_without_numbers_does_not_take_the_others(pipe):
 
     decoder = Second(pipe.engines["vae_decoder"])
     own = replace(pipe, engines={**pipe.engines, "vae_decoder": decoder})
-    made = own.pictures([PROMPT] * 3, Options(num_inference_steps=1, seed=5))
+    made = own.pictures([PROMPT] * 3, GenerationOptions(num_inference_steps=1, seed=5))
     found = []
     with pytest.raises(SdrtError, match="seed 6: the picture holds NaN"):
         for request, _ in made:

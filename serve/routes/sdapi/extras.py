@@ -9,8 +9,8 @@ from starlette.responses import Response
 from sdrt.errors import UsageError
 from sdrt.runtime.images import rgb_image, text_of
 from sdrt.serve.dependencies import context_of
-from sdrt.serve.errors import Problem, json_response
-from sdrt.serve.image_encoding import MOST_PIXELS, base64_from_image, image_from_base64
+from sdrt.serve.errors import ApiError, json_response
+from sdrt.serve.image_encoding import MAX_PIXELS, base64_from_image, image_from_base64
 from sdrt.serve.schemas import UpscaledImage, UpscaledImages, Upscaling
 from sdrt.serve.strict_json import StrictRoute
 
@@ -51,7 +51,7 @@ def _check(body: Upscaling) -> None:
             raise unsupported(name, NEUTRAL[name])
         unknown = name not in NEUTRAL and name not in IGNORED
         if unknown and not is_one_of(value, LOOKS_UNUSED):
-            raise Problem(
+            raise ApiError(
                 400, f"the field {name!r} is not known; leave it out", name, "unknown_parameter"
             )
 
@@ -62,7 +62,7 @@ def _upscaled_file(body: Upscaling, text: str) -> str:
 
 
 def upscaled(image: Image.Image, body: Upscaling) -> Image.Image:
-    """An image resized, by two upscalers in their shares where two are named; raises Problem 400
+    """An image resized, by two upscalers in their shares where two are named; raises ApiError 400
     for an unknown one, UsageError for a result that is too large.
     """
     first, second = (_upscaler(body, name) for name in ("upscaler_1", "upscaler_2"))
@@ -82,7 +82,7 @@ def _upscaler(body: Upscaling, field: str) -> Image.Resampling | None:
     known = {each.casefold(): kind for each, kind in UPSCALERS.items()}
     if name.casefold() not in known:
         have = ", ".join(("None", *UPSCALERS))
-        raise Problem(400, f"{field} {name!r} is not supported; expected one of {have}", field)
+        raise ApiError(400, f"{field} {name!r} is not supported; expected one of {have}", field)
     return known[name.casefold()]
 
 
@@ -92,8 +92,8 @@ def _resized(image: Image.Image, body: Upscaling, kind: Image.Resampling) -> Ima
     if body.resize_mode == 1:
         scale = max(wanted[0] / image.width, wanted[1] / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    if size[0] * size[1] > MOST_PIXELS:
-        raise UsageError(f"an image of {size[0]}x{size[1]}; at most {MOST_PIXELS} pixels are made")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise UsageError(f"an image of {size[0]}x{size[1]}; at most {MAX_PIXELS} pixels are made")
     made = image.resize(size, kind)
     if body.resize_mode != 1 or not body.upscaling_crop:
         return made

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdrt.serve.errors import Problem
+from sdrt.serve.errors import ApiError
 
 log = logging.getLogger("sdrt.serve")
 
@@ -65,7 +65,7 @@ LOOKS_UNUSED: tuple[Any, ...] = ("", False, 0, [], {}, "None")
 
 
 def check_fields(extra: Mapping[str, Any], ignored: Mapping[str, str]) -> None:
-    """Raise Problem 400 for the first field that would change the image and is not supported.
+    """Raise ApiError 400 for the first field that would change the image and is not supported.
 
     extra: what was sent beyond the fields of the request's model
     """
@@ -78,15 +78,15 @@ def check_fields(extra: Mapping[str, Any], ignored: Mapping[str, str]) -> None:
         elif name == "alwayson_scripts":
             check_scripts(value)
         elif not is_one_of(value, LOOKS_UNUSED):
-            raise Problem(
+            raise ApiError(
                 400, f"the field {name!r} is not known; leave it out", name, "unknown_parameter"
             )
 
 
-def unsupported(name: str, neutral: Any) -> Problem:
+def unsupported(name: str, neutral: Any) -> ApiError:
     """A refusal that names the field and the value with which it is accepted."""
     message = f"{name} is not supported; leave it out or send {_json(neutral)}"
-    return Problem(400, message, name, "unsupported_parameter")
+    return ApiError(400, message, name, "unsupported_parameter")
 
 
 def _json(value: Any) -> str:
@@ -108,15 +108,15 @@ def is_one_of(value: Any, neutral: Sequence[Any]) -> bool:
 
 
 def check_scripts(scripts: Any) -> None:
-    """Raise Problem 400 for a script that is sent to act: none runs here."""
+    """Raise ApiError 400 for a script that is sent to act: none runs here."""
     if scripts is None or scripts in ([], ""):
         return
     if not isinstance(scripts, dict):
-        raise Problem(400, "alwayson_scripts: expected an object", "alwayson_scripts")
+        raise ApiError(400, "alwayson_scripts: expected an object", "alwayson_scripts")
     for name, script in scripts.items():
         arguments = script.get("args") if isinstance(script, dict) else script
         if not _is_off(arguments):
-            raise Problem(
+            raise ApiError(
                 400,
                 f"alwayson_scripts: {name!r} is not supported; leave it out, or disable all of it",
                 "alwayson_scripts",

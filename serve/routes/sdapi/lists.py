@@ -8,7 +8,7 @@ from starlette.responses import Response
 from sdrt.runtime.batching.cost_model import memory_of_machine
 from sdrt.runtime.lora.names import alias_of, list_loras
 from sdrt.serve.dependencies import context_of
-from sdrt.serve.errors import Problem, json_response
+from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.strict_json import StrictRoute
 
 from .sampling import listed_samplers, listed_schedulers
@@ -107,10 +107,10 @@ async def memory() -> Response:
 @router.post(f"{API}/unload-checkpoint")
 async def unload_checkpoint() -> Response:
     """Refused: other clients use the model too."""
-    raise Problem(400, "models stay loaded while the server runs; end it to free their memory")
+    raise ApiError(400, "models stay loaded while the server runs; end it to free their memory")
 
 
 @router.post(f"{API}/interrogate")
 async def interrogate() -> Response:
     """Refused by name: no model here describes images."""
-    raise Problem(400, "interrogate is not supported: no model here describes images")
+    raise ApiError(400, "interrogate is not supported: no model here describes images")

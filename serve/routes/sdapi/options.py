@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.responses import Response
 
 from sdrt.serve.dependencies import Context, context_of
-from sdrt.serve.errors import Problem, json_response
+from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.model_manager import Models
 from sdrt.serve.strict_json import StrictRoute
 
@@ -23,8 +23,8 @@ router = APIRouter(prefix="/sdapi/v1", route_class=StrictRoute)
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 RNG = {"cpu": "cpu", "gpu": "cuda", "nv": "cuda"}
-INTEGER, MOST_SKIP = TypeAdapter(int), 100
-MOST_OPTIONS, MOST_CHARACTERS = 400, 100_000
+INTEGER, MAX_SKIP = TypeAdapter(int), 100
+MAX_OPTIONS, MAX_CHARACTERS = 400, 100_000
 # Those that are used, with their values until they are set.
 USED: dict[str, Any] = {
     "sd_model_checkpoint": None,
@@ -97,7 +97,7 @@ class ServerOptions:
 
 
 def options_with(request: Request, override: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options that hold for one request; raises Problem 400 for those not supported."""
+    """The options that hold for one request; raises ApiError 400 for those not supported."""
     models = context_of(request).models
     return USED | server_options(request).values | checked(override or {}, models)
 
@@ -108,7 +108,7 @@ def server_options(request: Request) -> ServerOptions:
 
 
 def checked(sent: Mapping[str, Any], models: Models) -> dict[str, Any]:
-    """Options as they are used and returned; raises Problem 400 for the first that would change
+    """Options as they are used and returned; raises ApiError 400 for the first that would change
     images and is not supported.
     """
     return {
@@ -120,12 +120,12 @@ def _checked(name: str, value: Any, models: Models) -> Any:
     if name == "sd_model_checkpoint":
         return model_named(value, models)
     if name == "CLIP_stop_at_last_layers":
-        return max(1, _whole(name, value, 0, MOST_SKIP))  # 0 is 1 there
+        return max(1, _whole(name, value, 0, MAX_SKIP))  # 0 is 1 there
     if name == "jpeg_quality":
         return _whole(name, value, 1, 100)
     for wanted, known in (("samples_format", FORMATS), ("randn_source", RNG)):
         if name == wanted and str(value).casefold() not in known:
-            raise Problem(400, f"{name} {value!r}; expected {', '.join(known)}", name)
+            raise ApiError(400, f"{name} {value!r}; expected {', '.join(known)}", name)
     if name in USED:
         return value
     if name in NEUTRAL:
@@ -134,7 +134,9 @@ def _checked(name: str, value: Any, models: Models) -> Any:
         return value
     if name.startswith(WITHOUT_EFFECT) or is_one_of(value, LOOKS_UNUSED):
         return value
-    raise Problem(400, f"the option {name!r} is not known; leave it out", name, "unknown_parameter")
+    raise ApiError(
+        400, f"the option {name!r} is not known; leave it out", name, "unknown_parameter"
+    )
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:
@@ -143,13 +145,13 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
     except ValidationError:
         number = low - 1
     if not low <= number <= high:
-        raise Problem(400, f"{name} {value!r}; expected a whole number from {low} to {high}", name)
+        raise ApiError(400, f"{name} {value!r}; expected a whole number from {low} to {high}", name)
     return number
 
 
 def model_named(value: Any, models: Models) -> str | None:
     """A model's name from what clients call it: its name or title, with a hash or a suffix, None
-    for the first; raises Problem 400 with the nearest names.
+    for the first; raises ApiError 400 with the nearest names.
     """
     name = str(value).strip()
     if name in ("", "None"):
@@ -157,7 +159,7 @@ def model_named(value: Any, models: Models) -> str | None:
     if known := known_name(name, models.sources):
         return known
     near = difflib.get_close_matches(name, models.sources, n=3, cutoff=0.4) or models.sources
-    raise Problem(
+    raise ApiError(
         400,
         f"no model {name!r} is served here; the nearest: {', '.join(near)}",
         "sd_model_checkpoint",
@@ -197,13 +199,13 @@ async def set_options(request: Request, body: dict[str, Any]) -> Response:
 
 
 def keep(context: Context, kept: ServerOptions, changed: dict[str, Any]) -> None:
-    """Keep checked options; raises Problem 400 where that cannot be done."""
+    """Keep checked options; raises ApiError 400 where that cannot be done."""
     after = ServerOptions(kept.values | changed)
     before, then = _told(context, kept), _told(context, after)
     if context.models.on_demand and any(before[name] != then[name] for name in USED):
-        raise Problem(
+        raise ApiError(
             400, "a fleet keeps no options; send them with each request as override_settings"
         )
-    if len(after.values) > MOST_OPTIONS or len(json.dumps(after.values)) > MOST_CHARACTERS:
-        raise Problem(400, "too many options, or too long ones", code="too_many_options")
+    if len(after.values) > MAX_OPTIONS or len(json.dumps(after.values)) > MAX_CHARACTERS:
+        raise ApiError(400, "too many options, or too long ones", code="too_many_options")
     kept.values = after.values

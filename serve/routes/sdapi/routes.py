@@ -14,13 +14,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sdrt.runtime import Preview, Step
-from sdrt.runtime.batching.request import Cancelled, Picture, Ticket
+from sdrt.runtime.batching.request import GeneratedImage, RequestCancelled, RequestHandle
 from sdrt.runtime.images import settings_from_text, text_of
 from sdrt.runtime.samplers.registry import title_of
 from sdrt.serve.dependencies import Call, context_of
-from sdrt.serve.errors import Problem, json_response
+from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.image_encoding import base64_from_image, enlarged, image_from_base64
-from sdrt.serve.job import Watch
+from sdrt.serve.job import ImageJob
 from sdrt.serve.model_manager import Model
 from sdrt.serve.schemas import ImageToImage, PngInfo, TextToImage
 from sdrt.serve.strict_json import StrictRoute
@@ -56,13 +56,13 @@ async def img2img(request: Request, body: ImageToImage) -> Response:
 
 
 def _given(body: ImageToImage, size: tuple[int, int]) -> Given:
-    """The image and its mask for the model; raises Problem 400 for what is not supported."""
+    """The image and its mask for the model; raises ApiError 400 for what is not supported."""
     if len(body.init_images) > 1:
-        raise Problem(400, f"{len(body.init_images)} init_images; one is taken", "init_images")
+        raise ApiError(400, f"{len(body.init_images)} init_images; one is taken", "init_images")
     if body.resize_mode == 3:
-        raise Problem(400, "resize_mode 3 is not supported; expected 0, 1 or 2", "resize_mode")
+        raise ApiError(400, "resize_mode 3 is not supported; expected 0, 1 or 2", "resize_mode")
     if body.mask and body.inpainting_fill in (2, 3):
-        raise Problem(
+        raise ApiError(
             400,
             f"inpainting_fill {body.inpainting_fill} is not supported; expected 0 (fill) or "
             "1 (original)",
@@ -94,7 +94,7 @@ def _size(found: Model, body: TextToImage) -> tuple[int, int]:
 def call_from(
     found: Model, body: TextToImage, options: Mapping[str, Any], given: Mapping[str, Any]
 ) -> Call:
-    """The request in the engine's terms; raises Problem 400 for a sampler that is not known."""
+    """The request in the engine's terms; raises ApiError 400 for a sampler that is not known."""
     width, height = _size(found, body)
     wanted = {
         "negative_prompt": body.negative_prompt or "",
@@ -122,7 +122,7 @@ class Job:
 
     owner: int | None
     call: Call
-    tickets: Sequence[Ticket] = ()
+    tickets: Sequence[RequestHandle] = ()
     steps: list[Step] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     interrupted: bool = False
@@ -168,12 +168,12 @@ async def _answer(
     return await context.off_loop(_response, body, call, options, made)
 
 
-def _finished(made: Picture, given: Given) -> Picture:
+def _finished(made: GeneratedImage, given: Given) -> GeneratedImage:
     text = made.parameters + "".join(f", {name}: {value}" for name, value in given.settings.items())
     return replace(made, image=given.finish(made.image), parameters=text)
 
 
-async def _made(watch: Watch, job: Job, request: Request) -> list[Picture]:
+async def _made(watch: ImageJob, job: Job, request: Request) -> list[GeneratedImage]:
     """All pictures; of an interrupted job those that were finished."""
     async with contextlib.aclosing(watch.events(request.receive)) as events:
         async for ticket, step in events:
@@ -183,14 +183,14 @@ async def _made(watch: Watch, job: Job, request: Request) -> list[Picture]:
     for ticket in watch.tickets:
         try:
             made.append(ticket.future.result())
-        except Cancelled:
+        except RequestCancelled:
             if not job.interrupted:
                 raise
     return made
 
 
 def _response(
-    body: TextToImage, call: Call, options: Mapping[str, Any], made: Sequence[Picture]
+    body: TextToImage, call: Call, options: Mapping[str, Any], made: Sequence[GeneratedImage]
 ) -> Response:
     kind = FORMATS[str(options["samples_format"]).casefold()]
     quality = options["jpeg_quality"]
@@ -207,7 +207,7 @@ def _response(
     )
 
 
-def _info(call: Call, made: Sequence[Picture]) -> dict[str, Any]:
+def _info(call: Call, made: Sequence[GeneratedImage]) -> dict[str, Any]:
     assert not isinstance(call.scheduler, str)
     seeds, options = [one.seed for one in made], call.options
     width, height = call.size.split("x")

@@ -17,7 +17,7 @@ from sdrt.runtime.samplers.registry import (
     title_of,
     titles,
 )
-from sdrt.serve.errors import Problem
+from sdrt.serve.errors import ApiError
 
 log = logging.getLogger("sdrt.serve")
 
@@ -53,7 +53,7 @@ def configuration(
 ) -> Mapping[str, Any] | None:
     """The scheduler configuration for what a client sent; None for the model's own.
 
-    Raises Problem 400 for a name that is not known, or a pair that is not supported.
+    Raises ApiError 400 for a name that is not known, or a pair that is not supported.
     """
     label, own = schedule_label(scheduler), pipe.scheduler_config
     xl = pipe.tokenizer_2 is not None
@@ -74,7 +74,7 @@ def configuration(
 def schedule_label(scheduler: str | None) -> str:
     """A schedule's label from its label or its internal name; "" for what is left to the sampler.
 
-    Raises Problem 400 for one that is not known.
+    Raises ApiError 400 for one that is not known.
     """
     wanted = (scheduler or "automatic").strip().casefold().replace("_", " ")
     if wanted in ("automatic", "", "none"):
@@ -86,7 +86,7 @@ def schedule_label(scheduler: str | None) -> str:
     if found := known.get(wanted) or joined.get(wanted):
         return found
     have = ", ".join(["Automatic", *SCHEDULES])
-    raise Problem(
+    raise ApiError(
         400, f"scheduler {scheduler!r} is not supported; expected one of {have}", "scheduler"
     )
 
@@ -107,31 +107,31 @@ def _pair(sampler: str) -> tuple[str, str]:
     except UsageError:
         have = ", ".join(titles())
         message = f"sampler_name {name!r} is not supported; expected one of {have}"
-        raise Problem(400, message, "sampler_name", "invalid_value") from None
+        raise ApiError(400, message, "sampler_name", "invalid_value") from None
 
 
 def _usable(title: str, label: str) -> str:
-    """The schedule, if the sampler takes it; raises Problem 400 where it should and cannot."""
+    """The schedule, if the sampler takes it; raises ApiError 400 where it should and cannot."""
     if not label or (takes_schedule(title, label) and title not in TIMED):
         return label
     if title in TIMED:
         log.info("%s goes by timesteps; the scheduler %s is passed over", title, label)
         return ""
-    raise Problem(
+    raise ApiError(
         400, f"scheduler {label} is not supported with {title}; choose another", "scheduler"
     )
 
 
 def _with_eta(config: Mapping[str, Any], eta: float) -> Mapping[str, Any]:
-    """With the share of fresh noise, where the sampler takes one; raises Problem 400."""
+    """With the share of fresh noise, where the sampler takes one; raises ApiError 400."""
     name = str(config["_class_name"])
     if "eta" in SAMPLERS[name].reads and name != "TCDScheduler":
         if not 0.0 <= eta <= 1.0:
-            raise Problem(400, f"eta {eta:g}; expected 0 to 1", "eta")
+            raise ApiError(400, f"eta {eta:g}; expected 0 to 1", "eta")
         return {**config, "eta": eta}
     if str(config.get("algorithm_type")).startswith("sde") and eta != 1.0:
         title = title_of(config)
-        raise Problem(400, f"eta {eta:g} is not supported with {title}; its value is 1", "eta")
+        raise ApiError(400, f"eta {eta:g} is not supported with {title}; its value is 1", "eta")
     return config
 
 

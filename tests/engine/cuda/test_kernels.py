@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdrt.engine import Drawn
+from sdrt.engine import SamplingResult
 from sdrt.errors import BackendError, UsageError
-from sdrt.runtime.denoising import Guidance, Run, denoised, plan_of
+from sdrt.runtime.denoising import DenoisingState, Guidance, denoised, plan_of
 from sdrt.runtime.images import images_from_decoded
 from sdrt.runtime.samplers.registry import config_from_name
 from sdrt.runtime.samplers.table import sampler_table
@@ -106,14 +106,16 @@ class Emulated:
         self.launch, self.dtype = kernel
         self.unet = unet
 
-    def drawn(self, schedule, encoder, decoder):
+    def run_program(self, schedule, encoder, decoder):
         fed = {used: self.fed(schedule, used, encoder) for used in set(schedule.used)}
         columns = self.evaluated(schedule, fed)
         latents = columns[:, schedule.state_places[-1]]
         if decoder is None:
-            return Drawn(latents)
+            return SamplingResult(latents)
         made = [self.decoded(np.ascontiguousarray(each), decoder) for each in latents]
-        return Drawn(latents, np.stack([p for p, _ in made]), [not bad[0] for _, bad in made])
+        return SamplingResult(
+            latents, np.stack([p for p, _ in made]), [not bad[0] for _, bad in made]
+        )
 
     def fed(self, schedule, used, encoder):
         feeds = feeds_of(schedule, used)
@@ -200,7 +202,7 @@ def runs_of(scheduler, scales, pictures, beside=0, clip=False):
     shape = (4, 6, 5)
     guided = 2 if (scales != 1.0).any() else 1
     return [
-        Run(
+        DenoisingState(
             table,
             guidance,
             plan,
@@ -279,9 +281,9 @@ def whole(pipe, kernel):
         def __call__(self, feeds):
             raise AssertionError("nobody looked, so no step was wanted")
 
-        def drawn(self, schedule, encoder, decoder):
+        def run_program(self, schedule, encoder, decoder):
             self.handed.append((schedule, decoder))
-            return super().drawn(schedule, encoder, decoder)
+            return super().run_program(schedule, encoder, decoder)
 
     unet = Whole(kernel, pipe.engines["unet"])
     return replace(pipe, engines={**pipe.engines, "unet": unet}), unet.handed

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from sdrt.bundle.manifest import Component, TensorSpec
-from sdrt.engine import Schedule
+from sdrt.engine import SamplingProgram
 from sdrt.engine.cuda.driver import device_of
 from sdrt.engine.gpu import this_machine
 from sdrt.engine.parity import sample_of
@@ -44,7 +44,7 @@ def test_a_plan_is_compared_on_what_a_model_is_really_fed():
 
 
 def test_rows_are_laid_out_picture_by_picture():
-    schedule = Schedule(
+    schedule = SamplingProgram(
         columns=np.zeros((2, 5, 4, 3, 3), np.float32),
         rows=np.zeros((2, 2, 5), np.float32),
         timesteps=np.zeros((1, 2), np.float32),

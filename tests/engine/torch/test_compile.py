@@ -89,7 +89,7 @@ def test_what_is_compiled_computes_the_same_with_any_weights(graph):
 
 @pytest.mark.slow
 def test_the_shape_that_was_used_least_recently_goes(graph, monkeypatch):
-    monkeypatch.setattr(torch_engine, "MOST_SHAPES", 2)
+    monkeypatch.setattr(torch_engine, "MAX_SHAPES", 2)
     plain, quick = (TorchEngine("unet", graph, COMPONENT, "cpu", compile=c) for c in (False, True))
     for width in (4, 6, 4, 8):
         feeds = {"sample": sample_of("float32", (1, 4, 4, width))}

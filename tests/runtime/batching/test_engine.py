@@ -12,9 +12,9 @@ from PIL import Image
 import sdrt
 from sdrt.errors import BackendError, SdrtError, UsageError
 from sdrt.runtime.batching import cost_model as costs_module
-from sdrt.runtime.batching.engine import InFlight
-from sdrt.runtime.batching.request import Cancelled, Refused
-from sdrt.runtime.denoising import Run
+from sdrt.runtime.batching.engine import InflightBatcher
+from sdrt.runtime.batching.request import RequestCancelled, RequestRejected
+from sdrt.runtime.denoising import DenoisingState
 
 PROMPT = "a red circle on a blue background"
 SECONDS = 60
@@ -52,7 +52,7 @@ def watched(pipe):
 
 
 def started(pipe, **options):
-    return InFlight(pipe, **{"rows": 16, **options})
+    return InflightBatcher(pipe, **{"rows": 16, **options})
 
 
 def pixels(image):
@@ -169,7 +169,7 @@ def test_a_cancelled_picture_gives_its_slot_back(watched):
         unet.open.set()
         assert result(other)
         for ticket in (long, waiting):
-            with pytest.raises(Cancelled):
+            with pytest.raises(RequestCancelled):
                 result(ticket)
         assert long.done_evaluations <= 1 and engine.tickets() == []
 
@@ -184,7 +184,7 @@ def test_pictures_that_are_cancelled_at_any_moment_stop_nothing(pipe):
                 tickets[rng.integers(max(0, seed - 8), seed + 1)].cancel()
             time.sleep(float(rng.uniform(0.0, 0.01)))
         ended = [ticket.future.exception(SECONDS) for ticket in tickets]
-        assert all(error is None or isinstance(error, Cancelled) for error in ended)
+        assert all(error is None or isinstance(error, RequestCancelled) for error in ended)
         assert None in ended and engine.state == "ready" and engine.tickets() == []
 
 
@@ -261,7 +261,7 @@ def test_while_the_device_is_broken_nothing_is_accepted(watched):
         with pytest.raises(BackendError):
             result(failed)
         wait_for(lambda: engine.state == "broken")
-        with pytest.raises(Refused, match="device failed") as refused:
+        with pytest.raises(RequestRejected, match="device failed") as refused:
             engine.submit(PROMPT, {})
         assert refused.value.cause == "broken"
 
@@ -322,7 +322,7 @@ def test_more_than_may_wait_are_refused_all_or_none(watched):
     with started(pipe, slots=1, waiting=3) as engine:
         held(engine, unet)
         engine.submit(PROMPT, {"num_inference_steps": 1})
-        with pytest.raises(Refused, match="wait") as refused:
+        with pytest.raises(RequestRejected, match="wait") as refused:
             engine.submit(PROMPT, {"num_images_per_prompt": 3, "num_inference_steps": 1})
         assert refused.value.cause == "queue" and refused.value.retry_after >= 1.0
         assert len(engine.tickets()) == 2
@@ -342,7 +342,7 @@ def test_what_cannot_be_in_time_is_refused_at_once(watched):
     with started(pipe, observer=Told()) as engine:
         seconds = engine.costs.sizes[64, 64].seconds(2)
         (kept,) = engine.submit(PROMPT, {"num_inference_steps": 5}, deadline=20.0)
-        with pytest.raises(Refused, match="too late") as refused:
+        with pytest.raises(RequestRejected, match="too late") as refused:
             engine.submit(PROMPT, {"num_inference_steps": 900}, deadline=100 * seconds)
         assert refused.value.cause == "deadline" and refusals == ["deadline"]
         result(kept)
@@ -354,7 +354,7 @@ def test_an_accepted_promise_is_not_broken_for_a_later_one(watched):
     with started(pipe, rows=2) as engine:
         alone = engine.rates.alone(held(engine, unet, num_inference_steps=100).turn)
         engine.submit(PROMPT, {"num_inference_steps": 100}, deadline=3 * alone)
-        with pytest.raises(Refused, match="promised earlier"):
+        with pytest.raises(RequestRejected, match="promised earlier"):
             engine.submit(PROMPT, {"num_inference_steps": 200}, deadline=2.9 * alone, priority=1)
         for ticket in engine.tickets():
             ticket.cancel()
@@ -365,7 +365,7 @@ def test_too_little_memory_is_a_refusal(pipe):
     with started(pipe) as engine:
         grown = engine.costs.sizes[64, 64].bytes
         engine.costs.sizes[64, 64].bytes = {rows: 2**50 for rows in grown}
-        with pytest.raises(Refused, match="memory") as refused:
+        with pytest.raises(RequestRejected, match="memory") as refused:
             engine.submit(PROMPT, {})
         assert refused.value.cause == "memory"
 
@@ -375,7 +375,7 @@ def test_draining_finishes_what_was_accepted(pipe):
         tickets = engine.submit(PROMPT, {"num_inference_steps": 5, "num_images_per_prompt": 3})
         assert engine.drain(SECONDS)
         assert all(ticket.future.done() for ticket in tickets)
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(RequestRejected) as refused:
             engine.submit(PROMPT, {})
         assert refused.value.cause == "draining"
 
@@ -389,7 +389,7 @@ def test_what_is_unfinished_at_the_end_is_cancelled(watched):
     unet.open.set()
     engine.close()
     for ticket in tickets:
-        with pytest.raises(Cancelled):
+        with pytest.raises(RequestCancelled):
             result(ticket)
 
 
@@ -455,7 +455,7 @@ def test_pictures_that_are_done_are_let_go_whatever_was_told_of_them(pipe):
 
     def runs():
         gc.collect()
-        return sum(type(each) is Run for each in gc.get_objects())
+        return sum(type(each) is DenoisingState for each in gc.get_objects())
 
     before = runs()
     with started(pipe) as engine:

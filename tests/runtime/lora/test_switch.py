@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import sdrt
 from sdrt.errors import BackendError, UsageError
 from sdrt.runtime import LoraWeight
-from sdrt.runtime.batching.engine import InFlight
+from sdrt.runtime.batching.engine import InflightBatcher
 
 PROMPT = "a red circle on a blue background"
 OPTIONS = {"num_inference_steps": 3, "seed": 0, "guidance_scale": 2.0}
@@ -84,7 +84,7 @@ def test_a_stream_of_several_sets_from_several_threads(lora_pipe, wanted):
         (ticket,) = engine.submit(PROMPT + tags, OPTIONS)
         return result(ticket)
 
-    with InFlight(lora_pipe, rows=16) as engine, ThreadPoolExecutor(6) as pool:
+    with InflightBatcher(lora_pipe, rows=16) as engine, ThreadPoolExecutor(6) as pool:
         for tags, made in zip(jobs, pool.map(ask, jobs), strict=True):
             assert made.image.tobytes() == wanted[tags], tags
             assert made.parameters.splitlines()[0] == PROMPT + tags
@@ -92,7 +92,7 @@ def test_a_stream_of_several_sets_from_several_threads(lora_pipe, wanted):
 
 def test_prompts_of_one_call_have_each_its_own(lora_pipe, wanted):
     prompts = [PROMPT + tags for tags in [*SETS][:4]]
-    with InFlight(lora_pipe, rows=16) as engine:
+    with InflightBatcher(lora_pipe, rows=16) as engine:
         tickets = engine.submit(prompts, {**OPTIONS, "seed": [0] * len(prompts)})
         made = [result(ticket) for ticket in tickets]
     for prompt, tags, each in zip(prompts, SETS, made, strict=False):
@@ -103,7 +103,7 @@ def test_prompts_of_one_call_have_each_its_own(lora_pipe, wanted):
 def test_files_beside_the_prompt_and_those_that_the_pipeline_carries(lora_pipe, folder):
     together = alone(lora_pipe, {"first": 0.75, "second": 0.5})
     lora_pipe.set_lora({"first": 0.5})
-    with InFlight(lora_pipe, rows=16) as engine:
+    with InflightBatcher(lora_pipe, rows=16) as engine:
         (ticket,) = engine.submit(f"{PROMPT} <lora:first:0.25>", OPTIONS, loras={"second": 0.5})
         made = result(ticket)
         (ticket,) = engine.submit(PROMPT, OPTIONS)
@@ -154,7 +154,7 @@ def busy(engine, unet, prompt=PROMPT):
 
 def test_who_comes_later_does_not_pass_one_of_another_set(held):
     pipe, unet = held
-    with InFlight(pipe, rows=16) as engine:
+    with InflightBatcher(pipe, rows=16) as engine:
         busy(engine, unet, f"{PROMPT} <lora:first:1>")
         (other,) = engine.submit(f"{PROMPT} <lora:second:1>", OPTIONS)
         later = [engine.submit(f"{PROMPT} <lora:first:1>", OPTIONS)[0] for _ in range(4)]
@@ -168,7 +168,7 @@ def test_who_comes_later_does_not_pass_one_of_another_set(held):
 
 def test_those_that_wait_for_one_set_take_one_change(held):
     pipe, unet = held
-    with InFlight(pipe, rows=16) as engine:
+    with InflightBatcher(pipe, rows=16) as engine:
         busy(engine, unet)
         before = pipe.leases.changes
         tickets = [
@@ -184,7 +184,7 @@ def test_those_that_wait_for_one_set_take_one_change(held):
 
 def test_one_that_is_cancelled_while_it_waits_for_its_set(held):
     pipe, unet = held
-    with InFlight(pipe, rows=16) as engine:
+    with InflightBatcher(pipe, rows=16) as engine:
         busy(engine, unet)
         (other,) = engine.submit(f"{PROMPT} <lora:second:1>", OPTIONS)
         (later,) = engine.submit(PROMPT, OPTIONS)
@@ -197,7 +197,7 @@ def test_one_that_is_cancelled_while_it_waits_for_its_set(held):
 
 def test_a_set_that_does_not_fit_fails_its_own_images_only(held):
     pipe, unet = held
-    with InFlight(pipe, rows=16) as engine:
+    with InflightBatcher(pipe, rows=16) as engine:
         first = busy(engine, unet, f"{PROMPT} <lora:first:1>")
         prompts = [f"{PROMPT} <lora:misfit:1>", f"{PROMPT} <lora:first:1>"] * 2
         tickets = engine.submit(prompts, {**OPTIONS, "seed": [0] * 4})
@@ -216,7 +216,7 @@ def test_a_backend_that_takes_no_other_weights_refuses_by_name(lora_pipe, monkey
         if weights:
             raise BackendError("the plan of unet takes no other weights")
 
-    with InFlight(lora_pipe, rows=16) as engine:
+    with InflightBatcher(lora_pipe, rows=16) as engine:
         monkeypatch.setattr(lora_pipe.engines["unet"], "refit", refit)
         (ticket,) = engine.submit(f"{PROMPT} <lora:first:1>", OPTIONS)
         with pytest.raises(UsageError, match="takes no other weights"):
@@ -246,7 +246,7 @@ def test_a_pipeline_that_is_loaded_anew_carries_the_set(shapes, lora_pipe):
         made.append(sdrt.load(shapes, backend="onnxruntime"))
         return made[-1]
 
-    with InFlight(pipe, rows=2, reload=reload) as engine:  # one image a call
+    with InflightBatcher(pipe, rows=2, reload=reload) as engine:  # one image a call
         options = {**OPTIONS, "num_inference_steps": 20}
         tickets = [engine.submit(f"{PROMPT} <lora:first:1>", options)[0] for _ in range(2)]
         while not all(ticket.state == "running" for ticket in tickets):
@@ -266,7 +266,7 @@ def test_a_pipeline_that_is_loaded_anew_carries_the_set(shapes, lora_pipe):
 
 def test_a_file_that_was_written_again_is_read_again(lora_pipe, folder, embedded):
     path = folder / "trained.safetensors"
-    with InFlight(lora_pipe, rows=16) as engine:
+    with InflightBatcher(lora_pipe, rows=16) as engine:
         made = []
         for seed in range(2):
             lora_file(path, embedded, "kohya", seed=seed, rank=4 + seed)
@@ -277,7 +277,7 @@ def test_a_file_that_was_written_again_is_read_again(lora_pipe, folder, embedded
 
 
 def test_what_others_make_the_pipeline_carry_meanwhile_stays(lora_pipe):
-    with InFlight(lora_pipe, rows=16) as engine:
+    with InflightBatcher(lora_pipe, rows=16) as engine:
         result(engine.submit(f"{PROMPT} <lora:first:1>", OPTIONS)[0])
         lora_pipe.set_lora({"second": 1.0})
         bare = result(engine.submit(PROMPT, OPTIONS)[0])
@@ -288,7 +288,7 @@ def test_what_others_make_the_pipeline_carry_meanwhile_stays(lora_pipe):
 
 def test_tags_are_text_where_the_weighting_syntax_is_off(lora_pipe):
     prompt, options = f"{PROMPT} <lora:nothere:1>", {**OPTIONS, "weighting": False}
-    with InFlight(lora_pipe, rows=16) as engine:
+    with InflightBatcher(lora_pipe, rows=16) as engine:
         made = result(engine.submit(prompt, options)[0])
     assert made.image.tobytes() == alone(lora_pipe, {}, prompt, weighting=False)
     assert made.parameters.splitlines()[0] == prompt
@@ -305,7 +305,7 @@ def test_tags_are_text_where_the_weighting_syntax_is_off(lora_pipe):
     ],
 )
 def test_what_is_refused_is_refused_at_once(lora_pipe, prompt, options, message):
-    with InFlight(lora_pipe, rows=16) as engine, pytest.raises(UsageError, match=message):
+    with InflightBatcher(lora_pipe, rows=16) as engine, pytest.raises(UsageError, match=message):
         engine.submit(prompt, {**OPTIONS, **options})
 
 

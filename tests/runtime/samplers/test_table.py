@@ -15,7 +15,7 @@ from sdrt.runtime.noise import CpuNoise
 from sdrt.runtime.samplers import exponential
 from sdrt.runtime.samplers import spacing as samplers_spacing
 from sdrt.runtime.samplers import table as table_module
-from sdrt.runtime.samplers.noise_schedule import Schedule
+from sdrt.runtime.samplers.noise_schedule import NoiseSchedule
 from sdrt.runtime.samplers.registry import SAMPLERS, config_from_name
 from sdrt.runtime.samplers.sigmas import beta_quantile
 from sdrt.runtime.samplers.table import sample, sampler_table
@@ -158,7 +158,7 @@ def test_third_order_with_noise_differs_by_one_sign_alone(kind, monkeypatch):
 
 def test_third_order_with_noise_integrates_quadratics():
     """Ours is right: the weights are the integrals of 1, s and s**2 / 2 over the step."""
-    schedule = Schedule(algorithm_type="sde-dpmsolver++")
+    schedule = NoiseSchedule(algorithm_type="sde-dpmsolver++")
     for level, after in ((3.0, 2.0), (0.5, 0.1)):
         step = exponential.leap(schedule, level, after)
         h = np.log(level / after)

@@ -177,9 +177,9 @@ def test_bytes_that_are_no_graph(tmp_path, data, message):
 
 
 def test_a_graph_of_gigabytes_is_not_parsed(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_check, "MOST_GRAPH", len(WHOLE) - 1)
+    monkeypatch.setattr(onnx_check, "MAX_GRAPH", len(WHOLE) - 1)
     refused(write_bundle(tmp_path / "b"), "more than")
-    monkeypatch.setattr(onnx_check, "MOST_GRAPH", len(WHOLE))
+    monkeypatch.setattr(onnx_check, "MAX_GRAPH", len(WHOLE))
     open_bundle(tmp_path / "b")
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save
 from safetensors.torch import save_file as save_torch
 from strangers import safetensors_bytes
 
-from sdrt.bundle.safetensors import MOST_HEADER, WIDTHS, Tensors, read_header
+from sdrt.bundle.safetensors import MAX_HEADER, WIDTHS, Tensors, read_header
 from sdrt.errors import CheckpointError, SdrtError
 
 
@@ -28,7 +28,7 @@ LIES = {
     "no header": (b"\0" * 8, "a header of 0 bytes"),
     "a header beyond the file": ((1000).to_bytes(8, "little") + b"{}", "of 1000 bytes"),
     "a header of 2**64 - 1": (b"\xff" * 8 + b"{}", "a header of 18446744073709551615"),
-    "a header over 100 MB": ((MOST_HEADER + 1).to_bytes(8, "little"), "of 100000001"),
+    "a header over 100 MB": ((MAX_HEADER + 1).to_bytes(8, "little"), "of 100000001"),
     "text that is not UTF-8": (safetensors_bytes(b'{"\xff":{}}'), "utf-8"),
     "a list": (safetensors_bytes(b"[]"), "begins with"),
     "a space first": (safetensors_bytes(b" {}"), "begins with"),
