@@ -110,7 +110,7 @@ def test_inspect_and_doctor(shapes, capsys):
 def test_an_interrupt_that_a_finaliser_swallows_is_heard():
     code = """
 import os, signal, sys, time
-from sdrt import cli
+from sdrt.cli import main as cli
 class Deaf:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
