@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "constraints.txt"
-EXTRAS = "build,cpu,serve,dev,ray,fuzz,audit"
+EXTRAS = "build,cpu,serve,dev,ray,fuzz,audit,docs"
 VOCABULARY = "open_clip_torch"  # for the file in it; what it asks for is not wanted
 ABOVE = """\
 # A plain or ranged torch pulls gigabytes of CUDA onto machines without a GPU.
