@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from disk_cache import cache_folder, prune
 from tiny_checkpoints import write_tiny, write_tiny_xl
 
 # Before any test file imports what reads it: no test reaches the network.
@@ -27,13 +28,15 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        prune(cache_folder() / "exports")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
-    """SDRT_HOME for all tests and their subprocesses; where `exports` keeps components."""
+    """SDRT_HOME for all tests and their subprocesses."""
     patch = pytest.MonkeyPatch()
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    patch.setenv("SDRT_TEST_EXPORTS", str(shared / "exports"))
     folder = tmp_path_factory.mktemp("home")
     patch.setenv("SDRT_HOME", str(folder))
     yield folder

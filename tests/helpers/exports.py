@@ -1,24 +1,28 @@
 """Bundles for tests. Torch's exporter takes most of a build's twenty seconds, and the tests' models
-share components: each is exported once in a run of the tests, by whichever worker comes first, and
-handed out again for the same module, weights and shapes. All else of a build is done anew, its
-proof too.
+share components: each is exported once, by whichever worker comes first, and copied from
+`disk_cache` for the same module, weights, shapes, sources and packages, also in later runs. All
+else of a build is done again, its validation too.
 
-Whoever tests exporting itself calls `sdrt.export.build.build_bundle`.
+Tests of the export itself call `sdrt.export.build.build_bundle`.
 """
 
-import fcntl
+import functools
 import hashlib
+import importlib.metadata
 import json
-import os
 import shutil
+import sys
 from pathlib import Path
 from unittest import mock
 
-SPECS = "specs.json"
+from disk_cache import REPOSITORY, cache_folder, cached, hash_files
+
+GRAPH, SPECS = "graph", "specs.json"
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "numpy")
 
 
 def built(*arguments, **options) -> Path:
-    """`build_bundle(BuildPlan(...))`, of components that this run may have exported before."""
+    """`build_bundle(BuildPlan(...))` of components that may have been exported before."""
     from sdrt.export import validation
     from sdrt.export.build import BuildPlan, build_bundle
 
@@ -31,32 +35,41 @@ def exported_once(module, inputs, outputs, axes, folder):
     from sdrt.bundle.manifest import TensorSpec
     from sdrt.export.graph import export_graph
 
-    kept = Path(os.environ["SDRT_TEST_EXPORTS"]) / key_of(module, inputs, outputs, axes)
-    kept.mkdir(parents=True, exist_ok=True)
-    with (kept / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (kept / SPECS).exists():
-            specs = export_graph(module, inputs, outputs, axes, kept / "graph")
-            listed = [[(s.name, s.dtype, s.shape) for s in side] for side in specs]
-            (kept / SPECS).write_text(json.dumps(listed))
-    shutil.copytree(kept / "graph", folder, dirs_exist_ok=True)
-    listed = json.loads((kept / SPECS).read_text())
+    def write(entry):
+        specs = export_graph(module, inputs, outputs, axes, entry / GRAPH)
+        listed = [[(s.name, s.dtype, s.shape) for s in side] for side in specs]
+        (entry / SPECS).write_text(json.dumps(listed))
+
+    key = key_of(module, inputs, outputs, axes)
+    with cached(cache_folder() / "exports", key, write) as entry:
+        shutil.copytree(entry / GRAPH, folder, dirs_exist_ok=True)
+        listed = json.loads((entry / SPECS).read_text())
     return tuple(tuple(TensorSpec(n, d, tuple(shape)) for n, d, shape in side) for side in listed)
 
 
 def key_of(module, inputs, outputs, axes) -> str:
-    """Of the module, its parts' settings, its weights, and the inputs' names and shapes.
+    """Of the exporter, the module, its parts' settings, its weights, and the inputs' names and
+    shapes.
 
     A setting that prints as an address is found by nobody, never by the wrong one.
     """
-    told = [repr(module), repr(outputs), repr(axes)]
+    parts = [exporter_hash(REPOSITORY), repr(module), repr(outputs), repr(axes)]
     for name, part in module.named_modules():
         settings = {key: value for key, value in vars(part).items() if not key.startswith("_")}
-        told.append(f"{name} {type(part)} {settings}")
-    hashed = hashlib.sha256("\n".join(told).encode())
+        parts.append(f"{name} {type(part)} {settings}")
+    hashed = hashlib.sha256("\n".join(parts).encode())
     weights = {**module.state_dict(), **dict(module.named_buffers())}
     for name, tensor in (*inputs.items(), *weights.items()):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if name in weights:
             hashed.update(tensor.detach().contiguous().numpy().tobytes())
     return hashed.hexdigest()
+
+
+@functools.cache
+def exporter_hash(root: Path) -> str:
+    """Of what turns a module into a graph: our sources, Python and the packages."""
+    sources = [*root.glob("export/**/*.py"), root / "sdrt" / "bundle" / "manifest.py"]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    exporter = f"{sys.version}\n{versions}\n{hash_files(root, sources)}"
+    return hashlib.sha256(exporter.encode()).hexdigest()
