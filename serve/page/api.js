@@ -1,10 +1,11 @@
-// The server's endpoints. Knows requests, keys, events and errors; nothing of what is shown.
+// Client of the server's endpoints. Knows requests, API keys, events and errors; not what is displayed.
 
 const KEY = "sdrt.key";
-let key = stored();
-let asking = null;
+const KEY_REQUIRED = "This server requires an API key.";
+let key = storedKey();
+let keyDialog = null;
 
-/** What the server refused or could not do, in words for the user. */
+/** An error response of the server, or a failed request, with a message for the user. */
 export class ApiError extends Error {
   constructor(message, status = 0, retryAfter = null) {
     super(message[0].toUpperCase() + message.slice(1));
@@ -13,25 +14,25 @@ export class ApiError extends Error {
   }
 }
 
-/** `ask(why)` resolves to a key, or null. Requests that need one wait for one question. */
-export function askForKeysWith(ask) {
-  asking = { ask, open: null };
+/** `ask(message)` resolves to a key, or null. Requests that need a key share one dialog. */
+export function setKeyDialog(ask) {
+  keyDialog = { ask, open: null };
 }
 
 /** The names of the server's models, the default first. */
 export async function models() {
-  return (await (await request("/v1/models")).json()).data.map((each) => each.id);
+  return (await (await request("/v1/models")).json()).data.map(({ id }) => id);
 }
 
-/** One model, {sizes, …}; while the server loads it, `wait` hears so and it is asked again. */
-export async function model(name, wait) {
+/** One model, {sizes, …}. Calls `onWait(message)` and retries while the server is loading it. */
+export async function model(name, onWait) {
   try {
     return await (await request(`/v1/models/${encodeURIComponent(name)}`)).json();
   } catch (error) {
     if (error.status !== 503 || !error.retryAfter) throw error;
-    wait("The model is being loaded…");
+    onWait("Loading the model…");
     await new Promise((resolve) => setTimeout(resolve, 1000 * error.retryAfter));
-    return model(name, wait);
+    return model(name, onWait);
   }
 }
 
@@ -39,53 +40,53 @@ export async function samplers() {
   return (await request("/sdapi/v1/samplers")).json();
 }
 
-/** Events of one picture as they come: {type, ...}, the first one that it was accepted; raises
- * ApiError. Aborting cancels the run. */
+/** Streams the events of one image: first {type: "accepted"}, then those of the server. Throws
+ * ApiError. Aborting `signal` cancels the generation. */
 export async function* generate(settings, signal) {
   const { start, mask, ...rest } = settings;
-  const asked = { ...rest, n: 1, stream: true, partial_images: 100, progress: true, output_format: "png" };
-  const [path, options] = start ? edit(asked, start, mask) : generation(asked);
+  const fields = { ...rest, n: 1, stream: true, partial_images: 100, progress: true, output_format: "png" };
+  const [path, options] = start ? edit(fields, start, mask) : generation(fields);
   const response = await request(path, { ...options, method: "POST", signal });
   yield { type: "accepted" };
-  for await (const event of eventsOf(response.body)) {
+  for await (const event of readEvents(response.body)) {
     if (event.type === "error") throw new ApiError(event.error?.message || "The server failed.");
     yield event;
   }
 }
 
-function generation({ seed, ...asked }) {
-  // A seed has up to 64 bits, a JavaScript number 53: its digits are written as they are.
-  const body = `${JSON.stringify(asked).slice(0, -1)},"seed":${seed}}`;
+function generation({ seed, ...fields }) {
+  // Seeds have 64 bits, JavaScript numbers 53: the digits are inserted as text.
+  const body = `${JSON.stringify(fields).slice(0, -1)},"seed":${seed}}`;
   return ["/v1/images/generations", { body, headers: { "Content-Type": "application/json" } }];
 }
 
-function edit(asked, start, mask) {
+function edit(fields, start, mask) {
   const body = new FormData();
   body.set("image", start, "start");
   if (mask) body.set("mask", mask, "mask.png");
-  for (const [name, value] of Object.entries(asked)) body.set(name, String(value));
+  for (const [name, value] of Object.entries(fields)) body.set(name, String(value));
   return ["/v1/images/edits", { body }];
 }
 
-function stored() {
+function storedKey() {
   try {
     return sessionStorage.getItem(KEY);
   } catch {
-    return null; // forbidden: it is asked for on every visit
+    return null; // storage is disabled: ask on every visit
   }
 }
 
-async function request(path, options = {}, refused = null) {
-  const used = key;
-  const headers = { ...options.headers, ...(used && { Authorization: `Bearer ${used}` }) };
-  const response = await reached(path, { ...options, headers });
+async function request(path, options = {}, keyMessage = null) {
+  const sentKey = key;
+  const headers = { ...options.headers, ...(sentKey && { Authorization: `Bearer ${sentKey}` }) };
+  const response = await fetchOrFail(path, { ...options, headers });
   if (response.ok) return response;
-  const error = await errorOf(response);
-  if (response.status !== 401 || !(await newKey(used, refused ?? error.message))) throw error;
-  return request(path, options, "That key was not accepted.");
+  const error = await errorFromResponse(response);
+  if (response.status !== 401 || !(await askForKey(sentKey, keyMessage ?? KEY_REQUIRED))) throw error;
+  return request(path, options, "The server rejected this key.");
 }
 
-async function reached(path, options) {
+async function fetchOrFail(path, options) {
   try {
     return await fetch(path, options);
   } catch (error) {
@@ -94,45 +95,45 @@ async function reached(path, options) {
   }
 }
 
-async function newKey(used, why) {
-  if (key !== used) return true; // another request asked meanwhile
-  asking.open ??= asking.ask(why).finally(() => (asking.open = null));
-  const given = await asking.open;
-  if (!given) return false;
-  key = given;
+async function askForKey(sentKey, message) {
+  if (key !== sentKey) return true; // changed by another request meanwhile
+  keyDialog.open ??= keyDialog.ask(message).finally(() => (keyDialog.open = null));
+  const entered = await keyDialog.open;
+  if (!entered) return false;
+  key = entered;
   try {
     sessionStorage.setItem(KEY, key);
   } catch {
-    // forbidden: known until the page is left
+    // storage is disabled: the key lasts as long as the page
   }
   return true;
 }
 
-async function errorOf(response) {
+async function errorFromResponse(response) {
   let message = `The server answered ${response.status} ${response.statusText}`.trim();
   try {
     const body = await response.json();
     message = body.error?.message || body.detail || message;
   } catch {
-    // not JSON: the status has to do
+    // not JSON: report the status
   }
   const seconds = Number.parseInt(response.headers.get("Retry-After"), 10) || null;
   if (seconds) message = `${message}. Try again in ${seconds} s.`;
   return new ApiError(String(message), response.status, seconds);
 }
 
-/** Server-sent events of a body whose data are JSON; comments are skipped. */
-async function* eventsOf(body) {
+/** Parses server-sent events with JSON data from a response body; skips comments. */
+async function* readEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   try {
     for (;;) {
-      const { done, value } = await read(reader);
+      const { done, value } = await readChunk(reader);
       if (done) return;
       const blocks = (text + value).split(/\r?\n\r?\n/);
       text = blocks.pop();
       for (const block of blocks) {
-        const event = eventOf(block);
+        const event = parseEvent(block);
         if (event) yield event;
       }
     }
@@ -141,16 +142,16 @@ async function* eventsOf(body) {
   }
 }
 
-async function read(reader) {
+async function readChunk(reader) {
   try {
     return await reader.read();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("The connection broke before the picture was finished.");
+    throw new ApiError("The connection was lost before the image was finished.");
   }
 }
 
-function eventOf(block) {
+function parseEvent(block) {
   let type = "";
   const data = [];
   for (const line of block.split(/\r?\n/)) {
@@ -161,8 +162,8 @@ function eventOf(block) {
   return { type, ...JSON.parse(data.join("\n")) };
 }
 
-/** A picture from base64, its type told by its first byte. */
-export function pictureFrom(base64) {
+/** Decodes an image from base64; the first byte gives its type. */
+export function imageFromBase64(base64) {
   const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
   const type = { 0x89: "image/png", 0xff: "image/jpeg", 0x52: "image/webp" }[bytes[0]];
   return new Blob([bytes], { type: type ?? "image/png" });

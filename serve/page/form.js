@@ -1,26 +1,26 @@
-// The form: its fields, what they hold and how they are filled. Knows nothing of requests.
+// The form: reads, validates, fills and saves its fields. Knows nothing of requests.
 
-import { paintedMask, setUpMask } from "./mask.js";
+import { editMask, setUpMask } from "./mask.js";
 
 const $ = (id) => document.getElementById(id);
-const KEPT = "sdrt.form";
+const DRAFT = "sdrt.form";
 const NUMBERS = ["num_inference_steps", "guidance_scale", "count", "strength"];
 const TEXTS = ["prompt", "negative_prompt", "scheduler", "size", "model"];
-const LARGEST_SEED = 2n ** 64n - 1n;
+const MAX_SEED = 2n ** 64n - 1n;
 
-let start = null; // the picture to start from, a Blob
-let mask = null; // what of it is to be made new, a Blob; null is all of it
+let start = null; // Blob: the input image of image-to-image
+let mask = null; // Blob: its mask; null repaints all of it
 
-/** Everything that the form does by itself. */
+/** Registers the form's own event handlers and restores the saved draft. */
 export function setUpForm() {
   for (const id of NUMBERS) joinSlider($(id));
-  restore();
-  $("form").addEventListener("input", keep);
-  $("dice").addEventListener("click", () => setSeed(""));
+  restoreDraft();
+  $("form").addEventListener("input", saveDraft);
+  $("random-seed").addEventListener("click", () => setSeed(""));
   $("start-file").addEventListener("change", () => setStart($("start-file").files[0] ?? null));
   setUpMask();
   $("mask-open").addEventListener("click", async () => {
-    mask = await paintedMask(start, mask);
+    mask = await editMask(start, mask);
     showStart();
   });
   $("start-remove").addEventListener("click", () => {
@@ -29,13 +29,13 @@ export function setUpForm() {
   });
 }
 
-/** One slider and one number box hold one value; the box alone reaches beyond the slider's ends. */
+/** Keeps a slider and a number box in step; the box also accepts values outside the slider's range. */
 function joinSlider(box) {
   const slider = box.parentElement.querySelector("[type=range]");
   const follow = () => {
     slider.value = box.value;
-    const share = (slider.value - slider.min) / (slider.max - slider.min);
-    slider.style.setProperty("--filled", `${100 * share}%`);
+    const fraction = (slider.value - slider.min) / (slider.max - slider.min);
+    slider.style.setProperty("--filled", `${100 * fraction}%`);
   };
   slider.addEventListener("input", () => {
     box.value = slider.value;
@@ -47,23 +47,23 @@ function joinSlider(box) {
 
 export function offerModels(names) {
   fillSelect($("model"), names);
-  choose($("model"), kept().model);
+  selectOption($("model"), loadDraft().model);
 }
 
 export function offerSamplers(samplers) {
-  const before = $("scheduler").value || kept().scheduler;
+  const before = $("scheduler").value || loadDraft().scheduler;
   for (const { name, aliases } of samplers) addOption($("scheduler"), name, aliases);
-  choose($("scheduler"), before);
+  selectOption($("scheduler"), before);
 }
 
 export const chosenModel = () => $("model").value;
-export const chooseModel = (name) => choose($("model"), name);
+export const chooseModel = (name) => selectOption($("model"), name);
 
-/** What the chosen model offers: its sizes, the usual one first. */
+/** Lists the sizes of the selected model, its default first. */
 export function offerSizes(sizes) {
-  const before = $("size").value || kept().size;
+  const before = $("size").value || loadDraft().size;
   fillSelect($("size"), sizes);
-  choose($("size"), before);
+  selectOption($("size"), before);
 }
 
 function fillSelect(select, values) {
@@ -77,8 +77,8 @@ function addOption(select, value, aliases = []) {
   select.add(option);
 }
 
-/** Choose an option by its value or another of its names; false where there is none. */
-function choose(select, value) {
+/** Selects an option by its value or an alias; returns whether there is one. */
+function selectOption(select, value) {
   if (value === undefined) return false;
   const sought = String(value).toLowerCase();
   const found = [...select.options].find(
@@ -88,15 +88,15 @@ function choose(select, value) {
   return Boolean(found);
 }
 
-/** The settings of every picture asked for; null, with the field focused, if one is not allowed. */
-export function settingsFromForm(complain) {
-  const wrong = [...NUMBERS, "seed", "prompt"].map((id) => [id, faultOf(id)]).find(([, fault]) => fault);
-  if (wrong) {
-    $(wrong[0]).focus();
-    complain(wrong[1]);
+/** The settings of each image to generate; on an invalid field, focuses it and returns null. */
+export function settingsFromForm(showError) {
+  const invalid = [...NUMBERS, "seed", "prompt"].find(validationError);
+  if (invalid) {
+    $(invalid).focus();
+    showError(validationError(invalid));
     return null;
   }
-  const first = BigInt($("seed").value.trim() || drawnSeed());
+  const first = BigInt($("seed").value.trim() || randomSeed());
   const settings = { prompt: $("prompt").value.trim(), negative_prompt: $("negative_prompt").value.trim() };
   for (const id of ["num_inference_steps", "guidance_scale"]) settings[id] = $(id).valueAsNumber;
   for (const id of ["scheduler", "size", "model"]) if ($(id).value) settings[id] = $(id).value;
@@ -105,33 +105,33 @@ export function settingsFromForm(complain) {
   return Array.from({ length: count }, (_, i) => ({ ...settings, seed: String(first + BigInt(i)) }));
 }
 
-function faultOf(id) {
+function validationError(id) {
   const field = $(id);
-  if (id === "prompt") return field.value.trim() ? "" : "The prompt is empty. Say what the picture should show.";
+  if (id === "prompt") return field.value.trim() ? "" : "Enter a prompt that describes the image.";
   if (id === "strength" && !start) return "";
   const name = document.querySelector(`label[for=${id}]`).textContent;
   if (id === "seed") {
     const seed = field.value.trim();
-    const fits = /^\d{0,20}$/.test(seed) && BigInt(seed || 0) <= LARGEST_SEED;
-    return fits ? "" : `${name}: a whole number from 0 to ${LARGEST_SEED}, or nothing for a random one.`;
+    const fits = /^\d{0,20}$/.test(seed) && BigInt(seed || 0) <= MAX_SEED;
+    return fits ? "" : `${name} must be a whole number from 0 to ${MAX_SEED}, or empty for a random seed.`;
   }
-  const whole = field.step === "1" ? "a whole number from " : "";
-  return field.checkValidity() ? "" : `${name}: ${whole}${field.min} to ${field.max}.`;
+  const integer = field.step === "1" ? "a whole number from " : "from ";
+  return field.checkValidity() ? "" : `${name} must be ${integer}${field.min} to ${field.max}.`;
 }
 
-/** Fill in what `settings` names; the names of those that this server does not have come back. */
+/** Fills the form from `settings`; returns the values that this server does not offer. */
 export function fillForm(settings) {
-  const missing = [];
+  const unavailable = [];
   for (const id of ["model", "size", "scheduler"]) {
-    if (settings[id] !== undefined && !choose($(id), settings[id])) missing.push(settings[id]);
+    if (settings[id] !== undefined && !selectOption($(id), settings[id])) unavailable.push(settings[id]);
   }
   for (const id of ["prompt", "negative_prompt", ...NUMBERS]) {
     if (settings[id] !== undefined) setValue($(id), settings[id]);
   }
   if (settings.seed !== undefined) setSeed(settings.seed);
   if ("start" in settings) setStart(settings.start, settings.mask);
-  keep();
-  return missing;
+  saveDraft();
+  return unavailable;
 }
 
 function setValue(field, value) {
@@ -143,48 +143,48 @@ export function setSeed(seed) {
   setValue($("seed"), seed);
 }
 
-function drawnSeed() {
+function randomSeed() {
   return String(crypto.getRandomValues(new Uint32Array(1))[0]);
 }
 
-export function setStart(picture, painted = null) {
-  start = picture;
-  mask = painted;
+export function setStart(image, newMask = null) {
+  start = image;
+  mask = newMask;
   showStart();
-  if (picture) requestAnimationFrame(() => $("strength-field").scrollIntoView({ block: "nearest" }));
+  if (image) requestAnimationFrame(() => $("strength-field").scrollIntoView({ block: "nearest" }));
 }
 
 function showStart() {
-  URL.revokeObjectURL($("start-picture").src);
-  if (start) $("start-picture").src = URL.createObjectURL(start);
-  else $("start-picture").removeAttribute("src");
-  for (const id of ["start-picture", "start-remove", "mask-field", "strength-field"]) $(id).hidden = !start;
-  $("mask-state").textContent = mask ? "A part of it is to change." : "";
-  $("mask-open").textContent = mask ? "Change which…" : "Paint what is to change…";
+  URL.revokeObjectURL($("start-image").src);
+  if (start) $("start-image").src = URL.createObjectURL(start);
+  else $("start-image").removeAttribute("src");
+  for (const id of ["start-image", "start-remove", "mask-field", "strength-field"]) $(id).hidden = !start;
+  $("mask-state").textContent = mask ? "Mask set." : "";
+  $("mask-open").textContent = mask ? "Edit mask…" : "Paint a mask…";
   $("start-hint").hidden = Boolean(start);
   if (!start) $("start-file").value = "";
 }
 
-/** What was typed outlives a reload, where the browser stores anything. */
-function keep() {
+/** Saves the fields for the next visit, if the browser allows it. */
+function saveDraft() {
   const values = Object.fromEntries([...TEXTS, ...NUMBERS, "seed"].map((id) => [id, $(id).value]));
   try {
-    localStorage.setItem(KEPT, JSON.stringify(values));
+    localStorage.setItem(DRAFT, JSON.stringify(values));
   } catch {
-    // too long, or forbidden
+    // quota exceeded, or storage is disabled
   }
 }
 
-function kept() {
+function loadDraft() {
   try {
-    return JSON.parse(localStorage.getItem(KEPT)) ?? {};
+    return JSON.parse(localStorage.getItem(DRAFT)) ?? {};
   } catch {
     return {};
   }
 }
 
-function restore() {
-  const values = kept();
+function restoreDraft() {
+  const values = loadDraft();
   for (const id of ["prompt", "negative_prompt", "seed", ...NUMBERS]) {
     if (values[id] !== undefined) setValue($(id), values[id]);
   }

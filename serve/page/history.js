@@ -1,49 +1,52 @@
-// Finished pictures, kept in the browser: the newest MOST of them, over reloads where it lets us.
+// Finished images, stored in the browser (IndexedDB): the newest MAX_IMAGES.
 
-const MOST = 200;
+const MAX_IMAGES = 200;
 
-/** {all, keep, drop, clear}; what cannot be stored stays in the page and goes with it. */
+/** {all, add, remove, clear}. Without storage the history lasts as long as the page. */
 export async function openHistory() {
   let database = null;
   try {
-    database = await promised(opening());
+    database = await promiseOf(openDatabase());
   } catch {
-    return forgetful();
+    return memoryHistory();
   }
   const store = (mode) => database.transaction("pictures", mode).objectStore("pictures");
   return {
-    /** Records, the newest first. */
-    all: async () => (await promised(store("readonly").getAll())).reverse(),
-    /** Keep one; the ids of those that had to go for it come back. */
-    keep: async (record) => {
-      await promised(store("readwrite").put(record));
-      const ids = await promised(store("readonly").getAllKeys());
-      const old = ids.slice(0, Math.max(0, ids.length - MOST));
-      for (const id of old) await promised(store("readwrite").delete(id));
+    /** All records, newest first. */
+    all: async () => (await promiseOf(store("readonly").getAll())).map(upgrade).reverse(),
+    /** Stores a record; returns the ids of the oldest ones, removed to stay within the limit. */
+    add: async (record) => {
+      await promiseOf(store("readwrite").put(record));
+      const ids = await promiseOf(store("readonly").getAllKeys());
+      const old = ids.slice(0, Math.max(0, ids.length - MAX_IMAGES));
+      for (const id of old) await promiseOf(store("readwrite").delete(id));
       return old;
     },
-    drop: (id) => promised(store("readwrite").delete(id)),
-    clear: () => promised(store("readwrite").clear()),
+    remove: (id) => promiseOf(store("readwrite").delete(id)),
+    clear: () => promiseOf(store("readwrite").clear()),
   };
 }
 
-/** Where nothing may be stored: only the bound is kept. */
-function forgetful() {
+/** Earlier versions stored the image as `picture`. */
+const upgrade = ({ picture, ...record }) => ({ image: picture, ...record });
+
+/** Enforces the limit where nothing can be stored. */
+function memoryHistory() {
   const ids = [];
-  const keep = async ({ id }) => {
+  const add = async ({ id }) => {
     ids.push(id);
-    return ids.splice(0, ids.length - MOST);
+    return ids.splice(0, ids.length - MAX_IMAGES);
   };
-  return { all: async () => [], keep, drop: async () => {}, clear: async () => {} };
+  return { all: async () => [], add, remove: async () => {}, clear: async () => {} };
 }
 
-function opening() {
+function openDatabase() {
   const request = indexedDB.open("sdrt", 1);
   request.onupgradeneeded = () => request.result.createObjectStore("pictures", { keyPath: "id" });
   return request;
 }
 
-function promised(request) {
+function promiseOf(request) {
   return new Promise((resolve, reject) => {
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);

@@ -1,48 +1,48 @@
-// Painting what of a picture is to be made new. Knows one dialog; gives a mask, keeps nothing.
+// Mask painting. Knows its dialog only; returns a mask and stores nothing.
 
 const $ = (id) => document.getElementById(id);
 const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
-let brush = null; // [x, y] in the picture's pixels
+let brush = null; // [x, y] in image pixels
 
 export function setUpMask() {
   const paint = $("mask-paint");
   paint.addEventListener("pointerdown", (event) => {
     paint.setPointerCapture(event.pointerId);
     brush = null;
-    strokeTo(placeOf(event));
+    strokeTo(eventPosition(event));
   });
   paint.addEventListener("pointermove", (event) => {
-    if (paint.hasPointerCapture(event.pointerId)) strokeTo(placeOf(event));
+    if (paint.hasPointerCapture(event.pointerId)) strokeTo(eventPosition(event));
   });
-  paint.addEventListener("keydown", steer);
-  $("mask-brush").addEventListener("input", point);
+  paint.addEventListener("keydown", onKey);
+  $("mask-brush").addEventListener("input", showCursor);
   $("mask-clear").addEventListener("click", clear);
   $("mask-cancel").addEventListener("click", () => $("mask-dialog").close(""));
 }
 
-/** The mask that the user paints over a picture, a PNG that is transparent where it is to be made
- * new; null if nothing is painted, and `mask` as it was if the dialog is left. */
-export async function paintedMask(picture, mask) {
-  const url = URL.createObjectURL(picture);
-  $("mask-picture").src = url;
-  await $("mask-picture").decode();
-  $("mask-paint").width = $("mask-picture").naturalWidth;
-  $("mask-paint").height = $("mask-picture").naturalHeight;
+/** Lets the user paint a mask over an image. Resolves to a PNG that is transparent in the area to
+ * repaint, null if nothing is painted, or `mask` unchanged if the dialog is cancelled. */
+export async function editMask(image, mask) {
+  const url = URL.createObjectURL(image);
+  $("mask-image").src = url;
+  await $("mask-image").decode();
+  $("mask-paint").width = $("mask-image").naturalWidth;
+  $("mask-paint").height = $("mask-image").naturalHeight;
   $("mask-canvas").style.setProperty("--ratio", $("mask-paint").width / $("mask-paint").height);
   brush = [$("mask-paint").width / 2, $("mask-paint").height / 2];
-  if (mask) await show(mask);
-  point();
+  if (mask) await drawMask(mask);
+  showCursor();
   const dialog = $("mask-dialog");
   dialog.returnValue = "";
   dialog.showModal();
   await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
   URL.revokeObjectURL(url);
-  return dialog.returnValue ? made() : mask;
+  return dialog.returnValue ? createMask() : mask;
 }
 
-/** From another's mask to what was painted: the picture is covered but for what the mask covers. */
-async function show(mask) {
+/** Paints an existing mask onto the canvas: white where the mask is transparent. */
+async function drawMask(mask) {
   const context = $("mask-paint").getContext("2d");
   context.fillStyle = "white";
   context.fillRect(0, 0, $("mask-paint").width, $("mask-paint").height);
@@ -51,7 +51,7 @@ async function show(mask) {
   context.globalCompositeOperation = "source-over";
 }
 
-async function made() {
+async function createMask() {
   const paint = $("mask-paint");
   const pixels = paint.getContext("2d").getImageData(0, 0, paint.width, paint.height).data;
   if (!pixels.some(Boolean)) return null;
@@ -63,41 +63,41 @@ async function made() {
   return mask.convertToBlob({ type: "image/png" });
 }
 
-function placeOf({ clientX, clientY }) {
+function eventPosition({ clientX, clientY }) {
   const paint = $("mask-paint");
   const { left, top, width, height } = paint.getBoundingClientRect();
   return [((clientX - left) * paint.width) / width, ((clientY - top) * paint.height) / height];
 }
 
-const breadth = () => ($("mask-paint").width * $("mask-brush").valueAsNumber) / 100;
+const brushWidth = () => ($("mask-paint").width * $("mask-brush").valueAsNumber) / 100;
 
-function strokeTo(place) {
+function strokeTo(position) {
   const context = $("mask-paint").getContext("2d");
-  Object.assign(context, { lineWidth: breadth(), lineCap: "round", lineJoin: "round", strokeStyle: "white" });
+  Object.assign(context, { lineWidth: brushWidth(), lineCap: "round", lineJoin: "round", strokeStyle: "white" });
   context.beginPath();
-  context.moveTo(...(brush ?? place));
-  context.lineTo(...place);
+  context.moveTo(...(brush ?? position));
+  context.lineTo(...position);
   context.stroke();
-  brush = place;
-  point();
+  brush = position;
+  showCursor();
 }
 
-/** Arrow keys move the brush; the space bar paints, and so do arrow keys with the shift key. */
-function steer(event) {
+/** Arrow keys move the brush; Space paints; Shift and arrow keys draw a line. */
+function onKey(event) {
   const [x, y] = STEPS[event.key] ?? [];
   if (event.key !== " " && x === undefined) return;
   event.preventDefault();
-  const step = breadth() / 2;
-  const place = x === undefined ? brush : [brush[0] + x * step, brush[1] + y * step];
+  const step = brushWidth() / 2;
+  const position = x === undefined ? brush : [brush[0] + x * step, brush[1] + y * step];
   const { width, height } = $("mask-paint");
-  const inside = [Math.min(width, Math.max(0, place[0])), Math.min(height, Math.max(0, place[1]))];
+  const inside = [Math.min(width, Math.max(0, position[0])), Math.min(height, Math.max(0, position[1]))];
   if (event.key === " " || event.shiftKey) strokeTo(inside);
   brush = inside;
-  point();
+  showCursor();
 }
 
-/** Where the brush is, for those who steer it by keys. */
-function point() {
+/** Updates the brush outline shown to keyboard users. */
+function showCursor() {
   const { width, height } = $("mask-paint");
   const { style } = $("mask-dialog");
   style.setProperty("--x", brush[0] / width);

@@ -1,24 +1,24 @@
-// The page: joins the form, the queue, the history and what is shown.
+// The page: connects the form, the queue, the history and the display.
 
-import { askForKeysWith, model, models, samplers } from "./api.js";
+import { setKeyDialog, model, models, samplers } from "./api.js";
 import * as form from "./form.js";
 import { openHistory } from "./history.js";
-import { settingsFromText, textFromPng } from "./parameters.js";
-import { createQueue, inFlight, itemFrom } from "./queue.js";
-import { focusTile, showLarge, showTile, showTiles, stateOf } from "./view.js";
+import { parseSettings, readPngText } from "./parameters.js";
+import { createQueue, isActive, createItem } from "./queue.js";
+import { focusTile, showDetail, showTile, showTiles, describeState } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
-const items = []; // the newest first
+const items = []; // newest first
 let shown = null;
-let picked = false; // by hand: the page does not move on by itself
-const queue = createQueue(changed);
-const kept = openHistory();
+let pinned = false; // selected by the user: the page does not switch to the next image
+const queue = createQueue(onChange);
+const history = openHistory();
 
-function show(item, byHand = false) {
+function show(item, byUser = false) {
   const before = shown;
   shown = item;
-  picked = byHand;
-  showLarge(item);
+  pinned = byUser;
+  showDetail(item);
   if (before) showTile(before, false);
   if (item) showTile(item, true);
 }
@@ -33,25 +33,25 @@ function showTitle() {
   document.title = active?.total ? `${Math.round((100 * active.step) / active.total)} % · sdrt` : "sdrt";
 }
 
-function make(settings) {
-  say("");
-  const made = settings.map(itemFrom);
-  items.unshift(...made);
-  if (!shown || !inFlight(shown)) show(made[0]);
-  queue.add(made);
+function generateAll(settings) {
+  showMessage("");
+  const created = settings.map(createItem);
+  items.unshift(...created);
+  if (!shown || !isActive(shown)) show(created[0]);
+  queue.add(created);
   if (matchMedia("(max-width: 820px), (max-height: 480px)").matches) $("stage").scrollIntoView({ block: "start" });
   showAll();
-  announce(made.length > 1 ? `${made.length} pictures asked for` : "Asked for");
+  announce(created.length > 1 ? `${created.length} images requested` : "Image requested");
 }
 
-/** Hears of every event of every picture being made. */
-function changed(item, what) {
+/** Handles every event of every image in the queue. */
+function onChange(item, what) {
   const moved = item.state !== item.before;
-  if (moved && item.state === "running" && !picked && !inFlight(shown)) show(item);
-  if (what === "completed") finished(item);
-  if (what === "failed") complain(item.error.message);
-  if (what === "cancelled") gone(item);
-  if (item === shown) showLarge(item);
+  if (moved && item.state === "running" && !pinned && !isActive(shown)) show(item);
+  if (what === "completed") onFinished(item);
+  if (what === "failed") showError(item.error.message);
+  if (what === "cancelled") onCancelled(item);
+  if (item === shown) showDetail(item);
   if (moved) showAll();
   else showTile(item, item === shown);
   if (item === shown) announceStep(item, what);
@@ -59,55 +59,56 @@ function changed(item, what) {
   item.before = item.state;
 }
 
-async function finished({ id, settings, picture, seconds }) {
-  const old = await (await kept).keep({ id, settings, picture, seconds }).catch(() => []);
-  for (const each of items.filter((item) => old?.includes(item.id))) take(each);
+async function onFinished({ id, settings, image, seconds }) {
+  const old = await (await history).add({ id, settings, image, seconds }).catch(() => []);
+  for (const item of items.filter(({ id }) => old?.includes(id))) removeItem(item);
   if (old?.length) showAll();
 }
 
-/** A cancelled picture leaves nothing; its settings are still in the form. */
-function gone(item) {
-  const next = items.find((each) => each !== item && inFlight(each)) ?? items.find((each) => each !== item);
-  take(item);
+/** Removes a cancelled image; its settings are still in the form. */
+function onCancelled(item) {
+  const others = items.filter((other) => other !== item);
+  const next = others.find(isActive) ?? others[0];
+  removeItem(item);
   if (item === shown) show(next ?? null);
   announce("Cancelled");
 }
 
-function take(item) {
+function removeItem(item) {
   if (items.includes(item)) items.splice(items.indexOf(item), 1);
 }
 
 function cancelShown() {
-  const item = inFlight(shown ?? {}) ? shown : items.find((each) => each.state === "running") ?? items.find(inFlight);
+  const item = isActive(shown ?? {}) ? shown : items.find((item) => item.state === "running") ?? items.find(isActive);
   if (item) queue.cancel(item);
   return Boolean(item);
 }
 
 async function remove(item) {
   const at = items.indexOf(item);
-  take(item);
+  removeItem(item);
   show(items[at] ?? items[at - 1] ?? null, true);
   showAll();
   if (shown) focusTile(shown);
-  await (await kept).drop(item.id);
+  await (await history).remove(item.id);
 }
 
 async function clear() {
-  if (!confirm("Remove all finished pictures from this browser?")) return;
-  for (const item of items.filter((each) => !inFlight(each))) take(item);
+  if (!confirm("Remove all finished images from this browser?")) return;
+  for (const item of items.filter((item) => !isActive(item))) removeItem(item);
   show(items[0] ?? null);
   showAll();
-  await (await kept).clear();
+  await (await history).clear();
 }
 
-/* words */
+/* messages */
 
-function complain(text) {
+function showError(text) {
   $("message").textContent = "";
   $("error").textContent = text;
 }
 
-function say(text) {
+function showMessage(text) {
   $("error").textContent = "";
   $("message").textContent = text;
 }
@@ -116,30 +117,30 @@ function announce(text) {
   $("live").textContent = text;
 }
 
-/** To screen readers only what is worth hearing: places, the quarters, the end. */
+/** Announces queue positions, quarters and the end to screen readers, not every step. */
 function announceStep(item, what) {
   const quarter = Math.floor((4 * item.step) / (item.total || 1));
   const news = what !== "progress" || quarter !== item.quarter;
   item.quarter = quarter;
-  if (what === "completed") announce("The picture is finished");
-  else if (news && what !== "partial_image" && inFlight(item)) announce(stateOf(item));
+  if (what === "completed") announce("The image is finished");
+  else if (news && what !== "partial_image" && isActive(item)) announce(describeState(item));
 }
 
-/* pictures from outside */
+/* files */
 
 async function receive(file) {
   if (!file) return;
-  const text = await textFromPng(file).catch(() => null);
+  const text = await readPngText(file).catch(() => null);
   if (text !== null) return readSettings(text, file.name);
   if (file.type.startsWith("image/")) {
     form.setStart(file);
-    return say(`${file.name} carries no settings; it is the picture to start from.`);
+    return showMessage(`${file.name} has no settings; using it as the input image.`);
   }
-  complain(`${file.name} carries no settings.`);
+  showError(`${file.name} has no settings.`);
 }
 
 async function readSettings(text, name) {
-  await fill(settingsFromText(text), `Settings read from ${name}.`);
+  await fill(parseSettings(text), `Settings read from ${name}.`);
 }
 
 async function useSettings(item) {
@@ -147,51 +148,51 @@ async function useSettings(item) {
   $("prompt").focus();
 }
 
-/** Fill the form, the model first: it decides which sizes there are. */
-async function fill(settings, done) {
+/** Fills the form, the model first: it determines the sizes. */
+async function fill(settings, message) {
   const before = form.chosenModel();
   form.chooseModel(settings.model);
   if (form.chosenModel() !== before) await showModel();
-  const missing = form.fillForm(settings);
-  say(missing.length ? `${done} This server has no ${missing.join(", no ")}: left as it was.` : done);
+  const unavailable = form.fillForm(settings);
+  showMessage(unavailable.length ? `${message} Not available on this server: ${unavailable.join(", ")}.` : message);
 }
 
 async function showModel() {
   try {
-    form.offerSizes((await model(form.chosenModel(), say)).sizes);
-    say("");
+    form.offerSizes((await model(form.chosenModel(), showMessage)).sizes);
+    showMessage("");
   } catch (error) {
-    complain(error.message);
+    showError(error.message);
   }
 }
 
-/* setting up */
+/* set-up */
 
 function setUpActions() {
   $("model").addEventListener("change", showModel);
   $("form").addEventListener("submit", (event) => {
     event.preventDefault();
-    const settings = form.settingsFromForm(complain);
-    if (settings) make(settings);
+    const settings = form.settingsFromForm(showError);
+    if (settings) generateAll(settings);
   });
   const on = (id, action) => $(id).addEventListener("click", action);
   on("cancel", cancelShown);
-  on("cancel-all", () => items.filter(inFlight).forEach(queue.cancel));
+  on("cancel-all", () => items.filter(isActive).forEach(queue.cancel));
   on("retry", () => {
     const { settings } = shown;
     remove(shown);
-    make([settings]);
+    generateAll([settings]);
   });
   on("restore", () => useSettings(shown));
   on("restart", () => {
-    form.setStart(shown.picture);
-    say("The next picture starts from this one.");
+    form.setStart(shown.image);
+    showMessage("Using this image as the input image.");
     $("prompt").focus();
   });
   on("remove", () => remove(shown));
   on("clear", clear);
   on("key-cancel", () => $("key-dialog").close(""));
-  on("reuse", () => form.setSeed(shown.settings.seed));
+  on("reuse-seed", () => form.setSeed(shown.settings.seed));
   $("settings-file").addEventListener("change", (event) => {
     receive(event.target.files[0]);
     event.target.value = "";
@@ -210,9 +211,9 @@ function setUpKeys() {
     if (event.key === "Escape" && cancelShown()) event.preventDefault();
   });
   $("tiles").addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    const offset = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     const ends = { Home: 0, End: items.length - 1 }[event.key];
-    const next = items[step ? items.indexOf(shown) + step : ends];
+    const next = items[offset ? items.indexOf(shown) + offset : ends];
     if (!next) return;
     event.preventDefault();
     show(next, true);
@@ -221,9 +222,9 @@ function setUpKeys() {
 }
 
 function setUpDrops() {
-  const over = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
+  const hasFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
   addEventListener("dragover", (event) => {
-    if (!over(event)) return;
+    if (!hasFiles(event)) return;
     event.preventDefault();
     document.body.classList.add("dropping");
   });
@@ -231,7 +232,7 @@ function setUpDrops() {
     if (!event.relatedTarget) document.body.classList.remove("dropping");
   });
   addEventListener("drop", (event) => {
-    if (!over(event)) return;
+    if (!hasFiles(event)) return;
     event.preventDefault();
     document.body.classList.remove("dropping");
     const [file] = event.dataTransfer.files;
@@ -240,10 +241,10 @@ function setUpDrops() {
   });
 }
 
-/** The key from the user, or null; one dialog for all requests that wait for it. */
-function askKey(why) {
+/** Asks the user for a key; resolves to it, or to null. */
+function askKey(message) {
   const dialog = $("key-dialog");
-  $("key-why").textContent = why;
+  $("key-message").textContent = message;
   $("key").value = "";
   dialog.returnValue = "";
   dialog.showModal();
@@ -253,7 +254,7 @@ function askKey(why) {
 }
 
 async function load() {
-  for (const record of await (await kept).all()) items.push({ ...record, state: "done" });
+  for (const record of await (await history).all()) items.push({ ...record, state: "done" });
   showAll();
   if (items.length && !shown) show(items[0]);
   try {
@@ -261,11 +262,11 @@ async function load() {
     form.offerSamplers(await samplers());
     await showModel();
   } catch (error) {
-    complain(error.message);
+    showError(error.message);
   }
 }
 
-askForKeysWith(askKey);
+setKeyDialog(askKey);
 form.setUpForm();
 setUpActions();
 setUpKeys();

@@ -1,4 +1,4 @@
-// The `parameters` text that PNG files carry, and the settings in it. Knows nothing of the page.
+// Reads generation settings from the `parameters` text of PNG files. Knows nothing of the page.
 
 const SIGNATURE = [0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a];
 const NAMES = {
@@ -11,29 +11,29 @@ const NAMES = {
   "Denoising strength": "strength",
 };
 
-/** The `parameters` text of a PNG file; null where there is none or the file is no PNG. */
-export async function textFromPng(file) {
+/** Reads the `parameters` text of a PNG file; null if there is none or the file is not a PNG. */
+export async function readPngText(file) {
   const bytes = new Uint8Array(await file.arrayBuffer());
   if (!SIGNATURE.every((byte, i) => bytes[i] === byte)) return null;
   const view = new DataView(bytes.buffer);
   for (let at = 8; at + 12 <= bytes.length; ) {
     const length = view.getUint32(at);
     const data = bytes.subarray(at + 8, at + 8 + length);
-    const text = data.length === length ? await textOfChunk(latin1(bytes.subarray(at + 4, at + 8)), data) : null;
+    const text = data.length === length ? await decodeChunk(latin1(bytes.subarray(at + 4, at + 8)), data) : null;
     if (text !== null) return text;
     at += 12 + length;
   }
   return null;
 }
 
-async function textOfChunk(type, data) {
+async function decodeChunk(type, data) {
   const end = data.indexOf(0);
   if (!["tEXt", "zTXt", "iTXt"].includes(type) || latin1(data.subarray(0, end)) !== "parameters") return null;
   if (type === "tEXt") return latin1(data.subarray(end + 1));
-  if (type === "zTXt") return latin1(await inflated(data.subarray(end + 2)));
+  if (type === "zTXt") return latin1(await inflate(data.subarray(end + 2)));
   const language = data.indexOf(0, end + 3);
   const text = data.subarray(data.indexOf(0, language + 1) + 1);
-  return new TextDecoder().decode(data[end + 1] ? await inflated(text) : text);
+  return new TextDecoder().decode(data[end + 1] ? await inflate(text) : text);
 }
 
 function latin1(bytes) {
@@ -42,15 +42,15 @@ function latin1(bytes) {
   return text;
 }
 
-async function inflated(bytes) {
+async function inflate(bytes) {
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-/** Settings from the text: the prompt, `Negative prompt: …`, then one line of `Key: value, …`. */
-export function settingsFromText(text) {
+/** Parses the text: the prompt, `Negative prompt: …`, then one line of `Key: value, …`. */
+export function parseSettings(text) {
   const lines = text.trim().split(/\r?\n/);
-  const pairs = pairsOf(lines.at(-1));
+  const pairs = parsePairs(lines.at(-1));
   if ("Steps" in pairs) lines.pop();
   const negative = lines.findIndex((line) => line.startsWith("Negative prompt:"));
   const prompt = negative < 0 ? lines : lines.slice(0, negative);
@@ -60,12 +60,12 @@ export function settingsFromText(text) {
   }
   if (!("Steps" in pairs)) return settings;
   for (const [key, name] of Object.entries(NAMES)) if (key in pairs) settings[name] = pairs[key];
-  const levels = pairs["Schedule type"]; // newer files of others name the noise levels apart
-  if (["Karras", "Exponential", "Beta"].includes(levels)) settings.scheduler += ` ${levels}`;
+  const schedule = pairs["Schedule type"]; // newer A1111 files name the noise schedule separately
+  if (["Karras", "Exponential", "Beta"].includes(schedule)) settings.scheduler += ` ${schedule}`;
   return settings;
 }
 
-function pairsOf(line) {
+function parsePairs(line) {
   const pairs = {};
   for (const [, key, value] of line.matchAll(/\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)/g)) {
     pairs[key] = value.startsWith('"') ? value.slice(1, -1) : value.trim();

@@ -1,31 +1,31 @@
-// Pictures being made. Knows the order of requests and what their events mean; shows nothing.
+// The queue of images to generate. Knows the order of requests and their events; not the page.
 
-import { generate, pictureFrom } from "./api.js";
+import { generate, imageFromBase64 } from "./api.js";
 
-const MOST_STREAMS = 4; // browsers open six connections to a host; two stay free
-const IN_FLIGHT = ["waiting", "queued", "running"];
+const MAX_STREAMS = 4; // browsers allow six connections per host; keep two free
+const ACTIVE_STATES = ["waiting", "queued", "running"];
 
-export const inFlight = (item) => IN_FLIGHT.includes(item.state);
+export const isActive = (item) => ACTIVE_STATES.includes(item.state);
 
-/** One picture to make: waiting → queued → running → done, failed or cancelled. */
-export function itemFrom(settings) {
+/** An image to generate: waiting → queued → running → done, failed or cancelled. */
+export function createItem(settings) {
   return { id: newId(), state: "waiting", settings, step: 0, total: 0, position: null, error: null };
 }
 
 let last = 0;
 function newId() {
-  last = Math.max(last + 1, Date.now() * 1000); // grows with time: the history's order
+  last = Math.max(last + 1, Date.now() * 1000); // increases with time: the order of the history
   return last;
 }
 
-/** {add, cancel}; `changed(item, what)` hears of every event. */
-export function createQueue(changed) {
+/** Returns {add, cancel}; calls `onChange(item, eventName)` for every event. */
+export function createQueue(onChange) {
   const waiting = [];
   const running = new Map();
-  let sent = null; // and not yet accepted: one by one they keep their order at the server
+  let sent = null; // not yet accepted; sending one at a time keeps the order at the server
 
   function pump() {
-    if (sent || !waiting.length || running.size >= MOST_STREAMS) return;
+    if (sent || !waiting.length || running.size >= MAX_STREAMS) return;
     sent = waiting.shift();
     const item = sent;
     const controller = new AbortController();
@@ -45,19 +45,19 @@ export function createQueue(changed) {
     try {
       for await (const event of generate(item.settings, signal)) {
         if (event.type === "accepted") next(item);
-        else take(item, event, changed);
+        else applyEvent(item, event, onChange);
       }
-      if (item.state !== "done") throw new Error("The connection ended before the picture was finished.");
+      if (item.state !== "done") throw new Error("The connection closed before the image was finished.");
     } catch (error) {
       if (item.state === "done") return;
-      item.picture = null; // a preview is no picture
-      end(item, signal.aborted ? "cancelled" : "failed", error);
+      item.image = null; // it was only a preview
+      finish(item, signal.aborted ? "cancelled" : "failed", error);
     }
   }
 
-  function end(item, state, error = null) {
+  function finish(item, state, error = null) {
     Object.assign(item, { state, error });
-    changed(item, state);
+    onChange(item, state);
   }
 
   return {
@@ -69,21 +69,21 @@ export function createQueue(changed) {
       const at = waiting.indexOf(item);
       if (at < 0) return running.get(item)?.abort();
       waiting.splice(at, 1);
-      end(item, "cancelled");
+      finish(item, "cancelled");
     },
   };
 }
 
-function take(item, event, changed) {
+function applyEvent(item, event, onChange) {
   const what = event.type.split(".").pop();
-  if (what !== "queued") item.begun ??= performance.now();
+  if (what !== "queued") item.started ??= performance.now();
   if (what === "queued") Object.assign(item, { state: "queued", position: event.position });
   if (what === "progress") Object.assign(item, { state: "running", step: event.step, total: event.total });
-  if (what === "partial_image") Object.assign(item, { state: "running", picture: pictureFrom(event.b64_json) });
+  if (what === "partial_image") Object.assign(item, { state: "running", image: imageFromBase64(event.b64_json) });
   if (what === "completed") {
     if (event.seed !== undefined) item.settings.seed = String(event.seed);
-    const seconds = Number(((performance.now() - item.begun) / 1000).toPrecision(2));
-    Object.assign(item, { state: "done", picture: pictureFrom(event.b64_json), seconds });
+    const seconds = Number(((performance.now() - item.started) / 1000).toPrecision(2));
+    Object.assign(item, { state: "done", image: imageFromBase64(event.b64_json), seconds });
   }
-  changed(item, what);
+  onChange(item, what);
 }

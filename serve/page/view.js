@@ -1,34 +1,34 @@
-// What is seen of the pictures: the large one, and a tile for each. Changes nothing but the page.
+// Displays images: the selected one large, and a tile for each. Changes only the page.
 
-import { inFlight } from "./queue.js";
+import { isActive } from "./queue.js";
 
 const $ = (id) => document.getElementById(id);
-const SMALL = 256; // pictures below are enlarged with their pixels sharp
-const urls = new WeakMap(); // of pictures
-const tiles = new Map(); // of items: {tile, picture}
+const SMALL = 256; // smaller images are enlarged with sharp pixels
+const urls = new WeakMap(); // Blob → object URL
+const tiles = new Map(); // item → {tile, image}
 
-function urlOf(picture) {
-  if (!urls.has(picture)) urls.set(picture, URL.createObjectURL(picture));
-  return urls.get(picture);
+function objectUrl(image) {
+  if (!urls.has(image)) urls.set(image, URL.createObjectURL(image));
+  return urls.get(image);
 }
 
-/** Let go of a preview that was replaced, or a picture that was removed, once nothing loads it. */
-function forget(picture) {
-  const url = urls.get(picture);
-  urls.delete(picture);
+/** Revokes the URL of a replaced preview or a removed image, once nothing loads it. */
+function releaseUrl(image) {
+  const url = urls.get(image);
+  urls.delete(image);
   if (url) setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
 
-export function stateOf(item) {
+export function describeState(item) {
   const { state, position, step, total, seconds } = item;
   if (state === "running" && total) return `Step ${step} of ${total}`;
   return {
-    waiting: "Waiting for its turn",
-    queued: position ? `Waiting behind ${position} more` : "Next in the queue",
-    running: "Begun",
-    failed: "This picture was not made",
+    waiting: "Waiting",
+    queued: position ? `Queued behind ${position} more` : "Next in the queue",
+    running: "Started",
+    failed: "Generation failed",
     cancelled: "Cancelled",
-    done: seconds ? `Made in ${seconds} s` : "",
+    done: seconds ? `Generated in ${seconds} s` : "",
   }[state];
 }
 
@@ -45,118 +45,118 @@ export function settingsText({ num_inference_steps, scheduler, guidance_scale, s
   return parts.filter(Boolean).map((part) => part.replaceAll(" ", "\u00a0")).join(" · ");
 }
 
-/** Show an item large, or the invitation if there is none. */
-export function showLarge(item) {
+/** Shows the selected item large, or the empty state for null. */
+export function showDetail(item) {
   for (const [id, shown] of [["empty", !item], ["canvas", item], ["caption", item]]) $(id).hidden = !shown;
-  $("reuse").disabled = !item;
+  $("reuse-seed").disabled = !item;
   if (!item) return;
-  showPicture(item);
-  showBar($("bar"), item);
-  $("notice").textContent = item.picture ? "" : (item.error?.message ?? stateOf(item));
-  $("caption-state").textContent = stateOf(item);
+  showImage(item);
+  showProgress($("progress"), item);
+  $("notice").textContent = item.image ? "" : (item.error?.message ?? describeState(item));
+  $("caption-state").textContent = describeState(item);
   $("caption-prompt").textContent = item.settings.prompt;
   $("caption-settings").textContent = settingsText(item.settings);
   showActions(item);
 }
 
-function showPicture(item) {
-  const image = $("picture");
-  image.hidden = !item.picture;
+function showImage(item) {
+  const image = $("image");
+  image.hidden = !item.image;
   image.alt = item.state === "done" ? item.settings.prompt : `Preview: ${item.settings.prompt}`;
   $("canvas").dataset.state = item.state;
   const [width, height] = (item.settings.size ?? "1x1").split("x").map(Number);
   $("canvas").style.setProperty("--ratio", width / height || 1);
-  if (!item.picture) return image.removeAttribute("src");
+  if (!item.image) return image.removeAttribute("src");
   image.onload = () => {
     const sharp = item.state === "done" && image.naturalWidth < SMALL;
     image.classList.toggle("sharp", sharp);
     $("canvas").style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
   };
-  if (image.src !== urlOf(item.picture)) image.src = urlOf(item.picture);
+  if (image.src !== objectUrl(item.image)) image.src = objectUrl(item.image);
 }
 
-function showBar(bar, item) {
-  bar.hidden = !inFlight(item);
+function showProgress(bar, item) {
+  bar.hidden = !isActive(item);
   bar.value = item.total ? item.step / item.total : 0;
 }
 
 function showActions(item) {
   const done = item.state === "done";
-  $("cancel").hidden = !inFlight(item);
-  $("retry").hidden = inFlight(item) || done;
+  $("cancel").hidden = !isActive(item);
+  $("retry").hidden = isActive(item) || done;
   for (const id of ["download", "restart"]) $(id).hidden = !done;
-  $("remove").hidden = inFlight(item);
+  $("remove").hidden = isActive(item);
   if (!done) return;
-  $("download").href = urlOf(item.picture);
+  $("download").href = objectUrl(item.image);
   $("download").download = fileName(item);
 }
 
-function fileName({ settings, picture }) {
+function fileName({ settings, image }) {
   const words = settings.prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [];
-  const ending = picture.type.split("/")[1] ?? "png";
+  const ending = image.type.split("/")[1] ?? "png";
   return `${[...words.slice(0, 8), settings.seed].join("-")}.${ending}`;
 }
 
-/** All tiles, in the order of the items. `act` has show(item) and cancel(item). */
-export function showTiles(items, shown, act) {
-  $("strip").hidden = !items.length;
+/** Shows a tile for each item, in order. `actions`: {show(item), cancel(item)}. */
+export function showTiles(items, shown, actions) {
+  $("gallery").hidden = !items.length;
   for (const item of tiles.keys()) if (!items.includes(item)) removeTile(item);
   items.forEach((item, i) => {
-    if (!tiles.has(item)) tiles.set(item, { tile: newTile(item, act), picture: null });
+    if (!tiles.has(item)) tiles.set(item, { tile: newTile(item, actions), image: null });
     const { tile } = tiles.get(item);
     if ($("tiles").children[i] !== tile) $("tiles").insertBefore(tile, $("tiles").children[i] ?? null);
     showTile(item, item === shown);
   });
-  const active = items.filter(inFlight).length;
-  $("counts").textContent = active ? `${active} being made` : "";
+  const active = items.filter(isActive).length;
+  $("queue-count").textContent = active ? `${active} in progress` : "";
   $("cancel-all").hidden = active < 2;
-  $("clear").hidden = !items.some((item) => !inFlight(item));
+  $("clear").hidden = !items.some((item) => !isActive(item));
 }
 
 function removeTile(item) {
-  const { tile, picture } = tiles.get(item);
+  const { tile, image } = tiles.get(item);
   tile.remove();
   tiles.delete(item);
-  forget(picture);
+  releaseUrl(image);
 }
 
-function newTile(item, act) {
+function newTile(item, actions) {
   const tile = document.createElement("li");
   const button = document.createElement("button");
   const cancel = document.createElement("button");
   button.type = cancel.type = "button";
   button.className = "tile";
   button.append(document.createElement("img"), document.createElement("progress"));
-  button.addEventListener("click", () => act.show(item));
-  cancel.className = "stop";
+  button.addEventListener("click", () => actions.show(item));
+  cancel.className = "cancel-tile";
   cancel.textContent = "×";
-  cancel.addEventListener("click", () => act.cancel(item));
+  cancel.addEventListener("click", () => actions.cancel(item));
   tile.append(button, cancel);
   return tile;
 }
 
-/** Bring one item's tile up to date. */
+/** Updates the tile of one item. */
 export function showTile(item, shown) {
   const entry = tiles.get(item);
   if (!entry) return;
-  const { tile, picture } = entry;
+  const { tile, image } = entry;
   const [button, cancel] = tile.children;
-  const [image, bar] = button.children;
+  const [thumbnail, bar] = button.children;
   tile.dataset.state = item.state;
-  button.tabIndex = shown ? 0 : -1; // one tab stop; arrow keys move on
+  button.tabIndex = shown ? 0 : -1; // one tab stop; arrow keys move between tiles
   button.setAttribute("aria-current", shown);
-  button.setAttribute("aria-label", [item.settings.prompt, stateOf(item)].filter(Boolean).join(". "));
-  image.alt = "";
-  image.hidden = !item.picture;
-  image.loading = "lazy";
-  if (item.picture && item.picture !== picture) {
-    image.src = urlOf(item.picture);
-    entry.picture = item.picture;
-    forget(picture);
+  button.setAttribute("aria-label", [item.settings.prompt, describeState(item)].filter(Boolean).join(". "));
+  thumbnail.alt = "";
+  thumbnail.hidden = !item.image;
+  thumbnail.loading = "lazy";
+  if (item.image && item.image !== image) {
+    thumbnail.src = objectUrl(item.image);
+    entry.image = item.image;
+    releaseUrl(image);
   }
   bar.setAttribute("aria-hidden", "true");
-  showBar(bar, item);
-  cancel.hidden = !inFlight(item);
+  showProgress(bar, item);
+  cancel.hidden = !isActive(item);
   cancel.setAttribute("aria-label", `Cancel: ${item.settings.prompt}`);
 }
 
