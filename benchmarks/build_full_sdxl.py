@@ -125,7 +125,7 @@ def load(component: str, folder: Path) -> dict[str, Any]:
     import numpy as np
     import onnxruntime as ort
 
-    from sdrt.engine.parity import measures
+    from sdrt.engine.parity import measure
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -133,7 +133,7 @@ def load(component: str, folder: Path) -> dict[str, Any]:
     case = dict(np.load(folder / "case.npz"))
     wanted = {name[7:]: case.pop(name) for name in list(case) if name.startswith("output.")}
     found = session.run(list(wanted), case)
-    every = [measures(f, w, picture=False) for f, w in zip(found, wanted.values(), strict=True)]
+    every = [measure(f, w, is_image=False) for f, w in zip(found, wanted.values(), strict=True)]
     return {"cosine": min(each["cosine"] for each in every)}
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from results import save
 
 from sdrt.bundle import Bundle, open_bundle
-from sdrt.engine import choose
+from sdrt.engine import select_backend
 from sdrt.process_stats import forget_peak, peak_bytes, resident_bytes
 from sdrt.runtime import randn
 from sdrt.runtime.vae import Tiling, decoded_picture, spans_of
@@ -54,7 +54,7 @@ def work(args: argparse.Namespace) -> None:
     """A worker: says what it holds, then decodes at every line and prints the seconds."""
     bundle = open_bundle(args.bundle)
     scale, channels = bundle.manifest.downscale, bundle.manifest.latent_channels
-    candidate = choose(args.backend, bundle.bytes)
+    candidate = select_backend(args.backend, bundle.bytes)
     assert candidate.load is not None
     tile = args.tile if args.worker == "tiled" else args.side
     with tempfile.TemporaryDirectory() as folder:

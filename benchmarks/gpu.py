@@ -28,8 +28,8 @@ from published import made_bundle, reference_pipeline
 from results import FOLDER, save
 
 from sdrt.bundle import parse_size
-from sdrt.engine import candidates
-from sdrt.engine.gpu import free_memory, this_machine
+from sdrt.engine import list_backends
+from sdrt.engine.gpu import detect_gpus, free_memory
 
 PROMPT = "a lighthouse at dusk"
 ROWS = (1, 2, 4, 8, 16)
@@ -41,12 +41,12 @@ Part = Callable[[], object]
 def contestants() -> dict[str, str | None]:
     """Every engine, and why it cannot run here."""
     found: dict[str, str | None] = {}
-    torch = next(c for c in candidates() if c.backend == "torch" and c.device == "cuda")
+    torch = next(c for c in list_backends() if c.backend == "torch" and c.device == "cuda")
     for name in REFERENCES:
-        found[name] = torch.why_not
-    for candidate in candidates():
+        found[name] = torch.unavailable_reason
+    for candidate in list_backends():
         if candidate.device == "cuda":
-            found[candidate.backend] = candidate.why_not
+            found[candidate.backend] = candidate.unavailable_reason
     found[PLAIN] = found["onnxruntime"]
     return found
 
@@ -175,7 +175,7 @@ def work(args: argparse.Namespace) -> None:
 
 def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One engine's figures. Its first runs of a part are not counted."""
-    gpu = this_machine().gpus[0]
+    gpu = detect_gpus().gpus[0]
     before = free_memory(gpu)
     command = [sys.executable, __file__, "--worker", name, "--work", str(args.work)]
     command += ["--sizes", args.sizes, "--steps", args.steps]
@@ -243,9 +243,9 @@ def main() -> None:
     args = arguments()
     if args.worker:
         return work(args)
-    if reason := this_machine().why_none:
+    if reason := detect_gpus().unavailable_reason:
         sys.exit(f"gpu.py: {reason}; this benchmark needs one")
-    gpu, engines = this_machine().gpus[0], contestants()
+    gpu, engines = detect_gpus().gpus[0], contestants()
     for name, why_not in engines.items():
         if why_not:
             print(f"{name}: not here: {why_not}", file=sys.stderr)
@@ -266,7 +266,11 @@ def main() -> None:
     if args.save:
         figures: dict[str, object] = {"gpu": gpu.name, "engines": found, "ceilings": limits}
         built = {p["key"]["component"]: (p["seconds"], p["size"]) for p in plans}
-        figures |= {"driver": this_machine().driver, "bundle seconds": building, "plans": built}
+        figures |= {
+            "driver": detect_gpus().driver_version,
+            "bundle seconds": building,
+            "plans": built,
+        }
         save(f"gpu_{gpu.sm}", claims_of(gpu.name, found), figures)
         draw(found, gpu.name, FOLDER / f"gpu_{gpu.sm}.svg")
 

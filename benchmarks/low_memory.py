@@ -18,7 +18,7 @@ from results import save
 
 import sdrt
 from sdrt.bundle import open_bundle
-from sdrt.engine.memory_budget import budget_of
+from sdrt.engine.memory_budget import compute_budget
 from sdrt.process_stats import peak_bytes
 
 
@@ -53,7 +53,8 @@ def main() -> None:
     same = found["usual"]["sha256"] == found["low"]["sha256"]
     manifest = open_bundle(args.bundle).manifest
     needed = [
-        budget_of(manifest, manifest.sizes[0], 2, in_turn=turn).total for turn in (False, True)
+        compute_budget(manifest, manifest.sizes[0], 2, sequential=turn).total
+        for turn in (False, True)
     ]
     print(f"counted {needed[0] / 1e9:.2f} and {needed[1] / 1e9:.2f} GB; same bytes: {same}")
     if args.save:

@@ -28,7 +28,7 @@ from results import save
 
 import sdrt
 from sdrt.bundle import open_bundle
-from sdrt.engine.parity import PICTURE_FLOOR
+from sdrt.engine.parity import MIN_IMAGE_PSNR
 
 # Kinds of node, and the least channels on both sides of those that are quantized.
 KINDS = {
@@ -283,7 +283,7 @@ def main() -> None:
         claims = {
             f"{args.form} by Q/DQ, {name}: `shapes`, guidance 7.5, 20 steps": (
                 f"PSNR {values['least']:.1f} dB at least of {args.pictures} pictures; "
-                f"the floor is {PICTURE_FLOOR:.0f}"
+                f"the floor is {MIN_IMAGE_PSNR:.0f}"
             )
             for name, values in near.items()
         }

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from sdrt.bench.report import machine, versions
-from sdrt.engine.selection import installed
+from sdrt.engine.selection import is_installed
 
 FOLDER = Path(__file__).parent / "results"
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +65,7 @@ def readme_with_table() -> str:
 
 def plots() -> dict[Path, str]:
     """Every plot that is made of results, as SVG; none without matplotlib."""
-    if not installed("matplotlib"):
+    if not is_installed("matplotlib"):
         print("matplotlib is not installed: the plots stay as they are", file=sys.stderr)
         return {}
     import plots as drawn

@@ -1,11 +1,11 @@
 """One compiled component on one backend: ONNX Runtime or torch. See `protocol.py`."""
 
-from .gpu import Machine
+from .gpu import GpuInventory
 from .history import History, NumpyHistory
 from .lazy import ExclusiveSlot, LazyEngine
 from .protocol import Engine, Feeds
 from .sampling import ProgramEngine, SamplingProgram, SamplingResult, TextInput
-from .selection import BACKENDS, PRECISIONS, Candidate, candidates, choose
+from .selection import BACKENDS, PRECISIONS, Candidate, list_backends, select_backend
 
 __all__ = [
     "BACKENDS",
@@ -14,14 +14,14 @@ __all__ = [
     "Engine",
     "ExclusiveSlot",
     "Feeds",
+    "GpuInventory",
     "History",
     "LazyEngine",
-    "Machine",
     "NumpyHistory",
     "ProgramEngine",
     "SamplingProgram",
     "SamplingResult",
     "TextInput",
-    "candidates",
-    "choose",
+    "list_backends",
+    "select_backend",
 ]

@@ -24,7 +24,7 @@ from sdrt.bundle.store import home
 from sdrt.errors import SdrtError
 from sdrt.json_validation import read_json
 
-from .cpu import processor
+from .cpu import cpu_fingerprint
 
 log = logging.getLogger(__name__)
 MARK = "plan.json"
@@ -55,7 +55,7 @@ def kept(
         return None
     folder = home() / "plans" / f"cpu-{maker}{_installed(maker)}"
     made_of = _made_of(bundle, component)
-    parts = (*made_of, processor(), *depends)
+    parts = (*made_of, cpu_fingerprint(), *depends)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     target = folder / f"{component}-{key}"
     try:

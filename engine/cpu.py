@@ -7,17 +7,17 @@ from pathlib import Path
 
 def has_bf16() -> bool:
     """Whether it multiplies in bfloat16."""
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_abilities())
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_flags())
 
 
-def processor() -> str:
+def cpu_fingerprint() -> str:
     """All that may decide how weights are laid out for it: the system, and what it can do."""
     named = platform.system(), platform.machine(), platform.processor()
-    return " ".join((*named, *_abilities()))
+    return " ".join((*named, *_cpu_flags()))
 
 
 @cache
-def _abilities() -> list[str]:
+def _cpu_flags() -> list[str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     line = next((line for line in lines if line.startswith(("flags", "Features"))), ":")

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = (
+    75,
+    76,
+)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 # Held by whatever captures or allocates on a GPU: an allocation by one thread can void what another
 # captures, whichever backend either belongs to.
-ONE_AT_A_TIME = threading.RLock()
+GPU_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +31,11 @@ class Gpu:
     name: str
     sm: str
     memory: int
-    bus: str = ""
+    pci_bus_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class GpuInventory:
     """GPUs in the order in which CUDA numbers them.
 
     cuda: the newest CUDA that the driver serves, such as (13, 0); None without a driver
@@ -41,29 +44,29 @@ class Machine:
     """
 
     gpus: tuple[Gpu, ...] = ()
-    cuda: tuple[int, int] | None = None
-    driver: str | None = None
-    why_none: str | None = None
+    cuda_version: tuple[int, int] | None = None
+    driver_version: str | None = None
+    unavailable_reason: str | None = None
 
 
 @functools.cache
-def this_machine() -> Machine:
+def detect_gpus() -> GpuInventory:
     """What is here; asked once."""
-    cuda = _library("libcuda.so.1")
+    cuda = _load_library("libcuda.so.1")
     if cuda is None:
         seen = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/nvhost-gpu").exists()
         missing = "an NVIDIA GPU without libcuda.so.1; install its driver"
-        return Machine(why_none=missing if seen else "no NVIDIA GPU on this machine")
+        return GpuInventory(unavailable_reason=missing if seen else "no NVIDIA GPU on this machine")
     version = ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(version))
     served = (version.value // 1000, version.value % 1000 // 10)
     status = cuda.cuInit(0)
-    gpus = _gpus(cuda) if status == 0 else ()
-    reason = None if gpus else why_none(status, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return Machine(gpus, served, _driver_version(), reason)
+    gpus = _list_gpus(cuda) if status == 0 else ()
+    reason = None if gpus else explain_no_gpu(status, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return GpuInventory(gpus, served, _query_driver_version(), reason)
 
 
-def why_none(status: int, visible: str | None) -> str:
+def explain_no_gpu(status: int, visible: str | None) -> str:
     """Why the driver shows no GPU; status: what cuInit returned, 0 if it counts none."""
     if visible is not None and status in (0, NO_DEVICE):
         return f"CUDA_VISIBLE_DEVICES is {visible!r}, which hides every GPU; unset it or name one"
@@ -72,14 +75,14 @@ def why_none(status: int, visible: str | None) -> str:
     return f"the NVIDIA driver does not start (CUDA error {status}); type nvidia-smi"
 
 
-def _gpus(cuda: Any) -> tuple[Gpu, ...]:
+def _list_gpus(cuda: Any) -> tuple[Gpu, ...]:
     count = ctypes.c_int()
     if cuda.cuDeviceGetCount(ctypes.byref(count)):
         return ()
-    return tuple(_gpu(cuda, index) for index in range(count.value))
+    return tuple(_describe_gpu(cuda, index) for index in range(count.value))
 
 
-def _gpu(cuda: Any, index: int) -> Gpu:
+def _describe_gpu(cuda: Any, index: int) -> Gpu:
     device, memory = ctypes.c_int(), ctypes.c_size_t()
     name, bus = ctypes.create_string_buffer(256), ctypes.create_string_buffer(64)
     cuda.cuDeviceGet(ctypes.byref(device), index)
@@ -87,7 +90,7 @@ def _gpu(cuda: Any, index: int) -> Gpu:
     cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
     cuda.cuDeviceGetPCIBusId(bus, len(bus), device)
     sm = []
-    for attribute in (MAJOR, MINOR):
+    for attribute in (COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR):
         value = ctypes.c_int()
         cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         sm.append(value.value)
@@ -95,16 +98,16 @@ def _gpu(cuda: Any, index: int) -> Gpu:
     return Gpu(index, name.value.decode(), text, memory.value, bus.value.decode())
 
 
-def _library(name: str) -> Any:
+def _load_library(name: str) -> Any:
     try:
         return ctypes.CDLL(name)
     except OSError:
         return None
 
 
-def _managed(ask: Callable[[Any], Any]) -> Any:
+def _query_nvml(ask: Callable[[Any], Any]) -> Any:
     """An answer of NVIDIA's management library, or None where it has none."""
-    nvml = _library("libnvidia-ml.so.1")
+    nvml = _load_library("libnvidia-ml.so.1")
     if nvml is None or nvml.nvmlInit_v2():
         return None
     try:
@@ -113,17 +116,17 @@ def _managed(ask: Callable[[Any], Any]) -> Any:
         nvml.nvmlShutdown()
 
 
-def _driver_version() -> str | None:
+def _query_driver_version() -> str | None:
     def ask(nvml: Any) -> str | None:
         text = ctypes.create_string_buffer(80)
         failed = nvml.nvmlSystemGetDriverVersion(text, len(text))
         return None if failed else text.value.decode()
 
-    found: str | None = _managed(ask)
+    found: str | None = _query_nvml(ask)
     return found
 
 
-class _Memory(ctypes.Structure):
+class _NvmlMemory(ctypes.Structure):
     """nvmlMemory_t"""
 
     _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong)]
@@ -134,10 +137,10 @@ def free_memory(gpu: Gpu) -> int | None:
     """Bytes that nobody uses now, by the management library; None where it does not say."""
 
     def ask(nvml: Any) -> int | None:
-        handle, memory = ctypes.c_void_p(), _Memory()
-        if nvml.nvmlDeviceGetHandleByPciBusId_v2(gpu.bus.encode(), ctypes.byref(handle)):
+        handle, memory = ctypes.c_void_p(), _NvmlMemory()
+        if nvml.nvmlDeviceGetHandleByPciBusId_v2(gpu.pci_bus_id.encode(), ctypes.byref(handle)):
             return None
         return None if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) else memory.free
 
-    found: int | None = _managed(ask)
+    found: int | None = _query_nvml(ask)
     return found

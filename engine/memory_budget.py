@@ -15,55 +15,60 @@ from sdrt.process_stats import NO_BOUND, available_bytes
 from .gpu import Gpu, free_memory
 
 log = logging.getLogger(__name__)
-SELDOM = "vae_encoder"  # loaded when a picture is given
-MAX_PICTURES = 16  # at once; more are no faster anywhere
-SHARE = {True: 0.85, False: 0.5}  # of what a GPU, or the host, has free, for a largest batch
+ON_DEMAND = "vae_encoder"  # loaded when a picture is given
+MAX_IMAGES = 16  # at once; more are no faster anywhere
+USABLE_FRACTION = {
+    True: 0.85,
+    False: 0.5,
+}  # of the free memory, for the largest batch
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class MemoryBudget:
     """Bytes. scratch: what the largest component that runs has alive at once"""
 
     weights: int
-    scratch: int
+    activations: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.scratch
+        return self.weights + self.activations
 
 
-def budget_of(
+def compute_budget(
     manifest: Manifest,
     size: tuple[int, int],
     rows: int,
     *,
-    in_turn: bool = False,
+    sequential: bool = False,
     streamed: bool = False,
-) -> Budget:
+) -> MemoryBudget:
     """What pictures of a size (width, height) need whose evaluations have so many rows.
 
     in_turn: one component is loaded at a time
     streamed: the UNet's weights stay with the host
     """
     parts = [
-        Budget(
-            0 if streamed and name == "unet" else weights_of(manifest, name),
-            scratch_of(manifest, name, size, rows),
+        MemoryBudget(
+            0 if streamed and name == "unet" else weight_bytes(manifest, name),
+            activation_bytes(manifest, name, size, rows),
         )
         for name in manifest.components
-        if name != SELDOM
+        if name != ON_DEMAND
     ]
-    if in_turn:
+    if sequential:
         return max(parts, key=lambda part: part.total)
-    return Budget(sum(part.weights for part in parts), max(part.scratch for part in parts))
+    return MemoryBudget(
+        sum(part.weights for part in parts), max(part.activations for part in parts)
+    )
 
 
-def weights_of(manifest: Manifest, name: str) -> int:
+def weight_bytes(manifest: Manifest, name: str) -> int:
     record = manifest.files.get(f"{name}/model.safetensors")
     return record.size if record else 0
 
 
-def scratch_of(manifest: Manifest, name: str, size: tuple[int, int], rows: int) -> int:
+def activation_bytes(manifest: Manifest, name: str, size: tuple[int, int], rows: int) -> int:
     """What a component has alive at once, from the bytes of one row of the first size. Pictures go
     through the autoencoder one by one, those larger than the bundle's sizes in tiles.
     """
@@ -76,13 +81,13 @@ def scratch_of(manifest: Manifest, name: str, size: tuple[int, int], rows: int) 
     return manifest.components[name].activations * rows * pixels // (width * height)
 
 
-def most_pictures(manifest: Manifest, free: int) -> int:
+def max_batch_images(manifest: Manifest, free: int) -> int:
     """The most pictures of the largest size, guided, made at once in so many bytes; at least 1."""
     largest = max(manifest.sizes, key=lambda size: size[0] * size[1])
     fitting = [
         count
-        for count in range(1, MAX_PICTURES + 1)
-        if budget_of(manifest, largest, 2 * count).total <= free
+        for count in range(1, MAX_IMAGES + 1)
+        if compute_budget(manifest, largest, 2 * count).total <= free
     ]
     return fitting[-1] if fitting else 1
 
@@ -97,21 +102,21 @@ def free_bytes(gpu: Gpu | None) -> int | None:
     return None if free == NO_BOUND else free
 
 
-def check_room(bundle: Bundle, gpu: Gpu | None, in_turn: bool, streamed: bool = False) -> None:
+def check_memory(bundle: Bundle, gpu: Gpu | None, sequential: bool, streamed: bool = False) -> None:
     """Say what one guided picture needs; raise BackendError with the numbers if it is not free."""
     manifest, free = bundle.manifest, free_bytes(gpu)
     size = manifest.sizes[0]
-    needed = budget_of(manifest, size, 2, in_turn=in_turn, streamed=streamed)
+    needed = compute_budget(manifest, size, 2, sequential=sequential, streamed=streamed)
     numbers = (
         f"at least {needed.total / 1e6:,.0f} MB (weights {needed.weights / 1e6:,.0f}, scratch "
-        f"{needed.scratch / 1e6:,.0f} for a picture of {size[0]}x{size[1]})"
+        f"{needed.activations / 1e6:,.0f} for a picture of {size[0]}x{size[1]})"
     )
     if free is None:
         log.info("memory: %s", numbers)
         return
     log.info("memory: %s; %s MB are free", numbers, f"{free / 1e6:,.0f}")
     if needed.total > free:
-        less = budget_of(manifest, size, 2, in_turn=True, streamed=streamed).total
+        less = compute_budget(manifest, size, 2, sequential=True, streamed=streamed).total
         fits = less < min(free, needed.total)
         hint = f"; --low-memory needs {less / 1e6:,.0f} MB" if fits else ""
         where = f"on GPU {gpu.index}" if gpu else "of the host's memory"

@@ -17,7 +17,7 @@ from .plans import Plan, Profile
 
 
 @dataclass(frozen=True, slots=True)
-class Floor:
+class ParityThresholds:
     """The worst that is let through.
 
     cosine: least cosine of the angle between both outputs
@@ -30,23 +30,23 @@ class Floor:
     psnr: float
 
 
-FLOORS = {
-    "float32": Floor(cosine=0.999999, error=1e-3, psnr=60.0),
-    "float16": Floor(cosine=0.999, error=5e-2, psnr=30.0),
+PARITY_THRESHOLDS = {
+    "float32": ParityThresholds(cosine=0.999999, error=1e-3, psnr=60.0),
+    "float16": ParityThresholds(cosine=0.999, error=5e-2, psnr=30.0),
 }
 
 # Least PSNR in dB of a guided picture in a lower precision against the exact one.
-PICTURE_FLOOR = 35.0
+MIN_IMAGE_PSNR = 35.0
 
 
-def measures(found: np.ndarray, wanted: np.ndarray, *, picture: bool) -> dict[str, float]:
+def measure(found: np.ndarray, wanted: np.ndarray, *, is_image: bool) -> dict[str, float]:
     """Cosine, largest relative error and, for pictures, PSNR; NaN anywhere makes them NaN."""
     a, b = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
     scale = float(np.abs(b).max()) or 1.0
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     cosine = float(a @ b) / norms if norms else float(not a.any() and not b.any())
     values = {"cosine": cosine, "error": float(np.abs(a - b).max()) / scale}
-    if picture:
+    if is_image:
         mean = float(np.mean((np.clip(a, -1, 1) - np.clip(b, -1, 1)) ** 2))
         values["psnr"] = (
             10 * float(np.log10(4.0 / mean)) if mean > 1e-20 else (200.0 if mean == mean else mean)
@@ -56,7 +56,7 @@ def measures(found: np.ndarray, wanted: np.ndarray, *, picture: bool) -> dict[st
 
 def check(name: str, values: Mapping[str, float], dtype: str) -> None:
     """Raise ParityError, naming component, measure, found and wanted, below the dtype's floor."""
-    floor = FLOORS[dtype]
+    floor = PARITY_THRESHOLDS[dtype]
     good = {
         "cosine": (values["cosine"] >= floor.cosine, f"at least {floor.cosine}"),
         "error": (values["error"] <= floor.error, f"at most {floor.error}"),
@@ -72,7 +72,7 @@ def check(name: str, values: Mapping[str, float], dtype: str) -> None:
             )
 
 
-def worst(every: list[dict[str, float]]) -> dict[str, float]:
+def worst_case(every: list[dict[str, float]]) -> dict[str, float]:
     """The worst value of each measure over several runs."""
     keys = every[0]
     return {
@@ -81,7 +81,7 @@ def worst(every: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def prove(bundle: Bundle, name: str, engine: Any, plan: Plan) -> None:
+def validate_plan(bundle: Bundle, name: str, engine: Any, plan: Plan) -> None:
     """Let a plan's engine pass, or close it. What was compared once is kept in the plan's sidecar.
 
     Raises ParityError if it computes something else than the bundle's graph, BackendError if it
@@ -89,14 +89,14 @@ def prove(bundle: Bundle, name: str, engine: Any, plan: Plan) -> None:
     """
     try:
         if plan.parity is None:
-            plan = plan.with_parity(compared(bundle, name, engine, plan.key.profiles))
+            plan = plan.with_parity(compare_with_cpu(bundle, name, engine, plan.key.profiles))
         check(name, plan.parity or {}, bundle.manifest.components[name].dtype)
     except BaseException:
         engine.close()
         raise
 
 
-def compared(
+def compare_with_cpu(
     bundle: Bundle, name: str, engine: Any, profiles: tuple[Profile, ...]
 ) -> dict[str, float]:
     """How an engine compares with ONNX Runtime on the CPU, at the usual shape of every profile."""
@@ -106,17 +106,19 @@ def compared(
     exact = OrtEngine(name, bundle.graph(name), component)
     every = []
     for profile in profiles:
-        feeds = {spec.name: sample_of(spec.dtype, profile[spec.name][1]) for spec in engine.inputs}
+        feeds = {
+            spec.name: sample_input(spec.dtype, profile[spec.name][1]) for spec in engine.inputs
+        }
         wanted, found = exact(feeds), engine(feeds)
         every += [
-            measures(found[spec.name], wanted[spec.name], picture=name == "vae_decoder")
+            measure(found[spec.name], wanted[spec.name], is_image=name == "vae_decoder")
             for spec in engine.outputs
         ]
     exact.close()
-    return worst(every)
+    return worst_case(every)
 
 
-def sample_of(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+def sample_input(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """Something to feed: small whole numbers, timesteps from 1 to 999, or normal noise."""
     rng = np.random.default_rng(0)
     if dtype.startswith("int"):

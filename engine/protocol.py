@@ -43,7 +43,7 @@ class Engine(Protocol):
         ...
 
 
-def checked_feeds(name: str, specs: tuple[TensorSpec, ...], feeds: Feeds) -> dict[str, np.ndarray]:
+def check_feeds(name: str, specs: tuple[TensorSpec, ...], feeds: Feeds) -> dict[str, np.ndarray]:
     """The feeds as contiguous arrays of the declared dtypes; raises UsageError where they misfit.
 
     A named axis must have one length in all inputs of the call.

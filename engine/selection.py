@@ -10,13 +10,13 @@ from sdrt.bundle import Bundle
 from sdrt.errors import BackendError, UsageError
 
 from .cpu import has_bf16
-from .gpu import Gpu, Machine, this_machine
+from .gpu import Gpu, GpuInventory, detect_gpus
 from .protocol import Engine
 from .tensorrt.variants import FULL, RTX, why_not
 
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
 PRECISIONS = ("auto", "exact")
-SMALL = 500_000_000  # bytes of a bundle that OpenVINO's longer start does not pay for
+OPENVINO_MIN_BYTES = 500_000_000  # bytes of a bundle that OpenVINO's longer start does not pay for
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +29,16 @@ class Candidate:
         none here
     streams: whether it can leave weights with the host
     gpu: the NVIDIA GPU that it runs on, if it does
-    because: why this one was chosen, filled in by `choose`
+    because: why this one was chosen, filled in by `select_backend`
     """
 
     backend: str
     device: str
-    why_not: str | None
+    unavailable_reason: str | None
     load: Callable[[Bundle, str], Engine] | None = None
     because: str = ""
-    reduced: str | None = None
-    streams: bool = False
+    reduced_precision: str | None = None
+    streams_weights: bool = False
     gpu: Gpu | None = None
 
     @property
@@ -46,12 +46,12 @@ class Candidate:
         return f"{self.backend} on {self.device}"
 
 
-def installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def candidates(
-    machine: Machine | None = None,
+def list_backends(
+    machine: GpuInventory | None = None,
     device: int = 0,
     stream: int = 0,
     low_memory: bool = False,
@@ -65,10 +65,10 @@ def candidates(
     low_memory: weights stay with the host where a backend can stream them
     compile: the torch backend's engines are compiled
     """
-    machine = this_machine() if machine is None else machine
+    machine = detect_gpus() if machine is None else machine
     if device and not 0 <= device < len(machine.gpus):
         have = ", ".join(f"{gpu.index} {gpu.name}" for gpu in machine.gpus)
-        raise UsageError(f"device {device}; here is {have or machine.why_none}")
+        raise UsageError(f"device {device}; here is {have or machine.unavailable_reason}")
     with_stream = [
         _tensorrt(FULL, machine, device, stream, low_memory),
         _tensorrt(RTX, machine, device, stream, low_memory),
@@ -82,11 +82,13 @@ def candidates(
     ]
     if stream:
         none = "it takes no CUDA stream of the caller's"
-        others = [replace(other, why_not=other.why_not or none) for other in others]
+        others = [
+            replace(other, unavailable_reason=other.unavailable_reason or none) for other in others
+        ]
     return with_stream + others
 
 
-def _gpu(machine: Machine, device: int) -> Gpu | None:
+def _gpu(machine: GpuInventory, device: int) -> Gpu | None:
     return machine.gpus[device] if machine.gpus else None
 
 
@@ -94,7 +96,9 @@ def _cuda(device: int) -> str:
     return f"cuda:{device}" if device else "cuda"
 
 
-def _tensorrt(kind: str, machine: Machine, device: int, stream: int, low_memory: bool) -> Candidate:
+def _tensorrt(
+    kind: str, machine: GpuInventory, device: int, stream: int, low_memory: bool
+) -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
         from .tensorrt.load import load_engine
 
@@ -102,10 +106,10 @@ def _tensorrt(kind: str, machine: Machine, device: int, stream: int, low_memory:
 
     reason = why_not(kind, machine, device)
     gpu = _gpu(machine, device)
-    return Candidate(kind, _cuda(device), reason, load, streams=True, gpu=gpu)
+    return Candidate(kind, _cuda(device), reason, load, streams_weights=True, gpu=gpu)
 
 
-def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
+def _ort_cuda(machine: GpuInventory, device: int, stream: int) -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
         from .onnxruntime.cpu import initialise
         from .onnxruntime.cuda import load_engine
@@ -113,8 +117,8 @@ def _ort_cuda(machine: Machine, device: int, stream: int) -> Candidate:
         initialise()
         return load_engine(bundle, name, machine.gpus[device], stream)
 
-    reason = machine.why_none
-    if not installed("onnxruntime"):
+    reason = machine.unavailable_reason
+    if not is_installed("onnxruntime"):
         reason = "onnxruntime is not installed; pip install 'sdrt[gpu]'"
     elif reason is None:
         from .onnxruntime.session import available
@@ -135,27 +139,31 @@ def _ort_cpu() -> Candidate:
         return OrtEngine(name, bundle.graph(name), bundle.manifest.components[name], kept)
 
     missing = "onnxruntime is not installed; pip install 'sdrt[cpu]'"
-    return Candidate("onnxruntime", "cpu", None if installed("onnxruntime") else missing, load)
+    return Candidate("onnxruntime", "cpu", None if is_installed("onnxruntime") else missing, load)
 
 
 def _openvino() -> Candidate:
-    reduced = "openvino-bf16" if has_bf16() else None
+    reduced_precision = "openvino-bf16" if has_bf16() else None
 
     def load(bundle: Bundle, name: str) -> Engine:
         from .openvino.cache import compiled, initialise
         from .openvino.engine import OpenVinoEngine
 
         initialise()
-        precision = "bf16" if reduced and reduced in bundle.manifest.admitted else "f32"
+        precision = (
+            "bf16" if reduced_precision and reduced_precision in bundle.manifest.admitted else "f32"
+        )
         kept = compiled(bundle, name, precision)
         component = bundle.manifest.components[name]
         return OpenVinoEngine(name, bundle.graph(name), component, precision, kept)
 
-    missing = None if installed("openvino") else "openvino is not installed; pip install openvino"
-    return Candidate("openvino", "cpu", missing, load, reduced=reduced)
+    missing = (
+        None if is_installed("openvino") else "openvino is not installed; pip install openvino"
+    )
+    return Candidate("openvino", "cpu", missing, load, reduced_precision=reduced_precision)
 
 
-def _torch(kind: str, machine: Machine, device: int, compile: bool) -> Candidate:
+def _torch(kind: str, machine: GpuInventory, device: int, compile: bool) -> Candidate:
     """kind: cuda (which is AMD's GPUs too), mps or cpu"""
     where = _cuda(device) if kind == "cuda" else kind
 
@@ -170,12 +178,12 @@ def _torch(kind: str, machine: Machine, device: int, compile: bool) -> Candidate
     return Candidate("torch", where, _torch_reason(kind, machine), load, gpu=gpu)
 
 
-def _torch_reason(kind: str, machine: Machine) -> str | None:
+def _torch_reason(kind: str, machine: GpuInventory) -> str | None:
     for module in ("torch", "onnx"):
-        if not installed(module):
+        if not is_installed(module):
             return f"{module} is not installed; pip install 'sdrt[build]'"
-    if kind == "cuda" and machine.why_none and not Path("/dev/kfd").exists():
-        return f"{machine.why_none}, and no AMD one"
+    if kind == "cuda" and machine.unavailable_reason and not Path("/dev/kfd").exists():
+        return f"{machine.unavailable_reason}, and no AMD one"
     if kind == "mps" and sys.platform != "darwin":
         return "not a Mac"
     if kind == "cpu":
@@ -185,11 +193,11 @@ def _torch_reason(kind: str, machine: Machine) -> str | None:
     return available(kind)
 
 
-def choose(
+def select_backend(
     backend: str = "auto",
-    size: int = SMALL,
+    size: int = OPENVINO_MIN_BYTES,
     *,
-    machine: Machine | None = None,
+    machine: GpuInventory | None = None,
     device: int = 0,
     stream: int = 0,
     low_memory: bool = False,
@@ -199,7 +207,7 @@ def choose(
     """The candidate to use for a bundle of so many bytes; raises BackendError with every reason if
     none fits.
 
-    machine, device, stream, low_memory, compile: see `candidates`
+    machine, device, stream, low_memory, compile: see `list_backends`
     failed: why those that were tried before, by their titles, did not load
     """
     if backend not in BACKENDS:
@@ -210,14 +218,14 @@ def choose(
             "themselves; leave it out, or type --backend torch --compile"
         )
     refused: dict[str, list[str]] = {}
-    for candidate in candidates(machine, device, stream, low_memory, compile):
+    for candidate in list_backends(machine, device, stream, low_memory, compile):
         if backend not in ("auto", candidate.backend):
             continue
-        if backend == "auto" and candidate.backend == "openvino" and size < SMALL:
+        if backend == "auto" and candidate.backend == "openvino" and size < OPENVINO_MIN_BYTES:
             reason = "its longer start pays for large models only"
             refused.setdefault(reason, []).append(candidate.title)
             continue
-        why = candidate.why_not or (failed or {}).get(candidate.title)
+        why = candidate.unavailable_reason or (failed or {}).get(candidate.title)
         if why is None:
             return replace(candidate, because=_reasons(refused) or "the first choice")
         refused.setdefault(why, []).append(candidate.title)

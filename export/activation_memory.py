@@ -17,7 +17,7 @@ import onnx
 from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import Manifest, TensorSpec
 from sdrt.engine import Candidate, memory_budget
-from sdrt.engine.room import evaluated, lengths_of
+from sdrt.engine.memory_estimator import axis_lengths, evaluate_axis
 from sdrt.errors import BackendError
 
 log = logging.getLogger("sdrt.build")
@@ -51,24 +51,23 @@ def _length(expression: str, lengths: Mapping[str, int]) -> int:
     stays a lower bound.
     """
     try:
-        return evaluated(expression, lengths)
+        return evaluate_axis(expression, lengths)
     except ValueError:
         return 1
 
 
 def alive_bytes(graph: Path, manifest: Manifest) -> int:
     """`activations` of one row of the first size."""
-    return activations(graph, lengths_of(manifest, manifest.sizes[0]))
+    return activations(graph, axis_lengths(manifest, manifest.sizes[0]))
 
 
-def most_pictures(bundle: Bundle, candidate: Candidate) -> int:
+def max_batch_images(bundle: Bundle, candidate: Candidate) -> int:
     """The most pictures at once, by calculation, confirmed by one evaluation of all of them; where
     that fails it is half of them.
     """
-    free = int(
-        (memory_budget.free_bytes(candidate.gpu) or 0) * memory_budget.SHARE[bool(candidate.gpu)]
-    )
-    count = memory_budget.most_pictures(bundle.manifest, free)
+    fraction = memory_budget.USABLE_FRACTION[bool(candidate.gpu)]
+    free = int(fraction * (memory_budget.free_bytes(candidate.gpu) or 0))
+    count = memory_budget.max_batch_images(bundle.manifest, free)
     log.info("batch: %d pictures by calculation, %.0f MB may be used", count, free / 1e6)
     while count > 1:
         try:
@@ -84,7 +83,7 @@ def _evaluate(bundle: Bundle, candidate: Candidate, pictures: int) -> None:
     """One evaluation of so many guided pictures of the largest size."""
     manifest = replace(bundle.manifest, batch=(1, 1, pictures))
     size = max(manifest.sizes, key=lambda sides: sides[0] * sides[1])
-    lengths = {**lengths_of(manifest, size), "rows": 2 * pictures}
+    lengths = {**axis_lengths(manifest, size), "rows": 2 * pictures}
     assert candidate.load is not None
     engine = candidate.load(replace(bundle, manifest=manifest), "unet")
     try:

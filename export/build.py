@@ -13,11 +13,11 @@ from sdrt.bundle import Bundle
 from sdrt.bundle.integrity import describe_files
 from sdrt.bundle.manifest import MANIFEST, Component, Manifest, json_from_manifest
 from sdrt.bundle.store import bundles_folder
-from sdrt.engine import Candidate, Machine, choose
+from sdrt.engine import Candidate, GpuInventory, select_backend
 from sdrt.errors import SdrtError, UsageError
 from sdrt.runtime.reference_outputs import ANSWERS, json_from_answers
 
-from .activation_memory import most_pictures
+from .activation_memory import max_batch_images
 from .checkpoint import Checkpoint, find_checkpoint
 from .graph import OPSET
 from .modules import (
@@ -66,8 +66,12 @@ def build_bundle(plan: BuildPlan) -> Path:
     """
     # The proof runs on the CPU unless asked otherwise, so that a bundle does not depend on the GPU
     # that was near, and there on ONNX Runtime: it needs the least memory.
-    hidden = Machine(why_none="bundles are proven on the CPU") if plan.backend == "auto" else None
-    candidate = choose(plan.backend, size=0, machine=hidden)
+    hidden = (
+        GpuInventory(unavailable_reason="bundles are proven on the CPU")
+        if plan.backend == "auto"
+        else None
+    )
+    candidate = select_backend(plan.backend, size=0, machine=hidden)
     parts = {part: getattr(plan, part) for part in OPTIONS}
     checkpoint = find_checkpoint(plan.model, plan.revision, plan.safety_checker, parts)
     checkpoint = checkpoint.with_prediction(plan.prediction_type, plan.zero_snr)
@@ -154,7 +158,7 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
         admitted=proof.admitted(manifest),
     )
     if plan.batch is None:
-        most = most_pictures(Bundle(folder, manifest), candidate)
+        most = max_batch_images(Bundle(folder, manifest), candidate)
         manifest = replace(manifest, batch=(1, 1, most))
     (folder / MANIFEST).write_text(json_from_manifest(manifest))
     return manifest

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sdrt.bundle import Bundle
 from sdrt.bundle.bundle import graph_name
 from sdrt.bundle.manifest import FEATURE, FLOAT32_GRAPH, SHALLOW, Component, Manifest
-from sdrt.engine import Candidate, Feeds, candidates, parity
+from sdrt.engine import Candidate, Feeds, list_backends, parity
 from sdrt.errors import ParityError
 from sdrt.runtime import GenerationOptions, load_pipeline, randn, sampler_table
 from sdrt.runtime.embedded_guidance import GUIDANCE, guidance_embedding
@@ -249,11 +249,11 @@ class Proof:
         for feeds, wanted in cases:
             found = engine(feeds)
             every += [
-                parity.measures(found[name], wanted[name], picture=recipe.picture)
+                parity.measure(found[name], wanted[name], is_image=recipe.picture)
                 for name in recipe.outputs
             ]
         engine.close()
-        return parity.worst(every)
+        return parity.worst_case(every)
 
     def _text_encoder_cases(self, module: nn.Module) -> list[Any]:
         ids = self._ids("tokenizer")
@@ -353,8 +353,8 @@ class Proof:
         with load_pipeline(Bundle(self.folder, manifest), self.candidate) as pipe:
             for size, wanted in self.images.items():
                 found = drawn(pipe, size)
-                every.append(parity.measures(found, wanted, picture=True))
-        values = parity.worst(every)
+                every.append(parity.measure(found, wanted, is_image=True))
+        values = parity.worst_case(every)
         log.info("end to end: %s", _said(values))
         parity.check("the whole pipeline", values, self.dtype)
         return values
@@ -367,13 +367,16 @@ class Proof:
         found: dict[str, float] = {}
         if self.dtype == "float16":
             return found
-        for candidate in candidates():
-            if candidate.why_not is None and (name := candidate.reduced) is not None:
+        for candidate in list_backends():
+            if (
+                candidate.unavailable_reason is None
+                and (name := candidate.reduced_precision) is not None
+            ):
                 exact = self._guided(manifest, self.candidate)
                 give_memory_back()
                 near = self._guided(replace(manifest, admitted={name: 0.0}), candidate)
-                psnr = parity.measures(near, exact, picture=True)["psnr"]
-                enough = psnr >= parity.PICTURE_FLOOR
+                psnr = parity.measure(near, exact, is_image=True)["psnr"]
+                enough = psnr >= parity.MIN_IMAGE_PSNR
                 log.info("%s: psnr %.1f, %s", name, psnr, "admitted" if enough else "too far")
                 if enough:
                     found[name] = round(psnr, 2)

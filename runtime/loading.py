@@ -12,7 +12,7 @@ from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import SHALLOW, WEIGHTS
 from sdrt.bundle.safetensors import read_header
 from sdrt.engine import Candidate, Engine, ExclusiveSlot, LazyEngine
-from sdrt.engine.room import Room
+from sdrt.engine.memory_estimator import MemoryEstimator
 from sdrt.errors import BundleError
 from sdrt.json_validation import read_config
 from sdrt.process_stats import resident_bytes
@@ -27,14 +27,14 @@ EMBEDDING = "token_embedding.weight"
 AT_ONCE = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "safety_checker")
 
 
-def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -> Pipeline:
+def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False) -> Pipeline:
     """Load a bundle's engines on the chosen backend; raises BackendError if one does not load.
 
     in_turn: one component at a time is loaded, when it is needed; only the first now
     """
     load = candidate.load
     assert load is not None
-    manifest, turn = bundle.manifest, ExclusiveSlot() if in_turn else None
+    manifest, turn = bundle.manifest, ExclusiveSlot() if sequential else None
     side_by_side = candidate.device == "cpu"
 
     def tokenizer(encoder: str, folder: str) -> Tokenizer | None:
@@ -52,7 +52,7 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
     config = _scheduler_config(bundle)
     names = [name for name in AT_ONCE if name in manifest.components]
     engines: dict[str, Engine] = {}
-    if in_turn:
+    if sequential:
         in_order = {name: lazy(bundle, name) for name in names}
         in_order[names[0]].loaded()  # so that a backend that does not load is left now
         engines.update(in_order)
@@ -76,7 +76,7 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, in_turn: bool = False) -
         adapters,
         second,
         bundle_config=config,
-        room=Room(bundle, candidate.gpu, candidate.title, resident_bytes()),
+        room=MemoryEstimator(bundle, candidate.gpu, candidate.title, resident_bytes()),
     )
 
 

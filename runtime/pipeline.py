@@ -17,7 +17,7 @@ from PIL.Image import Image, fromarray
 from sdrt.bundle import parse_size
 from sdrt.bundle.manifest import Manifest
 from sdrt.engine import Engine, SamplingResult
-from sdrt.engine.room import Room
+from sdrt.engine.memory_estimator import MemoryEstimator
 from sdrt.errors import SdrtError, UsageError
 
 from .deepcache import check_reuse, reusing
@@ -104,7 +104,7 @@ class Pipeline:
     tokenizer_2: Tokenizer | None = None
     known: Known = field(default_factory=dict, repr=False, compare=False)
     bundle_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    room: Room | None = field(default=None, repr=False, compare=False)
+    room: MemoryEstimator | None = field(default=None, repr=False, compare=False)
     leases: Leases = field(default_factory=Leases, repr=False, compare=False)
 
     def __call__(
@@ -345,7 +345,7 @@ class Pipeline:
             return most
         rows = 2 if options.guided and self.takes_prompt else 1
         keeps_scores = bool(getattr(self.engines["unet"], "keeps_scores", False))
-        return self.room.most_images(size, rows, most, keeps_scores)
+        return self.room.max_images(size, rows, most, keeps_scores)
 
     def _size(self, options: GenerationOptions) -> tuple[int, int]:
         have = self.manifest.sizes

@@ -68,8 +68,8 @@ def load(
     from dataclasses import replace
 
     from .bundle import open_bundle
-    from .engine import PRECISIONS, choose
-    from .engine.memory_budget import check_room
+    from .engine import PRECISIONS, select_backend
+    from .engine.memory_budget import check_memory
     from .progress import reported
     from .runtime import load_pipeline
     from .runtime.parsing import flag, refusal, text, whole
@@ -89,7 +89,7 @@ def load(
         opened = replace(opened, manifest=replace(opened.manifest, admitted={}))
     failed: dict[str, str] = {}
     while True:
-        candidate = choose(
+        candidate = select_backend(
             backend,
             opened.bytes,
             device=device,
@@ -98,12 +98,18 @@ def load(
             compile=compile,
             failed=failed,
         )
-        lower = candidate.reduced if candidate.reduced in opened.manifest.admitted else "exact"
+        lower = (
+            candidate.reduced_precision
+            if candidate.reduced_precision in opened.manifest.admitted
+            else "exact"
+        )
         log.info("backend: %s, %s (%s)", candidate.title, lower, candidate.because)
         if compile:
             log.warning("torch.compile: the first picture of a size and batch takes a minute or so")
         try:
-            check_room(opened, candidate.gpu, low_memory, low_memory and candidate.streams)
+            check_memory(
+                opened, candidate.gpu, low_memory, low_memory and candidate.streams_weights
+            )
             return load_pipeline(opened, candidate, low_memory)
         except (BackendError, ParityError) as error:
             log.warning("%s does not serve: %s", candidate.title, error)

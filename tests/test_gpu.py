@@ -14,8 +14,8 @@ import pytest
 
 import sdrt
 from sdrt.bundle import open_bundle
-from sdrt.engine import candidates, parity
-from sdrt.engine.gpu import free_memory, this_machine
+from sdrt.engine import list_backends, parity
+from sdrt.engine.gpu import detect_gpus, free_memory
 from sdrt.engine.onnxruntime.cpu import OrtEngine
 from sdrt.engine.tensorrt.plans import PlanOptions, trt_plan
 from sdrt.engine.tensorrt.variants import FULL, RTX
@@ -30,15 +30,15 @@ PLANNED = (FULL, RTX)
 
 @pytest.fixture(scope="module", autouse=True)
 def gpu():
-    if reason := this_machine().why_none:
+    if reason := detect_gpus().unavailable_reason:
         pytest.skip(reason)
-    return this_machine().gpus[0]
+    return detect_gpus().gpus[0]
 
 
 def candidate_of(backend):
-    found = next(c for c in candidates() if c.backend == backend and c.device == "cuda")
-    if found.why_not:
-        pytest.skip(found.why_not)
+    found = next(c for c in list_backends() if c.backend == backend and c.device == "cuda")
+    if found.unavailable_reason:
+        pytest.skip(found.unavailable_reason)
     return found
 
 
@@ -110,7 +110,7 @@ def test_components_are_those_of_the_cpu_at_every_number_of_rows(bundle, backend
             feeds = feeds_of(component, {"rows": rows, "tokens": tokens, **sides})
             found, wanted = engine(feeds), exact(feeds)
             for spec in component.outputs:
-                values = parity.measures(found[spec.name], wanted[spec.name], picture=False)
+                values = parity.measure(found[spec.name], wanted[spec.name], is_image=False)
                 parity.check(f"{name} at {rows} rows", values, component.dtype)
     engine.close()
     exact.close()
@@ -119,7 +119,7 @@ def test_components_are_those_of_the_cpu_at_every_number_of_rows(bundle, backend
 def test_pictures_are_those_of_the_cpu(bundle, backend):
     with loaded(bundle, backend) as own:
         found = own(PROMPT, num_images_per_prompt=3, **OPTIONS).images
-    cpu = next(c for c in candidates() if c.title == "onnxruntime on cpu")
+    cpu = next(c for c in list_backends() if c.title == "onnxruntime on cpu")
     with load_pipeline(open_bundle(bundle), cpu) as pipe:
         wanted = pipe(PROMPT, num_images_per_prompt=3, **OPTIONS).images
     for a, b in zip(found, wanted, strict=True):
@@ -208,20 +208,22 @@ def test_in_turn_less_memory_is_taken_and_weights_stream(bundle, planned, gpu):
 
 
 def test_the_budget_is_what_is_taken(bundle, planned, gpu):
-    from sdrt.engine.memory_budget import budget_of
+    from sdrt.engine.memory_budget import compute_budget
 
     manifest = open_bundle(bundle).manifest
     before = free_memory(gpu)
     with loaded(bundle, planned) as pipe:
         pipe(PROMPT, **OPTIONS)
         taken = before - free_memory(gpu)
-    assert taken < 2 * budget_of(manifest, (64, 64), 2).total + (600 << 20)  # the context's own
+    assert taken < 2 * compute_budget(manifest, (64, 64), 2).total + (
+        600 << 20
+    )  # the context's own
 
 
 def test_the_largest_batch_is_found_by_one_probe(bundle, backend):
-    from sdrt.export.activation_memory import most_pictures
+    from sdrt.export.activation_memory import max_batch_images
 
-    assert most_pictures(open_bundle(bundle), candidate_of(backend)) == 16
+    assert max_batch_images(open_bundle(bundle), candidate_of(backend)) == 16
 
 
 def test_attention_is_fused_as_the_inspector_tells(bundle, planned, capsys):
@@ -248,7 +250,7 @@ def test_fused_operators_compute_what_the_plain_graph_does(bundle, name, monkeyp
     monkeypatch.setenv("SDRT_ORT_CUDA", "fused=0")
     plain = candidate.load(opened, name)
     for key, value in plain(feeds).items():
-        parity.check(name, parity.measures(fused[key], value, picture=False), component.dtype)
+        parity.check(name, parity.measure(fused[key], value, is_image=False), component.dtype)
     plain.close()
 
 
@@ -307,7 +309,7 @@ def test_a_stripped_plan_filled_in_computes_what_a_full_one_does(bundle, planned
         engine = TrtEngine("unet", component, Loaded(plan, component, graph, device_of(0)))
         found.append(engine(feeds)["output"].copy())
         engine.close()
-    parity.check("stripped", parity.measures(*found, picture=False), component.dtype)
+    parity.check("stripped", parity.measure(*found, is_image=False), component.dtype)
 
 
 def test_a_tampered_plan_is_built_again(bundle, planned, caplog):

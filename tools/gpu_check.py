@@ -15,7 +15,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from sdrt.cli.doctor import diagnose
-from sdrt.engine.gpu import this_machine
+from sdrt.engine.gpu import detect_gpus
 
 ROOT = Path(__file__).parent.parent
 ENDS = {"failure": "failed", "error": "failed", "skipped": "skipped"}
@@ -55,9 +55,9 @@ def coverage_of(report: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    machine = this_machine()
-    if machine.why_none:
-        sys.exit(f"gpu-check: {machine.why_none}; nothing was checked")
+    machine = detect_gpus()
+    if machine.unavailable_reason:
+        sys.exit(f"gpu-check: {machine.unavailable_reason}; nothing was checked")
     name = re.sub(r"[^a-z0-9]+", "-", machine.gpus[0].name.lower()).strip("-")
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     with tempfile.TemporaryDirectory() as temporary:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver, nvrtc
 
-from sdrt.engine.gpu import ONE_AT_A_TIME, this_machine
+from sdrt.engine.gpu import GPU_LOCK, detect_gpus
 from sdrt.errors import BackendError
 
 OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
@@ -39,9 +39,9 @@ class Device:
 
     def __init__(self, index: int) -> None:
         """Raises BackendError where there is no such GPU."""
-        machine = this_machine()
+        machine = detect_gpus()
         if index >= len(machine.gpus):
-            raise BackendError(machine.why_none or f"there is no GPU {index}")
+            raise BackendError(machine.unavailable_reason or f"there is no GPU {index}")
         self.index = index
         self.broken: str | None = None
         self.lock = threading.RLock()
@@ -97,12 +97,12 @@ class Device:
 
     def allocate(self, size: int) -> int:
         """The address of that many bytes of GPU memory."""
-        with ONE_AT_A_TIME:
+        with GPU_LOCK:
             return int(self.ask(driver.cuMemAlloc(max(size, 1))))
 
     def free(self, address: int) -> None:
         if address and not self.broken:
-            with ONE_AT_A_TIME:
+            with GPU_LOCK:
                 self.ask(driver.cuMemFree(address))
 
     def grown(self, size: int) -> bool:
@@ -133,7 +133,7 @@ class Device:
     @contextlib.contextmanager
     def capturing(self) -> Iterator["Graph"]:
         """What is put into the stream meanwhile becomes a graph instead of running."""
-        with ONE_AT_A_TIME:
+        with GPU_LOCK:
             mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
             self.ask(driver.cuStreamBeginCapture(self.stream, mode))
             graph = Graph(self)
@@ -179,14 +179,14 @@ class Pinned:
         self._device = device
         count = int(np.prod(shape))
         size = max(count * np.dtype(dtype).itemsize, 1)
-        with ONE_AT_A_TIME:
+        with GPU_LOCK:
             self._address = int(device.ask(driver.cuMemHostAlloc(size, 0)))
         memory = memoryview((ctypes.c_byte * size).from_address(self._address))
         self.array = np.frombuffer(memory, dtype, count=count).reshape(shape)
 
     def close(self) -> None:
         if self._address and not self._device.broken:
-            with ONE_AT_A_TIME:
+            with GPU_LOCK:
                 self._device.ask(driver.cuMemFreeHost(self._address))
         self._address = 0
 
@@ -223,7 +223,7 @@ _devices: dict[int, Device] = {}
 
 def device_of(index: int) -> Device:
     """The process's one `Device` of a GPU."""
-    with ONE_AT_A_TIME:  # or two threads might each get one of their own, with a lock each
+    with GPU_LOCK:  # or two threads might each get one of their own, with a lock each
         if index not in _devices:
             _devices[index] = Device(index)
         return _devices[index]
@@ -231,7 +231,7 @@ def device_of(index: int) -> Device:
 
 def reset_device(index: int) -> None:
     """Forget a GPU that is broken, so that it can be used anew; what lives on it is lost."""
-    with ONE_AT_A_TIME:
+    with GPU_LOCK:
         device_of(index).reset()
         _devices.clear()
 

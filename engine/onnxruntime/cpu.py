@@ -7,8 +7,8 @@ import numpy as np
 import onnxruntime as ort
 
 from sdrt.bundle.manifest import Component
-from sdrt.engine.once import once
-from sdrt.engine.protocol import Feeds, checked_feeds
+from sdrt.engine.call_once import call_once
+from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.errors import BackendError
 
 from .cache import FUSED
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 GIVE_BACK = "memory.enable_memory_arena_shrinkage"
 
 
-@once
+@call_once
 def initialise() -> None:
     """The binding's NumPy interface, in both directions."""
     for dtype in (np.float32, np.float16, np.int64, np.int32):
@@ -71,7 +71,7 @@ class OrtEngine:
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
         if (session := self._session) is None:
             raise BackendError(f"{self.name} is closed")
-        ready = checked_feeds(self.name, self.inputs, feeds)
+        ready = check_feeds(self.name, self.inputs, feeds)
         binding = session.io_binding()  # each call has its own: a session runs any number at once
         for name, array in ready.items():
             binding.bind_cpu_input(name, array)

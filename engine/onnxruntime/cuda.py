@@ -17,10 +17,10 @@ import onnxruntime as ort
 
 from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import Component
-from sdrt.engine.gpu import ONE_AT_A_TIME, Gpu
-from sdrt.engine.parity import prove
+from sdrt.engine.gpu import GPU_LOCK, Gpu
+from sdrt.engine.parity import validate_plan
 from sdrt.engine.plans import Plan, key_of, plan_of, plans_folder
-from sdrt.engine.protocol import Feeds, checked_feeds
+from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.errors import BackendError, ParityError, UsageError
 
 from .session import options_with, session
@@ -121,7 +121,7 @@ class OrtCudaEngine:
             ort.preload_dlls()  # CUDA and cuDNN from their wheels, where they are installed so
             provider, settings = PROVIDER, chosen.settings(self._device, self._stream)
         given = self.name, self._graph, options_with(self._weights), provider, settings
-        with ONE_AT_A_TIME:
+        with GPU_LOCK:
             if self._derived is None:
                 self._session: ort.InferenceSession | None = session(*given)
                 return
@@ -138,8 +138,8 @@ class OrtCudaEngine:
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
         if self._session is None:
             raise BackendError(f"{self.name} is closed")
-        ready = checked_feeds(self.name, self.inputs, feeds)
-        with ONE_AT_A_TIME:
+        ready = check_feeds(self.name, self.inputs, feeds)
+        with GPU_LOCK:
             return self._run(ready)
 
     def _run(self, ready: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -187,7 +187,7 @@ class OrtCudaEngine:
         return ort.OrtValue.ortvalue_from_numpy(array, self._place, self._device)
 
     def close(self) -> None:
-        with ONE_AT_A_TIME:
+        with GPU_LOCK:
             self._bound.clear()
             self._session = None
 
@@ -205,7 +205,7 @@ def load_engine(
     try:
         plan = _fused_plan(bundle, name, gpu, norms=place == "cuda")
         engine = plain(derived=plan)
-        prove(bundle, name, engine, plan)
+        validate_plan(bundle, name, engine, plan)
     except (BackendError, ParityError) as error:
         log.warning("%s runs without fused operators: %s", name, error)
         return plain()

@@ -17,9 +17,9 @@ from openvino.preprocess import PrePostProcessor
 
 from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import TRANSPOSED
+from sdrt.engine.call_once import call_once
 from sdrt.engine.compile_cache import kept
 from sdrt.engine.cpu import has_bf16
-from sdrt.engine.once import once
 from sdrt.engine.page_cache import trim
 from sdrt.errors import BackendError
 
@@ -27,7 +27,7 @@ GRAPH, WEIGHTS = "model.xml", "model.bin"
 FLOATS = "Constant", ov.Type.f32
 
 
-@once
+@call_once
 def initialise() -> None:
     """The binding's NumPy interface and its tables of types, in both directions."""
     for dtype in (np.float32, np.float16, np.int64, np.int32):

@@ -10,7 +10,7 @@ import openvino as ov
 
 from sdrt.bundle.manifest import WEIGHTS, Component
 from sdrt.engine.page_cache import Users, trim
-from sdrt.engine.protocol import Feeds, checked_feeds
+from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.errors import BackendError
 
 from . import cache as openvino_cache
@@ -102,7 +102,7 @@ class OpenVinoEngine:
         self._refitted = bool(weights)
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        ready = checked_feeds(self.name, self.inputs, feeds)
+        ready = check_feeds(self.name, self.inputs, feeds)
         with USERS:
             made = self._infer(ready)
         shapes = tuple(array.shape for array in ready.values())

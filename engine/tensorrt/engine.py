@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.bundle.manifest import Component
-from sdrt.engine.protocol import Feeds, checked_feeds
+from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.engine.sampling import SamplingProgram, SamplingResult
 from sdrt.errors import BackendError
 
@@ -36,7 +36,7 @@ class TrtEngine:
         return self._loaded
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        ready = checked_feeds(self.name, self.inputs, feeds)
+        ready = check_feeds(self.name, self.inputs, feeds)
         device = self.loaded.device
         with device.use(self.stream):
             loaded = self.loaded  # it may have been closed while this call waited

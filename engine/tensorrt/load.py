@@ -6,7 +6,7 @@ Knows plans and loaded plans; not what is run with them. Never run on a GPU yet.
 from sdrt.bundle import Bundle
 from sdrt.engine.cuda.driver import device_of
 from sdrt.engine.gpu import Gpu
-from sdrt.engine.parity import prove
+from sdrt.engine.parity import validate_plan
 
 from .engine import TrtEngine, TrtUnet
 from .loaded_plan import Loaded, loaded_plans, loading
@@ -32,5 +32,5 @@ def load_engine(
             engine: TrtEngine = TrtUnet(name, component, loaded_plans[mark], gpu.sm, stream)
         else:
             engine = TrtEngine(name, component, loaded_plans[mark], stream)
-    prove(bundle, name, engine, plan)
+    validate_plan(bundle, name, engine, plan)
     return engine

@@ -15,7 +15,7 @@ from typing import Any
 
 from sdrt.bundle.manifest import Component
 from sdrt.engine.cuda.driver import Device, Graph, Mirrored, reset_device
-from sdrt.engine.gpu import ONE_AT_A_TIME
+from sdrt.engine.gpu import GPU_LOCK
 from sdrt.engine.plan_signing import read_ours, write_ours
 from sdrt.engine.plans import Plan, Profile
 from sdrt.errors import BackendError
@@ -55,7 +55,7 @@ class Loaded:
         self._logger = logger_of(trt)
         self._bound: OrderedDict[tuple[Any, ...], Bound] = OrderedDict()
         self.loops: Any = None  # a UNet's sampling graphs
-        with device.use(), ONE_AT_A_TIME:
+        with device.use(), GPU_LOCK:
             self._refuse_without_room()
             self._runtime = trt.Runtime(self._logger)
             self._engine = self._deserialized()
@@ -154,7 +154,7 @@ class Loaded:
         """What runs these input shapes; made where it is not there, the oldest is dropped."""
         mark = tuple(shapes.values())
         if mark not in self._bound:
-            with ONE_AT_A_TIME:
+            with GPU_LOCK:
                 self._bound[mark] = self._bind(shapes)
         self._bound.move_to_end(mark)
         while len(self._bound) > MAX_SHAPES:

@@ -14,7 +14,7 @@ import numpy as np
 
 from sdrt.engine.cuda.driver import Graph, Mirrored
 from sdrt.engine.cuda.kernels import Kernels
-from sdrt.engine.protocol import checked_feeds
+from sdrt.engine.protocol import check_feeds
 from sdrt.engine.sampling import SamplingProgram, SamplingResult, TextInput
 from sdrt.errors import BackendError
 
@@ -299,7 +299,7 @@ class Parts:
             width = {spec.name: spec.shape for spec in inputs}["context"][-1]
             pictures, _, stretches, tokens = schedule.read.ids.shape
             feeds["context"] = np.zeros((pictures * used, stretches * tokens, int(width)), np.int8)
-        feeds = checked_feeds("unet", inputs, feeds)
+        feeds = check_feeds("unet", inputs, feeds)
         return self.unet.bound({name: value.shape for name, value in feeds.items()})
 
 

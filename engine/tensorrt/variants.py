@@ -10,7 +10,7 @@ import logging
 from types import ModuleType
 from typing import Any
 
-from sdrt.engine.gpu import Machine
+from sdrt.engine.gpu import GpuInventory
 from sdrt.errors import BackendError
 
 RTX, FULL = "tensorrt-rtx", "tensorrt"
@@ -24,10 +24,10 @@ OLDEST = 75  # compute capability that TensorRT 10.14 and later serve
 log = logging.getLogger(__name__)
 
 
-def why_not(kind: str, machine: Machine, index: int = 0) -> str | None:
+def why_not(kind: str, machine: GpuInventory, index: int = 0) -> str | None:
     """None if a kind of TensorRT can run on a GPU of the machine, else why not."""
-    if machine.why_none:
-        return machine.why_none
+    if machine.unavailable_reason:
+        return machine.unavailable_reason
     for module in (MODULES[kind], "cuda.bindings"):
         if not _installed(module):
             return f"{module} is not installed; {INSTALL[kind]}"
@@ -37,9 +37,10 @@ def why_not(kind: str, machine: Machine, index: int = 0) -> str | None:
         return f"TensorRT for RTX serves {', '.join(RTX_TARGETS)}; {gpu.name} is {gpu.sm}"
     if number < OLDEST:
         return f"TensorRT serves sm_{OLDEST} and later; {gpu.name} is {gpu.sm}"
-    if wanted and machine.cuda and machine.cuda[0] < wanted:
+    if wanted and machine.cuda_version and machine.cuda_version[0] < wanted:
+        served = ".".join(map(str, machine.cuda_version))
         return (
-            f"the driver {machine.driver or ''} serves CUDA {machine.cuda[0]}.{machine.cuda[1]}, "
+            f"the driver {machine.driver_version or ''} serves CUDA {served}, "
             f"this {kind} needs {wanted}.0; update the NVIDIA driver"
         )
     return None

@@ -20,9 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sdrt.bundle.manifest import Component
-from sdrt.engine.gpu import ONE_AT_A_TIME
-from sdrt.engine.once import once
-from sdrt.engine.protocol import Feeds, checked_feeds
+from sdrt.engine.call_once import call_once
+from sdrt.engine.gpu import GPU_LOCK
+from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.errors import BackendError
 
 from .compile import Compiled, compiled, straightened
@@ -34,7 +34,7 @@ MAX_SHAPES = 8  # compiled at a time, of one component
 CompiledFor = tuple[Compiled, list[str], list[Tensor]]
 
 
-@once
+@call_once
 def initialise() -> None:
     """Torch's NumPy interface, in both directions."""
     torch.from_numpy(np.zeros(1, np.float32)).numpy()
@@ -83,14 +83,14 @@ class TorchEngine:
         self._last_use = _last_uses(model.graph.node, {s.name for s in self.outputs})
         self._compiled: OrderedDict[object, CompiledFor] = OrderedDict()
         self._compiling, self._order = threading.Lock(), threading.Lock()
-        self._alone = nullcontext() if device == "cpu" else ONE_AT_A_TIME
+        self._alone = nullcontext() if device == "cpu" else GPU_LOCK
 
     @torch.inference_mode()
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
         stored = self._values  # never changed: others take its place
         if not stored:
             raise BackendError(f"{self.name} is closed")
-        ready = checked_feeds(self.name, self.inputs, feeds)
+        ready = check_feeds(self.name, self.inputs, feeds)
         with self._alone:
             fed = {name: torch.from_numpy(array).to(self.device) for name, array in ready.items()}
             made = (self._at_once if self._compile else self._one_by_one)(fed, stored)

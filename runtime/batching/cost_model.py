@@ -23,7 +23,7 @@ import numpy as np
 from sdrt.atomic_files import write_whole
 from sdrt.bundle.manifest import TensorSpec
 from sdrt.engine import Engine, Feeds
-from sdrt.engine.gpu import this_machine
+from sdrt.engine.gpu import detect_gpus
 from sdrt.json_validation import json_object, number, read_bytes, whole
 from sdrt.process_stats import available_bytes, forget_peak, peak_bytes, resident_bytes
 
@@ -205,7 +205,7 @@ def memory_of_machine() -> dict[str, int]:
     """Bytes: free, used by this process, in total; gpu: those of the first GPU, if there is one."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = {"free": min(available_bytes(), total), "used": resident_bytes(), "total": total}
-    gpus = this_machine().gpus
+    gpus = detect_gpus().gpus
     return found | ({"gpu": gpus[0].memory} if gpus else {})
 
 

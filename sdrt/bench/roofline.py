@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from sdrt.engine.cpu import has_bf16
-from sdrt.engine.selection import installed
+from sdrt.engine.selection import is_installed
 
 SIDE = 2048
 FLOPS = 2 * SIDE**3
@@ -31,9 +31,9 @@ def _candidates(dtype: str) -> dict[str, Product]:
     found: dict[str, Product] = {}
     if dtype == "float32":
         found["numpy"] = partial(np.matmul, left, right, out=np.empty_like(left))
-    if installed("openvino"):
+    if is_installed("openvino"):
         found["OpenVINO"] = _openvino(left, right, "f32" if dtype == "float32" else "bf16")
-    if installed("torch"):
+    if is_installed("torch"):
         import torch
 
         kind = getattr(torch, dtype)

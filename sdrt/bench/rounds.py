@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from sdrt.bundle import Bundle
-from sdrt.engine import candidates
-from sdrt.engine.gpu import free_memory, this_machine
+from sdrt.engine import list_backends
+from sdrt.engine.gpu import detect_gpus, free_memory
 from sdrt.errors import BackendError, UsageError
 from sdrt.progress import reported
 
@@ -37,15 +37,15 @@ def contestants(bundle: Bundle, compiled: bool) -> tuple[list[Contestant], dict[
             found.append(Contestant(name, backend, precision, dtype))
         else:
             left_out[name] = why_not
-    for each in candidates():
-        if each.why_not is not None:
-            left_out[each.title] = each.why_not
+    for each in list_backends():
+        if each.unavailable_reason is not None:
+            left_out[each.title] = each.unavailable_reason
             continue
         computed = "float32" if each.device == "cpu" else None
         found.append(Contestant(each.title, each.backend, "exact", computed))
-        if each.reduced in bundle.manifest.admitted:
-            lower = "bfloat16" if str(each.reduced).endswith("bf16") else None
-            found.append(Contestant(str(each.reduced), each.backend, "auto", lower))
+        if each.reduced_precision in bundle.manifest.admitted:
+            lower = "bfloat16" if str(each.reduced_precision).endswith("bf16") else None
+            found.append(Contestant(str(each.reduced_precision), each.backend, "auto", lower))
     return found, left_out
 
 
@@ -81,7 +81,7 @@ class Worker:
 
     def load(self) -> None:
         """Wait until it has drawn its first picture."""
-        each, gpus = self.contestant, this_machine().gpus
+        each, gpus = self.contestant, detect_gpus().gpus
         free = free_memory(gpus[0]) if gpus else None
         answer = self.answer()
         each.cold_start_seconds = time.perf_counter() - self._began

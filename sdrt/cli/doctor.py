@@ -24,12 +24,12 @@ PACKAGES = (
 
 def diagnose() -> dict[str, Any]:
     """This machine, the packages found and every backend with the reason why it does not work."""
-    from sdrt.engine import candidates, choose
-    from sdrt.engine.gpu import free_memory, this_machine
+    from sdrt.engine import list_backends, select_backend
+    from sdrt.engine.gpu import detect_gpus, free_memory
 
-    machine = this_machine()
+    machine = detect_gpus()
     try:
-        chosen = choose()
+        chosen = select_backend()
         taken, because = chosen.title, chosen.because
     except BackendError as error:
         taken, because = None, str(error)
@@ -46,14 +46,14 @@ def diagnose() -> dict[str, Any]:
             {
                 "backend": c.backend,
                 "device": c.device,
-                "works": c.why_not is None,
-                "reason": c.why_not,
+                "works": c.unavailable_reason is None,
+                "reason": c.unavailable_reason,
             }
-            for c in candidates()
+            for c in list_backends()
         ],
-        "driver": machine.driver,
-        "cuda": ".".join(map(str, machine.cuda)) if machine.cuda else None,
-        "no_gpu": machine.why_none,
+        "driver": machine.driver_version,
+        "cuda": ".".join(map(str, machine.cuda_version)) if machine.cuda_version else None,
+        "no_gpu": machine.unavailable_reason,
         "gpus": [
             {
                 "index": gpu.index,

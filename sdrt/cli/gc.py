@@ -23,7 +23,7 @@ from sdrt.bundle.integrity import changed_memory, forget
 from sdrt.bundle.manifest import MANIFEST, MAX_MANIFEST, manifest_from_json
 from sdrt.bundle.store import bundles_folder, embedded, home, list_bundles
 from sdrt.engine.compile_cache import MARK, other_version
-from sdrt.engine.gpu import Machine, this_machine
+from sdrt.engine.gpu import GpuInventory, detect_gpus
 from sdrt.engine.plans import Plan, plan_from_json, plans_folder
 from sdrt.engine.tensorrt.variants import MODULES
 from sdrt.errors import BundleError, SdrtError
@@ -79,7 +79,7 @@ class Leftover:
 
 def collect(args: argparse.Namespace) -> None:
     """Print what is left over, or JSON; with `--yes` free it."""
-    found, stale = list(leftovers(this_machine())), changed_memory()
+    found, stale = list(leftovers(detect_gpus())), changed_memory()
     described: list[dict[str, Any]] = [
         {"path": str(f.path), "bytes": f.bytes, "reason": f.reason} for f in found
     ]
@@ -109,7 +109,7 @@ def _free(found: list[Leftover]) -> None:
             raise SdrtError(f"{leftover.path} cannot be freed: {error.strerror}") from error
 
 
-def leftovers(machine: Machine) -> Iterator[Leftover]:
+def leftovers(machine: GpuInventory) -> Iterator[Leftover]:
     """All that is left over; machine: whose GPUs plans are for."""
     bundles = dict(_bundles())
     plans = {*bundles, *_subfolders(home() / "plans")}
@@ -158,7 +158,7 @@ def _is_held(target: Path) -> bool:
     return False
 
 
-def _useless(folder: Path, bundle: Bundle | None, machine: Machine) -> Iterator[Leftover]:
+def _useless(folder: Path, bundle: Bundle | None, machine: GpuInventory) -> Iterator[Leftover]:
     """Plans that nothing here can use, and parts of plans."""
     sidecars = set(folder.glob("*/*-*.json"))
     for sidecar in sorted(sidecars):
@@ -190,7 +190,7 @@ def _useless_graphs(bundles: list[Bundle]) -> Iterator[Leftover]:
             yield Leftover(mark.parent, "of a graph or weights that no bundle has")
 
 
-def _why_useless(plan: Plan, bundle: Bundle | None, machine: Machine) -> str | None:
+def _why_useless(plan: Plan, bundle: Bundle | None, machine: GpuInventory) -> str | None:
     """On a machine without a GPU plans may be made for others, so that theirs are not useless."""
     key, here = plan.key, f"{platform.system()}-{platform.machine()}".lower()
     if key.system != here:

@@ -45,15 +45,15 @@ def _layers(bundle: Bundle, name: str) -> dict[str, Any]:
     """A component's nodes that TensorRT has kernels of its own for, and where there is a GPU the
     layers of its engine that they went into.
     """
-    from sdrt.engine import choose
-    from sdrt.engine.selection import installed
+    from sdrt.engine import select_backend
+    from sdrt.engine.selection import is_installed
     from sdrt.engine.tensorrt.inspector import layers_of, nodes_of
     from sdrt.engine.tensorrt.variants import FULL, MODULES, RTX
 
-    kind = next((kind for kind in (FULL, RTX) if installed(MODULES[kind])), RTX)
+    kind = next((kind for kind in (FULL, RTX) if is_installed(MODULES[kind])), RTX)
     found: dict[str, Any] = {"nodes": nodes_of(kind, bundle.graph(name))}
     try:
-        candidate = choose(kind)
+        candidate = select_backend(kind)
     except BackendError as error:
         return {**found, "engine": None, "why_no_engine": str(error)}
     assert candidate.load is not None

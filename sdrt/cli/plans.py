@@ -40,14 +40,14 @@ def wanted(args: argparse.Namespace) -> str | None:
 
     Raises UsageError for what does not fit, before any work.
     """
-    from sdrt.engine import choose
+    from sdrt.engine import select_backend
     from sdrt.engine.tensorrt.plans import targets_of
 
     if args.backend not in KINDS:
         if args.target or args.bundle:
             given = "--target" if args.target else "--bundle"
             raise UsageError(f"{given} is for plans; type --backend tensorrt-rtx with it")
-        chosen = choose().backend if args.backend == "auto" else ""
+        chosen = select_backend().backend if args.backend == "auto" else ""
         return chosen if chosen in KINDS else None
 
     for name, most in (("optimization_level", 5), ("workspace", 1_000_000)):
@@ -59,12 +59,12 @@ def wanted(args: argparse.Namespace) -> str | None:
 
 def proving(backend: str) -> str:
     """What the build proves the bundle on: the backend asked for, where it can run."""
-    from sdrt.engine import choose
+    from sdrt.engine import select_backend
 
     if backend not in KINDS:
         return backend
     try:
-        return choose(backend).backend
+        return select_backend(backend).backend
     except BackendError:
         return "auto"
 
@@ -103,6 +103,6 @@ def _build(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
 
 
 def _gpu() -> "Gpu | None":
-    from sdrt.engine.gpu import this_machine
+    from sdrt.engine.gpu import detect_gpus
 
-    return next(iter(this_machine().gpus), None)
+    return next(iter(detect_gpus().gpus), None)

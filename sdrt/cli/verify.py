@@ -14,7 +14,7 @@ from sdrt.bundle import Bundle, open_bundle
 from sdrt.bundle.bundle import graphs_of
 from sdrt.bundle.integrity import check_files
 from sdrt.bundle.manifest import Manifest
-from sdrt.engine import Candidate, Feeds, choose, parity
+from sdrt.engine import Candidate, Feeds, parity, select_backend
 from sdrt.errors import BackendError, ParityError, SdrtError
 from sdrt.runtime import Pipeline, load_pipeline
 from sdrt.runtime.reference_outputs import (
@@ -47,7 +47,7 @@ def verify(args: argparse.Namespace) -> None:
     """
     bundle = open_bundle(args.bundle)
     check_files(bundle.folder, bundle.manifest.files, graphs_of(bundle.manifest), anew=True)
-    candidate = choose(args.backend, bundle.bytes, device=args.device)
+    candidate = select_backend(args.backend, bundle.bytes, device=args.device)
     log.info("backend: %s (%s)", candidate.title, candidate.because)
     checks = [Check("files", f"{len(bundle.manifest.files)} of the sha256 built", "all", True)]
     for check in proven(bundle, candidate):
@@ -96,13 +96,13 @@ def proven(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
         if bundle.manifest.batch[2] > 1:  # a call of more rows may round otherwise
             shared, alone = drawn(pipe, size, seeds=(1, 0))[1:], samples_of(picture)
             yield _compared("the seed in company", {"picture": shared}, {"picture": alone}, dtype)
-        reduced = candidate.reduced in bundle.manifest.admitted
+        reduced = candidate.reduced_precision in bundle.manifest.admitted
         wanted = drawn(pipe, size, GUIDED_STEPS, GUIDANCE) if reduced else picture
     if reduced:
         with load_pipeline(bundle, candidate) as pipe:
             found = drawn(pipe, size, GUIDED_STEPS, GUIDANCE)
-        psnr, floor = parity.measures(found, wanted, picture=True)["psnr"], parity.PICTURE_FLOOR
-        what = f"a picture in {candidate.reduced}"
+        psnr, floor = parity.measure(found, wanted, is_image=True)["psnr"], parity.MIN_IMAGE_PSNR
+        what = f"a picture in {candidate.reduced_precision}"
         yield Check(what, f"psnr {psnr:.1f} dB", f"at least {floor} dB", psnr >= floor)
 
 
@@ -132,13 +132,13 @@ def _compared(
     what: str, found: Feeds, kept: Mapping[str, Sequence[float] | np.ndarray], dtype: str
 ) -> Check:
     """Answers against the samples that are kept of torch's, by the floor of a precision."""
-    floor = parity.FLOORS[dtype]
+    floor = parity.PARITY_THRESHOLDS[dtype]
     wanted = f"cosine at least {floor.cosine}, error at most {floor.error}"
     samples = {name: samples_of(answer) for name, answer in found.items()}
     if {name: len(each) for name, each in samples.items()} != {n: len(k) for n, k in kept.items()}:
         return Check(what, "other outputs than those that are kept", wanted, False)
-    every = [parity.measures(samples[name], np.array(kept[name]), picture=False) for name in kept]
-    values = parity.worst(every)
+    every = [parity.measure(samples[name], np.array(kept[name]), is_image=False) for name in kept]
+    values = parity.worst_case(every)
     passed = values["cosine"] >= floor.cosine and values["error"] <= floor.error
     said = f"cosine {values['cosine']:.7g}, error {values['error']:.2g}"
     return Check(what, said, wanted, passed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.engine.gpu import this_machine
+from sdrt.engine.gpu import detect_gpus
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -24,7 +24,7 @@ def benchmark():
 
 @pytest.mark.parametrize("script", ["benchmarks/gpu.py", "tools/gpu_check.py"])
 def test_without_a_gpu_it_is_refused_with_the_reason(script):
-    if this_machine().gpus:
+    if detect_gpus().gpus:
         pytest.skip("there is a GPU")
     command = [sys.executable, str(FOLDER.parent / script)]
     done = subprocess.run(command, capture_output=True, text=True)

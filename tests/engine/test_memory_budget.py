@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.bundle.manifest import FileRecord
-from sdrt.engine import LazyEngine, choose
-from sdrt.engine.memory_budget import budget_of, check_room, free_bytes, most_pictures
+from sdrt.engine import LazyEngine, select_backend
+from sdrt.engine.memory_budget import check_memory, compute_budget, free_bytes, max_batch_images
 from sdrt.errors import BackendError
 from sdrt.export import activation_memory
 
@@ -39,18 +39,18 @@ def test_what_is_alive_is_counted_by_the_axes(tmp_path):
     assert found == 2 * 5 * 8 * (3 + 6 + 6)
     assert activation_memory.activations(tmp_path / "g.onnx", {"rows": 5}) == 2 * 5 * (3 + 6 + 6)
     with pytest.raises(ValueError, match="not known"):
-        activation_memory.evaluated("__import__('os')", {})
+        activation_memory.evaluate_axis("__import__('os')", {})
 
 
 def test_a_bundle_says_what_every_component_has_alive(shapes):
     bundle = open_bundle(shapes)
     size = bundle.manifest.sizes[0]
     for name, component in bundle.manifest.components.items():
-        lengths = activation_memory.lengths_of(bundle.manifest, size)
+        lengths = activation_memory.axis_lengths(bundle.manifest, size)
         assert (
             component.activations == activation_memory.activations(bundle.graph(name), lengths) > 0
         )
-    doubled = activation_memory.lengths_of(bundle.manifest, (2 * size[0], size[1])) | {"rows": 3}
+    doubled = activation_memory.axis_lengths(bundle.manifest, (2 * size[0], size[1])) | {"rows": 3}
     found = activation_memory.activations(bundle.graph("unet"), doubled)
     assert 5.5 < found / bundle.manifest.components["unet"].activations < 6.5
 
@@ -67,17 +67,17 @@ def grown(bundle, factor):
 def test_the_budget_is_printed_and_refused_with_the_numbers(shapes, caplog):
     bundle = open_bundle(shapes)
     with caplog.at_level(logging.INFO, logger="sdrt"):
-        check_room(bundle, None, in_turn=False)
+        check_memory(bundle, None, sequential=False)
     assert "memory: at least" in caplog.text and "MB are free" in caplog.text
     for in_turn in (False, True):
         with pytest.raises(BackendError, match=r"needs at least [\d,]+ MB .* of the host's memory"):
-            check_room(grown(bundle, 10**9), None, in_turn)
+            check_memory(grown(bundle, 10**9), None, in_turn)
     # Too large together, but not one by one.
-    weights = budget_of(bundle.manifest, (64, 64), 2).weights
+    weights = compute_budget(bundle.manifest, (64, 64), 2).weights
     larger = grown(bundle, int(1.1 * free_bytes(None) / weights))
     with pytest.raises(BackendError, match=r"--low-memory needs [\d,]+ MB"):
-        check_room(larger, None, in_turn=False)
-    check_room(larger, None, in_turn=True)
+        check_memory(larger, None, sequential=False)
+    check_memory(larger, None, sequential=True)
 
 
 def test_a_backend_without_room_is_left_for_the_next(shapes, monkeypatch, caplog):
@@ -114,18 +114,18 @@ def test_in_turn_one_component_is_loaded_and_the_pictures_are_the_same(shapes, p
 
 def test_the_largest_batch_is_what_fits_by_calculation(shapes):
     manifest = open_bundle(shapes).manifest
-    needed = [budget_of(manifest, (64, 64), 2 * count).total for count in range(1, 18)]
+    needed = [compute_budget(manifest, (64, 64), 2 * count).total for count in range(1, 18)]
     assert needed[0] < needed[15]
     for free in range(needed[0], needed[15], 1_000_000):
-        found = most_pictures(manifest, free)
+        found = max_batch_images(manifest, free)
         assert needed[found - 1] <= free < needed[found]
-    assert most_pictures(manifest, needed[16]) == 16
-    assert most_pictures(manifest, 0) == 1
+    assert max_batch_images(manifest, needed[16]) == 16
+    assert max_batch_images(manifest, 0) == 1
 
 
 def test_the_largest_batch_is_confirmed_by_one_evaluation(shapes):
-    bundle, candidate = open_bundle(shapes), choose("onnxruntime")
-    assert activation_memory.most_pictures(bundle, candidate) == 16
+    bundle, candidate = open_bundle(shapes), select_backend("onnxruntime")
+    assert activation_memory.max_batch_images(bundle, candidate) == 16
     tried = []
 
     def load(of, name):
@@ -134,5 +134,5 @@ def test_the_largest_batch_is_confirmed_by_one_evaluation(shapes):
             raise BackendError("out of memory")
         return candidate.load(of, name)
 
-    assert activation_memory.most_pictures(bundle, replace(candidate, load=load)) == 4
+    assert activation_memory.max_batch_images(bundle, replace(candidate, load=load)) == 4
     assert tried == [16, 8, 4]

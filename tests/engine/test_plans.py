@@ -11,7 +11,7 @@ from plan_examples import BOTH, H100, KEY, L4, build
 
 from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import FLOAT32_GRAPH, Component, FileRecord, Manifest, TensorSpec
-from sdrt.engine.gpu import NO_DEVICE, Machine, why_none
+from sdrt.engine.gpu import NO_DEVICE, GpuInventory, explain_no_gpu
 from sdrt.engine.plan_signing import is_ours, mark_of, read_ours, write_ours
 from sdrt.engine.plans import differences, find_plan, key_of, plan_of, profiles_of
 from sdrt.engine.tensorrt.plans import targets_of
@@ -221,15 +221,17 @@ def test_what_keeps_tensorrt_from_running_is_said():
     pytest.importorskip("tensorrt_rtx")
     assert why_not(RTX, BOTH) is None
     assert "NVIDIA H100 is sm_90" in why_not(RTX, BOTH, index=1)
-    assert "update the NVIDIA driver" in why_not(RTX, replace(BOTH, cuda=(12, 4)))
-    assert "CUDA_VISIBLE_DEVICES" in why_not(RTX, Machine(why_none=why_none(NO_DEVICE, "")))
+    assert "update the NVIDIA driver" in why_not(RTX, replace(BOTH, cuda_version=(12, 4)))
+    assert "CUDA_VISIBLE_DEVICES" in why_not(
+        RTX, GpuInventory(unavailable_reason=explain_no_gpu(NO_DEVICE, ""))
+    )
     assert "pip install" in why_not("tensorrt", BOTH)
 
 
 def test_why_there_is_no_gpu_is_said():
-    assert "CUDA_VISIBLE_DEVICES is '-1'" in why_none(0, "-1")
-    assert "nvidia-smi" in why_none(NO_DEVICE, None)
-    assert "CUDA error 804" in why_none(804, "0")
+    assert "CUDA_VISIBLE_DEVICES is '-1'" in explain_no_gpu(0, "-1")
+    assert "nvidia-smi" in explain_no_gpu(NO_DEVICE, None)
+    assert "CUDA error 804" in explain_no_gpu(804, "0")
 
 
 def test_sidecars_are_plain_json(tmp_path):

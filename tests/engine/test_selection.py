@@ -16,23 +16,23 @@ import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.bundle.integrity import sha256_of
 from sdrt.cli.main import main
-from sdrt.engine import candidates, choose
-from sdrt.engine.gpu import NO_DEVICE, Machine, why_none
+from sdrt.engine import list_backends, select_backend
+from sdrt.engine.gpu import NO_DEVICE, GpuInventory, explain_no_gpu
 from sdrt.engine.onnxruntime.cpu import OrtEngine
 from sdrt.engine.onnxruntime.cuda import MAX_SHAPES, OrtCudaEngine, OrtCudaOptions
 from sdrt.errors import BackendError, UsageError
 
 LARGE = 2_000_000_000
-NONE = Machine(why_none="no NVIDIA GPU on this machine")
+NONE = GpuInventory(unavailable_reason="no NVIDIA GPU on this machine")
 
 
 def reasons(machine, device=0):
-    return {c.title: c.why_not for c in candidates(machine, device)}
+    return {c.title: c.unavailable_reason for c in list_backends(machine, device)}
 
 
 def test_a_gpu_that_tensorrt_for_rtx_serves_takes_it():
     pytest.importorskip("tensorrt_rtx")
-    chosen = choose("auto", LARGE, machine=Machine((L4,), (13, 0), "580.1"))
+    chosen = select_backend("auto", LARGE, machine=GpuInventory((L4,), (13, 0), "580.1"))
     assert chosen.title == "tensorrt-rtx on cuda"
     assert "tensorrt is not installed" in chosen.because
 
@@ -45,50 +45,52 @@ def test_every_cause_to_go_on_is_said():
     assert "pip install" in said["tensorrt on cuda:1"]
     assert "CUDAExecutionProvider" in said["onnxruntime on cuda:1"]
     assert "finds no GPU" in said["torch on cuda:1"]
-    chosen = choose("auto", LARGE, machine=BOTH, device=1)
+    chosen = select_backend("auto", LARGE, machine=BOTH, device=1)
     assert chosen.title == "openvino on cpu"
     for title, reason in said.items():
         if title.endswith("cuda:1"):
             assert reason in chosen.because
-    old = replace(BOTH, cuda=(12, 4), driver="550.54")
+    old = replace(BOTH, cuda_version=(12, 4), driver_version="550.54")
     assert "driver 550.54 serves CUDA 12.4" in reasons(old)["tensorrt-rtx on cuda"]
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_a_backend_that_was_named_is_not_replaced(backend):
     with pytest.raises(BackendError, match="no NVIDIA GPU"):
-        choose(backend, machine=NONE)
+        select_backend(backend, machine=NONE)
 
 
 def test_a_stream_of_the_callers_is_for_what_takes_one():
     pytest.importorskip("tensorrt_rtx")
-    chosen = choose("auto", LARGE, machine=Machine((L4,), (13, 0), "580.1"), stream=1)
+    chosen = select_backend("auto", LARGE, machine=GpuInventory((L4,), (13, 0), "580.1"), stream=1)
     assert chosen.title == "tensorrt-rtx on cuda"
     with pytest.raises(BackendError, match="stream of the caller's, so not openvino on cpu"):
-        choose("auto", LARGE, machine=NONE, stream=1)
+        select_backend("auto", LARGE, machine=NONE, stream=1)
     assert OrtCudaOptions().settings(0, 77)["user_compute_stream"] == "77"
 
 
 def test_a_hidden_gpu_is_told_from_none():
-    hidden = Machine(why_none=why_none(NO_DEVICE, ""))
-    assert "unset it" in choose("auto", LARGE, machine=hidden).because
+    hidden = GpuInventory(unavailable_reason=explain_no_gpu(NO_DEVICE, ""))
+    assert "unset it" in select_backend("auto", LARGE, machine=hidden).because
 
 
 def test_a_device_that_is_not_there_is_refused(capsys):
     with pytest.raises(UsageError, match="device 2; here is 0 NVIDIA L4, 1 NVIDIA H100"):
-        choose(machine=BOTH, device=2)
+        select_backend(machine=BOTH, device=2)
     with pytest.raises(UsageError, match="device -1"):
-        choose(machine=BOTH, device=-1)
+        select_backend(machine=BOTH, device=-1)
     with pytest.raises(UsageError, match="no NVIDIA GPU"):
-        choose(machine=NONE, device=1)
+        select_backend(machine=NONE, device=1)
 
 
 def test_what_failed_is_not_chosen_again_and_says_why():
-    chosen = choose("auto", 0, machine=NONE, failed={"onnxruntime on cpu": "it is broken"})
+    chosen = select_backend("auto", 0, machine=NONE, failed={"onnxruntime on cpu": "it is broken"})
     assert chosen.title == "torch on cpu"
     assert "it is broken, so not onnxruntime on cpu" in chosen.because
     with pytest.raises(BackendError, match="it is broken"):
-        choose("onnxruntime", 0, machine=NONE, failed={"onnxruntime on cpu": "it is broken"})
+        select_backend(
+            "onnxruntime", 0, machine=NONE, failed={"onnxruntime on cpu": "it is broken"}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_a_backend_that_does_not_load_is_left_for_the_next_with_a_warning(
 def test_doctor_says_what_is_here_and_what_would_be_taken(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["chosen"] == choose().title
+    assert found["chosen"] == select_backend().title
     assert bool(found["gpus"]) == (found["no_gpu"] is None)
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
@@ -136,7 +138,7 @@ def test_doctor_says_what_is_here_and_what_would_be_taken(capsys):
 
 def test_the_machine_is_asked_whatever_the_environment_hides():
     """On a machine with a GPU this says that it is hidden, elsewhere that there is none."""
-    code = "from sdrt.engine.gpu import this_machine; print(this_machine().why_none)"
+    code = "from sdrt.engine.gpu import detect_gpus; print(detect_gpus().unavailable_reason)"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)

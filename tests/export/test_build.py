@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
-from sdrt.engine import choose, compile_cache, parity
+from sdrt.engine import compile_cache, parity, select_backend
 from sdrt.engine.cpu import has_bf16
 from sdrt.errors import BundleError, CheckpointError, ParityError, SdrtError
 from sdrt.export import build, validation
@@ -146,7 +146,7 @@ def test_what_overflows_in_half_is_kept_in_single(tiny, tmp_path):
 @pytest.mark.slow
 def test_a_component_below_the_floor_in_half_is_kept_in_single(tiny, tmp_path, monkeypatch):
     floor = parity.Floor(cosine=1.0, error=0.0, psnr=300.0)
-    monkeypatch.setitem(parity.FLOORS, "float16", floor)
+    monkeypatch.setitem(parity.PARITY_THRESHOLDS, "float16", floor)
     with pytest.raises(ParityError, match="whole pipeline"):
         build_bundle(BuildPlan(str(tiny), tmp_path / "b", dtype="float16"))
     assert nothing_in(tmp_path)
@@ -162,8 +162,8 @@ def test_a_closed_openvino_engine_says_so(shapes):
 
 def test_a_small_model_starts_sooner_on_onnxruntime():
     pytest.importorskip("openvino")
-    assert choose("auto", size=10_000_000).title == "onnxruntime on cpu"
-    assert choose("auto", size=2_000_000_000).title == "openvino on cpu"
+    assert select_backend("auto", size=10_000_000).title == "onnxruntime on cpu"
+    assert select_backend("auto", size=2_000_000_000).title == "openvino on cpu"
 
 
 def test_the_manifest_records_the_proof(tiny_bundle):
@@ -264,11 +264,11 @@ def poison(weights):
 
 
 def test_below_the_floor_nothing_is_published(tiny, tmp_path, monkeypatch):
-    honest = parity.measures
+    honest = parity.measure
     monkeypatch.setattr(
         parity,
-        "measures",
-        lambda found, wanted, picture: honest(found * 1.01, wanted, picture=picture),
+        "measure",
+        lambda found, wanted, is_image: honest(found * 1.01, wanted, is_image=is_image),
     )
     out = tmp_path / "out"
     out.mkdir()
@@ -383,9 +383,9 @@ def test_a_killed_build_is_in_nobodys_way(tiny, tmp_path, how):
 
 def test_nothing_is_like_nothing_and_unlike_something():
     nothing, something = np.zeros((1, 3)), np.ones((1, 3))
-    assert parity.measures(nothing, nothing, picture=False)["cosine"] == 1.0
-    assert parity.measures(nothing, something, picture=False)["cosine"] == 0.0
-    assert parity.measures(something, nothing, picture=False)["cosine"] == 0.0
+    assert parity.measure(nothing, nothing, is_image=False)["cosine"] == 1.0
+    assert parity.measure(nothing, something, is_image=False)["cosine"] == 0.0
+    assert parity.measure(something, nothing, is_image=False)["cosine"] == 0.0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -393,6 +393,6 @@ def test_nan_never_passes_the_gate(dtype):
     wanted = np.ones((1, 3, 8, 8), np.float32)
     found = wanted.copy()
     found[0, 0, 0, 0] = np.nan
-    values = parity.measures(found, wanted, picture=True)
+    values = parity.measure(found, wanted, is_image=True)
     with pytest.raises(ParityError):
         parity.check("vae_decoder", values, dtype)

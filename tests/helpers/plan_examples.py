@@ -1,6 +1,6 @@
 """Keys, GPUs and a builder of plans that are none, for tests of plans."""
 
-from sdrt.engine.gpu import Gpu, Machine
+from sdrt.engine.gpu import Gpu, GpuInventory
 from sdrt.engine.plans import PlanKey
 
 KEY = PlanKey(
@@ -26,4 +26,4 @@ def build(out):
 
 L4 = Gpu(0, "NVIDIA L4", "sm_89", 24_000_000_000)
 H100 = Gpu(1, "NVIDIA H100", "sm_90", 80_000_000_000)
-BOTH = Machine((L4, H100), (13, 0), "580.1")
+BOTH = GpuInventory((L4, H100), (13, 0), "580.1")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sdrt import progress
-from sdrt.engine.once import once
+from sdrt.engine.call_once import call_once
 from sdrt.errors import BackendError
 from sdrt.runtime.opening import opened_apart
 
@@ -94,7 +94,7 @@ def test_what_is_loading_is_named(monkeypatch, caplog):
 def test_a_library_is_first_used_by_one_thread():
     inside, seen = [], []
 
-    @once
+    @call_once
     def initialise():
         inside.append(1)
         time.sleep(0.02)

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 import sdrt
 from sdrt.cli.main import main
-from sdrt.engine import choose
+from sdrt.engine import select_backend
 from sdrt.errors import CheckpointError
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.runtime.safety_checker import checked, clip_pixels, is_flagged, scores_of
@@ -71,7 +71,7 @@ def test_a_picture_is_read_as_clip_reads_it():
 def test_scores_and_decisions_are_the_references(reference, bundle):
     from sdrt.bundle import open_bundle
 
-    engine = choose("onnxruntime").load(open_bundle(bundle), "safety_checker")
+    engine = select_backend("onnxruntime").load(open_bundle(bundle), "safety_checker")
     decided = []
     for picture in pictures():
         pixels = clip_pixels(picture, SIDE)

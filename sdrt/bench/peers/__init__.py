@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sdrt.bundle import Bundle
 from sdrt.engine.cpu import has_bf16
-from sdrt.engine.selection import installed
+from sdrt.engine.selection import is_installed
 from sdrt.errors import BackendError
 
 TEXT_TO_IMAGE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -37,10 +37,10 @@ def peers(bundle: Bundle, compiled: bool) -> dict[str, tuple[str, str, str | Non
     """Every peer's name: its backend and precision, and why it is left out, or None."""
     found = checkpoint_folder(bundle)
     away = None if found else f"its checkpoint {bundle.manifest.source} is away"
-    library = away or (None if installed("diffusers") else "pip install diffusers torch")
+    library = away or (None if is_installed("diffusers") else "pip install diffusers torch")
     lower = library or (None if has_bf16() else "this processor has no bf16")
     slow = lower or (None if compiled else "takes minutes; --compiled measures it")
-    both = installed("optimum") and find_spec("optimum.onnxruntime") is not None
+    both = is_installed("optimum") and find_spec("optimum.onnxruntime") is not None
     exported = away or (None if both else OPTIMUM)
     return {
         "reference fp32": ("reference", "float32", library),
@@ -57,13 +57,13 @@ def _not_cpp(folder: Path | None) -> str | None:
     config = json.loads((folder / "unet" / "config.json").read_text()) if folder else {}
     if config.get("block_out_channels") != CPP_WIDTHS:
         return "it takes every UNet for one of the published widths, which this has not"
-    return _not_native(folder) or (None if installed("stable_diffusion_cpp") else CPP)
+    return _not_native(folder) or (None if is_installed("stable_diffusion_cpp") else CPP)
 
 
 def _not_genai(folder: Path | None) -> str | None:
     """Why OpenVINO GenAI, or the export for it, cannot run a checkpoint, if one is here."""
     needed = ("openvino_genai", "openvino_tokenizers", "diffusers", "torch")
-    return _not_native(folder) or (None if all(map(installed, needed)) else GENAI)
+    return _not_native(folder) or (None if all(map(is_installed, needed)) else GENAI)
 
 
 def _not_native(folder: Path | None) -> str | None:

@@ -17,11 +17,11 @@ from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
 from sdrt.cli.gc import leftovers
 from sdrt.engine import compile_cache as kept_folder
-from sdrt.engine.gpu import Machine
+from sdrt.engine.gpu import GpuInventory
 from sdrt.engine.onnxruntime import cache as onnxruntime_cache
 from sdrt.engine.onnxruntime.cpu import OrtEngine
 from sdrt.engine.onnxruntime.session import session_options
-from sdrt.engine.parity import sample_of
+from sdrt.engine.parity import sample_input
 from sdrt.errors import BackendError
 
 PICTURE = {"num_inference_steps": 4, "seed": 3}
@@ -80,7 +80,7 @@ def test_a_damaged_one_is_made_again(kept, caplog):
 
 def test_another_processor_has_its_own(kept, monkeypatch):
     graph = made(kept)
-    monkeypatch.setattr(kept_folder, "processor", lambda: "another")
+    monkeypatch.setattr(kept_folder, "cpu_fingerprint", lambda: "another")
     assert made(kept).parent != graph.parent
 
 
@@ -115,7 +115,7 @@ def test_attention_is_fused_with_other_weights_too(kept):
     engines = [OrtEngine("unet", kept.graph("unet"), component, path) for path in (graph, None)]
     lengths = {"rows": 2, "tokens": 32, "latent_height": 8, "latent_width": 12}
     shapes = {s.name: tuple(lengths.get(a, a) for a in s.shape) for s in component.inputs}
-    feeds = {s.name: sample_of(s.dtype, shapes[s.name]) for s in component.inputs}
+    feeds = {s.name: sample_input(s.dtype, shapes[s.name]) for s in component.inputs}
     shape = Tensors(kept.folder / "unet" / "model.safetensors").shape("conv_in.bias")
     weights = {"conv_in.bias": np.ones(shape, np.float32)}
     for engine in engines:
@@ -152,10 +152,10 @@ def test_gc_shows_what_no_bundle_has_and_what_another_version_made(kept, tmp_pat
     graph = made(kept)
     shutil.copytree(kept.folder, tmp_path / "bundles" / "shapes")
     shutil.copytree(graph.parent, tmp_path / "plans" / "cpu-onnxruntime0.1" / graph.parent.name)
-    found = {each.path: each.reason for each in leftovers(Machine(why_none="none"))}
+    found = {each.path: each.reason for each in leftovers(GpuInventory(unavailable_reason="none"))}
     assert [path.parent.name for path in found] == ["cpu-onnxruntime0.1"]
     assert "ONNX Runtime 0.1" in next(iter(found.values()))
     mark = graph.with_name(kept_folder.MARK)
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "of": ["0" * 64]}))
-    found = {each.path: each.reason for each in leftovers(Machine(why_none="none"))}
+    found = {each.path: each.reason for each in leftovers(GpuInventory(unavailable_reason="none"))}
     assert found[graph.parent] == "of a graph or weights that no bundle has"

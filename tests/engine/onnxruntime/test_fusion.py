@@ -18,7 +18,7 @@ from sdrt.engine.onnxruntime.cpu import OrtEngine
 from sdrt.engine.onnxruntime.cuda import load_engine
 from sdrt.engine.onnxruntime.fusion import write_fused
 from sdrt.engine.onnxruntime.session import session, session_options
-from sdrt.engine.parity import sample_of
+from sdrt.engine.parity import sample_input
 from sdrt.engine.torch import engine as torch_engine
 from sdrt.engine.torch import ops
 from sdrt.errors import BackendError
@@ -37,7 +37,7 @@ def bundle(shapes, tmp_path_factory):
 
 def feeds_of(component):
     shapes = {s.name: tuple(LENGTHS.get(a, a) for a in s.shape) for s in component.inputs}
-    return {s.name: sample_of(s.dtype, shapes[s.name]) for s in component.inputs}
+    return {s.name: sample_input(s.dtype, shapes[s.name]) for s in component.inputs}
 
 
 def counted(path):
@@ -82,7 +82,9 @@ def test_other_weights_are_for_fused_graphs_too(bundle):
 
 
 def test_what_computes_something_else_is_left_with_a_warning(bundle, monkeypatch, caplog):
-    monkeypatch.setattr("sdrt.engine.parity.compared", lambda *_: {"cosine": 0.5, "error": 1.0})
+    monkeypatch.setattr(
+        "sdrt.engine.parity.compare_with_cpu", lambda *_: {"cosine": 0.5, "error": 1.0}
+    )
     engine = load_engine(bundle, "vae_encoder", GPU, place="cpu")
     assert engine._derived is None and "without fused operators" in caplog.text
     engine.close()

@@ -11,7 +11,7 @@ from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import compile_cache as kept_folder
 from sdrt.engine.cpu import has_bf16
-from sdrt.engine.parity import sample_of
+from sdrt.engine.parity import sample_input
 
 pytest.importorskip("openvino")
 
@@ -43,7 +43,7 @@ def opened(bundle, name, precision, kept):
 
 def outcome(engine):
     shapes = {s.name: tuple(LENGTHS.get(a, a) for a in s.shape) for s in engine.inputs}
-    feeds = {s.name: sample_of(s.dtype, shapes[s.name]) for s in engine.inputs}
+    feeds = {s.name: sample_input(s.dtype, shapes[s.name]) for s in engine.inputs}
     return next(iter(engine(feeds).values())).copy()
 
 

@@ -13,8 +13,8 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from sdrt.bundle.manifest import Component, TensorSpec
 from sdrt.engine import SamplingProgram
 from sdrt.engine.cuda.driver import device_of
-from sdrt.engine.gpu import this_machine
-from sdrt.engine.parity import sample_of
+from sdrt.engine.gpu import detect_gpus
+from sdrt.engine.parity import sample_input
 from sdrt.engine.tensorrt.engine import TrtEngine
 from sdrt.engine.tensorrt.loaded_plan import profile_index
 from sdrt.engine.tensorrt.sampling_graph import feeds_of
@@ -37,9 +37,9 @@ def test_a_profile_is_found_by_its_size():
 
 
 def test_a_plan_is_compared_on_what_a_model_is_really_fed():
-    assert sample_of("int32", (2, 32)).max() < 16
-    assert sample_of("float32", (3,)).tolist() == [999, 500, 1]
-    noise = sample_of("float16", (2, 4, 64, 64))
+    assert sample_input("int32", (2, 32)).max() < 16
+    assert sample_input("float32", (3,)).tolist() == [999, 500, 1]
+    noise = sample_input("float16", (2, 4, 64, 64))
     assert noise.dtype == np.float16 and 0.9 < noise.std() < 1.1
 
 
@@ -64,7 +64,7 @@ def test_rows_are_laid_out_picture_by_picture():
 
 
 def test_without_a_gpu_there_is_no_device():
-    if this_machine().gpus:
+    if detect_gpus().gpus:
         pytest.skip("there is a GPU")
     with pytest.raises(BackendError, match="NVIDIA"):
         device_of(0)

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 import sdrt
 from sdrt.bundle.manifest import Component, TensorSpec
 from sdrt.cli.main import main
-from sdrt.engine.parity import sample_of
-from sdrt.engine.selection import choose
+from sdrt.engine.parity import sample_input
+from sdrt.engine.selection import select_backend
 from sdrt.engine.torch import engine as torch_engine
 from sdrt.engine.torch import ops
 from sdrt.engine.torch.compile import straightened
@@ -70,7 +70,7 @@ def near(found, wanted):
 
 def test_what_is_compiled_computes_the_same_with_any_weights(graph):
     plain, quick = (TorchEngine("unet", graph, COMPONENT, "cpu", compile=c) for c in (False, True))
-    feeds = {"sample": sample_of("float32", (2, 4, 6, 8))}
+    feeds = {"sample": sample_input("float32", (2, 4, 6, 8))}
     before = quick(feeds)["output"]
     assert near(before, plain(feeds)["output"])
     kept = list(quick._compiled.values())
@@ -92,7 +92,7 @@ def test_the_shape_that_was_used_least_recently_goes(graph, monkeypatch):
     monkeypatch.setattr(torch_engine, "MAX_SHAPES", 2)
     plain, quick = (TorchEngine("unet", graph, COMPONENT, "cpu", compile=c) for c in (False, True))
     for width in (4, 6, 4, 8):
-        feeds = {"sample": sample_of("float32", (1, 4, 4, width))}
+        feeds = {"sample": sample_input("float32", (1, 4, 4, width))}
         assert near(quick(feeds)["output"], plain(feeds)["output"])
     assert [key[0][3] for key in quick._compiled] == [4, 8]
 
@@ -118,7 +118,7 @@ def test_a_shape_that_depends_on_values_is_refused():
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime", "tensorrt"])
 def test_other_backends_are_not_compiled(backend):
     with pytest.raises(UsageError, match="--backend torch --compile"):
-        choose(backend, compile=True)
+        select_backend(backend, compile=True)
 
 
 @pytest.mark.slow

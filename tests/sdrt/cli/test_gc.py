@@ -16,7 +16,7 @@ from sdrt.bundle.integrity import describe_files
 from sdrt.bundle.manifest import Manifest, json_from_manifest
 from sdrt.cli.gc import leftovers
 from sdrt.cli.main import main
-from sdrt.engine.gpu import Gpu, Machine
+from sdrt.engine.gpu import Gpu, GpuInventory
 from sdrt.engine.plans import plan_of
 from sdrt.engine.tensorrt.variants import MODULES
 
@@ -73,7 +73,7 @@ def test_what_a_killed_build_left_is_shown_and_freed(place, building, capsys):
 
 def test_what_is_begun_again_meanwhile_is_left(place):
     (place / "bundles" / ".b.partial").mkdir(parents=True)
-    (found,) = leftovers(Machine())
+    (found,) = leftovers(GpuInventory())
     with locked(found.target), pytest.raises(BlockingIOError):
         found.free()
     assert found.path.exists()
@@ -135,25 +135,25 @@ GPU = Gpu(0, "NVIDIA Test", "sm_89", 8 * 10**9)
 )
 def test_plans_that_nothing_here_can_use_are_freed(place, plans, change, reason):
     fits, plan = plans(level=5), plans(**change)
-    found = list(leftovers(Machine(gpus=(GPU,))))
+    found = list(leftovers(GpuInventory(gpus=(GPU,))))
     assert [leftover.path for leftover in found] == ([plan.path] if reason else [])
     for leftover in found:
         assert reason in leftover.reason
         leftover.free()
     assert plan.path.exists() == plan.path.with_suffix(".json").exists() == (reason is None)
-    assert fits.path.exists() and not list(leftovers(Machine(gpus=(GPU,))))
+    assert fits.path.exists() and not list(leftovers(GpuInventory(gpus=(GPU,))))
 
 
 def test_without_a_gpu_plans_for_others_stay(plans):
     plans(targets=("sm_120",), gpu="NVIDIA Other")
-    assert not list(leftovers(Machine(why_none="none")))
+    assert not list(leftovers(GpuInventory(unavailable_reason="none")))
 
 
 def test_plans_of_another_version_are_freed(plans, monkeypatch):
     monkeypatch.setitem(MODULES, "tensorrt", "numpy")  # a package that is here
     plan = plans(kind="tensorrt", version="0.1")
     plans(kind="tensorrt", version=numpy.__version__)
-    (found,) = leftovers(Machine())
+    (found,) = leftovers(GpuInventory())
     assert found.path == plan.path and found.reason.startswith("of tensorrt 0.1, here is")
 
 
@@ -161,7 +161,7 @@ def test_halves_of_plans_are_freed(plans):
     one, two = plans(level=1), plans(level=2)
     one.path.unlink()
     two.path.with_suffix(".json").unlink()
-    found = {leftover.path: leftover for leftover in leftovers(Machine())}
+    found = {leftover.path: leftover for leftover in leftovers(GpuInventory())}
     assert found[one.path].reason == "a sidecar whose plan is gone"
     assert found[two.path].reason == "a plan without its sidecar"
     for leftover in found.values():

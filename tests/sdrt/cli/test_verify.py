@@ -15,7 +15,7 @@ from sdrt.bundle.integrity import describe_files
 from sdrt.bundle.store import home
 from sdrt.cli.main import main
 from sdrt.cli.verify import proven
-from sdrt.engine import choose
+from sdrt.engine import select_backend
 from sdrt.errors import BundleError
 
 WITHOUT_TORCH = """
@@ -125,7 +125,7 @@ def test_answers_of_another_shape_are_a_miss(copy, capsys):
 
 
 def test_an_engine_that_answers_otherwise_each_time_is_noticed(tiny_bundle):
-    candidate = choose("onnxruntime")
+    candidate = select_backend("onnxruntime")
 
     class Unsteady:
         """A real engine whose last bit changes from call to call."""

@@ -20,7 +20,7 @@ from sdrt.errors import UsageError
 from sdrt.process_stats import resident_bytes
 
 from .gpu import Gpu
-from .memory_budget import free_bytes, scratch_of
+from .memory_budget import activation_bytes, free_bytes
 
 Size = tuple[int, int]
 SCORE_BYTES = 4  # of one score: processors compute in float32
@@ -36,7 +36,7 @@ OPERATORS: dict[type[ast.operator], Any] = {
 
 
 @dataclass(slots=True)
-class Room:
+class MemoryEstimator:
     """The memory of a loaded bundle's backend.
 
     gpu: the one that it runs on; None is the host
@@ -48,55 +48,57 @@ class Room:
     bundle: Bundle
     gpu: Gpu | None
     backend: str
-    base: int
-    reached: int = 0
+    baseline_bytes: int
+    largest_fit: int = 0
 
-    def needed(self, size: Size, rows: int, keeps_scores: bool) -> int:
+    def required_bytes(self, size: Size, rows: int, keeps_scores: bool) -> int:
         """Bytes of evaluations of so many rows, or of the decoder if it takes more.
 
         size: (width, height). keeps_scores: whether attention's scores are whole in memory
         """
         manifest = self.bundle.manifest
         names = [name for name in manifest.components if name.startswith(("unet", "vae_decoder"))]
-        scratch = max(scratch_of(manifest, name, size, rows) for name in names)
-        scores = self._scores(size) * rows if keeps_scores else 0
+        scratch = max(activation_bytes(manifest, name, size, rows) for name in names)
+        scores = self._score_bytes(size) * rows if keeps_scores else 0
         return int(OVERHEAD.get(self.backend, 1.0) * scratch) + scores
 
-    def _scores(self, size: Size) -> int:
+    def _score_bytes(self, size: Size) -> int:
         """Bytes of one row's scores in the largest attention."""
-        lengths = lengths_of(self.bundle.manifest, size)
+        lengths = axis_lengths(self.bundle.manifest, size)
         shapes = attention_shapes(self.bundle.graph("unet"))
-        counts = [heads * _length(q, lengths) * _length(k, lengths) for heads, q, k in shapes]
+        counts = [
+            heads * _axis_length(q, lengths) * _axis_length(k, lengths) for heads, q, k in shapes
+        ]
         return SCORE_BYTES * max(counts, default=0)
 
-    def free(self) -> int | None:
+    def free_bytes(self) -> int | None:
         """Bytes that a call may take, what earlier ones left in the process included."""
         free = free_bytes(self.gpu)
         if free is None or self.gpu:
             return free
-        return free + max(0, resident_bytes() - self.base)
+        return free + max(0, resident_bytes() - self.baseline_bytes)
 
-    def most_images(self, size: Size, rows: int, most: int, keeps_scores: bool) -> int:
+    def max_images(self, size: Size, rows: int, most: int, keeps_scores: bool) -> int:
         """How many images of so many rows each have room at once, at most so many.
 
         Raises:
             UsageError: Where there is no room for one, with the bytes needed and free.
         """
-        free = self.free()
+        free = self.free_bytes()
         if free is None:
             return most
         for count in range(most, 0, -1):
-            needed = self.needed(size, count * rows, keeps_scores)
-            if needed <= max(free, self.reached):
-                self.reached = max(self.reached, needed if self.gpu else 0)
+            needed = self.required_bytes(size, count * rows, keeps_scores)
+            if needed <= max(free, self.largest_fit):
+                self.largest_fit = max(self.largest_fit, needed if self.gpu else 0)
                 return count
         raise UsageError(
-            f"{size[0]}x{size[1]} needs about {in_bytes(needed)} of memory on {self.backend} "
-            f"beside the weights, and {in_bytes(free)} are free; choose a smaller size"
+            f"{size[0]}x{size[1]} needs about {format_bytes(needed)} of memory on {self.backend} "
+            f"beside the weights, and {format_bytes(free)} are free; choose a smaller size"
         )
 
 
-def in_bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
@@ -115,7 +117,7 @@ def _attention_shapes(graph: Path) -> Iterator[tuple[int, str | int, str | int]]
                 yield query[1], query[2], key[2]
 
 
-def lengths_of(manifest: Manifest, size: Size) -> dict[str, int]:
+def axis_lengths(manifest: Manifest, size: Size) -> dict[str, int]:
     """Of the axes of one row of a size (width, height)."""
     width, height = size
     scale = manifest.downscale
@@ -123,15 +125,15 @@ def lengths_of(manifest: Manifest, size: Size) -> dict[str, int]:
     return {"rows": 1, "tokens": manifest.max_tokens, "width": width, "height": height, **latent}
 
 
-def _length(axis: str | int, lengths: Mapping[str, int]) -> int:
+def _axis_length(axis: str | int, lengths: Mapping[str, int]) -> int:
     """1 for an axis that is not known: the estimate stays a lower bound."""
     try:
-        return axis if isinstance(axis, int) else evaluated(axis, lengths)
+        return axis if isinstance(axis, int) else evaluate_axis(axis, lengths)
     except ValueError:
         return 1
 
 
-def evaluated(expression: str, lengths: Mapping[str, int]) -> int:
+def evaluate_axis(expression: str, lengths: Mapping[str, int]) -> int:
     """An axis such as `8*((latent_height - 1)//8) + 8`; raises ValueError for what is none."""
 
     def value(node: ast.expr) -> int:

@@ -9,7 +9,7 @@ from sdrt import process_stats
 from sdrt.bundle import open_bundle
 from sdrt.cli.main import main
 from sdrt.engine import memory_budget
-from sdrt.engine.room import Room, attention_shapes
+from sdrt.engine.memory_estimator import MemoryEstimator, attention_shapes
 from sdrt.errors import UsageError
 from sdrt.runtime.batching.engine import InflightBatcher
 
@@ -32,7 +32,7 @@ print(peak_bytes() - base)
 
 
 def room(shapes, backend="onnxruntime on cpu"):
-    return Room(open_bundle(shapes), None, backend, 0)
+    return MemoryEstimator(open_bundle(shapes), None, backend, 0)
 
 
 def test_heads_and_tokens_are_those_of_the_graph(shapes):
@@ -47,11 +47,12 @@ def test_heads_and_tokens_are_those_of_the_graph(shapes):
 def test_scores_grow_with_the_fourth_power_of_the_side(shapes):
     own = room(shapes)
     scores = [
-        own.needed((side, side), 2, keeps_scores=True) - own.needed((side, side), 2, False)
+        own.required_bytes((side, side), 2, keeps_scores=True)
+        - own.required_bytes((side, side), 2, False)
         for side in (512, 1024)
     ]
     assert scores[0] == 2 * 5 * (64 * 64) ** 2 * 4 and scores[1] == 16 * scores[0]
-    wide = own.needed((1024, 512), 2, True) - own.needed((1024, 512), 2, False)
+    wide = own.required_bytes((1024, 512), 2, True) - own.required_bytes((1024, 512), 2, False)
     assert wide == 4 * scores[0]
 
 
@@ -62,7 +63,7 @@ def test_the_estimate_is_what_a_call_takes(shapes, backend):
     command = [sys.executable, "-c", CALL, str(shapes), backend, "512"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     keeps = backend == "onnxruntime"
-    needed = room(shapes, f"{backend} on cpu").needed((512, 512), 2, keeps)
+    needed = room(shapes, f"{backend} on cpu").required_bytes((512, 512), 2, keeps)
     assert int(done.stdout) == pytest.approx(needed, rel=0.35)
 
 
@@ -82,15 +83,15 @@ def test_python_and_in_flight_refuse_it_too(pipe):
 
 def test_fewer_images_are_made_together_where_memory_is_short(shapes, monkeypatch):
     own = room(shapes)
-    needed = [own.needed((512, 512), 2 * count, True) for count in (1, 2, 3)]
+    needed = [own.required_bytes((512, 512), 2 * count, True) for count in (1, 2, 3)]
     for free, count in ((needed[2], 3), (needed[1], 2), (needed[2] - 1, 2), (needed[0], 1)):
-        monkeypatch.setattr(Room, "free", lambda self, free=free: free)
-        assert own.most_images((512, 512), 2, 4, keeps_scores=True) == count
-    monkeypatch.setattr(Room, "free", lambda self: needed[0] - 1)
+        monkeypatch.setattr(MemoryEstimator, "free_bytes", lambda self, free=free: free)
+        assert own.max_images((512, 512), 2, 4, keeps_scores=True) == count
+    monkeypatch.setattr(MemoryEstimator, "free_bytes", lambda self: needed[0] - 1)
     with pytest.raises(UsageError, match="512x512 needs about"):
-        own.most_images((512, 512), 2, 4, keeps_scores=True)
-    monkeypatch.setattr(Room, "free", lambda self: None)
-    assert own.most_images((8192, 8192), 2, 4, keeps_scores=True) == 4
+        own.max_images((512, 512), 2, 4, keeps_scores=True)
+    monkeypatch.setattr(MemoryEstimator, "free_bytes", lambda self: None)
+    assert own.max_images((8192, 8192), 2, 4, keeps_scores=True) == 4
 
 
 @pytest.mark.parametrize("version", [1, 2])

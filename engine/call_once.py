@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 
 
-def once(initialise: Callable[[], None]) -> Callable[[], None]:
+def call_once(initialise: Callable[[], None]) -> Callable[[], None]:
     """The function, which runs when it is first called; other callers wait until it has."""
     lock, done = threading.Lock(), threading.Event()
 
