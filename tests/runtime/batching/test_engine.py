@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -493,12 +494,26 @@ def test_measured_costs_are_kept_and_read_again(pipe, tmp_path, caplog):
     assert "measuring again" in caplog.text
 
 
-def test_costs_are_of_the_real_calls(pipe):
-    costs = costs_module.measured(pipe, 8)
+class Timed:
+    """An engine whose call takes a second for itself and half a second a row, by `clock`."""
+
+    def __init__(self, engine, clock):
+        self.engine, self.inputs, self.outputs, self.clock = engine, engine.inputs, [], clock
+
+    def __call__(self, feeds):
+        self.clock.now += 1.0 + 0.5 * len(next(iter(feeds.values())))
+        return self.engine(feeds)
+
+
+def test_costs_are_of_the_real_calls(pipe, monkeypatch):
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(costs_module, "time", clock)
+    engines = {name: Timed(engine, clock) for name, engine in pipe.engines.items()}
+    costs = costs_module.measured(replace(pipe, engines=engines), 8)
     size = costs.sizes[64, 64]
-    assert 0.0 < size.seconds(1) <= size.seconds(2) * 1.5
-    assert size.seconds(64) == pytest.approx(size.calls[max(size.calls)] * 64 / max(size.calls))
-    before = size.seconds(2)
+    assert {rows: size.seconds(rows) for rows in (1, 2, 4, 8)} == {1: 1.5, 2: 2.0, 4: 3.0, 8: 5.0}
+    assert size.seconds(64) == pytest.approx(8 * size.seconds(8))
+    assert size.decode == 1.5 and costs.encode == 1.5
     for _ in range(100):
-        size.observe(2, 3 * before)
-    assert size.seconds(2) == pytest.approx(3 * before, rel=0.01)
+        size.observe(2, 6.0)
+    assert size.seconds(2) == pytest.approx(6.0, rel=0.01)

@@ -1,0 +1,25 @@
+"""How work grows with its input: by the processor time of two sizes, which a busy machine hardly
+changes, and their ratio, which a slow machine does not.
+"""
+
+import time
+from collections.abc import Callable
+
+TIMES = 8  # larger
+LINEAR = 24.0  # the ratio is 8 for linear work, 64 for quadratic
+
+
+def growth(work: Callable[[int], object], size: int) -> float:
+    """The ratio of the processor times of `work(8 * size)` and `work(size)`."""
+    return quickest(work, TIMES * size) / quickest(work, size)
+
+
+def quickest(work: Callable[[int], object], size: int, rounds: int = 3) -> float:
+    """Seconds of this thread on the processor: the least of some rounds."""
+    return min(seconds(work, size) for _ in range(rounds))
+
+
+def seconds(work: Callable[[int], object], size: int) -> float:
+    began = time.thread_time()
+    work(size)
+    return time.thread_time() - began
