@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 TIMES = 8  # larger
 LINEAR = 24.0  # the ratio is 8 for linear work, 64 for quadratic
+SHORTEST = 1e-3  # seconds; below, caches and allocations decide
 
 
 def growth(work: Callable[[int], object], size: int) -> float:
     """The ratio of the processor times of `work(8 * size)` and `work(size)`."""
-    return quickest(work, TIMES * size) / quickest(work, size)
+    return quickest(work, TIMES * size) / max(quickest(work, size), SHORTEST)
 
 
 def quickest(work: Callable[[int], object], size: int, rounds: int = 3) -> float:
