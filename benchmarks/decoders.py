@@ -27,7 +27,7 @@ from sdrt.bundle import Bundle, open_bundle
 from sdrt.engine import select_backend
 from sdrt.process_stats import forget_peak, peak_bytes, resident_bytes
 from sdrt.runtime import randn
-from sdrt.runtime.vae import Tiling, decoded_picture, spans_of
+from sdrt.runtime.vae import Tiling, decode_latents, tile_spans
 
 LEVELS = (1, 3, 4, 6, 9)  # of PNG's compression
 
@@ -65,7 +65,7 @@ def work(args: argparse.Namespace) -> None:
         coarse = randn(0, (1, channels, side // 4, side // 4))
         latents = coarse.repeat(4, axis=2).repeat(4, axis=3)
         tiling = Tiling([(tile // scale, tile // scale)], scale)
-        decode = partial(decoded_picture, {"vae_decoder": engine}, tiling, latents)
+        decode = partial(decode_latents, {"vae_decoder": engine}, tiling, latents)
         before = resident_bytes()
         forget_peak()  # that of loading
         np.save(args.picture, decode())
@@ -104,7 +104,7 @@ def seams(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     whole, tiled = (np.clip(np.load(folder / f"{n}.npy"), -1, 1) for n in ("whole", "tiled"))
     error = max(float(np.mean((whole - tiled) ** 2)) / 4.0, 1e-12)
     added = np.abs(np.diff(tiled, axis=3) - np.diff(whole, axis=3)).mean(axis=(0, 1, 2))
-    spans = spans_of(args.side // scale, args.tile // scale)
+    spans = tile_spans(args.side // scale, args.tile // scale)
     borders = {scale * s for span in spans for s in (span.start, span.stop)} - {0, args.side}
     at = [border - 1 for border in borders]
     return {

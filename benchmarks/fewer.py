@@ -154,7 +154,7 @@ def own(bundle: Path, size: tuple[int, int]):
     pipe = sdrt.load(bundle, backend="openvino").with_scheduler(SAMPLER)
 
     def draw(way: str, steps: int) -> np.ndarray:
-        pipe.known.clear()
+        pipe.chunk_cache.clear()
         options = {"num_inference_steps": steps, "seed": 0, "size": f"{size[0]}x{size[1]}"}
         return np.asarray(pipe(PROMPT, **options, **WAYS[way]).images[0])
 

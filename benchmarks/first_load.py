@@ -27,7 +27,7 @@ if sys.argv[2] == "openvino":
     from sdrt.engine.openvino import cache
     turned = openvino_plans._turn_products
     components = sdrt.bundle.open_bundle(sys.argv[1]).manifest.components
-    together = threading.Barrier(len(set(loading.AT_ONCE) & set(components)))
+    together = threading.Barrier(len(set(loading.EAGER) & set(components)))
     def turned_together(model):
         together.wait()
         turned(model)

@@ -58,14 +58,14 @@ def idle(pipe: Pipeline) -> Pipeline:
         "vae_decoder": {"image": randn(0, (1, 3, SIDE, SIDE))},
     }
     nothing = {name: Nothing(pipe.engines[name], **outputs) for name, outputs in made.items()}
-    return replace(pipe, manifest=manifest, engines={**pipe.engines, **nothing}, known={})
+    return replace(pipe, manifest=manifest, engines={**pipe.engines, **nothing}, chunk_cache={})
 
 
 def own_costs(pipe: Pipeline) -> tuple[float, float]:
     """Microseconds of an evaluation, and milliseconds of a picture besides."""
     marks = [now()]
     began = marks[0]
-    pipe.known.clear()
+    pipe.chunk_cache.clear()
     pipe(PROMPT, num_inference_steps=STEPS, seed=0, on_step=lambda _: marks.append(now()))
     return costs_of(marks, now() - began)
 

@@ -188,7 +188,7 @@ def run_batch(pipe: Pipeline, batch: Sequence[Job], clock: Callable[[], float]) 
     for job in batch:
         own, options = pipe.with_scheduler(job.sampler), options_from(job.options)
         requests, *_ = own.planned(PROMPT, options)
-        runs += [run for _, run, _ in own.separate(requests, options)]
+        runs += [run for _, run, _ in own.prepare_states(requests, options)]
     gather = BatchBuilder()
     while going := [run for run in runs if not run.finished]:
         gather.evaluate(pipe.engines, going)

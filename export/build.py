@@ -15,7 +15,7 @@ from sdrt.bundle.manifest import MANIFEST, Component, Manifest, json_from_manife
 from sdrt.bundle.store import bundles_folder
 from sdrt.engine import Candidate, GpuInventory, select_backend
 from sdrt.errors import SdrtError, UsageError
-from sdrt.runtime.reference_outputs import ANSWERS, json_from_answers
+from sdrt.runtime.reference_outputs import REFERENCE_FILE, reference_outputs_to_json
 
 from .activation_memory import max_batch_images
 from .checkpoint import Checkpoint, find_checkpoint
@@ -149,7 +149,7 @@ def _make(checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, folder:
         components |= proof.components(checkpoint, recipe)
     manifest = replace(manifest, components=components)
     end_to_end = proof.end_to_end(manifest)
-    (folder / ANSWERS).write_text(json_from_answers(proof.answers))
+    (folder / REFERENCE_FILE).write_text(reference_outputs_to_json(proof.answers))
     manifest = replace(
         manifest,
         parity=end_to_end,

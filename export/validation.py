@@ -31,14 +31,14 @@ from sdrt.runtime.reference_outputs import (
     SCHEDULER,
     STEPS,
     ReferenceOutputs,
-    beside,
-    drawn,
-    kept,
+    generate_reference_image,
     latent_shape,
-    made_up,
+    reference_extra_channels,
+    reference_inputs,
+    round_samples,
 )
 from sdrt.runtime.safety_checker import clip_pixels
-from sdrt.runtime.text.conditioning import Told, time_ids_of
+from sdrt.runtime.text.conditioning import Conditioning, build_time_ids
 
 from . import modules
 from .activation_memory import alive_bytes
@@ -127,7 +127,7 @@ class Proof:
         self.dtype = dtype
         self.candidate = candidate
         self.branch = branch
-        self.told: Told = {}
+        self.told: Conditioning = {}
         self.latents: dict[tuple[int, int], np.ndarray] = {}
         self.images: dict[tuple[int, int], np.ndarray] = {}
         self.preview: tuple[tuple[float, ...], ...] = ()
@@ -176,17 +176,19 @@ class Proof:
     ) -> tuple[Feeds, dict[str, np.ndarray]]:
         """Torch's answers to inputs that any machine can make up, of which samples are kept."""
         shapes = {name: value.shape for name, value in like.items()}
-        feeds = made_up(shapes, like.get("input_ids"), self.manifest.sizes[0])
+        feeds = reference_inputs(shapes, like.get("input_ids"), self.manifest.sizes[0])
         found = module(**{name: torch.from_numpy(value) for name, value in feeds.items()})
         outputs = found if isinstance(found, tuple) else (found,)
         answers = {name: o.numpy() for name, o in zip(recipe.outputs, outputs, strict=True)}
-        self.samples[recipe.name] = {name: kept(answer) for name, answer in answers.items()}
+        self.samples[recipe.name] = {
+            name: round_samples(answer) for name, answer in answers.items()
+        }
         return feeds, answers
 
     @property
     def answers(self) -> ReferenceOutputs:
         """What the bundle keeps of torch's."""
-        return ReferenceOutputs(self.samples, kept(self.images[self.manifest.sizes[0]]))
+        return ReferenceOutputs(self.samples, round_samples(self.images[self.manifest.sizes[0]]))
 
     def _export(
         self, module: nn.Module, recipe: Recipe, cases: list[Any], dtype: str
@@ -279,8 +281,8 @@ class Proof:
         cases = []
         for size in self.manifest.sizes:
             history = [randn(0, latent_shape(self.manifest, size))]
-            more = beside(self.manifest, size, module.config.in_channels)
-            wanted: Told = {}
+            more = reference_extra_channels(self.manifest, size, module.config.in_channels)
+            wanted: Conditioning = {}
             for k, timestep in enumerate(table.timesteps):
                 mixed = self._mix(table.matrix[k], history)
                 feeds = {
@@ -289,7 +291,7 @@ class Proof:
                     **self.told,
                 }
                 if getattr(module, "add_embedding", None) is not None:
-                    feeds["time_ids"] = time_ids_of(GenerationOptions(), size)[1:]
+                    feeds["time_ids"] = build_time_ids(GenerationOptions(), size)[1:]
                 if width := getattr(module.config, "time_cond_proj_dim", None):
                     feeds[GUIDANCE] = guidance_embedding(1.0, width)[None]
                 wanted = self._unet_answers(module, feeds, wanted)
@@ -303,7 +305,7 @@ class Proof:
             self.preview = tuple((*row, 0.0) for row in colours.tolist())
         return cases
 
-    def _unet_answers(self, module: Any, feeds: Told, before: Told) -> Told:
+    def _unet_answers(self, module: Any, feeds: Conditioning, before: Conditioning) -> Conditioning:
         """What torch's module puts out. Where it has a branch, also what its layers above that make
         of the feature of the evaluation before, as in a run.
         """
@@ -352,7 +354,7 @@ class Proof:
         every = []
         with load_pipeline(Bundle(self.folder, manifest), self.candidate) as pipe:
             for size, wanted in self.images.items():
-                found = drawn(pipe, size)
+                found = generate_reference_image(pipe, size)
                 every.append(parity.measure(found, wanted, is_image=True))
         values = parity.worst_case(every)
         log.info("end to end: %s", _said(values))
@@ -385,7 +387,9 @@ class Proof:
     def _guided(self, manifest: Manifest, candidate: Candidate) -> np.ndarray:
         """A picture of the first size with guidance, which is where precision shows."""
         with load_pipeline(Bundle(self.folder, manifest), candidate) as pipe:
-            return drawn(pipe, manifest.sizes[0], GUIDED_STEPS, guidance_scale=7.5)
+            return generate_reference_image(
+                pipe, manifest.sizes[0], GUIDED_STEPS, guidance_scale=7.5
+            )
 
 
 def _said(values: dict[str, float]) -> str:

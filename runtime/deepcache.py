@@ -15,7 +15,7 @@ from sdrt.errors import UsageError
 from .samplers.table import SamplerTable
 
 
-def reusing(table: SamplerTable, every: int, rows: Sequence[int]) -> SamplerTable:
+def with_feature_reuse(table: SamplerTable, every: int, rows: Sequence[int]) -> SamplerTable:
     """The table with every so many evaluations full, the paper's uniform schedule. An evaluation
     with more rows than the one before is full too, since those have no feature yet, and the count
     begins again.
@@ -31,7 +31,7 @@ def reusing(table: SamplerTable, every: int, rows: Sequence[int]) -> SamplerTabl
     return replace(table, full=full)
 
 
-def check_reuse(manifest: Manifest, engines: Container[str], backend: str) -> None:
+def check_feature_reuse(manifest: Manifest, engines: Container[str], backend: str) -> None:
     """Raise UsageError where the bundle has no network that takes a feature, or the backend runs
     none.
     """

@@ -46,7 +46,7 @@ class Guidance:
     rescale: float = 0.0
 
     @property
-    def pairs(self) -> bool:
+    def in_matrix(self) -> bool:
         """Whether both outputs are kept; else they are combined before."""
         return bool((self.scales != 1.0).any()) and not self.rescale
 
@@ -62,43 +62,45 @@ class HistoryLayout:
     """
 
     rows: np.ndarray
-    per: int
+    outputs_per_evaluation: int
     output_ring: int
     state_base: int
     state_ring: int
 
     @property
-    def others_base(self) -> int:
+    def noise_base(self) -> int:
         """Where fresh noises and the picture are."""
-        return 1 + self.output_ring * self.per
+        return 1 + self.output_ring * self.outputs_per_evaluation
 
     def output_place(self, k: int) -> int:
-        return 1 + k % self.output_ring * self.per
+        return 1 + k % self.output_ring * self.outputs_per_evaluation
 
     def state_place(self, k: int) -> int:
         return self.state_base + k % self.state_ring
 
 
-def plan_of(table: SamplerTable, guidance: Guidance) -> HistoryLayout:
+def get_history_layout(table: SamplerTable, guidance: Guidance) -> HistoryLayout:
     """The rows of a run with its guidance, in as few places as they need; the table's last plan is
     remembered for as long as the table is.
     """
-    scales = guidance.scales.tobytes() if guidance.pairs else None
-    known = _PLANS.get(table)
+    scales = guidance.scales.tobytes() if guidance.in_matrix else None
+    known = _LAYOUTS.get(table)
     if known is None or known[0] != scales:
-        known = _PLANS[table] = scales, _written_plan(table, guidance)
+        known = _LAYOUTS[table] = scales, _build_history_layout(table, guidance)
     return known[1]
 
 
-_PLANS: WeakKeyDictionary[SamplerTable, tuple[bytes | None, HistoryLayout]] = WeakKeyDictionary()
+_LAYOUTS: WeakKeyDictionary[SamplerTable, tuple[bytes | None, HistoryLayout]] = WeakKeyDictionary()
 
 
-def _written_plan(table: SamplerTable, guidance: Guidance) -> HistoryLayout:
-    count, per = table.evaluations, 2 if guidance.pairs else 1
-    chain = guided_matrix(table.chain, count, guidance.scales) if guidance.pairs else table.chain
+def _build_history_layout(table: SamplerTable, guidance: Guidance) -> HistoryLayout:
+    count, per = table.evaluations, 2 if guidance.in_matrix else 1
+    chain = (
+        guided_matrix(table.chain, count, guidance.scales) if guidance.in_matrix else table.chain
+    )
     outputs = chain[:, 1 : 1 + count * per].reshape(count + 1, count, per)
     others, states = chain[:, 1 + count * per : -count], chain[:, -count:]
-    output_ring, state_ring = _ring((outputs != 0.0).any(axis=2)), _ring(states != 0.0)
+    output_ring, state_ring = _ring_size((outputs != 0.0).any(axis=2)), _ring_size(states != 0.0)
     state_base = 1 + output_ring * per + others.shape[1]
     rows = np.zeros((count + 1, state_base + state_ring), np.float32)
     rows[:, 0] = chain[:, 0]
@@ -112,7 +114,7 @@ def _written_plan(table: SamplerTable, guidance: Guidance) -> HistoryLayout:
     return HistoryLayout(rows, per, output_ring, state_base, state_ring)
 
 
-def _ring(read: np.ndarray) -> int:
+def _ring_size(read: np.ndarray) -> int:
     """Places that columns need when each is written before row k + 1: the longest that one waits
     for its last reader. read: [N + 1, N], whether a row reads column k.
     """
@@ -132,10 +134,10 @@ class DenoisingState:
         self,
         table: SamplerTable,
         guidance: Guidance,
-        plan: HistoryLayout,
+        layout: HistoryLayout,
         columns: Sequence[np.ndarray],
-        told: Feeds,
-        beside: np.ndarray,
+        conditioning: Feeds,
+        extra_channels: np.ndarray,
     ) -> None:
         """plan: that of table and guidance; runs alike share it
         columns: starting noise, fresh noises, and the picture's latents where the run begins there
@@ -143,68 +145,80 @@ class DenoisingState:
             first; the last row alone is the prompt's
         beside: [E, H/8, W/8] channels beside the latents; E is 0 for most models
         """
-        self.table, self.guidance, self.plan = table, guidance, plan
-        self.told, self.beside = told, beside
+        self.table, self.guidance, self.layout = table, guidance, layout
+        self.conditioning, self.extra_channels = conditioning, extra_channels
         start, *others = columns
-        self.history = NumpyHistory(plan.rows.shape[1], start.shape)
+        self.history = NumpyHistory(layout.rows.shape[1], start.shape)
         self.history.write(0, start)
         for i, value in enumerate(others):
-            self.history.write(plan.others_base + i, value)
-        self.done = 0
+            self.history.write(layout.noise_base + i, value)
+        self.evaluations_done = 0
         self.feature: np.ndarray | None = None
-        self.latents = self.history.combine(plan.rows[0], plan.state_place(self.evaluations - 1))
+        self.latents = self.history.combine(
+            layout.rows[0], layout.state_place(self.num_evaluations - 1)
+        )
 
     @property
-    def evaluations(self) -> int:
+    def num_evaluations(self) -> int:
         return self.table.evaluations
 
     @property
     def finished(self) -> bool:
-        return self.done == self.evaluations
+        return self.evaluations_done == self.num_evaluations
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """Rows of the next evaluation: two where it is guided."""
-        return 2 if self.guidance.scales[self.done] != 1.0 else 1
+        return 2 if self.guidance.scales[self.evaluations_done] != 1.0 else 1
 
     @property
     def component(self) -> str:
         """Which network the next evaluation runs: the whole one, or its shallow part."""
-        return "unet" if self.table.is_full(self.done) else SHALLOW
+        return "unet" if self.table.is_full(self.evaluations_done) else SHALLOW
 
-    def keep(self, feature: np.ndarray) -> None:
+    def store_feature(self, feature: np.ndarray) -> None:
         """Take a full evaluation's feature [rows, ..] if the next evaluation needs one."""
-        needed = self.done + 1 < self.evaluations and not self.table.is_full(self.done + 1)
+        needed = self.evaluations_done + 1 < self.num_evaluations and not self.table.is_full(
+            self.evaluations_done + 1
+        )
         self.feature = feature if needed else None
 
-    def receive(self, output: np.ndarray) -> None:
+    def advance(self, output: np.ndarray) -> None:
         """Take the model's output [rows, C, H/8, W/8] and go on by one evaluation."""
-        k, place, clip = self.done, self.plan.output_place(self.done), self.table.clip
+        k, place, clip = (
+            self.evaluations_done,
+            self.layout.output_place(self.evaluations_done),
+            self.table.clip,
+        )
         # Before the latents that it reads are written over.
-        change = clip.change(k, self.latents, self._guided(output)) if clip else None
-        if self.plan.per == 2:
+        change = clip.change(k, self.latents, self._apply_guidance(output)) if clip else None
+        if self.layout.outputs_per_evaluation == 2:
             if len(output) == 2:
                 self.history.write(place, output[0])
             self.history.write(place + 1, output[-1])
         else:
-            self.history.write(place, self._guided(output))
-        self.latents = self.history.combine(self.plan.rows[k + 1], self.plan.state_place(k))
-        self.done += 1
+            self.history.write(place, self._apply_guidance(output))
+        self.latents = self.history.combine(self.layout.rows[k + 1], self.layout.state_place(k))
+        self.evaluations_done += 1
         if change is not None:
-            self.replace(self.latents + change)
+            self.replace_latents(self.latents + change)
 
-    def _guided(self, output: np.ndarray) -> np.ndarray:
+    def _apply_guidance(self, output: np.ndarray) -> np.ndarray:
         if len(output) == 1:
             return output[0]
         unguided, prompted = output
-        guided = unguided + np.float32(self.guidance.scales[self.done]) * (prompted - unguided)
+        guided = unguided + np.float32(self.guidance.scales[self.evaluations_done]) * (
+            prompted - unguided
+        )
         return (
-            rescaled(guided, prompted, self.guidance.rescale) if self.guidance.rescale else guided
+            rescale_guidance(guided, prompted, self.guidance.rescale)
+            if self.guidance.rescale
+            else guided
         )
 
-    def replace(self, latents: np.ndarray) -> None:
+    def replace_latents(self, latents: np.ndarray) -> None:
         """Go on from other latents than those of the last evaluation."""
-        self.history.write(self.plan.state_place(self.done - 1), latents)
+        self.history.write(self.layout.state_place(self.evaluations_done - 1), latents)
         self.latents = latents
 
 
@@ -213,64 +227,64 @@ class BatchBuilder:
     shapes and which network is next; what stays from call to call is laid out once.
     """
 
-    def __init__(self, padded: int = 0) -> None:
+    def __init__(self, min_rows: int = 0) -> None:
         """padded: the least rows of a call, filled up with zeros."""
-        self._padded = padded
-        self._laid: list[tuple[DenoisingState, int]] = []
+        self._min_rows = min_rows
+        self._placed: list[tuple[DenoisingState, int]] = []
         self._sample = self._timesteps = np.empty(0, np.float32)
-        self._told: dict[str, np.ndarray] = {}
+        self._conditioning: dict[str, np.ndarray] = {}
 
-    def evaluate(self, engines: Mapping[str, Engine], runs: Sequence[DenoisingState]) -> None:
+    def evaluate(self, engines: Mapping[str, Engine], states: Sequence[DenoisingState]) -> None:
         """One evaluation of every run; engines: by component."""
-        laid = [(run, run.rows) for run in runs]
-        if laid != self._laid:
-            self._lay(laid)
-        component = runs[0].component
+        placed = [(state, state.num_rows) for state in states]
+        if placed != self._placed:
+            self._allocate(placed)
+        component = states[0].component
         at = 0
-        for run, rows in laid:
+        for run, rows in placed:
             assert run.component == component, "runs of a call run one network"
             self._sample[at : at + rows, : len(run.latents)] = run.latents
-            self._timesteps[at : at + rows] = run.table.timesteps[run.done]
+            self._timesteps[at : at + rows] = run.table.timesteps[run.evaluations_done]
             at += rows
-        feeds = {"sample": self._sample, "timestep": self._timesteps, **self._told}
+        feeds = {"sample": self._sample, "timestep": self._timesteps, **self._conditioning}
         if component == SHALLOW:
-            feeds[FEATURE] = self._features(laid)
-        found = engines[component](feeds)
+            feeds[FEATURE] = self._gather_features(placed)
+        outputs = engines[component](feeds)
         at = 0
-        for run, rows in laid:
-            if FEATURE in found:
-                run.keep(found[FEATURE][at : at + rows])
-            run.receive(found["output"][at : at + rows])
+        for run, rows in placed:
+            if FEATURE in outputs:
+                run.store_feature(outputs[FEATURE][at : at + rows])
+            run.advance(outputs["output"][at : at + rows])
             at += rows
 
-    def _features(self, laid: list[tuple[DenoisingState, int]]) -> np.ndarray:
+    def _gather_features(self, laid: list[tuple[DenoisingState, int]]) -> np.ndarray:
         """Of every row, as its run's last full evaluation left it."""
         kept = [run.feature[-rows:] for run, rows in laid if run.feature is not None]
         short = len(self._sample) - sum(rows for _, rows in laid)
         return np.concatenate([*kept, *[np.zeros_like(kept[0][:1])] * short])
 
-    def _lay(self, laid: list[tuple[DenoisingState, int]]) -> None:
+    def _allocate(self, laid: list[tuple[DenoisingState, int]]) -> None:
         """Buffers for these runs, with what no evaluation changes in place."""
         used = sum(rows for _, rows in laid)
-        count = max(used, self._padded)
+        count = max(used, self._min_rows)
         first = laid[0][0]
         channels, *sides = first.latents.shape
-        self._sample = np.zeros((count, channels + len(first.beside), *sides), np.float32)
+        self._sample = np.zeros((count, channels + len(first.extra_channels), *sides), np.float32)
         self._timesteps = np.zeros(count, np.float32)
-        self._told = {
+        self._conditioning = {
             name: np.zeros((count, *value.shape[1:]), value.dtype)
-            for name, value in first.told.items()
+            for name, value in first.conditioning.items()
         }
         at = 0
         for run, rows in laid:
-            self._sample[at : at + rows, channels:] = run.beside
-            for name, value in run.told.items():
-                self._told[name][at : at + rows] = value[-rows:]
+            self._sample[at : at + rows, channels:] = run.extra_channels
+            for name, value in run.conditioning.items():
+                self._conditioning[name][at : at + rows] = value[-rows:]
             at += rows
-        self._laid = laid
+        self._placed = laid
 
 
-def denoised(
+def denoise(
     engines: Mapping[str, Engine], runs: Sequence[DenoisingState], edit: Edit | None = None
 ) -> Iterator[Step]:
     """One `Step` per evaluation of runs that share one table.
@@ -285,17 +299,17 @@ def denoised(
         if edit:
             latents = np.array(edit(k, latents), np.float32)
             for run, edited in zip(runs, latents, strict=True):
-                run.replace(edited)
-        yield step_of(table, k, latents)
+                run.replace_latents(edited)
+        yield build_step(table, k, latents)
 
 
-def step_of(table: SamplerTable, done: int, latents: np.ndarray) -> Step:
+def build_step(table: SamplerTable, done: int, latents: np.ndarray) -> Step:
     """The state of runs [B, ..] after so many evaluations."""
     timestep = float(table.timesteps[done - 1])
     return Step(done, table.evaluations, timestep, latents, *table.shares[done])
 
 
-def rescaled(guided: np.ndarray, prompted: np.ndarray, rescale: float) -> np.ndarray:
+def rescale_guidance(guided: np.ndarray, prompted: np.ndarray, rescale: float) -> np.ndarray:
     """The guided output with its spread brought back towards the prompt's own: Lin et al. 2023
     (arXiv:2305.08891), eqs. 15 and 16. Not linear, so it is no entry of the table.
     """

@@ -13,13 +13,13 @@ from sdrt.bundle.manifest import Manifest
 from sdrt.errors import UsageError
 
 from .options import GenerationOptions
-from .text.conditioning import Told
+from .text.conditioning import Conditioning
 
 log = logging.getLogger(__name__)
 GUIDANCE = "timestep_cond"  # the UNet's input
 
 
-def guidance_width(manifest: Manifest) -> int:
+def guidance_embedding_width(manifest: Manifest) -> int:
     """Width of the guidance scale's embedding; 0 where guidance is a second row."""
     inputs = manifest.components["unet"].inputs
     return next((int(spec.shape[1]) for spec in inputs if spec.name == GUIDANCE), 0)
@@ -37,12 +37,14 @@ def guidance_embedding(scale: float, width: int) -> np.ndarray:
     return np.pad(embedding, (0, width % 2)).astype(np.float32)
 
 
-def one_row(options: GenerationOptions) -> GenerationOptions:
+def without_guidance(options: GenerationOptions) -> GenerationOptions:
     """The options without guidance by a second row."""
     return replace(options, guidance_scale=1.0)
 
 
-def with_guidance(told: Sequence[Told], options: GenerationOptions, width: int) -> list[Told]:
+def add_guidance_embedding(
+    told: Sequence[Conditioning], options: GenerationOptions, width: int
+) -> list[Conditioning]:
     """What the UNet is told of every image, and the guidance scale [1, width].
 
     Warns of a negative prompt: it has no effect, as in the reference pipelines.

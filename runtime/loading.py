@@ -19,45 +19,45 @@ from sdrt.process_stats import resident_bytes
 from sdrt.progress import reported
 
 from .lora.adapters import Adapters
-from .opening import opened_apart
+from .opening import open_concurrently
 from .pipeline import Pipeline
 from .text.tokenizer import Tokenizer
 
 EMBEDDING = "token_embedding.weight"
-AT_ONCE = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "safety_checker")
+EAGER = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "safety_checker")
 
 
 def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False) -> Pipeline:
     """Load a bundle's engines on the chosen backend; raises BackendError if one does not load.
 
-    in_turn: one component at a time is loaded, when it is needed; only the first now
+    sequential: one component at a time is loaded, when it is needed; only the first now
     """
     load = candidate.load
     assert load is not None
-    manifest, turn = bundle.manifest, ExclusiveSlot() if sequential else None
-    side_by_side = candidate.device == "cpu"
+    manifest, slot = bundle.manifest, ExclusiveSlot() if sequential else None
+    concurrent = candidate.device == "cpu"
 
     def tokenizer(encoder: str, folder: str) -> Tokenizer | None:
         if encoder not in manifest.components:
             return None
-        rows = _embedded(bundle.graph(encoder).with_name(WEIGHTS))
+        rows = _count_embeddings(bundle.graph(encoder).with_name(WEIGHTS))
         return Tokenizer.from_folder(bundle.folder / folder, manifest.max_tokens, rows)
 
-    def lazy(of: Bundle, name: str, turn: ExclusiveSlot | None = turn) -> LazyEngine:
+    def lazy(of: Bundle, name: str, turn: ExclusiveSlot | None = slot) -> LazyEngine:
         def opened() -> Engine:
-            return _loaded(of, [name], load, side_by_side)[name]
+            return _load_engines(of, [name], load, concurrent)[name]
 
         return LazyEngine(opened, manifest.components.get(name), turn)
 
     config = _scheduler_config(bundle)
-    names = [name for name in AT_ONCE if name in manifest.components]
+    names = [name for name in EAGER if name in manifest.components]
     engines: dict[str, Engine] = {}
     if sequential:
         in_order = {name: lazy(bundle, name) for name in names}
         in_order[names[0]].loaded()  # so that a backend that does not load is left now
         engines.update(in_order)
     else:
-        engines.update(_loaded(bundle, names, load, side_by_side))
+        engines.update(_load_engines(bundle, names, load, concurrent))
     engines["vae_encoder"] = lazy(bundle, "vae_encoder")
     if SHALLOW in manifest.components and not candidate.backend.startswith("tensorrt"):
         # It is small and alternates with the UNet, so it takes no turn.
@@ -95,14 +95,14 @@ def unloaded_pipeline(bundle: Bundle) -> Pipeline:
     return Pipeline(bundle.manifest, None, engines, config, "", adapters, bundle_config=config)
 
 
-def _loaded(
-    bundle: Bundle, names: list[str], load: Callable[[Bundle, str], Engine], side_by_side: bool
+def _load_engines(
+    bundle: Bundle, names: list[str], load: Callable[[Bundle, str], Engine], concurrent: bool
 ) -> dict[str, Engine]:
     """All of these, or none stays open; side by side where a processor's one thread compiles each,
     which for a GPU would be threads that do not own its context.
     """
-    if side_by_side:
-        return opened_apart({name: partial(load, bundle, name) for name in names})
+    if concurrent:
+        return open_concurrently({name: partial(load, bundle, name) for name in names})
     engines: dict[str, Engine] = {}
     try:
         for name in names:
@@ -120,7 +120,7 @@ def _scheduler_config(bundle: Bundle) -> dict[str, Any]:
     return read_config(bundle.folder / "scheduler" / "scheduler_config.json")
 
 
-def _embedded(weights: Path) -> int | None:
+def _count_embeddings(weights: Path) -> int | None:
     """How many tokens a text encoder knows; None if its weights do not tell."""
     records = read_header(weights, BundleError).records
     found = [record.shape for name, record in records.items() if name.endswith(EMBEDDING)]

@@ -12,7 +12,7 @@ from sdrt.progress import reported
 Open = Callable[[], Engine]
 
 
-class _Opening:
+class _ConcurrentOpener:
     """Engines on their way, by component."""
 
     def __init__(self, opens: Mapping[str, Open]) -> None:
@@ -64,10 +64,10 @@ class _Opening:
         return f"loading {', '.join(tuple(self._waiting))}"
 
 
-def opened_apart(opens: Mapping[str, Open]) -> dict[str, Engine]:
+def open_concurrently(opens: Mapping[str, Open]) -> dict[str, Engine]:
     """Engines by component, opened side by side in other threads; all, or none stays open.
 
     Raises what the first one to fail raises, once the others are done. KeyboardInterrupt leaves at
     once, and what is still being opened is closed when it is.
     """
-    return _Opening(opens).all()
+    return _ConcurrentOpener(opens).all()

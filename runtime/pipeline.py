@@ -20,11 +20,22 @@ from sdrt.engine import Engine, SamplingResult
 from sdrt.engine.memory_estimator import MemoryEstimator
 from sdrt.errors import SdrtError, UsageError
 
-from .deepcache import check_reuse, reusing
-from .denoising import DenoisingState, Edit, Guidance, Step, denoised, plan_of
-from .embedded_guidance import check_guidance, guidance_width, one_row, with_guidance
+from .deepcache import check_feature_reuse, with_feature_reuse
+from .denoising import DenoisingState, Edit, Guidance, Step, denoise, get_history_layout
+from .embedded_guidance import (
+    add_guidance_embedding,
+    check_guidance,
+    guidance_embedding_width,
+    without_guidance,
+)
 from .images import image_array, images_from_decoded, parameters_text, quoted
-from .initial_latents import Source, Start, check_task, source_of, start_of
+from .initial_latents import (
+    ImageInputs,
+    InitialState,
+    build_initial_state,
+    check_task,
+    encode_image_inputs,
+)
 from .leases import Leases, Loop
 from .lora.adapters import Adapters
 from .lora.names import outside_names
@@ -39,17 +50,24 @@ from .options import (
     shortest,
 )
 from .parsing import configuration, function, lora_weights, numbers, refusal
-from .safety_checker import checked, marks_of
+from .safety_checker import apply_safety_checker, detect_marks
 from .samplers.registry import config_beyond_name, config_from_name, title_of
 from .samplers.table import SamplerTable, sampler_table
-from .sampling_program import drawn, linear, reads_text
-from .text.conditioning import Known, TextEncoder, Told, parts_of_like_length, texts_of, told_of
+from .sampling_program import can_encode_text, is_linear, run_sampling_program
+from .text.conditioning import (
+    Conditioning,
+    EncodedChunkCache,
+    PromptEncoder,
+    build_conditioning,
+    group_by_length,
+    tokenize_requests,
+)
 from .text.tokenizer import Tokenizer
-from .vae import Tiling, decoded_picture, encoded_picture
+from .vae import Tiling, decode_latents, encode_pixels
 
 log = logging.getLogger(__name__)
 Prompt = str | Sequence[str] | None
-Watch = Callable[[Step], None] | None
+StepCallback = Callable[[Step], None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +91,9 @@ class Batch:
     """
 
     requests: Sequence[Request]
-    told: Sequence[Told]
-    starts: Sequence[Start]
-    source: Source
+    conditioning: Sequence[Conditioning]
+    starts: Sequence[InitialState]
+    image_inputs: ImageInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +120,7 @@ class Pipeline:
     backend: str
     adapters: Adapters = field(repr=False, compare=False)
     tokenizer_2: Tokenizer | None = None
-    known: Known = field(default_factory=dict, repr=False, compare=False)
+    chunk_cache: EncodedChunkCache = field(default_factory=dict, repr=False, compare=False)
     bundle_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     room: MemoryEstimator | None = field(default=None, repr=False, compare=False)
     leases: Leases = field(default_factory=Leases, repr=False, compare=False)
@@ -111,7 +129,7 @@ class Pipeline:
         self,
         prompt: Prompt = None,
         *,
-        on_step: Watch = None,
+        on_step: StepCallback = None,
         **options: Any,
     ) -> Output:
         """Make pictures of every prompt; the named arguments are those of `Options`.
@@ -125,12 +143,12 @@ class Pipeline:
             function("on_step", on_step)
         with self.leases.call():
             made = sorted(self._pictures(prompt, chosen, on_step), key=lambda each: each[0].index)
-            texts = [self.parameters(request, chosen) for request, _ in made]
+            texts = [self.parameters_text(request, chosen) for request, _ in made]
         images, seeds = [image for _, image in made], [request.seed for request, _ in made]
-        return Output(images, seeds, texts, *marks_of(images))
+        return Output(images, seeds, texts, *detect_marks(images))
 
-    def pictures(
-        self, prompt: Prompt, options: GenerationOptions, on_step: Watch = None
+    def stream(
+        self, prompt: Prompt, options: GenerationOptions, on_step: StepCallback = None
     ) -> Iterator[tuple[Request, Image]]:
         """The pictures of a call, as they are finished; SdrtError, after all others, for one that
         holds no numbers.
@@ -138,24 +156,24 @@ class Pipeline:
         return Loop(self.leases, partial(self._pictures, prompt, options, on_step))
 
     def pictures_of(
-        self, requests: Sequence[Request], options: GenerationOptions, on_step: Watch = None
+        self, requests: Sequence[Request], options: GenerationOptions, on_step: StepCallback = None
     ) -> Iterator[tuple[Request, Image]]:
         """As `pictures`, of requests from `planned`."""
         return Loop(self.leases, partial(self._pictures_of, requests, options, on_step))
 
     def _pictures(
-        self, prompt: Prompt, options: GenerationOptions, on_step: Watch
+        self, prompt: Prompt, options: GenerationOptions, on_step: StepCallback
     ) -> Iterator[tuple[Request, Image]]:
         requests, *_ = self.planned(prompt, options)
         refuse_tags(requests, options)
         yield from self._pictures_of(requests, options, on_step)
 
     def _pictures_of(
-        self, requests: Sequence[Request], options: GenerationOptions, on_step: Watch
+        self, requests: Sequence[Request], options: GenerationOptions, on_step: StepCallback
     ) -> Iterator[tuple[Request, Image]]:
         table, guidance = self._run(options)
         if options.returns_image:
-            yield from ((request, self.given_image(options)) for request in requests)
+            yield from ((request, self.input_image(options)) for request in requests)
             return
         failed = None
         told = None if on_step else self._texts(requests, options, table, guidance)
@@ -163,7 +181,7 @@ class Pipeline:
             made = self._finished(batch, options, table, guidance, on_step)
             for i, request in enumerate(batch.requests):
                 try:
-                    image = self._image(made, i)
+                    image = self._decode_result(made, i)
                 except SdrtError as error:
                     failed = SdrtError(f"seed {request.seed}: {error}")
                     continue
@@ -186,8 +204,8 @@ class Pipeline:
                 f"{len(batches)} batches in one loop; this bundle takes "
                 f"{self.manifest.batch[2]} pictures of prompts of like length"
             )
-        runs = runs_of(batches[0], table, guidance)
-        return denoised(self.engines, runs, self._edit(batches[0], chosen, table))
+        runs = build_states(batches[0], table, guidance)
+        return denoise(self.engines, runs, self._edit(batches[0], chosen, table))
 
     def planned(
         self, prompt: Prompt, options: GenerationOptions
@@ -195,8 +213,8 @@ class Pipeline:
         """What is known of a call before anything is computed: its pictures, their sampler's
         table, their guidance and their (width, height). Raises UsageError for what does not fit.
         """
-        requests, size = self.check(prompt, options)
-        self._most_images(size, options)
+        requests, size = self.validate(prompt, options)
+        self._max_batch_size(size, options)
         if size not in self.manifest.sizes:
             log.warning(
                 "%dx%d is none of the sizes that this bundle was proven at (%s); what is larger "
@@ -206,30 +224,30 @@ class Pipeline:
             )
         return requests, *self._run(options), size
 
-    def given_image(self, options: GenerationOptions) -> Image:
+    def input_image(self, options: GenerationOptions) -> Image:
         """The image to start from in the size asked for, which is the result at strength 0."""
         assert options.image is not None
         pixels = image_array(options.image, self._size(options))
-        return self._checked(images_from_decoded(pixels))[0]
+        return self._check_safety(images_from_decoded(pixels))[0]
 
-    def check(
+    def validate(
         self, prompt: Prompt, options: GenerationOptions
     ) -> tuple[list[Request], tuple[int, int]]:
         """The images of a call and their (width, height), by the manifest alone: no engine need be
         loaded. Raises UsageError for what does not fit the bundle.
         """
-        reading = requests_from if self.takes_prompt else requests_without_prompt
+        reading = requests_from if self.accepts_prompt else requests_without_prompt
         requests, size = reading(prompt, options), self._size(options)
         refuse_negative_tags(requests, options)
         fed = {spec.name: spec for spec in self.manifest.components["unet"].inputs}["sample"]
         channels = self.manifest.latent_channels
         check_task(options, int(fed.shape[1]) - channels, channels)
-        if self.guidance_width:
+        if self.guidance_embedding_width:
             check_guidance(options)
         self._run(options)
         return requests, size
 
-    def separate(
+    def prepare_states(
         self, requests: Sequence[Request], options: GenerationOptions
     ) -> Iterator[tuple[Request, DenoisingState, Edit | None]]:
         """Every picture as a run of its own at its beginning, in order, with what edits its
@@ -238,7 +256,7 @@ class Pipeline:
         """
         table, guidance = self._run(options)
         for batch in self._batches(requests, options, table, together=False):
-            run = runs_of(batch, table, guidance)[0]
+            run = build_states(batch, table, guidance)[0]
             yield batch.requests[0], run, self._edit(batch, options, table)
 
     def decode(self, latents: np.ndarray) -> list[Image]:
@@ -246,20 +264,22 @@ class Pipeline:
         SdrtError if they hold NaN or infinity.
         """
         with self.leases.call():
-            return self._checked([images_from_decoded(each)[0] for each in self._each(latents)])
+            return self._check_safety(
+                [images_from_decoded(each)[0] for each in self._decode_each(latents)]
+            )
 
-    def decoded(self, latents: np.ndarray) -> np.ndarray:
+    def decode_to_array(self, latents: np.ndarray) -> np.ndarray:
         """The decoder's numbers, [B, 3, H, W] about [-1, 1]; raises SdrtError for NaN."""
         with self.leases.call():
-            return np.concatenate(list(self._each(latents)))
+            return np.concatenate(list(self._decode_each(latents)))
 
-    def _each(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+    def _decode_each(self, latents: np.ndarray) -> Iterator[np.ndarray]:
         """The decoder's numbers of one picture after the other.
 
         One at a time: the decoder's activations dwarf all else, and a batch gains nothing.
         """
         for i in range(len(latents)):
-            yield decoded_picture(self.engines, self._tiling, latents[i : i + 1])
+            yield decode_latents(self.engines, self._tiling, latents[i : i + 1])
 
     @property
     def _tiling(self) -> Tiling:
@@ -294,7 +314,7 @@ class Pipeline:
             try:
                 self.adapters.set(chosen)
             finally:
-                self.known.clear()
+                self.chunk_cache.clear()
 
     def close(self) -> None:
         """Give the engines' memory back; pipelines over the same engines end too. Waits for the
@@ -328,22 +348,22 @@ class Pipeline:
         share = np.arange(table.evaluations) / table.evaluations
         low, high = options.guidance_interval
         inside = (share >= low) & (share < high) if high < 1.0 else share >= low
-        pairs = options.guided and self.takes_prompt and not self.guidance_width
+        pairs = options.guided and self.accepts_prompt and not self.guidance_embedding_width
         scale = options.guidance_scale if pairs else 1.0
         scales = np.where(inside, scale, 1.0)
         if options.feature_reuse > 1:
-            check_reuse(self.manifest, self.engines, self.backend)
-            table = reusing(table, options.feature_reuse, 1 + (scales != 1.0))
+            check_feature_reuse(self.manifest, self.engines, self.backend)
+            table = with_feature_reuse(table, options.feature_reuse, 1 + (scales != 1.0))
         return table, Guidance(scales, options.guidance_rescale)
 
-    def _most_images(self, size: tuple[int, int], options: GenerationOptions) -> int:
+    def _max_batch_size(self, size: tuple[int, int], options: GenerationOptions) -> int:
         """How many images are made together: what the bundle takes, as far as memory has room.
         Raises UsageError where there is none for one.
         """
         most = self.manifest.batch[2]
         if self.room is None or size == self.manifest.sizes[0]:  # that was checked at the load
             return most
-        rows = 2 if options.guided and self.takes_prompt else 1
+        rows = 2 if options.guided and self.accepts_prompt else 1
         keeps_scores = bool(getattr(self.engines["unet"], "keeps_scores", False))
         return self.room.max_images(size, rows, most, keeps_scores)
 
@@ -364,27 +384,27 @@ class Pipeline:
         options: GenerationOptions,
         table: SamplerTable,
         together: bool = True,
-        told: list[Told] | None = None,
+        told: list[Conditioning] | None = None,
     ) -> Iterator[Batch]:
         """Pictures whose contexts are of one length together, as many as the bundle takes, or each
         alone. told: of every picture, where it is known already
         """
         width, height = size = self._size(options)
-        most = self._most_images(size, options)
+        most = self._max_batch_size(size, options)
         scale = self.manifest.downscale
         shape = self.manifest.latent_channels, height // scale, width // scale
-        each = dict(zip(requests, told or self.told(requests, options), strict=True))
+        each = dict(zip(requests, told or self.encode_conditioning(requests, options), strict=True))
         fed = {spec.name: spec for spec in self.manifest.components["unet"].inputs}["sample"]
-        source = source_of(
-            partial(encoded_picture, self.engines["vae_encoder"], self._tiling),
+        source = encode_image_inputs(
+            partial(encode_pixels, self.engines["vae_encoder"], self._tiling),
             options,
             (width, height),
             shape,
             int(fed.shape[1]),
         )
-        parts = parts_of_like_length(each, most) if together else [[r] for r in requests]
+        parts = group_by_length(each, most) if together else [[r] for r in requests]
         for part in parts:
-            starts = [start_of(r, options, table, shape, source) for r in part]
+            starts = [build_initial_state(r, options, table, shape, source) for r in part]
             yield Batch(part, [each[r] for r in part], starts, source)
 
     def _finished(
@@ -393,27 +413,29 @@ class Pipeline:
         options: GenerationOptions,
         table: SamplerTable,
         guidance: Guidance,
-        on_step: Watch,
+        on_step: StepCallback,
     ) -> SamplingResult:
         """A batch's result; in one go where nobody looks and the engine can."""
-        runs, edit = runs_of(batch, table, guidance), self._edit(batch, options, table)
+        runs, edit = build_states(batch, table, guidance), self._edit(batch, options, table)
         if on_step is None and edit is None:
             whole = self._size(options) in self.manifest.sizes  # others are decoded in tiles
-            if made := drawn(self.engines, runs, decoded=whole, skip=options.clip_skip):
+            if made := run_sampling_program(
+                self.engines, runs, decoded=whole, skip=options.clip_skip
+            ):
                 return made
-        for step in denoised(self.engines, runs, edit):
+        for step in denoise(self.engines, runs, edit):
             if on_step:
                 on_step(step)
         return SamplingResult(step.latents)
 
-    def _image(self, made: SamplingResult, i: int) -> Image:
+    def _decode_result(self, made: SamplingResult, i: int) -> Image:
         """One picture of a batch; raises as `decode`."""
         if made.pixels is None or not made.good[i]:
             return self.decode(made.latents[i : i + 1])[0]
-        return self._checked([fromarray(made.pixels[i])])[0]
+        return self._check_safety([fromarray(made.pixels[i])])[0]
 
-    def _checked(self, images: list[Image]) -> list[Image]:
-        return checked(self.engines.get("safety_checker"), images)
+    def _check_safety(self, images: list[Image]) -> list[Image]:
+        return apply_safety_checker(self.engines.get("safety_checker"), images)
 
     def _texts(
         self,
@@ -421,49 +443,55 @@ class Pipeline:
         options: GenerationOptions,
         table: SamplerTable,
         guidance: Guidance,
-    ) -> list[Told] | None:
+    ) -> list[Conditioning] | None:
         """The text of every picture, where the engine reads it in the run; else None."""
-        reads = reads_text(self.manifest, self.engines, options) and linear(table, guidance)
-        return texts_of(self.text_encoders[0], requests, options) if reads else None
+        reads = can_encode_text(self.manifest, self.engines, options) and is_linear(table, guidance)
+        return tokenize_requests(self.text_encoders[0], requests, options) if reads else None
 
     @property
-    def takes_prompt(self) -> bool:
+    def accepts_prompt(self) -> bool:
         """Whether there is a text encoder; an unconditional model is told nothing."""
         return "text_encoder" in self.manifest.components
 
     @property
-    def text_encoders(self) -> list[TextEncoder]:
+    def text_encoders(self) -> list[PromptEncoder]:
         """One, two in models such as XL, none in unconditional ones."""
         both = {"text_encoder": self.tokenizer, "text_encoder_2": self.tokenizer_2}
         return [
-            TextEncoder(name, self.engines[name], tokenizer, self.manifest.batch[2], self.known)
+            PromptEncoder(
+                name, self.engines[name], tokenizer, self.manifest.batch[2], self.chunk_cache
+            )
             for name, tokenizer in both.items()
             if tokenizer is not None
         ]
 
-    def told(self, requests: Sequence[Request], options: GenerationOptions) -> list[Told]:
+    def encode_conditioning(
+        self, requests: Sequence[Request], options: GenerationOptions
+    ) -> list[Conditioning]:
         """What the model is fed of every picture besides latents and time; raises UsageError."""
-        if not self.takes_prompt:
+        if not self.accepts_prompt:
             return [{} for _ in requests]
         fed = [spec.name for spec in self.manifest.components["unet"].inputs]
         size, zeroed = self._size(options), self.manifest.zero_empty_prompt
-        width = self.guidance_width
-        rows = one_row(options) if width else options
-        told = told_of(self.text_encoders, requests, rows, fed=fed, size=size, zeroed=zeroed)
-        return with_guidance(told, options, width) if width else told
+        width = self.guidance_embedding_width
+        rows = without_guidance(options) if width else options
+        told = build_conditioning(
+            self.text_encoders, requests, rows, fed=fed, size=size, zeroed=zeroed
+        )
+        return add_guidance_embedding(told, options, width) if width else told
 
     @property
-    def guidance_width(self) -> int:
+    def guidance_embedding_width(self) -> int:
         """Of the guidance scale's embedding, in models that are fed one; else 0."""
-        return guidance_width(self.manifest)
+        return guidance_embedding_width(self.manifest)
 
     def _edit(self, batch: Batch, options: GenerationOptions, table: SamplerTable) -> Edit | None:
-        masked = batch.source.mask is not None and not batch.source.model_masks
+        masked = batch.image_inputs.mask is not None and not batch.image_inputs.is_inpainting_model
         if not masked and options.callback_on_step_end is None:
             return None
-        return partial(self._edited, batch, options, table)
+        return partial(self._edit_latents, batch, options, table)
 
-    def _edited(
+    def _edit_latents(
         self,
         batch: Batch,
         options: GenerationOptions,
@@ -474,7 +502,9 @@ class Pipeline:
         """The latents after an evaluation with what the mask keeps put back, and as the caller's
         callback leaves them; it sees them in the solver's own scale.
         """
-        if (mask := batch.source.mask) is not None and not batch.source.model_masks:
+        if (
+            mask := batch.image_inputs.mask
+        ) is not None and not batch.image_inputs.is_inpainting_model:
             alpha, sigma = table.shares[index].astype(np.float32)
             known = np.stack([alpha * s.picture + sigma * s.columns[0] for s in batch.starts])
             latents = mask * latents + (1.0 - mask) * known
@@ -496,7 +526,7 @@ class Pipeline:
             latents = array.astype(np.float32) / scale
         return latents
 
-    def parameters(self, request: Request, options: GenerationOptions) -> str:
+    def parameters_text(self, request: Request, options: GenerationOptions) -> str:
         """The text that goes into a picture's file."""
         from sdrt.version import __version__
 
@@ -505,7 +535,7 @@ class Pipeline:
         settings: dict[str, object] = {
             "Steps": options.num_inference_steps,
             "Sampler": title,
-            **({"CFG scale": shortest(options.guidance_scale)} if self.takes_prompt else {}),
+            **({"CFG scale": shortest(options.guidance_scale)} if self.accepts_prompt else {}),
             "Seed": request.seed,
             "Size": f"{width}x{height}",
             "Model": self.manifest.name,
@@ -525,7 +555,7 @@ class Pipeline:
         settings |= {"RNG": rng, "Version": f"sdrt {__version__}"}
         return parameters_text(prompt, request.negative_prompt, settings)
 
-    def grid_parameters(self, requests: Sequence[Request], options: GenerationOptions) -> str:
+    def grid_parameters_text(self, requests: Sequence[Request], options: GenerationOptions) -> str:
         """The text that goes into the file of a grid: that of the first image, every seed, and
         every prompt where they differ.
         """
@@ -535,14 +565,14 @@ class Pipeline:
             "Negative prompts": [request.negative_prompt for request in requests],
         }
         differ = {name: values for name, values in lists.items() if len(set(values)) > 1}
-        text = self.parameters(requests[0], options)
+        text = self.parameters_text(requests[0], options)
         return text + "".join(f", {name}: {quoted(values)}" for name, values in differ.items())
 
 
-def runs_of(batch: Batch, table: SamplerTable, guidance: Guidance) -> list[DenoisingState]:
+def build_states(batch: Batch, table: SamplerTable, guidance: Guidance) -> list[DenoisingState]:
     """The runs of a batch, at their beginning."""
-    plan = plan_of(table, guidance)
+    plan = get_history_layout(table, guidance)
     return [
         DenoisingState(table, guidance, plan, start.columns, told, start.beside)
-        for told, start in zip(batch.told, batch.starts, strict=True)
+        for told, start in zip(batch.conditioning, batch.starts, strict=True)
     ]

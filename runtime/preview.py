@@ -19,14 +19,14 @@ class Preview:
 
     def image(self, step: Step) -> Image.Image:
         """All pictures of the batch, one pixel a latent, as the last two steps foretell them."""
-        clean = foretold(self._before, step)
+        clean = predict_denoised(self._before, step)
         self._before = None if step.index == step.total else step
         colours = np.einsum("rc,bchw->brhw", self.projection[:, :-1], clean)
         colours += self.projection[None, :, -1:, None]
         return image_grid(images_from_decoded(colours))
 
 
-def foretold(before: Step | None, step: Step) -> np.ndarray:
+def predict_denoised(before: Step | None, step: Step) -> np.ndarray:
     """The clean latents that two steps agree on if the noise in both is the same."""
     if before is None or before.latents.shape != step.latents.shape:
         return step.latents

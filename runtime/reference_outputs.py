@@ -16,18 +16,18 @@ from sdrt.engine import Feeds
 from sdrt.errors import BundleError
 from sdrt.json_validation import Reader, mapping, number, one_of, record, row, text
 
-from .denoising import DenoisingState, Guidance, denoised, plan_of
+from .denoising import DenoisingState, Guidance, denoise, get_history_layout
 from .noise import randn
 from .options import GenerationOptions, requests_from
 from .pipeline import Pipeline
 from .samplers.table import sampler_table
-from .text.conditioning import time_ids_of
+from .text.conditioning import build_time_ids
 
 PROMPT = "a red circle on a blue background"
 SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False}
 STEPS, GUIDED_STEPS = 2, 4
 TIMESTEP = 500.0
-ANSWERS = "proof.json"
+REFERENCE_FILE = "proof.json"
 SAMPLES = 256  # of an answer are kept, evenly spread
 DIGITS = 6  # of each
 Size = tuple[int, int]  # width and height in pixels
@@ -37,7 +37,7 @@ Size = tuple[int, int]  # width and height in pixels
 class ReferenceOutputs:
     """Samples of torch's answers.
 
-    components: of each component's outputs to `made_up` inputs, by their names
+    components: of each component's outputs to `reference_inputs` inputs, by their names
     picture: of what `drawn` draws in the first size
     """
 
@@ -56,11 +56,13 @@ READ: Reader[ReferenceOutputs] = record(
 )
 
 
-def made_up(shapes: Mapping[str, tuple[int, ...]], ids: np.ndarray | None, size: Size) -> Feeds:
+def reference_inputs(
+    shapes: Mapping[str, tuple[int, ...]], ids: np.ndarray | None, size: Size
+) -> Feeds:
     """Inputs of a component of the given names and shapes; ids: of a prompt, where it reads one."""
     fixed = {
         "input_ids": ids,
-        "time_ids": time_ids_of(GenerationOptions(), size)[1:],
+        "time_ids": build_time_ids(GenerationOptions(), size)[1:],
         "timestep": np.full(1, TIMESTEP, np.float32),
     }
     feeds = {}
@@ -71,32 +73,32 @@ def made_up(shapes: Mapping[str, tuple[int, ...]], ids: np.ndarray | None, size:
     return feeds
 
 
-def samples_of(answer: np.ndarray) -> np.ndarray:
+def take_samples(answer: np.ndarray) -> np.ndarray:
     """At most SAMPLES numbers of an array, evenly spread over it."""
     flat = answer.ravel()
     return flat[np.unique(np.linspace(0, flat.size - 1, SAMPLES).astype(np.int64))]
 
 
-def kept(answer: np.ndarray) -> list[float]:
+def round_samples(answer: np.ndarray) -> list[float]:
     """Samples as they are kept."""
-    return [float(f"{value:.{DIGITS}g}") for value in samples_of(answer)]
+    return [float(f"{value:.{DIGITS}g}") for value in take_samples(answer)]
 
 
-def json_from_answers(answers: ReferenceOutputs) -> str:
+def reference_outputs_to_json(answers: ReferenceOutputs) -> str:
     return json.dumps(asdict(answers), indent=1, sort_keys=True) + "\n"
 
 
-def answers_of(bundle: Bundle) -> ReferenceOutputs:
+def read_reference_outputs(bundle: Bundle) -> ReferenceOutputs:
     """What a bundle's build kept; raises BundleError where it kept none."""
-    if ANSWERS not in bundle.manifest.files:
+    if REFERENCE_FILE not in bundle.manifest.files:
         raise BundleError(
-            f"{bundle.folder} has no {ANSWERS}: it was built before proofs were kept; build it "
-            "again with --force"
+            f"{bundle.folder} has no {REFERENCE_FILE}: it was built before proofs were kept; build "
+            "it again with --force"
         )
     try:
-        return READ(bundle.json(ANSWERS), "it")
+        return READ(bundle.json(REFERENCE_FILE), "it")
     except ValueError as error:
-        raise BundleError(f"{bundle.folder / ANSWERS} holds no answers: {error}") from error
+        raise BundleError(f"{bundle.folder / REFERENCE_FILE} holds no answers: {error}") from error
 
 
 def latent_shape(manifest: Manifest, size: Size) -> tuple[int, int, int, int]:
@@ -105,7 +107,7 @@ def latent_shape(manifest: Manifest, size: Size) -> tuple[int, int, int, int]:
     return 1, manifest.latent_channels, size[1] // scale, size[0] // scale
 
 
-def beside(manifest: Manifest, size: Size, channels: int) -> np.ndarray:
+def reference_extra_channels(manifest: Manifest, size: Size, channels: int) -> np.ndarray:
     """What some models are fed beside the latents, made up: [1, E, H/8, W/8], E mostly 0.
 
     channels: of the model's input
@@ -114,7 +116,7 @@ def beside(manifest: Manifest, size: Size, channels: int) -> np.ndarray:
     return randn(1, (1, channels, *sides))[:, latents:]
 
 
-def drawn(
+def generate_reference_image(
     pipe: Pipeline,
     size: Size,
     steps: int = STEPS,
@@ -123,16 +125,16 @@ def drawn(
 ) -> np.ndarray:
     """The proof's picture of each seed, made together, [B, 3, H, W], by a bundle's engines."""
     manifest = pipe.manifest
-    scale = guidance_scale if pipe.takes_prompt else 1.0
+    scale = guidance_scale if pipe.accepts_prompt else 1.0
     options = GenerationOptions(size=f"{size[0]}x{size[1]}", guidance_scale=scale)
-    (told,) = pipe.told(requests_from(PROMPT, options), options)
+    (told,) = pipe.encode_conditioning(requests_from(PROMPT, options), options)
     table = sampler_table(SCHEDULER, steps)
-    guidance = Guidance(np.full(steps, 1.0 if pipe.guidance_width else scale))
+    guidance = Guidance(np.full(steps, 1.0 if pipe.guidance_embedding_width else scale))
     fed = {spec.name: spec.shape for spec in manifest.components["unet"].inputs}["sample"]
-    more = beside(manifest, size, int(fed[1]))[0]
-    plan, shape = plan_of(table, guidance), latent_shape(manifest, size)
+    more = reference_extra_channels(manifest, size, int(fed[1]))[0]
+    plan, shape = get_history_layout(table, guidance), latent_shape(manifest, size)
     runs = [
         DenoisingState(table, guidance, plan, [randn(seed, shape)[0]], told, more) for seed in seeds
     ]
-    *_, last = denoised(pipe.engines, runs)
-    return pipe.decoded(last.latents)
+    *_, last = denoise(pipe.engines, runs)
+    return pipe.decode_to_array(last.latents)

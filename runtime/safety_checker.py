@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 CARE = np.float32(0.01)  # by how much the special concepts make the others stricter
-MARK = "flagged"
+FLAGGED = "flagged"
 FLAT = (
     "a picture is one colour all over, as an overflow or broken weights leave it; unless that was "
     "asked for, type sdrt verify, or build with --fp32"
@@ -35,7 +35,7 @@ def clip_pixels(image: Image.Image, side: int) -> np.ndarray:
     return ((pixels / np.float32(255.0) - MEAN) / DEVIATION).transpose(2, 0, 1)[None]
 
 
-def scores_of(special: np.ndarray, concepts: np.ndarray) -> np.ndarray:
+def concept_scores(special: np.ndarray, concepts: np.ndarray) -> np.ndarray:
     """Of every concept [17], above 0 where the picture shows it, from distances less thresholds,
     [3] and [17]; rounded to three digits, as the reference library decides.
     """
@@ -45,7 +45,7 @@ def scores_of(special: np.ndarray, concepts: np.ndarray) -> np.ndarray:
     return np.round(concepts.astype(np.float32) + care, 3)
 
 
-def checked(engine: Engine | None, images: list[Image.Image]) -> list[Image.Image]:
+def apply_safety_checker(engine: Engine | None, images: list[Image.Image]) -> list[Image.Image]:
     """The pictures, in place of some a black one that `is_flagged`; warns of those that are flat.
 
     engine: None where the bundle has no safety checker
@@ -54,23 +54,23 @@ def checked(engine: Engine | None, images: list[Image.Image]) -> list[Image.Imag
         log.warning(FLAT)
     if engine is None:
         return images
-    return [_black(image) if _shows(engine, image) else image for image in images]
+    return [_black_image(image) if _is_unsafe(engine, image) else image for image in images]
 
 
-def _shows(engine: Engine, image: Image.Image) -> bool:
+def _is_unsafe(engine: Engine, image: Image.Image) -> bool:
     found = engine({"pixels": clip_pixels(image, int(engine.inputs[0].shape[2]))})
-    return bool((scores_of(found["special"][0], found["concepts"][0]) > 0).any())
+    return bool((concept_scores(found["special"][0], found["concepts"][0]) > 0).any())
 
 
-def _black(image: Image.Image) -> Image.Image:
+def _black_image(image: Image.Image) -> Image.Image:
     black = Image.new("RGB", image.size)
-    black.info[MARK] = True
+    black.info[FLAGGED] = True
     return black
 
 
 def is_flagged(image: Image.Image) -> bool:
     """Whether the safety checker put black in the picture's place."""
-    return bool(image.info.get(MARK))
+    return bool(image.info.get(FLAGGED))
 
 
 def is_flat(image: Image.Image) -> bool:
@@ -85,6 +85,6 @@ def is_flat(image: Image.Image) -> bool:
     return all(least == most for least, most in bands)
 
 
-def marks_of(images: list[Image.Image]) -> tuple[list[bool], list[bool]]:
+def detect_marks(images: list[Image.Image]) -> tuple[list[bool], list[bool]]:
     """Which are flagged, and which flat."""
     return [is_flagged(image) for image in images], [is_flat(image) for image in images]

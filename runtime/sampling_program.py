@@ -15,19 +15,22 @@ from .denoising import DenoisingState, Guidance
 from .options import GenerationOptions
 from .samplers.table import SamplerTable
 
-IDS, WEIGHTS = "input_ids", "weights"  # of what a run is told where the engine reads text itself
+INPUT_IDS, TOKEN_WEIGHTS = (
+    "input_ids",
+    "weights",
+)  # of what a run is told where the engine reads text itself
 
 
-def linear(table: SamplerTable, guidance: Guidance) -> bool:
+def is_linear(table: SamplerTable, guidance: Guidance) -> bool:
     """Whether a run is nothing but rows of numbers: it neither clips nor sets the spread of the
     guided output back, nor reuses features.
     """
     guided = bool((guidance.scales != 1.0).any())
     plain = not table.clip and table.full is None
-    return plain and (guidance.pairs or not guided)
+    return plain and (guidance.in_matrix or not guided)
 
 
-def reads_text(
+def can_encode_text(
     manifest: Manifest, engines: Mapping[str, Engine], options: GenerationOptions
 ) -> bool:
     """Whether the engine can run the text encoder too: there is one, its context is all that the
@@ -48,7 +51,7 @@ def reads_text(
     )
 
 
-def drawn(
+def run_sampling_program(
     engines: Mapping[str, Engine], runs: Sequence[DenoisingState], *, decoded: bool, skip: int = 0
 ) -> SamplingResult | None:
     """What becomes of runs, or None where the engine or the runs cannot be handed over.
@@ -57,22 +60,24 @@ def drawn(
     skip: layers that a text encoder leaves out, where the runs are told text
     """
     whole = getattr(engines["unet"], "run_program", None)
-    if whole is None or (schedule := schedule_of(runs, skip)) is None:
+    if whole is None or (schedule := build_sampling_program(runs, skip)) is None:
         return None
     decoder = engines.get("vae_decoder") if decoded else None
     made: SamplingResult = whole(schedule, engines.get("text_encoder"), decoder)
     return made
 
 
-def schedule_of(runs: Sequence[DenoisingState], skip: int = 0) -> SamplingProgram | None:
+def build_sampling_program(runs: Sequence[DenoisingState], skip: int = 0) -> SamplingProgram | None:
     """What runs at their beginning will do; None if they are not alike, or not linear."""
     first = runs[0]
-    plan, guidance, count = first.plan, first.guidance, first.evaluations
+    plan, guidance, count = first.layout, first.guidance, first.num_evaluations
     used = tuple(2 if scale != 1.0 else 1 for scale in guidance.scales)
-    alike = all(run.plan is plan and run.guidance is guidance and not run.done for run in runs)
-    if not alike or not linear(first.table, guidance):
+    alike = all(
+        run.layout is plan and run.guidance is guidance and not run.evaluations_done for run in runs
+    )
+    if not alike or not is_linear(first.table, guidance):
         return None
-    told = {name: np.stack([run.told[name] for run in runs]) for name in first.told}
+    told = {name: np.stack([run.conditioning[name] for run in runs]) for name in first.conditioning}
     schedule = SamplingProgram(
         columns=np.stack([run.history.columns.reshape(-1, *run.history.shape) for run in runs]),
         rows=np.repeat(plan.rows[:, None], len(runs), axis=1),
@@ -80,13 +85,13 @@ def schedule_of(runs: Sequence[DenoisingState], skip: int = 0) -> SamplingProgra
             np.asarray(first.table.timesteps, np.float32)[:, None], len(runs), axis=1
         ),
         used=used,
-        per=plan.per,
+        per=plan.outputs_per_evaluation,
         output_places=tuple(plan.output_place(k) for k in range(count)),
         state_places=(plan.state_place(count - 1), *(plan.state_place(k) for k in range(count))),
         told=told,
-        beside=np.stack([run.beside for run in runs]),
+        beside=np.stack([run.extra_channels for run in runs]),
     )
-    if IDS not in told:
+    if INPUT_IDS not in told:
         return schedule
-    read = TextInput(told.pop(IDS), told.pop(WEIGHTS), skip)
+    read = TextInput(told.pop(INPUT_IDS), told.pop(TOKEN_WEIGHTS), skip)
     return replace(schedule, read=read)

@@ -23,7 +23,7 @@ Size = tuple[int, int]  # height and width
 Call = Callable[[np.ndarray], np.ndarray]
 
 
-def decoded_picture(
+def decode_latents(
     engines: Mapping[str, Engine], tiling: "Tiling", latents: np.ndarray
 ) -> np.ndarray:
     """One picture, [1, C, H/8, W/8] -> [1, 3, H, W] float32 about [-1, 1]: in float32 where half
@@ -39,7 +39,7 @@ def decoded_picture(
         return pixels_of(latents)
     for name in DECODERS:
         if name in engines:
-            picture = tiling.decoded(partial(_image, engines[name]), latents)
+            picture = tiling.decode(partial(_image, engines[name]), latents)
             if np.isfinite(picture).all():
                 return picture
             if name != DECODERS[-1]:
@@ -54,7 +54,7 @@ def _image(engine: Engine, latents: np.ndarray) -> np.ndarray:
     return engine({"latents": latents})["image"].astype(np.float32, copy=False)
 
 
-def encoded_picture(
+def encode_pixels(
     engine: Engine, tiling: "Tiling", picture: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """[1, 3, H, W] in [-1, 1] -> mean and deviation of its latents, [C, H/8, W/8] float32."""
@@ -63,7 +63,7 @@ def encoded_picture(
         found = engine({"image": tile})
         return np.concatenate([found["mean"], found["std"]], axis=1).astype(np.float32)
 
-    mean, std = np.split(tiling.encoded(moments, picture)[0], 2)
+    mean, std = np.split(tiling.encode(moments, picture)[0], 2)
     return mean, std
 
 
@@ -79,28 +79,30 @@ class Tiling:
     sizes: Sequence[Size]
     scale: int
 
-    def tile(self, sides: Size) -> Size:
+    def tile_size(self, sides: Size) -> Size:
         """What goes through at once of latents of these sides."""
         if any(sides[0] <= height and sides[1] <= width for height, width in self.sizes):
             return sides
         return max(self.sizes, key=math.prod)
 
-    def decoded(self, call: Call, latents: np.ndarray) -> np.ndarray:
+    def decode(self, call: Call, latents: np.ndarray) -> np.ndarray:
         """[1, C, H/8, W/8] -> [1, 3, H, W] float32."""
-        return self._blended(call, latents, self.scale, 1)
+        return self._blend_tiles(call, latents, self.scale, 1)
 
-    def encoded(self, call: Call, picture: np.ndarray) -> np.ndarray:
+    def encode(self, call: Call, picture: np.ndarray) -> np.ndarray:
         """[1, 3, H, W] -> [1, C, H/8, W/8] float32."""
-        return self._blended(call, picture, 1, self.scale)
+        return self._blend_tiles(call, picture, 1, self.scale)
 
-    def _blended(self, call: Call, whole: np.ndarray, up: int, down: int) -> np.ndarray:
+    def _blend_tiles(self, call: Call, whole: np.ndarray, up: int, down: int) -> np.ndarray:
         """Overlapping tiles through the network, faded into each other along their borders.
 
         up, down: the output's side is `up / down` of the input's; one of them is 1
         """
         height, width = (side // down for side in whole.shape[2:])  # of the latents
         sides = height, width
-        spans = [spans_of(side, tile) for side, tile in zip(sides, self.tile(sides), strict=True)]
+        spans = [
+            tile_spans(side, tile) for side, tile in zip(sides, self.tile_size(sides), strict=True)
+        ]
         if len(spans[0]) == len(spans[1]) == 1:
             return call(whole[:, :, : height * down, : width * down])
         total, weight = np.zeros(0, np.float32), np.zeros(0, np.float32)
@@ -112,7 +114,7 @@ class Tiling:
                     total = np.zeros((*made.shape[:2], *(n * up for n in sides)), np.float32)
                     weight = np.zeros(total.shape[2:], np.float32)
                 faded = np.outer(
-                    *(fade(s, n, up) for s, n in zip((rows, columns), sides, strict=True))
+                    *(tile_weights(s, n, up) for s, n in zip((rows, columns), sides, strict=True))
                 )
                 out = tuple(slice(s.start * up, s.stop * up) for s in (rows, columns))
                 total[:, :, out[0], out[1]] += faded * made
@@ -120,7 +122,7 @@ class Tiling:
         return total / weight
 
 
-def spans_of(side: int, tile: int) -> list[slice]:
+def tile_spans(side: int, tile: int) -> list[slice]:
     """Where tiles lie along a side: all of one length, spread evenly, overlapping by a quarter or
     more of it.
     """
@@ -132,7 +134,7 @@ def spans_of(side: int, tile: int) -> list[slice]:
     return [slice(start, start + tile) for start in starts]
 
 
-def fade(span: slice, side: int, up: int) -> np.ndarray:
+def tile_weights(span: slice, side: int, up: int) -> np.ndarray:
     """A tile's weights along one side, [length * up] float32: rising from each border over the
     overlap, full at the picture's own.
     """

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sdrt.runtime.denoising import BatchBuilder, DenoisingState, Edit, step_of
+from sdrt.runtime.denoising import BatchBuilder, DenoisingState, Edit, build_step
 from sdrt.runtime.lora.sets import Named, requests_by_set
 from sdrt.runtime.lora.switch import LoraSwitch
 from sdrt.runtime.options import Request, options_from
@@ -312,7 +312,7 @@ class InflightBatcher:
             except Exception as error:
                 self._end(ticket, typed(error))
                 continue
-            shapes = tuple((name, value.shape[1:]) for name, value in run.told.items())
+            shapes = tuple((name, value.shape[1:]) for name, value in run.conditioning.items())
             with self._changed:
                 ticket.turn.group = (*ticket.turn.group[:2], shapes)  # type: ignore[index]
                 ticket.turn.network = run.component
@@ -324,8 +324,8 @@ class InflightBatcher:
         """At strength 0 there is nothing to evaluate: the image to start from is the result."""
         options = ticket.submission.options
         try:
-            image = self.pipe.given_image(options)
-            text = self.pipe.parameters(ticket.request, options)
+            image = self.pipe.input_image(options)
+            text = self.pipe.parameters_text(ticket.request, options)
         except Exception as error:
             self._end(ticket, typed(error))
             return
@@ -339,7 +339,7 @@ class InflightBatcher:
         weights = self.pipe.leases, self.pipe.leases.changes
         if shared.prepared is None or shared.weights != weights:  # its texts are read anew
             pipe = replace(self.pipe, scheduler_config=shared.scheduler_config)
-            shared.prepared = pipe.separate(shared.requests, shared.options)
+            shared.prepared = pipe.prepare_states(shared.requests, shared.options)
             shared.weights = weights
         try:
             for request, run, edit in shared.prepared:  # in order, past the cancelled ones
@@ -364,7 +364,7 @@ class InflightBatcher:
     def _evaluate(self, tickets: Sequence[RequestHandle]) -> None:
         """One call of the model for all of these."""
         runs = [ticket.run for ticket in tickets if ticket.run is not None]
-        group, rows = tickets[0].turn.group, sum(run.rows for run in runs)
+        group, rows = tickets[0].turn.group, sum(run.num_rows for run in runs)
         began = time.monotonic()
         try:
             self._gather.evaluate(self.pipe.engines, runs)
@@ -387,16 +387,16 @@ class InflightBatcher:
         try:
             with ticket.held():
                 if ticket.edit:
-                    run.replace(ticket.edit(run.done, run.latents[None])[0])
+                    run.replace_latents(ticket.edit(run.evaluations_done, run.latents[None])[0])
                 if ticket.submission.on_step:
-                    step = step_of(run.table, run.done, run.latents[None].copy())
+                    step = build_step(run.table, run.evaluations_done, run.latents[None].copy())
                     ticket.submission.on_step(ticket, step)
         except Exception as error:  # of the caller's; it touches nobody else
             self._end(ticket, typed(error))
             return
-        ticket.turn.left = run.evaluations - run.done
+        ticket.turn.left = run.num_evaluations - run.evaluations_done
         if not run.finished:
-            ticket.turn.rows, ticket.turn.network = run.rows, run.component
+            ticket.turn.rows, ticket.turn.network = run.num_rows, run.component
             return
         with self._changed:
             self._inside.remove(ticket)
@@ -414,7 +414,7 @@ class InflightBatcher:
             try:
                 with ticket.held():
                     image = pipe.decode(ticket.run.latents[None])[0]
-                    text = pipe.parameters(ticket.request, shared.options)
+                    text = pipe.parameters_text(ticket.request, shared.options)
             except Exception as error:
                 self._end(ticket, typed(error))
                 continue

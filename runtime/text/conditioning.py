@@ -15,16 +15,16 @@ import numpy as np
 from sdrt.engine import Engine
 from sdrt.errors import UsageError
 from sdrt.runtime.options import SIZES, GenerationOptions, Request
-from sdrt.runtime.sampling_program import IDS, WEIGHTS
+from sdrt.runtime.sampling_program import INPUT_IDS, TOKEN_WEIGHTS
 
 from .prompt_weighting import Chunks, chunks_from_prompt, weighted
 from .tokenizer import Tokenizer
 
 # What the UNet is fed by input name, [rows, ..]. Of a picture that is guided there are two rows,
 # what is steered away from first; else one.
-Told = dict[str, np.ndarray]
-MAX_KNOWN = 256
-_KEEPING = threading.Lock()
+Conditioning = dict[str, np.ndarray]
+MAX_CACHED_CHUNKS = 256
+_CACHE_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,11 @@ class EncodedChunk:
 
 
 # Stretches encoded before, by the encoder's name, the bytes of their ids and the layers left out.
-Known = dict[tuple[str, bytes, int], EncodedChunk]
+EncodedChunkCache = dict[tuple[str, bytes, int], EncodedChunk]
 
 
 @dataclass(frozen=True, slots=True)
-class TextEncoder:
+class PromptEncoder:
     """One of a model's text encoders.
 
     most: rows of one call
@@ -53,7 +53,7 @@ class TextEncoder:
     engine: Engine
     tokenizer: Tokenizer
     most: int
-    known: Known
+    known: EncodedChunkCache
 
     def chunks(self, texts: Iterable[str], options: GenerationOptions) -> dict[str, Chunks]:
         """Every text's stretches of tokens."""
@@ -88,11 +88,11 @@ class TextEncoder:
         self._keep({places[key]: found[key] for key in keys})
         return found
 
-    def _keep(self, made: Known) -> None:
+    def _keep(self, made: EncodedChunkCache) -> None:
         """Keep these for later calls, and drop the oldest; all who share `known` do it in turn."""
-        with _KEEPING:
+        with _CACHE_LOCK:
             self.known.update(made)
-            while len(self.known) > MAX_KNOWN:
+            while len(self.known) > MAX_CACHED_CHUNKS:
                 del self.known[next(iter(self.known))]
 
     def check_skip(self, clip_skip: int) -> None:
@@ -102,11 +102,11 @@ class TextEncoder:
             raise UsageError(f"clip_skip {clip_skip}; this text encoder has {layers} layers")
 
 
-class Reading:
+class EncodedTexts:
     """Texts as all of a model's encoders read them."""
 
     def __init__(
-        self, encoders: Sequence[TextEncoder], texts: Sequence[str], options: GenerationOptions
+        self, encoders: Sequence[PromptEncoder], texts: Sequence[str], options: GenerationOptions
     ) -> None:
         every = dict.fromkeys([*texts, ""])
         self.chunks = [encoder.chunks(every, options) for encoder in encoders]
@@ -118,11 +118,11 @@ class Reading:
     def stretches_of(self, text: str) -> int:
         return max(len(chunks[text]) for chunks in self.chunks)
 
-    def told(self, text: str, count: int) -> Told:
+    def told(self, text: str, count: int) -> Conditioning:
         """A text in `count` stretches, the ones that it lacks empty: its context [tokens, width],
         the encoders' side by side, and as a whole [width] by its first stretch.
         """
-        told: Told = {}
+        told: Conditioning = {}
         contexts = []
         for chunks, stretches in zip(self.chunks, self.stretches, strict=True):
             own, empty = chunks[text], chunks[""]
@@ -134,15 +134,15 @@ class Reading:
         return {"context": np.concatenate(contexts, axis=-1), **told}
 
 
-def told_of(
-    encoders: Sequence[TextEncoder],
+def build_conditioning(
+    encoders: Sequence[PromptEncoder],
     requests: Sequence[Request],
     options: GenerationOptions,
     *,
     fed: Collection[str],
     size: tuple[int, int],
     zeroed: bool = False,
-) -> list[Told]:
+) -> list[Conditioning]:
     """What the UNet is told of every picture.
 
     fed: the names of the UNet's inputs
@@ -150,40 +150,40 @@ def told_of(
     zeroed: an empty negative prompt is zeros
     Raises UsageError for embeddings that do not fit, and for sizes that the model is not told of.
     """
-    _check_taken(options, fed)
-    told = _told_of_prompts(encoders, requests, options, "pooled" in fed, zeroed)
+    _check_supported(options, fed)
+    told = _encode_prompts(encoders, requests, options, "pooled" in fed, zeroed)
     if "time_ids" in fed:
-        time_ids = time_ids_of(options, size)[0 if options.guided else 1 :]
+        time_ids = build_time_ids(options, size)[0 if options.guided else 1 :]
         told = [{**each, "time_ids": time_ids} for each in told]
     return told
 
 
-def texts_of(
-    encoder: TextEncoder, requests: Sequence[Request], options: GenerationOptions
-) -> list[Told] | None:
+def tokenize_requests(
+    encoder: PromptEncoder, requests: Sequence[Request], options: GenerationOptions
+) -> list[Conditioning] | None:
     """Of every picture the ids of its text's stretches, `input_ids` [2 or 1, stretches, tokens],
     and their `weights`, for an engine that reads them in its run; None where there is more than
     the encoder takes at once.
     """
     encoder.check_skip(options.clip_skip)
-    _check_taken(options, ("context",))
+    _check_supported(options, ("context",))
     pairs = [(r.negative_prompt, r.prompt) if options.guided else (r.prompt,) for r in requests]
     chunks = encoder.chunks(dict.fromkeys([*chain(*pairs), ""]), options)
-    told = [_text_of([chunks[text] for text in pair], chunks[""]) for pair in pairs]
-    rows = {row.tobytes() for each in told for stretches in each[IDS] for row in stretches}
+    told = [_stack_chunks([chunks[text] for text in pair], chunks[""]) for pair in pairs]
+    rows = {row.tobytes() for each in told for stretches in each[INPUT_IDS] for row in stretches}
     return told if len(rows) <= 2 * encoder.most else None
 
 
-def _text_of(texts: Sequence[Chunks], empty: Chunks) -> Told:
+def _stack_chunks(texts: Sequence[Chunks], empty: Chunks) -> Conditioning:
     """Texts in as many stretches as the longest has, the ones that they lack empty."""
     count = max(len(text) for text in texts)
     filled = [[text, *[empty] * (count - len(text))] for text in texts]
     ids = [np.concatenate([each.ids for each in stretches]) for stretches in filled]
     weights = [np.concatenate([each.weights for each in stretches]) for stretches in filled]
-    return {IDS: np.stack(ids), WEIGHTS: np.stack(weights).astype(np.float32)}
+    return {INPUT_IDS: np.stack(ids), TOKEN_WEIGHTS: np.stack(weights).astype(np.float32)}
 
 
-def _check_taken(options: GenerationOptions, fed: Collection[str]) -> None:
+def _check_supported(options: GenerationOptions, fed: Collection[str]) -> None:
     """Raise UsageError for what this model is not told of."""
     for name, side in (("time_ids", SIZES), ("pooled", ("pooled_prompt_embeds",))):
         for option in (*side, *(f"negative_{each}" for each in side)):
@@ -191,28 +191,28 @@ def _check_taken(options: GenerationOptions, fed: Collection[str]) -> None:
                 raise UsageError(f"{option} is for models such as XL; this one does not take it")
 
 
-def _told_of_prompts(
-    encoders: Sequence[TextEncoder],
+def _encode_prompts(
+    encoders: Sequence[PromptEncoder],
     requests: Sequence[Request],
     options: GenerationOptions,
     pooled: bool,
     zeroed: bool,
-) -> list[Told]:
+) -> list[Conditioning]:
     """The context of every picture, and the prompt as a whole if it is `pooled`."""
     prompted = avoided = None
     if options.prompt_embeds is not None:
-        prompted = _given(options, "", pooled)
+        prompted = _read_embeddings(options, "", pooled)
     if options.guided and options.negative_prompt_embeds is not None:
-        avoided = _given(options, "negative_", pooled)
+        avoided = _read_embeddings(options, "negative_", pooled)
 
     def reads(negative: str) -> bool:
         return options.guided and avoided is None and not (zeroed and not negative)
 
     texts = [r.prompt for r in requests] if prompted is None else []
     negatives = [r.negative_prompt for r in requests if reads(r.negative_prompt)]
-    reading = Reading(encoders, texts + negatives, options)
+    reading = EncodedTexts(encoders, texts + negatives, options)
 
-    def told(request: Request) -> Told:
+    def told(request: Request) -> Conditioning:
         negative = request.negative_prompt
         if prompted is None:
             count = reading.stretches_of(request.prompt)
@@ -220,22 +220,22 @@ def _told_of_prompts(
                 count = max(count, reading.stretches_of(negative))
             wanted = reading.told(request.prompt, count)
         else:
-            wanted = _row(prompted, request.prompt_index)
+            wanted = _select_row(prompted, request.prompt_index)
             count = -(-len(wanted["context"]) // encoders[0].tokenizer.length)
         if not options.guided:
             return {name: value[None] for name, value in wanted.items()}
         if avoided is not None:
-            unwanted = _row(avoided, request.prompt_index)
+            unwanted = _select_row(avoided, request.prompt_index)
         elif reads(negative):
             unwanted = reading.told(negative, count)
         else:
             unwanted = {name: np.zeros_like(value) for name, value in wanted.items()}
-        return _both(unwanted, wanted)
+        return _stack_pair(unwanted, wanted)
 
     return [told(request) for request in requests]
 
 
-def _both(unwanted: Told, wanted: Told) -> Told:
+def _stack_pair(unwanted: Conditioning, wanted: Conditioning) -> Conditioning:
     for name, value in wanted.items():
         if unwanted[name].shape != value.shape:
             what = "" if name == "context" else "pooled "
@@ -246,21 +246,21 @@ def _both(unwanted: Told, wanted: Told) -> Told:
     return {name: np.stack([unwanted[name], value]) for name, value in wanted.items()}
 
 
-def _given(options: GenerationOptions, side: str, pooled: bool) -> Told:
+def _read_embeddings(options: GenerationOptions, side: str, pooled: bool) -> Conditioning:
     """Embeddings instead of a prompt; raises UsageError unless they are all that the model needs.
 
     side: "" or "negative_"
     """
     name, whole = f"{side}prompt_embeds", f"{side}pooled_prompt_embeds"
-    told = {"context": _checked(name, getattr(options, name), "tokens, width")}
+    told = {"context": _check_embeddings(name, getattr(options, name), "tokens, width")}
     if pooled:
         if getattr(options, whole) is None:
             raise UsageError(f"{name} without {whole}; this model is told of the whole prompt too")
-        told["pooled"] = _checked(whole, getattr(options, whole), "width")
+        told["pooled"] = _check_embeddings(whole, getattr(options, whole), "width")
     return told
 
 
-def _checked(name: str, embeddings: np.ndarray, axes: str) -> np.ndarray:
+def _check_embeddings(name: str, embeddings: np.ndarray, axes: str) -> np.ndarray:
     array = np.asarray(embeddings, np.float32)
     if array.ndim != 2 + axes.count(",") or not len(array) or not np.isfinite(array).all():
         raise UsageError(
@@ -269,7 +269,7 @@ def _checked(name: str, embeddings: np.ndarray, axes: str) -> np.ndarray:
     return array
 
 
-def _row(told: Told, index: int) -> Told:
+def _select_row(told: Conditioning, index: int) -> Conditioning:
     """One picture's; one for all is enough."""
     for name, value in told.items():
         if index >= len(value) > 1:
@@ -279,7 +279,7 @@ def _row(told: Told, index: int) -> Told:
     return {name: value[min(index, len(value) - 1)] for name, value in told.items()}
 
 
-def parts_of_like_length(told: Mapping[Request, Told], most: int) -> Iterator[list[Request]]:
+def group_by_length(told: Mapping[Request, Conditioning], most: int) -> Iterator[list[Request]]:
     """Pictures whose contexts, or texts, are of one length, at most so many together."""
     lengths = {r: next(iter(each.values())).shape[1] if each else 0 for r, each in told.items()}
     for tokens in sorted(set(lengths.values())):
@@ -288,7 +288,7 @@ def parts_of_like_length(told: Mapping[Request, Told], most: int) -> Iterator[li
             yield alike[i : i + most]
 
 
-def time_ids_of(options: GenerationOptions, size: tuple[int, int]) -> np.ndarray:
+def build_time_ids(options: GenerationOptions, size: tuple[int, int]) -> np.ndarray:
     """The six numbers of sizes that some models are told, [2, 6] float32, those for what is steered
     away from first: Podell et al. 2023 (arXiv:2307.01952), section 2.2. size: (width, height)
     """

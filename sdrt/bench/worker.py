@@ -52,10 +52,10 @@ def own(pipe: Pipeline, size: str, steps: list[int], spent: Spent) -> dict[str, 
     engines = {
         name: Timed(engine, names.get(name, name), spent) for name, engine in pipe.engines.items()
     }
-    watched = replace(pipe, engines=engines, known={})
+    watched = replace(pipe, engines=engines, chunk_cache={})
 
     def picture(count: int) -> None:
-        watched.known.clear()
+        watched.chunk_cache.clear()
         image = watched(PROMPT, num_inference_steps=count, size=size, seed=0).images[0]
         Timed(image.save, "PNG", spent)(io.BytesIO(), "PNG")
 

@@ -34,11 +34,11 @@ def compare(args: argparse.Namespace) -> None:
         )
         chosen = [pipe.with_scheduler(name) for name in names]
         prompt = apply_tags(pipe, args.prompt)
-        next(pipe.pictures(prompt, replace(base, num_inference_steps=1)))  # warm
+        next(pipe.stream(prompt, replace(base, num_inference_steps=1)))  # warm
         for name, one in zip(names, chosen, strict=True):
             for count in steps:
                 began = time.perf_counter()
-                _, image = next(one.pictures(prompt, replace(base, num_inference_steps=count)))
+                _, image = next(one.stream(prompt, replace(base, num_inference_steps=count)))
                 seconds = time.perf_counter() - began
                 images.append(image)
                 labels.append(f"{name}\n{count} steps, {seconds:.2f} s")

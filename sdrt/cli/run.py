@@ -99,10 +99,10 @@ def check_arguments(args: argparse.Namespace) -> GenerationOptions:
             raise UsageError(f"--{name} needs --image, the image to start from")
     options = options_from_arguments(args)
     pipe = unloaded_pipeline(open_bundle(args.bundle))
-    if pipe.takes_prompt and not args.prompt:
+    if pipe.accepts_prompt and not args.prompt:
         raise UsageError('no prompt; type for example: sdrt run "a red circle"')
     chosen = with_scheduler(pipe, args.scheduler, args.scheduler_option)
-    requests, _ = chosen.check(args.prompt or None, options)
+    requests, _ = chosen.validate(args.prompt or None, options)
     requests_by_set(requests, options, _loras(args))
     return options
 
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
                     _say(FLAGGED.format(request.seed), sys.stderr)
                 finished.append((request, image))
                 if not args.grid:
-                    text = chosen.parameters(request, options)
+                    text = chosen.parameters_text(request, options)
                     file = image_file(args.output, request, total)
                     writing[request.index] = writer.submit(_write, image, file, text, args.json)
                 for each in writing.values():
@@ -209,7 +209,7 @@ def _write_grid(
 ) -> Path:
     """One image of all, with a text that holds every seed."""
     requests = [request for request, _ in finished]
-    text = pipe.grid_parameters(requests, options)
+    text = pipe.grid_parameters_text(requests, options)
     grid = image_grid([image for _, image in finished])
     return _write(grid, image_file(args.output, requests[0], 1), text, args.json)
 

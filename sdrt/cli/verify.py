@@ -21,10 +21,10 @@ from sdrt.runtime.reference_outputs import (
     GUIDED_STEPS,
     PROMPT,
     ReferenceOutputs,
-    answers_of,
-    drawn,
-    made_up,
-    samples_of,
+    generate_reference_image,
+    read_reference_outputs,
+    reference_inputs,
+    take_samples,
 )
 
 log = logging.getLogger(__name__)
@@ -74,14 +74,14 @@ def _line(check: Check) -> str:
 
 def proven(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
     """Every component in every precision, the whole pipeline, and whether a seed is one picture."""
-    answers, size = answers_of(bundle), bundle.manifest.sizes[0]
+    answers, size = read_reference_outputs(bundle), bundle.manifest.sizes[0]
     exact = replace(bundle, manifest=replace(bundle.manifest, admitted={}))
     with load_pipeline(exact, candidate) as pipe:
         for name in pipe.engines:
             if name.removesuffix("_float32") in bundle.manifest.components:
                 yield _component(pipe, name, answers)
         try:
-            picture = drawn(pipe, size)
+            picture = generate_reference_image(pipe, size)
         except BackendError:
             raise
         except SdrtError as error:  # it holds NaN or infinity
@@ -90,17 +90,22 @@ def proven(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
         halves = any(part.dtype == "float16" for part in bundle.manifest.components.values())
         kept, dtype = {"picture": answers.picture}, "float16" if halves else "float32"
         yield _compared("the whole pipeline", {"picture": picture}, kept, dtype)
-        same = drawn(pipe, size).tobytes() == picture.tobytes()
+        same = generate_reference_image(pipe, size).tobytes() == picture.tobytes()
         said = "the same bytes" if same else "other bytes"
         yield Check("the same seed again", said, "the same bytes", same)
         if bundle.manifest.batch[2] > 1:  # a call of more rows may round otherwise
-            shared, alone = drawn(pipe, size, seeds=(1, 0))[1:], samples_of(picture)
+            shared, alone = (
+                generate_reference_image(pipe, size, seeds=(1, 0))[1:],
+                take_samples(picture),
+            )
             yield _compared("the seed in company", {"picture": shared}, {"picture": alone}, dtype)
         reduced = candidate.reduced_precision in bundle.manifest.admitted
-        wanted = drawn(pipe, size, GUIDED_STEPS, GUIDANCE) if reduced else picture
+        wanted = (
+            generate_reference_image(pipe, size, GUIDED_STEPS, GUIDANCE) if reduced else picture
+        )
     if reduced:
         with load_pipeline(bundle, candidate) as pipe:
-            found = drawn(pipe, size, GUIDED_STEPS, GUIDANCE)
+            found = generate_reference_image(pipe, size, GUIDED_STEPS, GUIDANCE)
         psnr, floor = parity.measure(found, wanted, is_image=True)["psnr"], parity.MIN_IMAGE_PSNR
         what = f"a picture in {candidate.reduced_precision}"
         yield Check(what, f"psnr {psnr:.1f} dB", f"at least {floor} dB", psnr >= floor)
@@ -111,7 +116,7 @@ def _component(pipe: Pipeline, name: str, answers: ReferenceOutputs) -> Check:
     component, size = pipe.manifest.components[part], pipe.manifest.sizes[0]
     tokenizer = pipe.tokenizer_2 if part == "text_encoder_2" else pipe.tokenizer
     ids = tokenizer(["", PROMPT]) if tokenizer else None
-    found = pipe.engines[name](made_up(_shapes(pipe.manifest, part), ids, size))
+    found = pipe.engines[name](reference_inputs(_shapes(pipe.manifest, part), ids, size))
     dtype = component.dtype if name == part else f"{component.dtype} weights in float32"
     kept = answers.components.get(part, {})
     return _compared(f"{part}, {dtype}", found, kept, component.dtype)
@@ -134,7 +139,7 @@ def _compared(
     """Answers against the samples that are kept of torch's, by the floor of a precision."""
     floor = parity.PARITY_THRESHOLDS[dtype]
     wanted = f"cosine at least {floor.cosine}, error at most {floor.error}"
-    samples = {name: samples_of(answer) for name, answer in found.items()}
+    samples = {name: take_samples(answer) for name, answer in found.items()}
     if {name: len(each) for name, each in samples.items()} != {n: len(k) for n, k in kept.items()}:
         return Check(what, "other outputs than those that are kept", wanted, False)
     every = [parity.measure(samples[name], np.array(kept[name]), is_image=False) for name in kept]

@@ -18,7 +18,7 @@ from sdrt.errors import BundleError, ParityError, UsageError
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.unet import Unet
 from sdrt.runtime.batching.engine import InflightBatcher
-from sdrt.runtime.deepcache import reusing
+from sdrt.runtime.deepcache import with_feature_reuse
 from sdrt.runtime.samplers.table import sampler_table
 
 PROMPT = "a red circle on a blue background"
@@ -123,7 +123,7 @@ def test_the_first_evaluation_and_those_with_new_rows_are_full():
     table = sampler_table({"_class_name": "DDIMScheduler"}, 8)
 
     def said(every, rows):
-        return "".join("f" if full else "." for full in reusing(table, every, rows).full)
+        return "".join("f" if full else "." for full in with_feature_reuse(table, every, rows).full)
 
     assert said(3, [2] * 8) == "f..f..f."
     assert said(1, [2] * 8) == "ffffffff"

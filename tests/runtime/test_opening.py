@@ -13,7 +13,7 @@ import pytest
 from sdrt import progress
 from sdrt.engine.call_once import call_once
 from sdrt.errors import BackendError
-from sdrt.runtime.opening import opened_apart
+from sdrt.runtime.opening import open_concurrently
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from first_load import hung
@@ -36,7 +36,7 @@ def test_components_are_opened_side_by_side_and_come_in_order():
         together.wait(SECONDS)
         return Engine()
 
-    assert list(opened_apart({"unet": open_one, "vae_decoder": open_one})) == [
+    assert list(open_concurrently({"unet": open_one, "vae_decoder": open_one})) == [
         "unet",
         "vae_decoder",
     ]
@@ -55,7 +55,7 @@ def test_none_stays_open_where_one_fails():
         return made
 
     with pytest.raises(BackendError, match="it does not load"):
-        opened_apart({"unet": slow, "vae_decoder": fails})
+        open_concurrently({"unet": slow, "vae_decoder": fails})
     assert made.closed.is_set()
 
 
@@ -73,7 +73,7 @@ def test_what_is_opened_after_an_interruption_is_closed(monkeypatch):
 
     monkeypatch.setattr("sdrt.runtime.opening.reported", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        opened_apart({"unet": slow, "vae_decoder": lambda: early})
+        open_concurrently({"unet": slow, "vae_decoder": lambda: early})
     assert early.closed.is_set() and not late.closed.is_set()
     go_on.set()
     assert late.closed.wait(SECONDS)
@@ -88,7 +88,7 @@ def test_what_is_loading_is_named(monkeypatch, caplog):
             time.sleep(0.001)
         return Engine()
 
-    opened_apart({"unet": slow})  # or this takes for ever
+    open_concurrently({"unet": slow})  # or this takes for ever
 
 
 def test_a_library_is_first_used_by_one_thread():

@@ -10,7 +10,7 @@ from PIL import Image
 
 import sdrt
 from sdrt.errors import SdrtError, UsageError
-from sdrt.runtime.denoising import Guidance, plan_of
+from sdrt.runtime.denoising import Guidance, get_history_layout
 from sdrt.runtime.images import image_grid, save_png
 from sdrt.runtime.samplers.table import sampler_table
 
@@ -48,9 +48,9 @@ def test_a_guidance_before_leaves_no_trace(pipe):
 def test_a_plan_lives_as_long_as_its_table():
     table = replace(sampler_table({"_class_name": "DDIMScheduler"}, 5))
     halves, guided = (Guidance(np.full(5, scale)) for scale in (0.5, 7.5))
-    plan = plan_of(table, guided)
-    assert plan_of(table, Guidance(guided.scales.copy())) is plan
-    assert (plan_of(table, halves).rows != plan.rows).any()
+    plan = get_history_layout(table, guided)
+    assert get_history_layout(table, Guidance(guided.scales.copy())) is plan
+    assert (get_history_layout(table, halves).rows != plan.rows).any()
     kept = weakref.ref(table)
     del table
     assert kept() is None

@@ -15,7 +15,12 @@ from sdrt.cli.main import main
 from sdrt.engine import select_backend
 from sdrt.errors import CheckpointError
 from sdrt.export.build import BuildPlan, build_bundle
-from sdrt.runtime.safety_checker import checked, clip_pixels, is_flagged, scores_of
+from sdrt.runtime.safety_checker import (
+    apply_safety_checker,
+    clip_pixels,
+    concept_scores,
+    is_flagged,
+)
 
 pytestmark = [
     pytest.mark.reference,
@@ -76,7 +81,7 @@ def test_scores_and_decisions_are_the_references(reference, bundle):
     for picture in pictures():
         pixels = clip_pixels(picture, SIDE)
         found = engine({"pixels": pixels})
-        own = scores_of(found["special"][0], found["concepts"][0])
+        own = concept_scores(found["special"][0], found["concepts"][0])
         scores = {}
         kept = round  # the reference keeps its scores to itself; they are what it rounds
 
@@ -91,7 +96,7 @@ def test_scores_and_decisions_are_the_references(reference, bundle):
         finally:
             del module.round
         assert np.abs(own - np.array(list(scores.values())[3:])).max() <= 0.0011
-        assert is_flagged(checked(engine, [picture])[0]) == flags[0]
+        assert is_flagged(apply_safety_checker(engine, [picture])[0]) == flags[0]
         decided.append(flags[0])
     assert 0 < sum(decided) < len(decided)
     engine.close()

@@ -275,7 +275,7 @@ def test_after_close_everything_raises_in_words(tiny_bundle):
         lambda: pipe(PROMPT),
         lambda: pipe.with_scheduler("Euler")(PROMPT),
         lambda: list(pipe.steps(PROMPT)),
-        lambda: list(pipe.pictures(PROMPT, options)),
+        lambda: list(pipe.stream(PROMPT, options)),
         lambda: pipe.decode(np.zeros((1, 4, 4, 4), np.float32)),
         lambda: pipe.set_lora({}),
     ):
@@ -398,8 +398,8 @@ def test_an_engine_in_flight_can_be_closed_while_a_change_waits(tiny_bundle):
 
 def test_what_was_read_is_kept_for_all_threads(one, monkeypatch):
     """More prompts than are kept, so that threads add and drop at the same time."""
-    monkeypatch.setattr("sdrt.runtime.text.conditioning.MAX_KNOWN", 3)
-    own = replace(one, known={})
+    monkeypatch.setattr("sdrt.runtime.text.conditioning.MAX_CACHED_CHUNKS", 3)
+    own = replace(one, chunk_cache={})
     alone = [own(f"word {i}", num_inference_steps=1, seed=0).images[0].tobytes() for i in range(6)]
     got = in_threads(
         THREADS,
@@ -409,7 +409,7 @@ def test_what_was_read_is_kept_for_all_threads(one, monkeypatch):
         ],
     )
     assert all(got[i][k] == alone[(i + k) % 6] for i in range(THREADS) for k in range(6))
-    assert len(own.known) <= 3
+    assert len(own.chunk_cache) <= 3
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])

@@ -19,7 +19,7 @@ from sdrt.export import modules
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.validation import largest_activation
 from sdrt.runtime import randn
-from sdrt.runtime.vae import Tiling, decoded_picture, encoded_picture, fade, spans_of
+from sdrt.runtime.vae import Tiling, decode_latents, encode_pixels, tile_spans, tile_weights
 
 SHAPE = (1, 4, 4, 4)
 LARGE = 8.0  # times what the decoder is made to hold
@@ -63,7 +63,7 @@ def test_the_picture_that_overflows_is_decoded_again_alone(brittle, half, caplog
         assert pipe.manifest.components["vae_decoder"].dtype == "float16"
         small = pipe.engines["vae_decoder"]({"latents": latents[1:2]})["image"]
         assert not np.isfinite(small).all()  # or else this test shows nothing
-        found = pipe.decoded(latents)
+        found = pipe.decode_to_array(latents)
         again = [r for r in caplog.records if "again in float32" in r.message]
         assert len(again) == 1
         for i in range(3):
@@ -105,12 +105,12 @@ def test_a_single_precision_bundle_has_no_second_graph(tiny_bundle):
 @pytest.mark.parametrize("side", [5, 8, 9, 15, 16, 23, 64])
 @pytest.mark.parametrize("tile", [4, 8])
 def test_tiles_cover_a_side_and_their_weights_are_smooth(side, tile):
-    spans = spans_of(side, tile)
+    spans = tile_spans(side, tile)
     assert spans[0].start == 0 and spans[-1].stop == side
     total = np.zeros(side * 8)
     for span in spans:
         assert span.stop - span.start == min(tile, side)
-        weights = fade(span, side, 8)
+        weights = tile_weights(span, side, 8)
         assert (weights > 0).all()
         total[span.start * 8 : span.stop * 8] += weights
     assert (total > 0).all()
@@ -131,8 +131,8 @@ def test_what_has_no_neighbours_is_tiled_exactly():
         return blocks.mean(axis=(3, 5))
 
     picture = latents.repeat(4, axis=2).repeat(4, axis=3)
-    np.testing.assert_allclose(tiling.decoded(grow, latents), picture, atol=1e-6)
-    np.testing.assert_allclose(tiling.encoded(shrink, picture), latents, atol=1e-6)
+    np.testing.assert_allclose(tiling.decode(grow, latents), picture, atol=1e-6)
+    np.testing.assert_allclose(tiling.encode(shrink, picture), latents, atol=1e-6)
 
 
 def collage(pipe, width, height):
@@ -151,15 +151,15 @@ def test_seams_of_a_tiled_decode_are_not_seen(pipe):
     """A picture twice the declared sides, encoded and decoded whole and in tiles."""
     picture = collage(pipe, 128, 128)
     whole, tiled = Tiling([(16, 16)], 8), Tiling([(8, 8)], 8)
-    mean, _ = encoded_picture(pipe.engines["vae_encoder"], whole, picture)
-    parts, _ = encoded_picture(pipe.engines["vae_encoder"], tiled, picture)
-    once = decoded_picture(pipe.engines, whole, mean[None])
-    again = decoded_picture(pipe.engines, tiled, mean[None])
+    mean, _ = encode_pixels(pipe.engines["vae_encoder"], whole, picture)
+    parts, _ = encode_pixels(pipe.engines["vae_encoder"], tiled, picture)
+    once = decode_latents(pipe.engines, whole, mean[None])
+    again = decode_latents(pipe.engines, tiled, mean[None])
     assert np.sqrt(np.mean((parts - mean) ** 2)) <= 0.25 * mean.std()
     assert psnr(again, once) >= 30
     # What tiles add to the step from one column to the next: no more at their borders than inside.
     added = np.abs(np.diff(again, axis=3) - np.diff(once, axis=3)).mean(axis=(0, 1, 2))
-    borders = {8 * s for span in spans_of(16, 8) for s in (span.start, span.stop)} - {0, 128}
+    borders = {8 * s for span in tile_spans(16, 8) for s in (span.start, span.stop)} - {0, 128}
     at = [border - 1 for border in borders]
     assert added[at].max() <= np.delete(added, at).max()
 

@@ -171,7 +171,7 @@ def test_a_prompt_is_encoded_once(pipe):
             return self.engine(feeds)
 
     encoder = Encoder(pipe.engines["text_encoder"])
-    own = replace(pipe, engines={**pipe.engines, "text_encoder": encoder}, known={})
+    own = replace(pipe, engines={**pipe.engines, "text_encoder": encoder}, chunk_cache={})
     first = own(PROMPT, num_inference_steps=2, seed=0).images[0]
     again = own.with_scheduler("PLMS")(PROMPT, num_inference_steps=2, seed=0).images[0]
     assert encoder.rows == [2] and np.array_equal(np.asarray(first), np.asarray(again))
@@ -180,7 +180,7 @@ def test_a_prompt_is_encoded_once(pipe):
     assert encoder.rows == [2, 2, 2]
     for i in range(40):
         own([f"a circle {i * 10 + k}" for k in range(10)], num_inference_steps=1, seed=0)
-    assert len(own.known) <= 256
+    assert len(own.chunk_cache) <= 256
 
 
 def test_outside_the_interval_the_unguided_row_is_not_computed(pipe):
@@ -214,7 +214,7 @@ def test_prompts_of_unlike_length_are_made_in_batches_of_their_own(pipe):
 def test_pictures_come_as_they_are_finished(pipe):
     from sdrt.runtime import GenerationOptions
 
-    made = pipe.pictures([PROMPT] * 6, GenerationOptions(num_inference_steps=1, seed=0))
+    made = pipe.stream([PROMPT] * 6, GenerationOptions(num_inference_steps=1, seed=0))
     assert next(made)[0].index == 0
     assert len(list(made)) == 5
 

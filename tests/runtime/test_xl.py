@@ -229,7 +229,7 @@ def told(pipe, prompt, **options):
     from sdrt.runtime.options import options_from, requests_from
 
     chosen = options_from({"seed": 0, "guidance_scale": 1.0, **options})
-    return pipe.told(requests_from(prompt, chosen), chosen)[0]
+    return pipe.encode_conditioning(requests_from(prompt, chosen), chosen)[0]
 
 
 def test_attention_weighs_both_contexts_and_leaves_the_whole(pipe):

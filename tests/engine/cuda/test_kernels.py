@@ -16,11 +16,11 @@ from PIL import Image
 
 from sdrt.engine import SamplingResult
 from sdrt.errors import BackendError, UsageError
-from sdrt.runtime.denoising import DenoisingState, Guidance, denoised, plan_of
+from sdrt.runtime.denoising import DenoisingState, Guidance, denoise, get_history_layout
 from sdrt.runtime.images import images_from_decoded
 from sdrt.runtime.samplers.registry import config_from_name
 from sdrt.runtime.samplers.table import sampler_table
-from sdrt.runtime.sampling_program import drawn, schedule_of
+from sdrt.runtime.sampling_program import build_sampling_program, run_sampling_program
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from sdrt.engine.cuda import driver as cuda_driver
@@ -198,7 +198,7 @@ def runs_of(scheduler, scales, pictures, beside=0, clip=False):
     table = sampler_table(config, len(scales))
     scales = np.resize(scales, table.evaluations)
     guidance, rng = Guidance(scales), np.random.default_rng(0)
-    plan = plan_of(table, guidance)
+    plan = get_history_layout(table, guidance)
     shape = (4, 6, 5)
     guided = 2 if (scales != 1.0).any() else 1
     return [
@@ -227,25 +227,28 @@ def runs_of(scheduler, scales, pictures, beside=0, clip=False):
 )
 def test_a_whole_run_by_the_kernel_is_the_loops(kernel, scheduler, scales, pictures, beside):
     arguments = scheduler, scales, pictures, beside
-    *_, last = denoised({"unet": model}, runs_of(*arguments))
+    *_, last = denoise({"unet": model}, runs_of(*arguments))
     engines = {"unet": Emulated(kernel, model)}
-    found = drawn(engines, runs_of(*arguments), decoded=False).latents
+    found = run_sampling_program(engines, runs_of(*arguments), decoded=False).latents
     error = np.abs(found - last.latents).max() / np.abs(last.latents).max()
     assert error < (2e-2 if kernel[1] == "float16" else 1e-5)
 
 
 def test_runs_that_are_no_table_or_begun_are_not_handed_over():
     runs = runs_of("DDIMScheduler", [7.5] * 3, 2)
-    assert schedule_of(runs) is not None
+    assert build_sampling_program(runs) is not None
     other = runs_of("DDIMScheduler", [7.5] * 3, 1)
-    assert schedule_of([*runs, *other]) is None
+    assert build_sampling_program([*runs, *other]) is None
     rescaled = runs_of("DDIMScheduler", [7.5] * 3, 1)
     rescaled[0].guidance = replace(rescaled[0].guidance, rescale=0.7)
-    assert schedule_of(rescaled) is None
-    assert schedule_of(runs_of("DDIMScheduler", [7.5] * 3, 1, clip=True)) is None
-    next(iter(denoised({"unet": model}, runs)))
-    assert schedule_of(runs) is None
-    assert drawn({"unet": model}, runs_of("DDIMScheduler", [7.5] * 3, 1), decoded=True) is None
+    assert build_sampling_program(rescaled) is None
+    assert build_sampling_program(runs_of("DDIMScheduler", [7.5] * 3, 1, clip=True)) is None
+    next(iter(denoise({"unet": model}, runs)))
+    assert build_sampling_program(runs) is None
+    assert (
+        run_sampling_program({"unet": model}, runs_of("DDIMScheduler", [7.5] * 3, 1), decoded=True)
+        is None
+    )
 
 
 def test_pixels_are_those_of_the_host_to_the_last_bit(kernel):

@@ -64,7 +64,7 @@ def their_picture(pipe, steps=6, guidance_scale=7.5):
 
 def our_picture(pipe, steps=6, **options):
     *_, last = pipe.steps(PROMPT, num_inference_steps=steps, seed=0, **options)
-    return np.clip(pipe.decoded(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
+    return np.clip(pipe.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
 
 
 def psnr(a, b):
