@@ -49,6 +49,6 @@ def test_pictures_are_the_references(reference, pipe, name, seeds):
                 **eta,
             ).images[0]
             *_, last = own.steps(prompt, num_inference_steps=STEPS, guidance_scale=7.5, seed=seed)
-            found = own.decoded(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5
+            found = own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5
             error = np.mean((np.clip(found, 0, 1).astype(np.float64) - wanted) ** 2)
             assert 10 * np.log10(1.0 / max(error, 1e-12)) >= 50, (prompt, seed)

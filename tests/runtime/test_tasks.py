@@ -103,7 +103,7 @@ def test_pictures_are_the_references(built, strength, scheduler):
         **extra,
     ).images[0]
     *_, last = own.steps("a red circle", num_inference_steps=6, seed=3, **options)
-    found = np.clip(own.decoded(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
+    found = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
     error = np.mean((found.astype(np.float64) - wanted) ** 2)
     assert 10 * np.log10(1.0 / max(error, 1e-12)) >= 50
 

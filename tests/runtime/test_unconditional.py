@@ -60,7 +60,7 @@ def pixels(bundle):
 
 def decibels(own, wanted, steps, seed):
     *_, last = own.steps(num_inference_steps=steps, seed=seed)
-    found = np.clip(own.decoded(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
+    found = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
     return 10 * np.log10(1.0 / max(np.mean((found.astype(np.float64) - wanted) ** 2), 1e-12))
 
 

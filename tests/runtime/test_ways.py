@@ -51,7 +51,7 @@ def reference(embedded):
 
 def decibels(own, wanted, prompt=PROMPT, **options):
     *_, last = own.steps(prompt, num_inference_steps=STEPS, seed=0, **options)
-    found = np.clip(own.decoded(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
+    found = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
     return 10 * np.log10(1.0 / max(np.mean((found.astype(np.float64) - wanted) ** 2), 1e-12))
 
 
