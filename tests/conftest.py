@@ -22,6 +22,32 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what needs exported graphs, and begin with the files that take longest, so that no
+    worker waits for the other at the end, and none for a graph that the other exports.
+    """
+    for item in items:
+        if "build_once" in item.fixturenames:
+            item.add_marker("exports")
+    files = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    items[:] = [
+        item for file in sorted(files, key=lambda f: rank(files[f])) for item in files[file]
+    ]
+
+
+def rank(items):
+    """Of a file among those of a run: own builds, shared builds, what else takes seconds, many
+    tests.
+    """
+    needs = {name for item in items for name in item.fixturenames}
+    exports, shared = "build_once" in needs, needs & {"tiny_bundle", "tiny_xl_bundle"}
+    long = any(item.get_closest_marker(m) for item in items for m in ("integration", "browser"))
+    return (not exports or bool(shared), not exports, not long, -len(items))
+
+
 def pytest_collection_finish():
     """What the libraries have made by now stays: no collection of garbage need look at it again."""
     gc.collect()
@@ -90,18 +116,24 @@ def embedded():
 
 
 @pytest.fixture(scope="session")
+def build_once(home):
+    """`build_bundle` of components that are exported once. What uses it is marked `exports`."""
+    from exports import built
+
+    return built
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory, embedded):
     """A checkpoint of a few thousand random weights, in the hub's layout."""
     return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny", embedded)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny, tmp_path_factory):
+def tiny_bundle(tiny, tmp_path_factory, build_once):
     """Its bundle in two sizes."""
-    from exports import built
-
     target = tmp_path_factory.mktemp("built") / "tiny"
-    return built(str(tiny), target, sizes=((32, 32), (48, 32)), batch=(1, 1, 2))
+    return build_once(str(tiny), target, sizes=((32, 32), (48, 32)), batch=(1, 1, 2))
 
 
 @pytest.fixture(scope="session")
@@ -110,11 +142,9 @@ def tiny_xl(tmp_path_factory, embedded):
 
 
 @pytest.fixture(scope="session")
-def tiny_xl_bundle(tiny_xl):
-    from exports import built
-
+def tiny_xl_bundle(tiny_xl, build_once):
     target = tiny_xl.parent / "tiny-xl-bundle"
-    return built(str(tiny_xl), target, sizes=((32, 32), (48, 32)))
+    return build_once(str(tiny_xl), target, sizes=((32, 32), (48, 32)))
 
 
 @pytest.fixture

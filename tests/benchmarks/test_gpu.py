@@ -9,6 +9,8 @@ import pytest
 
 from sdrt.engine.gpu import detect_gpus
 
+pytestmark = pytest.mark.integration
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 

@@ -16,6 +16,8 @@ from sdrt.engine.memory_budget import check_memory, compute_budget, free_bytes, 
 from sdrt.errors import BackendError
 from sdrt.export import activation_memory
 
+pytestmark = pytest.mark.integration
+
 PROMPT = "a red circle on a blue background"
 OPTIONS = {"num_inference_steps": 3, "seed": [3, 4], "num_images_per_prompt": 2}
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exports import built, exported_once
+from exports import exported_once
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -28,6 +28,8 @@ from sdrt.export import build, validation
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.graph import export_graph
 from sdrt.export.unet import Unet
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
@@ -98,7 +100,8 @@ def test_openvino_draws_the_same_exactly_and_nearly_in_bf16(shapes, tmp_path):
         assert manifest["admitted"]["openvino-bf16"] >= 35.0
 
 
-def test_a_part_may_come_from_elsewhere(tiny, tmp_path):
+@pytest.mark.build
+def test_a_part_may_come_from_elsewhere(tiny, tmp_path, build_once):
     from sdrt.export.tiny_vae import AutoencoderTiny, TinyVaeConfig
 
     config = {
@@ -113,7 +116,7 @@ def test_a_part_may_come_from_elsewhere(tiny, tmp_path):
         {name: tensor.numpy() for name, tensor in weights.items()},
         tmp_path / "vae" / "diffusion_pytorch_model.safetensors",
     )
-    bundle = built(str(tiny), tmp_path / "b", vae=str(tmp_path))
+    bundle = build_once(str(tiny), tmp_path / "b", vae=str(tmp_path))
     assert f"vae {tmp_path}" in open_bundle(bundle).manifest.source
     with sdrt.load(bundle, backend="onnxruntime") as pipe:
         first = pipe("a square", num_inference_steps=2, seed=0).images[0]
@@ -124,7 +127,8 @@ def test_a_part_may_come_from_elsewhere(tiny, tmp_path):
             build_bundle(BuildPlan(str(tiny), tmp_path / "c", vae=wrong))
 
 
-def test_what_overflows_in_half_is_kept_in_single(tiny, tmp_path):
+@pytest.mark.build
+def test_what_overflows_in_half_is_kept_in_single(tiny, tmp_path, build_once):
     """A decoder whose middle reaches 1e6 and comes back: black pictures in fp16."""
     model = shutil.copytree(tiny, tmp_path / "model")
     path = model / "vae" / "diffusion_pytorch_model.safetensors"
@@ -132,7 +136,7 @@ def test_what_overflows_in_half_is_kept_in_single(tiny, tmp_path):
     for name in ("weight", "bias"):
         weights[f"decoder.conv_in.{name}"] = weights[f"decoder.conv_in.{name}"] * np.float32(1e6)
     save_file(weights, path)
-    bundle = built(str(model), tmp_path / "b", dtype="float16")
+    bundle = build_once(str(model), tmp_path / "b", dtype="float16")
     components = open_bundle(bundle).manifest.components
     assert components["vae_decoder"].dtype == "float32"
     assert components["unet"].dtype == components["text_encoder"].dtype == "float16"
@@ -178,6 +182,7 @@ def bytes_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.mark.build
 def test_builds_are_reproducible(tiny, tiny_bundle, tmp_path, monkeypatch):
     """All is exported anew but the UNet, whose export takes as long as all else."""
     monkeypatch.setattr(validation, "export_graph", unet_once)
@@ -208,8 +213,8 @@ def test_builds_of_other_processes_places_and_times_are_the_same(tiny, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def half(tiny, tmp_path_factory):
-    return built(str(tiny), tmp_path_factory.mktemp("half") / "b", dtype="float16")
+def half(tiny, tmp_path_factory, build_once):
+    return build_once(str(tiny), tmp_path_factory.mktemp("half") / "b", dtype="float16")
 
 
 def test_fp16_is_stored_in_half(half, tiny_bundle):
@@ -359,6 +364,7 @@ def test_too_small_a_disk_is_said_before_work_begins(tiny, tmp_path, monkeypatch
         build_bundle(BuildPlan(str(tiny), tmp_path / "b"))
 
 
+@pytest.mark.build
 @pytest.mark.parametrize(
     "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
 )

@@ -18,6 +18,8 @@ from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.hub import needed_names
 from sdrt.export.weights import weight_files
 
+pytestmark = pytest.mark.integration
+
 FETCH = """
 import logging, sys
 from sdrt.errors import SdrtError
@@ -128,6 +130,7 @@ def test_only_what_a_build_reads_is_fetched(hub, fetch, model, tmp_path):
     assert again.stdout == done.stdout and len(hub.asked) == before
 
 
+@pytest.mark.build
 def test_the_hub_may_be_away(hub, fetch):
     kept = fetch("org/open").stdout
     away = {"HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -139,6 +142,7 @@ def test_the_hub_may_be_away(hub, fetch):
     assert other.returncode == 4 and "HF_HUB_OFFLINE is set" in other.stderr
 
 
+@pytest.mark.build
 def test_revisions(fetch):
     folders = [Path(fetch("org/open", revision).stdout.strip()) for revision in ("v1", "main")]
     texts = [(folder / "model_index.json").read_text() for folder in folders]
@@ -151,11 +155,16 @@ def test_revisions(fetch):
     ("repository", "token", "message"),
     [
         ("org/gated", "", "accept its terms at .*/org/gated with your account, then set HF_TOKEN"),
-        ("org/gated", "hf_wrong", r"is gated \(403\).*see that the token"),
-        ("org/private", "", "has no org/private, or it is private"),
         ("org/none", "", "has no org/none, or it is private"),
         ("org/pickles", "", "diffusion_pytorch_model.bin, a pickle: .*torch.load"),
-        ("org/ckpt", "", "only merged.ckpt, a pickle: .*torch.load"),
+        *(
+            pytest.param(*case, marks=pytest.mark.build)
+            for case in (
+                ("org/gated", "hf_wrong", r"is gated \(403\).*see that the token"),
+                ("org/private", "", "has no org/private, or it is private"),
+                ("org/ckpt", "", "only merged.ckpt, a pickle: .*torch.load"),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_had_says_what_to_do(hub, fetch, repository, token, message):
@@ -165,7 +174,9 @@ def test_what_cannot_be_had_says_what_to_do(hub, fetch, repository, token, messa
     assert not hub.files_sent() or repository == "org/gated"
 
 
-@pytest.mark.parametrize("repository", ["org/gated", "org/private"])
+@pytest.mark.parametrize(
+    "repository", ["org/gated", pytest.param("org/private", marks=pytest.mark.build)]
+)
 def test_a_token_opens_what_its_account_may_read(fetch, repository):
     assert fetch(repository, HF_TOKEN="hf_right").returncode == 0
 

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from exports import built
 from single_files import single_file, tiny_parts
 
 from sdrt import load
@@ -21,6 +20,8 @@ from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.modules import native_size
 from sdrt.runtime.samplers.registry import SAMPLERS
 from sdrt.runtime.samplers.table import sampler_table
+
+pytestmark = pytest.mark.integration
 
 FAMILIES = ("1.x", "2.x", "2.x base", "XL")
 V_PRED, ZTSNR = {"v_pred": torch.empty(0)}, {"ztsnr": torch.empty(0)}
@@ -207,9 +208,9 @@ def test_choice_and_reason_are_printed_stored_and_shown(tiny, tiny_bundle, tmp_p
 
 
 @pytest.mark.slow
-def test_a_bundle_predicts_what_was_chosen(tiny, tmp_path):
+def test_a_bundle_predicts_what_was_chosen(tiny, tmp_path, build_once):
     options = {"prediction_type": "v_prediction", "zero_snr": True, "sizes": ((32, 32),)}
-    folder = built(str(tiny), tmp_path / "bundle", **options)
+    folder = build_once(str(tiny), tmp_path / "bundle", **options)
     bundle = open_bundle(folder)
     assert bundle.manifest.prediction.startswith("v_prediction with zero terminal SNR (--pred")
     scheduler = bundle.json("scheduler/scheduler_config.json")

@@ -3,7 +3,6 @@ draws the reference pipeline's image.
 """
 
 import pytest
-from exports import built
 from saved import FAMILIES, NEGATIVE, PROMPT, drawn, psnr, saved
 
 import sdrt
@@ -11,12 +10,17 @@ import sdrt
 pytestmark = pytest.mark.reference
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def both(request, embedded, tmp_path_factory):
+PARAMS = [pytest.param(name, marks=[pytest.mark.build] * (name != "1.x")) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
+def both(request, embedded, tmp_path_factory, build_once):
     folder = tmp_path_factory.mktemp("saved")
     reference = saved(embedded, folder / "model", request.param)
     assert not list((folder / "model").glob("tokenizer*/vocab.json"))
-    with sdrt.load(built(str(folder / "model"), folder / "bundle"), backend="onnxruntime") as pipe:
+    with sdrt.load(
+        build_once(str(folder / "model"), folder / "bundle"), backend="onnxruntime"
+    ) as pipe:
         yield pipe, reference
 
 

@@ -1,6 +1,7 @@
 """The configurations in which samplers are compared with the reference library's."""
 
 import itertools
+import random
 
 STEPS = (1, 2, 3, 4, 5, 8, 20, 50)
 BASE = {
@@ -147,3 +148,9 @@ def configs(name):
         every += [{**laid, "prediction_type": "v_prediction"} for laid in LAID]
     unique = {repr(sorted(config.items())): config for config in every}
     return [{**BASE, "_class_name": name, **config} for config in unique.values()]
+
+
+def cases(name, share=1.0):
+    """Configurations of a scheduler with numbers of steps: the same share of them in every run."""
+    every = list(itertools.product(configs(name), STEPS))
+    return random.Random(name).sample(every, round(share * len(every)))

@@ -21,6 +21,8 @@ from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.deepcache import with_feature_reuse
 from sdrt.runtime.samplers.table import sampler_table
 
+pytestmark = pytest.mark.integration
+
 PROMPT = "a red circle on a blue background"
 BACKENDS = ("onnxruntime", "openvino", "torch")
 STEPS = 10

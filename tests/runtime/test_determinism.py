@@ -13,6 +13,8 @@ from PIL import Image
 
 from sdrt.runtime.safety_checker import is_flat
 
+pytestmark = pytest.mark.integration
+
 PROMPT = "a red circle on a blue background"
 
 

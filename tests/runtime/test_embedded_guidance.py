@@ -6,7 +6,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from exports import built
 from safetensors.torch import save_file
 from saved import PROMPT, drawn, psnr, saved
 
@@ -30,8 +29,8 @@ def model(embedded, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bundle(model):
-    return built(str(model[1]), model[1].parent / "bundle", feature_reuse=0)
+def bundle(model, build_once):
+    return build_once(str(model[1]), model[1].parent / "bundle", feature_reuse=0)
 
 
 @pytest.fixture(scope="module")

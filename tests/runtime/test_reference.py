@@ -5,7 +5,10 @@ import pytest
 
 from sdrt.runtime.samplers.registry import SAMPLERS
 
-pytestmark = pytest.mark.reference
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.reference,
+]
 PROMPTS = (
     "a red circle on a blue background",
     "a small white cross at the top on a purple background",

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from exports import built
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -60,10 +59,10 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def bundle(reference, tiny, tmp_path_factory):
+def bundle(reference, tiny, tmp_path_factory, build_once):
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("safety") / "model")
     reference.save_pretrained(folder / "safety_checker")
-    return built(str(folder), folder.parent / "bundle", safety_checker=True)
+    return build_once(str(folder), folder.parent / "bundle", safety_checker=True)
 
 
 def test_a_picture_is_read_as_clip_reads_it():

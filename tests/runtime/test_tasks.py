@@ -1,7 +1,6 @@
 """Models that are fed more than latents: inpainting and depth, built and compared as pictures."""
 
 import diffusers
-import exports
 import numpy as np
 import pytest
 import torch
@@ -18,15 +17,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
 TASKS = {"inpainting": {"in_channels": 9}, "depth": {"in_channels": 5}}
+PARAMS = ["inpainting", pytest.param("depth", marks=pytest.mark.build)]
 SIDE = 32
 
 
-@pytest.fixture(scope="module", params=TASKS)
-def built(request, tmp_path_factory, embedded):
+@pytest.fixture(scope="module", params=PARAMS)
+def built(request, tmp_path_factory, embedded, build_once):
     """(task, checkpoint, pipeline) of a tiny model of random weights."""
     folder = tmp_path_factory.mktemp(request.param)
     model = write_tiny(folder / "model", embedded, **TASKS[request.param])
-    bundle = exports.built(str(model), folder / "bundle", sizes=((SIDE, SIDE),))
+    bundle = build_once(str(model), folder / "bundle", sizes=((SIDE, SIDE),))
     with sdrt.load(bundle, backend="onnxruntime") as pipe:
         yield request.param, model, pipe
 

@@ -20,6 +20,8 @@ from sdrt.runtime import options as options_module
 from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.images import image_array
 
+pytestmark = pytest.mark.integration
+
 BACKENDS = ("onnxruntime", "openvino", "torch")
 THREADS, SECONDS = 8, 60
 SAMPLERS = ("Euler", "DPM++ 2M Karras", "UniPC")

@@ -7,7 +7,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from exports import built
 from PIL import Image
 from pixel_configs import DDPM, SMALL
 from safetensors.torch import load_file, save_file
@@ -48,8 +47,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bundle(model, tmp_path_factory):
-    return built(str(model), tmp_path_factory.mktemp("pixels") / "bundle")
+def bundle(model, tmp_path_factory, build_once):
+    return build_once(str(model), tmp_path_factory.mktemp("pixels") / "bundle")
 
 
 @pytest.fixture(scope="module")

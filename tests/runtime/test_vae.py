@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from exports import built
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -44,9 +43,9 @@ def brittle(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def half(brittle, tmp_path_factory):
+def half(brittle, tmp_path_factory, build_once):
     folder = tmp_path_factory.mktemp("half") / "bundle"
-    return built(str(brittle), folder, dtype="float16", sizes=((32, 32),))
+    return build_once(str(brittle), folder, dtype="float16", sizes=((32, 32),))
 
 
 def psnr(a, b):

@@ -6,6 +6,7 @@ from PIL import Image
 from shapes_scenes import draw, scene_from_random
 
 from sdrt.errors import UsageError
+from sdrt.runtime.text import conditioning
 
 PROMPT = "a red circle on a blue background"
 STEPS = 10
@@ -57,7 +58,10 @@ def decibels(own, wanted, prompt=PROMPT, **options):
 
 SCHEDULERS = ("DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 SCHEDULERS += ("DPMSolverMultistepScheduler", "HeunDiscreteScheduler")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 @pytest.mark.reference
@@ -162,7 +166,7 @@ class Counted:
         return self.engine(feeds)
 
 
-def test_a_prompt_is_encoded_once(pipe):
+def test_a_prompt_is_encoded_once(pipe, monkeypatch):
     from dataclasses import replace
 
     class Encoder(Counted):
@@ -178,9 +182,10 @@ def test_a_prompt_is_encoded_once(pipe):
     own(PROMPT, num_inference_steps=1, seed=0, clip_skip=1)
     own("a square", num_inference_steps=1, seed=0, negative_prompt="green")
     assert encoder.rows == [2, 2, 2]
-    for i in range(40):
-        own([f"a circle {i * 10 + k}" for k in range(10)], num_inference_steps=1, seed=0)
-    assert len(own.chunk_cache) <= 256
+    monkeypatch.setattr(conditioning, "MAX_CACHED_CHUNKS", 12)
+    for i in range(4):
+        own([f"a circle {i * 5 + k}" for k in range(5)], num_inference_steps=1, seed=0)
+    assert len(own.chunk_cache) <= 12
 
 
 def test_outside_the_interval_the_unguided_row_is_not_computed(pipe):

@@ -19,6 +19,8 @@ from sdrt.bundle.manifest import MANIFEST
 from sdrt.bundle.store import find_bundle, list_bundles
 from sdrt.errors import BundleError, SdrtError
 
+pytestmark = pytest.mark.integration
+
 OLD, NEW = b"old" * 1000, b"new" * 2000
 
 

@@ -20,6 +20,8 @@ from sdrt.errors import BackendError
 from sdrt.serve.server import allow_connections
 from sdrt.serve.settings import digest_from_key
 
+pytestmark = pytest.mark.integration
+
 LONG = {"prompt": PROMPT, "num_inference_steps": 900}
 PATH = "/v1/images/generations"
 

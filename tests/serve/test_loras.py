@@ -18,6 +18,8 @@ import sdrt
 from sdrt.errors import UsageError
 from sdrt.runtime.lora.names import find_named, list_loras
 
+pytestmark = pytest.mark.integration
+
 SDAPI = {"steps": 3, "seed": 5, "width": 64, "height": 64, "sampler_name": "Euler", "cfg_scale": 2}
 USUAL = {"num_inference_steps": 3, "seed": 5, "guidance_scale": 2.0}
 SETS = {

@@ -12,6 +12,8 @@ import fuzz_targets
 import pytest
 from mutating import mutated
 
+pytestmark = pytest.mark.integration
+
 CORPUS = Path(__file__).parent.parent / "corpus"
 EACH = 600
 HANG = 5.0  # seconds on the processor, where milliseconds are usual

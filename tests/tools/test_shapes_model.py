@@ -8,6 +8,8 @@ from shapes_reader import NAMES, colour_name, verdict
 from shapes_scenes import caption, draw, scene_from_random
 from shapes_tokenizer import write_tokenizer
 
+pytestmark = pytest.mark.integration
+
 CAPTIONS = 200
 FEW = 60
 
@@ -36,9 +38,9 @@ def shares(verdicts):
     }
 
 
-@pytest.fixture(scope="module")
-def guided(pipe):
-    return verdicts_of(pipe, scenes(), 7.5)
+@pytest.fixture(scope="module", params=[FEW, pytest.param(CAPTIONS, marks=pytest.mark.grid)])
+def guided(pipe, request):
+    return verdicts_of(pipe, scenes(request.param), 7.5)
 
 
 def test_the_reader_reads_drawn_pictures():

@@ -24,6 +24,8 @@ from sdrt.engine.onnxruntime.session import session_options
 from sdrt.engine.parity import sample_input
 from sdrt.errors import BackendError
 
+pytestmark = pytest.mark.integration
+
 PICTURE = {"num_inference_steps": 4, "seed": 3}
 
 

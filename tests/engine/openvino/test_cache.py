@@ -13,6 +13,8 @@ from sdrt.engine import compile_cache as kept_folder
 from sdrt.engine.cpu import has_bf16
 from sdrt.engine.parity import sample_input
 
+pytestmark = pytest.mark.integration
+
 pytest.importorskip("openvino")
 
 LENGTHS = {"rows": 2, "tokens": 32, "latent_height": 8, "latent_width": 12}

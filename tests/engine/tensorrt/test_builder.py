@@ -33,6 +33,8 @@ from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
 from sdrt.export.validation import RECIPES
 
+pytestmark = pytest.mark.integration
+
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 AXES = {recipe.name: recipe for recipe in RECIPES}
 
@@ -110,6 +112,7 @@ KINDS = {  # every kind of node that a family brings
 }
 
 
+@pytest.mark.trt
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "1.x")) for kind in KINDS]
 )
@@ -126,6 +129,7 @@ def test_every_family_of_unets_is_tensorrt_graphs(family, tmp_path):
     parsed(exported(tmp_path, "unet", Unet(config), unet_inputs(config)))
 
 
+@pytest.mark.trt
 def test_the_tiny_autoencoder_is_a_tensorrt_graph(tmp_path):
     channels = {"encoder_block_out_channels": [8] * 4, "decoder_block_out_channels": [8] * 4}
     vae = AutoencoderTiny(TinyVaeConfig.from_json(channels))
@@ -135,6 +139,7 @@ def test_the_tiny_autoencoder_is_a_tensorrt_graph(tmp_path):
     parsed(exported(tmp_path / "e", "vae_encoder", encoder, {"image": image}))
 
 
+@pytest.mark.trt
 def test_the_autoencoders_wide_head_is_decomposed_and_builds(tmp_path):
     """512 wide, which no fused kernel serves."""
     config = VaeConfig(block_out_channels=(32, 64, 128, 512), layers_per_block=1)
@@ -321,6 +326,7 @@ def test_unets_of_pixels_are_tensorrt_graphs(tmp_path):
     parsed(exported(tmp_path, "unet", PixelUnet(config), inputs))
 
 
+@pytest.mark.trt
 def test_the_safety_checker_is_a_tensorrt_graph(tmp_path):
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -330,6 +336,7 @@ def test_the_safety_checker_is_a_tensorrt_graph(tmp_path):
     parsed(exported(tmp_path, "safety_checker", SafetyChecker(config), inputs, torch.float32))
 
 
+@pytest.mark.trt
 def test_the_paired_text_encoders_of_xl_are_tensorrt_graphs(tmp_path):
     config = CLIPTextConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2

@@ -18,6 +18,8 @@ from sdrt.engine.torch.compile import straightened
 from sdrt.engine.torch.engine import TorchEngine
 from sdrt.errors import BackendError, UsageError
 
+pytestmark = pytest.mark.integration
+
 SHAPE = ("rows", 4, "latent_height", "latent_width")
 COMPONENT = Component(
     (TensorSpec("sample", "float32", SHAPE),),

@@ -30,6 +30,8 @@ from sdrt.export.vae import AutoencoderKL, VaeConfig
 from sdrt.runtime.lora.adapters import changes_from_tensors
 from sdrt.runtime.text.tokenizer import END
 
+pytestmark = pytest.mark.integration
+
 
 def original_unet_names():
     """Every weight name of the original UNet, spelled out from its configuration."""

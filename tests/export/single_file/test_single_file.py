@@ -14,6 +14,8 @@ from sdrt.export import modules
 from sdrt.export.build import BuildPlan, _announce
 from sdrt.export.checkpoint import find_checkpoint
 
+pytestmark = pytest.mark.integration
+
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = "cond_stage_model.transformer.text_model."
 LAYER = f"{UNET}middle_block.1.proj_in"

@@ -17,6 +17,8 @@ from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.batching.request import RequestCancelled, RequestRejected
 from sdrt.runtime.denoising import DenoisingState
 
+pytestmark = pytest.mark.integration
+
 PROMPT = "a red circle on a blue background"
 SECONDS = 60
 

@@ -24,12 +24,14 @@ from sdrt.runtime import LoraWeight
 from sdrt.runtime.lora.adapters import read_lora
 
 pytestmark = [
+    pytest.mark.integration,
     pytest.mark.reference,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 PROMPT = "a red circle on a blue background"
 BACKENDS = ("onnxruntime", "openvino", "torch")
+SAMPLE = [pytest.param(b, marks=[pytest.mark.grid] * (b != "onnxruntime")) for b in BACKENDS]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,14 @@ def psnr(a, b):
     return -10 * np.log10(max(np.mean((a.astype(np.float64) - b) ** 2), 1e-12))
 
 
-@pytest.mark.parametrize("chosen", [{"kohya": 0.8}, {"peft": 1.0}, {"kohya": 0.5, "peft": -0.6}])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param({"kohya": 0.8}, marks=pytest.mark.grid),
+        pytest.param({"peft": 1.0}, marks=pytest.mark.grid),
+        {"kohya": 0.5, "peft": -0.6},
+    ],
+)
 def test_pictures_are_the_references(shapes, files, reference, chosen):
     theirs = reference()
     for name in chosen:
@@ -98,7 +107,7 @@ def test_a_weight_for_the_text_encoder_and_one_for_the_unet(shapes, files, refer
         assert psnr(our_picture(pipe), their_picture(theirs)) < 40
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SAMPLE)
 def test_what_is_taken_off_leaves_nothing(shapes, files, backend):
     def png(*loras):
         pipe.set_lora({files[name]: 0.7 for name in loras})
@@ -173,7 +182,7 @@ def test_every_kind_makes_the_references_picture_and_leaves_nothing(
             assert np.array_equal(our_picture(pipe, 3), bare), backend
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SAMPLE)
 def test_the_shallow_part_carries_them_too(shapes, files, backend):
     rng = np.random.default_rng(0)
     feeds = {

@@ -16,6 +16,8 @@ from sdrt.errors import BackendError, UsageError
 from sdrt.runtime import LoraWeight
 from sdrt.runtime.batching.engine import InflightBatcher
 
+pytestmark = pytest.mark.integration
+
 PROMPT = "a red circle on a blue background"
 OPTIONS = {"num_inference_steps": 3, "seed": 0, "guidance_scale": 2.0}
 SECONDS = 60
@@ -77,6 +79,7 @@ def wanted(loaded):
     return made
 
 
+@pytest.mark.slow
 def test_a_stream_of_several_sets_from_several_threads(lora_pipe, wanted):
     jobs = [*SETS] * 3
 

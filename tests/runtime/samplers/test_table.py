@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from reference_schedulers import reference_from_picture, reference_table
-from sampler_grid import BASE, STEPS, configs
+from sampler_grid import BASE, STEPS, cases
 
 from sdrt.errors import UsageError
 from sdrt.runtime.noise import CpuNoise
@@ -22,6 +22,7 @@ from sdrt.runtime.samplers.table import sample, sampler_table
 
 diffusers.logging.set_verbosity_error()
 pytestmark = [
+    pytest.mark.integration,
     pytest.mark.reference,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -67,42 +68,36 @@ def both(config, steps, double):
     return (matrix, timesteps) if np.isfinite(matrix).all() else None
 
 
-def size(name):
-    return f"{name}, {len(configs(name)) * len(STEPS)} matrices"
-
-
-# The reference takes minutes to step these; the quick ones of theirs are below.
+# The reference takes minutes to step all of these.
 LONG = ("KDPM2", "LMS")
-GRIDS = [
-    pytest.param(name, marks=[pytest.mark.slow] if name.startswith(LONG) else [], id=size(name))
-    for name in SAMPLERS
-]
+SHARES = [(name, 0.01 if name.startswith(LONG) else 0.1) for name in SAMPLERS]
+GRIDS = [pytest.param(name, share, id=f"{name}, some") for name, share in SHARES]
+GRIDS += [pytest.param(name, 1.0, id=f"{name}, all", marks=pytest.mark.grid) for name in SAMPLERS]
 
 
-@pytest.mark.parametrize("name", GRIDS)
-def test_tables_are_the_references_in_float64(name, monkeypatch):
+@pytest.mark.parametrize(("name", "share"), GRIDS)
+def test_tables_are_the_references_in_float64(name, share, monkeypatch):
     # What its float32 cuts off another test compares.
     monkeypatch.setattr(samplers_spacing, "cut", lambda schedule, timesteps: np.trunc(timesteps))
     table_module._table.cache_clear()
     compared, asked = 0, 0
-    for config in configs(name):
-        for steps in STEPS:
-            case = (config, steps)
-            wanted = both(config, steps, double=True)
-            if known_to_differ(*case):
-                continue
-            asked += 1
-            if wanted is None:
-                with contextlib.suppress(UsageError):
-                    assert np.isfinite(sampler_table(config, steps).matrix).all(), case
-                continue
-            table = sampler_table(config, steps)
-            if name in LIMITS:  # its middles' timesteps are differences of near numbers too
-                assert np.abs(table.timesteps - wanted[1]).max() <= 1e-4, case
-            else:
-                assert np.array_equal(np.float32(table.timesteps), np.float32(wanted[1])), case
-            assert difference(table.matrix, wanted[0]) <= LIMITS.get(name, 1e-10), case
-            compared += 1
+    for config, steps in cases(name, share):
+        case = (config, steps)
+        wanted = both(config, steps, double=True)
+        if known_to_differ(*case):
+            continue
+        asked += 1
+        if wanted is None:
+            with contextlib.suppress(UsageError):
+                assert np.isfinite(sampler_table(config, steps).matrix).all(), case
+            continue
+        table = sampler_table(config, steps)
+        if name in LIMITS:  # its middles' timesteps are differences of near numbers too
+            assert np.abs(table.timesteps - wanted[1]).max() <= 1e-4, case
+        else:
+            assert np.array_equal(np.float32(table.timesteps), np.float32(wanted[1])), case
+        assert difference(table.matrix, wanted[0]) <= LIMITS.get(name, 1e-10), case
+        compared += 1
     table_module._table.cache_clear()
     assert compared >= 0.9 * asked
 
@@ -128,7 +123,9 @@ def test_whole_timesteps_are_those_of_its_float32(name):
             assert found.tolist() == scheduler.timesteps.tolist(), (config, steps)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.grid] * n.startswith("KDPM2")) for n in SAMPLERS]
+)
 def test_tables_are_the_references_to_its_float32(name):
     """Its schedule is kept in float32; DPM2 a takes differences of near numbers in it."""
     if name == "DPMSolverSDEScheduler":

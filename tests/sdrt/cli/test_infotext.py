@@ -16,6 +16,8 @@ from sdrt.runtime import LoraWeight, Pipeline
 from sdrt.runtime.images import encoded, save_png
 from sdrt.runtime.options import PARSERS
 
+pytestmark = pytest.mark.integration
+
 PROMPT = "a red circle on a blue background"
 USUAL = {"num_inference_steps": 4, "seed": 3}
 CARRIED = [

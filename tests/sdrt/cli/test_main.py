@@ -9,6 +9,8 @@ from PIL import Image
 
 from sdrt.cli.main import main
 
+pytestmark = pytest.mark.integration
+
 PROMPT = "a red circle on a blue background"
 
 

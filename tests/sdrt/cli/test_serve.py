@@ -13,6 +13,8 @@ import httpx
 import pytest
 from serving import PROMPT, wait_for
 
+pytestmark = pytest.mark.integration
+
 SERVE = [sys.executable, "-m", "sdrt", "serve", "--backend", "onnxruntime"]
 
 

@@ -13,6 +13,8 @@ from serving import PROMPT, client, engine_of, served, wait_for
 
 from sdrt.runtime.images import settings_from_text, text_of
 
+pytestmark = pytest.mark.integration
+
 FAST = {"num_inference_steps": 4, "seed": 3}
 FEWER = {"guidance_scale": 5.0, "feature_reuse": 2}
 

@@ -18,6 +18,8 @@ from sdrt.serve.routes.sdapi import options as sdapi_options
 from sdrt.serve.schemas import ImageToImage, TextToImage
 from sdrt.serve.settings import Settings
 
+pytestmark = pytest.mark.integration
+
 DOCS = Path(__file__).parents[4] / "docs" / "sdapi.md"
 BODY = {"prompt": PROMPT, "steps": 2, "seed": 3}
 
