@@ -1,14 +1,11 @@
-"""The HTTP server around in-flight engines: OpenAI's images API, the `/sdapi` one, health, metrics.
+"""The HTTP server: OpenAI's images API, A1111's `/sdapi/v1`, health, metrics and the web page.
 
-Knows HTTP and `sdrt.runtime`; not how a bundle is found, built or exported: whoever starts it hands
-over a function that loads each pipeline. Nothing here is imported by the rest of sdrt but by the
-command that serves.
+Knows HTTP and `sdrt.runtime`; not how a bundle is found, built or exported: whoever starts the
+server passes a function that loads each pipeline. Within sdrt only the command line imports it.
 
-    guard      before everything: hosts, keys, sizes and speeds of bodies (pure ASGI)
-    app        the routes put together; openai, sdapi, health: their endpoints
-    models     the engines by name: loading, draining, closing
-    watch      one request's tickets, followed until they end or the client is gone
-    problem    every refusal and failure as a status and a body
-    front      a fleet on Ray Serve as its clients see it; replica: one of many behind it;
-               merged: the answers of all as one
+- `server`: the process; `app`: the routes put together; `settings`: its configuration
+- `middleware`: checks before every request (ASGI); `errors`: error responses
+- `routes`: a module for each API; `schemas`: request bodies
+- `model_manager`: loads, drains and closes the engines; `job`: follows one request's images
+- `ray`: the same server on Ray Serve; `triton`: a model repository for Triton
 """

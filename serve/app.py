@@ -1,4 +1,6 @@
-"""The application: routes, the shape of errors, the schema, the page, all behind the guard."""
+"""The ASGI application: routes, exception handlers, the OpenAPI schema and the page, behind the
+security middleware.
+"""
 
 import re
 from collections.abc import Callable, Mapping
@@ -14,60 +16,74 @@ from starlette.responses import FileResponse, Response
 from sdrt.errors import SdrtError
 from sdrt.version import __version__
 
-from .dependencies import Context
-from .errors import ApiError, Gone, problem_from, problem_from_invalid
+from .dependencies import ServerContext
+from .errors import (
+    ApiError,
+    ClientDisconnected,
+    api_error_from_exception,
+    api_error_from_validation,
+)
 from .metrics import Metrics
-from .middleware import Guard
-from .model_manager import Models, Source
+from .middleware import SecurityMiddleware
+from .model_manager import ModelManager, ModelSource
 from .routes import health, openai
 from .routes.sdapi import extras as sdapi_extras
 from .routes.sdapi import lists as sdapi_lists
 from .routes.sdapi import options as sdapi_options
 from .routes.sdapi import routes as sdapi_routes
-from .schemas import Edit
+from .schemas import EditRequest
 from .settings import Settings
 
-JSON = re.compile(r"application/(\w[\w.+-]*\+)?json")
-PAGE = Path(__file__).parent / "page"
-POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"
+JSON_TYPE = re.compile(r"application/(\w[\w.+-]*\+)?json")
+PAGE_FOLDER = Path(__file__).parent / "page"
+CONTENT_SECURITY_POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"
 
 
-def application(sources: Mapping[str, Source], settings: Settings) -> tuple[Guard, Models]:
-    """The application and its models, which are not loaded yet: call `load`."""
+def create_app(
+    sources: Mapping[str, ModelSource], settings: Settings
+) -> tuple[SecurityMiddleware, ModelManager]:
+    """Build the application and its model manager, whose models are not loaded yet.
+
+    Args:
+        sources: The models by name; the first is the default.
+        settings: The configuration.
+    """
     metrics = Metrics()
-    models = Models(sources, settings, metrics)
+    models = ModelManager(sources, settings, metrics)
     app = FastAPI(title="sdrt", version=__version__, docs_url=None, redoc_url=None)
-    app.state.context = Context(settings, models, metrics)
-    app.state.jobs = sdapi_routes.Jobs()
+    app.state.context = ServerContext(settings, models, metrics)
+    app.state.jobs = sdapi_routes.JobRegistry()
     app.state.sd_options = sdapi_options.ServerOptions()
     for module in (openai, sdapi_routes, sdapi_options, sdapi_extras, sdapi_lists, health):
         app.include_router(module.router)
-    for kind in (HTTPException, SdrtError, RequestValidationError, Gone, Exception):
-        app.add_exception_handler(kind, _told)
-    _schema(app)
-    if PAGE.is_dir():
-        _page(app)
-    return Guard(app, settings, metrics), models
+    for kind in (HTTPException, SdrtError, RequestValidationError, ClientDisconnected, Exception):
+        app.add_exception_handler(kind, _handle_exception)
+    _extend_schema(app)
+    if PAGE_FOLDER.is_dir():
+        _mount_page(app)
+    return SecurityMiddleware(app, settings, metrics), models
 
 
-async def _told(request: Request, error: Exception) -> Response:
-    """Every failure in the shape that the endpoint's clients read."""
+async def _handle_exception(request: Request, error: Exception) -> Response:
+    """Turn an exception into an error response in the format of the endpoint's API."""
     path = request.url.path
     if not isinstance(error, RequestValidationError):
-        return problem_from(error).response(path)
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    whole = any(tuple(each["loc"]) == ("body",) for each in error.errors())
-    if whole and not JSON.fullmatch(kind):
-        wanted = "Send Content-Type: application/json"
-        return ApiError(415, wanted, code="invalid_type").response(path)
-    problem = problem_from_invalid(error.errors())
+        return api_error_from_exception(error).response(path)
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    not_an_object = any(tuple(item["loc"]) == ("body",) for item in error.errors())
+    if not_an_object and not JSON_TYPE.fullmatch(content_type):
+        message = "Send Content-Type: application/json"
+        return ApiError(415, message, code="invalid_type").response(path)
+    api_error = api_error_from_validation(error.errors())
     if path.startswith("/sdapi/"):
-        problem.status_code = 422  # what these clients know
-    return problem.response(path)
+        api_error.status_code = 422  # as A1111 answers
+    return api_error.response(path)
 
 
-class PageFiles(StaticFiles):
-    """Asked for anew on every visit: an old module beside a new one would break the page."""
+class RevalidatedFiles(StaticFiles):
+    """Static files that browsers revalidate on every visit, so that modules of two versions of the
+    page are never mixed.
+    """
 
     def file_response(self, *args: Any, **named: Any) -> Response:
         response = super().file_response(*args, **named)
@@ -75,22 +91,22 @@ class PageFiles(StaticFiles):
         return response
 
 
-def _page(app: FastAPI) -> None:
-    app.mount("/page", PageFiles(directory=PAGE))
-    headers = {"content-security-policy": POLICY, "cache-control": "no-cache"}
+def _mount_page(app: FastAPI) -> None:
+    app.mount("/page", RevalidatedFiles(directory=PAGE_FOLDER))
+    headers = {"content-security-policy": CONTENT_SECURITY_POLICY, "cache-control": "no-cache"}
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(PAGE / "index.html", headers=headers)
+        return FileResponse(PAGE_FOLDER / "index.html", headers=headers)
 
 
-def _schema(app: FastAPI) -> None:
-    """The form of edits in the schema: its fields are checked by hand, its files are files."""
-    made: Callable[[], dict[str, Any]] = app.openapi
+def _extend_schema(app: FastAPI) -> None:
+    """Add the multipart form of `/v1/images/edits`, which is parsed by hand, to the schema."""
+    build: Callable[[], dict[str, Any]] = app.openapi
 
     def openapi() -> dict[str, Any]:
-        schema = made()
-        form = Edit.model_json_schema()
+        schema = build()
+        form = EditRequest.model_json_schema()
         file = {"type": "string", "format": "binary"}
         form["properties"] |= {"image": file, "mask": file}
         form["required"] = [*form.get("required", ()), "image"]

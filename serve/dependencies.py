@@ -1,4 +1,4 @@
-"""What all endpoints of one server share, and the way of a request from its fields to tickets."""
+"""State that all endpoints share, and the submission of requests to the engine."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from sdrt.errors import UsageError
 from .errors import ApiError
 from .job import ImageJob
 from .metrics import Metrics
-from .model_manager import Model, Models
+from .model_manager import LoadedModel, ModelManager
 from .settings import Settings
 
 log = logging.getLogger("sdrt.serve")
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One request in the engine's terms; `options` are `runtime.options.Options` by name."""
+class EngineRequest:
+    """A validated request for images; `options` are `GenerationOptions` by name."""
 
-    model: Model
+    model: LoadedModel
     prompt: str
     options: Mapping[str, Any]
     scheduler: str | Mapping[str, Any] | None = None
@@ -41,72 +41,82 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """
-    pool: threads for what would hold up the event loop: files of pictures, tables of samplers
+class ServerContext:
+    """The state of one server. `pool` runs what would block the event loop: image files, sampler
+    tables.
     """
 
     settings: Settings
-    models: Models
+    models: ModelManager
     metrics: Metrics
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "sdrt-serve"))
 
-    async def off_loop(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def run_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
-    async def submit(self, call: Call, *, steps: bool = False) -> ImageJob:
-        """Handles of a call, followed; `steps` if its steps are to be heard too. Raises ApiError,
-        UsageError or RequestRejected.
-        """
-        self._bounded(call)
-        if self.settings.log_prompts:
-            log.info("prompt: %r", call.prompt)
-        watch = ImageJob()
-        submitted = self.off_loop(self._submitted, call, watch if steps else None)
-        watch.follow(await submitted)
-        return watch
+    async def submit(self, request: EngineRequest, *, steps: bool = False) -> ImageJob:
+        """Submit a request to its engine and follow it.
 
-    def _submitted(self, call: Call, watch: ImageJob | None) -> Any:
-        return call.model.engine.submit(
-            call.prompt,
-            call.options,
-            scheduler=call.scheduler,
-            priority=call.priority,
-            deadline=call.deadline,
-            on_step=watch.on_step if watch else None,
-            loras=call.loras,
+        Args:
+            request: What to generate.
+            steps: Whether the job also reports every step.
+
+        Raises:
+            ApiError, UsageError, RequestRejected: The engine does not accept the request.
+        """
+        self._check_work(request)
+        if self.settings.log_prompts:
+            log.info("prompt: %r", request.prompt)
+        job = ImageJob()
+        submitted = self.run_in_thread(self._submit_blocking, request, job if steps else None)
+        job.attach(await submitted)
+        return job
+
+    def _submit_blocking(self, request: EngineRequest, job: ImageJob | None) -> Any:
+        return request.model.engine.submit(
+            request.prompt,
+            request.options,
+            scheduler=request.scheduler,
+            priority=request.priority,
+            deadline=request.deadline,
+            on_step=job.on_step if job else None,
+            loras=request.loras,
         )
 
-    def _bounded(self, call: Call) -> None:
-        """Raise ApiError 400 for more work than one request may ask for."""
-        width, height = parse_size(known_size(call.size))
-        multiple = call.model.pipe.manifest.multiple
-        if call.size not in call.model.sizes and (width % multiple or height % multiple):
-            have = ", ".join(call.model.sizes)
+    def _check_work(self, request: EngineRequest) -> None:
+        """Raise ApiError 400 for an unsupported size or for more work than one request may need."""
+        width, height = parse_size(normalize_size(request.size))
+        multiple = request.model.pipe.manifest.multiple
+        if request.size not in request.model.sizes and (width % multiple or height % multiple):
+            sizes = ", ".join(request.model.sizes)
             raise ApiError(
                 400,
-                f"size {call.size}; {call.model.name} makes {have} and multiples of {multiple}",
+                f"size {request.size}; {request.model.name} supports {sizes} and multiples of "
+                f"{multiple}",
                 "size",
                 "invalid_value",
             )
-        count, steps = call.options["num_images_per_prompt"], call.options["num_inference_steps"]
-        most = self.settings.most_work // (width * height)
-        if count * steps > most:
+        count, steps = (
+            request.options["num_images_per_prompt"],
+            request.options["num_inference_steps"],
+        )
+        limit = self.settings.max_work // (width * height)
+        if count * steps > limit:
             raise ApiError(
                 400,
-                f"{count} pictures of {call.size} in {steps} steps; "
-                f"pictures times steps may be {most} at this size",
+                f"{count} images of {request.size} with {steps} steps; images times steps may be "
+                f"at most {limit} at this size",
                 code="too_much_work",
             )
 
 
-def context_of(request: Request) -> Context:
-    context: Context = request.app.state.context
+def get_context(request: Request) -> ServerContext:
+    context: ServerContext = request.app.state.context
     return context
 
 
-def known_size(text: str) -> str:
-    """`WIDTHxHEIGHT` as bundles write it; raises ApiError 400."""
+def normalize_size(text: str) -> str:
+    """`WIDTHxHEIGHT` without leading zeros; raises ApiError 400."""
     try:
         width, height = parse_size(text)
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""Every refusal and failure as a status and a body, in the shape an endpoint's clients read."""
+"""Error responses: every exception as a status and a body in the format of the endpoint's API."""
 
 import json
 import logging
@@ -16,18 +16,23 @@ from sdrt.runtime.batching.request import RequestCancelled, RequestRejected
 
 log = logging.getLogger("sdrt.serve")
 
-KINDS = {401: "authentication_error", 403: "permission_error"}
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error"}
 
 
-class Gone(Exception):
-    """The client closed the connection; there is nobody to answer."""
+class ClientDisconnected(Exception):
+    """The client closed the connection before the response."""
 
 
 @dataclass(eq=False)
 class ApiError(HTTPException):
-    """What a client is told instead of what it asked for.
+    """An error response.
 
-    param: the field at fault; code: for programs; retry_after: seconds
+    Attributes:
+        status_code: The HTTP status.
+        message: For people.
+        param: The field at fault.
+        code: For programs.
+        retry_after: Seconds until the request may succeed.
     """
 
     status_code: int
@@ -40,15 +45,25 @@ class ApiError(HTTPException):
         return f"{self.status_code}: {self.message}"
 
     @property
-    def kind(self) -> str:
-        usual = "server_error" if self.status_code >= 500 else "invalid_request_error"
-        return KINDS.get(self.status_code, usual)
+    def error_type(self) -> str:
+        default = "server_error" if self.status_code >= 500 else "invalid_request_error"
+        return ERROR_TYPES.get(self.status_code, default)
 
     def body(self, path: str) -> dict[str, Any]:
-        """OpenAI's shape, or that of the `/sdapi` endpoints."""
+        """The body in OpenAI's format, or in A1111's under `/sdapi/`."""
         if path.startswith("/sdapi/"):
-            return {"error": self.kind, "detail": self.message, "body": "", "errors": self.message}
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+            return {
+                "error": self.error_type,
+                "detail": self.message,
+                "body": "",
+                "errors": self.message,
+            }
+        error = {
+            "message": self.message,
+            "type": self.error_type,
+            "param": self.param,
+            "code": self.code,
+        }
         return {"error": error}
 
     def response(self, path: str) -> Response:
@@ -63,36 +78,40 @@ class ApiError(HTTPException):
 def json_response(
     value: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """JSON in ASCII: what clients send back to themselves may be no valid Unicode."""
+    """A response of ASCII JSON: echoed fields may contain lone surrogates."""
     body = json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
     return Response(body, status, headers, media_type="application/json")
 
 
-def problem_from(error: BaseException) -> ApiError:
-    """A problem for whatever was raised; what is no SdrtError is logged and not told."""
+def api_error_from_exception(error: BaseException) -> ApiError:
+    """The response for an exception. Unexpected ones are logged, and not shown to the client."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, Gone):
-        return ApiError(499, "the client is gone")
+    if isinstance(error, ClientDisconnected):
+        return ApiError(499, "client disconnected")
     if isinstance(error, UsageError):
-        return ApiError(400, str(error), code="invalid_value")
+        return ApiError(400, _one_line(error), code="invalid_value")
     if isinstance(error, RequestRejected):
-        return ApiError(503, str(error), code=error.cause, retry_after=error.retry_after)
+        return ApiError(503, _one_line(error), code=error.cause, retry_after=error.retry_after)
     if isinstance(error, RequestCancelled):
         return ApiError(503, str(error), code="cancelled", retry_after=1.0)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
     log_failure(error)
     if isinstance(error, SdrtError):
-        return ApiError(500, str(error), code="engine_error")
-    return ApiError(500, "the server failed; its log says where", code="internal_error")
+        return ApiError(500, _one_line(error), code="engine_error")
+    return ApiError(500, "internal server error; see the server's log", code="internal_error")
 
 
-def problem_from_invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's findings, which never quotes more than the field's name."""
-    first = errors[0] if errors else {"loc": ("body",), "msg": "cannot be read", "type": ""}
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    name = ".".join(where) or None
+def _one_line(error: SdrtError) -> str:
+    return f"{error.message}; {error.hint}" if error.hint else error.message
+
+
+def api_error_from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The response for pydantic's first finding. It never quotes the value of a field."""
+    first = errors[0] if errors else {"loc": ("body",), "msg": "unreadable", "type": ""}
+    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    name = ".".join(path) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {name!r}", name, "unknown_parameter")
     if first["type"] == "missing":
@@ -103,6 +122,6 @@ def problem_from_invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def log_failure(error: BaseException) -> None:
-    """Where something failed, not with what words: messages may quote a prompt."""
+    """Log the type and traceback of an exception, not its message, which may quote a prompt."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     log.error("%s\n%s", type(error).__name__, frames)

@@ -1,4 +1,4 @@
-"""One OpenAI request to make or edit pictures: its call of the engine, its answer, its events."""
+"""OpenAI image requests: conversion to an engine request, the JSON response, the event stream."""
 
 import contextlib
 import time
@@ -13,158 +13,191 @@ from sdrt.runtime import Preview, Step
 from sdrt.runtime.batching.request import GeneratedImage, RequestHandle
 from sdrt.runtime.safety_checker import FLAT, is_flat
 
-from .dependencies import Call, Context, context_of, known_size
+from .dependencies import EngineRequest, ServerContext, get_context, normalize_size
 from .errors import ApiError, json_response
-from .image_encoding import base64_from_image, enlarged
-from .job import ImageJob, failure_of
-from .model_manager import Model
-from .schemas import Generation
-from .sse import EventStream, event_bytes
+from .image_encoding import encode_base64_image, enlarge_preview
+from .job import ImageJob, get_failure
+from .model_manager import LoadedModel
+from .schemas import GenerationRequest
+from .sse import EventStreamResponse, format_event
 
-PULSE_SECONDS, QUIET_SECONDS = 0.5, 15.0
-NOTHING_NEW = b":\n\n"  # a comment, so that no proxy takes the stream for dead
+PROGRESS_POLL_SECONDS, KEEPALIVE_SECONDS = 0.5, 15.0
+KEEPALIVE_COMMENT = b":\n\n"  # keeps proxies from closing an idle stream
 T = TypeVar("T")
 
 
-def call_from(found: Model, body: Generation, given: Mapping[str, Any]) -> Call:
-    """The request in the engine's terms, `given` what came as files; raises ApiError 400 for fields
-    that do not go together.
+def build_openai_request(
+    model: LoadedModel, body: GenerationRequest, inputs: Mapping[str, Any]
+) -> EngineRequest:
+    """Convert a request body.
+
+    Args:
+        model: The model to use.
+        body: The validated body.
+        inputs: Options that came as files: image, mask_image, strength.
+
+    Raises:
+        ApiError: 400 for fields that cannot be combined.
     """
     if body.response_format == "url":
         raise ApiError(
-            400, "pictures are not kept, so they have no url; use b64_json", "response_format"
+            400, "url is not supported: images are not stored; use b64_json", "response_format"
         )
     if not body.stream and (body.partial_images or body.progress):
-        raise ApiError(400, "partial_images and progress need stream: true", "stream")
+        raise ApiError(400, "partial_images and progress require stream: true", "stream")
     if body.output_compression is not None and body.output_format in (None, "png"):
-        raise ApiError(400, "png has no quality; use jpeg or webp", "output_compression")
+        raise ApiError(400, "png has no quality setting; use jpeg or webp", "output_compression")
     options = {
         "negative_prompt": body.negative_prompt or "",
-        "num_inference_steps": _or(body.num_inference_steps, 20),
-        "guidance_scale": _or(body.guidance_scale, 7.5),
-        "feature_reuse": _or(body.feature_reuse, 1),
+        "num_inference_steps": _value_or(body.num_inference_steps, 20),
+        "guidance_scale": _value_or(body.guidance_scale, 7.5),
+        "feature_reuse": _value_or(body.feature_reuse, 1),
         "seed": body.seed,
-        "num_images_per_prompt": _or(body.n, 1),
-        "size": None if body.size in (None, "auto") else known_size(str(body.size)),
-        **given,
+        "num_images_per_prompt": _value_or(body.n, 1),
+        "size": None if body.size in (None, "auto") else normalize_size(str(body.size)),
+        **inputs,
     }
-    priority = _or(body.priority, 0)
-    return Call(
-        *(found, body.prompt, options, body.scheduler, priority, body.deadline_seconds),
+    priority = _value_or(body.priority, 0)
+    return EngineRequest(
+        *(model, body.prompt, options, body.scheduler, priority, body.deadline_seconds),
         loras=body.loras,
     )
 
 
-def _or(value: T | None, default: T) -> T:
+def _value_or(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
-async def answer(request: Request, body: Generation, call: Call, kind: str) -> Response:
-    """Pictures, or the stream of them; `kind` begins the names of its events."""
-    context = context_of(request)
-    heard = bool(body.partial_images or body.progress)
-    watch = await context.submit(call, steps=heard)
+async def respond(
+    request: Request, body: GenerationRequest, engine_request: EngineRequest, event_prefix: str
+) -> Response:
+    """Generate the images; respond with JSON, or with an event stream.
+
+    `event_prefix` begins the names of its events.
+    """
+    context = get_context(request)
+    steps = bool(body.partial_images or body.progress)
+    job = await context.submit(engine_request, steps=steps)
     if body.stream:
-        return EventStream(_Telling(context, watch, body, call, kind).events(request))
-    made = await watch.pictures(request.receive)
-    return await context.off_loop(_response, made, body, call)
+        return EventStreamResponse(
+            _ImageEvents(context, job, body, engine_request, event_prefix).events(request)
+        )
+    images = await job.wait_for_images(request.receive)
+    return await context.run_in_thread(_images_response, images, body, engine_request)
 
 
-def _response(made: Sequence[GeneratedImage], body: Generation, call: Call) -> Response:
+def _images_response(
+    images: Sequence[GeneratedImage], body: GenerationRequest, engine_request: EngineRequest
+) -> Response:
     data = [
-        {"b64_json": _file(one.image, body, one.parameters), "seed": one.seed, **_warned(one.image)}
-        for one in made
+        {
+            "b64_json": _encode_image(item.image, body, item.parameters),
+            "seed": item.seed,
+            **_image_warning(item.image),
+        }
+        for item in images
     ]
-    return json_response({"created": int(time.time()), "data": data, **_shared(body, call)})
+    return json_response(
+        {"created": int(time.time()), "data": data, **_image_metadata(body, engine_request)}
+    )
 
 
-def _warned(image: Image) -> dict[str, str]:
-    """What is said of a picture beside it, where there is anything to say."""
+def _image_warning(image: Image) -> dict[str, str]:
+    """The `warning` field of an image that looks broken, else nothing."""
     return {"warning": FLAT} if is_flat(image) else {}
 
 
-def _file(image: Image, body: Generation, parameters: str = "") -> str:
-    kind = (body.output_format or "png").upper()
-    return base64_from_image(image, parameters, kind, _or(body.output_compression, 100))
+def _encode_image(image: Image, body: GenerationRequest, parameters: str = "") -> str:
+    image_format = (body.output_format or "png").upper()
+    return encode_base64_image(
+        image, parameters, image_format, _value_or(body.output_compression, 100)
+    )
 
 
-def _shared(body: Generation, call: Call) -> dict[str, Any]:
-    """What every answer says of a picture."""
+def _image_metadata(body: GenerationRequest, engine_request: EngineRequest) -> dict[str, Any]:
+    """The fields that responses and events share."""
     return {
-        "size": call.size,
+        "size": engine_request.size,
         "output_format": body.output_format or "png",
         "background": "opaque",
         "quality": body.quality if body.quality in ("low", "medium", "high") else "auto",
     }
 
 
-class _Telling:
-    """The events of one stream."""
+class _ImageEvents:
+    """Writes the events of one stream."""
 
     def __init__(
-        self, context: Context, watch: ImageJob, body: Generation, call: Call, kind: str
+        self,
+        context: ServerContext,
+        job: ImageJob,
+        body: GenerationRequest,
+        engine_request: EngineRequest,
+        event_prefix: str,
     ) -> None:
-        self.context, self.watch, self.body, self.call, self.kind = context, watch, body, call, kind
-        projection = call.model.pipe.manifest.preview
-        self.previews = {ticket: Preview(projection) for ticket in watch.tickets}
-        self.shown = dict.fromkeys(watch.tickets, 0)
+        self.context, self.job, self.body = context, job, body
+        self.engine_request, self.event_prefix = engine_request, event_prefix
+        projection = engine_request.model.pipe.manifest.preview
+        self.previews = {handle: Preview(projection) for handle in job.handles}
+        self.preview_counts = dict.fromkeys(job.handles, 0)
         self.positions: dict[RequestHandle, int] = {}
 
     async def events(self, request: Request) -> AsyncGenerator[bytes, None]:
-        """Every picture's way. A failure is raised, which cancels the others."""
-        for event in self._queued():
+        """Yield the events of all images. Raises the first failure, which cancels the others."""
+        for event in self._queued_events():
             yield event
-        pulse = PULSE_SECONDS if self.body.progress else QUIET_SECONDS
-        async with contextlib.aclosing(self.watch.events(request.receive, pulse)) as heard:
-            async for ticket, step in heard:
-                if ticket is None:
-                    told = list(self._queued()) or [NOTHING_NEW]
+        timeout = PROGRESS_POLL_SECONDS if self.body.progress else KEEPALIVE_SECONDS
+        async with contextlib.aclosing(self.job.events(request.receive, timeout)) as job_events:
+            async for handle, step in job_events:
+                if handle is None:
+                    events = list(self._queued_events()) or [KEEPALIVE_COMMENT]
                 elif step is None:
-                    told = [await self.context.off_loop(self._completed, ticket)]
+                    events = [await self.context.run_in_thread(self._completed_event, handle)]
                 else:
-                    told = await self.context.off_loop(self._stepped, ticket, step)
-                for event in told:
+                    events = await self.context.run_in_thread(self._step_events, handle, step)
+                for event in events:
                     yield event
 
-    def _event(self, what: str, ticket: RequestHandle, **fields: Any) -> bytes:
-        index = self.watch.tickets.index(ticket)
-        return event_bytes(f"{self.kind}.{what}", {"index": index, **fields})
+    def _event(self, name: str, handle: RequestHandle, **fields: Any) -> bytes:
+        index = self.job.handles.index(handle)
+        return format_event(f"{self.event_prefix}.{name}", {"index": index, **fields})
 
-    def _queued(self) -> Iterator[bytes]:
-        """How many pictures wait before each that waits, where that has changed."""
+    def _queued_events(self) -> Iterator[bytes]:
+        """The queue position of each waiting image, if it has changed."""
         if not self.body.progress:
             return
-        waiting = [t for t in self.call.model.engine.tickets() if t.state == "waiting"]
-        for position, ticket in enumerate(waiting):
-            if ticket in self.previews and self.positions.get(ticket) != position:
-                self.positions[ticket] = position
-                yield self._event("queued", ticket, position=position)
+        waiting = [t for t in self.engine_request.model.engine.tickets() if t.state == "waiting"]
+        for position, handle in enumerate(waiting):
+            if handle in self.previews and self.positions.get(handle) != position:
+                self.positions[handle] = position
+                yield self._event("queued", handle, position=position)
 
-    def _stepped(self, ticket: RequestHandle, step: Step) -> list[bytes]:
-        told = []
+    def _step_events(self, handle: RequestHandle, step: Step) -> list[bytes]:
+        events = []
         if self.body.progress:
-            told.append(self._event("progress", ticket, step=step.index, total=step.total))
-        wanted, shown = self.body.partial_images or 0, self.shown[ticket]
-        # Evenly over the run, none after its last evaluation: that is the picture itself.
-        if wanted and step.index < step.total:
-            small = self.previews[ticket].image(step)
-            if step.index * (wanted + 1) >= (shown + 1) * step.total:
-                self.shown[ticket] += 1
-                told.append(self._pictured("partial_image", ticket, enlarged(small), "", shown))
-        return told
+            events.append(self._event("progress", handle, step=step.index, total=step.total))
+        count, index = self.body.partial_images or 0, self.preview_counts[handle]
+        # Spread evenly over the steps; none after the last one, which yields the image itself.
+        if count and step.index < step.total:
+            small = self.previews[handle].image(step)
+            if step.index * (count + 1) >= (index + 1) * step.total:
+                self.preview_counts[handle] += 1
+                preview = enlarge_preview(small)
+                events.append(self._image_event("partial_image", handle, preview, "", index))
+        return events
 
-    def _completed(self, ticket: RequestHandle) -> bytes:
-        if error := failure_of(ticket):
+    def _completed_event(self, handle: RequestHandle) -> bytes:
+        if error := get_failure(handle):
             raise error
-        picture = ticket.future.result()
-        return self._pictured("completed", ticket, picture.image, picture.parameters)
+        result = handle.future.result()
+        return self._image_event("completed", handle, result.image, result.parameters)
 
-    def _pictured(
-        self, what: str, ticket: RequestHandle, image: Image, text: str, partial: int | None = None
+    def _image_event(
+        self, name: str, handle: RequestHandle, image: Image, text: str, partial: int | None = None
     ) -> bytes:
-        fields = _shared(self.body, self.call) | {"created_at": int(time.time())}
+        fields = _image_metadata(self.body, self.engine_request) | {"created_at": int(time.time())}
         if partial is not None:
             fields["partial_image_index"] = partial
         else:
-            fields |= {"seed": ticket.request.seed, **_warned(image)}
-        return self._event(what, ticket, b64_json=_file(image, self.body, text), **fields)
+            fields |= {"seed": handle.request.seed, **_image_warning(image)}
+        return self._event(name, handle, b64_json=_encode_image(image, self.body, text), **fields)

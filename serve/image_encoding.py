@@ -1,4 +1,4 @@
-"""Pictures on their way in and out: base64, files that may lie, formats that clients ask for."""
+"""Image encoding: untrusted base64 in, base64 in the requested format out, masks and previews."""
 
 import base64
 import binascii
@@ -13,45 +13,48 @@ MAX_PIXELS = 4096 * 4096
 PREVIEW_SIDE = 256
 DATA_URL = re.compile(r"data:[\w.+/-]{0,40}(?:;[\w.+=-]{1,40}){0,3};base64,", re.IGNORECASE)
 SPACE = re.compile(r"\s+")
-FROM_URL_ALPHABET = str.maketrans("-_", "+/")
+URL_SAFE_TO_STANDARD = str.maketrans("-_", "+/")
 
 
-def image_from_base64(text: str) -> Image.Image:
-    """A decoded image of base64, or of a data URL; raises UsageError if it is none.
+def decode_base64_image(text: str) -> Image.Image:
+    """Decode an image from base64 or a data URL; raises UsageError if it is invalid.
 
-    As lenient as clients need: line ends and spaces, the alphabet for URLs, no padding.
+    Accepts what clients send: whitespace, the URL-safe alphabet, missing padding.
     """
     text = SPACE.sub("", text)
     if text[:5].lower() in ("http:", "https"):
-        raise UsageError("an image's address is not fetched; send the image itself in base64")
-    if head := DATA_URL.match(text):
-        text = text[head.end() :]
-    text = text.rstrip("=").translate(FROM_URL_ALPHABET)
+        raise UsageError("image URLs are not fetched; send the image as base64")
+    if prefix := DATA_URL.match(text):
+        text = text[prefix.end() :]
+    text = text.rstrip("=").translate(URL_SAFE_TO_STANDARD)
     try:
         data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UsageError("an image that is not base64") from error
+        raise UsageError("the image is not valid base64") from error
     return image_from_bytes(data, MAX_PIXELS)
 
 
-def base64_from_image(
-    image: Image.Image, parameters: str = "", kind: str = "PNG", quality: int = 100
+def encode_base64_image(
+    image: Image.Image, parameters: str = "", image_format: str = "PNG", quality: int = 100
 ) -> str:
-    return base64.b64encode(encoded(image, parameters, kind, quality)).decode("ascii")
+    return base64.b64encode(encoded(image, parameters, image_format, quality)).decode("ascii")
 
 
 def mask_from_alpha(mask: Image.Image) -> Image.Image:
-    """Light where a mask as OpenAI defines it is transparent; raises UsageError if nothing is."""
+    """A white-on-black mask from OpenAI's kind, which is transparent in the area to repaint; raises
+    UsageError if nothing is transparent.
+    """
     alpha = mask.convert("RGBA").getchannel("A")  # 255 where a file has none
     if not alpha.histogram()[0]:
         raise UsageError(
-            "the mask has no transparency; make fully transparent what is to be made new"
+            "the mask has no transparent pixels",
+            hint="make the area to repaint fully transparent",
         )
     return alpha.point(lambda value: 255 if value == 0 else 0)
 
 
-def enlarged(preview: Image.Image) -> Image.Image:
-    """A preview of a pixel a latent, drawn large enough to be looked at."""
+def enlarge_preview(preview: Image.Image) -> Image.Image:
+    """Upscale a preview of one pixel per latent to a viewable size."""
     scale = max(1, PREVIEW_SIDE // max(preview.size))
     size = (preview.width * scale, preview.height * scale)
     return preview.resize(size, Image.Resampling.BICUBIC)

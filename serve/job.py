@@ -1,4 +1,6 @@
-"""One request's tickets, followed from the event loop until they end or the client is gone."""
+"""Follows the images of one request from the event loop, until they are finished or the client
+disconnects.
+"""
 
 import asyncio
 import contextlib
@@ -11,81 +13,87 @@ from starlette.types import Receive
 from sdrt.runtime import Step
 from sdrt.runtime.batching.request import GeneratedImage, RequestCancelled, RequestHandle
 
-from .errors import Gone
+from .errors import ClientDisconnected
 
-# A ticket's step, None with the ticket when it has ended, and neither when nothing was heard.
-Event = tuple[RequestHandle | None, Step | None]
+# (handle, step) after a step, (handle, None) when an image has ended, (None, None) after a timeout.
+JobEvent = tuple[RequestHandle | None, Step | None]
 
 
 @dataclass(slots=True)
 class ImageJob:
-    """What the engine's threads tell, brought into the event loop. Made in that loop."""
+    """Carries events from the engine's threads into the event loop in which it is created."""
 
-    tickets: Sequence[RequestHandle] = ()
-    queue: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
+    handles: Sequence[RequestHandle] = ()
+    queue: asyncio.Queue[JobEvent | None] = field(default_factory=asyncio.Queue)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
-    def on_step(self, ticket: RequestHandle, step: Step) -> None:
-        """Called in the engine's thread."""
-        self._put((ticket, step))
+    def on_step(self, handle: RequestHandle, step: Step) -> None:
+        """The engine's callback; called in its thread."""
+        self._put((handle, step))
 
-    def follow(self, tickets: Sequence[RequestHandle]) -> None:
-        self.tickets = tickets
-        for ticket in tickets:
-            ticket.future.add_done_callback(partial(self._ended, ticket))
+    def attach(self, handles: Sequence[RequestHandle]) -> None:
+        self.handles = handles
+        for handle in handles:
+            handle.future.add_done_callback(partial(self._on_done, handle))
 
-    def _ended(self, ticket: RequestHandle, _: object) -> None:
-        self._put((ticket, None))
+    def _on_done(self, handle: RequestHandle, _: object) -> None:
+        self._put((handle, None))
 
-    def _put(self, event: Event | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+    def _put(self, event: JobEvent | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
 
     async def events(
-        self, receive: Receive, pulse: float | None = None
-    ) -> AsyncGenerator[Event, None]:
-        """Steps and ends until every ticket has ended; (None, None) after `pulse` seconds of
-        silence. Tickets that have not ended when this does are cancelled. Raises Gone when the
-        client is.
+        self, receive: Receive, timeout: float | None = None
+    ) -> AsyncGenerator[JobEvent, None]:
+        """Yield the events of all images until each has ended; cancels what is unfinished when it
+        is closed.
+
+        Args:
+            receive: The connection's ASGI messages.
+            timeout: Yield (None, None) after so many seconds without an event.
+
+        Raises:
+            ClientDisconnected: The client closed the connection.
         """
-        gone = asyncio.create_task(self._until_gone(receive))
-        left = len(self.tickets)
+        disconnected = asyncio.create_task(self._wait_for_disconnect(receive))
+        unfinished = len(self.handles)
         try:
-            while left:
+            while unfinished:
                 try:
-                    async with asyncio.timeout(pulse):
+                    async with asyncio.timeout(timeout):
                         event = await self.queue.get()
                 except TimeoutError:
                     event = None, None
                 if event is None:
-                    raise Gone
+                    raise ClientDisconnected
                 yield event
-                left -= event[0] is not None and event[1] is None
+                unfinished -= event[0] is not None and event[1] is None
         finally:
-            gone.cancel()
+            disconnected.cancel()
             self.cancel()
 
-    async def _until_gone(self, receive: Receive) -> None:
+    async def _wait_for_disconnect(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         self.queue.put_nowait(None)
 
     def cancel(self) -> None:
-        for ticket in self.tickets:
-            if not ticket.future.done():
-                ticket.cancel()
+        for handle in self.handles:
+            if not handle.future.done():
+                handle.cancel()
 
-    async def pictures(self, receive: Receive) -> list[GeneratedImage]:
-        """All pictures, in the tickets' order; raises what the first failure raised."""
+    async def wait_for_images(self, receive: Receive) -> list[GeneratedImage]:
+        """All images in the order of the handles; raises the first failure."""
         async with contextlib.aclosing(self.events(receive)) as events:
-            async for ticket, step in events:
-                if ticket and step is None and (error := failure_of(ticket)):
+            async for handle, step in events:
+                if handle and step is None and (error := get_failure(handle)):
                     raise error
-        return [ticket.future.result() for ticket in self.tickets]
+        return [handle.future.result() for handle in self.handles]
 
 
-def failure_of(ticket: RequestHandle) -> BaseException | None:
-    """What an ended ticket failed with."""
-    if ticket.future.cancelled():
+def get_failure(handle: RequestHandle) -> BaseException | None:
+    """The exception of a finished request, None if it succeeded."""
+    if handle.future.cancelled():
         return RequestCancelled("the request was cancelled")
-    return ticket.future.exception()
+    return handle.future.exception()

@@ -1,7 +1,7 @@
-"""What every request passes before the application: hosts, keys, the size and speed of its body.
+"""Checks before every request: Host and Origin headers, API key, size and speed of the body.
 
-Pure ASGI: it hands on a body that has arrived whole and within bounds, then the connection's own
-messages, so that the application hears when a client is gone.
+ASGI middleware. It reads the full body within the limits, replays it to the application, then
+passes on the connection's own messages, so that the application notices a disconnect.
 """
 
 import asyncio
@@ -13,21 +13,21 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError, Gone, problem_from
+from .errors import ApiError, ClientDisconnected, api_error_from_exception
 from .metrics import Metrics
-from .settings import Settings, digest_from_key
+from .settings import Settings, hash_key
 
 log = logging.getLogger("sdrt.serve")
 
-OPEN = ("/", "/openapi.json")  # these, and what is in these folders, ask for no key
-OPEN_FOLDERS = ("/health/", "/page/")
-PROBED = ("/health/", "/metrics")  # by machines, every few seconds
+PUBLIC_PATHS = ("/", "/openapi.json")  # served without an API key
+PUBLIC_PREFIXES = ("/health/", "/page/")
+PROBE_PREFIXES = ("/health/", "/metrics")  # requested every few seconds
 LINGER_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Guard:
-    """The application behind its checks."""
+class SecurityMiddleware:
+    """Wraps the application in its checks, and logs and counts every response."""
 
     app: ASGIApp
     settings: Settings
@@ -37,58 +37,61 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, answer = time.monotonic(), _Answer(send)
+        started, response = time.monotonic(), _ResponseRecorder(send)
         try:
-            await self._guarded(scope, receive, answer)
+            await self._check_and_forward(scope, receive, response)
         except Exception as error:
-            if not answer.status:  # else it was told already
-                await problem_from(error).response(scope["path"])(scope, receive, answer)
-        self.metrics.answered(_template(scope), answer.status)
-        seconds = time.monotonic() - began
-        level = logging.DEBUG if scope["path"].startswith(PROBED) else logging.INFO
-        path = scope["raw_path"].decode("ascii", "replace")  # as sent: no line breaks
-        log.log(level, "%s %s %d %.3f s", scope["method"], path, answer.status, seconds)
+            if not response.status:  # else the response has begun
+                error_response = api_error_from_exception(error).response(scope["path"])
+                await error_response(scope, receive, response)
+        self.metrics.record_response(_route_template(scope), response.status)
+        seconds = time.monotonic() - started
+        level = logging.DEBUG if scope["path"].startswith(PROBE_PREFIXES) else logging.INFO
+        path = scope["raw_path"].decode("ascii", "replace")  # percent-encoded: no line breaks
+        log.log(level, "%s %s %d %.3f s", scope["method"], path, response.status, seconds)
 
-    async def _guarded(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+    async def _check_and_forward(
+        self, scope: Scope, receive: Receive, response: "_ResponseRecorder"
+    ) -> None:
         headers = _headers(scope)
         check_origin(headers, self.settings.hosts)
-        scope["state"]["owner"] = owner_of(headers, scope["path"], self.settings.keys)
+        scope["state"]["owner"] = authenticate(headers, scope["path"], self.settings.keys)
         try:
-            body = await self._body(headers, receive)
-        except ApiError as problem:
-            await _refuse_body(problem, scope, receive, answer)
+            body = await self._read_body(headers, receive)
+        except ApiError as error:
+            await _reject_body(error, scope, receive, response)
             return
-        await self.app(scope, _replay(body, receive), answer)
+        await self.app(scope, _replay_body(body, receive), response)
 
-    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
-        """The whole body; raises ApiError 413 where it is, or says it is, too large, 408 where it
-        takes too long.
+    async def _read_body(self, headers: dict[str, str], receive: Receive) -> bytes:
+        """The full body; raises ApiError 413 if it is, or is declared, too large, 408 if it takes
+        too long.
         """
-        most, length = self.settings.most_body, headers.get("content-length", "0")
-        large = ApiError(413, f"a body of more than {most} bytes", code="body_too_large")
-        if length.isascii() and length.isdigit() and int(length[:20]) > most:
-            raise large
+        limit, length = self.settings.max_body_bytes, headers.get("content-length", "0")
+        too_large = ApiError(413, f"the body exceeds {limit} bytes", code="body_too_large")
+        if length.isascii() and length.isdigit() and int(length[:20]) > limit:
+            raise too_large
         body, more = bytearray(), True
         try:
             async with asyncio.timeout(self.settings.body_seconds):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise Gone
+                        raise ClientDisconnected
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
-                    if len(body) > most:
-                        raise large
+                    if len(body) > limit:
+                        raise too_large
         except TimeoutError:
             seconds = self.settings.body_seconds
             raise ApiError(
-                408, f"the body took more than {seconds:g} s", code="slow_body"
+                408, f"the body took longer than {seconds:g} s", code="slow_body"
             ) from None
         return bytes(body)
 
 
-class _Answer:
-    """`send`, remembering the status."""
+class _ResponseRecorder:
+    """Wraps `send`; records the status and adds headers."""
 
     def __init__(self, send: Send) -> None:
         self.send, self.status = send, 0
@@ -103,31 +106,33 @@ class _Answer:
         await self.send(message)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body in one message, then what the connection itself says."""
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+def _replay_body(body: bytes, receive: Receive) -> Receive:
+    """The body in one message, then the connection's own messages."""
+    replayed = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def replayed() -> Message:
-        return waiting.pop() if waiting else await receive()
+    async def receive_replayed() -> Message:
+        return replayed.pop() if replayed else await receive()
 
-    return replayed
+    return receive_replayed
 
 
-async def _refuse_body(problem: ApiError, scope: Scope, receive: Receive, answer: _Answer) -> None:
-    """Answer at once, then read on for a moment: a connection closed over unread bytes is reset,
-    and the client would not see the answer.
+async def _reject_body(
+    error: ApiError, scope: Scope, receive: Receive, send: _ResponseRecorder
+) -> None:
+    """Respond at once, then read on for a moment: closing a connection with unread bytes resets
+    it, and the client would not see the response.
     """
-    response = problem.response(scope["path"])
-    head = [*response.raw_headers, (b"connection", b"close")]
-    await answer({"type": "http.response.start", "status": response.status_code, "headers": head})
-    await answer({"type": "http.response.body", "body": response.body, "more_body": True})
+    response = error.response(scope["path"])
+    headers = [*response.raw_headers, (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_SECONDS):
             more = True
             while more:
                 message = await receive()
                 more = message["type"] == "http.request" and message.get("more_body", False)
-    await answer({"type": "http.response.body", "body": b"", "more_body": False})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _headers(scope: Scope) -> dict[str, str]:
@@ -135,39 +140,41 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 
 def check_origin(headers: dict[str, str], hosts: tuple[str, ...] | None) -> None:
-    """Raise ApiError 403 for a web page from elsewhere, be it by its Origin or by a name of its own
-    that was made to lead here.
+    """Raise ApiError 403 for cross-origin requests, and for unknown Host headers, which protects
+    against DNS rebinding.
     """
     host = headers.get("host", "")
     name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
     if hosts is not None and name.lower() not in hosts:
         raise ApiError(
-            403, f"host {name!r} is not served here; type: sdrt serve --allow-host NAME", "host"
+            403, f"unknown host {name!r}; allow it with `sdrt serve --allow-host NAME`", "host"
         )
     origin = headers.get("origin")
-    own = (f"http://{host}".lower(), f"https://{host}".lower())
-    if origin is not None and origin.lower() not in own:
-        raise ApiError(403, "a page from elsewhere may not call this server", code="foreign_origin")
+    same_origin = (f"http://{host}".lower(), f"https://{host}".lower())
+    if origin is not None and origin.lower() not in same_origin:
+        raise ApiError(403, "cross-origin request refused", code="foreign_origin")
 
 
-def owner_of(headers: dict[str, str], path: str, keys: tuple[bytes, ...] | None) -> int | None:
-    """Which key a request carries; raises ApiError 401 where it needs one and has none."""
-    if keys is None or path in OPEN or path.startswith(OPEN_FOLDERS):
+def authenticate(headers: dict[str, str], path: str, keys: tuple[bytes, ...] | None) -> int | None:
+    """The index of the request's API key, None if none is required; raises ApiError 401 for a
+    missing or unknown key.
+    """
+    if keys is None or path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIXES):
         return None
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-    digest = digest_from_key(given.encode("latin-1"))
-    # All are compared, so that the time tells nothing.
-    matches = [i for i, key in enumerate(keys) if hmac.compare_digest(key, digest)]
-    if not matches or not given:
+    key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    digest = hash_key(key.encode("latin-1"))
+    # Compare with every key, so that the time taken reveals nothing.
+    matches = [i for i, known in enumerate(keys) if hmac.compare_digest(known, digest)]
+    if not matches or not key:
         raise ApiError(
             401,
-            "no valid API key; send Authorization: Bearer KEY or X-Api-Key: KEY",
+            "missing or invalid API key; send Authorization: Bearer KEY or X-Api-Key: KEY",
             code="invalid_api_key",
         )
     return matches[0]
 
 
-def _template(scope: Scope) -> str:
-    """The route's path as it was declared, so that labels are few."""
+def _route_template(scope: Scope) -> str:
+    """The declared path of the route, which keeps the number of metric labels small."""
     return getattr(scope.get("route"), "path", None) or "other"

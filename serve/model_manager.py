@@ -1,4 +1,4 @@
-"""The engines of a server by name: loaded in the background, drained and closed at the end."""
+"""The models of a server: loads their engines in the background, drains and closes them."""
 
 import logging
 import threading
@@ -17,23 +17,23 @@ from .settings import Settings
 
 log = logging.getLogger("sdrt.serve")
 
-Load = Callable[[], Pipeline]
+PipelineLoader = Callable[[], Pipeline]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """How a model's pipeline is loaded, and where its measured costs are kept."""
+class ModelSource:
+    """How to load a model's pipeline, and where to cache its measured costs."""
 
-    load: Load
-    kept: Path | None = None
+    load: PipelineLoader
+    cost_cache: Path | None = None
 
 
-LOADING_SECONDS = 5.0
+RETRY_AFTER_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """One bundle at work."""
+class LoadedModel:
+    """A loaded bundle and its engine."""
 
     name: str
     pipe: Pipeline
@@ -45,53 +45,55 @@ class Model:
 
 
 @dataclass(slots=True)
-class Models:
-    """
-    sources: the models by name; the first is the default
-    on_demand: each is started when it is asked for, not all by `load`
-    failed: why loading ended the server
+class ModelManager:
+    """The models of one server by name.
+
+    Attributes:
+        sources: How to load each model; the first is the default.
+        on_demand: Models are loaded on first use, not all by `load_all`.
+        load_error: Why loading failed.
     """
 
-    sources: Mapping[str, Source]
+    sources: Mapping[str, ModelSource]
     settings: Settings
     metrics: Metrics
     on_demand: bool = False
-    begun: int = field(default_factory=lambda: int(time.time()))
-    failed: Exception | None = None
-    _loaded: dict[str, Model] = field(default_factory=dict)
-    _ending: threading.Event = field(default_factory=threading.Event)
+    created: int = field(default_factory=lambda: int(time.time()))
+    load_error: Exception | None = None
+    _loaded: dict[str, LoadedModel] = field(default_factory=dict)
+    _draining: threading.Event = field(default_factory=threading.Event)
     _engines: dict[str, InflightBatcher] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.metrics.watch(self._engines)
+        self.metrics.track_engines(self._engines)
 
-    def load(self) -> None:
-        """Load every model and start its engine; `failed` holds what went wrong."""
+    def load_all(self) -> None:
+        """Load every model and start its engine; sets `load_error` on a failure."""
         for name in self.sources:
-            if self._ending.is_set():
+            if self._draining.is_set():
                 return
             try:
-                self.start(name)
+                self.load_model(name)
             except Exception as error:
-                self.failed = error
+                self.load_error = error
                 return
 
-    def start(self, name: str) -> None:
-        """Load one model and start its engine; raises what loading raises."""
-        model = self._started(name, self.sources[name])
+    def load_model(self, name: str) -> None:
+        """Load one model and start its engine; raises what its source raises."""
+        model = self._start_engine(name, self.sources[name])
         self._engines[name] = model.engine
         self._loaded[name] = model
         log.info("ready: %s, %s", name, ", ".join(model.sizes))
 
-    def stop(self, name: str) -> None:
-        """Let what one model has begun end within the limit, then close it, if it is loaded."""
+    def unload(self, name: str) -> None:
+        """Drain one model within the time limit and close it, if it is loaded."""
         if model := self._loaded.get(name):
-            model.engine.drain(self.settings.drain)
+            model.engine.drain(self.settings.drain_seconds)
             del self._engines[name], self._loaded[name]
             model.engine.close()
             model.pipe.close()
 
-    def _started(self, name: str, source: Source) -> Model:
+    def _start_engine(self, name: str, source: ModelSource) -> LoadedModel:
         pipe, settings = source.load(), self.settings
         engine = InflightBatcher(
             pipe,
@@ -100,55 +102,57 @@ class Models:
             deterministic=settings.deterministic,
             observer=self.metrics.observer(name),
             reload=source.load,
-            kept=source.kept,
+            kept=source.cost_cache,
         )
         engine.start()
-        return Model(name, pipe, engine)
+        return LoadedModel(name, pipe, engine)
 
-    def known(self, name: str | None) -> str:
-        """The name of a model, or of the first; raises ApiError 404 for an unknown one."""
-        wanted = next(iter(self.sources)) if name is None else name
-        if wanted not in self.sources:
-            have = ", ".join(self.sources)
+    def resolve_name(self, name: str | None) -> str:
+        """The given name, or that of the default model; raises ApiError 404 for an unknown one."""
+        resolved = next(iter(self.sources)) if name is None else name
+        if resolved not in self.sources:
+            available = ", ".join(self.sources)
+            message = f"unknown model {resolved!r}; available: {available}"
+            raise ApiError(404, message, "model", "model_not_found")
+        return resolved
+
+    def get(self, name: str | None) -> LoadedModel:
+        """A loaded model, or the default one; raises ApiError 404 if unknown, 503 while loading."""
+        resolved = self.resolve_name(name)
+        if resolved not in self._loaded:
+            state = self.states[resolved]
             raise ApiError(
-                404, f"no model {wanted!r}; this server has {have}", "model", "model_not_found"
+                503, f"model {resolved} is {state}", code=state, retry_after=RETRY_AFTER_SECONDS
             )
-        return wanted
-
-    def named(self, name: str | None) -> Model:
-        """A model, or the first; raises ApiError 404 where unknown, 503 while it is loading."""
-        wanted = self.known(name)
-        if wanted not in self._loaded:
-            state = self.states[wanted]
-            raise ApiError(503, f"{wanted} is {state}", code=state, retry_after=LOADING_SECONDS)
-        return self._loaded[wanted]
+        return self._loaded[resolved]
 
     @property
     def states(self) -> dict[str, str]:
-        """Each model's engine's state: loading, ready, draining, broken or closed; unloaded where
-        models are started when they are asked for.
+        """The state of each engine: loading, ready, draining, broken or closed; unloaded if models
+        are loaded on demand.
         """
-        absent = "unloaded" if self.on_demand else "loading"
-        absent = "draining" if self._ending.is_set() else absent
+        not_loaded = "unloaded" if self.on_demand else "loading"
+        not_loaded = "draining" if self._draining.is_set() else not_loaded
         loaded = dict(self._loaded)
         return {
-            name: loaded[name].engine.state if name in loaded else absent for name in self.sources
+            name: loaded[name].engine.state if name in loaded else not_loaded
+            for name in self.sources
         }
 
     def sizes(self, name: str) -> list[str]:
-        """A model's sizes, none before it is loaded."""
+        """The sizes of a model, empty before it is loaded."""
         return self._loaded[name].sizes if name in self._loaded else []
 
     def drain(self) -> bool:
-        """Take nothing new and let what runs end within the limit; whether it did."""
-        self._ending.set()
+        """Stop accepting requests and finish running ones; returns whether all finished in time."""
+        self._draining.set()
         models = list(self._loaded.values())
         with ThreadPoolExecutor(max(1, len(models))) as pool:
-            seconds = self.settings.drain
+            seconds = self.settings.drain_seconds
             return all(list(pool.map(lambda model: model.engine.drain(seconds), models)))
 
     def close(self) -> None:
-        """End the engines, cancelling what is unfinished, and give their memory back; once."""
+        """Close all engines, cancelling unfinished requests, and free their memory. Idempotent."""
         while self._loaded:
             _, model = self._loaded.popitem()
             model.engine.close()

@@ -1,24 +1,24 @@
-"""What the endpoints are asked, checked field by field; the OpenAPI schema is made of these."""
+"""Request bodies, validated field by field; the OpenAPI schema is generated from them."""
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_STEPS = 1000
-MAX_PICTURES = 10
-LAST_SEED = 2**64 - 1
-TEXT = 32_000
+MAX_IMAGES = 10
+MAX_SEED = 2**64 - 1
+MAX_CHARACTERS = 32_000
 MAX_BLUR = 64
 
 
-class Generation(BaseModel):
-    """OpenAI's images request, and what this server takes beyond it. Unknown fields are refused."""
+class GenerationRequest(BaseModel):
+    """OpenAI's image request and this server's extensions. Unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    prompt: str = Field(max_length=TEXT)
-    model: str | None = Field(None, description="one of /v1/models; default: the first")
-    n: int | None = Field(1, ge=1, le=MAX_PICTURES)
+    prompt: str = Field(max_length=MAX_CHARACTERS)
+    model: str | None = Field(None, description="a model of /v1/models; default: the first")
+    n: int | None = Field(1, ge=1, le=MAX_IMAGES)
     size: str | None = Field("auto", max_length=20, description="WIDTHxHEIGHT or auto")
     response_format: Literal["b64_json", "url"] | None = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
@@ -26,98 +26,111 @@ class Generation(BaseModel):
         None, ge=0, le=100, description="quality of jpeg and webp; default: 100"
     )
     quality: Literal["low", "medium", "high", "auto", "standard", "hd"] | None = Field(
-        None, description="accepted and without effect; num_inference_steps decides"
+        None, description="ignored; use num_inference_steps"
     )
-    style: Literal["vivid", "natural"] | None = Field(None, description="without effect")
+    style: Literal["vivid", "natural"] | None = Field(None, description="ignored")
     background: Literal["auto", "opaque"] | None = Field(None, description="always opaque")
-    moderation: Literal["auto", "low"] | None = Field(None, description="without effect")
-    user: str | None = Field(None, max_length=1000, description="without effect")
-    safety_identifier: str | None = Field(None, max_length=1000, description="without effect")
+    moderation: Literal["auto", "low"] | None = Field(None, description="ignored")
+    user: str | None = Field(None, max_length=1000, description="ignored")
+    safety_identifier: str | None = Field(None, max_length=1000, description="ignored")
     stream: bool | None = False
-    partial_images: int | None = Field(None, ge=0, le=100, description="previews of a stream")
+    partial_images: int | None = Field(None, ge=0, le=100, description="previews in a stream")
     progress: bool | None = Field(False, description="adds queued and progress events to a stream")
-    negative_prompt: str | None = Field(None, max_length=TEXT)
+    negative_prompt: str | None = Field(None, max_length=MAX_CHARACTERS)
     num_inference_steps: int | None = Field(20, ge=1, le=MAX_STEPS)
-    guidance_scale: float | None = Field(7.5, ge=0.0, le=100.0, description="to 1: no guidance")
-    seed: int | None = Field(None, ge=0, le=LAST_SEED, description="default: drawn")
-    scheduler: str | None = Field(None, max_length=100, description="such as DPM++ 2M Karras")
+    guidance_scale: float | None = Field(7.5, ge=0.0, le=100.0, description="0 to 1: no guidance")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="default: random")
+    scheduler: str | None = Field(None, max_length=100, description="for example DPM++ 2M Karras")
     loras: dict[str, float] | None = Field(
         None, description="weights by name; <lora:NAME:WEIGHT> in the prompt does the same"
     )
     feature_reuse: int | None = Field(
-        1, ge=1, le=100, description="every Nth evaluation is full, for models built for it"
+        1,
+        ge=1,
+        le=100,
+        description="DeepCache: run the full UNet every Nth evaluation, if the model supports it",
     )
-    priority: int | None = Field(0, ge=-100, le=100, description="higher goes first")
+    priority: int | None = Field(
+        0, ge=-100, le=100, description="higher values are scheduled first"
+    )
     deadline_seconds: float | None = Field(
-        None, gt=0.0, le=86_400.0, description="refused at once if it cannot be kept"
+        None, gt=0.0, le=86_400.0, description="rejected at once if it cannot be met"
     )
 
 
-class Edit(Generation):
-    """The same with a picture to start from; it and the mask are files of the form."""
+class EditRequest(GenerationRequest):
+    """An edit of an image; the image and the mask are files of the form."""
 
-    strength: float | None = Field(None, ge=0.0, le=1.0, description="default: 0.8, with a mask 1")
-    input_fidelity: Literal["high", "low"] | None = Field(None, description="without effect")
+    strength: float | None = Field(
+        None, ge=0.0, le=1.0, description="denoising strength; default: 0.8, or 1 with a mask"
+    )
+    input_fidelity: Literal["high", "low"] | None = Field(None, description="ignored")
 
 
-class TextToImage(BaseModel):
-    """What clients of `/sdapi` send. Numbers may be text and whole numbers floats, as there; what
-    they send beyond it is read by `sdapi.fields`.
+class TextToImageRequest(BaseModel):
+    """A1111's txt2img request. As in A1111, numbers may be strings and integers floats. Other
+    fields are checked by `routes.sdapi.fields`.
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
-    prompt: str | None = Field("", max_length=TEXT)
-    negative_prompt: str | None = Field("", max_length=TEXT)
-    seed: int | None = Field(-1, ge=-1, le=LAST_SEED, description="-1: drawn")
+    prompt: str | None = Field("", max_length=MAX_CHARACTERS)
+    negative_prompt: str | None = Field("", max_length=MAX_CHARACTERS)
+    seed: int | None = Field(-1, ge=-1, le=MAX_SEED, description="-1: random")
     steps: int | None = Field(20, ge=1, le=MAX_STEPS)
-    cfg_scale: float | None = Field(7.0, ge=0.0, le=100.0, description="to 1: no guidance")
-    width: int | None = Field(None, ge=16, le=8192, description="default: the model's own")
-    height: int | None = Field(None, ge=16, le=8192, description="default: the model's own")
-    sampler_name: str | None = Field(None, max_length=100, description="default: the model's own")
-    sampler_index: str | None = Field(None, max_length=100, description="if no sampler_name")
-    scheduler: str | None = Field(None, max_length=100, description="such as Karras")
-    eta: float | None = Field(None, description="share of fresh noise; default: the sampler's")
-    batch_size: int | None = Field(1, ge=1, le=MAX_PICTURES)
-    n_iter: int | None = Field(1, ge=1, le=MAX_PICTURES)
+    cfg_scale: float | None = Field(7.0, ge=0.0, le=100.0, description="0 to 1: no guidance")
+    width: int | None = Field(None, ge=16, le=8192, description="default: that of the model")
+    height: int | None = Field(None, ge=16, le=8192, description="default: that of the model")
+    sampler_name: str | None = Field(None, max_length=100, description="default: that of the model")
+    sampler_index: str | None = Field(None, max_length=100, description="used without sampler_name")
+    scheduler: str | None = Field(None, max_length=100, description="for example Karras")
+    eta: float | None = Field(
+        None, description="amount of fresh noise; default: that of the sampler"
+    )
+    batch_size: int | None = Field(1, ge=1, le=MAX_IMAGES)
+    n_iter: int | None = Field(1, ge=1, le=MAX_IMAGES)
     send_images: bool | None = True
-    override_settings: dict[str, Any] | None = Field(None, description="options of one request")
+    override_settings: dict[str, Any] | None = Field(None, description="options for this request")
     override_settings_restore_afterwards: bool | None = Field(
-        True, description="false keeps the options for the requests that follow"
+        True, description="false also stores them for later requests"
     )
 
 
-class ImageToImage(TextToImage):
-    """The same with an image to start from, in base64."""
+class ImageToImageRequest(TextToImageRequest):
+    """A1111's img2img request; images are base64."""
 
-    init_images: list[str] = Field(min_length=1, description="one")
+    init_images: list[str] = Field(min_length=1, description="exactly one")
     denoising_strength: float | None = Field(0.75, ge=0.0, le=1.0)
     resize_mode: int | None = Field(0, ge=0, le=3, description="0 stretch, 1 crop, 2 fill")
-    mask: str | None = Field(None, description="light, or opaque, where the image is made new")
-    mask_blur: int | None = Field(None, ge=0, le=MAX_BLUR, description="both of these")
+    mask: str | None = Field(None, description="white, or opaque, in the area to repaint")
+    mask_blur: int | None = Field(
+        None, ge=0, le=MAX_BLUR, description="sets mask_blur_x and mask_blur_y"
+    )
     mask_blur_x: int | None = Field(4, ge=0, le=MAX_BLUR)
     mask_blur_y: int | None = Field(4, ge=0, le=MAX_BLUR)
     inpainting_fill: int | None = Field(0, ge=0, le=3, description="0 fill, 1 original")
-    inpaint_full_res: bool | None = Field(True, description="the masked region alone, enlarged")
+    inpaint_full_res: bool | None = Field(
+        True, description="generate the masked region only, at full size"
+    )
     inpaint_full_res_padding: int | None = Field(0, ge=0, le=8192)
     inpainting_mask_invert: int | None = Field(0, ge=0, le=1)
-    include_init_images: bool | None = Field(False, description="in the answer's parameters")
+    include_init_images: bool | None = Field(False, description="echo the input in parameters")
 
 
-class PngInfo(BaseModel):
-    """An image whose text is asked for."""
+class PngInfoRequest(BaseModel):
+    """A1111's request for the text of an image file."""
 
     model_config = ConfigDict(extra="ignore")
 
     image: str
 
 
-class Upscaling(BaseModel):
-    """How images are resized by `/sdapi`'s extras."""
+class UpscaleRequest(BaseModel):
+    """The settings of A1111's extras."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
-    resize_mode: int | None = Field(0, ge=0, le=1, description="0 by a factor, 1 to a size")
+    resize_mode: int | None = Field(0, ge=0, le=1, description="0: by a factor, 1: to a size")
     upscaling_resize: float | None = Field(2.0, gt=0.0, le=100.0)
     upscaling_resize_w: int | None = Field(512, ge=1, le=8192)
     upscaling_resize_h: int | None = Field(512, ge=1, le=8192)
@@ -127,8 +140,8 @@ class Upscaling(BaseModel):
     extras_upscaler_2_visibility: float | None = Field(0.0, ge=0.0, le=1.0)
 
 
-class UpscaledImage(Upscaling):
-    """One image."""
+class UpscaleImageRequest(UpscaleRequest):
+    """A1111's extra-single-image request."""
 
     image: str = ""
 
@@ -140,7 +153,7 @@ class NamedImage(BaseModel):
     name: str | None = None
 
 
-class UpscaledImages(Upscaling):
-    """Several."""
+class UpscaleBatchRequest(UpscaleRequest):
+    """A1111's extra-batch-images request."""
 
     imageList: list[NamedImage] = Field(min_length=1, max_length=100)

@@ -1,4 +1,4 @@
-"""A server process: uvicorn around the application, from loading to the last answer."""
+"""The server process: uvicorn, model loading, signals and graceful shutdown."""
 
 import asyncio
 import contextlib
@@ -14,59 +14,65 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sdrt.errors import UsageError
 
-from .app import application
-from .middleware import Guard
-from .model_manager import Source
+from .app import create_app
+from .middleware import SecurityMiddleware
+from .model_manager import ModelSource
 from .settings import Settings
 
 log = logging.getLogger("sdrt.serve")
 
-MAX_FILES = 65_536
-LAST_ANSWERS_SECONDS = 5
+MAX_OPEN_FILES = 65_536
+CLOSE_SECONDS = 5
 KEEP_ALIVE_SECONDS = 75
 
 
-def serve(sources: Mapping[str, Source], settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then let what runs end within `settings.drain` seconds; a
-    second signal ends at once. Raises UsageError if it cannot listen there, and what loading a
-    model raised.
+def serve(sources: Mapping[str, ModelSource], settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain running requests; a second signal stops at once.
+
+    Args:
+        sources: The models by name; the first is the default.
+        settings: The configuration.
+
+    Raises:
+        UsageError: The address cannot be bound.
+        SdrtError: A model failed to load.
     """
-    allow_connections()
+    raise_open_file_limit()
     server = Server(sources, settings)
     try:
         server.run()
     finally:
         server.models.close()
-    if server.models.failed:
-        raise server.models.failed
+    if server.models.load_error:
+        raise server.models.load_error
 
 
 class Server(uvicorn.Server):
-    """Answers from the first moment, not ready while it loads; drains before it ends."""
+    """A uvicorn server that loads its models in the background and drains before it exits."""
 
-    def __init__(self, sources: Mapping[str, Source], settings: Settings) -> None:
-        app, self.models = application(sources, settings)
-        super().__init__(_config(app, settings))
-        self.socket = _listening(settings)
+    def __init__(self, sources: Mapping[str, ModelSource], settings: Settings) -> None:
+        app, self.models = create_app(sources, settings)
+        super().__init__(_uvicorn_config(app, settings))
+        self.socket = _bind_socket(settings)
         self.port: int = self.socket.getsockname()[1]
-        self.ending = False
+        self.shutting_down = False
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         super().run(sockets or [self.socket])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        log.info("listening on http://%s:%d", self.models.settings.host, self.port)
-        threading.Thread(target=self._load, name="sdrt-load", daemon=True).start()
+        log.info("Listening on http://%s:%d", self.models.settings.host, self.port)
+        threading.Thread(target=self._load_models, name="sdrt-load", daemon=True).start()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn would end by the signal it was sent; this ends with exit code 0."""
+        """Shut down with exit code 0; uvicorn would raise the signal again."""
         loop = asyncio.get_running_loop()
         main = threading.current_thread() is threading.main_thread()
         signals = (signal.SIGTERM, signal.SIGINT) if main else ()
         before = {
-            number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(self.end))
+            number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(self.shut_down))
             for number in signals
         }
         try:
@@ -75,49 +81,51 @@ class Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _load(self) -> None:
-        self.models.load()
-        if self.models.failed:
+    def _load_models(self) -> None:
+        self.models.load_all()
+        if self.models.load_error:
             self.should_exit = True
 
-    def end(self) -> None:
-        """Drain, then stop; called again, stop at once."""
-        if self.ending:
+    def shut_down(self) -> None:
+        """Drain, then exit; if called again, exit at once."""
+        if self.shutting_down:
             self.should_exit = self.force_exit = True
             return
-        self.ending = True
-        log.info("ending; what runs has %g s", self.models.settings.drain)
+        self.shutting_down = True
+        log.info(
+            "Shutting down; draining requests for up to %g s", self.models.settings.drain_seconds
+        )
         threading.Thread(target=self._drain, name="sdrt-drain", daemon=True).start()
 
     def _drain(self) -> None:
         if not self.models.drain():
-            log.warning("not all was finished in time; the rest was cancelled")
+            log.warning("Drain timeout reached; remaining requests were cancelled")
         self.models.close()
         self.should_exit = True
 
 
-def _listening(settings: Settings) -> socket.socket:
-    """A socket bound to host and port, any free one for 0."""
+def _bind_socket(settings: Settings) -> socket.socket:
+    """A socket bound to host and port; port 0 selects a free one."""
     try:
-        found = socket.getaddrinfo(
+        addresses = socket.getaddrinfo(
             settings.host.strip("[]"), settings.port, type=socket.SOCK_STREAM
         )
-        family, kind, protocol, _, address = found[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
+        family, kind, protocol, _, address = addresses[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
         raise UsageError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
-            "name another --host or --port"
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}",
+            hint="choose another --host or --port",
         ) from error
-    return made
+    return bound
 
 
-def _config(app: Guard, settings: Settings) -> uvicorn.Config:
+def _uvicorn_config(app: SecurityMiddleware, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=patient_protocol(settings),
+        http=build_protocol(settings),
         ws="none",
         lifespan="off",
         access_log=False,
@@ -126,55 +134,58 @@ def _config(app: Guard, settings: Settings) -> uvicorn.Config:
         proxy_headers=False,
         backlog=2048,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
     )
 
 
-def patient_protocol(settings: Settings) -> type[H11Protocol]:
-    """HTTP over h11 that waits only so long for a request's head and for a client that does not
-    read.
+def build_protocol(settings: Settings) -> type[H11Protocol]:
+    """uvicorn's h11 protocol with two more timeouts: for receiving the headers of a request, and
+    for a client that does not read its response.
     """
 
-    class Patient(H11Protocol):
-        _head: asyncio.TimerHandle | None = None
-        _stalled: asyncio.TimerHandle | None = None
+    class TimeoutProtocol(H11Protocol):
+        _read_timer: asyncio.TimerHandle | None = None
+        _write_timer: asyncio.TimerHandle | None = None
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.conn.their_state is not h11.IDLE:
-                self._head = _stop(self._head)
-            elif self._head is None and not self.transport.is_closing():
-                self._head = self.loop.call_later(settings.head_seconds, self.transport.close)
+                self._read_timer = _cancel_timer(self._read_timer)
+            elif self._read_timer is None and not self.transport.is_closing():
+                self._read_timer = self.loop.call_later(
+                    settings.header_seconds, self.transport.close
+                )
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._stalled = self.loop.call_later(settings.stalled_seconds, self.transport.abort)
+            self._write_timer = self.loop.call_later(settings.stall_seconds, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._stalled = _stop(self._stalled)
+            self._write_timer = _cancel_timer(self._write_timer)
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            self._head, self._stalled = _stop(self._head), _stop(self._stalled)
+            self._read_timer = _cancel_timer(self._read_timer)
+            self._write_timer = _cancel_timer(self._write_timer)
 
-    return Patient
+    return TimeoutProtocol
 
 
-def _stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """No timer, in the place of one that is not to ring."""
+def _cancel_timer(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Cancel a timer; returns None, to be stored in its place."""
     if timer:
         timer.cancel()
     return None
 
 
-def allow_connections() -> None:
-    """As many open files, and so connections, as the system lets this process have."""
+def raise_open_file_limit() -> None:
+    """Raise the limit of open files, and so of connections, as far as the system allows."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    target = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))

@@ -1,4 +1,4 @@
-"""How a server is set up, and the bounds that it keeps."""
+"""The configuration of a server: address, access control, limits."""
 
 import hashlib
 import ipaddress
@@ -8,76 +8,89 @@ from pathlib import Path
 
 from sdrt.errors import UsageError
 
-HASHED = "sha256:"
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+DIGEST_PREFIX = "sha256:"
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """
-    keys: sha256 digests of the keys that may call; None lets everyone in
-    hosts: names that the Host header may carry; None for any
-    slots, waiting, deterministic: of every engine
-    drain: seconds that running requests have once the server is told to end
-    most_work: pictures × pixels × steps of one request
-    most_body: bytes; body_seconds: for all of it; head_seconds: for a request's head
-    stalled_seconds: how long a client may leave unread what it is sent
+    """The configuration of a server.
+
+    Attributes:
+        keys: SHA-256 digests of the accepted API keys; None disables authentication.
+        hosts: Accepted names in the Host header; None accepts any.
+        slots: Concurrent images of each engine.
+        waiting: Queued images of each engine.
+        deterministic: Whether results are bitwise independent of batching.
+        drain_seconds: Time limit for running requests at shutdown.
+        max_work: Images × pixels × steps of one request.
+        max_body_bytes: Size of a request body.
+        body_seconds: Time limit for receiving a body.
+        header_seconds: Time limit for receiving the request line and headers.
+        stall_seconds: How long a client may leave its response unread.
     """
 
     host: str = "127.0.0.1"
     port: int = 7860
     keys: tuple[bytes, ...] | None = None
-    hosts: tuple[str, ...] | None = LOCAL_NAMES
+    hosts: tuple[str, ...] | None = LOCAL_HOSTS
     slots: int = 16
     waiting: int = 64
     deterministic: bool = False
-    drain: float = 30.0
+    drain_seconds: float = 30.0
     log_prompts: bool = False
-    most_work: int = 2**30
-    most_body: int = 32 * 2**20
+    max_work: int = 2**30
+    max_body_bytes: int = 32 * 2**20
     body_seconds: float = 60.0
-    head_seconds: float = 15.0
-    stalled_seconds: float = 60.0
+    header_seconds: float = 15.0
+    stall_seconds: float = 60.0
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there."""
+    """Whether an address is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def digest_from_key(key: bytes) -> bytes:
+def hash_key(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def keys_from_file(path: Path) -> tuple[bytes, ...]:
-    """Digests of the keys in a file, one a line, plain or `sha256:` and 64 hexadecimal digits.
+def read_key_digests(path: Path) -> tuple[bytes, ...]:
+    """Read API keys from a file, one per line, plain or as `sha256:` and 64 hexadecimal digits.
 
-    Raises UsageError if it cannot be read or holds none.
+    Returns:
+        Their SHA-256 digests.
+
+    Raises:
+        UsageError: The file cannot be read or holds no key.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the keys in {path} cannot be read: {error}") from error
-    keys = tuple(_digests(path, lines))
+        raise UsageError(f"cannot read API keys from {path}: {error}") from error
+    keys = tuple(_parse_keys(path, lines))
     if not keys:
-        raise UsageError(f"{path} holds no key; write one a line, plain or {HASHED}HEX")
+        raise UsageError(
+            f"{path} contains no API key",
+            hint=f"write one key per line, plain or as {DIGEST_PREFIX}HEX",
+        )
     return keys
 
 
-def _digests(path: Path, lines: Iterable[str]) -> Iterable[bytes]:
+def _parse_keys(path: Path, lines: Iterable[str]) -> Iterable[bytes]:
     for number, line in enumerate(lines, start=1):
         key = line.strip()
         if not key or key.startswith("#"):
             continue
-        if not key.startswith(HASHED):
-            yield digest_from_key(key.encode())
+        if not key.startswith(DIGEST_PREFIX):
+            yield hash_key(key.encode())
             continue
-        text = key.removeprefix(HASHED)
+        text = key.removeprefix(DIGEST_PREFIX)
         if len(text) != 64 or not set(text.lower()) <= set("0123456789abcdef"):
             raise UsageError(
-                f"{path}, line {number}: {HASHED} wants 64 hexadecimal digits after it"
+                f"{path}, line {number}: expected 64 hexadecimal digits after {DIGEST_PREFIX}"
             )
         yield bytes.fromhex(text)

@@ -1,4 +1,4 @@
-"""Server-sent events: how they are written, and the response that carries them."""
+"""Server-sent events: their format, and the streaming response."""
 
 import contextlib
 import json
@@ -8,21 +8,22 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import Gone, problem_from
+from .errors import ClientDisconnected, api_error_from_exception
 
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
-def event_bytes(kind: str, fields: dict[str, Any]) -> bytes:
-    """One event, its type in its data as well."""
-    data = json.dumps({"type": kind, **fields}, separators=(",", ":"), allow_nan=False)
-    return f"event: {kind}\ndata: {data}\n\n".encode("ascii")
+def format_event(event_type: str, fields: dict[str, Any]) -> bytes:
+    """Serialize one event; its data repeats the type, as OpenAI's do."""
+    data = json.dumps({"type": event_type, **fields}, separators=(",", ":"), allow_nan=False)
+    return f"event: {event_type}\ndata: {data}\n\n".encode("ascii")
 
 
-class EventStream(Response):
-    """Sends events as they come. A failure is the last event; a client that is gone ends it.
+class EventStreamResponse(Response):
+    """Sends events as they are produced. A failure is sent as the last event; a disconnect closes
+    the generator.
 
-    It leaves the connection's messages to the source of its events, which hears the disconnect.
+    Does not read the connection's messages: the generator watches for the disconnect.
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
@@ -36,9 +37,9 @@ class EventStream(Response):
             try:
                 async for event in self.events:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
-            except Gone:
+            except ClientDisconnected:
                 return
             except Exception as error:
-                last = event_bytes("error", problem_from(error).body(scope["path"]))
+                last = format_event("error", api_error_from_exception(error).body(scope["path"]))
                 await send({"type": "http.response.body", "body": last, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

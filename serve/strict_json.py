@@ -1,4 +1,4 @@
-"""JSON bodies as RFC 8259 has them. Knows requests; not what is in them."""
+"""Strict parsing of JSON bodies (RFC 8259). Knows requests; not their fields."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .errors import ApiError
 
 
 class StrictRoute(APIRoute):
-    """Reads JSON bodies as RFC 8259 has them: no NaN, no name twice, not endlessly deep."""
+    """A route whose JSON bodies are strict: no NaN, no duplicate names, bounded nesting."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         handler = super().get_route_handler()
@@ -28,22 +28,24 @@ class _StrictRequest(Request):
     async def json(self) -> Any:
         try:
             return json.loads(
-                await self.body(), object_pairs_hook=_object, parse_constant=_constant
+                await self.body(),
+                object_pairs_hook=_reject_duplicates,
+                parse_constant=_reject_constant,
             )
         except RecursionError:
-            raise ApiError(400, "JSON that is nested too deeply", code="invalid_json") from None
+            raise ApiError(400, "the JSON body is nested too deeply", code="invalid_json") from None
         except ValueError as error:
-            raise ApiError(400, f"no valid JSON: {error}", code="invalid_json") from None
+            raise ApiError(400, f"invalid JSON: {error}", code="invalid_json") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
     for name, value in pairs:
-        if name in made:
-            raise ApiError(400, f"the field {name!r} comes twice", name, "invalid_json")
-        made[name] = value
-    return made
+        if name in result:
+            raise ApiError(400, f"duplicate field {name!r}", name, "invalid_json")
+        result[name] = value
+    return result
 
 
-def _constant(name: str) -> None:
-    raise ApiError(400, f"{name} is no JSON number", code="invalid_json")
+def _reject_constant(name: str) -> None:
+    raise ApiError(400, f"{name} is not a JSON number", code="invalid_json")

@@ -37,14 +37,13 @@ from sdrt.runtime.lora.adapters import parse_lora, read_lora
 from sdrt.runtime.samplers.registry import config_from_name
 from sdrt.runtime.samplers.table import sampler_table
 from sdrt.runtime.text.prompt_weighting import chunks_from_prompt
-from sdrt.serve.errors import ApiError, problem_from_invalid
-from sdrt.serve.generation import call_from
-from sdrt.serve.routes.openai import _edit_from
+from sdrt.serve.errors import ApiError, api_error_from_validation
+from sdrt.serve.generation import build_openai_request
+from sdrt.serve.routes.openai import _parse_edit_form
 from sdrt.serve.routes.sdapi.fields import IGNORED, check_fields
-from sdrt.serve.routes.sdapi.options import USED, checked
-from sdrt.serve.routes.sdapi.routes import _given
-from sdrt.serve.routes.sdapi.routes import call_from as sdapi_call_from
-from sdrt.serve.schemas import Generation, ImageToImage, TextToImage
+from sdrt.serve.routes.sdapi.options import USED, check_options
+from sdrt.serve.routes.sdapi.routes import _prepare, build_sdapi_request
+from sdrt.serve.schemas import GenerationRequest, ImageToImageRequest, TextToImageRequest
 from sdrt.serve.strict_json import _StrictRequest
 
 WEIGHT = json.dumps({"w": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}).encode()
@@ -179,14 +178,14 @@ def request(data: bytes) -> None:
     """A JSON body as each of the endpoints that make pictures."""
     body = driven(request_of(data, "application/json").json())
     with contextlib.suppress(ValidationError, SdrtError, ApiError):
-        call_from(MODEL, Generation.model_validate(body), {})  # type: ignore[arg-type]
+        build_openai_request(MODEL, GenerationRequest.model_validate(body), {})  # type: ignore[arg-type]
     with contextlib.suppress(ValidationError, SdrtError, ApiError):
-        text = TextToImage.model_validate(body)
-        sdapi_call_from(MODEL, text, USED, {})  # type: ignore[arg-type]
+        text = TextToImageRequest.model_validate(body)
+        build_sdapi_request(MODEL, text, USED, {})  # type: ignore[arg-type]
         check_fields(text.model_extra or {}, IGNORED)
-        checked(text.override_settings or {}, MODELS)  # type: ignore[arg-type]
+        check_options(text.override_settings or {}, MODELS)  # type: ignore[arg-type]
     with contextlib.suppress(ValidationError, SdrtError, ApiError):
-        _given(ImageToImage.model_validate(body), (64, 64))
+        _prepare(ImageToImageRequest.model_validate(body), (64, 64))
 
 
 def form(data: bytes) -> None:
@@ -197,9 +196,9 @@ def form(data: bytes) -> None:
     except MultiPartException:
         return
     try:
-        _edit_from(read)
+        _parse_edit_form(read)
     except RequestValidationError as error:
-        json.dumps(problem_from_invalid(error.errors()).body("/v1"), allow_nan=False)
+        json.dumps(api_error_from_validation(error.errors()).body("/v1"), allow_nan=False)
     finally:
         driven(read.close())
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sdrt.errors import UsageError
 
 if TYPE_CHECKING:
-    from sdrt.serve.model_manager import Source
+    from sdrt.serve.model_manager import ModelSource
     from sdrt.serve.settings import Settings
 
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
@@ -218,11 +218,11 @@ def add_compare(to: argparse.ArgumentParser) -> None:
     _add_shared(to)
 
 
-def sources_from_arguments(args: argparse.Namespace) -> "dict[str, Source]":
+def sources_from_arguments(args: argparse.Namespace) -> "dict[str, ModelSource]":
     """The bundles of a command line by name; raises BundleError or UsageError."""
     from sdrt import load
     from sdrt.bundle import open_bundle
-    from sdrt.serve.model_manager import Source
+    from sdrt.serve.model_manager import ModelSource
 
     precision = "exact" if args.exact else "auto"
     sources = {}
@@ -231,13 +231,13 @@ def sources_from_arguments(args: argparse.Namespace) -> "dict[str, Source]":
         if bundle.manifest.name in sources:
             raise UsageError(f"two bundles are called {bundle.manifest.name}; serve one of them")
         one = partial(load, bundle.folder, backend=args.backend, precision=precision)
-        sources[bundle.manifest.name] = Source(one, bundle.folder / "plans")
+        sources[bundle.manifest.name] = ModelSource(one, bundle.folder / "plans")
     return sources
 
 
 def settings_from_arguments(args: argparse.Namespace) -> "Settings":
     """What a command line asks for; raises UsageError for what would let everyone in unasked."""
-    from sdrt.serve.settings import LOCAL_NAMES, Settings, is_loopback, keys_from_file
+    from sdrt.serve.settings import LOCAL_HOSTS, Settings, is_loopback, read_key_digests
 
     local = is_loopback(args.host)
     if not 0 <= args.port <= 65535:
@@ -253,11 +253,11 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
     return Settings(
         host=args.host,
         port=args.port,
-        keys=keys_from_file(args.keys) if args.keys else None,
-        hosts=(*LOCAL_NAMES, *named) if local or named else None,
+        keys=read_key_digests(args.keys) if args.keys else None,
+        hosts=(*LOCAL_HOSTS, *named) if local or named else None,
         slots=args.slots,
         waiting=args.waiting,
         deterministic=args.deterministic,
-        drain=args.drain,
+        drain_seconds=args.drain,
         log_prompts=args.log_prompts,
     )

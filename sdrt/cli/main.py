@@ -188,10 +188,10 @@ def serve(args: argparse.Namespace) -> None:
 
 def export_triton(args: argparse.Namespace) -> None:
     """`sdrt export-triton`: prints the model's folder."""
-    from sdrt.serve.triton.export import TritonPlan, export_triton
+    from sdrt.serve.triton.export import TritonExport, export_triton
 
-    chosen = {field.name: getattr(args, field.name) for field in fields(TritonPlan)}
-    print(export_triton(TritonPlan(**chosen)))
+    chosen = {field.name: getattr(args, field.name) for field in fields(TritonExport)}
+    print(export_triton(TritonExport(**chosen)))
 
 
 def inspect(args: argparse.Namespace) -> None:

@@ -18,9 +18,9 @@ def serve(args: argparse.Namespace) -> None:
             f"serving needs {error.name}, which is not installed; pip install 'sdrt[serve]'"
         ) from error
     if args.ray:
-        from sdrt.serve.ray.app import serve_fleet
+        from sdrt.serve.ray.app import serve_on_ray
 
-        serve_fleet(args)
+        serve_on_ray(args)
         return
     settings = settings_from_arguments(args)
     serve(sources_from_arguments(args), settings)

@@ -1,1 +1,1 @@
-"""The server on Ray Serve: an ingress before replicas that each hold the engines."""
+"""The server on Ray Serve: an ingress in front of replicas that each hold the engines."""

@@ -1,7 +1,7 @@
-"""One replica of a fleet: the application of a single server, asked by the front instead of by
-clients, whose engines are loaded when they are first asked for.
+"""The replica deployment: the application of a single server, called by the ingress, whose models
+are loaded on first use.
 
-Knows Ray Serve; not how many replicas there are, nor which of them is asked.
+Knows Ray Serve; not how many replicas there are, nor how requests are routed to them.
 """
 
 import asyncio
@@ -12,94 +12,96 @@ from ray import serve
 from starlette.types import ASGIApp, Message, Scope
 
 from sdrt.errors import BackendError
-from sdrt.serve.app import application
-from sdrt.serve.errors import problem_from
-from sdrt.serve.model_manager import Models, Source
+from sdrt.serve.app import create_app
+from sdrt.serve.errors import api_error_from_exception
+from sdrt.serve.model_manager import ModelManager, ModelSource
 from sdrt.serve.settings import Settings
 
 Headers = list[tuple[bytes, bytes]]
-Answer = tuple[int, Headers, bytes]  # with the status first, the body last
+ReplicaResponse = tuple[int, Headers, bytes]  # status, headers, body
 
 
 class Replica:
-    """A Ray Serve deployment. It begins with the first model loaded."""
+    """The Ray Serve deployment that generates images. It starts with the first model loaded."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
-        self, sources: Mapping[str, Source], settings: Settings, most_models: int
+        self, sources: Mapping[str, ModelSource], settings: Settings, max_models: int
     ) -> None:
         """most_models: that are loaded at one time; the least recently used makes room"""
-        self.app, self.models = application(sources, settings)
+        self.app, self.models = create_app(sources, settings)
         self.models.on_demand = True
-        self.loaded = _multiplexed(self.models, most_models)
-        await self.loaded(next(iter(sources)))
+        self.ensure_loaded = _multiplex(self.models, max_models)
+        await self.ensure_loaded(next(iter(sources)))
 
     async def forward(self, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
-        """What the application sends for a request, once the model that Ray routed it by is loaded.
-        `RequestCancelled` means that the client has gone.
+        """Load the model that Ray routed the request by, and yield the ASGI messages of the
+        response. Ray cancels the call when the client disconnects.
         """
         app: ASGIApp = self.app
         try:
             if name := serve.get_multiplexed_model_id():
-                await self.loaded(name)
+                await self.ensure_loaded(name)
         except Exception as error:
-            app = problem_from(error).response(scope["path"])
-        async for message in messages(app, scope, body):
+            app = api_error_from_exception(error).response(scope["path"])
+        async for message in stream_messages(app, scope, body):
             yield message
 
-    async def answer(self, scope: Scope, body: bytes) -> tuple[str, Answer]:
-        """This replica's name and the application's whole answer, whatever is loaded."""
+    async def respond(self, scope: Scope, body: bytes) -> tuple[str, ReplicaResponse]:
+        """This replica's name and its complete response, without loading a model."""
         status, headers, parts = 500, Headers(), []
-        async for message in messages(self.app, scope, body):
+        async for message in stream_messages(self.app, scope, body):
             status = message.get("status", status)
             headers = message.get("headers", headers)
             parts.append(message.get("body", b""))
         return serve.get_replica_context().replica_tag, (status, headers, b"".join(parts))
 
     def check_health(self) -> None:
-        """Raises BackendError while an engine is broken; Ray replaces a replica that stays so."""
+        """Raise BackendError if an engine is broken; Ray then replaces the replica."""
         for name, state in self.models.states.items():
             if state == "broken":
-                raise BackendError(f"the engine of {name} is broken")
+                raise BackendError(f"the engine of model {name} is broken")
 
     def __del__(self) -> None:
-        """Called by Ray once what runs has ended, or had its time."""
+        """Called by Ray after draining."""
         if hasattr(self, "models"):
             self.models.close()
 
 
-class _Loaded:
-    """A model in the hands of Ray, which calls `__del__` on the one that makes room."""
+class _MultiplexedModel:
+    """A loaded model as Ray multiplexes it: `__del__` is called to unload it."""
 
-    def __init__(self, models: Models, name: str) -> None:
+    def __init__(self, models: ModelManager, name: str) -> None:
         self.models, self.name = models, name
 
     def __del__(self) -> None:
-        self.models.stop(self.name)
+        self.models.unload(self.name)
 
 
-def _multiplexed(models: Models, most: int) -> Callable[[str], Awaitable[_Loaded]]:
-    """Loads a model by name unless it is; Ray hears of it and routes by it."""
+def _multiplex(
+    models: ModelManager, max_models: int
+) -> Callable[[str], Awaitable[_MultiplexedModel]]:
+    """A function that loads a model unless it is loaded; Ray routes requests by it."""
 
-    async def load(name: str) -> _Loaded:
-        await asyncio.to_thread(models.start, name)
-        return _Loaded(models, name)
+    async def load(name: str) -> _MultiplexedModel:
+        await asyncio.to_thread(models.load_model, name)
+        return _MultiplexedModel(models, name)
 
-    multiplexed: Any = serve.multiplexed(load, max_num_models_per_replica=most)
+    multiplexed: Any = serve.multiplexed(load, max_num_models_per_replica=max_models)
     return multiplexed  # type: ignore[no-any-return]
 
 
-async def messages(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
-    """What an application sends for one request. Closed early, the application hears a client that
-    is gone, and is waited for.
+async def stream_messages(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
+    """Yield the ASGI messages of a response. Closing the generator disconnects the client as the
+    application sees it, and waits for the application.
     """
     sent: asyncio.Queue[Message | None] = asyncio.Queue()
-    asked = [{"type": "http.request", "body": body, "more_body": False}]
-    gone = asyncio.Event()
+    request = [{"type": "http.request", "body": body, "more_body": False}]
+    disconnected = asyncio.Event()
 
     async def receive() -> Message:
-        if asked:
-            return asked.pop()
-        await gone.wait()
+        if request:
+            return request.pop()
+        await disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def run() -> None:
@@ -113,5 +115,5 @@ async def messages(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Me
         while (message := await sent.get()) is not None:
             yield message
     finally:
-        gone.set()
+        disconnected.set()
         await task

@@ -1,1 +1,1 @@
-"""A file an API: what it takes and what it answers."""
+"""The endpoints, a module for each API."""

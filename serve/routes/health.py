@@ -1,9 +1,9 @@
-"""Whether the server lives, whether it can be given work, and its figures."""
+"""Liveness, readiness and metrics."""
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sdrt.serve.dependencies import context_of
+from sdrt.serve.dependencies import get_context
 from sdrt.serve.errors import json_response
 
 router = APIRouter()
@@ -11,21 +11,21 @@ router = APIRouter()
 
 @router.get("/health/live")
 async def live() -> Response:
-    """The process answers."""
+    """Liveness: the process responds."""
     return json_response({"status": "live"})
 
 
 @router.get("/health/ready", responses={503: {"description": "loading, draining or broken"}})
 async def ready(request: Request) -> Response:
-    """Every model can be given work; 503 while one is loading, draining or broken."""
-    states = context_of(request).models.states
-    fit = all(state in ("ready", "unloaded") for state in states.values())
-    body = {"status": "ready" if fit else "not ready", "models": states}
-    return json_response(body, 200 if fit else 503, {} if fit else {"retry-after": "1"})
+    """Readiness: every model accepts requests; 503 while one is loading, draining or broken."""
+    states = get_context(request).models.states
+    is_ready = all(state in ("ready", "unloaded") for state in states.values())
+    body = {"status": "ready" if is_ready else "not ready", "models": states}
+    return json_response(body, 200 if is_ready else 503, {} if is_ready else {"retry-after": "1"})
 
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Figures for Prometheus."""
-    text, content_type = context_of(request).metrics.text(request.headers.get("accept", ""))
+    """Metrics for Prometheus."""
+    text, content_type = get_context(request).metrics.render(request.headers.get("accept", ""))
     return Response(text, headers={"content-type": content_type})

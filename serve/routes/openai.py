@@ -1,4 +1,4 @@
-"""OpenAI's images and models endpoints, with what this server takes and tells beyond them."""
+"""OpenAI's image and model endpoints with this server's extensions."""
 
 import math
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from starlette.responses import Response
 
 from sdrt.bundle import parse_size
 from sdrt.runtime.images import image_from_bytes
-from sdrt.serve.dependencies import Context, context_of
+from sdrt.serve.dependencies import ServerContext, get_context
 from sdrt.serve.errors import ApiError, json_response
-from sdrt.serve.generation import answer, call_from
+from sdrt.serve.generation import build_openai_request, respond
 from sdrt.serve.image_encoding import MAX_PIXELS, mask_from_alpha
-from sdrt.serve.model_manager import Model
-from sdrt.serve.schemas import Edit, Generation
+from sdrt.serve.model_manager import LoadedModel
+from sdrt.serve.schemas import EditRequest, GenerationRequest
 from sdrt.serve.strict_json import StrictRoute
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
@@ -30,24 +30,24 @@ IMAGE_FIELDS = ("image", "image[]")
 @router.get("/models")
 async def models(request: Request) -> Response:
     """The models of this server."""
-    context = context_of(request)
-    data = [_described(context, name) for name in context.models.sources]
+    context = get_context(request)
+    data = [_describe_model(context, name) for name in context.models.sources]
     return json_response({"object": "list", "data": data})
 
 
 @router.get("/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
     """One model."""
-    context = context_of(request)
-    return json_response(_described(context, context.models.known(name)))
+    context = get_context(request)
+    return json_response(_describe_model(context, context.models.resolve_name(name)))
 
 
-def _described(context: Context, name: str) -> dict[str, Any]:
+def _describe_model(context: ServerContext, name: str) -> dict[str, Any]:
     sizes = context.models.sizes(name)
     return {
         "id": name,
         "object": "model",
-        "created": context.models.begun,
+        "created": context.models.created,
         "owned_by": "sdrt",
         "state": context.models.states[name],
         "sizes": sizes,
@@ -56,11 +56,11 @@ def _described(context: Context, name: str) -> dict[str, Any]:
 
 
 @router.post("/images/generations")
-async def generations(request: Request, body: Generation) -> Response:
-    """Pictures of a prompt."""
-    context = context_of(request)
-    found = context.models.named(body.model)
-    return await answer(request, body, call_from(found, body, {}), "image_generation")
+async def generations(request: Request, body: GenerationRequest) -> Response:
+    """Generate images from a prompt."""
+    context = get_context(request)
+    model = context.models.get(body.model)
+    return await respond(request, body, build_openai_request(model, body, {}), "image_generation")
 
 
 EDIT_FORM = {
@@ -73,45 +73,45 @@ EDIT_FORM = {
 
 @router.post("/images/edits", openapi_extra=EDIT_FORM)
 async def edits(request: Request) -> Response:
-    """Pictures of a prompt that start from a picture; a mask is transparent where to make new."""
-    context = context_of(request)
+    """Edit an image; the area to repaint is transparent in the mask."""
+    context = get_context(request)
     try:
         async with request.form(max_files=4, max_fields=60) as form:
-            body = _edit_from(form)
-            files = {name: await _bytes(form, name) for name in (*IMAGE_FIELDS, "mask")}
+            body = _parse_edit_form(form)
+            files = {name: await _read_upload(form, name) for name in (*IMAGE_FIELDS, "mask")}
     except MultiPartException as error:
-        raise ApiError(400, f"no valid form: {error.message}", code="invalid_form") from None
-    found = context.models.named(body.model)
-    given = await context.off_loop(_pictures_from, files)
+        raise ApiError(400, f"invalid form: {error.message}", code="invalid_form") from None
+    model = context.models.get(body.model)
+    inputs = await context.run_in_thread(_decode_uploads, files)
     if body.size in (None, "auto"):
-        body.size = _nearest(found, given["image"])
-    given |= {"strength": body.strength}
-    return await answer(request, body, call_from(found, body, given), "image_edit")
+        body.size = _nearest_size(model, inputs["image"])
+    inputs |= {"strength": body.strength}
+    return await respond(request, body, build_openai_request(model, body, inputs), "image_edit")
 
 
-def _edit_from(form: FormData) -> Edit:
-    """The form's fields, whose numbers are text; a field that comes twice is refused."""
+def _parse_edit_form(form: FormData) -> EditRequest:
+    """Validate the fields of the form, whose numbers are text; rejects duplicate fields."""
     fields = {name: value for name, value in form.items() if name not in (*IMAGE_FIELDS, "mask")}
     for name in form:
         if len(form.getlist(name)) > 1:
-            raise ApiError(400, f"the field {name!r} comes twice; one is taken", name)
+            raise ApiError(400, f"duplicate field {name!r}", name)
     try:
-        return Edit.model_validate(fields, strict=False)
+        return EditRequest.model_validate(fields, strict=False)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from None
 
 
-async def _bytes(form: FormData, name: str) -> bytes | None:
+async def _read_upload(form: FormData, name: str) -> bytes | None:
     value = form.get(name)
     if isinstance(value, str):
-        raise ApiError(400, f"{name} is text; send it as a file", name)
+        raise ApiError(400, f"{name} must be a file, not text", name)
     return await value.read() if isinstance(value, UploadFile) else None
 
 
-def _pictures_from(files: Mapping[str, bytes | None]) -> dict[str, Any]:
-    image, *more = [files[name] for name in IMAGE_FIELDS if files[name] is not None] or [None]
-    if image is None or more:
-        raise ApiError(400, "one image is taken; send it as the file image", "image")
+def _decode_uploads(files: Mapping[str, bytes | None]) -> dict[str, Any]:
+    image, *others = [files[name] for name in IMAGE_FIELDS if files[name] is not None] or [None]
+    if image is None or others:
+        raise ApiError(400, "expected exactly one image; send it as the file image", "image")
     mask = files["mask"]
     return {
         "image": image_from_bytes(image, MAX_PIXELS),
@@ -119,11 +119,11 @@ def _pictures_from(files: Mapping[str, bytes | None]) -> dict[str, Any]:
     }
 
 
-def _nearest(found: Model, image: Image.Image) -> str:
-    """The model's size whose shape is nearest to a picture's."""
+def _nearest_size(model: LoadedModel, image: Image.Image) -> str:
+    """The size of the model whose aspect ratio is closest to that of the image."""
 
     def distance(size: str) -> float:
         width, height = parse_size(size)
         return abs(math.log(width / height * image.height / image.width))
 
-    return min(found.sizes, key=distance)
+    return min(model.sizes, key=distance)

@@ -1,1 +1,1 @@
-"""A bundle as a model of the Triton Inference Server."""
+"""Export of a bundle as a model for the Triton Inference Server."""

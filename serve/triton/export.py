@@ -1,11 +1,11 @@
 """`sdrt export-triton`: a bundle as a model repository for NVIDIA's Triton Inference Server.
 
-    OUTPUT/NAME/config.pbtxt     what the model takes and gives
-    OUTPUT/NAME/1/model.py       the Python backend's side, `model.py` of this package
-    OUTPUT/NAME/1/bundle/        a copy of the bundle, with the plans it has
+    OUTPUT/NAME/config.pbtxt     the inputs and outputs of the model
+    OUTPUT/NAME/1/model.py       the Python backend model, `model.py` of this package
+    OUTPUT/NAME/1/bundle/        a copy of the bundle and its compiled plans
 
-Knows files; no Triton is needed to write them. The machine that serves needs sdrt in the Python
-that Triton's backend uses.
+Knows files; Triton is not needed to write them. The Triton server needs sdrt installed in the
+Python of its Python backend.
 """
 
 import re
@@ -35,11 +35,18 @@ OUTPUTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class TritonPlan:
-    """
-    name: of the model; None takes the bundle's
-    instances: engines on each GPU, or on the processor where there is none
-    slots, waiting: of each engine
+class TritonExport:
+    """Options of the export.
+
+    Attributes:
+        bundle: Name or folder; None: the newest bundle.
+        output: The model repository.
+        name: Name of the model; None: that of the bundle.
+        instances: Model instances on each GPU, or on the CPU if there is none.
+        slots: Concurrent images of each instance.
+        waiting: Queued images of each instance.
+        backend: The backend that the model loads.
+        force: Replace an existing model.
     """
 
     bundle: str | None
@@ -52,32 +59,38 @@ class TritonPlan:
     force: bool = False
 
 
-def export_triton(plan: TritonPlan) -> Path:
-    """Write the repository; returns the model's folder.
+def export_triton(export: TritonExport) -> Path:
+    """Write a model repository.
 
-    Raises UsageError for a value out of range, BundleError where the bundle is missing or the
-    model's folder is taken, SdrtError where it cannot be written.
+    Returns:
+        The folder of the model.
+
+    Raises:
+        UsageError: A value is out of range.
+        BundleError: The bundle is missing, or the model exists.
+        SdrtError: The repository cannot be written.
     """
-    for what, value in (("instances", plan.instances), ("slots", plan.slots)):
+    for option, value in (("instances", export.instances), ("slots", export.slots)):
         if not 1 <= value <= 10_000:
-            raise UsageError(f"--{what} {value}; expected 1 to 10000")
-    bundle = open_bundle(plan.bundle)
-    name = bundle.manifest.name if plan.name is None else plan.name
+            raise UsageError(f"--{option} {value}; expected 1 to 10000")
+    bundle = open_bundle(export.bundle)
+    name = bundle.manifest.name if export.name is None else export.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         raise UsageError(
-            f"{name!r} is no name for a model: letters, digits, '_', '.' and '-'; use --name"
+            f"{name!r} is not a valid model name; expected letters, digits, '_', '.' and '-'",
+            hint="choose another with --name",
         )
-    target = plan.output.expanduser() / name
-    with published(target, "config.pbtxt", plan.force) as folder:
-        (folder / "config.pbtxt").write_text(config_from_plan(plan, name))
+    target = export.output.expanduser() / name
+    with published(target, "config.pbtxt", export.force) as folder:
+        (folder / "config.pbtxt").write_text(render_config(export, name))
         (folder / "1").mkdir()
         shutil.copyfile(MODEL, folder / "1" / "model.py")
         shutil.copytree(bundle.folder, folder / "1" / "bundle")
     return target
 
 
-def config_from_plan(plan: TritonPlan, name: str) -> str:
-    """The model's configuration, protobuf's text of Triton's `ModelConfig`."""
+def render_config(export: TritonExport, name: str) -> str:
+    """Triton's `ModelConfig` in protobuf text format."""
     inputs = ",\n".join(
         f'  {{ name: "{title}" data_type: TYPE_{kind} dims: [ 1 ]'
         f"{' optional: true' if optional else ''} }}"
@@ -90,16 +103,16 @@ def config_from_plan(plan: TritonPlan, name: str) -> str:
     parameters = "\n".join(
         f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
         for key, value in (
-            ("backend", plan.backend),
-            ("slots", plan.slots),
-            ("waiting", plan.waiting),
+            ("backend", export.backend),
+            ("slots", export.slots),
+            ("waiting", export.waiting),
         )
     )
     return f"""\
 name: "{name}"
 backend: "python"
-# One request is one picture. Those that run share calls of the UNet within the engine, which is
-# why there is no dynamic_batching here, and each is answered when it is done.
+# One request is one image. The engine batches the running requests itself, so dynamic_batching is
+# off; each response is sent as soon as its image is finished.
 max_batch_size: 0
 model_transaction_policy {{ decoupled: true }}
 input [
@@ -108,6 +121,6 @@ input [
 output [
 {outputs}
 ]
-instance_group [ {{ count: {plan.instances} kind: KIND_AUTO }} ]
+instance_group [ {{ count: {export.instances} kind: KIND_AUTO }} ]
 {parameters}
 """

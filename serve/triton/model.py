@@ -1,9 +1,9 @@
-"""A bundle as a model of Triton's Python backend. `sdrt export-triton` copies this file to be a
-model's `model.py`, with the bundle beside it.
+"""The model of Triton's Python backend. `sdrt export-triton` copies this file and a bundle into the
+model repository.
 
-Knows the Python backend; runs in a process of Triton's, never in one of sdrt's. All requests of an
-instance share one engine in flight, so Triton's own batching is off, and each is answered as soon
-as its picture is there.
+Knows the Python backend; runs in a process of Triton, never in one of sdrt. All requests of an
+instance share one in-flight batch, so Triton's own batching is off; each response is sent as soon
+as its image is finished.
 """
 
 import json
@@ -25,61 +25,63 @@ OPTIONS = {
 
 
 class TritonPythonModel:
-    """One instance: a process with a pipeline and an engine of its own."""
+    """A model instance: a process with its own pipeline and engine."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the bundle; what goes wrong here Triton shows as the model's state."""
-        if args["model_instance_kind"] == "GPU":  # before anything looks for devices
+        """Load the bundle; Triton reports an exception as the state of the model."""
+        if args["model_instance_kind"] == "GPU":  # before a library detects devices
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
         import sdrt
         from sdrt.runtime.batching.engine import InflightBatcher
 
-        given = json.loads(args["model_config"])["parameters"]
-        set_to = {name: value["string_value"] for name, value in given.items()}
+        config = json.loads(args["model_config"])["parameters"]
+        parameters = {name: value["string_value"] for name, value in config.items()}
         folder = Path(__file__).parent / "bundle"
-        self.pipe = sdrt.load(folder, backend=set_to["backend"])
-        slots, waiting = int(set_to["slots"]), int(set_to["waiting"])
+        self.pipe = sdrt.load(folder, backend=parameters["backend"])
+        slots, waiting = int(parameters["slots"]), int(parameters["waiting"])
         self.engine = InflightBatcher(
             self.pipe, slots=slots, waiting=waiting, kept=folder / "plans"
         )
         self.engine.start()
 
     def execute(self, requests: list[Any]) -> None:
-        """Begin all of them; each response goes out when its picture is done."""
+        """Submit the requests; each response is sent when its image is finished."""
         for request in requests:
             sender = request.get_response_sender()
             try:
-                self._begin(request, sender)
+                self._submit(request, sender)
             except Exception as error:
-                send(sender, pb_utils.InferenceResponse(error=triton_error_from(error)))
+                send_response(sender, pb_utils.InferenceResponse(error=to_triton_error(error)))
 
-    def _begin(self, request: Any, sender: Any) -> None:
+    def _submit(self, request: Any, sender: Any) -> None:
         options = {
             option: value
             for name, option in OPTIONS.items()
-            if (value := value_of(request, name)) is not None
+            if (value := read_input(request, name)) is not None
         }
 
-        def on_step(ticket: Any, _: object) -> None:
+        def on_step(handle: Any, _: object) -> None:
             if sender.is_cancelled():
-                ticket.cancel()
+                handle.cancel()
 
-        [ticket] = self.engine.submit(
-            value_of(request, "prompt"),
+        [handle] = self.engine.submit(
+            read_input(request, "prompt"),
             options,
-            scheduler=value_of(request, "scheduler"),
+            scheduler=read_input(request, "scheduler"),
             on_step=on_step,
         )
-        ticket.future.add_done_callback(lambda future: send(sender, response_from(future)))
+        handle.future.add_done_callback(
+            lambda future: send_response(sender, build_response(future))
+        )
 
     def finalize(self) -> None:
-        """Triton unloads a model when its requests are answered."""
+        """Unload the model; Triton has waited for its responses."""
         self.engine.close()
         self.pipe.close()
 
 
-def value_of(request: Any, name: str) -> Any:
-    """The one value of an input, as Python has it; None if it was not sent."""
+def read_input(request: Any, name: str) -> Any:
+    """The value of a scalar input as a Python object; None if it was not sent."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
         return None
@@ -90,22 +92,22 @@ def value_of(request: Any, name: str) -> Any:
     return value.decode("utf-8") if isinstance(value, bytes) else value.item()
 
 
-def response_from(future: "Future[Any]") -> Any:
-    """image [H, W, 3] uint8, seed [1] uint64, parameters [1]; or the error."""
+def build_response(future: "Future[Any]") -> Any:
+    """image [H, W, 3] uint8, seed [1] uint64, parameters [1] bytes; or an error."""
     if error := future.exception():
-        return pb_utils.InferenceResponse(error=triton_error_from(error))
-    picture = future.result()
+        return pb_utils.InferenceResponse(error=to_triton_error(error))
+    result = future.result()
     return pb_utils.InferenceResponse(
         output_tensors=[
-            pb_utils.Tensor("image", np.asarray(picture.image, np.uint8)),
-            pb_utils.Tensor("seed", np.array([picture.seed], np.uint64)),
-            pb_utils.Tensor("parameters", np.array([picture.parameters.encode()], np.object_)),
+            pb_utils.Tensor("image", np.asarray(result.image, np.uint8)),
+            pb_utils.Tensor("seed", np.array([result.seed], np.uint64)),
+            pb_utils.Tensor("parameters", np.array([result.parameters.encode()], np.object_)),
         ]
     )
 
 
-def triton_error_from(error: BaseException) -> Any:
-    """An error under the code that Triton's clients know."""
+def to_triton_error(error: BaseException) -> Any:
+    """The Triton error, with its code, for an exception."""
     from sdrt.errors import UsageError
     from sdrt.runtime.batching.request import RequestCancelled, RequestRejected
 
@@ -113,12 +115,12 @@ def triton_error_from(error: BaseException) -> Any:
     if isinstance(error, UsageError | ValueError):
         return codes(str(error), codes.INVALID_ARG)
     if isinstance(error, RequestRejected):
-        return codes(f"{error} (again in {error.retry_after:.0f} s)", codes.UNAVAILABLE)
+        return codes(f"{error} (retry after {error.retry_after:.0f} s)", codes.UNAVAILABLE)
     if isinstance(error, RequestCancelled):
         return codes(str(error), codes.CANCELLED)
     return codes(f"{type(error).__name__}: {error}", codes.INTERNAL)
 
 
-def send(sender: Any, response: Any) -> None:
-    """The one response of a request."""
+def send_response(sender: Any, response: Any) -> None:
+    """Send the only response of a request."""
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

@@ -8,7 +8,7 @@ from functools import partial
 import httpx
 
 import sdrt
-from sdrt.serve.model_manager import Source
+from sdrt.serve.model_manager import ModelSource
 from sdrt.serve.server import Server
 from sdrt.serve.settings import Settings
 
@@ -19,7 +19,7 @@ PROMPT = "a red circle on a blue background"
 def served(bundle, names=("shapes",), **settings):
     """The server, ready, in a thread; ended and joined afterwards."""
     load = partial(sdrt.load, bundle, backend="onnxruntime")
-    server = Server(dict.fromkeys(names, Source(load)), Settings(port=0, **settings))
+    server = Server(dict.fromkeys(names, ModelSource(load)), Settings(port=0, **settings))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -40,7 +40,7 @@ def wait_for(holds, seconds=30.0):
 
 
 def engine_of(server):
-    return server.models.named(None).engine
+    return server.models.get(None).engine
 
 
 def client(server, **options):

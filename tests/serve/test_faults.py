@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import PROMPT, client, engine_of, served, wait_for
 
 from sdrt.errors import BackendError
-from sdrt.serve.server import allow_connections
-from sdrt.serve.settings import digest_from_key
+from sdrt.serve.server import raise_open_file_limit
+from sdrt.serve.settings import hash_key
 
 pytestmark = pytest.mark.integration
 
@@ -29,7 +29,7 @@ PATH = "/v1/images/generations"
 @pytest.fixture(scope="module")
 def server(shapes):
     with served(
-        shapes, most_body=2**20, body_seconds=1.0, head_seconds=0.5, stalled_seconds=1.0
+        shapes, max_body_bytes=2**20, body_seconds=1.0, header_seconds=0.5, stall_seconds=1.0
     ) as running:
         yield running
 
@@ -86,7 +86,8 @@ def test_bodies_that_are_no_request(server, body):
 
 def test_json_without_end_is_said(server):
     for body in (b"[" * 100_000, b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"):
-        assert asked(server, body).json()["error"]["message"] == "JSON that is nested too deeply"
+        error = asked(server, body).json()["error"]
+        assert error["message"] == "the JSON body is nested too deeply"
 
 
 def test_a_large_body_is_refused_before_it_is_read(server):
@@ -163,7 +164,7 @@ def test_a_client_that_does_not_read_frees_its_slots(server):
 
 def test_two_thousand_idle_connections(server):
     resource = pytest.importorskip("resource")
-    allow_connections()
+    raise_open_file_limit()
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 4200:
         pytest.skip("this process may not have 4200 open files, both ends of 2000 connections")
     socks = []
@@ -285,7 +286,7 @@ def test_a_page_from_elsewhere_cannot_call(server):
 
 
 def test_keys(shapes):
-    keys = (digest_from_key(b"one"), digest_from_key(b"two"))
+    keys = (hash_key(b"one"), hash_key(b"two"))
     with served(shapes, keys=keys) as server, client(server) as http:
         for path in ("/v1/models", "/sdapi/v1/progress", "/metrics", "/v1/none", "//v1/models"):
             answer = http.get(path)
@@ -306,7 +307,7 @@ def test_keys(shapes):
 
 
 def test_one_key_does_not_interrupt_another(shapes):
-    with served(shapes, keys=(digest_from_key(b"one"), digest_from_key(b"two"))) as server:
+    with served(shapes, keys=(hash_key(b"one"), hash_key(b"two"))) as server:
         mine, other = ({"x-api-key": name} for name in ("one", "two"))
         answers = []
         body = {"prompt": PROMPT, "steps": 200}

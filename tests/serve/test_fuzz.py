@@ -17,7 +17,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from serving import served
 
-from sdrt.serve.app import application
+from sdrt.serve.app import create_app
 from sdrt.serve.settings import Settings
 
 HEALTH = list(HealthCheck)
@@ -68,11 +68,11 @@ def fitting(openapi):
 
 @pytest.fixture(scope="module")
 def server(shapes):
-    with served(shapes, most_work=64 * 64 * 8) as running:
+    with served(shapes, max_work=64 * 64 * 8) as running:
         yield running
 
 
-guard, _ = application({}, Settings())
+guard, _ = create_app({}, Settings())
 schema = schemathesis.openapi.from_dict(guard.app.openapi())
 narrow = schemathesis.openapi.from_dict(fitting(guard.app.openapi()))
 MADE = ("/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")

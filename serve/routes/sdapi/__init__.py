@@ -1,1 +1,1 @@
-"""The API of the AUTOMATIC1111 web UI: its routes, and what they make of its fields."""
+"""The API of the AUTOMATIC1111 web UI: its endpoints, and how each of its fields is handled."""

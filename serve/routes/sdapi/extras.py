@@ -1,4 +1,4 @@
-"""`/sdapi`'s extras: images resized by the resamplers that Pillow has, and nothing made."""
+"""A1111's extras: resizing with Pillow's resampling filters. No model is involved."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from starlette.responses import Response
 
 from sdrt.errors import UsageError
 from sdrt.runtime.images import rgb_image, text_of
-from sdrt.serve.dependencies import context_of
+from sdrt.serve.dependencies import get_context
 from sdrt.serve.errors import ApiError, json_response
-from sdrt.serve.image_encoding import MAX_PIXELS, base64_from_image, image_from_base64
-from sdrt.serve.schemas import UpscaledImage, UpscaledImages, Upscaling
+from sdrt.serve.image_encoding import MAX_PIXELS, decode_base64_image, encode_base64_image
+from sdrt.serve.schemas import UpscaleBatchRequest, UpscaleImageRequest, UpscaleRequest
 from sdrt.serve.strict_json import StrictRoute
 
-from .fields import LOOKS_UNUSED, is_one_of, unsupported
+from .fields import EMPTY_VALUES, is_neutral, unsupported_error
 
 router = APIRouter(prefix="/sdapi/v1", route_class=StrictRoute)
 
@@ -29,80 +29,84 @@ IGNORED = ("codeformer_weight", "show_extras_results", "upscale_first", "rb_enab
 
 
 @router.post("/extra-single-image")
-async def extra_single_image(request: Request, body: UpscaledImage) -> Response:
-    """One image, resized."""
-    _check(body)
-    image = await context_of(request).off_loop(_upscaled_file, body, body.image)
+async def extra_single_image(request: Request, body: UpscaleImageRequest) -> Response:
+    """Resize one image."""
+    _check_fields(body)
+    image = await get_context(request).run_in_thread(_upscale_base64, body, body.image)
     return json_response({"html_info": "", "image": image})
 
 
 @router.post("/extra-batch-images")
-async def extra_batch_images(request: Request, body: UpscaledImages) -> Response:
-    """Several images, each resized."""
-    _check(body)
-    off_loop = context_of(request).off_loop
-    images = [await off_loop(_upscaled_file, body, each.data) for each in body.imageList]
+async def extra_batch_images(request: Request, body: UpscaleBatchRequest) -> Response:
+    """Resize several images."""
+    _check_fields(body)
+    run_in_thread = get_context(request).run_in_thread
+    images = [await run_in_thread(_upscale_base64, body, item.data) for item in body.imageList]
     return json_response({"html_info": "", "images": images})
 
 
-def _check(body: Upscaling) -> None:
+def _check_fields(body: UpscaleRequest) -> None:
     for name, value in (body.model_extra or {}).items():
-        if name in NEUTRAL and not is_one_of(value, (NEUTRAL[name],)):
-            raise unsupported(name, NEUTRAL[name])
+        if name in NEUTRAL and not is_neutral(value, (NEUTRAL[name],)):
+            raise unsupported_error(name, NEUTRAL[name])
         unknown = name not in NEUTRAL and name not in IGNORED
-        if unknown and not is_one_of(value, LOOKS_UNUSED):
-            raise ApiError(
-                400, f"the field {name!r} is not known; leave it out", name, "unknown_parameter"
-            )
+        if unknown and not is_neutral(value, EMPTY_VALUES):
+            raise ApiError(400, f"unknown field {name!r}; remove it", name, "unknown_parameter")
 
 
-def _upscaled_file(body: Upscaling, text: str) -> str:
-    image = image_from_base64(text)
-    return base64_from_image(upscaled(rgb_image(image), body), text_of(image))
+def _upscale_base64(body: UpscaleRequest, text: str) -> str:
+    image = decode_base64_image(text)
+    return encode_base64_image(upscale_image(rgb_image(image), body), text_of(image))
 
 
-def upscaled(image: Image.Image, body: Upscaling) -> Image.Image:
-    """An image resized, by two upscalers in their shares where two are named; raises ApiError 400
-    for an unknown one, UsageError for a result that is too large.
+def upscale_image(image: Image.Image, body: UpscaleRequest) -> Image.Image:
+    """Resize an image, blending the results of two upscalers if two are named.
+
+    Raises:
+        ApiError: 400 for an unknown upscaler.
+        UsageError: The result would be too large.
     """
-    first, second = (_upscaler(body, name) for name in ("upscaler_1", "upscaler_2"))
-    share = body.extras_upscaler_2_visibility or 0.0
+    first, second = (_parse_upscaler(body, name) for name in ("upscaler_1", "upscaler_2"))
+    weight = body.extras_upscaler_2_visibility or 0.0
     if first is None:
         return image
-    made = _resized(image, body, first)
-    if second is None or share == 0.0:
-        return made
-    return Image.blend(made, _resized(image, body, second), share)
+    resized = _resize(image, body, first)
+    if second is None or weight == 0.0:
+        return resized
+    return Image.blend(resized, _resize(image, body, second), weight)
 
 
-def _upscaler(body: Upscaling, field: str) -> Image.Resampling | None:
+def _parse_upscaler(body: UpscaleRequest, field: str) -> Image.Resampling | None:
     name = str(getattr(body, field) or "None")
     if name == "None":
         return None
-    known = {each.casefold(): kind for each, kind in UPSCALERS.items()}
+    known = {title.casefold(): resampling for title, resampling in UPSCALERS.items()}
     if name.casefold() not in known:
-        have = ", ".join(("None", *UPSCALERS))
-        raise ApiError(400, f"{field} {name!r} is not supported; expected one of {have}", field)
+        expected = ", ".join(("None", *UPSCALERS))
+        message = f"{field} {name!r} is not supported; expected one of {expected}"
+        raise ApiError(400, message, field)
     return known[name.casefold()]
 
 
-def _resized(image: Image.Image, body: Upscaling, kind: Image.Resampling) -> Image.Image:
-    wanted = body.upscaling_resize_w or 512, body.upscaling_resize_h or 512
+def _resize(image: Image.Image, body: UpscaleRequest, resampling: Image.Resampling) -> Image.Image:
+    target = body.upscaling_resize_w or 512, body.upscaling_resize_h or 512
     scale = body.upscaling_resize or 2.0
     if body.resize_mode == 1:
-        scale = max(wanted[0] / image.width, wanted[1] / image.height)
+        scale = max(target[0] / image.width, target[1] / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     if size[0] * size[1] > MAX_PIXELS:
-        raise UsageError(f"an image of {size[0]}x{size[1]}; at most {MAX_PIXELS} pixels are made")
-    made = image.resize(size, kind)
+        raise UsageError(
+            f"an image of {size[0]}x{size[1]} exceeds the limit of {MAX_PIXELS} pixels"
+        )
+    resized = image.resize(size, resampling)
     if body.resize_mode != 1 or not body.upscaling_crop:
-        return made
-    left, top = (size[0] - wanted[0]) // 2, (size[1] - wanted[1]) // 2
-    return made.crop((left, top, left + wanted[0], top + wanted[1]))
+        return resized
+    left, top = (size[0] - target[0]) // 2, (size[1] - target[1]) // 2
+    return resized.crop((left, top, left + target[0], top + target[1]))
 
 
 @router.get("/upscalers")
 async def upscalers() -> Response:
-    """What `upscaler_1` and `upscaler_2` take."""
+    """The names that `upscaler_1` and `upscaler_2` accept."""
     rest: dict[str, Any] = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
     return json_response([{"name": name, **rest} for name in ("None", *UPSCALERS)])

@@ -1,7 +1,7 @@
-"""What `/sdapi` does with each field that its clients send and that no request model reads.
+"""How `/sdapi` handles the fields that its clients send beyond those of the schemas.
 
-One rule: a field that would change the image and is not supported is refused by name, unless it
-has the value with which it changes nothing. `docs/sdapi.md` is written from these tables.
+One rule: a field that would change the image and is not supported is rejected by name, unless it
+has a value that changes nothing. `docs/sdapi.md` documents these tables.
 """
 
 import logging
@@ -12,7 +12,7 @@ from sdrt.serve.errors import ApiError
 
 log = logging.getLogger("sdrt.serve")
 
-# By field: the values that change nothing, the first of them named in messages. Null always is one.
+# By field: the values that change nothing; messages name the first. Null is always accepted.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "enable_hr": (False,),
     "restore_faces": (False,),
@@ -33,10 +33,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "initial_noise_multiplier": (1,),
     "disable_extra_networks": (False,),
 }
-# By field: why it changes nothing here, whatever it is.
+# By field: why it has no effect here, whatever its value.
 IGNORED: dict[str, str] = {
     **dict.fromkeys(("do_not_save_samples", "do_not_save_grid", "save_images"), "nothing is saved"),
-    **dict.fromkeys(("force_task_id", "comments"), "of no bearing on the image"),
+    **dict.fromkeys(("force_task_id", "comments"), "does not affect the image"),
     **dict.fromkeys(("subseed", "seed_enable_extras"), "read with subseed_strength"),
     **dict.fromkeys(("s_tmin", "s_tmax"), "read with s_churn"),
     **dict.fromkeys(
@@ -48,11 +48,11 @@ IGNORED: dict[str, str] = {
     ),
     "refiner_switch_at": "read with refiner_checkpoint",
     "script_args": "read with script_name",
-    "image_cfg_scale": "read by models that are edited by instruction",
+    "image_cfg_scale": "read by instruction-edited models",
     "distilled_cfg_scale": "read by models of another family",
 }
-# Of txt2img alone: what only img2img reads.
-IMAGE_ONLY: dict[str, str] = {
+# For txt2img: what only img2img reads.
+IMG2IMG_ONLY: dict[str, str] = {
     "denoising_strength": "read with enable_hr",
     **dict.fromkeys(
         ("resize_mode", "mask_blur", "mask_blur_x", "mask_blur_y", "inpainting_fill")
@@ -61,31 +61,31 @@ IMAGE_ONLY: dict[str, str] = {
         "read by img2img",
     ),
 }
-LOOKS_UNUSED: tuple[Any, ...] = ("", False, 0, [], {}, "None")
+EMPTY_VALUES: tuple[Any, ...] = ("", False, 0, [], {}, "None")
 
 
 def check_fields(extra: Mapping[str, Any], ignored: Mapping[str, str]) -> None:
     """Raise ApiError 400 for the first field that would change the image and is not supported.
 
-    extra: what was sent beyond the fields of the request's model
+    Args:
+        extra: The fields that the schema does not define.
+        ignored: Reasons by field.
     """
     for name, value in extra.items():
         if name in ignored:
-            log.debug("%s is passed over: %s", name, ignored[name])
+            log.debug("Ignoring %s: %s", name, ignored[name])
         elif name in NEUTRAL:
-            if not is_one_of(value, NEUTRAL[name]):
-                raise unsupported(name, NEUTRAL[name][0])
+            if not is_neutral(value, NEUTRAL[name]):
+                raise unsupported_error(name, NEUTRAL[name][0])
         elif name == "alwayson_scripts":
             check_scripts(value)
-        elif not is_one_of(value, LOOKS_UNUSED):
-            raise ApiError(
-                400, f"the field {name!r} is not known; leave it out", name, "unknown_parameter"
-            )
+        elif not is_neutral(value, EMPTY_VALUES):
+            raise ApiError(400, f"unknown field {name!r}; remove it", name, "unknown_parameter")
 
 
-def unsupported(name: str, neutral: Any) -> ApiError:
-    """A refusal that names the field and the value with which it is accepted."""
-    message = f"{name} is not supported; leave it out or send {_json(neutral)}"
+def unsupported_error(name: str, neutral: Any) -> ApiError:
+    """An error that names the field and a value that is accepted."""
+    message = f"{name} is not supported; remove it or send {_json(neutral)}"
     return ApiError(400, message, name, "unsupported_parameter")
 
 
@@ -93,14 +93,14 @@ def _json(value: Any) -> str:
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
 
 
-def is_one_of(value: Any, neutral: Sequence[Any]) -> bool:
-    """Whether a value is null or one of these, its numbers and truths being text or not."""
+def is_neutral(value: Any, neutral: Sequence[Any]) -> bool:
+    """Whether a value is null or one of `neutral`; numbers and booleans may be strings."""
     if value is None or value in neutral:
         return True
     if not isinstance(value, str):
         return False
     text = value.strip().casefold()
-    words = {str(each).casefold() for each in neutral}
+    words = {str(item).casefold() for item in neutral}
     try:
         return text in words or float(text) in [n for n in neutral if not isinstance(n, str)]
     except ValueError:
@@ -108,25 +108,25 @@ def is_one_of(value: Any, neutral: Sequence[Any]) -> bool:
 
 
 def check_scripts(scripts: Any) -> None:
-    """Raise ApiError 400 for a script that is sent to act: none runs here."""
+    """Raise ApiError 400 for an enabled script: none is supported."""
     if scripts is None or scripts in ([], ""):
         return
     if not isinstance(scripts, dict):
         raise ApiError(400, "alwayson_scripts: expected an object", "alwayson_scripts")
     for name, script in scripts.items():
         arguments = script.get("args") if isinstance(script, dict) else script
-        if not _is_off(arguments):
+        if not _is_script_disabled(arguments):
             raise ApiError(
                 400,
-                f"alwayson_scripts: {name!r} is not supported; leave it out, or disable all of it",
+                f"alwayson_scripts: {name!r} is not supported; remove or disable it",
                 "alwayson_scripts",
                 "unsupported_parameter",
             )
 
 
-def _is_off(arguments: Any) -> bool:
-    """Whether a script's arguments say that it does nothing: there are none, the first is false,
-    as that of most scripts is whether they act, or each unit is disabled.
+def _is_script_disabled(arguments: Any) -> bool:
+    """Whether a script does nothing: it has no arguments, its first one is false, which disables
+    most scripts, or every unit is disabled.
     """
     if isinstance(arguments, dict):
         arguments = [arguments]
@@ -134,14 +134,14 @@ def _is_off(arguments: Any) -> bool:
         return True
     if not isinstance(arguments, list):
         return False
-    units = [each for each in arguments if isinstance(each, dict)]
-    if not all(_is_unit_off(unit) for unit in units):
+    units = [item for item in arguments if isinstance(item, dict)]
+    if not all(_is_unit_disabled(unit) for unit in units):
         return arguments[0] is False
     return arguments[0] is False or len(units) == len([a for a in arguments if a is not None])
 
 
-def _is_unit_off(unit: Mapping[str, Any]) -> bool:
-    """A unit acts unless it says that it does not; one without a name of a model cannot."""
+def _is_unit_disabled(unit: Mapping[str, Any]) -> bool:
+    """Whether a unit is disabled; units are enabled by default."""
     if "ad_model" in unit:
-        return is_one_of(unit["ad_model"], ("None", ""))
+        return is_neutral(unit["ad_model"], ("None", ""))
     return unit.get("enabled", unit.get("enable", True)) in (False, 0) or not unit

@@ -1,7 +1,7 @@
-"""What `img2img` is given, made ready for the model as A1111 does it, and put back afterwards.
+"""Inpainting as in A1111: prepares image and mask for the model, and composites its result.
 
-Knows images; no requests and no model. `size`: (width, height) of what the model makes. A mask is
-light where the image is made new.
+Knows images; no requests and no model. `size` is the (width, height) that the model generates.
+Masks are white in the area to repaint.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,102 +14,130 @@ from PIL import Image, ImageFilter, ImageOps
 from sdrt.runtime.images import rgb_image
 
 LANCZOS = Image.Resampling.LANCZOS
-STRETCH, CROP, FILL = 0, 1, 2  # the original's resize modes
+STRETCH, CROP, FILL = 0, 1, 2  # A1111's resize modes
 MODES = ("Just resize", "Crop and resize", "Resize and fill")
-# Blurs of what is kept, the widest first, each laid over those before it so many times.
-LAYERS = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
+# (radius, repetitions) of the blurs of the unmasked area, composited from the widest on.
+BLUR_LAYERS = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
 Finish = Callable[[Image.Image], Image.Image]
 
 
 @dataclass(frozen=True, slots=True)
-class Inpainting:
-    """How a mask is used.
+class InpaintingSettings:
+    """How a mask is applied.
 
-    blur: (across, down) standard deviations in pixels; invert: make new where the mask is dark
-    cropped: the masked region alone is made, at the whole size, and put back; padding: pixels that
-        it is larger by on each side
-    filled: the masked region begins as a blur of its surroundings
+    Attributes:
+        blur: (x, y) standard deviations in pixels.
+        invert: Repaint where the mask is black.
+        only_masked: Generate the masked region at full size and paste it back.
+        padding: Pixels added to the region on each side.
+        fill: Fill the masked area with a blur of its surroundings first.
     """
 
     blur: tuple[float, float]
     invert: bool
-    cropped: bool
+    only_masked: bool
     padding: int
-    filled: bool
+    fill: bool
 
     @property
-    def settings(self) -> dict[str, str]:
-        """As the original writes them into an image's text."""
+    def infotext(self) -> dict[str, str]:
+        """The infotext entries that A1111 writes."""
         area = {"Inpaint area": "Only masked", "Masked area padding": str(self.padding)}
         return {
-            "Mask blur": "x".join(f"{each:g}" for each in dict.fromkeys(self.blur)),
+            "Mask blur": "x".join(f"{radius:g}" for radius in dict.fromkeys(self.blur)),
             "Mask mode": "Inpaint not masked" if self.invert else "Inpaint masked",
-            "Masked content": "fill" if self.filled else "original",
-            **(area if self.cropped else {"Inpaint area": "Whole picture"}),
+            "Masked content": "fill" if self.fill else "original",
+            **(area if self.only_masked else {"Inpaint area": "Whole picture"}),
         }
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """image, mask: for the model; finish: what becomes of each image that it makes
-    settings: what the image's text says of all this, under the original's names
+class PreparedInput:
+    """The model's input.
+
+    Attributes:
+        image: The input image.
+        mask: Its mask.
+        finish: Composites a generated image into the original.
+        infotext: Infotext entries under A1111's names.
     """
 
     image: Image.Image
     mask: Image.Image | None
     finish: Finish
-    settings: Mapping[str, object] = field(default_factory=dict)
+    infotext: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
         return {"image": self.image, "mask_image": self.mask}
 
 
-def given_from(
-    image: Image.Image, mask: Image.Image | None, size: Size, mode: int, how: Inpainting
-) -> Given:
-    """An image and its mask for the model, and how its result is laid over the image."""
-    whole = rgb_image(image)
-    given = _given_from(whole, mask, size, mode, how)
-    stretched = mode == STRETCH or whole.width * size[1] == whole.height * size[0]
-    settings = {} if stretched else {"Resize mode": MODES[mode]}
-    if given.mask is not None:
-        settings |= how.settings
-    return replace(given, settings=settings)
+def prepare_input(
+    image: Image.Image,
+    mask: Image.Image | None,
+    size: Size,
+    mode: int,
+    inpainting: InpaintingSettings,
+) -> PreparedInput:
+    """Prepare an image and its mask for the model.
+
+    Args:
+        image: The input image.
+        mask: Its mask.
+        size: What the model generates.
+        mode: A1111's resize mode.
+        inpainting: How the mask is applied.
+    """
+    rgb = rgb_image(image)
+    prepared = _prepare(rgb, mask, size, mode, inpainting)
+    same_ratio = mode == STRETCH or rgb.width * size[1] == rgb.height * size[0]
+    infotext = {} if same_ratio else {"Resize mode": MODES[mode]}
+    if prepared.mask is not None:
+        infotext |= inpainting.infotext
+    return replace(prepared, infotext=infotext)
 
 
-def _given_from(
-    whole: Image.Image, mask: Image.Image | None, size: Size, mode: int, how: Inpainting
-) -> Given:
-    light = None if mask is None else blurred(binary_mask(mask, how.invert), how.blur)
-    box = light.getbbox() if light is not None and how.cropped else None
-    if light is None or (how.cropped and box is None):
-        return Given(resized(whole, size, mode), None, lambda made: made)
+def _prepare(
+    image: Image.Image,
+    mask: Image.Image | None,
+    size: Size,
+    mode: int,
+    inpainting: InpaintingSettings,
+) -> PreparedInput:
+    soft = (
+        None if mask is None else blur_mask(binary_mask(mask, inpainting.invert), inpainting.blur)
+    )
+    box = soft.getbbox() if soft is not None and inpainting.only_masked else None
+    if soft is None or (inpainting.only_masked and box is None):
+        return PreparedInput(resize_image(image, size, mode), None, lambda result: result)
     if box is not None:
-        return _cropped(whole, light.resize(whole.size, Image.Resampling.NEAREST), size, how)
-    whole, light = resized(whole, size, mode), resized(light, size, mode)
-    overlay = light.point(lambda value: min(255, 2 * value))
-    start = filled(whole, light) if how.filled else whole
-    return Given(start, light, lambda made: Image.composite(made, whole, overlay))
+        soft = soft.resize(image.size, Image.Resampling.NEAREST)
+        return _prepare_region(image, soft, size, inpainting)
+    resized, soft = resize_image(image, size, mode), resize_image(soft, size, mode)
+    overlay = soft.point(lambda value: min(255, 2 * value))
+    start = fill_masked(resized, soft) if inpainting.fill else resized
+    return PreparedInput(start, soft, lambda result: Image.composite(result, resized, overlay))
 
 
-def _cropped(whole: Image.Image, light: Image.Image, size: Size, how: Inpainting) -> Given:
-    box = region(light, how.padding, size)
-    part, mask = resized(whole.crop(box), size, FILL), resized(light.crop(box), size, FILL)
+def _prepare_region(
+    image: Image.Image, soft: Image.Image, size: Size, inpainting: InpaintingSettings
+) -> PreparedInput:
+    box = masked_region(soft, inpainting.padding, size)
+    part, mask = resize_image(image.crop(box), size, FILL), resize_image(soft.crop(box), size, FILL)
 
-    def finish(made: Image.Image) -> Image.Image:
-        laid = whole.copy()
-        laid.paste(resized(made, (box[2] - box[0], box[3] - box[1]), CROP), box[:2])
-        return Image.composite(laid, whole, light)
+    def finish(result: Image.Image) -> Image.Image:
+        pasted = image.copy()
+        pasted.paste(resize_image(result, (box[2] - box[0], box[3] - box[1]), CROP), box[:2])
+        return Image.composite(pasted, image, soft)
 
-    return Given(filled(part, mask) if how.filled else part, mask, finish)
+    return PreparedInput(fill_masked(part, mask) if inpainting.fill else part, mask, finish)
 
 
 def binary_mask(mask: Image.Image, invert: bool) -> Image.Image:
-    """A mask in shades of grey: its alpha where it has one that says anything, as canvases export
-    them, else how light it is.
+    """A mask in grey: its alpha channel if that is not opaque, as canvases export it, else its
+    luminance.
     """
     mask = ImageOps.exif_transpose(mask)
     light = mask.convert("L")
@@ -120,19 +148,19 @@ def binary_mask(mask: Image.Image, invert: bool) -> Image.Image:
     return ImageOps.invert(light) if invert else light
 
 
-def blurred(mask: Image.Image, blur: tuple[float, float]) -> Image.Image:
-    """A Gaussian blur that ends at two and a half deviations, mirrored at the edges."""
+def blur_mask(mask: Image.Image, blur: tuple[float, float]) -> Image.Image:
+    """Gaussian blur, truncated at 2.5 standard deviations and mirrored at the edges."""
     values = np.asarray(mask, np.float32)
     for axis, deviation in zip((1, 0), blur, strict=True):
         if deviation > 0:
-            values = np.rint(_convolved(values, deviation, axis))
+            values = np.rint(_convolve(values, deviation, axis))
     return Image.fromarray(values.astype(np.uint8))
 
 
-def _convolved(values: np.ndarray, deviation: float, axis: int) -> np.ndarray:
+def _convolve(values: np.ndarray, deviation: float, axis: int) -> np.ndarray:
     radius = int(2.5 * deviation + 0.5)
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / deviation) ** 2)
-    around = [(radius, radius) if each == axis else (0, 0) for each in (0, 1)]
+    around = [(radius, radius) if i == axis else (0, 0) for i in (0, 1)]
     padded, count = np.pad(values, around, mode="reflect"), values.shape[axis]
     total = np.zeros_like(values)
     for i, weight in enumerate(weights / weights.sum()):
@@ -140,31 +168,29 @@ def _convolved(values: np.ndarray, deviation: float, axis: int) -> np.ndarray:
     return total
 
 
-def region(mask: Image.Image, padding: int, size: Size) -> Box:
-    """The box of what is light, padded and then grown to the shape of `size` within the image."""
+def masked_region(mask: Image.Image, padding: int, size: Size) -> Box:
+    """The bounding box of the mask, padded and grown to the aspect ratio of `size`."""
     left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
     left, top = max(left - padding, 0), max(top - padding, 0)
     right, bottom = min(right + padding, mask.width), min(bottom + padding, mask.height)
     ratio = size[0] / size[1]
     if (right - left) / (bottom - top) > ratio:
-        top, bottom = _grown(top, bottom, int((right - left) / ratio), mask.height)
+        top, bottom = _grow_interval(top, bottom, int((right - left) / ratio), mask.height)
     else:
-        left, right = _grown(left, right, int((bottom - top) * ratio), mask.width)
+        left, right = _grow_interval(left, right, int((bottom - top) * ratio), mask.width)
     return left, top, right, bottom
 
 
-def _grown(low: int, high: int, wanted: int, most: int) -> tuple[int, int]:
-    """Both ends moved apart to a wanted length, and back within 0 to `most`."""
-    low -= max(wanted - (high - low), 0) // 2
-    high = max(low + wanted, high)
-    low, high = low - max(high - most, 0), high - max(high - most, 0)
-    return max(low, 0), min(high - min(low, 0), most)
+def _grow_interval(low: int, high: int, length: int, limit: int) -> tuple[int, int]:
+    """Grow an interval to `length` around its centre, then move it into 0 to `limit`."""
+    low -= max(length - (high - low), 0) // 2
+    high = max(low + length, high)
+    low, high = low - max(high - limit, 0), high - max(high - limit, 0)
+    return max(low, 0), min(high - min(low, 0), limit)
 
 
-def resized(image: Image.Image, size: Size, mode: int) -> Image.Image:
-    """Resized (Lanczos): stretched, cropped to fill the size, or within it with its edges drawn
-    out to the sides.
-    """
+def resize_image(image: Image.Image, size: Size, mode: int) -> Image.Image:
+    """Resize (Lanczos) by A1111's mode: stretch, crop to fill, or fit and repeat the edges."""
     if mode == STRETCH or image.width * size[1] == image.height * size[0]:
         return image.resize(size, LANCZOS)
     wide = size[0] * image.height > size[1] * image.width  # the size is wider than the image
@@ -181,13 +207,13 @@ def resized(image: Image.Image, size: Size, mode: int) -> Image.Image:
     return Image.fromarray(np.pad(pixels, [*sides, (0, 0)][: pixels.ndim], mode="edge"))
 
 
-def filled(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """The image with what is masked drawn from blurs of the rest, ever less of them."""
-    kept = Image.new("RGBa", image.size)
-    kept.paste(image.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(mask))
-    laid = Image.new("RGBA", image.size)
-    for radius, times in LAYERS:
-        layer = kept.filter(ImageFilter.GaussianBlur(radius)).convert("RGBA")
+def fill_masked(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """Fill the masked area with blurs of its surroundings, as A1111 does."""
+    unmasked = Image.new("RGBa", image.size)
+    unmasked.paste(image.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(mask))
+    result = Image.new("RGBA", image.size)
+    for radius, times in BLUR_LAYERS:
+        layer = unmasked.filter(ImageFilter.GaussianBlur(radius)).convert("RGBA")
         for _ in range(times):
-            laid.alpha_composite(layer)
-    return laid.convert("RGB")
+            result.alpha_composite(layer)
+    return result.convert("RGB")

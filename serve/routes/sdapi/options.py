@@ -1,5 +1,5 @@
-"""The options of `/sdapi`: kept for the whole server, or sent with one request as
-`override_settings`; both are read by the same rule as the fields are.
+"""A1111's options: stored for the server, or sent with one request as `override_settings`. Both
+follow the rule of `fields`.
 """
 
 import difflib
@@ -12,12 +12,12 @@ from fastapi import APIRouter, Request
 from pydantic import TypeAdapter, ValidationError
 from starlette.responses import Response
 
-from sdrt.serve.dependencies import Context, context_of
+from sdrt.serve.dependencies import ServerContext, get_context
 from sdrt.serve.errors import ApiError, json_response
-from sdrt.serve.model_manager import Models
+from sdrt.serve.model_manager import ModelManager
 from sdrt.serve.strict_json import StrictRoute
 
-from .fields import LOOKS_UNUSED, is_one_of, unsupported
+from .fields import EMPTY_VALUES, is_neutral, unsupported_error
 
 router = APIRouter(prefix="/sdapi/v1", route_class=StrictRoute)
 
@@ -25,7 +25,7 @@ FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 RNG = {"cpu": "cpu", "gpu": "cuda", "nv": "cuda"}
 INTEGER, MAX_SKIP = TypeAdapter(int), 100
 MAX_OPTIONS, MAX_CHARACTERS = 400, 100_000
-# Those that are used, with their values until they are set.
+# Supported options and their defaults.
 USED: dict[str, Any] = {
     "sd_model_checkpoint": None,
     "CLIP_stop_at_last_layers": 1,
@@ -33,7 +33,7 @@ USED: dict[str, Any] = {
     "jpeg_quality": 80,
     "randn_source": "CPU",
 }
-# Those that would change images, with the values that do not, the first being this server's.
+# Options that would change images, with the values that do not; the first is reported.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "sd_vae": ("Automatic", "None", ""),
     "sd_hypernetwork": ("None", ""),
@@ -78,7 +78,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "sdxl_crop_top": (0,),
     "sdxl_crop_left": (0,),
 }
-# What is saved, shown, logged or kept in memory: kept and returned, of no bearing on an image.
+# Prefixes of options about saving, display, logging and memory: stored and returned, no effect on
+# images.
 WITHOUT_EFFECT: tuple[str, ...] = (
     *("send_", "save_", "samples_", "grid_", "outdir_", "directories_", "show_", "live_", "ui_"),
     *("hide_", "gallery_", "api_", "interrogate_", "webp_", "export_", "font", "notification_"),
@@ -86,60 +87,60 @@ WITHOUT_EFFECT: tuple[str, ...] = (
     *("return_", "js_", "memmon_", "print_", "list_", "enable_pnginfo", "training_"),
     *("multiple_tqdm", "add_", "disable_", "image_browser", "n_rows"),
 )
-SENT = {"send_seed": True, "send_size": True}
+ALWAYS_SENT = {"send_seed": True, "send_size": True}
 
 
 @dataclass(slots=True)
 class ServerOptions:
-    """What was set for all requests of a server. values: by name, checked"""
+    """The options that clients have set for all requests, by name and validated."""
 
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def options_with(request: Request, override: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options that hold for one request; raises ApiError 400 for those not supported."""
-    models = context_of(request).models
-    return USED | server_options(request).values | checked(override or {}, models)
+def request_options(request: Request, override: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of one request; raises ApiError 400 for unsupported ones."""
+    models = get_context(request).models
+    return USED | get_server_options(request).values | check_options(override or {}, models)
 
 
-def server_options(request: Request) -> ServerOptions:
+def get_server_options(request: Request) -> ServerOptions:
     options: ServerOptions = request.app.state.sd_options
     return options
 
 
-def checked(sent: Mapping[str, Any], models: Models) -> dict[str, Any]:
-    """Options as they are used and returned; raises ApiError 400 for the first that would change
-    images and is not supported.
+def check_options(sent: Mapping[str, Any], models: ModelManager) -> dict[str, Any]:
+    """Validate options; raises ApiError 400 for the first that would change images and is not
+    supported.
     """
     return {
-        name: _checked(name, value, models) for name, value in sent.items() if value is not None
+        name: _check_option(name, value, models)
+        for name, value in sent.items()
+        if value is not None
     }
 
 
-def _checked(name: str, value: Any, models: Models) -> Any:
+def _check_option(name: str, value: Any, models: ModelManager) -> Any:
     if name == "sd_model_checkpoint":
-        return model_named(value, models)
+        return resolve_model_name(value, models)
     if name == "CLIP_stop_at_last_layers":
-        return max(1, _whole(name, value, 0, MAX_SKIP))  # 0 is 1 there
+        return max(1, _check_integer(name, value, 0, MAX_SKIP))  # A1111 treats 0 as 1
     if name == "jpeg_quality":
-        return _whole(name, value, 1, 100)
-    for wanted, known in (("samples_format", FORMATS), ("randn_source", RNG)):
-        if name == wanted and str(value).casefold() not in known:
+        return _check_integer(name, value, 1, 100)
+    for option, known in (("samples_format", FORMATS), ("randn_source", RNG)):
+        if name == option and str(value).casefold() not in known:
             raise ApiError(400, f"{name} {value!r}; expected {', '.join(known)}", name)
     if name in USED:
         return value
     if name in NEUTRAL:
-        if not is_one_of(value, NEUTRAL[name]):
-            raise unsupported(name, NEUTRAL[name][0])
+        if not is_neutral(value, NEUTRAL[name]):
+            raise unsupported_error(name, NEUTRAL[name][0])
         return value
-    if name.startswith(WITHOUT_EFFECT) or is_one_of(value, LOOKS_UNUSED):
+    if name.startswith(WITHOUT_EFFECT) or is_neutral(value, EMPTY_VALUES):
         return value
-    raise ApiError(
-        400, f"the option {name!r} is not known; leave it out", name, "unknown_parameter"
-    )
+    raise ApiError(400, f"unknown option {name!r}; remove it", name, "unknown_parameter")
 
 
-def _whole(name: str, value: Any, low: int, high: int) -> int:
+def _check_integer(name: str, value: Any, low: int, high: int) -> int:
     try:
         number = INTEGER.validate_python(value)
     except ValidationError:
@@ -149,63 +150,66 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
-def model_named(value: Any, models: Models) -> str | None:
-    """A model's name from what clients call it: its name or title, with a hash or a suffix, None
-    for the first; raises ApiError 400 with the nearest names.
+def resolve_model_name(value: Any, models: ModelManager) -> str | None:
+    """The model that a client means by a name or title, which may have a hash or a suffix; None for
+    the default. Raises ApiError 400 with similar names.
     """
     name = str(value).strip()
     if name in ("", "None"):
         return None
-    if known := known_name(name, models.sources):
+    if known := match_model_name(name, models.sources):
         return known
-    near = difflib.get_close_matches(name, models.sources, n=3, cutoff=0.4) or models.sources
+    similar = difflib.get_close_matches(name, models.sources, n=3, cutoff=0.4) or models.sources
     raise ApiError(
         400,
-        f"no model {name!r} is served here; the nearest: {', '.join(near)}",
+        f"unknown model {name!r}; similar: {', '.join(similar)}",
         "sd_model_checkpoint",
         "model_not_found",
     )
 
 
-def known_name(text: str, names: Iterable[str]) -> str | None:
-    """The one of these names that a client means, whose title may have a hash or a suffix."""
+def match_model_name(text: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that a title means; the title may have a hash or a suffix."""
     head, _, tail = text.strip().removesuffix("]").rpartition(" [")
     name = (head or tail).strip().casefold()
     bare = name.removesuffix(".safetensors").removesuffix(".ckpt")
-    return next((each for each in names if each.casefold() in (name, bare)), None)
+    return next((known for known in names if known.casefold() in (name, bare)), None)
 
 
 @router.get("/options")
 async def options(request: Request) -> Response:
-    """What holds for every request that does not say otherwise."""
-    return json_response(_told(context_of(request), server_options(request)))
+    """The options in effect for requests that do not override them."""
+    return json_response(_current_options(get_context(request), get_server_options(request)))
 
 
-def _told(context: Context, options: ServerOptions) -> dict[str, Any]:
+def _current_options(context: ServerContext, options: ServerOptions) -> dict[str, Any]:
     first = next(iter(context.models.sources))
     values = {name: values[0] for name, values in NEUTRAL.items()}
-    told = USED | SENT | values | options.values
-    return told | {"sd_model_checkpoint": told["sd_model_checkpoint"] or first}
+    current = USED | ALWAYS_SENT | values | options.values
+    return current | {"sd_model_checkpoint": current["sd_model_checkpoint"] or first}
 
 
 @router.post("/options")
 async def set_options(request: Request, body: dict[str, Any]) -> Response:
-    """Set options for all requests to this server, until it ends; all of them or, on an error,
-    none.
-    """
-    context, kept = context_of(request), server_options(request)
-    keep(context, kept, checked(body, context.models))
+    """Set options for all later requests: all of them or, on an error, none."""
+    context, stored = get_context(request), get_server_options(request)
+    store_options(context, stored, check_options(body, context.models))
     return json_response(None)
 
 
-def keep(context: Context, kept: ServerOptions, changed: dict[str, Any]) -> None:
-    """Keep checked options; raises ApiError 400 where that cannot be done."""
-    after = ServerOptions(kept.values | changed)
-    before, then = _told(context, kept), _told(context, after)
-    if context.models.on_demand and any(before[name] != then[name] for name in USED):
+def store_options(context: ServerContext, stored: ServerOptions, changed: dict[str, Any]) -> None:
+    """Store validated options.
+
+    Raises:
+        ApiError: 400 on Ray, whose replicas share no options, and for too many options.
+    """
+    updated = ServerOptions(stored.values | changed)
+    before, after = _current_options(context, stored), _current_options(context, updated)
+    if context.models.on_demand and any(before[name] != after[name] for name in USED):
         raise ApiError(
-            400, "a fleet keeps no options; send them with each request as override_settings"
+            400,
+            "options cannot be stored on Ray Serve; send override_settings with each request",
         )
-    if len(after.values) > MAX_OPTIONS or len(json.dumps(after.values)) > MAX_CHARACTERS:
-        raise ApiError(400, "too many options, or too long ones", code="too_many_options")
-    kept.values = after.values
+    if len(updated.values) > MAX_OPTIONS or len(json.dumps(updated.values)) > MAX_CHARACTERS:
+        raise ApiError(400, "too many or too long options", code="too_many_options")
+    stored.values = updated.values

@@ -1,6 +1,6 @@
-"""The `/sdapi/v1` endpoints that make images, under the field names that their many clients use.
+"""The `/sdapi/v1` endpoints that generate images, and those about running requests.
 
-What they send and this server does not support is in `sdapi.fields`.
+Fields that are not in the schemas are handled by `fields`.
 """
 
 import contextlib
@@ -17,48 +17,50 @@ from sdrt.runtime import Preview, Step
 from sdrt.runtime.batching.request import GeneratedImage, RequestCancelled, RequestHandle
 from sdrt.runtime.images import settings_from_text, text_of
 from sdrt.runtime.samplers.registry import title_of
-from sdrt.serve.dependencies import Call, context_of
+from sdrt.serve.dependencies import EngineRequest, get_context
 from sdrt.serve.errors import ApiError, json_response
-from sdrt.serve.image_encoding import base64_from_image, enlarged, image_from_base64
+from sdrt.serve.image_encoding import decode_base64_image, encode_base64_image, enlarge_preview
 from sdrt.serve.job import ImageJob
-from sdrt.serve.model_manager import Model
-from sdrt.serve.schemas import ImageToImage, PngInfo, TextToImage
+from sdrt.serve.model_manager import LoadedModel
+from sdrt.serve.schemas import ImageToImageRequest, PngInfoRequest, TextToImageRequest
 from sdrt.serve.strict_json import StrictRoute
 
-from .fields import IGNORED, IMAGE_ONLY, check_fields
-from .inpainting import Given, Inpainting, given_from
-from .options import FORMATS, RNG, checked, keep, options_with, server_options
-from .sampling import configuration
+from .fields import IGNORED, IMG2IMG_ONLY, check_fields
+from .inpainting import InpaintingSettings, PreparedInput, prepare_input
+from .options import FORMATS, RNG, check_options, get_server_options, request_options, store_options
+from .sampling import resolve_scheduler_config
 
 router = APIRouter(prefix="/sdapi/v1", route_class=StrictRoute)
 T = TypeVar("T")
 
 
 @router.post("/txt2img")
-async def txt2img(request: Request, body: TextToImage) -> Response:
-    """Images of a prompt."""
-    check_fields(body.model_extra or {}, IGNORED | IMAGE_ONLY)
-    options = options_with(request, body.override_settings)
-    found = context_of(request).models.named(options["sd_model_checkpoint"])
-    return await _answer(request, body, call_from(found, body, options, {}), options, None)
+async def txt2img(request: Request, body: TextToImageRequest) -> Response:
+    """Generate images from a prompt."""
+    check_fields(body.model_extra or {}, IGNORED | IMG2IMG_ONLY)
+    options = request_options(request, body.override_settings)
+    model = get_context(request).models.get(options["sd_model_checkpoint"])
+    engine_request = build_sdapi_request(model, body, options, {})
+    return await _run_job(request, body, engine_request, options, None)
 
 
 @router.post("/img2img")
-async def img2img(request: Request, body: ImageToImage) -> Response:
-    """Images of a prompt that start from an image."""
+async def img2img(request: Request, body: ImageToImageRequest) -> Response:
+    """Generate images from a prompt and an input image."""
     check_fields(body.model_extra or {}, IGNORED)
-    context, options = context_of(request), options_with(request, body.override_settings)
-    found = context.models.named(options["sd_model_checkpoint"])
-    given = await context.off_loop(_given, body, _size(found, body))
-    strength = 0.75 if body.denoising_strength is None else body.denoising_strength
-    call = call_from(found, body, options, {**given.options, "strength": strength})
-    return await _answer(request, body, call, options, given)
+    context, options = get_context(request), request_options(request, body.override_settings)
+    model = context.models.get(options["sd_model_checkpoint"])
+    prepared = await context.run_in_thread(_prepare, body, _requested_size(model, body))
+    inputs = {**prepared.options, "strength": _value_or(body.denoising_strength, 0.75)}
+    engine_request = build_sdapi_request(model, body, options, inputs)
+    return await _run_job(request, body, engine_request, options, prepared)
 
 
-def _given(body: ImageToImage, size: tuple[int, int]) -> Given:
+def _prepare(body: ImageToImageRequest, size: tuple[int, int]) -> PreparedInput:
     """The image and its mask for the model; raises ApiError 400 for what is not supported."""
     if len(body.init_images) > 1:
-        raise ApiError(400, f"{len(body.init_images)} init_images; one is taken", "init_images")
+        message = f"{len(body.init_images)} init_images; expected exactly one"
+        raise ApiError(400, message, "init_images")
     if body.resize_mode == 3:
         raise ApiError(400, "resize_mode 3 is not supported; expected 0, 1 or 2", "resize_mode")
     if body.mask and body.inpainting_fill in (2, 3):
@@ -68,194 +70,223 @@ def _given(body: ImageToImage, size: tuple[int, int]) -> Given:
             "1 (original)",
             "inpainting_fill",
         )
-    mask = image_from_base64(body.mask) if body.mask else None
-    image = image_from_base64(body.init_images[0])
-    return given_from(image, mask, size, body.resize_mode or 0, _inpainting(body))
+    mask = decode_base64_image(body.mask) if body.mask else None
+    image = decode_base64_image(body.init_images[0])
+    return prepare_input(image, mask, size, body.resize_mode or 0, _inpainting_settings(body))
 
 
-def _inpainting(body: ImageToImage) -> Inpainting:
+def _inpainting_settings(body: ImageToImageRequest) -> InpaintingSettings:
     blur = (body.mask_blur_x, body.mask_blur_y)
     if body.mask_blur is not None:
         blur = (body.mask_blur, body.mask_blur)
-    return Inpainting(
-        blur=(_or(blur[0], 4), _or(blur[1], 4)),
+    return InpaintingSettings(
+        blur=(_value_or(blur[0], 4), _value_or(blur[1], 4)),
         invert=bool(body.inpainting_mask_invert),
-        cropped=_or(body.inpaint_full_res, True),
+        only_masked=_value_or(body.inpaint_full_res, True),
         padding=body.inpaint_full_res_padding or 0,
-        filled=not body.inpainting_fill,
+        fill=not body.inpainting_fill,
     )
 
 
-def _size(found: Model, body: TextToImage) -> tuple[int, int]:
-    width, height = found.pipe.manifest.sizes[0]
+def _requested_size(model: LoadedModel, body: TextToImageRequest) -> tuple[int, int]:
+    width, height = model.pipe.manifest.sizes[0]
     return body.width or width, body.height or height
 
 
-def call_from(
-    found: Model, body: TextToImage, options: Mapping[str, Any], given: Mapping[str, Any]
-) -> Call:
-    """The request in the engine's terms; raises ApiError 400 for a sampler that is not known."""
-    width, height = _size(found, body)
-    wanted = {
+def build_sdapi_request(
+    model: LoadedModel,
+    body: TextToImageRequest,
+    options: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+) -> EngineRequest:
+    """Convert a request body.
+
+    Args:
+        model: The model to use.
+        body: The validated body.
+        options: A1111's options for this request.
+        inputs: Generation options of img2img: image, mask_image, strength.
+
+    Raises:
+        ApiError: 400 for an unknown sampler.
+    """
+    width, height = _requested_size(model, body)
+    generation = {
         "negative_prompt": body.negative_prompt or "",
-        "num_inference_steps": _or(body.steps, 20),
-        "guidance_scale": _or(body.cfg_scale, 7.0),
+        "num_inference_steps": _value_or(body.steps, 20),
+        "guidance_scale": _value_or(body.cfg_scale, 7.0),
         "seed": None if body.seed in (None, -1) else body.seed,
         "rng": RNG[str(options["randn_source"]).casefold()],
-        "num_images_per_prompt": _or(body.batch_size, 1) * _or(body.n_iter, 1),
+        "num_images_per_prompt": _value_or(body.batch_size, 1) * _value_or(body.n_iter, 1),
         "size": f"{width}x{height}",
         "clip_skip": options["CLIP_stop_at_last_layers"] - 1,
-        **given,
+        **inputs,
     }
     sampler = body.sampler_name or body.sampler_index
-    config = configuration(found.pipe, sampler, body.scheduler, body.eta)
-    return Call(found, body.prompt or "", wanted, config)
+    config = resolve_scheduler_config(model.pipe, sampler, body.scheduler, body.eta)
+    return EngineRequest(model, body.prompt or "", generation, config)
 
 
-def _or(value: T | None, default: T) -> T:
+def _value_or(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
 @dataclass(slots=True, eq=False)
-class Job:
-    """One running request. owner: whose key it came with; steps: its first picture's last two."""
+class SdapiJob:
+    """A running request.
+
+    Attributes:
+        owner: The index of the API key that it came with.
+        request: What it generates.
+        handles: Its images in the engine.
+        steps: The last two steps of its first image.
+        started: Monotonic time.
+        interrupted: Whether a client has interrupted it.
+    """
 
     owner: int | None
-    call: Call
-    tickets: Sequence[RequestHandle] = ()
+    request: EngineRequest
+    handles: Sequence[RequestHandle] = ()
     steps: list[Step] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
     interrupted: bool = False
 
 
 @dataclass(slots=True)
-class Jobs:
+class JobRegistry:
     """The running requests of these endpoints, oldest first."""
 
-    running: list[Job] = field(default_factory=list)
+    running: list[SdapiJob] = field(default_factory=list)
 
-    def of(self, owner: int | None) -> list[Job]:
+    def owned_by(self, owner: int | None) -> list[SdapiJob]:
         return [job for job in self.running if job.owner == owner]
 
 
-def _jobs(request: Request) -> Jobs:
-    jobs: Jobs = request.app.state.jobs
+def _get_jobs(request: Request) -> JobRegistry:
+    jobs: JobRegistry = request.app.state.jobs
     return jobs
 
 
-async def _answer(
+async def _run_job(
     request: Request,
-    body: TextToImage,
-    call: Call,
+    body: TextToImageRequest,
+    engine_request: EngineRequest,
     options: Mapping[str, Any],
-    given: Given | None,
+    prepared: PreparedInput | None,
 ) -> Response:
-    """given: what the images start from"""
-    context, jobs = context_of(request), _jobs(request).running
-    job = Job(request.state.owner, call)
-    watch = await context.submit(call, steps=True)
+    """Generate the images; `prepared` is the input of img2img."""
+    context, running = get_context(request), _get_jobs(request).running
+    job = SdapiJob(request.state.owner, engine_request)
+    image_job = await context.submit(engine_request, steps=True)
     if body.override_settings_restore_afterwards is False:
-        kept = server_options(request)
-        keep(context, kept, checked(body.override_settings or {}, context.models))
-    job.tickets = watch.tickets
-    jobs.append(job)
+        changed = check_options(body.override_settings or {}, context.models)
+        store_options(context, get_server_options(request), changed)
+    job.handles = image_job.handles
+    running.append(job)
     try:
-        made = await _made(watch, job, request)
+        images = await _collect_images(image_job, job, request)
     finally:
-        jobs.remove(job)
-    if given is not None:
-        made = await context.off_loop(lambda: [_finished(one, given) for one in made])
-    return await context.off_loop(_response, body, call, options, made)
+        running.remove(job)
+    if prepared is not None:
+        images = await context.run_in_thread(
+            lambda: [_finish_image(image, prepared) for image in images]
+        )
+    return await context.run_in_thread(_images_response, body, engine_request, options, images)
 
 
-def _finished(made: GeneratedImage, given: Given) -> GeneratedImage:
-    text = made.parameters + "".join(f", {name}: {value}" for name, value in given.settings.items())
-    return replace(made, image=given.finish(made.image), parameters=text)
+def _finish_image(generated: GeneratedImage, prepared: PreparedInput) -> GeneratedImage:
+    extra = "".join(f", {name}: {value}" for name, value in prepared.infotext.items())
+    image = prepared.finish(generated.image)
+    return replace(generated, image=image, parameters=generated.parameters + extra)
 
 
-async def _made(watch: ImageJob, job: Job, request: Request) -> list[GeneratedImage]:
-    """All pictures; of an interrupted job those that were finished."""
-    async with contextlib.aclosing(watch.events(request.receive)) as events:
-        async for ticket, step in events:
-            if step is not None and ticket is watch.tickets[0]:
+async def _collect_images(
+    image_job: ImageJob, job: SdapiJob, request: Request
+) -> list[GeneratedImage]:
+    """All images; of an interrupted job those that were finished."""
+    async with contextlib.aclosing(image_job.events(request.receive)) as events:
+        async for handle, step in events:
+            if step is not None and handle is image_job.handles[0]:
                 job.steps = [*job.steps[-1:], step]
-    made = []
-    for ticket in watch.tickets:
+    images = []
+    for handle in image_job.handles:
         try:
-            made.append(ticket.future.result())
+            images.append(handle.future.result())
         except RequestCancelled:
             if not job.interrupted:
                 raise
-    return made
+    return images
 
 
-def _response(
-    body: TextToImage, call: Call, options: Mapping[str, Any], made: Sequence[GeneratedImage]
+def _images_response(
+    body: TextToImageRequest,
+    engine_request: EngineRequest,
+    options: Mapping[str, Any],
+    images: Sequence[GeneratedImage],
 ) -> Response:
-    kind = FORMATS[str(options["samples_format"]).casefold()]
+    image_format = FORMATS[str(options["samples_format"]).casefold()]
     quality = options["jpeg_quality"]
-    images = [
-        base64_from_image(one.image, one.parameters, kind, quality)
-        for one in made
+    encoded = [
+        encode_base64_image(item.image, item.parameters, image_format, quality)
+        for item in images
         if body.send_images is not False
     ]
-    sent = body.model_dump()
-    if isinstance(body, ImageToImage) and not body.include_init_images:
-        sent |= {"init_images": None, "mask": None}
-    return json_response(
-        {"images": images, "parameters": sent, "info": json.dumps(_info(call, made))}
-    )
+    parameters = body.model_dump()
+    if isinstance(body, ImageToImageRequest) and not body.include_init_images:
+        parameters |= {"init_images": None, "mask": None}
+    info = json.dumps(_info(engine_request, images))
+    return json_response({"images": encoded, "parameters": parameters, "info": info})
 
 
-def _info(call: Call, made: Sequence[GeneratedImage]) -> dict[str, Any]:
-    assert not isinstance(call.scheduler, str)
-    seeds, options = [one.seed for one in made], call.options
-    width, height = call.size.split("x")
+def _info(request: EngineRequest, images: Sequence[GeneratedImage]) -> dict[str, Any]:
+    assert not isinstance(request.scheduler, str)
+    seeds, options = [item.seed for item in images], request.options
+    width, height = request.size.split("x")
     return {
-        "prompt": call.prompt,
-        "all_prompts": [call.prompt] * len(made),
+        "prompt": request.prompt,
+        "all_prompts": [request.prompt] * len(images),
         "negative_prompt": options["negative_prompt"],
-        "all_negative_prompts": [options["negative_prompt"]] * len(made),
+        "all_negative_prompts": [options["negative_prompt"]] * len(images),
         "seed": seeds[0] if seeds else -1,
         "all_seeds": seeds,
         "width": int(width),
         "height": int(height),
-        "sampler_name": title_of(call.scheduler or call.model.pipe.scheduler_config),
+        "sampler_name": title_of(request.scheduler or request.model.pipe.scheduler_config),
         "cfg_scale": options["guidance_scale"],
         "steps": options["num_inference_steps"],
-        "batch_size": len(made),
-        "sd_model_name": call.model.name,
+        "batch_size": len(images),
+        "sd_model_name": request.model.name,
         "denoising_strength": options.get("strength"),
         "index_of_first_image": 0,
-        "infotexts": [one.parameters for one in made],
+        "infotexts": [item.parameters for item in images],
         "clip_skip": options["clip_skip"] + 1,
     }
 
 
 @router.get("/progress")
 async def progress(request: Request, skip_current_image: bool = False) -> Response:
-    """How far the oldest running request of these endpoints is."""
-    context, running = context_of(request), _jobs(request).of(request.state.owner)
+    """The progress of the oldest running request of these endpoints."""
+    context, running = get_context(request), _get_jobs(request).owned_by(request.state.owner)
     if not running:
         return json_response(_progress(0.0, 0.0, _state(None, 0, 0), None))
     job = running[0]
-    total = sum(ticket.evaluations for ticket in job.tickets)
-    done = sum(ticket.done_evaluations for ticket in job.tickets)
-    spent = time.monotonic() - job.began
+    total = sum(handle.evaluations for handle in job.handles)
+    done = sum(handle.done_evaluations for handle in job.handles)
+    spent = time.monotonic() - job.started
     image = None
     if job.steps and not skip_current_image:
-        image = await context.off_loop(_preview, job.call, list(job.steps))
+        image = await context.run_in_thread(_encode_preview, job.request, list(job.steps))
     eta = spent * (total - done) / done if done else 0.0
     return json_response(_progress(done / total, eta, _state(job, done, total), image))
 
 
-def _progress(share: float, eta: float, state: Any, image: str | None) -> dict[str, Any]:
-    told = {"progress": round(share, 4), "eta_relative": round(eta, 3), "state": state}
-    return told | {"current_image": image, "textinfo": None}
+def _progress(fraction: float, eta: float, state: Any, image: str | None) -> dict[str, Any]:
+    progress = {"progress": round(fraction, 4), "eta_relative": round(eta, 3), "state": state}
+    return progress | {"current_image": image, "textinfo": None}
 
 
-def _state(job: Job | None, done: int, total: int) -> dict[str, Any]:
-    finished = [ticket.future.done() for ticket in job.tickets] if job else []
+def _state(job: SdapiJob | None, done: int, total: int) -> dict[str, Any]:
+    finished = [handle.future.done() for handle in job.handles] if job else []
     return {
         "skipped": False,
         "interrupted": bool(job and job.interrupted),
@@ -269,30 +300,30 @@ def _state(job: Job | None, done: int, total: int) -> dict[str, Any]:
     }
 
 
-def _preview(call: Call, steps: Sequence[Step]) -> str:
-    preview = Preview(call.model.pipe.manifest.preview)
-    return base64_from_image(enlarged([preview.image(step) for step in steps][-1]))
+def _encode_preview(request: EngineRequest, steps: Sequence[Step]) -> str:
+    preview = Preview(request.model.pipe.manifest.preview)
+    return encode_base64_image(enlarge_preview([preview.image(step) for step in steps][-1]))
 
 
 @router.post("/interrupt")
 @router.post("/skip")
 async def interrupt(request: Request) -> Response:
-    """End every running request of these endpoints that came with the same key."""
-    for job in _jobs(request).of(request.state.owner):
+    """Cancel every running request of these endpoints with the same API key."""
+    for job in _get_jobs(request).owned_by(request.state.owner):
         job.interrupted = True
-        for ticket in job.tickets:
-            ticket.cancel()
+        for handle in job.handles:
+            handle.cancel()
     return json_response({})
 
 
 @router.post("/png-info")
-async def png_info(request: Request, body: PngInfo) -> Response:
-    """The text that a picture's file carries, whole and taken apart."""
-    text = await context_of(request).off_loop(_text, body.image)
+async def png_info(request: Request, body: PngInfoRequest) -> Response:
+    """The text in an image file, raw and parsed."""
+    text = await get_context(request).run_in_thread(_read_text, body.image)
     items = {"parameters": text} if text else {}
     parts = settings_from_text(text) if text else {}
     return json_response({"info": text, "items": items, "parameters": parts})
 
 
-def _text(image: str) -> str:
-    return text_of(image_from_base64(image))
+def _read_text(image: str) -> str:
+    return text_of(decode_base64_image(image))

@@ -1,4 +1,4 @@
-"""Sampler and scheduler, which clients of `/sdapi` send as two fields, as one configuration."""
+"""Converts A1111's sampler and scheduler, two fields, to one scheduler configuration."""
 
 import logging
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ from sdrt.serve.errors import ApiError
 
 log = logging.getLogger("sdrt.serve")
 
-# Samplers that have no use for a schedule there.
-TIMED = {"DDIM", "DDPM", "PNDM", "PLMS", "UniPC", "LCM", "TCD"}
-FALLBACK = "Euler"  # its default, for a schedule without a sampler
-# Names of the original's older releases (with k_ before them) and of other servers.
-ALIASES = {
+# Samplers that ignore the schedule in A1111.
+TIMESTEP_SAMPLERS = {"DDIM", "DDPM", "PNDM", "PLMS", "UniPC", "LCM", "TCD"}
+DEFAULT_SAMPLER = "Euler"  # A1111's default, for a schedule without a sampler
+# Names of older A1111 releases (with the prefix k_) and of other servers.
+SAMPLER_ALIASES = {
     "euler_a": "Euler a",
     "euler_ancestral": "Euler a",
     "euler": "Euler",
@@ -44,86 +44,86 @@ ALIASES = {
     "dpmpp_3m_sde": "DPM++ 3M SDE",
     "uni_pc": "UniPC",
 }
-ENDINGS = {"_ka": "Karras", "_karras": "Karras", "_exp": "Exponential"}
-MORE_LABELS = {"ddim_uniform": "DDIM"}
+SCHEDULE_SUFFIXES = {"_ka": "Karras", "_karras": "Karras", "_exp": "Exponential"}
+SCHEDULE_ALIASES = {"ddim_uniform": "DDIM"}
 
 
-def configuration(
+def resolve_scheduler_config(
     pipe: Pipeline, sampler: str | None, scheduler: str | None, eta: float | None
 ) -> Mapping[str, Any] | None:
-    """The scheduler configuration for what a client sent; None for the model's own.
+    """The scheduler configuration for a client's fields; None for that of the model.
 
-    Raises ApiError 400 for a name that is not known, or a pair that is not supported.
+    Raises:
+        ApiError: 400 for an unknown name or an unsupported pair.
     """
-    label, own = schedule_label(scheduler), pipe.scheduler_config
+    label, own = parse_schedule(scheduler), pipe.scheduler_config
     xl = pipe.tokenizer_2 is not None
     config: Mapping[str, Any] | None = None
     if sampler and sampler.strip() in SAMPLERS and not label:
         config = config_from_name(sampler.strip(), own)
     elif sampler and sampler.strip():
-        title, joined = _pair(sampler)
-        label = joined or _usable(title, label) or AUTOMATIC_SCHEDULES.get(title, "")
+        title, joined = _parse_sampler(sampler)
+        label = joined or _check_schedule(title, label) or AUTOMATIC_SCHEDULES.get(title, "")
         config = config_from_name(f"{title} {label}".strip(), own, xl=xl)
     elif label:
         title, _ = pair_from_name(title_of(own))
-        title = title if takes_schedule(title, label) else FALLBACK
+        title = title if takes_schedule(title, label) else DEFAULT_SAMPLER
         config = config_from_name(f"{title} {label}", own, xl=xl)
-    return _with_eta(own if config is None else config, eta) if eta is not None else config
+    return _apply_eta(own if config is None else config, eta) if eta is not None else config
 
 
-def schedule_label(scheduler: str | None) -> str:
-    """A schedule's label from its label or its internal name; "" for what is left to the sampler.
-
-    Raises ApiError 400 for one that is not known.
+def parse_schedule(scheduler: str | None) -> str:
+    """The label of a schedule from its label or internal name; "" leaves it to the sampler. Raises
+    ApiError 400 for an unknown one.
     """
-    wanted = (scheduler or "automatic").strip().casefold().replace("_", " ")
-    if wanted in ("automatic", "", "none"):
+    name = (scheduler or "automatic").strip().casefold().replace("_", " ")
+    if name in ("automatic", "", "none"):
         return ""
     known = {label.casefold(): label for label in SCHEDULES}
-    known |= {name.replace("_", " "): label for label, name in SCHEDULES.items()}
-    known |= {name.replace("_", " "): label for name, label in MORE_LABELS.items()}
-    joined = {name.replace(" ", ""): label for name, label in known.items()}
-    if found := known.get(wanted) or joined.get(wanted):
-        return found
-    have = ", ".join(["Automatic", *SCHEDULES])
+    known |= {internal.replace("_", " "): label for label, internal in SCHEDULES.items()}
+    known |= {alias.replace("_", " "): label for alias, label in SCHEDULE_ALIASES.items()}
+    joined = {title.replace(" ", ""): label for title, label in known.items()}
+    if label := known.get(name) or joined.get(name):
+        return label
+    expected = ", ".join(["Automatic", *SCHEDULES])
     raise ApiError(
-        400, f"scheduler {scheduler!r} is not supported; expected one of {have}", "scheduler"
+        400, f"scheduler {scheduler!r} is not supported; expected one of {expected}", "scheduler"
     )
 
 
-def _pair(sampler: str) -> tuple[str, str]:
-    """A sampler's title and the schedule that its name may hold."""
+def _parse_sampler(sampler: str) -> tuple[str, str]:
+    """The title of a sampler, and the schedule that its name may include."""
     name = sampler.strip()
     if name in SAMPLERS:
         return SAMPLERS[name].title, ""
     alias, label = name.casefold().replace(" ", "_").removeprefix("k_"), ""
-    for ending, law in ENDINGS.items():
-        if alias.endswith(ending) and alias.removesuffix(ending) in ALIASES:
-            alias, label = alias.removesuffix(ending), law
-    if alias in ALIASES:
-        return ALIASES[alias], label
+    for suffix, schedule in SCHEDULE_SUFFIXES.items():
+        if alias.endswith(suffix) and alias.removesuffix(suffix) in SAMPLER_ALIASES:
+            alias, label = alias.removesuffix(suffix), schedule
+    if alias in SAMPLER_ALIASES:
+        return SAMPLER_ALIASES[alias], label
     try:
         return pair_from_name(name)
     except UsageError:
-        have = ", ".join(titles())
-        message = f"sampler_name {name!r} is not supported; expected one of {have}"
+        expected = ", ".join(titles())
+        message = f"sampler_name {name!r} is not supported; expected one of {expected}"
         raise ApiError(400, message, "sampler_name", "invalid_value") from None
 
 
-def _usable(title: str, label: str) -> str:
-    """The schedule, if the sampler takes it; raises ApiError 400 where it should and cannot."""
-    if not label or (takes_schedule(title, label) and title not in TIMED):
+def _check_schedule(title: str, label: str) -> str:
+    """The schedule, "" if A1111 ignores it too; raises ApiError 400 if it is not supported."""
+    if not label or (takes_schedule(title, label) and title not in TIMESTEP_SAMPLERS):
         return label
-    if title in TIMED:
-        log.info("%s goes by timesteps; the scheduler %s is passed over", title, label)
+    if title in TIMESTEP_SAMPLERS:
+        log.info("%s has its own timesteps; ignoring the scheduler %s", title, label)
         return ""
     raise ApiError(
         400, f"scheduler {label} is not supported with {title}; choose another", "scheduler"
     )
 
 
-def _with_eta(config: Mapping[str, Any], eta: float) -> Mapping[str, Any]:
-    """With the share of fresh noise, where the sampler takes one; raises ApiError 400."""
+def _apply_eta(config: Mapping[str, Any], eta: float) -> Mapping[str, Any]:
+    """Add eta, the amount of fresh noise, if the sampler has one; raises ApiError 400."""
     name = str(config["_class_name"])
     if "eta" in SAMPLERS[name].reads and name != "TCDScheduler":
         if not 0.0 <= eta <= 1.0:
@@ -131,29 +131,31 @@ def _with_eta(config: Mapping[str, Any], eta: float) -> Mapping[str, Any]:
         return {**config, "eta": eta}
     if str(config.get("algorithm_type")).startswith("sde") and eta != 1.0:
         title = title_of(config)
-        raise ApiError(400, f"eta {eta:g} is not supported with {title}; its value is 1", "eta")
+        raise ApiError(400, f"eta {eta:g} is not supported with {title}; expected 1", "eta")
     return config
 
 
-def listed_samplers() -> list[dict[str, Any]]:
-    """Every name that `sampler_name` takes, joined ones too, in the original's shape."""
+def list_samplers() -> list[dict[str, Any]]:
+    """Every name that `sampler_name` accepts, with and without schedule, in A1111's format."""
     listed = []
-    for title, (kind, _) in titles().items():
-        aliases = [f"k_{alias}" for alias, of in ALIASES.items() if of == title] or [kind]
+    for title, (class_name, _) in titles().items():
+        aliases = [f"k_{alias}" for alias, name in SAMPLER_ALIASES.items() if name == title] or [
+            class_name
+        ]
         options = (
             {"scheduler": AUTOMATIC_SCHEDULES[title].lower()}
             if title in AUTOMATIC_SCHEDULES
             else {}
         )
         listed.append({"name": title, "aliases": aliases, "options": options})
-        for law in LEVELS:
-            if takes_schedule(title, law):
-                listed.append({"name": f"{title} {law}", "aliases": [], "options": {}})
+        for schedule in LEVELS:
+            if takes_schedule(title, schedule):
+                listed.append({"name": f"{title} {schedule}", "aliases": [], "options": {}})
     return listed
 
 
-def listed_schedulers() -> list[dict[str, Any]]:
-    """Every schedule that `scheduler` takes, in the original's shape."""
+def list_schedulers() -> list[dict[str, Any]]:
+    """Every schedule that `scheduler` accepts, in A1111's format."""
     rest = {"default_rho": -1.0, "need_inner_model": False}
     rows = [("automatic", "Automatic"), *((name, label) for label, name in SCHEDULES.items())]
     aliases = {"sgm_uniform": ["SGMUniform"], "ddim": ["ddim_uniform"]}

@@ -102,7 +102,7 @@ def test_a_key_file(shapes, tmp_path):
     [
         (["--host", "0.0.0.0"], 2, "--keys"),
         (["--keys", "no-such-file"], 2, "no-such-file"),
-        (["--keys", os.devnull], 2, "no key"),
+        (["--keys", os.devnull], 2, "no API key"),
         (["--port", "70000"], 2, "70000"),
         (["--drain", "-1"], 2, "--drain"),
         (["--drain", "nan"], 2, "--drain"),
@@ -124,14 +124,14 @@ def test_hashed_keys_are_read(tmp_path):
     import hashlib
 
     from sdrt.errors import UsageError
-    from sdrt.serve.settings import digest_from_key, keys_from_file
+    from sdrt.serve.settings import hash_key, read_key_digests
 
     keys = tmp_path / "keys"
     keys.write_text(f"sha256:{hashlib.sha256(b'one').hexdigest()}\ntwo\n")
-    assert keys_from_file(keys) == (digest_from_key(b"one"), digest_from_key(b"two"))
+    assert read_key_digests(keys) == (hash_key(b"one"), hash_key(b"two"))
     keys.write_text("sha256:abc\n")
     with pytest.raises(UsageError, match="line 1"):
-        keys_from_file(keys)
+        read_key_digests(keys)
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path):

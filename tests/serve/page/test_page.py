@@ -8,7 +8,7 @@ from lora_files import lora_file
 from serving import PROMPT, client, served, wait_for
 
 import sdrt
-from sdrt.serve.settings import digest_from_key
+from sdrt.serve.settings import hash_key
 
 pytestmark = pytest.mark.browser
 
@@ -90,7 +90,7 @@ def test_a_refusal_is_told_by_the_button_and_loses_nothing(browser, server):
 
 
 def test_a_key_is_asked_for_once_and_the_queue_is_told(browser, shapes):
-    keys = (digest_from_key(b"open sesame"),)
+    keys = (hash_key(b"open sesame"),)
     with (
         served(shapes, keys=keys, slots=1, waiting=2) as strict,
         opened(browser, strict, refusals=True) as page,

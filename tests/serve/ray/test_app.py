@@ -329,8 +329,8 @@ def _running(http):
 def test_a_replica_whose_engine_stays_broken_is_replaced(cluster, shapes, tmp_path):
     from ray import serve
 
-    from sdrt.serve.model_manager import Source
-    from sdrt.serve.ray.app import Fleet, bound
+    from sdrt.serve.model_manager import ModelSource
+    from sdrt.serve.ray.app import RayOptions, build_application
     from sdrt.serve.settings import Settings
 
     flag = tmp_path / "broken"  # holds the process whose device fails
@@ -357,7 +357,12 @@ def test_a_replica_whose_engine_stays_broken_is_replaced(cluster, shapes, tmp_pa
         pipe.engines["unet"] = Breakable()
         return pipe
 
-    serve.run(bound({"shapes": Source(breakable)}, Settings(), Fleet((2, 2), 1, 0.0)), name="fleet")
+    serve.run(
+        build_application(
+            {"shapes": ModelSource(breakable)}, Settings(), RayOptions((2, 2), 1, 0.0)
+        ),
+        name="fleet",
+    )
     broken = min(replica_pids())
     flag.write_text(str(broken))
     codes = Counter()

@@ -158,7 +158,7 @@ def test_a_mask_is_transparent_where_the_picture_is_made_new(api, pipe):
     change = np.abs(made - np.asarray(start)).mean(axis=2)
     assert change[:20].mean() > 3 * change[32:].mean()
     mask.putalpha(128)  # nowhere fully transparent
-    with pytest.raises(openai.BadRequestError, match="transparency"):
+    with pytest.raises(openai.BadRequestError, match="transparent"):
         api.images.edit(image=_file(start), mask=_file(mask), prompt=PROMPT, extra_body=FAST)
 
 
@@ -253,7 +253,7 @@ def test_odd_numbers_are_refused_and_break_nothing(server):
 
 
 def test_more_work_than_one_request_may_ask_for_is_refused(shapes):
-    with served(shapes, most_work=64 * 64 * 30) as server, client(server) as http:
+    with served(shapes, max_work=64 * 64 * 30) as server, client(server) as http:
         ask = {"prompt": PROMPT, "n": 2, "num_inference_steps": 16}
         answer = http.post("/v1/images/generations", json=ask)
         assert answer.status_code == 400

@@ -15,7 +15,7 @@ import pytest
 import sdrt
 from sdrt.cli.main import main
 from sdrt.errors import BundleError, UsageError
-from sdrt.serve.triton.export import TritonPlan, export_triton
+from sdrt.serve.triton.export import TritonExport, export_triton
 
 pytestmark = pytest.mark.integration
 
@@ -25,7 +25,7 @@ PROMPT = "a red circle on a blue background"
 @pytest.fixture(scope="module")
 def exported(shapes, tmp_path_factory):
     output = tmp_path_factory.mktemp("repository")
-    return export_triton(TritonPlan(str(shapes), output, instances=2, backend="onnxruntime"))
+    return export_triton(TritonExport(str(shapes), output, instances=2, backend="onnxruntime"))
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_the_bundle_is_in_the_repository(exported):
 
 
 def test_an_export_is_not_replaced_unasked(shapes, tmp_path, capsys):
-    plan = TritonPlan(str(shapes), tmp_path)
+    plan = TritonExport(str(shapes), tmp_path)
     target = export_triton(plan)
     mark = target / "mark"
     mark.write_text("")
@@ -240,14 +240,14 @@ def test_a_folder_that_is_something_else_stays(shapes, tmp_path):
     (tmp_path / "shapes").mkdir()
     (tmp_path / "shapes" / "thesis.txt").write_text("dear to somebody")
     with pytest.raises(BundleError, match=r"config\.pbtxt"):
-        export_triton(TritonPlan(str(shapes), tmp_path, force=True))
+        export_triton(TritonExport(str(shapes), tmp_path, force=True))
     assert (tmp_path / "shapes" / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize("values", [{"name": "a/b"}, {"name": ""}, {"instances": 0}, {"slots": 0}])
 def test_values_out_of_range(shapes, tmp_path, values):
     with pytest.raises(UsageError):
-        export_triton(TritonPlan(str(shapes), tmp_path, **values))
+        export_triton(TritonExport(str(shapes), tmp_path, **values))
     assert not list(tmp_path.iterdir())
 
 
@@ -259,5 +259,5 @@ def test_a_failed_copy_leaves_nothing(shapes, tmp_path, monkeypatch):
 
     monkeypatch.setattr("shutil.copytree", full)
     with pytest.raises(sdrt.SdrtError, match="no space left"):
-        export_triton(TritonPlan(str(shapes), tmp_path))
+        export_triton(TritonExport(str(shapes), tmp_path))
     assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == []

@@ -11,11 +11,11 @@ from PIL import Image
 from serving import PROMPT, client, engine_of
 from starlette.testclient import TestClient
 
-from sdrt.serve.app import application
-from sdrt.serve.model_manager import Source
+from sdrt.serve.app import create_app
+from sdrt.serve.model_manager import ModelSource
 from sdrt.serve.routes.sdapi import fields as sdapi_fields
 from sdrt.serve.routes.sdapi import options as sdapi_options
-from sdrt.serve.schemas import ImageToImage, TextToImage
+from sdrt.serve.schemas import ImageToImageRequest, TextToImageRequest
 from sdrt.serve.settings import Settings
 
 pytestmark = pytest.mark.integration
@@ -85,7 +85,7 @@ def test_a_field_is_refused_by_name_unless_it_changes_nothing(http, name):
 
 def test_what_is_of_no_effect_is_passed_over(http):
     plain = image_of(txt2img(http))
-    ignored = sdapi_fields.IGNORED | sdapi_fields.IMAGE_ONLY
+    ignored = sdapi_fields.IGNORED | sdapi_fields.IMG2IMG_ONLY
     for value in (1, True, "x"):
         assert np.array_equal(image_of(txt2img(http, **dict.fromkeys(ignored, value))), plain)
 
@@ -302,7 +302,7 @@ def test_options_are_refused_by_the_same_rule(http, name):
         http.post("/sdapi/v1/options", json={"send_size": False, name: SET[name]}),
         txt2img(http, override_settings={name: SET[name]}),
     ):
-        named = "'shapez' is served here; the nearest: shapes" if "model" in name else name
+        named = "unknown model 'shapez'; similar: shapes" if "model" in name else name
         assert answer.status_code == 400 and named in answer.json()["detail"]
     assert http.get("/sdapi/v1/options").json() == before
 
@@ -384,7 +384,7 @@ def test_a_body_that_is_no_object_is_told_so(http, body):
 
 
 def test_a_fleet_keeps_no_options():
-    guard, models = application({"shapes": Source(lambda: None)}, Settings())
+    guard, models = create_app({"shapes": ModelSource(lambda: None)}, Settings())
     models.on_demand = True
     with TestClient(guard, base_url="http://localhost") as fleet:
         kept = {"sd_model_checkpoint": "Shapes.safetensors", "send_seed": False}
@@ -407,10 +407,10 @@ def rows(section):
 
 
 def test_docs_name_every_field_and_option():
-    used = {*ImageToImage.model_fields, *TextToImage.model_fields}
+    used = {*ImageToImageRequest.model_fields, *TextToImageRequest.model_fields}
     assert rows("Fields that are used") == used
     assert rows("Fields that are refused") == {*sdapi_fields.NEUTRAL, "alwayson_scripts"}
-    ignored = sdapi_fields.IGNORED | sdapi_fields.IMAGE_ONLY
+    ignored = sdapi_fields.IGNORED | sdapi_fields.IMG2IMG_ONLY
     assert rows("Fields without effect") == set(ignored) - used | {"denoising_strength"}
     assert rows("Options that are used") == set(sdapi_options.USED)
     assert rows("Options that are refused") == set(sdapi_options.NEUTRAL)

@@ -9,16 +9,16 @@ from sdrt.serve.routes.sdapi.inpainting import (
     CROP,
     FILL,
     STRETCH,
-    Inpainting,
+    InpaintingSettings,
     binary_mask,
-    blurred,
-    given_from,
-    region,
-    resized,
+    blur_mask,
+    masked_region,
+    prepare_input,
+    resize_image,
 )
 
 RNG = np.random.default_rng(0)
-PLAIN = Inpainting(blur=(0, 0), invert=False, cropped=False, padding=0, filled=False)
+PLAIN = InpaintingSettings(blur=(0, 0), invert=False, only_masked=False, padding=0, fill=False)
 
 
 def noise(width, height, channels=3):
@@ -35,8 +35,8 @@ def boxed(size, box):
 def gaussian(values, deviation, axis):
     radius = int(2.5 * deviation + 0.5)
     weights = np.exp(-(np.arange(-radius, radius + 1.0) ** 2) / (2 * deviation**2))
-    blurred = correlate1d(values.astype(float), weights / weights.sum(), axis, mode="mirror")
-    return np.rint(blurred)
+    blur_mask = correlate1d(values.astype(float), weights / weights.sum(), axis, mode="mirror")
+    return np.rint(blur_mask)
 
 
 @pytest.mark.parametrize("blur", [(4, 4), (9, 0), (0, 3), (64, 64), (0, 0)])
@@ -45,7 +45,7 @@ def test_a_blur_is_scipys(blur):
     wanted = np.asarray(mask)
     for axis, deviation in ((1, blur[0]), (0, blur[1])):
         wanted = gaussian(wanted, deviation, axis) if deviation else wanted
-    assert np.abs(np.asarray(blurred(mask, blur), float) - wanted).max() <= 1
+    assert np.abs(np.asarray(blur_mask(mask, blur), float) - wanted).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -65,29 +65,29 @@ def test_resizing_keeps_the_shape_or_not():
     image.paste("blue", (0, 0, 4, 20))
     for size in ((32, 32), (64, 24), (24, 64)):
         for mode in (STRETCH, CROP, FILL):
-            assert resized(image, size, mode).size == size
-    cropped = resized(image, (20, 20), CROP)
-    assert np.array_equal(cropped, image.crop((10, 0, 30, 20)))
-    filled = np.asarray(resized(image, (40, 40), FILL))
+            assert resize_image(image, size, mode).size == size
+    only_masked = resize_image(image, (20, 20), CROP)
+    assert np.array_equal(only_masked, image.crop((10, 0, 30, 20)))
+    filled = np.asarray(resize_image(image, (40, 40), FILL))
     assert np.array_equal(filled[10:30], image)
     assert (filled[:10] == filled[10]).all() and (filled[30:] == filled[29]).all()
 
 
 def test_a_region_has_the_shape_of_what_is_made():
     mask = boxed((100, 80), (10, 60, 20, 75))
-    left, top, right, bottom = region(mask, 4, (64, 64))
+    left, top, right, bottom = masked_region(mask, 4, (64, 64))
     assert right - left == bottom - top == 23  # the taller side with its padding, cut by the edge
     assert left <= 6 and right >= 24 and top <= 56 and bottom == 79
-    assert region(mask, 0, (128, 64))[3] - region(mask, 0, (128, 64))[1] == 15
-    assert region(boxed((100, 80), (95, 0, 100, 80)), 0, (64, 64)) == (20, 0, 100, 80)
+    assert masked_region(mask, 0, (128, 64))[3] - masked_region(mask, 0, (128, 64))[1] == 15
+    assert masked_region(boxed((100, 80), (95, 0, 100, 80)), 0, (64, 64)) == (20, 0, 100, 80)
 
 
 def test_what_is_not_masked_stays_as_it_was():
     image, mask = noise(64, 64), boxed((64, 64), (16, 16, 48, 40))
     made = Image.new("RGB", (64, 64), "white")
-    for cropped in (False, True):
-        how = Inpainting((0, 0), False, cropped, 4, filled=True)
-        laid = np.asarray(given_from(image, mask, (64, 64), STRETCH, how).finish(made))
+    for only_masked in (False, True):
+        how = InpaintingSettings((0, 0), False, only_masked, 4, fill=True)
+        laid = np.asarray(prepare_input(image, mask, (64, 64), STRETCH, how).finish(made))
         inside = np.asarray(mask) > 0
         assert (laid[inside] == 255).all()
         assert np.array_equal(laid[~inside], np.asarray(image)[~inside])
@@ -95,8 +95,8 @@ def test_what_is_not_masked_stays_as_it_was():
 
 def test_a_masked_region_is_made_at_the_whole_size_and_put_back():
     image, mask = noise(200, 120), boxed((200, 120), (50, 40, 70, 60))
-    how = Inpainting((0, 0), False, True, 6, filled=False)
-    given = given_from(image, mask, (64, 64), STRETCH, how)
+    how = InpaintingSettings((0, 0), False, True, 6, fill=False)
+    given = prepare_input(image, mask, (64, 64), STRETCH, how)
     assert given.image.size == given.mask.size == (64, 64)
     wanted = image.crop((44, 34, 76, 66)).resize((64, 64), Image.Resampling.LANCZOS)
     assert np.array_equal(given.image, wanted)
@@ -105,11 +105,11 @@ def test_a_masked_region_is_made_at_the_whole_size_and_put_back():
 
 def test_what_is_done_with_an_image_is_in_its_text():
     image, mask = noise(64, 32), boxed((64, 32), (16, 16, 48, 30))
-    plain = Inpainting((4, 4), False, True, 8, filled=True)
-    assert given_from(image, None, (64, 32), CROP, plain).settings == {}
-    cropped = given_from(image, None, (64, 64), CROP, plain)
-    assert cropped.settings == {"Resize mode": "Crop and resize"}
-    assert given_from(image, mask, (64, 64), STRETCH, plain).settings == {
+    plain = InpaintingSettings((4, 4), False, True, 8, fill=True)
+    assert prepare_input(image, None, (64, 32), CROP, plain).infotext == {}
+    only_masked = prepare_input(image, None, (64, 64), CROP, plain)
+    assert only_masked.infotext == {"Resize mode": "Crop and resize"}
+    assert prepare_input(image, mask, (64, 64), STRETCH, plain).infotext == {
         "Mask blur": "4",
         "Mask mode": "Inpaint masked",
         "Masked content": "fill",
@@ -120,8 +120,8 @@ def test_what_is_done_with_an_image_is_in_its_text():
 
 def test_a_dark_mask_masks_nothing_where_the_region_alone_is_made():
     image = noise(64, 64)
-    how = Inpainting((4, 4), False, True, 0, filled=True)
-    given = given_from(image, Image.new("L", (64, 64)), (64, 64), STRETCH, how)
+    how = InpaintingSettings((4, 4), False, True, 0, fill=True)
+    given = prepare_input(image, Image.new("L", (64, 64)), (64, 64), STRETCH, how)
     assert given.mask is None and np.array_equal(given.image, image)
 
 
@@ -129,8 +129,8 @@ def test_a_filled_region_begins_with_its_surroundings():
     image = Image.new("RGB", (64, 64), (20, 200, 40))
     image.paste("red", (24, 24, 40, 40))
     mask = boxed((64, 64), (20, 20, 44, 44))
-    how = Inpainting((0, 0), False, False, 0, filled=True)
-    start = np.asarray(given_from(image, mask, (64, 64), STRETCH, how).image, float)
+    how = InpaintingSettings((0, 0), False, False, 0, fill=True)
+    start = np.asarray(prepare_input(image, mask, (64, 64), STRETCH, how).image, float)
     assert np.abs(start - (20, 200, 40)).max() <= 8  # shares of 8 bits, premultiplied
-    kept = given_from(image, mask, (64, 64), STRETCH, PLAIN).image
+    kept = prepare_input(image, mask, (64, 64), STRETCH, PLAIN).image
     assert np.array_equal(kept, image)
