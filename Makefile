@@ -37,11 +37,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# What ships is checked as it ships: from the installed wheel, seen from another folder.
+# What ships is checked as it ships: from the installed wheel, seen from another folder; for Linux,
+# macOS and Windows.
 types: $(READY)
 	rm -rf build/types && mkdir -p build/types
 	$(PYTHON) tools/link_package.py build/types
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p sdrt
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --platform darwin -p sdrt
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --platform win32 -p sdrt
 
 # Takes each check of SECURITY.md out in turn: its test must fail.
 mutations: $(READY)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import Manifest
 from sdrt.errors import BackendError
-from sdrt.process_stats import NO_BOUND, available_bytes
+from sdrt.process_stats import available_bytes
 
 from .gpu import Gpu, free_memory
 
@@ -98,8 +98,7 @@ def free_bytes(gpu: Gpu | None) -> int | None:
     """
     if gpu:
         return free_memory(gpu)
-    free = available_bytes()
-    return None if free == NO_BOUND else free
+    return available_bytes()
 
 
 def check_memory(bundle: Bundle, gpu: Gpu | None, sequential: bool, streamed: bool = False) -> None:

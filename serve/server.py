@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 
@@ -181,10 +182,10 @@ def _cancel_timer(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | No
 
 def raise_open_file_limit() -> None:
     """Raise the limit of open files, and so of connections, as far as the system allows."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
+    if sys.platform == "win32":  # which has no such limit
         return
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     target = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < target:

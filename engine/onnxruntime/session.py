@@ -3,13 +3,13 @@
 Knows onnxruntime; imported only when this backend is chosen.
 """
 
-import os
 from pathlib import Path
 
 import onnxruntime as ort
 
 from sdrt.engine.protocol import Feeds
 from sdrt.errors import BackendError
+from sdrt.process_stats import cpu_count
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -25,7 +25,7 @@ def available(provider: str) -> str | None:
 def session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = cpu_count()
     # Spinning workers burn a core between calls; evaluations are long enough to wake them.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import platform
 import statistics
 import threading
@@ -25,7 +24,14 @@ from sdrt.bundle.manifest import TensorSpec
 from sdrt.engine import Engine, Feeds
 from sdrt.engine.gpu import detect_gpus
 from sdrt.json_validation import json_object, number, read_bytes, whole
-from sdrt.process_stats import available_bytes, forget_peak, peak_bytes, resident_bytes
+from sdrt.process_stats import (
+    available_bytes,
+    cpu_count,
+    forget_peak,
+    peak_bytes,
+    resident_bytes,
+    total_bytes,
+)
 
 from .scheduler import Rates
 
@@ -203,8 +209,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def memory_of_machine() -> dict[str, int]:
     """Bytes: free, used by this process, in total; gpu: those of the first GPU, if there is one."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = {"free": min(available_bytes(), total), "used": resident_bytes(), "total": total}
+    found = {"free": available_bytes(), "used": resident_bytes(), "total": total_bytes()}
     gpus = detect_gpus().gpus
     return found | ({"gpu": gpus[0].memory} if gpus else {})
 
@@ -239,7 +244,7 @@ def _key(pipe: "Pipeline", most: int) -> str:
     from sdrt.version import __version__
 
     files = sorted((name, record.sha256) for name, record in pipe.manifest.files.items())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cpu_count()
     known = [__version__, pipe.backend, most, files, platform.processor(), platform.node(), cores]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 

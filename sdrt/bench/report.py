@@ -5,7 +5,6 @@ Knows contestants' turns; not how they were taken.
 
 import datetime
 import importlib.metadata
-import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.bundle import Bundle, parse_size
+from sdrt.process_stats import cpu_count
 
 from .flops import flops
 from .roofline import FLOPS
@@ -107,7 +107,7 @@ def machine() -> str:
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(":", 1)[1].strip() if lines else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cpu_count()
     return f"{name}, {cores} cores, {platform.system()}"
 
 

@@ -1,13 +1,13 @@
 """What `sdrt doctor` says: plain values first, then their text."""
 
 import importlib.metadata
-import os
 import platform
 import shutil
 from typing import Any
 
 from sdrt.bundle.store import home
 from sdrt.errors import BackendError
+from sdrt.process_stats import cpu_count
 
 PACKAGES = (
     *("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "onnx"),
@@ -36,9 +36,7 @@ def diagnose() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cpu_count(),
         "home": str(home()),
         "free_bytes": shutil.disk_usage(_existing(home())).free,
         "packages": {name: _version(name) for name in PACKAGES},

@@ -6,7 +6,6 @@ of its name.
 """
 
 import argparse
-import fcntl
 import importlib.metadata
 import json
 import logging
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdrt.atomic_files import beside, locked
+from sdrt.atomic_files import is_locked, locked
 from sdrt.bundle import Bundle
 from sdrt.bundle.integrity import changed_memory, forget
 from sdrt.bundle.manifest import MANIFEST, MAX_MANIFEST, manifest_from_json
@@ -143,19 +142,8 @@ def _unfinished(place: Path) -> Iterator[Leftover]:
         if path.name.startswith(".") and path.suffix in REASONS:
             leftover = Leftover(path, REASONS[path.suffix].format(path.stem[1:]))
             alone = path.suffix == ".old" and not leftover.target.exists()  # it is the bundle
-            if not alone and not _is_held(leftover.target):
+            if not alone and not is_locked(leftover.target):
                 yield leftover
-
-
-def _is_held(target: Path) -> bool:
-    try:
-        with beside(target, "lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _useless(folder: Path, bundle: Bundle | None, machine: GpuInventory) -> Iterator[Leftover]:
@@ -172,7 +160,7 @@ def _useless(folder: Path, bundle: Bundle | None, machine: GpuInventory) -> Iter
             yield Leftover(plan.path, reason)
     for path in sorted(folder.glob("*/*-*.plan")):
         leftover = Leftover(path, "a plan without its sidecar")
-        if path.with_suffix(".json") not in sidecars and not _is_held(leftover.target):
+        if path.with_suffix(".json") not in sidecars and not is_locked(leftover.target):
             yield leftover
 
 

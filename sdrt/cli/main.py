@@ -81,10 +81,16 @@ def _restored(args: argparse.Namespace, typed: Sequence[str] | None) -> argparse
 def _interrupt_again(unraisable: Any) -> None:
     """Ctrl-C that fell into a finaliser, where Python drops it, is sent once more."""
     if unraisable.exc_type is KeyboardInterrupt:
-        main_thread = threading.main_thread().ident
-        threading.Timer(0.05, signal.pthread_kill, [main_thread, signal.SIGINT]).start()
+        threading.Timer(0.05, _interrupt_main).start()
     else:
         sys.__unraisablehook__(unraisable)
+
+
+def _interrupt_main() -> None:
+    if sys.platform == "win32":
+        signal.raise_signal(signal.SIGINT)
+    else:  # a system call of the main thread's ends, too
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def entry() -> int:

@@ -4,7 +4,6 @@ Knows the package's interface and what it reads; the package is imported in a wo
 """
 
 import io
-import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 from sdrt.bench.timing import PROMPT, Part, Spent, Timed, picture_of
 from sdrt.bundle import parse_size
 from sdrt.errors import BackendError
+from sdrt.process_stats import cpu_count
 
 GUIDANCE = 7.5
 SAID = re.compile(
@@ -39,7 +39,7 @@ def stable_diffusion_cpp(wanted: Mapping[str, Any], spent: Spent) -> dict[str, P
     import stable_diffusion_cpp as library
 
     method = method_of(wanted["scheduler"] or "DPM++ 2M", CPP_METHODS)
-    processors = len(os.sched_getaffinity(0))
+    processors = cpu_count()
     pipe = library.StableDiffusion(
         model_path=wanted["made"], vae_decode_only=True, n_threads=processors, verbose=False
     )

@@ -1,10 +1,8 @@
 """What `sdrt run` checks before it loads anything, and the files that it writes."""
 
-import fcntl
 import os
 import pty
 import re
-import struct
 import subprocess
 import sys
 import termios
@@ -115,7 +113,7 @@ def test_the_bar_does_not_touch_the_paths(shapes, tmp_path):
     command = [sys.executable, "-m", "sdrt", "run", PROMPT, "--steps", "2", "--seed", "0"]
     command += ["--num-images", "6", "--output", str(tmp_path)]
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    termios.tcsetwinsize(theirs, (40, 120))
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     raw = b""
