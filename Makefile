@@ -1,21 +1,36 @@
 # make demo: a picture from a prompt. make test: the tests. make check: all that must pass.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export SDRT_HOME ?= $(CURDIR)/build/sdrt
 
-.PHONY: demo test test-slow test-fleet gpu-check check lint types mutations wheel bundle bench fuzz lock audit clean kill-points
+.PHONY: demo test test-fast test-rest test-full test-fleet gpu-check check lint types mutations wheel bundle bench fuzz lock audit clean kill-points
 
 demo: $(READY)
 	$(BIN)/sdrt build --model shapes --feature-reuse --force
 	$(BIN)/sdrt run "a red circle on a blue background" --seed 0 --output out/demo.png
 
-test: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile
+# A file stays on one worker; tests/conftest.py sorts them. Graphs that tests export are cached in
+# build/test-cache, or SDRT_TEST_CACHE.
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+SKIPPED := not gpu and not release
+REST := (build or grid or slow or trt)
 
-test-slow: $(READY)
-	$(BIN)/pytest -m slow
+# Before a commit: a sample of the grids, every kind of check.
+test: $(READY)
+	$(PYTEST)
+
+# At every edit: no exports, no browser, nothing that takes seconds.
+test-fast: $(READY)
+	$(PYTEST) -m "$(SKIPPED) and not $(REST) and not browser and not exports and not integration"
+
+# What `make test` leaves to the continuous integration: the complete grids, builds and plans.
+test-rest: $(READY)
+	$(PYTEST) -m "$(SKIPPED) and $(REST)"
+
+test-full: test test-rest
 
 # On a machine with a GPU: all that needs one; the results go to benchmarks/results.
 gpu-check: $(READY)

@@ -78,8 +78,9 @@ def loras(home):
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """The command line logs to the stream of its test, which ends with it; its handler must too."""
+    """The command line logs to the stream of its test; its handler and level go with that."""
     yield
+    logging.getLogger("sdrt").setLevel(logging.NOTSET)
     root = logging.getLogger()
     for handler in [each for each in root.handlers if type(each) is logging.StreamHandler]:
         root.removeHandler(handler)
@@ -90,7 +91,6 @@ def shapes(home):
     """The bundle of the embedded model, built once; `$SDRT_TEST_SHAPES` keeps it between runs."""
     from exports import built
 
-    logging.getLogger("sdrt").setLevel(logging.WARNING)
     kept = os.environ.get("SDRT_TEST_SHAPES")
     if kept and Path(kept).is_dir():
         return Path(shutil.copytree(kept, home / "bundles" / "shapes"))

@@ -39,6 +39,7 @@ def test_the_command_of_every_result_is_there(path):
     assert result["machine"] and result["date"] and result["claims"]
 
 
+@pytest.mark.integration
 def test_the_same_figures_give_the_same_plots(scripts):
     pytest.importorskip("matplotlib")
     import results

@@ -10,6 +10,8 @@ import pytest
 import sdrt
 from sdrt.engine.page_cache import Users, let_go, trim
 
+pytestmark = pytest.mark.integration
+
 SIZE = 32 << 20
 
 

@@ -20,6 +20,8 @@ from serving import served
 from sdrt.serve.app import create_app
 from sdrt.serve.settings import Settings
 
+pytestmark = pytest.mark.integration
+
 HEALTH = list(HealthCheck)
 FITTING = {
     "model": ["shapes", None],

@@ -23,6 +23,8 @@ from sdrt.engine.torch import engine as torch_engine
 from sdrt.engine.torch import ops
 from sdrt.errors import BackendError
 
+pytestmark = pytest.mark.integration
+
 GPU = Gpu(0, "NVIDIA L4", "sm_89", 24 << 30)
 LENGTHS = {"rows": 2, "tokens": 32, "latent_height": 8, "latent_width": 12}
 FUSED = {"unet": (8, 21), "vae_decoder": (1, 22)}

@@ -90,6 +90,7 @@ def test_a_call_is_of_one_group_and_fits():
     assert sharing([wide, first], RATES.most) == [wide]  # more than the most goes alone
 
 
+@pytest.mark.integration
 def test_short_ones_do_not_starve_a_long_one():
     long = turn(50, rows=8)
     stream = [(0.02 * i, turn(4, submitted=0.02 * i, rows=8)) for i in range(2000)]  # overload

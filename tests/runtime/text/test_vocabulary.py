@@ -22,6 +22,7 @@ def compared(both, count):
     return [], others
 
 
+@pytest.mark.integration
 @pytest.mark.reference
 @pytest.mark.parametrize("count", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_prompts_have_the_references_ids(both, count):

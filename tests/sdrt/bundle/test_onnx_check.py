@@ -241,6 +241,7 @@ def test_graphs_of_a_build_are_read_as_onnx_reads_them(shapes):
             onnx_check.check_graph(path, replace(component, inputs=component.outputs))
 
 
+@pytest.mark.integration
 def test_what_is_accepted_onnx_reads_alike(tmp_path):
     """On graphs with bytes changed at random."""
     folder = write_bundle(tmp_path / "b")

@@ -10,6 +10,8 @@ import webuiapi
 from PIL import Image
 from serving import PROMPT, client, engine_of, wait_for
 
+pytestmark = pytest.mark.integration
+
 LONG = {"steps": 900, "width": 64, "height": 64}
 
 
