@@ -187,8 +187,8 @@ def run_batch(pipe: Pipeline, batch: Sequence[Job], clock: Callable[[], float]) 
     runs = []
     for job in batch:
         own, options = pipe.with_scheduler(job.sampler), options_from(job.options)
-        requests, *_ = own.planned(PROMPT, options)
-        runs += [run for _, run, _ in own.prepare_states(requests, options)]
+        job_images = own.create_job(PROMPT, options)
+        runs += [run for _, run, _ in own.prepare_states(job_images)]
     gather = BatchBuilder()
     while going := [run for run in runs if not run.finished]:
         gather.evaluate(pipe.engines, going)

@@ -5,7 +5,8 @@ from .loading import load_pipeline
 from .lora.tags import LoraWeight
 from .noise import CpuNoise, CudaNoise, noise_from_seed, randn
 from .options import GenerationOptions
-from .pipeline import Output, Pipeline
+from .output import Output
+from .pipeline import Pipeline
 from .preview import Preview
 from .samplers.table import SamplerTable, sample, sampler_table
 from .text.tokenizer import Tokenizer

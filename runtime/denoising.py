@@ -1,7 +1,9 @@
-"""The denoising loop: every picture is a run with rows of numbers of its own, and the rows of
-several runs make one call of the model.
+"""The denoising loop.
 
-Knows the engine protocol and sampler tables; not prompts, seeds or pictures.
+Each image is a `DenoisingState`: the rows of its sampler table, the history that they combine and
+its conditioning. The rows of several states make one call of the model.
+
+Knows the engine protocol and sampler tables; not prompts, seeds or images.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,17 +17,22 @@ from sdrt.engine import Engine, Feeds, NumpyHistory
 
 from .samplers.table import SamplerTable, guided_matrix
 
-Edit = Callable[[int, np.ndarray], np.ndarray]
+# (evaluations done, latents [B, C, H/8, W/8]) -> the latents to continue from
+LatentEdit = Callable[[int, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The state of a run after one evaluation.
+    """The state of a run after one evaluation of the model.
 
-    index, total: evaluations done, and in all
-    timestep: what the model was fed
-    latents: [B, C, H/8, W/8] float32, the next model input, or the result after the last
-    alpha, sigma: the latents are `alpha * clean + sigma * noise`; the result's are 1 and 0
+    Attributes:
+        index: Evaluations done, counted from 1.
+        total: Evaluations in all.
+        timestep: What the model was called with.
+        latents: [B, C, H/8, W/8] float32, the next input of the model; after the last evaluation
+            the result.
+        alpha: The latents are `alpha * denoised + sigma * noise`; 1 for the result.
+        sigma: 0 for the result.
     """
 
     index: int
@@ -38,8 +45,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """The guidance scale of every evaluation [N], 1 where there is none, and how much of the
-    guided output's spread is set back to the prompt's own.
+    """Classifier-free guidance: Ho and Salimans 2022 (arXiv:2207.12598).
+
+    Attributes:
+        scales: [N], the guidance scale of every evaluation; 1 is no guidance.
+        rescale: How far the guided output's deviation is set back to the conditional one's, 0 to 1.
     """
 
     scales: np.ndarray
@@ -47,18 +57,24 @@ class Guidance:
 
     @property
     def in_matrix(self) -> bool:
-        """Whether both outputs are kept; else they are combined before."""
+        """Whether the sampler's matrix combines both outputs; else they are combined first."""
         return bool((self.scales != 1.0).any()) and not self.rescale
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryLayout:
-    """A run's rows over the places of a history. An output or a state is read by the next few rows
-    only, so each kind goes round a ring, and a long run needs no more memory than a short one.
+    """A sampler's rows over the places of a history.
 
-    rows: [N + 1, places] float32
-    output: the place of evaluation k's output is `1 + k % output_ring * per`, of `per` places
-    state: the place of the latents after it is `state_base + k % state_ring`
+    An output or a state is read by the next few rows only. Each kind goes round a ring, so a long
+    run needs no more memory than a short one. The places are: the starting noise, the ring of
+    outputs, fresh noises and image latents, the ring of states.
+
+    Attributes:
+        rows: [N + 1, places] float32.
+        outputs_per_evaluation: 2 where guidance is in the matrix, else 1.
+        output_ring: Evaluations whose outputs are stored.
+        state_base: The first place of the ring of states.
+        state_ring: States that are stored.
     """
 
     rows: np.ndarray
@@ -69,25 +85,25 @@ class HistoryLayout:
 
     @property
     def noise_base(self) -> int:
-        """Where fresh noises and the picture are."""
+        """The first place of the fresh noises, which the image latents follow."""
         return 1 + self.output_ring * self.outputs_per_evaluation
 
     def output_place(self, k: int) -> int:
+        """The first place of evaluation k's outputs."""
         return 1 + k % self.output_ring * self.outputs_per_evaluation
 
     def state_place(self, k: int) -> int:
+        """The place of the latents after evaluation k."""
         return self.state_base + k % self.state_ring
 
 
 def get_history_layout(table: SamplerTable, guidance: Guidance) -> HistoryLayout:
-    """The rows of a run with its guidance, in as few places as they need; the table's last plan is
-    remembered for as long as the table is.
-    """
+    """The layout of a table with its guidance; the last one of each table is cached."""
     scales = guidance.scales.tobytes() if guidance.in_matrix else None
-    known = _LAYOUTS.get(table)
-    if known is None or known[0] != scales:
-        known = _LAYOUTS[table] = scales, _build_history_layout(table, guidance)
-    return known[1]
+    cached = _LAYOUTS.get(table)
+    if cached is None or cached[0] != scales:
+        cached = _LAYOUTS[table] = scales, _build_history_layout(table, guidance)
+    return cached[1]
 
 
 _LAYOUTS: WeakKeyDictionary[SamplerTable, tuple[bytes | None, HistoryLayout]] = WeakKeyDictionary()
@@ -95,9 +111,9 @@ _LAYOUTS: WeakKeyDictionary[SamplerTable, tuple[bytes | None, HistoryLayout]] = 
 
 def _build_history_layout(table: SamplerTable, guidance: Guidance) -> HistoryLayout:
     count, per = table.evaluations, 2 if guidance.in_matrix else 1
-    chain = (
-        guided_matrix(table.chain, count, guidance.scales) if guidance.in_matrix else table.chain
-    )
+    chain = table.chain  # [N + 1, 1 + N * per + noises + image + N]
+    if guidance.in_matrix:
+        chain = guided_matrix(chain, count, guidance.scales)
     outputs = chain[:, 1 : 1 + count * per].reshape(count + 1, count, per)
     others, states = chain[:, 1 + count * per : -count], chain[:, -count:]
     output_ring, state_ring = _ring_size((outputs != 0.0).any(axis=2)), _ring_size(states != 0.0)
@@ -105,7 +121,7 @@ def _build_history_layout(table: SamplerTable, guidance: Guidance) -> HistoryLay
     rows = np.zeros((count + 1, state_base + state_ring), np.float32)
     rows[:, 0] = chain[:, 0]
     rows[:, 1 + output_ring * per : state_base] = others
-    for place in range(output_ring):  # of those that share one, a row reads one at most
+    for place in range(output_ring):  # a row reads at most one of the columns that share a place
         at = 1 + place * per
         rows[:, at : at + per] = outputs[:, place::output_ring].sum(axis=1)
     for place in range(state_ring):
@@ -114,20 +130,23 @@ def _build_history_layout(table: SamplerTable, guidance: Guidance) -> HistoryLay
     return HistoryLayout(rows, per, output_ring, state_base, state_ring)
 
 
-def _ring_size(read: np.ndarray) -> int:
-    """Places that columns need when each is written before row k + 1: the longest that one waits
-    for its last reader. read: [N + 1, N], whether a row reads column k.
+def _ring_size(is_read: np.ndarray) -> int:
+    """The longest distance from column k, written before row k + 1, to the last row that reads it.
+
+    is_read: [N + 1, N], whether a row reads a column
     """
-    rows, columns = np.nonzero(read)
+    rows, columns = np.nonzero(is_read)
     return int(max(1, (rows - columns).max(initial=1)))
 
 
 class DenoisingState:
-    """One picture's run: its rows of numbers, its history, and what the model is told.
+    """One image on its way through the loop.
 
-    latents: [C, H/8, W/8] float32, the next model input, or the result after the last evaluation
-    done: evaluations done
-    feature: [rows, ..] of the last full evaluation, while others need it
+    Attributes:
+        latents: [C, H/8, W/8] float32, the next input of the model; after the last evaluation the
+            result.
+        evaluations_done: How often the model was called.
+        feature: [rows, ...] of the last full evaluation, while later ones need it.
     """
 
     def __init__(
@@ -139,11 +158,17 @@ class DenoisingState:
         conditioning: Feeds,
         extra_channels: np.ndarray,
     ) -> None:
-        """plan: that of table and guidance; runs alike share it
-        columns: starting noise, fresh noises, and the picture's latents where the run begins there
-        told: what the model is fed besides, by input name, [2 or 1, ..], what is steered away from
-            first; the last row alone is the prompt's
-        beside: [E, H/8, W/8] channels beside the latents; E is 0 for most models
+        """Start a run.
+
+        Args:
+            table: The sampler's numbers.
+            guidance: Scales of every evaluation.
+            layout: That of table and guidance, shared by all states of a batch.
+            columns: [C, H/8, W/8] each: the starting noise, fresh noises, and the image's latents
+                where the run starts from them.
+            conditioning: Other inputs of the UNet by name, [2 or 1, ...], negative first; without
+                guidance the last row alone is used.
+            extra_channels: [E, H/8, W/8], concatenated to the latents; E is 0 for most models.
         """
         self.table, self.guidance, self.layout = table, guidance, layout
         self.conditioning, self.extra_channels = conditioning, extra_channels
@@ -154,9 +179,8 @@ class DenoisingState:
             self.history.write(layout.noise_base + i, value)
         self.evaluations_done = 0
         self.feature: np.ndarray | None = None
-        self.latents = self.history.combine(
-            layout.rows[0], layout.state_place(self.num_evaluations - 1)
-        )
+        last_state = layout.state_place(self.num_evaluations - 1)
+        self.latents = self.history.combine(layout.rows[0], last_state)
 
     @property
     def num_evaluations(self) -> int:
@@ -168,33 +192,28 @@ class DenoisingState:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the next evaluation: two where it is guided."""
+        """Rows of the model's batch in the next evaluation: two with guidance, else one."""
         return 2 if self.guidance.scales[self.evaluations_done] != 1.0 else 1
 
     @property
     def component(self) -> str:
-        """Which network the next evaluation runs: the whole one, or its shallow part."""
+        """Which network the next evaluation runs: the full UNet, or its shallow part."""
         return "unet" if self.table.is_full(self.evaluations_done) else SHALLOW
 
     def store_feature(self, feature: np.ndarray) -> None:
-        """Take a full evaluation's feature [rows, ..] if the next evaluation needs one."""
-        needed = self.evaluations_done + 1 < self.num_evaluations and not self.table.is_full(
-            self.evaluations_done + 1
-        )
-        self.feature = feature if needed else None
+        """Store a full evaluation's feature [rows, ...] if the next evaluation reads one."""
+        k = self.evaluations_done + 1
+        self.feature = feature if k < self.num_evaluations and not self.table.is_full(k) else None
 
     def advance(self, output: np.ndarray) -> None:
-        """Take the model's output [rows, C, H/8, W/8] and go on by one evaluation."""
-        k, place, clip = (
-            self.evaluations_done,
-            self.layout.output_place(self.evaluations_done),
-            self.table.clip,
-        )
-        # Before the latents that it reads are written over.
+        """Go on by one evaluation with the model's output [rows, C, H/8, W/8]."""
+        k, clip = self.evaluations_done, self.table.clip
+        place = self.layout.output_place(k)
+        # Computed before the latents that it reads are overwritten.
         change = clip.change(k, self.latents, self._apply_guidance(output)) if clip else None
         if self.layout.outputs_per_evaluation == 2:
             if len(output) == 2:
-                self.history.write(place, output[0])
+                self.history.write(place, output[0])  # negative
             self.history.write(place + 1, output[-1])
         else:
             self.history.write(place, self._apply_guidance(output))
@@ -204,114 +223,126 @@ class DenoisingState:
             self.replace_latents(self.latents + change)
 
     def _apply_guidance(self, output: np.ndarray) -> np.ndarray:
+        """[2 or 1, C, H/8, W/8] -> [C, H/8, W/8]."""
         if len(output) == 1:
             return output[0]
-        unguided, prompted = output
-        guided = unguided + np.float32(self.guidance.scales[self.evaluations_done]) * (
-            prompted - unguided
-        )
-        return (
-            rescale_guidance(guided, prompted, self.guidance.rescale)
-            if self.guidance.rescale
-            else guided
-        )
+        negative, positive = output
+        scale = np.float32(self.guidance.scales[self.evaluations_done])
+        guided = negative + scale * (positive - negative)
+        rescale = self.guidance.rescale
+        return rescale_guidance(guided, positive, rescale) if rescale else guided
 
     def replace_latents(self, latents: np.ndarray) -> None:
-        """Go on from other latents than those of the last evaluation."""
+        """Continue from these latents [C, H/8, W/8] instead of the last evaluation's."""
         self.history.write(self.layout.state_place(self.evaluations_done - 1), latents)
         self.latents = latents
 
 
 class BatchBuilder:
-    """The rows of several runs as one call of the model. They need not agree on anything but
-    shapes and which network is next; what stays from call to call is laid out once.
+    """Packs the rows of several states into one call of the model.
+
+    The states may differ in everything but shapes and the network that is next. What does not
+    change from call to call is written once.
     """
 
     def __init__(self, min_rows: int = 0) -> None:
-        """padded: the least rows of a call, filled up with zeros."""
+        """Create an empty batch; calls of fewer than `min_rows` rows are padded with zeros."""
         self._min_rows = min_rows
         self._placed: list[tuple[DenoisingState, int]] = []
         self._sample = self._timesteps = np.empty(0, np.float32)
         self._conditioning: dict[str, np.ndarray] = {}
 
     def evaluate(self, engines: Mapping[str, Engine], states: Sequence[DenoisingState]) -> None:
-        """One evaluation of every run; engines: by component."""
+        """Advance every state by one evaluation.
+
+        Args:
+            engines: By component.
+            states: Whose next evaluation runs one network.
+        """
         placed = [(state, state.num_rows) for state in states]
         if placed != self._placed:
             self._allocate(placed)
         component = states[0].component
         at = 0
-        for run, rows in placed:
-            assert run.component == component, "runs of a call run one network"
-            self._sample[at : at + rows, : len(run.latents)] = run.latents
-            self._timesteps[at : at + rows] = run.table.timesteps[run.evaluations_done]
+        for state, rows in placed:
+            assert state.component == component, "states of a call run one network"
+            self._sample[at : at + rows, : len(state.latents)] = state.latents
+            self._timesteps[at : at + rows] = state.table.timesteps[state.evaluations_done]
             at += rows
         feeds = {"sample": self._sample, "timestep": self._timesteps, **self._conditioning}
         if component == SHALLOW:
             feeds[FEATURE] = self._gather_features(placed)
         outputs = engines[component](feeds)
         at = 0
-        for run, rows in placed:
+        for state, rows in placed:
             if FEATURE in outputs:
-                run.store_feature(outputs[FEATURE][at : at + rows])
-            run.advance(outputs["output"][at : at + rows])
+                state.store_feature(outputs[FEATURE][at : at + rows])
+            state.advance(outputs["output"][at : at + rows])
             at += rows
 
-    def _gather_features(self, laid: list[tuple[DenoisingState, int]]) -> np.ndarray:
-        """Of every row, as its run's last full evaluation left it."""
-        kept = [run.feature[-rows:] for run, rows in laid if run.feature is not None]
-        short = len(self._sample) - sum(rows for _, rows in laid)
-        return np.concatenate([*kept, *[np.zeros_like(kept[0][:1])] * short])
+    def _gather_features(self, placed: list[tuple[DenoisingState, int]]) -> np.ndarray:
+        """[rows, ...] of every state's last full evaluation, padded as the batch is."""
+        features = [state.feature[-rows:] for state, rows in placed if state.feature is not None]
+        padding = len(self._sample) - sum(rows for _, rows in placed)
+        return np.concatenate([*features, *[np.zeros_like(features[0][:1])] * padding])
 
-    def _allocate(self, laid: list[tuple[DenoisingState, int]]) -> None:
-        """Buffers for these runs, with what no evaluation changes in place."""
-        used = sum(rows for _, rows in laid)
-        count = max(used, self._min_rows)
-        first = laid[0][0]
+    def _allocate(self, placed: list[tuple[DenoisingState, int]]) -> None:
+        """Buffers for these states, filled with what no evaluation changes."""
+        count = max(sum(rows for _, rows in placed), self._min_rows)
+        first = placed[0][0]
         channels, *sides = first.latents.shape
-        self._sample = np.zeros((count, channels + len(first.extra_channels), *sides), np.float32)
+        in_channels = channels + len(first.extra_channels)
+        self._sample = np.zeros((count, in_channels, *sides), np.float32)
         self._timesteps = np.zeros(count, np.float32)
         self._conditioning = {
             name: np.zeros((count, *value.shape[1:]), value.dtype)
             for name, value in first.conditioning.items()
         }
         at = 0
-        for run, rows in laid:
-            self._sample[at : at + rows, channels:] = run.extra_channels
-            for name, value in run.conditioning.items():
+        for state, rows in placed:
+            self._sample[at : at + rows, channels:] = state.extra_channels
+            for name, value in state.conditioning.items():
                 self._conditioning[name][at : at + rows] = value[-rows:]
             at += rows
-        self._placed = laid
+        self._placed = placed
 
 
 def denoise(
-    engines: Mapping[str, Engine], runs: Sequence[DenoisingState], edit: Edit | None = None
+    engines: Mapping[str, Engine], states: Sequence[DenoisingState], edit: LatentEdit | None = None
 ) -> Iterator[Step]:
-    """One `Step` per evaluation of runs that share one table.
+    """Run the denoising loop over states that share one sampler table.
 
-    engines: by component
-    edit: given the evaluations done and the latents [B, ..], may give others in their place
+    Args:
+        engines: By component.
+        states: At their beginning.
+        edit: Called after every evaluation; the loop continues from the latents that it returns.
+
+    Yields:
+        One `Step` per evaluation, with the latents of all states.
     """
-    gather, table = BatchBuilder(), runs[0].table
+    batch, table = BatchBuilder(), states[0].table
     for k in range(1, table.evaluations + 1):
-        gather.evaluate(engines, runs)
-        latents = np.stack([run.latents for run in runs])
+        batch.evaluate(engines, states)
+        latents = np.stack([state.latents for state in states])  # [B, C, H/8, W/8]
         if edit:
             latents = np.array(edit(k, latents), np.float32)
-            for run, edited in zip(runs, latents, strict=True):
-                run.replace_latents(edited)
+            for state, edited in zip(states, latents, strict=True):
+                state.replace_latents(edited)
         yield build_step(table, k, latents)
 
 
-def build_step(table: SamplerTable, done: int, latents: np.ndarray) -> Step:
-    """The state of runs [B, ..] after so many evaluations."""
-    timestep = float(table.timesteps[done - 1])
-    return Step(done, table.evaluations, timestep, latents, *table.shares[done])
+def build_step(table: SamplerTable, evaluations_done: int, latents: np.ndarray) -> Step:
+    """The step after so many evaluations, with latents [B, C, H/8, W/8]."""
+    timestep = float(table.timesteps[evaluations_done - 1])
+    alpha, sigma = table.shares[evaluations_done]
+    return Step(evaluations_done, table.evaluations, timestep, latents, alpha, sigma)
 
 
-def rescale_guidance(guided: np.ndarray, prompted: np.ndarray, rescale: float) -> np.ndarray:
-    """The guided output with its spread brought back towards the prompt's own: Lin et al. 2023
-    (arXiv:2305.08891), eqs. 15 and 16. Not linear, so it is no entry of the table.
+def rescale_guidance(guided: np.ndarray, positive: np.ndarray, rescale: float) -> np.ndarray:
+    """Bring the guided output's deviation back towards the conditional output's.
+
+    Lin et al. 2023 (arXiv:2305.08891), eqs. 15 and 16. It is not linear, so it cannot be part of
+    the sampler's matrix.
     """
-    factor = rescale * prompted.std(ddof=1) / guided.std(ddof=1) + 1.0 - rescale
+    factor = rescale * positive.std(ddof=1) / guided.std(ddof=1) + 1.0 - rescale
     return guided * np.float32(factor)

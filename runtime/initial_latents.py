@@ -1,6 +1,7 @@
-"""Where a run begins: noise by seed, latents given, or a picture under noise.
+"""Where a run starts: noise from a seed, latents, or an image under noise.
 
-Noise is drawn in the reference library's order: the encoder's, the start's, then the fresh ones.
+Noise is sampled in diffusers' order: the encoder's, the starting noise, then the fresh noises.
+Knows options and the encoder's moments; not the loop.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,145 +12,163 @@ import numpy as np
 from sdrt.errors import UsageError
 
 from .images import depth_array, image_array, mask_array
+from .job import GenerationJob
 from .noise import Noise, noise_from_seed
-from .options import GenerationOptions, Request
-from .samplers.table import SamplerTable
+from .options import GenerationOptions
+from .requests import Request
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, int, int]  # [C, H/8, W/8]
 Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True, slots=True)
 class LatentDistribution:
-    """A picture through the encoder: mean and deviation of its latents, [C, H/8, W/8]."""
+    """An encoded image: mean and standard deviation of its latents, [C, H/8, W/8] each."""
 
     mean: np.ndarray
     std: np.ndarray
 
-    def drawn(self, stream: Noise) -> np.ndarray:
-        if not self.std.any():  # an encoder without deviation; the reference draws nothing then
+    def sample(self, noise: Noise) -> np.ndarray:
+        """Latents [C, H/8, W/8]."""
+        if not self.std.any():  # an encoder without deviation; diffusers samples no noise then
             return self.mean
-        return self.mean + self.std * stream.randn(self.mean.shape)
+        return self.mean + self.std * noise.randn(self.mean.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInputs:
-    """What a call's pictures share; None where there is none.
+    """The encoded image inputs of a call; None where there is none.
 
-    picture: the given picture. kept: that with what the mask makes new left grey
-    mask: [1, H/8, W/8] of 0 (keep) and 1. depth: [1, H/8, W/8] in [-1, 1]
-    is_inpainting_model: whether the model is fed the mask; else what it keeps is put back after
-        every evaluation
+    Attributes:
+        image: The image to start from.
+        masked_image: The same with the masked area grey, for inpainting models.
+        mask: [1, H/8, W/8], 0 where the image stays and 1 where it is replaced.
+        depth: [1, H/8, W/8] in [-1, 1].
     """
 
-    picture: LatentDistribution | None = None
-    kept: LatentDistribution | None = None
+    image: LatentDistribution | None = None
+    masked_image: LatentDistribution | None = None
     mask: np.ndarray | None = None
     depth: np.ndarray | None = None
 
     @property
-    def is_inpainting_model(self) -> bool:
-        return self.kept is not None
+    def blends_mask(self) -> bool:
+        """Whether the loop puts the unmasked area back; an inpainting model is given the mask."""
+        return self.mask is not None and self.masked_image is None
 
 
 @dataclass(frozen=True, slots=True)
 class InitialState:
-    """One picture's own.
+    """What one image starts from.
 
-    columns: starting noise, fresh noises, and the given picture's latents where the run begins
-        at them
-    picture: those latents, zeros if there are none
-    beside: [E, H/8, W/8] what the model is fed beside the latents
+    Attributes:
+        columns: [C, H/8, W/8] each: starting noise, fresh noises, and the image's latents where
+            the run starts from them.
+        image_latents: [C, H/8, W/8], zeros without an image.
+        extra_channels: [E, H/8, W/8].
     """
 
     columns: Sequence[np.ndarray]
-    picture: np.ndarray
-    beside: np.ndarray
+    image_latents: np.ndarray
+    extra_channels: np.ndarray
 
 
 def encode_image_inputs(
-    encode: Encode,
-    options: GenerationOptions,
-    size: tuple[int, int],
-    shape: Shape,
-    model_channels: int,
+    encode: Encode, job: GenerationJob, shape: Shape, in_channels: int
 ) -> ImageInputs:
-    """Encode what is given once for all seeds; raises UsageError for what does not fit.
+    """Encode the image inputs of a job, once for all of its seeds.
 
-    encode: [1, 3, H, W] -> mean and deviation
-    model_channels: of the UNet's input; more than the latents' for inpainting and depth models.
+    Args:
+        encode: [1, 3, H, W] in [-1, 1] to mean and standard deviation, [C, H/8, W/8].
+        job: The call.
+        shape: Of one image's latents.
+        in_channels: Of the UNet; more than the latents' for inpainting and depth models.
+
+    Raises:
+        UsageError: For inputs that do not fit the model or each other.
     """
+    options = job.options
     _check_latents(options, shape)
-    beside = model_channels - shape[0]
-    check_task(options, beside, shape[0])
+    num_extra = in_channels - shape[0]
+    check_task(options, num_extra, shape[0])
     latent_size = (shape[2], shape[1])
     depth = depth_array(options.depth_map, latent_size) if options.depth_map else None
     if options.image is None:
         return ImageInputs(depth=depth)
-    pixels = image_array(options.image, size)
-    picture = LatentDistribution(*encode(pixels))
-    mask = kept = None
+    pixels = image_array(options.image, job.size)
+    image = LatentDistribution(*encode(pixels))
+    mask = masked_image = None
     if options.mask_image is not None:
         mask = mask_array(options.mask_image, options.image, latent_size)[0]
-        if beside:
-            new = mask_array(options.mask_image, options.image, size)
-            kept = LatentDistribution(*encode(pixels * (new < 0.5).astype(np.float32)))
-    return ImageInputs(picture, kept, mask, depth)
+        if num_extra:
+            masked = mask_array(options.mask_image, options.image, job.size)
+            unmasked_pixels = pixels * (masked < 0.5).astype(np.float32)
+            masked_image = LatentDistribution(*encode(unmasked_pixels))
+    return ImageInputs(image, masked_image, mask, depth)
 
 
-def check_task(options: GenerationOptions, extra: int, channels: int) -> None:
-    """Raise UsageError unless what is given is what the model takes."""
-    if extra == 0 and options.depth_map is not None:
-        raise UsageError("a depth map, but this model takes none; build a depth model")
-    if extra == 1 and options.depth_map is None:
-        raise UsageError("this model takes a depth map; give depth_map (--depth FILE)")
-    if extra == channels + 1 and options.mask_image is None:
-        raise UsageError("this is an inpainting model; give image and mask_image (--image, --mask)")
-    if extra not in (0, 1, channels + 1):
-        raise UsageError(f"this model takes {extra} channels beside the latents, which is unknown")
+def check_task(options: GenerationOptions, num_extra: int, channels: int) -> None:
+    """Raise UsageError unless the image inputs are those that the model accepts.
+
+    Args:
+        options: Of the call.
+        num_extra: Channels that the UNet reads besides the latents.
+        channels: Of the latents.
+    """
+    if num_extra == 0 and options.depth_map is not None:
+        raise UsageError(
+            "depth_map is unsupported by this model", hint="build a bundle of a depth model"
+        )
+    if num_extra == 1 and options.depth_map is None:
+        raise UsageError(
+            "this depth model requires depth_map", hint="pass depth_map=... (--depth FILE)"
+        )
+    if num_extra == channels + 1 and options.mask_image is None:
+        raise UsageError(
+            "this inpainting model requires image and mask_image",
+            hint="pass image=... and mask_image=... (--image FILE --mask FILE)",
+        )
+    if num_extra not in (0, 1, channels + 1):
+        raise UsageError(f"this model reads {num_extra} extra channels, which is unsupported")
 
 
 def _check_latents(options: GenerationOptions, shape: Shape) -> None:
     if options.latents is None:
         return
-    shape_given = np.shape(options.latents)
-    if shape_given[1:] != shape or not np.issubdtype(
-        np.asarray(options.latents).dtype, np.floating
-    ):
+    latents = np.asarray(options.latents)
+    if latents.shape[1:] != shape or not np.issubdtype(latents.dtype, np.floating):
+        expected = ", ".join(map(str, shape))
         raise UsageError(
-            f"latents {list(shape_given)} of {np.asarray(options.latents).dtype}; expected "
-            f"[pictures, {', '.join(map(str, shape))}] of floats"
+            f"latents are {list(latents.shape)} of {latents.dtype}; expected [images, {expected}] "
+            "of floats"
         )
-    if not np.isfinite(options.latents).all():
+    if not np.isfinite(latents).all():
         raise UsageError("latents hold NaN or infinity")
 
 
 def build_initial_state(
-    request: Request,
-    options: GenerationOptions,
-    table: SamplerTable,
-    shape: Shape,
-    source: ImageInputs,
+    request: Request, job: GenerationJob, shape: Shape, inputs: ImageInputs
 ) -> InitialState:
-    """Draw what one picture needs; the same whatever else is in its batch."""
-    stream = noise_from_seed(request.seed, options.rng)
-    picture = np.zeros(shape, np.float32)
-    if source.picture is not None and (table.begins_at_picture or not source.is_inpainting_model):
-        picture = source.picture.drawn(stream)
-    noise = stream.randn(shape)
+    """Sample the noise of one image; it does not depend on the other images of its batch."""
+    options, table = job.options, job.table
+    noise = noise_from_seed(request.seed, options.rng)
+    image_latents = np.zeros(shape, np.float32)
+    if inputs.image is not None and (table.begins_at_picture or inputs.masked_image is None):
+        image_latents = inputs.image.sample(noise)
+    start = noise.randn(shape)
     if options.latents is not None:
         if request.index >= len(options.latents):
             raise UsageError(
-                f"{len(options.latents)} latents for picture {request.index + 1}; give one each"
+                f"{len(options.latents)} latents for image {request.index + 1}",
+                hint="pass latents for every image",
             )
-        noise = np.asarray(options.latents[request.index], np.float32)
-    beside = [source.depth] if source.depth is not None else []
-    if source.kept is not None and source.mask is not None:
-        beside = [source.mask, source.kept.drawn(stream)]
-    fresh = [stream.randn(shape) for _ in range(table.noises)]
-    begun = [picture] if table.begins_at_picture else []
+        start = np.asarray(options.latents[request.index], np.float32)
+    extra = [] if inputs.depth is None else [inputs.depth]
+    if inputs.masked_image is not None and inputs.mask is not None:
+        extra = [inputs.mask, inputs.masked_image.sample(noise)]
+    fresh = [noise.randn(shape) for _ in range(table.noises)]
     return InitialState(
-        [noise, *fresh, *begun],
-        picture,
-        np.concatenate(beside) if beside else np.zeros((0, *shape[1:]), np.float32),
+        [start, *fresh, *([image_latents] if table.begins_at_picture else [])],
+        image_latents,
+        np.concatenate(extra) if extra else np.zeros((0, *shape[1:]), np.float32),
     )

@@ -76,7 +76,7 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False
         adapters,
         second,
         bundle_config=config,
-        room=MemoryEstimator(bundle, candidate.gpu, candidate.title, resident_bytes()),
+        memory_estimator=MemoryEstimator(bundle, candidate.gpu, candidate.title, resident_bytes()),
     )
 
 

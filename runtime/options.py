@@ -1,7 +1,6 @@
 """What a call of the pipeline may be asked for, and what of it is refused."""
 
 import difflib
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -38,11 +37,11 @@ MAX_REUSE = 100  # evaluations of which one is full
 LONG_PROMPTS = ("chunk", "cut")
 Seed = int | Sequence[int] | None
 Pair = tuple[int, int] | None
-SIZES = ("original_size", "crops_coords_top_left", "target_size")
+SIZE_OPTIONS = ("original_size", "crops_coords_top_left", "target_size")
 SIZES_IN_TEXT = {
     f"{side} {name}".strip().capitalize(): f"{side}_{option}".strip("_")
     for side in ("", "negative")
-    for name, option in zip(("original size", "crop", "target size"), SIZES, strict=True)
+    for name, option in zip(("original size", "crop", "target size"), SIZE_OPTIONS, strict=True)
 }
 GIVEN_IN_TEXT = {
     "Mask": "mask_image",
@@ -145,16 +144,16 @@ class GenerationOptions:
         return self.guidance_scale > 1.0
 
     @property
-    def skipped(self) -> int:
+    def num_skipped_steps(self) -> int:
         """Steps that a picture to start from leaves out, as the reference library counts them."""
         if self.image is None:
             return 0
         if self.returns_image:
             return self.num_inference_steps - 1
-        return self.num_inference_steps - int(self.num_inference_steps * self.share)
+        return self.num_inference_steps - int(self.num_inference_steps * self.effective_strength)
 
     @property
-    def share(self) -> float:
+    def effective_strength(self) -> float:
         """The share of the run that a picture to start from goes through."""
         if self.strength is not None:
             return self.strength
@@ -163,19 +162,20 @@ class GenerationOptions:
     @property
     def returns_image(self) -> bool:
         """Whether the given image comes back as it is: nothing of it is changed."""
-        return self.image is not None and self.share == 0.0
+        return self.image is not None and self.effective_strength == 0.0
 
     @property
-    def unusual(self) -> dict[str, str]:
+    def nondefault_settings(self) -> dict[str, str]:
         """What an image's text says only where it was asked for, under the names of other tools
         where they have one. Of what a text cannot hold it says that it was given.
         """
         low, high = self.guidance_interval
         asked = {
-            "Denoising strength": self.image is not None and shortest(self.share),
+            "Denoising strength": self.image is not None and format_number(self.effective_strength),
             "Clip skip": self.clip_skip and self.clip_skip + 1,  # others count the last layer too
-            "CFG rescale": self.guidance_rescale and shortest(self.guidance_rescale),
-            "CFG interval": (low, high) != (0.0, 1.0) and f"{shortest(low)}:{shortest(high)}",
+            "CFG rescale": self.guidance_rescale and format_number(self.guidance_rescale),
+            "CFG interval": (low, high) != (0.0, 1.0)
+            and f"{format_number(low)}:{format_number(high)}",
             "Feature reuse": self.feature_reuse > 1 and self.feature_reuse,
             "Long prompts": self.long_prompts != "chunk" and self.long_prompts,
             "Emphasis": not self.weighting and "None",
@@ -190,7 +190,7 @@ class GenerationOptions:
         return {name: str(value) for name, value in asked.items() if value} | given
 
 
-def shortest(value: float) -> str:
+def format_number(value: float) -> str:
     """A number with no more digits than give it again."""
     short = f"{value:g}"
     return short if float(short) == value else repr(float(value))
@@ -202,7 +202,7 @@ def _across(pair: Pair) -> str:
 
 
 def _row(values: Sequence[float] | None) -> str:
-    return " ".join(shortest(value) for value in values or ())
+    return " ".join(format_number(value) for value in values or ())
 
 
 def options_from(arguments: Mapping[str, Any]) -> GenerationOptions:
@@ -229,18 +229,21 @@ def _check_together(options: GenerationOptions) -> None:
     if options.image is None:
         for name in ("mask_image", "strength"):
             if getattr(options, name) is not None:
-                raise UsageError(f"{name} needs image: the image to start from")
+                raise UsageError(f"{name} requires image", hint="pass the image to start from")
     if any(options.negative_prompt) and options.negative_prompt_embeds is not None:
-        raise UsageError("negative_prompt and negative_prompt_embeds both; give one of them")
+        raise UsageError("both negative_prompt and negative_prompt_embeds", hint="pass one of them")
     if options.image is not None:
         if options.latents is not None:
-            raise UsageError("image and latents both; a run begins at one of them")
+            raise UsageError("both image and latents", hint="a run starts from one of them")
         if options.timesteps is not None or options.sigmas is not None:
-            raise UsageError("image with timesteps or sigmas; strength decides where it begins")
-        if not options.returns_image and int(options.num_inference_steps * options.share) < 1:
             raise UsageError(
-                f"strength {options.share:g} of {options.num_inference_steps} steps is less "
-                "than one step; raise either"
+                "image with timesteps or sigmas", hint="strength decides where the run starts"
+            )
+        steps, strength = options.num_inference_steps, options.effective_strength
+        if not options.returns_image and int(steps * strength) < 1:
+            raise UsageError(
+                f"strength {strength:g} of {steps} steps is less than one step",
+                hint="raise either of them",
             )
 
 
@@ -266,7 +269,7 @@ PARSERS: dict[str, Parser[Any]] = {
     "negative_prompt_embeds": numbers,
     "pooled_prompt_embeds": numbers,
     "negative_pooled_prompt_embeds": numbers,
-    **dict.fromkeys((*SIZES, *(f"negative_{name}" for name in SIZES)), PAIR),
+    **dict.fromkeys((*SIZE_OPTIONS, *(f"negative_{name}" for name in SIZE_OPTIONS)), PAIR),
     "timesteps": RUNGS,
     "sigmas": RUNGS,
     "clip_skip": whole(0, 100),
@@ -301,83 +304,3 @@ INSTEAD = {
     **dict.fromkeys(("scheduler", "sampler", "sampler_name"), SAMPLER),
     **dict.fromkeys(("lora", "loras"), 'use pipe.set_lora({"name": 0.8})'),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One picture to make; `index` is its place among all of the call, `prompt_index` its
-    prompt's. `written` is what its file's text has for the prompt, if that is not `prompt`.
-    """
-
-    index: int
-    prompt_index: int
-    prompt: str
-    seed: int
-    negative_prompt: str = ""
-    written: str = ""
-
-
-def requests_from(prompt: str | Sequence[str] | None, options: GenerationOptions) -> list[Request]:
-    """Every picture of a call; raises UsageError for counts and seeds that do not fit."""
-    if prompt is None and options.prompt_embeds is None:
-        raise UsageError("no prompt; give one, or prompt_embeds")
-    if prompt is not None and options.prompt_embeds is not None:
-        raise UsageError("a prompt and prompt_embeds both; give one of them")
-    if options.prompt_embeds is not None:
-        prompts = [""] * len(options.prompt_embeds)
-    else:
-        given = texts("prompt", prompt)
-        prompts = [given] if isinstance(given, str) else list(given)
-    negative = options.negative_prompt
-    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-    if len(negatives) != len(prompts):
-        raise UsageError(
-            f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one for each, or "
-            "one in all"
-        )
-    each = options.num_images_per_prompt
-    total = len(prompts) * each
-    if not 1 <= total <= MAX_IMAGES:
-        raise UsageError(
-            f"{each!r} images of {len(prompts)} prompts; expected 1 to {MAX_IMAGES} in all"
-        )
-    seeds = _seeds(options.seed, total)
-    return [
-        Request(i, i // each, prompts[i // each], seed, negatives[i // each])
-        for i, seed in enumerate(seeds)
-    ]
-
-
-def requests_without_prompt(prompt: object, options: GenerationOptions) -> list[Request]:
-    """Every picture of a call of a model that is told nothing; raises UsageError for what it
-    cannot be told.
-    """
-    given = {
-        "prompt": prompt not in (None, []),
-        "negative_prompt": any(options.negative_prompt),
-        **{
-            name: getattr(options, name) is not None
-            for name in (
-                *("prompt_embeds", "negative_prompt_embeds", "image", "mask_image", "depth_map"),
-                *("original_size", "crops_coords_top_left", "target_size"),
-            )
-        },
-        "clip_skip": bool(options.clip_skip),
-    }
-    if named := [name for name, is_given in given.items() if is_given]:
-        raise UsageError(
-            f"this model takes no {named[0]}: it draws what it was trained on, told nothing; "
-            "type sdrt run without it"
-        )
-    return requests_from("", options)
-
-
-def _seeds(seed: Seed, total: int) -> list[int]:
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-    seeds = [seed + i for i in range(total)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != total:
-        raise UsageError(f"{len(seeds)} seeds for {total} images; give one each, or one in all")
-    if max(seeds) >= 2**64:
-        raise UsageError(f"seed {max(seeds)}; expected a whole number from 0 to {2**64 - 1}")
-    return seeds

@@ -1,9 +1,8 @@
-"""Prompt to picture over a bundle's engines.
+"""From a prompt to images, over a bundle's engines: validate, condition, denoise, decode.
 
 Knows numpy, the engine protocol and the bundle's manifest; not which backend runs.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,45 +13,35 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image, fromarray
 
-from sdrt.bundle import parse_size
 from sdrt.bundle.manifest import Manifest
 from sdrt.engine import Engine, SamplingResult
 from sdrt.engine.memory_estimator import MemoryEstimator
 from sdrt.errors import SdrtError, UsageError
 
+from .batch import Batch, build_latent_edit, build_states
 from .deepcache import check_feature_reuse, with_feature_reuse
-from .denoising import DenoisingState, Edit, Guidance, Step, denoise, get_history_layout
+from .denoising import DenoisingState, LatentEdit, Step, denoise
 from .embedded_guidance import (
     add_guidance_embedding,
     check_guidance,
     guidance_embedding_width,
     without_guidance,
 )
-from .images import image_array, images_from_decoded, parameters_text, quoted
-from .initial_latents import (
-    ImageInputs,
-    InitialState,
-    build_initial_state,
-    check_task,
-    encode_image_inputs,
-)
+from .images import image_array, images_from_decoded
+from .initial_latents import build_initial_state, check_task, encode_image_inputs
+from .job import GenerationJob, build_guidance, build_table, parse_output_size
 from .leases import Leases, Loop
 from .lora.adapters import Adapters
-from .lora.names import outside_names
 from .lora.sets import refuse_negative_tags, refuse_tags
 from .lora.tags import LoraWeight
-from .options import (
-    GenerationOptions,
-    Request,
-    options_from,
-    requests_from,
-    requests_without_prompt,
-    shortest,
-)
-from .parsing import configuration, function, lora_weights, numbers, refusal
+from .options import GenerationOptions, options_from
+from .output import Output
+from .parameters import describe_grid, describe_image
+from .parsing import configuration, function, lora_weights
+from .requests import Request, parse_requests, parse_unconditional_requests
 from .safety_checker import apply_safety_checker, detect_marks
-from .samplers.registry import config_beyond_name, config_from_name, title_of
-from .samplers.table import SamplerTable, sampler_table
+from .samplers.registry import config_from_name
+from .samplers.table import sampler_table
 from .sampling_program import can_encode_text, is_linear, run_sampling_program
 from .text.conditioning import (
     Conditioning,
@@ -68,49 +57,25 @@ from .vae import Tiling, decode_latents, encode_pixels
 log = logging.getLogger(__name__)
 Prompt = str | Sequence[str] | None
 StepCallback = Callable[[Step], None] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """The pictures of a call, the seed of each, the text that goes into each file, whether the
-    safety checker made it black, and whether the model made it one colour all over.
-    """
-
-    images: list[Image]
-    seeds: list[int]
-    parameters: list[str]
-    flagged: list[bool] = field(default_factory=list)
-    flat: list[bool] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Pictures that are made together.
-
-    told: what the model is fed of each besides latents and time; see `denoising.Run`
-    """
-
-    requests: Sequence[Request]
-    conditioning: Sequence[Conditioning]
-    starts: Sequence[InitialState]
-    image_inputs: ImageInputs
+ImageStream = Iterator[tuple[Request, Image]]
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Engines, tokenizers and sampler configuration. Made by `load_pipeline`; call it for pictures.
+    """Generates images with a bundle's engines. `sdrt.load` creates one; call it with a prompt.
 
-    Immutable: `with_scheduler` gives another pipeline over the same engines.
+    A pipeline is immutable: `with_scheduler` returns another one over the same engines.
 
-    Any number of threads may use one pipeline, and pipelines over the same engines, at the same
-    time, also through `asyncio.to_thread`; each gets the images that it would get alone. Calls at
-    the same time share the processor's cores, so they are no faster together than one after the
-    other, and each needs memory for an image's activations of its own on ONNX Runtime and torch; on
-    OpenVINO, on GPUs and with `low_memory` they take turns at a component. For the most images a
-    second see `InflightBatcher`, which puts calls together. `set_lora` and `close` wait for the
-    calls that have begun, and calls that begin meanwhile wait for them. The iterators of `steps`
-    and `pictures` belong to one thread at a time, and count as calls until they are finished,
-    closed or dropped.
+    Any number of threads may use a pipeline, and pipelines over the same engines, at the same
+    time, also through `asyncio.to_thread`. Each gets the images that it would get alone.
+
+    - Calls at the same time share the processor's cores: together they take as long as one after
+      the other. On ONNX Runtime and torch each needs memory for its own activations. On OpenVINO,
+      on GPUs and with `low_memory` they take turns at a component.
+    - `InflightBatcher` puts calls into one batch, for the most images per second.
+    - `set_lora` and `close` wait for the calls that have begun; later calls wait for them.
+    - An iterator of `steps` or `stream` belongs to one thread at a time. It counts as a call until
+      it is exhausted, closed or deleted.
     """
 
     manifest: Manifest
@@ -122,161 +87,296 @@ class Pipeline:
     tokenizer_2: Tokenizer | None = None
     chunk_cache: EncodedChunkCache = field(default_factory=dict, repr=False, compare=False)
     bundle_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    room: MemoryEstimator | None = field(default=None, repr=False, compare=False)
+    memory_estimator: MemoryEstimator | None = field(default=None, repr=False, compare=False)
     leases: Leases = field(default_factory=Leases, repr=False, compare=False)
 
     def __call__(
-        self,
-        prompt: Prompt = None,
-        *,
-        on_step: StepCallback = None,
-        **options: Any,
+        self, prompt: Prompt = None, *, on_step: StepCallback = None, **options: Any
     ) -> Output:
-        """Make pictures of every prompt; the named arguments are those of `Options`.
+        """Generate the images of every prompt.
 
-        on_step: called after every evaluation of every batch.
-        Raises UsageError for a value out of range, SdrtError when a picture holds no numbers,
-        BackendError when the pipeline is closed.
+        Args:
+            prompt: One or several.
+            on_step: Called with a `Step` after every evaluation of every batch.
+            **options: The fields of `GenerationOptions`.
+
+        Raises:
+            UsageError: For an option that is unknown, out of range or does not fit the model.
+            SdrtError: For an image that holds NaN or infinity.
+            BackendError: After `close`.
         """
-        chosen = options_from(options)
+        parsed = options_from(options)
         if on_step is not None:
             function("on_step", on_step)
         with self.leases.call():
-            made = sorted(self._pictures(prompt, chosen, on_step), key=lambda each: each[0].index)
-            texts = [self.parameters_text(request, chosen) for request, _ in made]
-        images, seeds = [image for _, image in made], [request.seed for request, _ in made]
-        return Output(images, seeds, texts, *detect_marks(images))
+            job = self.create_job(prompt, parsed)
+            refuse_tags(job.requests, parsed)
+            images = {request.index: image for request, image in self._stream(job, on_step)}
+            texts = [self.parameters_text(request, job) for request in job.requests]
+        in_order = [images[request.index] for request in job.requests]
+        seeds = [request.seed for request in job.requests]
+        return Output(in_order, seeds, texts, *detect_marks(in_order))
 
     def stream(
         self, prompt: Prompt, options: GenerationOptions, on_step: StepCallback = None
-    ) -> Iterator[tuple[Request, Image]]:
-        """The pictures of a call, as they are finished; SdrtError, after all others, for one that
-        holds no numbers.
+    ) -> ImageStream:
+        """As a call, but yields each request with its image once it is finished."""
+
+        def run() -> ImageStream:
+            job = self.create_job(prompt, options)
+            refuse_tags(job.requests, options)
+            return self._stream(job, on_step)
+
+        return Loop(self.leases, run)
+
+    def stream_job(self, job: GenerationJob, on_step: StepCallback = None) -> ImageStream:
+        """As `stream`, of a job from `create_job`.
+
+        Raises:
+            SdrtError: After all other images, for one that holds NaN or infinity.
         """
-        return Loop(self.leases, partial(self._pictures, prompt, options, on_step))
+        return Loop(self.leases, partial(self._stream, job, on_step))
 
-    def pictures_of(
-        self, requests: Sequence[Request], options: GenerationOptions, on_step: StepCallback = None
-    ) -> Iterator[tuple[Request, Image]]:
-        """As `pictures`, of requests from `planned`."""
-        return Loop(self.leases, partial(self._pictures_of, requests, options, on_step))
-
-    def _pictures(
-        self, prompt: Prompt, options: GenerationOptions, on_step: StepCallback
-    ) -> Iterator[tuple[Request, Image]]:
-        requests, *_ = self.planned(prompt, options)
-        refuse_tags(requests, options)
-        yield from self._pictures_of(requests, options, on_step)
-
-    def _pictures_of(
-        self, requests: Sequence[Request], options: GenerationOptions, on_step: StepCallback
-    ) -> Iterator[tuple[Request, Image]]:
-        table, guidance = self._run(options)
-        if options.returns_image:
-            yield from ((request, self.input_image(options)) for request in requests)
+    def _stream(self, job: GenerationJob, on_step: StepCallback) -> ImageStream:
+        if job.options.returns_image:
+            yield from ((request, self.input_image(job)) for request in job.requests)
             return
         failed = None
-        told = None if on_step else self._texts(requests, options, table, guidance)
-        for batch in self._batches(requests, options, table, told=told):
-            made = self._finished(batch, options, table, guidance, on_step)
+        for batch in self._prepare_batches(job, encode_text=on_step is not None):
+            result = self._denoise(batch, job, on_step)
             for i, request in enumerate(batch.requests):
                 try:
-                    image = self._decode_result(made, i)
+                    image = self._decode_result(result, i)
                 except SdrtError as error:
-                    failed = SdrtError(f"seed {request.seed}: {error}")
+                    failed = SdrtError(f"seed {request.seed}: {error.message}", hint=error.hint)
                     continue
                 yield request, image
         if failed:
             raise failed
 
     def steps(self, prompt: Prompt = None, **options: Any) -> Iterator[Step]:
-        """The denoising loop, one `Step` per evaluation; arguments as for a call, one batch."""
+        """The denoising loop of one batch, one `Step` per evaluation; arguments as for a call."""
         return Loop(self.leases, partial(self._steps, prompt, options_from(options)))
 
-    def _steps(self, prompt: Prompt, chosen: GenerationOptions) -> Iterator[Step]:
-        requests, table, guidance, _ = self.planned(prompt, chosen)
-        refuse_tags(requests, chosen)
-        if chosen.returns_image:
+    def _steps(self, prompt: Prompt, options: GenerationOptions) -> Iterator[Step]:
+        job = self.create_job(prompt, options)
+        refuse_tags(job.requests, options)
+        if options.returns_image:
             return iter(())
-        batches = list(self._batches(requests, chosen, table))
+        batches = list(self._prepare_batches(job))
         if len(batches) > 1:
             raise UsageError(
-                f"{len(batches)} batches in one loop; this bundle takes "
-                f"{self.manifest.batch[2]} pictures of prompts of like length"
+                f"{len(batches)} batches in one loop; this bundle generates {job.max_batch} images "
+                "together, of prompts of similar length",
+                hint="loop over fewer images",
             )
-        runs = build_states(batches[0], table, guidance)
-        return denoise(self.engines, runs, self._edit(batches[0], chosen, table))
+        edit = build_latent_edit(self, batches[0], job)
+        return denoise(self.engines, build_states(batches[0], job), edit)
 
-    def planned(
-        self, prompt: Prompt, options: GenerationOptions
-    ) -> tuple[list[Request], SamplerTable, Guidance, tuple[int, int]]:
-        """What is known of a call before anything is computed: its pictures, their sampler's
-        table, their guidance and their (width, height). Raises UsageError for what does not fit.
+    # Validate
+
+    def create_job(self, prompt: Prompt, options: GenerationOptions) -> GenerationJob:
+        """Validate a call and see that memory has room for it.
+
+        Raises:
+            UsageError: For what does not fit the bundle, or this machine's memory.
         """
-        requests, size = self.validate(prompt, options)
-        self._max_batch_size(size, options)
-        if size not in self.manifest.sizes:
+        job = self.validate(prompt, options)
+        job = replace(job, max_batch=self._max_batch(job))
+        if job.size not in self.manifest.sizes:
             log.warning(
-                "%dx%d is none of the sizes that this bundle was proven at (%s); what is larger "
-                "than those is decoded in tiles",
-                *size,
+                "%dx%d is not one of the sizes that this bundle was validated at (%s); what is "
+                "larger is decoded in tiles",
+                *job.size,
                 ", ".join(f"{width}x{height}" for width, height in self.manifest.sizes),
             )
-        return requests, *self._run(options), size
+        return job
 
-    def input_image(self, options: GenerationOptions) -> Image:
-        """The image to start from in the size asked for, which is the result at strength 0."""
-        assert options.image is not None
-        pixels = image_array(options.image, self._size(options))
-        return self._check_safety(images_from_decoded(pixels))[0]
+    def validate(self, prompt: Prompt, options: GenerationOptions) -> GenerationJob:
+        """Validate a call by the manifest alone: no engine need be loaded.
 
-    def validate(
-        self, prompt: Prompt, options: GenerationOptions
-    ) -> tuple[list[Request], tuple[int, int]]:
-        """The images of a call and their (width, height), by the manifest alone: no engine need be
-        loaded. Raises UsageError for what does not fit the bundle.
+        Raises:
+            UsageError: For what does not fit the bundle.
         """
-        reading = requests_from if self.accepts_prompt else requests_without_prompt
-        requests, size = reading(prompt, options), self._size(options)
+        manifest = self.manifest
+        parse = parse_requests if self.accepts_prompt else parse_unconditional_requests
+        requests, size = parse(prompt, options), parse_output_size(manifest, options)
         refuse_negative_tags(requests, options)
-        fed = {spec.name: spec for spec in self.manifest.components["unet"].inputs}["sample"]
-        channels = self.manifest.latent_channels
-        check_task(options, int(fed.shape[1]) - channels, channels)
-        if self.guidance_embedding_width:
+        channels = manifest.latent_channels
+        check_task(options, self.in_channels - channels, channels)
+        width = self.guidance_embedding_width
+        if width:
             check_guidance(options)
-        self._run(options)
-        return requests, size
+        table = build_table(self.scheduler_config, options)
+        has_negative_row = self.accepts_prompt and not width
+        guidance = build_guidance(options, table.evaluations, has_negative_row=has_negative_row)
+        if options.feature_reuse > 1:
+            check_feature_reuse(manifest, self.engines, self.backend)
+            table = with_feature_reuse(table, options.feature_reuse, 1 + (guidance.scales != 1.0))
+        config, max_batch = self.scheduler_config, manifest.batch[2]
+        return GenerationJob(requests, options, config, table, guidance, size, max_batch)
+
+    def _max_batch(self, job: GenerationJob) -> int:
+        """How many images are generated together: what the bundle allows, as far as memory has
+        room; raises UsageError where it has none for one.
+        """
+        if (
+            self.memory_estimator is None or job.size == self.manifest.sizes[0]
+        ):  # checked when it was loaded
+            return job.max_batch
+        rows = 2 if job.options.guided and self.accepts_prompt else 1
+        keeps_scores = bool(getattr(self.engines["unet"], "keeps_scores", False))
+        return self.memory_estimator.max_images(job.size, rows, job.max_batch, keeps_scores)
+
+    @property
+    def accepts_prompt(self) -> bool:
+        """Whether there is a text encoder; an unconditional model has none."""
+        return "text_encoder" in self.manifest.components
+
+    @property
+    def guidance_embedding_width(self) -> int:
+        """Of the guidance scale's embedding, in models that read one; else 0."""
+        return guidance_embedding_width(self.manifest)
+
+    @property
+    def in_channels(self) -> int:
+        """Of the UNet: the latents and, for some models, extra channels."""
+        inputs = {spec.name: spec for spec in self.manifest.components["unet"].inputs}
+        return int(inputs["sample"].shape[1])
+
+    # Condition
+
+    @property
+    def text_encoders(self) -> list[PromptEncoder]:
+        """One, two in models such as SDXL, none in unconditional ones."""
+        tokenizers = {"text_encoder": self.tokenizer, "text_encoder_2": self.tokenizer_2}
+        max_rows = self.manifest.batch[2]
+        return [
+            PromptEncoder(name, self.engines[name], tokenizer, max_rows, self.chunk_cache)
+            for name, tokenizer in tokenizers.items()
+            if tokenizer is not None
+        ]
+
+    def encode_conditioning(
+        self, requests: Sequence[Request], options: GenerationOptions, size: tuple[int, int]
+    ) -> list[Conditioning]:
+        """Of every image, what the UNet reads besides latents and timestep.
+
+        Raises:
+            UsageError: For embeddings or options that the model does not accept.
+        """
+        if not self.accepts_prompt:
+            return [{} for _ in requests]
+        width = self.guidance_embedding_width
+        conditioning = build_conditioning(
+            self.text_encoders,
+            requests,
+            without_guidance(options) if width else options,
+            input_names=[spec.name for spec in self.manifest.components["unet"].inputs],
+            size=size,
+            zero_empty_prompt=self.manifest.zero_empty_prompt,
+        )
+        return add_guidance_embedding(conditioning, options, width) if width else conditioning
+
+    def _tokenize(self, job: GenerationJob) -> list[Conditioning] | None:
+        """Token ids of every image, where the engine encodes them as part of the run; else None."""
+        encodes_text = can_encode_text(self.manifest, self.engines, job.options)
+        if not (encodes_text and is_linear(job.table, job.guidance)):
+            return None
+        return tokenize_requests(self.text_encoders[0], job.requests, job.options)
+
+    def _prepare_batches(
+        self, job: GenerationJob, *, encode_text: bool = True, together: bool = True
+    ) -> Iterator[Batch]:
+        """Images whose conditioning has one length together, or each alone.
+
+        encode_text: now; else the engine may do it as part of the run
+        """
+        conditioning = None if encode_text else self._tokenize(job)
+        if not conditioning:
+            conditioning = self.encode_conditioning(job.requests, job.options, job.size)
+        by_request = dict(zip(job.requests, conditioning, strict=True))
+        shape = self._latent_shape(job)
+        encode = partial(encode_pixels, self.engines["vae_encoder"], self._tiling)
+        inputs = encode_image_inputs(encode, job, shape, self.in_channels)
+        groups = group_by_length(by_request, job.max_batch) if together else zip(job.requests)
+        for requests in groups:
+            states = [build_initial_state(request, job, shape, inputs) for request in requests]
+            yield Batch(requests, [by_request[request] for request in requests], states, inputs)
 
     def prepare_states(
-        self, requests: Sequence[Request], options: GenerationOptions
-    ) -> Iterator[tuple[Request, DenoisingState, Edit | None]]:
-        """Every picture as a run of its own at its beginning, in order, with what edits its
-        latents after each evaluation. The caller holds a lease (`leases`) from here until each
-        picture is decoded.
+        self, job: GenerationJob
+    ) -> Iterator[tuple[Request, DenoisingState, LatentEdit | None]]:
+        """Every image alone, at its beginning, with what edits its latents after each evaluation.
+
+        The caller holds a lease (`leases`) from here until each image is decoded.
         """
-        table, guidance = self._run(options)
-        for batch in self._batches(requests, options, table, together=False):
-            run = build_states(batch, table, guidance)[0]
-            yield batch.requests[0], run, self._edit(batch, options, table)
+        for batch in self._prepare_batches(job, together=False):
+            (state,) = build_states(batch, job)
+            yield batch.requests[0], state, build_latent_edit(self, batch, job)
+
+    def _latent_shape(self, job: GenerationJob) -> tuple[int, int, int]:
+        """[C, H/8, W/8] of an image."""
+        width, height = job.size
+        scale = self.manifest.downscale
+        return self.manifest.latent_channels, height // scale, width // scale
+
+    # Denoise
+
+    def _denoise(self, batch: Batch, job: GenerationJob, on_step: StepCallback) -> SamplingResult:
+        """A batch's result; as one program where nothing observes or edits the run."""
+        states, edit = build_states(batch, job), build_latent_edit(self, batch, job)
+        if on_step is None and edit is None:
+            decode = job.size in self.manifest.sizes  # others are decoded in tiles
+            result = run_sampling_program(
+                self.engines, states, decode=decode, clip_skip=job.options.clip_skip
+            )
+            if result:
+                return result
+        for step in denoise(self.engines, states, edit):
+            if on_step:
+                on_step(step)
+        return SamplingResult(step.latents)
+
+    # Decode
 
     def decode(self, latents: np.ndarray) -> list[Image]:
-        """Pictures of latents [B, C, H/8, W/8], black where the safety checker flags one; raises
-        SdrtError if they hold NaN or infinity.
+        """Decode latents to images; one that the safety checker flags is black.
+
+        Args:
+            latents: [B, C, H/8, W/8] float32.
+
+        Raises:
+            SdrtError: For NaN or infinity.
         """
         with self.leases.call():
-            return self._check_safety(
-                [images_from_decoded(each)[0] for each in self._decode_each(latents)]
-            )
+            images = [images_from_decoded(pixels)[0] for pixels in self._decode_each(latents)]
+            return self._check_safety(images)
 
     def decode_to_array(self, latents: np.ndarray) -> np.ndarray:
-        """The decoder's numbers, [B, 3, H, W] about [-1, 1]; raises SdrtError for NaN."""
+        """Decode latents [B, C, H/8, W/8] to the decoder's output, [B, 3, H, W] about [-1, 1].
+
+        Raises:
+            SdrtError: For NaN or infinity.
+        """
         with self.leases.call():
             return np.concatenate(list(self._decode_each(latents)))
 
-    def _decode_each(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """The decoder's numbers of one picture after the other.
+    def input_image(self, job: GenerationJob) -> Image:
+        """The image to start from in the job's size, which is the result at strength 0."""
+        assert job.options.image is not None
+        pixels = image_array(job.options.image, job.size)
+        return self._check_safety(images_from_decoded(pixels))[0]
 
-        One at a time: the decoder's activations dwarf all else, and a batch gains nothing.
+    def _decode_result(self, result: SamplingResult, i: int) -> Image:
+        """One image of a batch; raises as `decode`."""
+        if result.pixels is None or not result.good[i]:
+            return self.decode(result.latents[i : i + 1])[0]
+        return self._check_safety([fromarray(result.pixels[i])])[0]
+
+    def _decode_each(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """[1, 3, H, W] of one image after the other: the decoder's activations dwarf all else, and
+        a batch gains nothing.
         """
         for i in range(len(latents)):
             yield decode_latents(self.engines, self._tiling, latents[i : i + 1])
@@ -286,9 +386,28 @@ class Pipeline:
         scale = self.manifest.downscale
         return Tiling([(h // scale, w // scale) for w, h in self.manifest.sizes], scale)
 
+    def _check_safety(self, images: list[Image]) -> list[Image]:
+        return apply_safety_checker(self.engines.get("safety_checker"), images)
+
+    def parameters_text(self, request: Request, job: GenerationJob) -> str:
+        """The settings of an image, for its file."""
+        return describe_image(request, job, self.manifest, self.adapters, self.bundle_config)
+
+    def grid_parameters_text(self, job: GenerationJob) -> str:
+        """The settings of all images of a job, for the file of their grid."""
+        return describe_grid(self.parameters_text(job.requests[0], job), job)
+
+    # Configure and close
+
     def with_scheduler(self, scheduler: str | Mapping[str, Any]) -> "Pipeline":
-        """The same engines with another sampler: a class name or a name that other tools use for
-        one, which keep this configuration's noise schedule, or a whole configuration.
+        """A pipeline over the same engines with another sampler.
+
+        Args:
+            scheduler: A class name of diffusers or a name of other tools, such as "DPM++ 2M
+                Karras", which keep this bundle's noise schedule; or a full configuration.
+
+        Raises:
+            UsageError: For an unknown name or a configuration that is unsupported.
         """
         if isinstance(scheduler, str):
             xl = self.tokenizer_2 is not None
@@ -299,28 +418,36 @@ class Pipeline:
         return replace(self, scheduler_config=config)
 
     def set_lora(self, loras: Mapping[str | os.PathLike[str], float | LoraWeight]) -> None:
-        """Carry these LoRA files, each with its weight, and no others: `{}` takes all off.
+        """Apply these LoRA files and no others; `{}` removes all.
 
-        loras: by path, or by the name of a file in the folder `loras` of sdrt's home; a weight is a
-            number, or a `LoraWeight` with one for the text encoders and one for the UNet
         They act on all pipelines over these engines. Waits for the calls that have begun on any of
         them; calls that begin meanwhile wait for it.
-        Raises CheckpointError for a file that is none or does not fit this model, BundleError for a
-        bundle that does not name its weights, UsageError inside a call of this thread's (a
-        callback, or a loop that is not finished); nothing is changed then.
+
+        Args:
+            loras: Weights by path, or by the name of a file in the folder `loras` of sdrt's home.
+                A weight is a number, or a `LoraWeight` with one for the text encoders and one for
+                the UNet.
+
+        Raises:
+            CheckpointError: For a file that is not a LoRA or does not fit this model.
+            BundleError: For a bundle that does not name its weights.
+            UsageError: Inside a call of this thread: in a callback, or in a loop that is not
+                finished. Nothing is changed after an error.
         """
-        chosen = lora_weights(loras)
+        weights = lora_weights(loras)
         with self.leases.change("set_lora"):
             try:
-                self.adapters.set(chosen)
+                self.adapters.set(weights)
             finally:
                 self.chunk_cache.clear()
 
     def close(self) -> None:
-        """Give the engines' memory back; pipelines over the same engines end too. Waits for the
-        calls that have begun; later ones raise BackendError. May be called again.
+        """Release the engines' memory, also of pipelines over the same engines.
 
-        Raises UsageError inside a call of this thread's, as `set_lora` does.
+        Waits for the calls that have begun; later ones raise BackendError. May be called again.
+
+        Raises:
+            UsageError: Inside a call of this thread, as `set_lora` does.
         """
         with self.leases.change("close", closing=True):
             for engine in self.engines.values():
@@ -332,247 +459,3 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.leases.drop_paused()  # loops that an error or a break left
         self.close()
-
-    def _run(self, options: GenerationOptions) -> tuple[SamplerTable, Guidance]:
-        """The numbers of a run, known before it begins."""
-        picture = options.image is not None
-        table = sampler_table(
-            self.scheduler_config,
-            options.num_inference_steps,
-            timesteps=options.timesteps,
-            sigmas=options.sigmas,
-            denoise_from=options.skipped,
-            # With a mask and full strength nothing of the picture is left at the start.
-            picture=picture and not (options.mask_image is not None and options.share == 1.0),
-        )
-        share = np.arange(table.evaluations) / table.evaluations
-        low, high = options.guidance_interval
-        inside = (share >= low) & (share < high) if high < 1.0 else share >= low
-        pairs = options.guided and self.accepts_prompt and not self.guidance_embedding_width
-        scale = options.guidance_scale if pairs else 1.0
-        scales = np.where(inside, scale, 1.0)
-        if options.feature_reuse > 1:
-            check_feature_reuse(self.manifest, self.engines, self.backend)
-            table = with_feature_reuse(table, options.feature_reuse, 1 + (scales != 1.0))
-        return table, Guidance(scales, options.guidance_rescale)
-
-    def _max_batch_size(self, size: tuple[int, int], options: GenerationOptions) -> int:
-        """How many images are made together: what the bundle takes, as far as memory has room.
-        Raises UsageError where there is none for one.
-        """
-        most = self.manifest.batch[2]
-        if self.room is None or size == self.manifest.sizes[0]:  # that was checked at the load
-            return most
-        rows = 2 if options.guided and self.accepts_prompt else 1
-        keeps_scores = bool(getattr(self.engines["unet"], "keeps_scores", False))
-        return self.room.max_images(size, rows, most, keeps_scores)
-
-    def _size(self, options: GenerationOptions) -> tuple[int, int]:
-        have = self.manifest.sizes
-        size = parse_size(options.size) if options.size else have[0]
-        multiple = self.manifest.multiple
-        if size not in have and any(side % multiple for side in size):
-            raise UsageError(
-                f"size {size[0]}x{size[1]} is not in this bundle, which has "
-                f"{', '.join(f'{w}x{h}' for w, h in have)}; any other is a multiple of {multiple}"
-            )
-        return size
-
-    def _batches(
-        self,
-        requests: Sequence[Request],
-        options: GenerationOptions,
-        table: SamplerTable,
-        together: bool = True,
-        told: list[Conditioning] | None = None,
-    ) -> Iterator[Batch]:
-        """Pictures whose contexts are of one length together, as many as the bundle takes, or each
-        alone. told: of every picture, where it is known already
-        """
-        width, height = size = self._size(options)
-        most = self._max_batch_size(size, options)
-        scale = self.manifest.downscale
-        shape = self.manifest.latent_channels, height // scale, width // scale
-        each = dict(zip(requests, told or self.encode_conditioning(requests, options), strict=True))
-        fed = {spec.name: spec for spec in self.manifest.components["unet"].inputs}["sample"]
-        source = encode_image_inputs(
-            partial(encode_pixels, self.engines["vae_encoder"], self._tiling),
-            options,
-            (width, height),
-            shape,
-            int(fed.shape[1]),
-        )
-        parts = group_by_length(each, most) if together else [[r] for r in requests]
-        for part in parts:
-            starts = [build_initial_state(r, options, table, shape, source) for r in part]
-            yield Batch(part, [each[r] for r in part], starts, source)
-
-    def _finished(
-        self,
-        batch: Batch,
-        options: GenerationOptions,
-        table: SamplerTable,
-        guidance: Guidance,
-        on_step: StepCallback,
-    ) -> SamplingResult:
-        """A batch's result; in one go where nobody looks and the engine can."""
-        runs, edit = build_states(batch, table, guidance), self._edit(batch, options, table)
-        if on_step is None and edit is None:
-            whole = self._size(options) in self.manifest.sizes  # others are decoded in tiles
-            if made := run_sampling_program(
-                self.engines, runs, decoded=whole, skip=options.clip_skip
-            ):
-                return made
-        for step in denoise(self.engines, runs, edit):
-            if on_step:
-                on_step(step)
-        return SamplingResult(step.latents)
-
-    def _decode_result(self, made: SamplingResult, i: int) -> Image:
-        """One picture of a batch; raises as `decode`."""
-        if made.pixels is None or not made.good[i]:
-            return self.decode(made.latents[i : i + 1])[0]
-        return self._check_safety([fromarray(made.pixels[i])])[0]
-
-    def _check_safety(self, images: list[Image]) -> list[Image]:
-        return apply_safety_checker(self.engines.get("safety_checker"), images)
-
-    def _texts(
-        self,
-        requests: Sequence[Request],
-        options: GenerationOptions,
-        table: SamplerTable,
-        guidance: Guidance,
-    ) -> list[Conditioning] | None:
-        """The text of every picture, where the engine reads it in the run; else None."""
-        reads = can_encode_text(self.manifest, self.engines, options) and is_linear(table, guidance)
-        return tokenize_requests(self.text_encoders[0], requests, options) if reads else None
-
-    @property
-    def accepts_prompt(self) -> bool:
-        """Whether there is a text encoder; an unconditional model is told nothing."""
-        return "text_encoder" in self.manifest.components
-
-    @property
-    def text_encoders(self) -> list[PromptEncoder]:
-        """One, two in models such as XL, none in unconditional ones."""
-        both = {"text_encoder": self.tokenizer, "text_encoder_2": self.tokenizer_2}
-        return [
-            PromptEncoder(
-                name, self.engines[name], tokenizer, self.manifest.batch[2], self.chunk_cache
-            )
-            for name, tokenizer in both.items()
-            if tokenizer is not None
-        ]
-
-    def encode_conditioning(
-        self, requests: Sequence[Request], options: GenerationOptions
-    ) -> list[Conditioning]:
-        """What the model is fed of every picture besides latents and time; raises UsageError."""
-        if not self.accepts_prompt:
-            return [{} for _ in requests]
-        fed = [spec.name for spec in self.manifest.components["unet"].inputs]
-        size, zeroed = self._size(options), self.manifest.zero_empty_prompt
-        width = self.guidance_embedding_width
-        rows = without_guidance(options) if width else options
-        told = build_conditioning(
-            self.text_encoders, requests, rows, fed=fed, size=size, zeroed=zeroed
-        )
-        return add_guidance_embedding(told, options, width) if width else told
-
-    @property
-    def guidance_embedding_width(self) -> int:
-        """Of the guidance scale's embedding, in models that are fed one; else 0."""
-        return guidance_embedding_width(self.manifest)
-
-    def _edit(self, batch: Batch, options: GenerationOptions, table: SamplerTable) -> Edit | None:
-        masked = batch.image_inputs.mask is not None and not batch.image_inputs.is_inpainting_model
-        if not masked and options.callback_on_step_end is None:
-            return None
-        return partial(self._edit_latents, batch, options, table)
-
-    def _edit_latents(
-        self,
-        batch: Batch,
-        options: GenerationOptions,
-        table: SamplerTable,
-        index: int,
-        latents: np.ndarray,
-    ) -> np.ndarray:
-        """The latents after an evaluation with what the mask keeps put back, and as the caller's
-        callback leaves them; it sees them in the solver's own scale.
-        """
-        if (
-            mask := batch.image_inputs.mask
-        ) is not None and not batch.image_inputs.is_inpainting_model:
-            alpha, sigma = table.shares[index].astype(np.float32)
-            known = np.stack([alpha * s.picture + sigma * s.columns[0] for s in batch.starts])
-            latents = mask * latents + (1.0 - mask) * known
-        if (callback := options.callback_on_step_end) is not None:
-            scale = np.float32(table.scales[index])
-            timestep = float(table.timesteps[index - 1])
-            given = {"latents": latents * scale}
-            returned = callback(self, index - 1, timestep, given)
-            if not isinstance(returned, Mapping | None):
-                raise refusal("callback_on_step_end returned", returned, 'None or {"latents": ..}')
-            changed = (returned or given).get("latents")
-            if changed is None:
-                return latents
-            array = numbers("latents of callback_on_step_end", changed)
-            if array.shape != latents.shape:
-                raise UsageError(
-                    f"the callback gave latents {list(array.shape)}, expected {list(latents.shape)}"
-                )
-            latents = array.astype(np.float32) / scale
-        return latents
-
-    def parameters_text(self, request: Request, options: GenerationOptions) -> str:
-        """The text that goes into a picture's file."""
-        from sdrt.version import __version__
-
-        width, height = self._size(options)
-        title = title_of(self.scheduler_config)
-        settings: dict[str, object] = {
-            "Steps": options.num_inference_steps,
-            "Sampler": title,
-            **({"CFG scale": shortest(options.guidance_scale)} if self.accepts_prompt else {}),
-            "Seed": request.seed,
-            "Size": f"{width}x{height}",
-            "Model": self.manifest.name,
-        }
-        if differs := config_beyond_name(title, self.scheduler_config, self.bundle_config):
-            settings["Sampler options"] = json.dumps(differs, sort_keys=True)
-        settings |= options.unusual
-        prompt = request.written or request.prompt
-        if self.adapters.text and not request.written:
-            if options.weighting:
-                prompt += self.adapters.text
-            else:  # in the prompt it would be text
-                settings["Lora"] = self.adapters.text.strip()
-        if outside := outside_names([file for file, _ in self.adapters.chosen]):
-            settings["Lora files"] = ", ".join(outside)
-        rng = {"cpu": "CPU", "cuda": "NV"}[options.rng]
-        settings |= {"RNG": rng, "Version": f"sdrt {__version__}"}
-        return parameters_text(prompt, request.negative_prompt, settings)
-
-    def grid_parameters_text(self, requests: Sequence[Request], options: GenerationOptions) -> str:
-        """The text that goes into the file of a grid: that of the first image, every seed, and
-        every prompt where they differ.
-        """
-        lists: dict[str, list[Any]] = {
-            "Seeds": [request.seed for request in requests],
-            "Prompts": [request.written or request.prompt for request in requests],
-            "Negative prompts": [request.negative_prompt for request in requests],
-        }
-        differ = {name: values for name, values in lists.items() if len(set(values)) > 1}
-        text = self.parameters_text(requests[0], options)
-        return text + "".join(f", {name}: {quoted(values)}" for name, values in differ.items())
-
-
-def build_states(batch: Batch, table: SamplerTable, guidance: Guidance) -> list[DenoisingState]:
-    """The runs of a batch, at their beginning."""
-    plan = get_history_layout(table, guidance)
-    return [
-        DenoisingState(table, guidance, plan, start.columns, told, start.beside)
-        for told, start in zip(batch.conditioning, batch.starts, strict=True)
-    ]

@@ -18,8 +18,9 @@ from sdrt.json_validation import Reader, mapping, number, one_of, record, row, t
 
 from .denoising import DenoisingState, Guidance, denoise, get_history_layout
 from .noise import randn
-from .options import GenerationOptions, requests_from
+from .options import GenerationOptions
 from .pipeline import Pipeline
+from .requests import parse_requests
 from .samplers.table import sampler_table
 from .text.conditioning import build_time_ids
 
@@ -127,14 +128,15 @@ def generate_reference_image(
     manifest = pipe.manifest
     scale = guidance_scale if pipe.accepts_prompt else 1.0
     options = GenerationOptions(size=f"{size[0]}x{size[1]}", guidance_scale=scale)
-    (told,) = pipe.encode_conditioning(requests_from(PROMPT, options), options)
+    requests = parse_requests(PROMPT, options)
+    (conditioning,) = pipe.encode_conditioning(requests, options, size)
     table = sampler_table(SCHEDULER, steps)
     guidance = Guidance(np.full(steps, 1.0 if pipe.guidance_embedding_width else scale))
-    fed = {spec.name: spec.shape for spec in manifest.components["unet"].inputs}["sample"]
-    more = reference_extra_channels(manifest, size, int(fed[1]))[0]
-    plan, shape = get_history_layout(table, guidance), latent_shape(manifest, size)
-    runs = [
-        DenoisingState(table, guidance, plan, [randn(seed, shape)[0]], told, more) for seed in seeds
+    extra = reference_extra_channels(manifest, size, pipe.in_channels)[0]
+    layout, shape = get_history_layout(table, guidance), latent_shape(manifest, size)
+    states = [
+        DenoisingState(table, guidance, layout, [randn(seed, shape)[0]], conditioning, extra)
+        for seed in seeds
     ]
-    *_, last = denoise(pipe.engines, runs)
+    *_, last = denoise(pipe.engines, states)
     return pipe.decode_to_array(last.latents)

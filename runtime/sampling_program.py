@@ -1,6 +1,6 @@
-"""Runs that nobody looks into, handed whole to an engine that can run them so.
+"""Runs that nobody observes, handed to an engine as one program.
 
-Knows runs and the engine protocol; not how a backend does it.
+Knows denoising states and the engine protocol; not how a backend runs a program.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,13 @@ from .denoising import DenoisingState, Guidance
 from .options import GenerationOptions
 from .samplers.table import SamplerTable
 
-INPUT_IDS, TOKEN_WEIGHTS = (
-    "input_ids",
-    "weights",
-)  # of what a run is told where the engine reads text itself
+# Entries of a conditioning whose text the engine encodes itself.
+INPUT_IDS, TOKEN_WEIGHTS = "input_ids", "weights"
 
 
 def is_linear(table: SamplerTable, guidance: Guidance) -> bool:
-    """Whether a run is nothing but rows of numbers: it neither clips nor sets the spread of the
-    guided output back, nor reuses features.
+    """Whether a run is nothing but rows of numbers: no clipping, no rescaled guidance, no feature
+    reuse.
     """
     guided = bool((guidance.scales != 1.0).any())
     plain = not table.clip and table.full is None
@@ -33,65 +31,87 @@ def is_linear(table: SamplerTable, guidance: Guidance) -> bool:
 def can_encode_text(
     manifest: Manifest, engines: Mapping[str, Engine], options: GenerationOptions
 ) -> bool:
-    """Whether the engine can run the text encoder too: there is one, its context is all that the
-    UNet is told, and nobody looks in between.
+    """Whether a program can run the text encoder too: its context is the UNet's only conditioning,
+    and nothing observes or edits the run.
     """
     unet, encoder = (manifest.components.get(name) for name in ("unet", "text_encoder"))
     assert unet is not None
-    fed = {spec.name for spec in unet.inputs}
-    given = (options.prompt_embeds, options.negative_prompt_embeds, options.mask_image)
+    input_names = {spec.name for spec in unet.inputs}
+    excluded = (
+        options.prompt_embeds,
+        options.negative_prompt_embeds,
+        options.mask_image,
+        options.callback_on_step_end,
+    )
     return (
         hasattr(engines["unet"], "run_program")
-        and fed == {"sample", "timestep", "context"}
+        and input_names == {"sample", "timestep", "context"}
         and encoder is not None
         and encoder.dtype == unet.dtype  # its kernel reads and writes one type
         and "text_encoder_2" not in engines
         and not manifest.zero_empty_prompt
-        and all(each is None for each in (*given, options.callback_on_step_end))
+        and all(value is None for value in excluded)
     )
 
 
 def run_sampling_program(
-    engines: Mapping[str, Engine], runs: Sequence[DenoisingState], *, decoded: bool, skip: int = 0
+    engines: Mapping[str, Engine],
+    states: Sequence[DenoisingState],
+    *,
+    decode: bool,
+    clip_skip: int = 0,
 ) -> SamplingResult | None:
-    """What becomes of runs, or None where the engine or the runs cannot be handed over.
+    """Run states to their end in one call of the UNet's engine.
 
-    decoded: whether the decoder takes part
-    skip: layers that a text encoder leaves out, where the runs are told text
+    Args:
+        engines: By component.
+        states: At their beginning.
+        decode: Whether the program runs the decoder too.
+        clip_skip: Last layers of the text encoder to skip, where the states are conditioned on
+            token ids.
+
+    Returns:
+        The result, or None where the engine or the states cannot be run as a program.
     """
-    whole = getattr(engines["unet"], "run_program", None)
-    if whole is None or (schedule := build_sampling_program(runs, skip)) is None:
+    run_program = getattr(engines["unet"], "run_program", None)
+    if run_program is None or (program := build_sampling_program(states, clip_skip)) is None:
         return None
-    decoder = engines.get("vae_decoder") if decoded else None
-    made: SamplingResult = whole(schedule, engines.get("text_encoder"), decoder)
-    return made
+    decoder = engines.get("vae_decoder") if decode else None
+    result: SamplingResult = run_program(program, engines.get("text_encoder"), decoder)
+    return result
 
 
-def build_sampling_program(runs: Sequence[DenoisingState], skip: int = 0) -> SamplingProgram | None:
-    """What runs at their beginning will do; None if they are not alike, or not linear."""
-    first = runs[0]
-    plan, guidance, count = first.layout, first.guidance, first.num_evaluations
-    used = tuple(2 if scale != 1.0 else 1 for scale in guidance.scales)
+def build_sampling_program(
+    states: Sequence[DenoisingState], clip_skip: int = 0
+) -> SamplingProgram | None:
+    """The program of states at their beginning; None unless they are alike and linear."""
+    first = states[0]
+    layout, guidance, count = first.layout, first.guidance, first.num_evaluations
     alike = all(
-        run.layout is plan and run.guidance is guidance and not run.evaluations_done for run in runs
+        state.layout is layout and state.guidance is guidance and not state.evaluations_done
+        for state in states
     )
     if not alike or not is_linear(first.table, guidance):
         return None
-    told = {name: np.stack([run.conditioning[name] for run in runs]) for name in first.conditioning}
-    schedule = SamplingProgram(
-        columns=np.stack([run.history.columns.reshape(-1, *run.history.shape) for run in runs]),
-        rows=np.repeat(plan.rows[:, None], len(runs), axis=1),
-        timesteps=np.repeat(
-            np.asarray(first.table.timesteps, np.float32)[:, None], len(runs), axis=1
-        ),
-        used=used,
-        per=plan.outputs_per_evaluation,
-        output_places=tuple(plan.output_place(k) for k in range(count)),
-        state_places=(plan.state_place(count - 1), *(plan.state_place(k) for k in range(count))),
-        told=told,
-        beside=np.stack([run.extra_channels for run in runs]),
+    batch = len(states)
+    timesteps = np.asarray(first.table.timesteps, np.float32)  # [N]
+    columns = [s.history.columns.reshape(-1, *s.history.shape) for s in states]
+    conditioning = {
+        name: np.stack([state.conditioning[name] for state in states])  # [B, 2 or 1, ...]
+        for name in first.conditioning
+    }
+    program = SamplingProgram(
+        columns=np.stack(columns),  # [B, places, C, H/8, W/8]
+        rows=np.repeat(layout.rows[:, None], batch, axis=1),  # [N + 1, B, places]
+        timesteps=np.repeat(timesteps[:, None], batch, axis=1),  # [N, B]
+        used=tuple(2 if scale != 1.0 else 1 for scale in guidance.scales),
+        per=layout.outputs_per_evaluation,
+        output_places=tuple(layout.output_place(k) for k in range(count)),
+        state_places=tuple(layout.state_place(k) for k in (count - 1, *range(count))),
+        told=conditioning,
+        beside=np.stack([state.extra_channels for state in states]),  # [B, E, H/8, W/8]
     )
-    if INPUT_IDS not in told:
-        return schedule
-    read = TextInput(told.pop(INPUT_IDS), told.pop(TOKEN_WEIGHTS), skip)
-    return replace(schedule, read=read)
+    if INPUT_IDS not in conditioning:
+        return program
+    text = TextInput(conditioning.pop(INPUT_IDS), conditioning.pop(TOKEN_WEIGHTS), clip_skip)
+    return replace(program, read=text)

@@ -17,12 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sdrt.runtime.denoising import BatchBuilder, DenoisingState, Edit, build_step
+from sdrt.runtime.denoising import BatchBuilder, DenoisingState, LatentEdit, build_step
 from sdrt.runtime.lora.sets import Named, requests_by_set
 from sdrt.runtime.lora.switch import LoraSwitch
-from sdrt.runtime.options import Request, options_from
+from sdrt.runtime.options import options_from
 from sdrt.runtime.parsing import function, real, whole
 from sdrt.runtime.pipeline import Pipeline, Prompt
+from sdrt.runtime.requests import Request
 
 from .cost_model import Costs, costs_of, works
 from .request import (
@@ -128,12 +129,14 @@ class InflightBatcher:
         pipe = self.pipe
         if scheduler is not None and not (isinstance(scheduler, str) and not scheduler):
             pipe = pipe.with_scheduler(scheduler)
-        requests, table, guidance, size = pipe.planned(prompt, chosen)
-        rows = 2 if (guidance.scales != 1.0).any() else 1
+        job = pipe.create_job(prompt, chosen)
+        table = job.table
         now = time.monotonic()
 
         def ticket(request: Request, submission: Submission) -> RequestHandle:
-            turn = Turn((size, submission.loras), rows, table.evaluations, now, now, priority)
+            turn = Turn(
+                (job.size, submission.loras), job.num_rows, table.evaluations, now, now, priority
+            )
             turn.promised, turn.full = deadline is not None, table.full_share
             turn.due = self.rates.due(turn) if deadline is None else now + deadline
             return RequestHandle(
@@ -141,8 +144,8 @@ class InflightBatcher:
             )
 
         tickets = []
-        for own, part in requests_by_set(requests, chosen, self._loras.base, loras).items():
-            submission = Submission(part, chosen, pipe.scheduler_config, on_step, own)
+        for own, part in requests_by_set(job.requests, chosen, self._loras.base, loras).items():
+            submission = Submission(replace(job, requests=part), on_step, own)
             tickets += [ticket(request, submission) for request in part]
         tickets.sort(key=lambda each: each.request.index)
         with self._changed:
@@ -305,7 +308,7 @@ class InflightBatcher:
             try:
                 ticket.lease = self._loras.begin(self.pipe, ticket)
                 with ticket.lease.held():
-                    if ticket.submission.options.returns_image:
+                    if ticket.submission.job.options.returns_image:
                         self._return_image(ticket)
                         continue
                     run, edit = self._prepared(ticket)
@@ -322,24 +325,24 @@ class InflightBatcher:
 
     def _return_image(self, ticket: RequestHandle) -> None:
         """At strength 0 there is nothing to evaluate: the image to start from is the result."""
-        options = ticket.submission.options
+        job = ticket.submission.job
         try:
-            image = self.pipe.input_image(options)
-            text = self.pipe.parameters_text(ticket.request, options)
+            image = self.pipe.input_image(job)
+            text = self.pipe.parameters_text(ticket.request, job)
         except Exception as error:
             self._end(ticket, typed(error))
             return
         ticket.times.prepared = ticket.times.denoised = ticket.times.decoded = time.monotonic()
         self._end(ticket, GeneratedImage(image, text, ticket.request.seed))
 
-    def _prepared(self, ticket: RequestHandle) -> tuple[DenoisingState, Edit | None]:
+    def _prepared(self, ticket: RequestHandle) -> tuple[DenoisingState, LatentEdit | None]:
         shared = ticket.submission
         if shared.failed:
             raise shared.failed
         weights = self.pipe.leases, self.pipe.leases.changes
         if shared.prepared is None or shared.weights != weights:  # its texts are read anew
-            pipe = replace(self.pipe, scheduler_config=shared.scheduler_config)
-            shared.prepared = pipe.prepare_states(shared.requests, shared.options)
+            pipe = replace(self.pipe, scheduler_config=shared.job.scheduler_config)
+            shared.prepared = pipe.prepare_states(shared.job)
             shared.weights = weights
         try:
             for request, run, edit in shared.prepared:  # in order, past the cancelled ones
@@ -410,11 +413,11 @@ class InflightBatcher:
             ticket = ordered[0]
             assert ticket.run is not None
             shared = ticket.submission
-            pipe = replace(self.pipe, scheduler_config=shared.scheduler_config)
+            pipe = replace(self.pipe, scheduler_config=shared.job.scheduler_config)
             try:
                 with ticket.held():
                     image = pipe.decode(ticket.run.latents[None])[0]
-                    text = pipe.parameters_text(ticket.request, shared.options)
+                    text = pipe.parameters_text(ticket.request, shared.job)
             except Exception as error:
                 self._end(ticket, typed(error))
                 continue

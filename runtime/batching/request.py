@@ -4,19 +4,20 @@ Knows nothing of how pictures are made.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from PIL.Image import Image
 
 from sdrt.errors import BackendError, SdrtError
-from sdrt.runtime.denoising import DenoisingState, Edit, Step
+from sdrt.runtime.denoising import DenoisingState, LatentEdit, Step
+from sdrt.runtime.job import GenerationJob
 from sdrt.runtime.leases import Lease
 from sdrt.runtime.lora.sets import LoraSet
-from sdrt.runtime.options import GenerationOptions, Request
+from sdrt.runtime.requests import Request
 
 from .scheduler import Turn
 
@@ -62,16 +63,14 @@ class Times:
 
 OnStep = Callable[["RequestHandle", Step], None]
 State = Literal["waiting", "preparing", "running", "decoding", "done", "failed", "cancelled"]
-Prepared = Iterator[tuple[Request, DenoisingState, Edit | None]]
+Prepared = Iterator[tuple[Request, DenoisingState, LatentEdit | None]]
 
 
 @dataclass(slots=True, eq=False)
 class Submission:
     """What the pictures of one call of `submit` share."""
 
-    requests: Sequence[Request]
-    options: GenerationOptions
-    scheduler_config: Mapping[str, Any]
+    job: GenerationJob
     on_step: OnStep | None
     loras: LoraSet | None = None  # which its images are made with; None: what is carried anyway
     prepared: Prepared | None = None
@@ -92,7 +91,7 @@ class RequestHandle:
     state: State = "waiting"
     future: "Future[GeneratedImage]" = field(default_factory=Future, repr=False)
     run: DenoisingState | None = field(default=None, repr=False)
-    edit: Edit | None = field(default=None, repr=False)
+    edit: LatentEdit | None = field(default=None, repr=False)
     unwanted: bool = False
     lease: Lease | None = None
 

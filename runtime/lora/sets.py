@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.errors import UsageError
-from sdrt.runtime.options import GenerationOptions, Request
+from sdrt.runtime.options import GenerationOptions
 from sdrt.runtime.parsing import lora_weights
+from sdrt.runtime.requests import Request
 
 from .names import find_named
 from .tags import LITERAL, MAX_LORAS, LoraTag, LoraWeight, check_untagged, parse_tags, weight_from
@@ -82,7 +83,7 @@ def requests_by_set(
             found.setdefault(None, []).append(request)
             continue
         written = prompt + tail + text_from(base) if options.weighting else ""
-        found.setdefault(loras, []).append(replace(request, prompt=text, written=written))
+        found.setdefault(loras, []).append(replace(request, prompt=text, recorded_prompt=written))
     return found
 
 

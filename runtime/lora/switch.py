@@ -18,9 +18,10 @@ from PIL.Image import Image
 from sdrt.errors import BackendError, BundleError, CheckpointError, SdrtError, UsageError
 from sdrt.runtime.batching.request import RequestHandle
 from sdrt.runtime.denoising import Step
+from sdrt.runtime.job import GenerationJob
 from sdrt.runtime.leases import Lease
-from sdrt.runtime.options import GenerationOptions, Request
 from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.requests import Request
 
 from .names import find_named
 from .sets import LoraSet, added, checked, requests_by_set, text_from
@@ -106,30 +107,27 @@ class LoraSwitch:
 
 
 def pictures_by_set(
-    pipe: Pipeline,
-    requests: Sequence[Request],
-    options: GenerationOptions,
-    on_step: Callable[[Step], None] | None = None,
+    pipe: Pipeline, job: GenerationJob, on_step: Callable[[Step], None] | None = None
 ) -> Iterator[tuple[Request, Image]]:
-    """The images of requests whose prompts may have LoRA tags, which add to what the pipeline
+    """The images of a job whose prompts may have LoRA tags, which add to what the pipeline
     carries; afterwards it carries the files of the last. Nobody else may use it meanwhile.
 
     Yields:
-        Each request as it is made, with its text in `written`, and its image.
+        Each request as it is made, with its text in `recorded_prompt`, and its image.
 
     Raises:
         UsageError: For a tag that is not understood or a name that is unknown, before the first.
         SdrtError: After all others, for an image that holds no numbers.
     """
     base, failed = pipe.adapters.chosen, None
-    for loras, part in requests_by_set(requests, options, base).items():
+    for loras, part in requests_by_set(job.requests, job.options, base).items():
         carried = base if loras is None else loras
         if carried != pipe.adapters.chosen:
             pipe.set_lora(dict(carried))
-        if loras is None and options.weighting:
-            part = [replace(each, written=each.prompt + text_from(base)) for each in part]
+        if loras is None and job.options.weighting:
+            part = [replace(each, recorded_prompt=each.prompt + text_from(base)) for each in part]
         try:
-            yield from pipe.pictures_of(part, options, on_step)
+            yield from pipe.stream_job(replace(job, requests=part), on_step)
         except SdrtError as error:
             failed = failed or error
     if failed:

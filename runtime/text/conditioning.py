@@ -1,8 +1,7 @@
-"""What the UNet is told besides latents and time: prompts through the text encoders, or embeddings
-given, and sizes.
+"""What the UNet reads besides latents and timestep: encoded prompts, or embeddings, and sizes.
 
-Knows the text encoders' interface: ids in, the context after every layer out, and from some the
-prompt as a whole (`pooled`).
+Knows the text encoders' interface: token ids in, the hidden states after every layer out, and from
+some encoders one vector for the full prompt (`pooled`).
 """
 
 import threading
@@ -14,14 +13,14 @@ import numpy as np
 
 from sdrt.engine import Engine
 from sdrt.errors import UsageError
-from sdrt.runtime.options import SIZES, GenerationOptions, Request
+from sdrt.runtime.options import SIZE_OPTIONS, GenerationOptions
+from sdrt.runtime.requests import Request
 from sdrt.runtime.sampling_program import INPUT_IDS, TOKEN_WEIGHTS
 
-from .prompt_weighting import Chunks, chunks_from_prompt, weighted
+from .prompt_weighting import Chunks, apply_weights, chunks_from_prompt
 from .tokenizer import Tokenizer
 
-# What the UNet is fed by input name, [rows, ..]. Of a picture that is guided there are two rows,
-# what is steered away from first; else one.
+# Inputs of the UNet by name, [rows, ...]. With guidance there are two rows, negative first.
 Conditioning = dict[str, np.ndarray]
 MAX_CACHED_CHUNKS = 256
 _CACHE_LOCK = threading.Lock()
@@ -29,34 +28,41 @@ _CACHE_LOCK = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """What an encoder made of a stretch of tokens: [tokens, width], and as a whole [width] from the
-    encoders that give it.
+    """An encoder's output for one chunk of tokens.
+
+    Attributes:
+        context: [tokens, width] float32.
+        pooled: [width] float32, from the encoders that have it.
     """
 
     context: np.ndarray
     pooled: np.ndarray | None
 
 
-# Stretches encoded before, by the encoder's name, the bytes of their ids and the layers left out.
+# By the encoder's name, the bytes of the ids and clip_skip; the oldest first.
 EncodedChunkCache = dict[tuple[str, bytes, int], EncodedChunk]
 
 
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
-    """One of a model's text encoders.
+    """One of a model's text encoders with its tokenizer.
 
-    most: rows of one call
-    known: see `Known`; kept up to date, the oldest are dropped
+    Attributes:
+        name: Of the component.
+        engine: Token ids to hidden states.
+        tokenizer: Text to token ids.
+        max_rows: Rows of one call.
+        cache: Chunks encoded before; updated, and the oldest are removed.
     """
 
     name: str
     engine: Engine
     tokenizer: Tokenizer
-    most: int
-    known: EncodedChunkCache
+    max_rows: int
+    cache: EncodedChunkCache
 
-    def chunks(self, texts: Iterable[str], options: GenerationOptions) -> dict[str, Chunks]:
-        """Every text's stretches of tokens."""
+    def tokenize(self, texts: Iterable[str], options: GenerationOptions) -> dict[str, Chunks]:
+        """Every text's chunks of token ids."""
         return {
             text: chunks_from_prompt(
                 text,
@@ -67,71 +73,89 @@ class PromptEncoder:
             for text in texts
         }
 
-    def encoded(self, chunks: Iterable[Chunks], clip_skip: int) -> dict[bytes, EncodedChunk]:
-        """Every different stretch, by the bytes of its ids; raises UsageError for a clip_skip that
-        leaves no layer.
+    def encode(self, chunks: Iterable[Chunks], clip_skip: int) -> dict[bytes, EncodedChunk]:
+        """Encode every different chunk.
+
+        Args:
+            chunks: Of all texts.
+            clip_skip: Layers to leave out at the encoder's end.
+
+        Returns:
+            Encoded chunks by the bytes of their ids.
+
+        Raises:
+            UsageError: For a clip_skip that leaves no layer.
         """
-        self.check_skip(clip_skip)
-        rows = {row.tobytes(): row for each in chunks for row in each.ids}
+        self.check_clip_skip(clip_skip)
+        rows = {row.tobytes(): row for text in chunks for row in text.ids}
         places = {key: (self.name, key, clip_skip) for key in rows}
-        hits = ((key, self.known.get(at)) for key, at in places.items())
-        found = {key: hit for key, hit in hits if hit is not None}
-        keys = [key for key in rows if key not in found]
-        for i in range(0, len(keys), self.most):
-            part = keys[i : i + self.most]
-            made = self.engine({"input_ids": np.stack([rows[key] for key in part])})
-            layers, pooled = made["contexts"], made.get("pooled")
-            for j, key in enumerate(part):
+        hits = ((key, self.cache.get(place)) for key, place in places.items())
+        encoded = {key: hit for key, hit in hits if hit is not None}
+        missing = [key for key in rows if key not in encoded]
+        for i in range(0, len(missing), self.max_rows):
+            keys = missing[i : i + self.max_rows]
+            outputs = self.engine({"input_ids": np.stack([rows[key] for key in keys])})
+            layers, pooled = outputs["contexts"], outputs.get("pooled")
+            for j, key in enumerate(keys):
+                # [rows, layers, tokens, width] -> [tokens, width]
                 context = np.array(layers[j, layers.shape[1] - 1 - clip_skip], np.float32)
-                whole = None if pooled is None else np.array(pooled[j], np.float32)
-                found[key] = EncodedChunk(context, whole)
-        self._keep({places[key]: found[key] for key in keys})
-        return found
+                vector = None if pooled is None else np.array(pooled[j], np.float32)
+                encoded[key] = EncodedChunk(context, vector)
+        self._store({places[key]: encoded[key] for key in missing})
+        return encoded
 
-    def _keep(self, made: EncodedChunkCache) -> None:
-        """Keep these for later calls, and drop the oldest; all who share `known` do it in turn."""
+    def _store(self, encoded: EncodedChunkCache) -> None:
+        """Cache these and remove the oldest; all who share the cache do it in turn."""
         with _CACHE_LOCK:
-            self.known.update(made)
-            while len(self.known) > MAX_CACHED_CHUNKS:
-                del self.known[next(iter(self.known))]
+            self.cache.update(encoded)
+            while len(self.cache) > MAX_CACHED_CHUNKS:
+                del self.cache[next(iter(self.cache))]
 
-    def check_skip(self, clip_skip: int) -> None:
+    def check_clip_skip(self, clip_skip: int) -> None:
         """Raise UsageError for a clip_skip that leaves no layer."""
         layers = next(spec for spec in self.engine.outputs if spec.name == "contexts").shape[1]
         if clip_skip >= int(layers):
-            raise UsageError(f"clip_skip {clip_skip}; this text encoder has {layers} layers")
+            raise UsageError(
+                f"clip_skip is {clip_skip}; this text encoder has {layers} layers",
+                hint=f"pass at most {int(layers) - 1}",
+            )
 
 
 class EncodedTexts:
-    """Texts as all of a model's encoders read them."""
+    """Texts as all of a model's encoders encode them."""
 
     def __init__(
         self, encoders: Sequence[PromptEncoder], texts: Sequence[str], options: GenerationOptions
     ) -> None:
-        every = dict.fromkeys([*texts, ""])
-        self.chunks = [encoder.chunks(every, options) for encoder in encoders]
-        self.stretches = [
-            encoder.encoded(chunks.values(), options.clip_skip)
-            for encoder, chunks in zip(encoders, self.chunks, strict=True)
+        """Encode the texts, and the empty one that shorter texts are padded with."""
+        unique = dict.fromkeys([*texts, ""])
+        self._chunks = [encoder.tokenize(unique, options) for encoder in encoders]
+        self._encoded = [
+            encoder.encode(chunks.values(), options.clip_skip)
+            for encoder, chunks in zip(encoders, self._chunks, strict=True)
         ]
 
-    def stretches_of(self, text: str) -> int:
-        return max(len(chunks[text]) for chunks in self.chunks)
+    def num_chunks(self, text: str) -> int:
+        """Chunks of a text, in the encoder that has most."""
+        return max(len(chunks[text]) for chunks in self._chunks)
 
-    def told(self, text: str, count: int) -> Conditioning:
-        """A text in `count` stretches, the ones that it lacks empty: its context [tokens, width],
-        the encoders' side by side, and as a whole [width] by its first stretch.
+    def conditioning(self, text: str, num_chunks: int) -> Conditioning:
+        """A text padded with empty chunks.
+
+        Returns:
+            `context` [tokens, width], the encoders' widths concatenated, and `pooled` [width] of
+            the first chunk from the encoders that have it.
         """
-        told: Conditioning = {}
-        contexts = []
-        for chunks, stretches in zip(self.chunks, self.stretches, strict=True):
+        contexts, pooled = [], {}
+        for chunks, encoded in zip(self._chunks, self._encoded, strict=True):
             own, empty = chunks[text], chunks[""]
-            filled = [(own, i) for i in range(len(own))] + [(empty, 0)] * (count - len(own))
-            read = [(stretches[each.ids[i].tobytes()], each.weights[i]) for each, i in filled]
-            contexts.append(np.concatenate([weighted(s.context, w) for s, w in read]))
-            if (whole := read[0][0].pooled) is not None:
-                told["pooled"] = whole
-        return {"context": np.concatenate(contexts, axis=-1), **told}
+            padding = [(empty, 0)] * (num_chunks - len(own))
+            places = [*((own, i) for i in range(len(own))), *padding]
+            parts = [(encoded[part.ids[i].tobytes()], part.weights[i]) for part, i in places]
+            contexts.append(np.concatenate([apply_weights(p.context, w) for p, w in parts]))
+            if (vector := parts[0][0].pooled) is not None:
+                pooled["pooled"] = vector
+        return {"context": np.concatenate(contexts, axis=-1), **pooled}
 
 
 def build_conditioning(
@@ -139,161 +163,187 @@ def build_conditioning(
     requests: Sequence[Request],
     options: GenerationOptions,
     *,
-    fed: Collection[str],
+    input_names: Collection[str],
     size: tuple[int, int],
-    zeroed: bool = False,
+    zero_empty_prompt: bool = False,
 ) -> list[Conditioning]:
-    """What the UNet is told of every picture.
+    """Encode what the UNet reads of every image.
 
-    fed: the names of the UNet's inputs
-    size: (width, height) of the pictures
-    zeroed: an empty negative prompt is zeros
-    Raises UsageError for embeddings that do not fit, and for sizes that the model is not told of.
+    Args:
+        encoders: The model's text encoders.
+        requests: The images.
+        options: Of their call.
+        input_names: Of the UNet.
+        size: (width, height) of the images.
+        zero_empty_prompt: Whether an empty negative prompt is zeros instead of encoded.
+
+    Raises:
+        UsageError: For embeddings that do not fit, and for sizes that the model does not read.
     """
-    _check_supported(options, fed)
-    told = _encode_prompts(encoders, requests, options, "pooled" in fed, zeroed)
-    if "time_ids" in fed:
+    _check_supported(options, input_names)
+    has_pooled = "pooled" in input_names
+    conditioning = _encode_prompts(encoders, requests, options, has_pooled, zero_empty_prompt)
+    if "time_ids" in input_names:
         time_ids = build_time_ids(options, size)[0 if options.guided else 1 :]
-        told = [{**each, "time_ids": time_ids} for each in told]
-    return told
+        conditioning = [{**tensors, "time_ids": time_ids} for tensors in conditioning]
+    return conditioning
 
 
 def tokenize_requests(
     encoder: PromptEncoder, requests: Sequence[Request], options: GenerationOptions
 ) -> list[Conditioning] | None:
-    """Of every picture the ids of its text's stretches, `input_ids` [2 or 1, stretches, tokens],
-    and their `weights`, for an engine that reads them in its run; None where there is more than
-    the encoder takes at once.
+    """Token ids for an engine that encodes them as part of the run.
+
+    Returns:
+        Of every image `input_ids` [2 or 1, chunks, tokens] int32 and their `weights` float32; None
+        where there are more chunks than the encoder accepts in one call.
     """
-    encoder.check_skip(options.clip_skip)
+    encoder.check_clip_skip(options.clip_skip)
     _check_supported(options, ("context",))
     pairs = [(r.negative_prompt, r.prompt) if options.guided else (r.prompt,) for r in requests]
-    chunks = encoder.chunks(dict.fromkeys([*chain(*pairs), ""]), options)
-    told = [_stack_chunks([chunks[text] for text in pair], chunks[""]) for pair in pairs]
-    rows = {row.tobytes() for each in told for stretches in each[INPUT_IDS] for row in stretches}
-    return told if len(rows) <= 2 * encoder.most else None
+    chunks = encoder.tokenize(dict.fromkeys([*chain(*pairs), ""]), options)
+    tokenized = [_stack_chunks([chunks[text] for text in pair], chunks[""]) for pair in pairs]
+    unique = {ids.tobytes() for tensors in tokenized for row in tensors[INPUT_IDS] for ids in row}
+    return tokenized if len(unique) <= 2 * encoder.max_rows else None
 
 
 def _stack_chunks(texts: Sequence[Chunks], empty: Chunks) -> Conditioning:
-    """Texts in as many stretches as the longest has, the ones that they lack empty."""
+    """Texts in as many chunks as the longest has, shorter ones padded with empty chunks."""
     count = max(len(text) for text in texts)
-    filled = [[text, *[empty] * (count - len(text))] for text in texts]
-    ids = [np.concatenate([each.ids for each in stretches]) for stretches in filled]
-    weights = [np.concatenate([each.weights for each in stretches]) for stretches in filled]
+    padded = [[text, *[empty] * (count - len(text))] for text in texts]
+    ids = [np.concatenate([chunks.ids for chunks in row]) for row in padded]
+    weights = [np.concatenate([chunks.weights for chunks in row]) for row in padded]
     return {INPUT_IDS: np.stack(ids), TOKEN_WEIGHTS: np.stack(weights).astype(np.float32)}
 
 
-def _check_supported(options: GenerationOptions, fed: Collection[str]) -> None:
-    """Raise UsageError for what this model is not told of."""
-    for name, side in (("time_ids", SIZES), ("pooled", ("pooled_prompt_embeds",))):
-        for option in (*side, *(f"negative_{each}" for each in side)):
-            if name not in fed and getattr(options, option) is not None:
-                raise UsageError(f"{option} is for models such as XL; this one does not take it")
+def _check_supported(options: GenerationOptions, input_names: Collection[str]) -> None:
+    """Raise UsageError for conditioning that this model does not read."""
+    for name, related in (("time_ids", SIZE_OPTIONS), ("pooled", ("pooled_prompt_embeds",))):
+        for option in (*related, *(f"negative_{size}" for size in related)):
+            if name not in input_names and getattr(options, option) is not None:
+                raise UsageError(
+                    f"{option} is unsupported by this model", hint="it is for models such as SDXL"
+                )
 
 
 def _encode_prompts(
     encoders: Sequence[PromptEncoder],
     requests: Sequence[Request],
     options: GenerationOptions,
-    pooled: bool,
-    zeroed: bool,
+    has_pooled: bool,
+    zero_empty_prompt: bool,
 ) -> list[Conditioning]:
-    """The context of every picture, and the prompt as a whole if it is `pooled`."""
-    prompted = avoided = None
+    """`context` of every image, and `pooled` if the model reads it."""
+    positive_embeds = negative_embeds = None
     if options.prompt_embeds is not None:
-        prompted = _read_embeddings(options, "", pooled)
+        positive_embeds = _read_embeddings(options, "", has_pooled)
     if options.guided and options.negative_prompt_embeds is not None:
-        avoided = _read_embeddings(options, "negative_", pooled)
+        negative_embeds = _read_embeddings(options, "negative_", has_pooled)
 
-    def reads(negative: str) -> bool:
-        return options.guided and avoided is None and not (zeroed and not negative)
+    def is_encoded(negative_prompt: str) -> bool:
+        is_zero = zero_empty_prompt and not negative_prompt
+        return options.guided and negative_embeds is None and not is_zero
 
-    texts = [r.prompt for r in requests] if prompted is None else []
-    negatives = [r.negative_prompt for r in requests if reads(r.negative_prompt)]
-    reading = EncodedTexts(encoders, texts + negatives, options)
+    prompts = [r.prompt for r in requests] if positive_embeds is None else []
+    negatives = [r.negative_prompt for r in requests if is_encoded(r.negative_prompt)]
+    encoded = EncodedTexts(encoders, prompts + negatives, options)
 
-    def told(request: Request) -> Conditioning:
-        negative = request.negative_prompt
-        if prompted is None:
-            count = reading.stretches_of(request.prompt)
-            if reads(negative):
-                count = max(count, reading.stretches_of(negative))
-            wanted = reading.told(request.prompt, count)
+    def encode(request: Request) -> Conditioning:
+        negative_prompt = request.negative_prompt
+        if positive_embeds is None:
+            num_chunks = encoded.num_chunks(request.prompt)
+            if is_encoded(negative_prompt):
+                num_chunks = max(num_chunks, encoded.num_chunks(negative_prompt))
+            positive = encoded.conditioning(request.prompt, num_chunks)
         else:
-            wanted = _select_row(prompted, request.prompt_index)
-            count = -(-len(wanted["context"]) // encoders[0].tokenizer.length)
+            positive = _select_row(positive_embeds, request.prompt_index)
+            num_chunks = -(-len(positive["context"]) // encoders[0].tokenizer.length)
         if not options.guided:
-            return {name: value[None] for name, value in wanted.items()}
-        if avoided is not None:
-            unwanted = _select_row(avoided, request.prompt_index)
-        elif reads(negative):
-            unwanted = reading.told(negative, count)
+            return {name: value[None] for name, value in positive.items()}
+        if negative_embeds is not None:
+            negative = _select_row(negative_embeds, request.prompt_index)
+        elif is_encoded(negative_prompt):
+            negative = encoded.conditioning(negative_prompt, num_chunks)
         else:
-            unwanted = {name: np.zeros_like(value) for name, value in wanted.items()}
-        return _stack_pair(unwanted, wanted)
+            negative = {name: np.zeros_like(value) for name, value in positive.items()}
+        return _stack_pair(negative, positive)
 
-    return [told(request) for request in requests]
+    return [encode(request) for request in requests]
 
 
-def _stack_pair(unwanted: Conditioning, wanted: Conditioning) -> Conditioning:
-    for name, value in wanted.items():
-        if unwanted[name].shape != value.shape:
-            what = "" if name == "context" else "pooled "
+def _stack_pair(negative: Conditioning, positive: Conditioning) -> Conditioning:
+    """[...] each -> [2, ...]."""
+    for name, value in positive.items():
+        if negative[name].shape != value.shape:
+            kind = "" if name == "context" else "pooled "
             raise UsageError(
-                f"the negative prompt's {what}embeddings are {list(unwanted[name].shape)}, the "
-                f"prompt's {list(value.shape)}; give both of one shape"
+                f"the negative prompt's {kind}embeddings are {list(negative[name].shape)}, the "
+                f"prompt's {list(value.shape)}",
+                hint="pass both in one shape",
             )
-    return {name: np.stack([unwanted[name], value]) for name, value in wanted.items()}
+    return {name: np.stack([negative[name], value]) for name, value in positive.items()}
 
 
-def _read_embeddings(options: GenerationOptions, side: str, pooled: bool) -> Conditioning:
-    """Embeddings instead of a prompt; raises UsageError unless they are all that the model needs.
-
-    side: "" or "negative_"
-    """
-    name, whole = f"{side}prompt_embeds", f"{side}pooled_prompt_embeds"
-    told = {"context": _check_embeddings(name, getattr(options, name), "tokens, width")}
-    if pooled:
-        if getattr(options, whole) is None:
-            raise UsageError(f"{name} without {whole}; this model is told of the whole prompt too")
-        told["pooled"] = _check_embeddings(whole, getattr(options, whole), "width")
-    return told
+def _read_embeddings(options: GenerationOptions, prefix: str, has_pooled: bool) -> Conditioning:
+    """Embeddings instead of a prompt, for all images; prefix: "" or "negative_"."""
+    name, pooled_name = f"{prefix}prompt_embeds", f"{prefix}pooled_prompt_embeds"
+    embeddings = {"context": _check_embeddings(name, getattr(options, name), "tokens, width")}
+    if has_pooled:
+        if getattr(options, pooled_name) is None:
+            raise UsageError(
+                f"{name} without {pooled_name}", hint="pass both: this model reads both"
+            )
+        pooled = _check_embeddings(pooled_name, getattr(options, pooled_name), "width")
+        embeddings["pooled"] = pooled
+    return embeddings
 
 
 def _check_embeddings(name: str, embeddings: np.ndarray, axes: str) -> np.ndarray:
     array = np.asarray(embeddings, np.float32)
     if array.ndim != 2 + axes.count(",") or not len(array) or not np.isfinite(array).all():
         raise UsageError(
-            f"{name} are {list(array.shape)}; expected [pictures or 1, {axes}] of finite numbers"
+            f"{name} are {list(array.shape)}; expected [images or 1, {axes}] of finite numbers"
         )
     return array
 
 
-def _select_row(told: Conditioning, index: int) -> Conditioning:
-    """One picture's; one for all is enough."""
-    for name, value in told.items():
+def _select_row(embeddings: Conditioning, index: int) -> Conditioning:
+    """One prompt's embeddings; one for all is enough."""
+    for name, value in embeddings.items():
         if index >= len(value) > 1:
             raise UsageError(
-                f"{len(value)} embeddings ({name}) for picture {index + 1}; give one each, or one"
+                f"{len(value)} embeddings ({name}) for image {index + 1}",
+                hint="pass one for each prompt, or one for all",
             )
-    return {name: value[min(index, len(value) - 1)] for name, value in told.items()}
+    return {name: value[min(index, len(value) - 1)] for name, value in embeddings.items()}
 
 
-def group_by_length(told: Mapping[Request, Conditioning], most: int) -> Iterator[list[Request]]:
-    """Pictures whose contexts, or texts, are of one length, at most so many together."""
-    lengths = {r: next(iter(each.values())).shape[1] if each else 0 for r, each in told.items()}
-    for tokens in sorted(set(lengths.values())):
-        alike = [request for request, length in lengths.items() if length == tokens]
-        for i in range(0, len(alike), most):
-            yield alike[i : i + most]
+def group_by_length(
+    conditioning: Mapping[Request, Conditioning], max_size: int
+) -> Iterator[list[Request]]:
+    """Images whose contexts have one length, at most `max_size` together, the shortest first."""
+    lengths = {
+        request: next(iter(tensors.values())).shape[1] if tensors else 0
+        for request, tensors in conditioning.items()
+    }
+    for length in sorted(set(lengths.values())):
+        group = [request for request, tokens in lengths.items() if tokens == length]
+        for i in range(0, len(group), max_size):
+            yield group[i : i + max_size]
 
 
 def build_time_ids(options: GenerationOptions, size: tuple[int, int]) -> np.ndarray:
-    """The six numbers of sizes that some models are told, [2, 6] float32, those for what is steered
-    away from first: Podell et al. 2023 (arXiv:2307.01952), section 2.2. size: (width, height)
+    """The sizes that SDXL is conditioned on: Podell et al. 2023 (arXiv:2307.01952), section 2.2.
+
+    Args:
+        options: The call's sizes, (height, width) each.
+        size: (width, height) of the image, the default of both sizes.
+
+    Returns:
+        [2, 6] float32, negative first.
     """
     width, height = size
-    usual = dict(zip(SIZES, ((height, width), (0, 0), (height, width)), strict=True))
-    wanted = {name: getattr(options, name) or usual[name] for name in SIZES}
-    unwanted = {name: getattr(options, f"negative_{name}") or wanted[name] for name in SIZES}
-    return np.array([[*chain(*each.values())] for each in (unwanted, wanted)], np.float32)
+    defaults = dict(zip(SIZE_OPTIONS, ((height, width), (0, 0), (height, width)), strict=True))
+    positive = {name: getattr(options, name) or defaults[name] for name in SIZE_OPTIONS}
+    negative = {n: getattr(options, f"negative_{n}") or positive[n] for n in SIZE_OPTIONS}
+    return np.array([[*chain(*sizes.values())] for sizes in (negative, positive)], np.float32)

@@ -204,7 +204,7 @@ def _pairs(letters: list[str], special: list[bool]) -> list[tuple[int, int]]:
     return pairs
 
 
-def weighted(context: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def apply_weights(context: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The context of one stretch [tokens, width] with its tokens weighed, its mean kept."""
     if (weights == 1.0).all():
         return context

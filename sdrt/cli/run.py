@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -20,12 +21,14 @@ from sdrt.bundle import open_bundle
 from sdrt.errors import UsageError
 from sdrt.runtime import GenerationOptions, Pipeline, Preview, Step
 from sdrt.runtime.images import image_grid, open_image, save_png
+from sdrt.runtime.job import GenerationJob
 from sdrt.runtime.loading import unloaded_pipeline
 from sdrt.runtime.lora.adapters import find_lora, parse_lora
 from sdrt.runtime.lora.sets import LoraSet, added, checked, requests_by_set
 from sdrt.runtime.lora.switch import pictures_by_set
 from sdrt.runtime.lora.tags import weight_from
-from sdrt.runtime.options import Request, options_from
+from sdrt.runtime.options import options_from
+from sdrt.runtime.requests import Request
 from sdrt.runtime.safety_checker import is_flagged, is_flat
 
 from .terminal import terminal_graphics
@@ -102,8 +105,8 @@ def check_arguments(args: argparse.Namespace) -> GenerationOptions:
     if pipe.accepts_prompt and not args.prompt:
         raise UsageError('no prompt; type for example: sdrt run "a red circle"')
     chosen = with_scheduler(pipe, args.scheduler, args.scheduler_option)
-    requests, _ = chosen.validate(args.prompt or None, options)
-    requests_by_set(requests, options, _loras(args))
+    job = chosen.validate(args.prompt or None, options)
+    requests_by_set(job.requests, options, _loras(args))
     return options
 
 
@@ -153,8 +156,8 @@ def run(args: argparse.Namespace) -> None:
         if args.preview:
             watchers.append(stack.enter_context(_preview(chosen, args.output)))
         on_step = partial(_tell, watchers) if watchers else None  # so that it may run whole
-        requests, *_ = chosen.planned(args.prompt or None, options)
-        made = pictures_by_set(chosen, requests, options, on_step)
+        job = chosen.create_job(args.prompt or None, options)
+        made = pictures_by_set(chosen, job, on_step)
         writer = stack.enter_context(ThreadPoolExecutor(1))
         total = 1 if args.grid else max(1, len(args.prompt)) * args.num_images
         finished: list[tuple[Request, Image.Image]] = []
@@ -165,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
                     _say(FLAGGED.format(request.seed), sys.stderr)
                 finished.append((request, image))
                 if not args.grid:
-                    text = chosen.parameters_text(request, options)
+                    text = chosen.parameters_text(request, job)
                     file = image_file(args.output, request, total)
                     writing[request.index] = writer.submit(_write, image, file, text, args.json)
                 for each in writing.values():
@@ -177,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
             finished.sort(key=lambda each: each[0].index)
             paths = [writing[index].result() for index in sorted(writing)]
             if finished and args.grid:
-                paths = [_write_grid(chosen, options, finished, args)]
+                paths = [_write_grid(chosen, job, finished, args)]
     if args.json:
         report = {
             "images": [str(path) for path in paths],
@@ -203,13 +206,13 @@ def _write(image: Image.Image, file: "File", text: str, silent: bool) -> Path:
 
 def _write_grid(
     pipe: Pipeline,
-    options: GenerationOptions,
+    job: GenerationJob,
     finished: Sequence[tuple[Request, Image.Image]],
     args: argparse.Namespace,
 ) -> Path:
     """One image of all, with a text that holds every seed."""
     requests = [request for request, _ in finished]
-    text = pipe.grid_parameters_text(requests, options)
+    text = pipe.grid_parameters_text(replace(job, requests=requests))
     grid = image_grid([image for _, image in finished])
     return _write(grid, image_file(args.output, requests[0], 1), text, args.json)
 

@@ -78,8 +78,8 @@ def test_images_in_flight_share_calls_whatever_their_scale(pipe):
 
 
 def test_one_row_is_computed(pipe):
-    _, _, guidance, _ = pipe.planned(PROMPT, GenerationOptions(guidance_scale=8.0))
-    assert (guidance.scales == 1.0).all()
+    job = pipe.create_job(PROMPT, GenerationOptions(guidance_scale=8.0))
+    assert (job.guidance.scales == 1.0).all()
     (step,) = pipe.steps(PROMPT, num_inference_steps=1, guidance_scale=8.0)
     assert len(step.latents) == 1
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 import sdrt
 from sdrt.errors import UsageError
+from sdrt.runtime.options import options_from
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -226,10 +227,8 @@ def test_one_picture_is_the_same_whatever_is_in_its_batch(pipe):
 
 
 def told(pipe, prompt, **options):
-    from sdrt.runtime.options import options_from, requests_from
-
-    chosen = options_from({"seed": 0, "guidance_scale": 1.0, **options})
-    return pipe.encode_conditioning(requests_from(prompt, chosen), chosen)[0]
+    job = pipe.validate(prompt, options_from({"seed": 0, "guidance_scale": 1.0, **options}))
+    return pipe.encode_conditioning(job.requests, job.options, job.size)[0]
 
 
 def test_attention_weighs_both_contexts_and_leaves_the_whole(pipe):

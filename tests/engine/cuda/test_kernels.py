@@ -229,7 +229,7 @@ def test_a_whole_run_by_the_kernel_is_the_loops(kernel, scheduler, scales, pictu
     arguments = scheduler, scales, pictures, beside
     *_, last = denoise({"unet": model}, runs_of(*arguments))
     engines = {"unet": Emulated(kernel, model)}
-    found = run_sampling_program(engines, runs_of(*arguments), decoded=False).latents
+    found = run_sampling_program(engines, runs_of(*arguments), decode=False).latents
     error = np.abs(found - last.latents).max() / np.abs(last.latents).max()
     assert error < (2e-2 if kernel[1] == "float16" else 1e-5)
 
@@ -246,7 +246,7 @@ def test_runs_that_are_no_table_or_begun_are_not_handed_over():
     next(iter(denoise({"unet": model}, runs)))
     assert build_sampling_program(runs) is None
     assert (
-        run_sampling_program({"unet": model}, runs_of("DDIMScheduler", [7.5] * 3, 1), decoded=True)
+        run_sampling_program({"unet": model}, runs_of("DDIMScheduler", [7.5] * 3, 1), decode=True)
         is None
     )
 

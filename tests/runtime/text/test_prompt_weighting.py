@@ -7,7 +7,7 @@ import pytest
 from growth import LINEAR, growth
 
 from sdrt.errors import UsageError
-from sdrt.runtime.text.prompt_weighting import chunks_from_prompt, weighted, weighted_parts
+from sdrt.runtime.text.prompt_weighting import apply_weights, chunks_from_prompt, weighted_parts
 from sdrt.runtime.text.tokenizer import END, START, Tokenizer
 
 
@@ -98,9 +98,9 @@ def test_weighing_keeps_the_mean():
     rng = np.random.default_rng(0)
     context = rng.normal(1.0, 1.0, (8, 16)).astype(np.float32)
     weights = np.ones(8, np.float32)
-    assert weighted(context, weights) is context
+    assert apply_weights(context, weights) is context
     weights[3] = 1.5
-    found = weighted(context, weights)
+    found = apply_weights(context, weights)
     assert found.mean() == pytest.approx(context.mean(), rel=1e-5)
     ratio = found[3] / found[2] * context[2] / context[3]
     np.testing.assert_allclose(ratio, 1.5, rtol=1e-4)

@@ -1,0 +1,93 @@
+"""A call of the pipeline after validation: everything that is known before anything is computed.
+
+Knows options, sampler tables and the manifest's sizes; not engines.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sdrt.bundle import parse_size
+from sdrt.bundle.manifest import Manifest
+from sdrt.errors import UsageError
+
+from .denoising import Guidance
+from .options import GenerationOptions
+from .requests import Request
+from .samplers.table import SamplerTable, sampler_table
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationJob:
+    """A validated call. `dataclasses.replace` gives one of fewer requests.
+
+    Attributes:
+        requests: The images to generate.
+        options: The call's options.
+        scheduler_config: Of the sampler.
+        table: The sampler's numbers.
+        guidance: The guidance scale of every evaluation.
+        size: (width, height) in pixels.
+        max_batch: How many images are generated together at most.
+    """
+
+    requests: Sequence[Request]
+    options: GenerationOptions
+    scheduler_config: Mapping[str, Any]
+    table: SamplerTable
+    guidance: Guidance
+    size: tuple[int, int]
+    max_batch: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the model's batch for each image: two with guidance, else one."""
+        return 2 if (self.guidance.scales != 1.0).any() else 1
+
+
+def parse_output_size(manifest: Manifest, options: GenerationOptions) -> tuple[int, int]:
+    """(width, height) of a call's images; raises UsageError for a size that the model cannot
+    generate.
+    """
+    sizes, multiple = manifest.sizes, manifest.multiple
+    size = parse_size(options.size) if options.size else sizes[0]
+    if size not in sizes and any(side % multiple for side in size):
+        available = ", ".join(f"{width}x{height}" for width, height in sizes)
+        raise UsageError(
+            f"size {size[0]}x{size[1]} is not in this bundle, which has {available}",
+            hint=f"pass one of these, or multiples of {multiple}",
+        )
+    return size
+
+
+def build_table(scheduler_config: Mapping[str, Any], options: GenerationOptions) -> SamplerTable:
+    """The sampler's table of a call."""
+    # With a mask and full strength nothing of the image is left at the start.
+    replaced = options.mask_image is not None and options.effective_strength == 1.0
+    return sampler_table(
+        scheduler_config,
+        options.num_inference_steps,
+        timesteps=options.timesteps,
+        sigmas=options.sigmas,
+        denoise_from=options.num_skipped_steps,
+        picture=options.image is not None and not replaced,
+    )
+
+
+def build_guidance(
+    options: GenerationOptions, num_evaluations: int, *, has_negative_row: bool
+) -> Guidance:
+    """The guidance of a call: 1 outside `guidance_interval`.
+
+    Args:
+        options: Of the call.
+        num_evaluations: Of its sampler's table.
+        has_negative_row: Whether guidance is by a second row of the model's batch.
+    """
+    progress = np.arange(num_evaluations) / num_evaluations  # [N] in [0, 1)
+    low, high = options.guidance_interval
+    inside = (progress >= low) & ((progress < high) | (high >= 1.0))
+    scale = options.guidance_scale if options.guided and has_negative_row else 1.0
+    return Guidance(np.where(inside, scale, 1.0), options.guidance_rescale)

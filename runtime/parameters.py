@@ -1,0 +1,71 @@
+"""The settings of an image as text, for its file.
+
+Knows the names that other tools give to settings; not how the text is laid out (`images.py`).
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sdrt.bundle.manifest import Manifest
+from sdrt.version import __version__
+
+from .images import parameters_text, quoted
+from .job import GenerationJob
+from .lora.adapters import Adapters
+from .lora.names import outside_names
+from .options import format_number
+from .requests import Request
+from .samplers.registry import config_beyond_name, title_of
+
+RNG_NAMES = {"cpu": "CPU", "cuda": "NV"}
+
+
+def describe_image(
+    request: Request,
+    job: GenerationJob,
+    manifest: Manifest,
+    adapters: Adapters,
+    bundle_config: Mapping[str, Any],
+) -> str:
+    """The text of one image's file.
+
+    Args:
+        request: The image.
+        job: Its call.
+        manifest: Of the bundle.
+        adapters: The LoRA files in use.
+        bundle_config: The bundle's own scheduler configuration.
+    """
+    options, (width, height) = job.options, job.size
+    title = title_of(job.scheduler_config)
+    settings: dict[str, object] = {"Steps": options.num_inference_steps, "Sampler": title}
+    if "text_encoder" in manifest.components:
+        settings["CFG scale"] = format_number(options.guidance_scale)
+    settings |= {"Seed": request.seed, "Size": f"{width}x{height}", "Model": manifest.name}
+    if differing := config_beyond_name(title, job.scheduler_config, bundle_config):
+        settings["Sampler options"] = json.dumps(differing, sort_keys=True)
+    settings |= options.nondefault_settings
+    prompt = request.recorded_prompt or request.prompt
+    if adapters.text and not request.recorded_prompt:
+        if options.weighting:
+            prompt += adapters.text
+        else:  # in the prompt it would be text
+            settings["Lora"] = adapters.text.strip()
+    if outside := outside_names([file for file, _ in adapters.chosen]):
+        settings["Lora files"] = ", ".join(outside)
+    settings |= {"RNG": RNG_NAMES[options.rng], "Version": f"sdrt {__version__}"}
+    return parameters_text(prompt, request.negative_prompt, settings)
+
+
+def describe_grid(first_image: str, job: GenerationJob) -> str:
+    """The text of a grid's file: the first image's, then seeds and prompts where they differ."""
+    lists: dict[str, list[Any]] = {
+        "Seeds": [request.seed for request in job.requests],
+        "Prompts": [request.recorded_prompt or request.prompt for request in job.requests],
+        "Negative prompts": [request.negative_prompt for request in job.requests],
+    }
+    differing = {name: values for name, values in lists.items() if len(set(values)) > 1}
+    return first_image + "".join(
+        f", {name}: {quoted(values)}" for name, values in differing.items()
+    )
