@@ -294,7 +294,7 @@ def test_at_strength_0_the_image_comes_back(pipe, noisy):
 
 @pytest.mark.parametrize("name", ["strength", "mask_image"])
 def test_what_would_be_ignored_without_an_image_is_refused(name, noisy):
-    with pytest.raises(UsageError, match=f"^{name} needs image"):
+    with pytest.raises(UsageError, match=f"^{name} requires image"):
         options_from({name: 0.5 if name == "strength" else noisy})
 
 

@@ -110,13 +110,13 @@ def test_pictures_are_the_references(built, strength, scheduler):
 
 def test_what_the_model_needs_is_asked_for(built):
     task, _, pipe = built
-    wanted = "inpainting model" if task == "inpainting" else "takes a depth map"
+    wanted = "inpainting model" if task == "inpainting" else "requires depth_map"
     with pytest.raises(UsageError, match=wanted):
         pipe("a square", num_inference_steps=1)
 
 
 def test_a_depth_map_for_a_model_without_is_refused(pipe):
-    with pytest.raises(UsageError, match="takes none"):
+    with pytest.raises(UsageError, match="unsupported by this model"):
         pipe("a square", num_inference_steps=1, depth_map=mask())
     with pytest.raises(UsageError, match="one depth"):
         depth_array(Image.new("L", (8, 8)), (4, 4))

@@ -238,7 +238,7 @@ def test_one_picture_without_numbers_does_not_take_the_others(pipe):
 
     decoder = Second(pipe.engines["vae_decoder"])
     own = replace(pipe, engines={**pipe.engines, "vae_decoder": decoder})
-    made = own.pictures([PROMPT] * 3, GenerationOptions(num_inference_steps=1, seed=5))
+    made = own.stream([PROMPT] * 3, GenerationOptions(num_inference_steps=1, seed=5))
     found = []
     with pytest.raises(SdrtError, match="seed 6: the picture holds NaN"):
         for request, _ in made:
@@ -316,7 +316,7 @@ def test_pictures_that_do_not_fit_are_refused(pipe, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mask_image": Image.new("L", (64, 64))}, "mask_image needs image"),
+        ({"mask_image": Image.new("L", (64, 64))}, "mask_image requires image"),
         ({"latents": np.zeros((1, 4, 9, 8), np.float32)}, "expected"),
         ({"latents": np.zeros((1, 4, 8, 8), np.int64)}, "int64"),
         ({"latents": np.full((1, 4, 8, 8), np.nan)}, "NaN"),

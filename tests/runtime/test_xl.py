@@ -289,7 +289,7 @@ def test_what_another_model_is_told_is_refused(shapes, option):
     value = (64, 64) if "size" in option else np.zeros((1, 20))
     with (
         sdrt.load(shapes, backend="onnxruntime") as other,
-        pytest.raises(UsageError, match=f"{option} is for models such as XL"),
+        pytest.raises(UsageError, match=f"{option} is unsupported"),
     ):
         other(PROMPT, num_inference_steps=1, **{option: value})
 
