@@ -1,8 +1,11 @@
-"""Tokens that were added to a vocabulary: matched in a prompt before byte pairs are, one id each.
+"""Tokens that were added to a vocabulary. They are matched before byte pairs, one id each.
 
-Knows text and ids. The order and the flags are those of Hugging Face's tokenizers: tokens that are
-not normalized match the text as it is written, the others match the normalized rest of it; the
-leftmost match wins, and among those the longest.
+The order and the flags are those of Hugging Face's tokenizers:
+
+- Tokens that are not normalized match the text as it is written, the others its normalized rest.
+- The leftmost match wins, and among those the longest.
+
+Knows text and token ids.
 """
 
 import re
@@ -14,18 +17,22 @@ from typing import Any
 from sdrt.errors import UsageError
 from sdrt.json_validation import mapping, record, text, truth
 
-MAX_ADDED, MAX_CONTENT, MAX_EXPANDED = 10_000, 256, 100_000
+MAX_ADDED_TOKENS, MAX_CONTENT, MAX_EXPANDED = 10_000, 256, 100_000
 SPACES = re.compile(r"[^\S\x1c-\x1f]+")
 SYNTAX = re.compile(r"[()\[\]\\:]|BREAK")  # what has a meaning of its own in a prompt
 
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A token's text and how it matches; the names are those of `added_tokens_decoder`.
+    """A token's text and how it matches, by the names of `added_tokens_decoder`.
 
-    normalized: matches the normalized text, so upper and lower case alike
-    lstrip, rstrip: the spaces on that side belong to the match
-    single_word: matches only where no word goes on before or after it
+    Attributes:
+        content: The text.
+        special: Whether it is not part of the vocabulary's language, such as padding.
+        normalized: Whether it matches the normalized text, so upper and lower case alike.
+        lstrip: Whether spaces before it belong to the match.
+        rstrip: Whether spaces after it belong to the match.
+        single_word: Whether it matches only where no word continues on either side.
     """
 
     content: str
@@ -39,18 +46,18 @@ class AddedToken:
 _FLAGS = {field.name: truth for field in fields(AddedToken) if field.name != "content"}
 _CONTENT = text(rf"(?s:.){{1,{MAX_CONTENT}}}", f"a text of 1 to {MAX_CONTENT} characters")
 _TOKEN = record(AddedToken, {"content": _CONTENT, **_FLAGS})
-_BY_ID = mapping(_TOKEN, text(r"0|[1-9][0-9]{0,6}", "an id"), MAX_ADDED)
+_BY_ID = mapping(_TOKEN, text(r"0|[1-9][0-9]{0,6}", "an id"), MAX_ADDED_TOKENS)
 
 
 def added_tokens_from_json(value: Any, where: str) -> dict[int, AddedToken]:
-    """Added tokens by id; raises ValueError for a value that is no token, or a token twice."""
+    """Parse added tokens by id; raises ValueError for a value that is not a token, or one twice."""
     read = {int(number): token for number, token in _BY_ID(value, where).items()}
     if len({token.content for token in read.values()}) < len(read):
         raise ValueError(f"{where} has a token twice")
     return read
 
 
-def normalized(text: str) -> str:
+def normalize(text: str) -> str:
     """Unicode's composed form, single spaces, lower case letter by letter."""
     composed = SPACES.sub(" ", unicodedata.normalize("NFC", text))
     return "".join(letter.lower() for letter in composed)
@@ -60,27 +67,27 @@ class AddedTokens:
     """Finds added tokens in prompts."""
 
     def __init__(self, tokens: Mapping[int, AddedToken]) -> None:
-        """tokens: by id"""
-        # Of two that match alike the first counts; transformers' choice varies from run to run.
+        """Create a matcher of these tokens, by id."""
+        # Of two tokens of one text the first counts; transformers' choice varies from run to run.
         ordered = sorted(tokens.items())
         self._ids = {token.content: number for number, token in ordered}
         every = [token for _, token in ordered]
         self._as_written = _Matcher((t.content, t) for t in every if not t.normalized)
-        self._normalized = _Matcher((normalized(t.content), t) for t in every if t.normalized)
+        self._normalized = _Matcher((normalize(t.content), t) for t in every if t.normalized)
         self._has_syntax = any(SYNTAX.search(token.content) for token in every)
-        self._vectors = {name: all_of for name in self._ids if (all_of := self._numbered(name))}
+        self._vectors = {name: all_of for name in self._ids if (all_of := self._all_vectors(name))}
 
     def split(self, prompt: str) -> Iterator[tuple[str, int | None]]:
-        """Added tokens with their ids, and normalized text between them with None."""
-        for piece, token in self._as_written.split(self._expanded(prompt)):
+        """Added tokens with their ids, and the normalized text between them with None."""
+        for piece, token in self._as_written.split(self._expand(prompt)):
             if token is not None:
                 yield piece, self._ids[token.content]
                 continue
-            for part, found in self._normalized.split(normalized(piece)):
+            for part, found in self._normalized.split(normalize(piece)):
                 yield part, None if found is None else self._ids[found.content]
 
     def literal(self, prompt: str) -> list[range]:
-        """Where a prompt has added tokens, if any of them could be taken for syntax."""
+        """Where a prompt has added tokens, if any of them could be mistaken for syntax."""
         if not self._has_syntax:
             return []
         lower = [letter.lower() for letter in prompt]
@@ -90,21 +97,20 @@ class AddedTokens:
             found.append(range(origin[start], origin[stop]))
         return found
 
-    def _numbered(self, name: str) -> str | None:
+    def _all_vectors(self, name: str) -> str | None:
         """All vectors of a word that has several: `word`, `word_1`, `word_2` and so on."""
         names = [name]
         while (following := f"{name}_{len(names)}") in self._ids:
             names.append(following)
         return " ".join(names) if len(names) > 1 else None
 
-    def _expanded(self, prompt: str) -> str:
-        """The prompt with all vectors of each word that has several, as textual inversion has it.
-
-        Raises UsageError for a prompt that becomes far too long.
+    def _expand(self, prompt: str) -> str:
+        """The prompt with all vectors of each word that has several, as in textual inversion;
+        raises UsageError for a prompt that becomes far too long.
         """
         if not any(name in prompt for name in self._vectors):
             return prompt
-        pieces = [found for _, found in self._found(prompt)]
+        pieces = [found for _, found in self._find(prompt)]
         for name in dict.fromkeys(token.content for token in pieces):
             if (vectors := self._vectors.get(name)) is None:
                 continue
@@ -112,14 +118,14 @@ class AddedTokens:
             if length > MAX_EXPANDED:
                 raise UsageError(
                     f"the vectors of {name!r} make a prompt of {length:,} characters; "
-                    f"at most {MAX_EXPANDED:,} are accepted"
+                    f"expected at most {MAX_EXPANDED:,}"
                 )
             prompt = prompt.replace(name, vectors)
         return prompt
 
-    def _found(self, prompt: str) -> Iterator[tuple[str, AddedToken]]:
+    def _find(self, prompt: str) -> Iterator[tuple[str, AddedToken]]:
         for piece, token in self._as_written.split(prompt):
-            inner = [(piece, token)] if token else self._normalized.split(normalized(piece))
+            inner = [(piece, token)] if token else self._normalized.split(normalize(piece))
             yield from ((part, found) for part, found in inner if found is not None)
 
 
@@ -127,7 +133,7 @@ class _Matcher:
     """Finds the leftmost longest of some texts."""
 
     def __init__(self, patterns: Iterable[tuple[str, AddedToken]]) -> None:
-        """patterns: texts and their tokens; of two texts alike the first counts"""
+        """Match these texts; of two that are equal the first counts."""
         self._tokens: dict[str, AddedToken] = {}
         for pattern, token in patterns:
             self._tokens.setdefault(pattern, token)
@@ -147,7 +153,7 @@ class _Matcher:
                 start = max(len(text[:start].rstrip(_SPACES)), done)
             if token.rstrip:
                 stop = len(text) - len(text[stop:].lstrip(_SPACES))
-            if start >= stop:  # nothing but spaces that belong to the match before
+            if start >= stop:  # only spaces that belong to the previous match
                 continue
             if done < start:
                 yield text[done:start], None
@@ -169,7 +175,9 @@ class _Matcher:
                 continue
             at = stop
             token = self._tokens[text[start:stop]]
-            inside = (start > 0 and _of_word(text[start - 1])) or _of_word(text[stop : stop + 1])
+            inside = (start > 0 and _is_word_letter(text[start - 1])) or _is_word_letter(
+                text[stop : stop + 1]
+            )
             if not (token.single_word and inside):
                 yield start, stop, token
 
@@ -182,7 +190,7 @@ _LETTER_SYMBOLS = {*range(0x24B6, 0x24EA), *range(0x1F130, 0x1F14A)}
 _LETTER_SYMBOLS |= {*range(0x1F150, 0x1F16A), *range(0x1F170, 0x1F18A)}
 
 
-def _of_word(letter: str) -> bool:
+def _is_word_letter(letter: str) -> bool:
     r"""Whether a letter, or none, is `\w` to Unicode's regular expressions (UTS 18, annex C)."""
     if not letter:
         return False

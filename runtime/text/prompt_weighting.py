@@ -1,7 +1,9 @@
-"""Prompts as users write them: attention to words, several stretches of 75 tokens, `BREAK`.
+"""Prompt syntax: weighted words, several chunks of 75 tokens, `BREAK`.
 
-Knows text and tokens; not what an encoder makes of them. `(word)` weighs 1.1, `[word]` 1 / 1.1,
-`(word:1.3)` what it says; `\\(` is a bracket. Brackets without a partner are text.
+- `(word)` has the weight 1.1, `[word]` 1 / 1.1, `(word:1.3)` 1.3; pairs within pairs multiply.
+- `\\(` is a bracket that is text. So is a bracket without a partner.
+
+Knows text and tokens; not what an encoder makes of them.
 """
 
 import logging
@@ -13,14 +15,14 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
-from .tokenizer import Tokenizer, checked
+from .tokenizer import Tokenizer, check_prompt
 
 log = logging.getLogger(__name__)
-STEP = 1.1
+EMPHASIS = 1.1
 MAX_WEIGHT = 10.0
-MAX_PRODUCT = 100.0  # of brackets in brackets
+MAX_PRODUCT = 100.0  # of weights within weights
 MAX_CHUNKS = 16
-PARTNER = {")": "(", "]": "["}
+OPENING = {")": "(", "]": "["}
 AND = re.compile(r"\bAND\b")
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 NUMBER = re.compile(r":\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\Z")
@@ -28,7 +30,12 @@ NUMBER = re.compile(r":\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\Z")
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """A prompt for the encoder: ids [n, length] int32, and each token's weight [n, length]."""
+    """A prompt for the encoder.
+
+    Attributes:
+        ids: [chunks, length] int32.
+        weights: [chunks, length] float32, of each token.
+    """
 
     ids: np.ndarray
     weights: np.ndarray
@@ -40,15 +47,22 @@ class Chunks:
 def chunks_from_prompt(
     prompt: str, tokenizer: Tokenizer, *, weighting: bool = True, chunking: bool = True
 ) -> Chunks:
-    """A prompt as stretches of `length - 2` tokens between start and end.
+    """Tokenize a prompt in chunks of `length - 2` tokens between start and end.
 
-    weighting: read brackets as attention, else as text. chunking: go on in another stretch after
-    the first, and at `BREAK`; else warn, quoting what the model will not read.
-    Raises UsageError for a weight outside 0 to 10, a prompt that is not Unicode or far too long.
+    Args:
+        prompt: As the user wrote it.
+        tokenizer: Of the text encoder.
+        weighting: Whether brackets are weights; else they are text.
+        chunking: Whether a long prompt goes on in another chunk, also at `BREAK`; else it is cut
+            off, with a warning that quotes what the model does not read.
+
+    Raises:
+        UsageError: For a weight outside 0 to 10, and for a prompt that is not valid Unicode or is
+            far too long.
     """
-    checked(prompt)
+    check_prompt(prompt)
     literal = tokenizer.added.literal(prompt)
-    parts = list(weighted_parts(prompt, literal)) if weighting else [(prompt, 1.0)]
+    parts = list(parse_prompt_attention(prompt, literal)) if weighting else [(prompt, 1.0)]
     rows: list[list[tuple[int, float]]] = [[]]
     room = tokenizer.length - 2
     cut: list[str] = []
@@ -67,11 +81,13 @@ def chunks_from_prompt(
     if cut:
         log.warning("the model reads %d tokens; cut off: %r", room, " ".join(cut))
     if len(rows) > MAX_CHUNKS:
-        raise UsageError(f"a prompt of {len(rows)} stretches of {room} tokens; at most 16 are read")
-    return _padded(rows, tokenizer)
+        raise UsageError(
+            f"the prompt has {len(rows)} chunks of {room} tokens; expected at most {MAX_CHUNKS}"
+        )
+    return _pad(rows, tokenizer)
 
 
-def _padded(rows: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> Chunks:
+def _pad(rows: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> Chunks:
     ids = np.full((len(rows), tokenizer.length), tokenizer.pad, np.int32)
     weights = np.ones((len(rows), tokenizer.length), np.float32)
     ids[:, 0] = tokenizer.start
@@ -93,26 +109,36 @@ def _split_at_breaks(text: str, tokenizer: Tokenizer) -> Iterator[str]:
     yield text[start:]
 
 
-def weighted_parts(prompt: str, literal: Sequence[range] = ()) -> Iterator[tuple[str, float]]:
-    """The prompt without its brackets, in pieces of one weight each.
+def parse_prompt_attention(
+    prompt: str, literal: Sequence[range] = ()
+) -> Iterator[tuple[str, float]]:
+    """Split a prompt, without its brackets, into parts of one weight each.
 
-    literal: where brackets, colons and backslashes are text
+    Args:
+        prompt: As the user wrote it.
+        literal: Where brackets, colons and backslashes are text.
+
+    Yields:
+        Text and its weight.
+
+    Raises:
+        UsageError: For weights that are out of range.
     """
-    letters, special, fixed = _unescaped(prompt, literal)
+    letters, is_bracket, is_literal = _unescape(prompt, literal)
     factors: dict[int, float | None] = {}
     hidden, inner = set(), -1
-    for low, high in _pairs(letters, special):
-        weight, tail = STEP if letters[low] == "(" else 1.0 / STEP, high
+    for low, high in _match_brackets(letters, is_bracket):
+        weight, tail = EMPHASIS if letters[low] == "(" else 1.0 / EMPHASIS, high
         inner = max(low, inner)  # where the last pair within this one ends
-        inner = max((i for i in range(inner + 1, high) if fixed[i]), default=inner)
+        inner = max((i for i in range(inner + 1, high) if is_literal[i]), default=inner)
         number = NUMBER.search("".join(letters[inner + 1 : high]))
         if number and letters[low] == "(":
-            weight, tail = _weight(number[1], prompt), inner + 1 + number.start()
+            weight, tail = _parse_weight(number[1], prompt), inner + 1 + number.start()
         hidden |= {low, *range(tail, high + 1)}
         factors[low], factors[high], inner = weight, None, high
-    weights = list(_products(factors, len(letters)))
+    weights = list(_multiply_weights(factors, len(letters)))
     if max(weights, default=1.0) > MAX_PRODUCT:
-        raise UsageError(f"attention in {prompt[:60]!r} multiplies to more than {MAX_PRODUCT:g}")
+        raise UsageError(f"the weights in {prompt[:60]!r} multiply to more than {MAX_PRODUCT:g}")
     start = 0
     for i in range(1, len(letters) + 1):
         if i == len(letters) or weights[i] != weights[start]:
@@ -122,30 +148,33 @@ def weighted_parts(prompt: str, literal: Sequence[range] = ()) -> Iterator[tuple
             start = i
 
 
-def check_constant(prompt: str, joined: bool = True) -> None:
-    """Raise UsageError for what the AUTOMATIC1111 web UI reads as a prompt that changes during the
-    run, `[from:to:0.5]` and `[a|b]`, and as several prompts, `AND`: neither is supported.
+def check_unsupported_syntax(prompt: str, joined: bool = True) -> None:
+    """Raise UsageError for syntax of the AUTOMATIC1111 web UI that is not supported: prompts that
+    change during the run, `[from:to:0.5]` and `[a|b]`, and several prompts joined by `AND`.
 
-    joined: whether `AND` is read, as it is there in all but negative prompts
+    Args:
+        prompt: As the user wrote it.
+        joined: Whether `AND` is syntax, as it is there in all but negative prompts.
     """
-    letters, special, _ = _unescaped(prompt, ())
-    for low, high in _pairs(letters, special):
+    letters, is_bracket, _ = _unescape(prompt, ())
+    for low, high in _match_brackets(letters, is_bracket):
         inside = "".join(letters[low + 1 : high])
         if letters[low] == "[" and ("|" in inside or NUMBER.search(inside)):
             raise UsageError(
-                f"the prompt changes during the run at {f'[{inside}]'[:60]!r}, which is not "
-                "supported; leave it out, or write \\[ for a bracket"
+                f"{f'[{inside}]'[:60]!r} changes the prompt during the run, which is unsupported",
+                hint="leave it out, or write \\[ for a bracket",
             )
     if joined and AND.search(prompt):
         raise UsageError(
-            "the prompt has AND, which joins several prompts and is not supported; write it in "
-            "lower case to have it read as text"
+            "the prompt has AND, which joins several prompts and is unsupported",
+            hint="write it in lower case to have it read as text",
         )
 
 
-def _products(factors: dict[int, float | None], count: int) -> Iterator[float]:
-    """Each letter's weight: the product of the pairs around it. A pair has its factor where it
-    begins and None where it ends.
+def _multiply_weights(factors: dict[int, float | None], count: int) -> Iterator[float]:
+    """Each letter's weight, the product of the pairs around it.
+
+    factors: of a pair its weight where it begins and None where it ends
     """
     outer: list[float] = []
     weight = 1.0
@@ -160,55 +189,60 @@ def _products(factors: dict[int, float | None], count: int) -> Iterator[float]:
         yield weight
 
 
-def _weight(number: str, prompt: str) -> float:
+def _parse_weight(number: str, prompt: str) -> float:
     weight = float(number)
     if not 0.0 <= weight <= MAX_WEIGHT:
         raise UsageError(
-            f"attention {number} in {prompt[:60]!r}; expected 0 to {MAX_WEIGHT:g}, or write \\( "
-            "for a bracket"
+            f"the weight {number} in {prompt[:60]!r}; expected 0 to {MAX_WEIGHT:g}",
+            hint="write \\( for a bracket that is text",
         )
     return weight
 
 
-def _unescaped(prompt: str, literal: Sequence[range]) -> tuple[list[str], list[bool], list[bool]]:
-    """Letters, whether each may be a bracket of attention, and whether it is literal."""
-    letters, special, fixed = [], [], []
+def _unescape(prompt: str, literal: Sequence[range]) -> tuple[list[str], list[bool], list[bool]]:
+    """Letters, whether each may be a bracket of a weight, and whether it is literal."""
+    letters, is_bracket, is_literal = [], [], []
     inside = {i for span in literal for i in span}
     i = 0
     while i < len(prompt):
         escaped = prompt[i] == "\\" and prompt[i + 1 : i + 2] in ("(", ")", "[", "]", "\\")
         i += escaped and i not in inside
         letters.append(prompt[i])
-        fixed.append(i in inside)
-        special.append(prompt[i] in "()[]" and not escaped and i not in inside)
+        is_literal.append(i in inside)
+        is_bracket.append(prompt[i] in "()[]" and not escaped and i not in inside)
         i += 1
-    return letters, special, fixed
+    return letters, is_bracket, is_literal
 
 
-def _pairs(letters: list[str], special: list[bool]) -> list[tuple[int, int]]:
-    """Places of brackets that belong together, as they end: outer ones after inner ones."""
+def _match_brackets(letters: list[str], is_bracket: list[bool]) -> list[tuple[int, int]]:
+    """Places of matching brackets, in the order of their ends: outer ones after inner ones."""
     open_at: list[int] = []
     waiting = {"(": 0, "[": 0}
     pairs = []
     for i, letter in enumerate(letters):
-        if special[i] and letter in waiting:
+        if is_bracket[i] and letter in waiting:
             open_at.append(i)
             waiting[letter] += 1
-        elif special[i] and waiting[PARTNER[letter]]:
-            while True:  # those within that have no partner are text
+        elif is_bracket[i] and waiting[OPENING[letter]]:
+            while True:  # brackets within that have no partner are text
                 low = open_at.pop()
                 waiting[letters[low]] -= 1
-                if letters[low] == PARTNER[letter]:
+                if letters[low] == OPENING[letter]:
                     break
             pairs.append((low, i))
     return pairs
 
 
 def apply_weights(context: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The context of one stretch [tokens, width] with its tokens weighed, its mean kept."""
+    """Weight the tokens of a chunk's context [tokens, width], and restore its mean.
+
+    Args:
+        context: [tokens, width].
+        weights: [tokens].
+    """
     if (weights == 1.0).all():
         return context
-    heavier = context * weights[:, None]
-    mean = heavier.mean()
-    restored: np.ndarray = heavier * (context.mean() / mean) if mean else heavier
+    scaled = context * weights[:, None]
+    mean = scaled.mean()
+    restored: np.ndarray = scaled * (context.mean() / mean) if mean else scaled
     return restored

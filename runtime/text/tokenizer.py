@@ -1,7 +1,7 @@
-"""CLIP's byte-pair tokenizer, from `vocab.json` and `merges.txt`; no library needed.
+"""CLIP's byte-pair tokenizer, from `vocab.json` and `merges.txt`, without other libraries.
 
-Knows text and ids. Radford et al. 2021 (arXiv:2103.00020), byte-level pairs after Sennrich et al.
-2016 (arXiv:1508.07909) with `</w>` at the end of a word.
+Radford et al. 2021 (arXiv:2103.00020); byte-level pairs of Sennrich et al. 2016 (arXiv:1508.07909)
+with `</w>` at the end of a word. Knows text and token ids.
 """
 
 import itertools
@@ -20,13 +20,13 @@ from .added_tokens import AddedToken, AddedTokens, added_tokens_from_json
 START, END = "<|startoftext|>", "<|endoftext|>"
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
-LONGEST_PROMPT = 10_000
+MAX_PROMPT = 10_000
 MAX_TOKENS = 1_000_000
 _Added = dict[int, AddedToken]
 
 
 class Tokenizer:
-    """Text to the ids that the text encoder reads."""
+    """Encodes text as the token ids that a text encoder reads."""
 
     def __init__(
         self,
@@ -36,9 +36,14 @@ class Tokenizer:
         roles: Mapping[str, str],
         added: Mapping[int, AddedToken],
     ) -> None:
-        """length: the number of ids of every prompt, start and end included
-        roles: the tokens that begin and end a prompt, stand for what is unknown, and pad
-        added: tokens that are matched before all else, by id
+        """Create a tokenizer.
+
+        Args:
+            vocab: Ids by token.
+            merges: Pairs to merge, the first first.
+            length: Ids of every prompt, start and end included.
+            roles: The tokens that begin and end a prompt, stand for unknown ones, and pad.
+            added: Tokens that are matched before the others, by id.
         """
         self.vocab = vocab
         self.length = length
@@ -47,26 +52,34 @@ class Tokenizer:
         self.added = AddedTokens(added)
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self._letters = byte_letters()
-        self._word_ids = lru_cache(maxsize=4096)(self._ids_from_word)
+        self._word_ids = lru_cache(maxsize=4096)(self._encode_word)
 
     @classmethod
-    def from_folder(cls, folder: Path, length: int, embedded: int | None = None) -> "Tokenizer":
-        """Read `vocab.json`, `merges.txt` and, where there is one, `tokenizer_config.json` for the
-        tokens with a role and the added ones; raises BundleError if they do not fit together.
+    def from_folder(
+        cls, folder: Path, length: int, num_embeddings: int | None = None
+    ) -> "Tokenizer":
+        """Read `vocab.json`, `merges.txt` and, if it exists, `tokenizer_config.json`, which has the
+        tokens with a role and the added ones.
 
-        embedded: how many tokens the text encoder knows
+        Args:
+            folder: With these files.
+            length: Ids of every prompt.
+            num_embeddings: How many tokens the text encoder has; None is unknown.
+
+        Raises:
+            BundleError: If the files do not fit together.
         """
-        vocab = _vocab_from(folder / "vocab.json")
-        merges = _merges_from(folder / "merges.txt")
-        roles, added = _settings_from(folder / "tokenizer_config.json", vocab)
+        vocab = _read_vocab(folder / "vocab.json")
+        merges = _read_merges(folder / "merges.txt")
+        roles, added = _read_special_tokens(folder / "tokenizer_config.json", vocab)
         ids = vocab | {token.content: number for number, token in added.items()}
         if len({*vocab.values(), *added}) != len(ids):
-            raise BundleError(f"{folder}: a token has two ids, or an id two tokens")
+            raise BundleError(f"{folder}: a token has two ids, or an id has two tokens")
         if max(ids.values()) >= len(ids):
-            raise BundleError(f"{folder}/vocab.json: its ids are not 0 to {len(ids) - 1}")
-        if embedded is not None and len(ids) > embedded:
+            raise BundleError(f"{folder}/vocab.json: expected the ids 0 to {len(ids) - 1}")
+        if num_embeddings is not None and len(ids) > num_embeddings:
             raise BundleError(
-                f"{folder}/vocab.json has {len(ids):,} tokens, the text encoder {embedded:,}"
+                f"{folder}/vocab.json has {len(ids):,} tokens, the text encoder {num_embeddings:,}"
             )
         for pair in merges:
             if len(pair) != 2 or "".join(pair) not in vocab:
@@ -74,34 +87,34 @@ class Tokenizer:
         return cls(vocab, merges, length, roles, added)  # type: ignore[arg-type]
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """Ids [len(texts), length] int32: start, the text's, end, and padding."""
-        return np.array([self._padded(text) for text in texts], np.int32)
+        """Token ids [len(texts), length] int32: start, the text's, end, padding."""
+        return np.array([self._pad(text) for text in texts], np.int32)
 
     def ids(self, text: str) -> list[int]:
-        """All ids of a text, without start and end."""
+        """All token ids of a text, without start and end."""
         return [i for _, ids in self.words(text) for i in ids]
 
     def words(self, text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Each word of a text with its ids."""
-        for piece, number in self.added.split(checked(text)):
+        """Each word of a text with its token ids."""
+        for piece, number in self.added.split(check_prompt(text)):
             if number is not None:
                 yield piece, (number,)
                 continue
-            for word in _plain_words(piece):
+            for word in _split_words(piece):
                 yield word, self._word_ids(word)
 
-    def _padded(self, text: str) -> list[int]:
+    def _pad(self, text: str) -> list[int]:
         ids, room = self.ids(text), self.length - 2
         head = [self.start, *ids[:room], self.end]
         return head + [self.pad] * (self.length - len(head))
 
-    def _ids_from_word(self, word: str) -> tuple[int, ...]:
+    def _encode_word(self, word: str) -> tuple[int, ...]:
         letters = [self._letters[byte] for byte in word.encode("utf-8")]
         letters[-1] += "</w>"
-        return tuple(self.vocab.get(piece, self.unknown) for piece in self._merged(letters))
+        return tuple(self.vocab.get(piece, self.unknown) for piece in self._merge(letters))
 
-    def _merged(self, pieces: list[str]) -> list[str]:
-        """Join the best-ranked pair, everywhere it occurs, until none is left."""
+    def _merge(self, pieces: list[str]) -> list[str]:
+        """Merge the best-ranked pair wherever it occurs, until none is left."""
         while len(pieces) > 1:
             best = min(
                 itertools.pairwise(pieces),
@@ -109,11 +122,11 @@ class Tokenizer:
             )
             if best not in self.rank:
                 break
-            pieces = _joined(pieces, best)
+            pieces = _join(pieces, best)
         return pieces
 
 
-def _joined(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+def _join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     out: list[str] = []
     i = 0
     while i < len(pieces):
@@ -126,15 +139,15 @@ def _joined(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def _vocab_from(path: Path) -> dict[str, int]:
+def _read_vocab(path: Path) -> dict[str, int]:
     vocab = read_json(path)
-    whole = all(type(number) is int and 0 <= number < MAX_TOKENS for number in vocab.values())
-    if not whole or not vocab or len(set(vocab.values())) < len(vocab):
-        raise BundleError(f"{path} gives two tokens one number, or one that is none")
+    valid = all(type(number) is int and 0 <= number < MAX_TOKENS for number in vocab.values())
+    if not valid or not vocab or len(set(vocab.values())) < len(vocab):
+        raise BundleError(f"{path}: two tokens have one id, or an id is not an integer in range")
     return vocab
 
 
-def _merges_from(path: Path) -> list[tuple[str, ...]]:
+def _read_merges(path: Path) -> list[tuple[str, ...]]:
     try:
         lines = read_bytes(path, MAX_JSON).decode("utf-8").split("\n")
     except (OSError, ValueError) as error:
@@ -142,8 +155,8 @@ def _merges_from(path: Path) -> list[tuple[str, ...]]:
     return [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
 
 
-def _settings_from(path: Path, vocab: Mapping[str, int]) -> tuple[dict[str, str], _Added]:
-    """The tokens with a role, and all that are matched first; raises BundleError."""
+def _read_special_tokens(path: Path, vocab: Mapping[str, int]) -> tuple[dict[str, str], _Added]:
+    """The tokens with a role, and all added tokens by id; raises BundleError."""
     config = read_json(path) if path.is_file() else {}
     try:
         added = added_tokens_from_json(config.get("added_tokens_decoder", {}), "its added_tokens")
@@ -154,37 +167,37 @@ def _settings_from(path: Path, vocab: Mapping[str, int]) -> tuple[dict[str, str]
     for role, content in roles.items():
         if not isinstance(content, str) or content not in contents | set(vocab):
             raise BundleError(f"{path.parent}/vocab.json lacks the {role}, {shortened(content)}")
-        if content not in contents:  # a token with a role is matched like the added ones
+        if content not in contents:  # a token with a role is matched like added tokens
             added[vocab[content]] = AddedToken(content, special=True, normalized=False)
             contents.add(content)
     return roles, added
 
 
 def byte_letters() -> list[str]:
-    """The printable letter that stands for each byte value 0 to 255 (GPT-2's alphabet)."""
+    """The printable letter of each byte value 0 to 255: GPT-2's alphabet."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def checked(text: str) -> str:
-    """The text, or UsageError: too long, or not valid Unicode."""
-    if len(text) > LONGEST_PROMPT:
+def check_prompt(text: str) -> str:
+    """Return the prompt; raises UsageError if it is too long or not valid Unicode."""
+    if len(text) > MAX_PROMPT:
         raise UsageError(
-            f"a prompt of {len(text):,} characters; at most {LONGEST_PROMPT:,} are accepted, "
-            "and a model reads about 75 words"
+            f"the prompt has {len(text):,} characters; expected at most {MAX_PROMPT:,}",
+            hint="a model reads about 75 words at a time",
         )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"the prompt is not valid Unicode: a lone surrogate at character {error.start}; "
-            "pass it as UTF-8"
+            f"the prompt is not valid Unicode: a lone surrogate at character {error.start}",
+            hint="pass it as UTF-8",
         ) from error
     return text
 
 
-def _kind(letter: str) -> str:
+def _letter_class(letter: str) -> str:
     """`L`etter, `N`umber, `S`pace or other."""
     if letter.isspace() and letter not in "\x1c\x1d\x1e\x1f":
         return "S"
@@ -192,7 +205,7 @@ def _kind(letter: str) -> str:
     return major if major in "LN" else "other"
 
 
-def _plain_words(text: str) -> Iterator[str]:
+def _split_words(text: str) -> Iterator[str]:
     i = 0
     while i < len(text):
         if token := next((t for t in (START, END) if text.startswith(t, i)), None):
@@ -200,10 +213,10 @@ def _plain_words(text: str) -> Iterator[str]:
             i += len(token)
             continue
         suffix = next((s for s in SUFFIXES if text.startswith(s, i)), None)
-        kind = _kind(text[i])
+        kind = _letter_class(text[i])
         end = i + (len(suffix) if suffix else 1)
         if not suffix and kind in ("L", "other"):
-            while end < len(text) and _kind(text[end]) == kind:
+            while end < len(text) and _letter_class(text[end]) == kind:
                 end += 1
         if kind != "S":
             yield text[i:end]

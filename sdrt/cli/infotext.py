@@ -19,7 +19,7 @@ from sdrt.runtime.images import open_image, settings_from_text, text_of, unquote
 from sdrt.runtime.lora.tags import LoraTag, LoraWeight, parse_tags
 from sdrt.runtime.options import SIZES_IN_TEXT
 from sdrt.runtime.samplers.registry import AUTOMATIC_SCHEDULES
-from sdrt.runtime.text.prompt_weighting import check_constant
+from sdrt.runtime.text.prompt_weighting import check_unsupported_syntax
 
 log = logging.getLogger(__name__)
 OURS = "sdrt "  # how `Version` begins
@@ -156,8 +156,8 @@ def restored_from(path: Path) -> Restored:
     if settings.get("Version", "").startswith(OURS):
         arguments["bundle"] = settings.get("Model")
     else:
-        check_constant(settings["Prompt"])
-        check_constant(settings["Negative prompt"], joined=False)
+        check_unsupported_syntax(settings["Prompt"])
+        check_unsupported_syntax(settings["Negative prompt"], joined=False)
         arguments |= _of_other_tools(settings, arguments)
     needed = {name: words for key, (name, words) in NEEDED.items() if key in settings}
     return Restored(arguments, _read(path, settings, OPTIONS), loras, needed)

@@ -296,7 +296,7 @@ STRANGE = {
     "an endless text": ({"608": token("x" * 300)}, "content"),
     "a word twice": ({"608": token("x"), "609": token("x")}, "twice"),
     "an id twice": ({"5": token("<x>")}, "two ids"),
-    "a hole": ({"700": token("<x>")}, "ids are not 0"),
+    "a hole": ({"700": token("<x>")}, "expected the ids 0"),
 }
 
 

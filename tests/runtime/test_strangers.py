@@ -24,10 +24,10 @@ from sdrt.runtime.text.tokenizer import END, START, Tokenizer
 VOCAB = {"a": 0, "b": 1, "ab": 2, START: 3, END: 4}
 TOKENIZERS = {
     "an id twice": ({**VOCAB, "b": 0}, "a b", "two tokens one number"),
-    "a hole in the ids": ({**VOCAB, "b": 7}, "a b", "its ids are not 0 to 4"),
-    "an id without end": ({**VOCAB, "b": 10**9}, "a b", "one number"),
-    "a negative id": ({**VOCAB, "b": -1}, "a b", "one that is none"),
-    "an id of text": ({**VOCAB, "b": "1"}, "a b", "one that is none"),
+    "a hole in the ids": ({**VOCAB, "b": 7}, "a b", "expected the ids 0 to 4"),
+    "an id without end": ({**VOCAB, "b": 10**9}, "a b", "have one id"),
+    "a negative id": ({**VOCAB, "b": -1}, "a b", "an id is not an integer"),
+    "an id of text": ({**VOCAB, "b": "1"}, "a b", "an id is not an integer"),
     "a list": ([], "a b", "holds list"),
     "no end": ({"a": 0, "b": 1, "ab": 2, START: 3}, "a b", "lacks"),
     "a merge of three": (VOCAB, "a b c", "'a b c' is not in"),

@@ -7,7 +7,11 @@ import pytest
 from growth import LINEAR, growth
 
 from sdrt.errors import UsageError
-from sdrt.runtime.text.prompt_weighting import apply_weights, chunks_from_prompt, weighted_parts
+from sdrt.runtime.text.prompt_weighting import (
+    apply_weights,
+    chunks_from_prompt,
+    parse_prompt_attention,
+)
 from sdrt.runtime.text.tokenizer import END, START, Tokenizer
 
 
@@ -38,7 +42,7 @@ def tokenizer(embedded):
     ],
 )
 def test_brackets(prompt, parts):
-    found = list(weighted_parts(prompt))
+    found = list(parse_prompt_attention(prompt))
     assert [text for text, _ in found] == [text for text, _ in parts]
     assert [weight for _, weight in found] == pytest.approx([weight for _, weight in parts])
 
@@ -46,7 +50,7 @@ def test_brackets(prompt, parts):
 @pytest.mark.parametrize("prompt", ["(a:99)", "(a:-1)"])
 def test_an_absurd_weight_is_refused(prompt):
     with pytest.raises(UsageError, match="expected 0 to 10"):
-        list(weighted_parts(prompt))
+        list(parse_prompt_attention(prompt))
 
 
 def test_a_plain_prompt_is_the_tokenizers(tokenizer):
@@ -114,11 +118,11 @@ def test_weighing_keeps_the_mean():
 def test_brackets_are_parsed_in_linear_time(brackets):
     def parse(count):
         with contextlib.suppress(UsageError):
-            list(weighted_parts(brackets(count)))
+            list(parse_prompt_attention(brackets(count)))
 
     assert growth(parse, 600) < LINEAR
 
 
 def test_attention_has_a_bound_in_all():
     with pytest.raises(UsageError, match="more than 100"):
-        list(weighted_parts("((((a:10):10):10):10)"))
+        list(parse_prompt_attention("((((a:10):10):10):10)"))
