@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export SDRT_HOME ?= $(CURDIR)/build/sdrt
 
-.PHONY: demo test test-fast test-rest test-full test-fleet gpu-check check lint types mutations wheel bundle bench fuzz lock audit clean kill-points
+.PHONY: demo test test-fast test-rest test-full test-fleet gpu-check check lint types mutations wheel bundle bench fuzz lock audit docs clean kill-points
 
 demo: $(READY)
 	$(BIN)/sdrt build --model shapes --feature-reuse --force
@@ -47,6 +47,11 @@ check: lint types test
 kill-points: $(READY)
 	$(BIN)/python benchmarks/kill_points.py --save
 	$(BIN)/python benchmarks/results.py
+
+# The documentation site, in build/site; a broken link or reference fails.
+docs: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -94,7 +99,7 @@ audit: $(READY)
 	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 # Measures what a machine of any size can in half an hour, keeps the figures in benchmarks/results and
-# writes them into the README.
+# writes them into the README and docs/benchmarks.
 bench: $(READY)
 	$(BIN)/sdrt build --model shapes --feature-reuse --force --quiet
 	$(BIN)/python benchmarks/cold_start.py --install --save
@@ -118,13 +123,13 @@ bench-full: $(READY)
 		--engines 'reference bf16,openvino-bf16' --save
 	$(BIN)/python benchmarks/latency.py --work build/full --compiled --size 512x512 \
 		--engines 'reference bf16,openvino-bf16' --save
-	$(BIN)/python benchmarks/picture.py --work build/full --save
+	$(BIN)/python benchmarks/image.py --work build/full --save
 	$(BIN)/python benchmarks/memory.py --work build/full --save
 	$(BIN)/python benchmarks/opening.py --work build/full --save
 	$(BIN)/python benchmarks/scaling.py --work build/narrow --full build/full --save
 	$(MAKE) report
 
-# The README's table and the plots, from benchmarks/results.
+# The README's table, docs/benchmarks and the plots, from benchmarks/results.
 report: $(READY)
 	$(BIN)/python benchmarks/results.py
 

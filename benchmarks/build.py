@@ -55,7 +55,7 @@ def beginning(line: str, stage: str) -> str:
         return line.split("] ")[1].split(":")[0]
     # Each component's proof is its last line; after the last one's come whole pictures.
     if line.startswith("  ") and stage == "vae_encoder":
-        return "whole pictures"
+        return "end-to-end check"
     return "end" if line.startswith("done in") else stage
 
 

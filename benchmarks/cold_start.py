@@ -25,7 +25,7 @@ IMPORTS = {
     "import sdrt, sdrt.runtime": "import sdrt, sdrt.runtime",
     "import onnxruntime": "import onnxruntime",
     "import torch": "import torch",
-    "import the reference's pipeline": "from diffusers import StableDiffusionPipeline",
+    "import StableDiffusionPipeline": "from diffusers import StableDiffusionPipeline",
 }
 REFERENCE = """
 import sys, torch
@@ -101,16 +101,16 @@ def main() -> None:
     )
     imports = {name: value - alone for name, value in medians.items() if name.startswith("import")}
     claims = {
-        "from process start to a PNG, 20 steps": f"{medians['sdrt run']:.2f} s; the reference "
-        f"library {medians['reference']:.2f} s ({ratio:.1f} ×)",
+        "from process start to a PNG, 20 steps": f"{medians['sdrt run']:.2f} s; diffusers "
+        f"{medians['reference']:.2f} s ({ratio:.1f} ×)",
         "imports": "; ".join(f"`{k}` {1e3 * v:.0f} ms" for k, v in imports.items()),
     }
     figures: dict[str, object] = {"medians": medians, "times": times}
     if args.install:
         sizes = {name: installed_bytes(wanted) for name, wanted in ENVIRONMENTS.items()}
         figures["installed_bytes"] = sizes
-        claims["installed, with all it needs"] = (
-            f"{sizes['own'] / 1e6:.0f} MB; the reference library "
+        claims["installed size with dependencies"] = (
+            f"{sizes['own'] / 1e6:.0f} MB; diffusers "
             f"{sizes['reference'] / 1e6:,.0f} MB ({sizes['reference'] / sizes['own']:.1f} ×)"
         )
     print(claims)

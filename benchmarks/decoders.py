@@ -160,7 +160,7 @@ def main() -> None:
         faster = statistics.median(base / own for base, own in pairs)
         kind = {"tiled": f"in tiles of {args.tile}", "tiny": "by a tiny decoder"}.get(name, name)
         claims[f"full-size decode of {args.side}x{args.side} on {args.backend}, {kind}"] = (
-            f"{statistics.median(each['seconds']):.2f} s, {faster:.2f} × the whole one's speed, "
+            f"{statistics.median(each['seconds']):.2f} s, {faster:.2f} × the untiled speed, "
             f"{each['peak_gb'] - each['before_gb']:.1f} GB beyond the weights"
         )
     said = (f"{level}: {k['ms']:.0f} ms, {k['bytes'] / 1e3:.0f} kB" for level, k in kinds.items())

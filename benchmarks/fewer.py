@@ -246,10 +246,10 @@ def main() -> None:
         for name, found in ways.items():
             print(f"{name:36} " + "  ".join(f"{k} {v}" for k, v in found.items()))
             if name not in REFERENCES:
-                claims[f"full-size picture, {args.size}, {STEPS} steps, guidance 7.5, {name}"] = (
-                    f"{statistics.median(found['seconds']):.1f} s, {found['times_fp32']:.2f} × the "
-                    f"reference's fp32, {found['times_bf16']:.2f} × its bf16; "
-                    f"{found['psnr']:.1f} dB, SSIM {found['ssim']:.3f} of ours in full"
+                claims[f"full-size image, {args.size}, {STEPS} steps, guidance 7.5, {name}"] = (
+                    f"{statistics.median(found['seconds']):.1f} s, {found['times_fp32']:.2f} × "
+                    f"diffusers fp32, {found['times_bf16']:.2f} × bf16; "
+                    f"{found['psnr']:.1f} dB, SSIM {found['ssim']:.3f} against the full run"
                 )
         print(parts)
         claims |= {
@@ -267,7 +267,7 @@ def main() -> None:
             if name != "full":
                 claims[f"`shapes`, {args.captions} captions, {STEPS} steps, {name}"] = (
                     f"{found['times_faster']:.2f} × as fast; {found['psnr']:.1f} dB, SSIM "
-                    f"{found['ssim']:.3f} of the full run's; shape right {found['shape']:.1%}"
+                    f"{found['ssim']:.3f} against the full run; shape right {found['shape']:.1%}"
                 )
     if args.save:
         save(f"fewer_{args.size}" if args.work else "fewer_shapes", claims, figures)

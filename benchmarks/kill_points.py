@@ -240,12 +240,12 @@ def main() -> None:
         sys.path.insert(0, str(ROOT / "benchmarks"))
         from results import save
 
-        left = f"{states} different states" + ("" if args.all else ", each begun again")
+        left = f"{states} different states" + ("" if args.all else ", each restarted")
         kills = f", {args.kills} kills of the command" if args.kills else ""
         said = f"{count} of {count} points ({left}){kills}; {seconds} s"
         save(
             "kill_points",
-            {"builds killed and begun again that end with the same bundle, byte for byte": said},
+            {"builds killed and restarted that produce the same bundle, byte for byte": said},
             {"points": done, "states": states, "command": args.kills, "seconds": seconds},
         )
 

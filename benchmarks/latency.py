@@ -57,7 +57,7 @@ def said_of(report: dict[str, Any], engine: dict[str, Any], part: str) -> str:
             faster = statistics.median(theirs / own for theirs, own in medians)
             said.append(f"{faster:.2f} × {base['name'].split(' ', 1)[1]}")
     if "of_limit" in figures:
-        said.append(f"{figures['of_limit']:.0%} of the limit")
+        said.append(f"{figures['of_limit']:.0%} of peak")
     return ", ".join(said)
 
 

@@ -122,9 +122,9 @@ def measured(args: argparse.Namespace) -> dict[str, Growth]:
 
 
 NAMES = {
-    "pictures": "{:,} pictures in one process",
+    "pictures": "{:,} images in one process",
     "switches": "{:,} switches of LoRA files",
-    "cycles": "{:,} times a pipeline loaded, used and closed",
+    "cycles": "{:,} pipelines loaded, used and closed",
 }
 
 

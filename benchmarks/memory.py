@@ -40,11 +40,11 @@ def held(each: Contestant, bundle: Bundle, run: Run, count: int) -> list[dict[st
 def said_of(found: list[dict[str, int]], base: dict[str, int] | None) -> str:
     one = {name: value / 1e9 for name, value in found[0].items()}
     text = (
-        f"{one['resident']:.1f} GB ({one['anonymous']:.1f} its own, {one['mapped']:.1f} mapped), "
-        f"peak {one['peak']:.1f} GB"
+        f"{one['resident']:.1f} GB ({one['anonymous']:.1f} private, "
+        f"{one['mapped']:.1f} file-backed), peak {one['peak']:.1f} GB"
     )
     if base is not None:
-        text += f", {found[0]['resident'] / base['resident']:.0%} of the reference's fp32"
+        text += f", {found[0]['resident'] / base['resident']:.0%} of diffusers fp32"
     if len(found) > 1:
         both = sum(each["shared_out"] for each in found) / 1e9
         text += f"; two processes {both:.1f} GB"

@@ -47,8 +47,8 @@ def main() -> None:
                 if turn:
                     found[each.name].append(times)
     claims = {
-        f"opening a full-size bundle, {name}": f"{median_of(turns, 'load'):.1f} s; "
-        f"{median_of(turns, 'picture'):.1f} s to a first picture, {args.size}, 1 step"
+        f"loading a full-size bundle, {name}": f"{median_of(turns, 'load'):.1f} s; "
+        f"{median_of(turns, 'picture'):.1f} s to a first image, {args.size}, 1 step"
         for name, turns in found.items()
     }
     print(json.dumps(claims, indent=2))

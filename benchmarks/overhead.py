@@ -155,17 +155,17 @@ def main() -> None:
     print(f"guidance on 40 % of the run: {part / whole:.2f} of the time of guidance throughout")
     writing = {name: table_milliseconds(name) for name in SAMPLERS}
     slowest = max(writing, key=lambda name: writing[name])
-    print(f"a table of {STEPS} steps: {writing[slowest]:.1f} ms at most ({slowest})")
+    print(f"sampler table of {STEPS} steps: {writing[slowest]:.1f} ms at most ({slowest})")
     figures |= {"loop": costs, "interval_share": round(part / whole, 3)}
     figures["table_ms"] = {name: round(value, 2) for name, value in writing.items()}
     spans = {key: span([cost[key] for cost in costs.values()]) for key in keys}
     if args.save:
         claims = {
-            "own cost of an evaluation, 4×64×64 latents, guided": f"{spans['own_us']} µs; the "
-            f"reference library {spans['reference_us']} µs",
-            "own cost of a picture besides, 512x512": f"{spans['own_picture_ms']} ms; the "
-            f"reference library {spans['reference_picture_ms']} ms",
-            f"a table of {STEPS} steps, slowest of {len(writing)} samplers": (
+            "runtime overhead per UNet evaluation, 4×64×64 latents, guided": f"{spans['own_us']} "
+            f"µs; diffusers {spans['reference_us']} µs",
+            "other overhead per image, 512x512": f"{spans['own_picture_ms']} ms; "
+            f"diffusers {spans['reference_picture_ms']} ms",
+            f"sampler table of {STEPS} steps, slowest of {len(writing)} samplers": (
                 f"{writing[slowest]:.1f} ms"
             ),
             "guidance on 40 % of the run, embedded model": f"{part / whole:.2f} × the time",

@@ -1,6 +1,6 @@
 """What 8 bits cost a UNet's pictures, and gain on this processor: is that a precision to offer?
 
-    python benchmarks/quantised.py [--form fp8] [--work FOLDER] [--pictures 8] [--save]
+    python benchmarks/quantised.py [--form fp8] [--work FOLDER] [--images 8] [--save]
 
 Static int8 or FP8 (E4M3) by Q/DQ, as ONNX Runtime, OpenVINO (int8) and TensorRT take it: inputs and
 weights of products (and of convolutions, as a second kind), weights by channel, inputs by the range
@@ -34,7 +34,7 @@ from sdrt.engine.parity import MIN_IMAGE_PSNR
 KINDS = {
     "products": (("MatMul", "Gemm"), 0),
     "products and convolutions": (("MatMul", "Gemm", "Conv"), 0),
-    "all but the outermost and the time's": (("MatMul", "Conv"), 9),
+    "all but the outermost and time layers": (("MatMul", "Conv"), 9),
 }
 Kind = tuple[tuple[str, ...], int]
 PROMPTS = "a red circle on a blue background", "an orange triangle above a black square on white"
@@ -270,20 +270,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--form", choices=ENGINES, default="int8")
     parser.add_argument("--work", type=Path, help="with a bundle of full size, to time it")
-    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="keep the figures for the README")
     args = parser.parse_args()
     if args.work and args.form != "int8":
         parser.error("--work times int8 only: no processor here multiplies in FP8")
     with TemporaryDirectory() as temporary:
-        near = quality(Path(temporary), args.pictures, args.form)
+        near = quality(Path(temporary), args.images, args.form)
         fast = speed(args.work, Path(temporary), args.rounds) if args.work else {}
     if args.save:
         claims = {
             f"{args.form} by Q/DQ, {name}: `shapes`, guidance 7.5, 20 steps": (
-                f"PSNR {values['least']:.1f} dB at least of {args.pictures} pictures; "
-                f"the floor is {MIN_IMAGE_PSNR:.0f}"
+                f"PSNR {values['least']:.1f} dB minimum of {args.images} images; "
+                f"required: {MIN_IMAGE_PSNR:.0f}"
             )
             for name, values in near.items()
         }

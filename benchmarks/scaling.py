@@ -64,17 +64,19 @@ def exponent(found: dict[float, float]) -> float:
 
 def narrow(pipe: Pipeline) -> dict[str, dict[float, Part]]:
     return {
-        "rows of an evaluation, 256x256": {2 * n: evaluation(pipe, 2 * n, 256) for n in BATCHES},
-        "pixels of an evaluation": {side**2: evaluation(pipe, 2, side) for side in SIDES},
+        "rows of a UNet evaluation, 256x256": {
+            2 * n: evaluation(pipe, 2 * n, 256) for n in BATCHES
+        },
+        "pixels of a UNet evaluation": {side**2: evaluation(pipe, 2, side) for side in SIDES},
         "pixels of a decode": {side**2: decode(pipe, side) for side in SIDES},
-        "steps of a picture, 256x256": {steps: picture(pipe, steps) for steps in STEPS},
+        "steps of an image, 256x256": {steps: picture(pipe, steps) for steps in STEPS},
     }
 
 
 def full(pipe: Pipeline) -> dict[str, dict[float, Part]]:
     return {
-        "rows of an evaluation, 256x256": {n: evaluation(pipe, n, 256) for n in (1, 2)},
-        "pixels of an evaluation": {side**2: evaluation(pipe, 2, side) for side in SIDES[:3]},
+        "rows of a UNet evaluation, 256x256": {n: evaluation(pipe, n, 256) for n in (1, 2)},
+        "pixels of a UNet evaluation": {side**2: evaluation(pipe, 2, side) for side in SIDES[:3]},
         "pixels of a decode": {side**2: decode(pipe, side) for side in SIDES[:3]},
     }
 
@@ -101,7 +103,7 @@ def main() -> None:
                     found, name = medians(parts, args.rounds), f"{sweep}, {model}"
                     figures[name] = {"exponent": exponent(found), "seconds": found}
                     ends = [f"{at:,.0f}: {found[at]:.3f} s" for at in (min(found), max(found))]
-                    claims[f"cost over {name}, {pipe.backend}"] = (
+                    claims[f"scaling with {name}, {pipe.backend}"] = (
                         f"exponent {exponent(found):.2f} ({' to '.join(ends)})"
                     )
                     print(name, json.dumps(figures[name]), flush=True)

@@ -105,7 +105,7 @@ def main() -> None:
     files = {kind: round(encoding_milliseconds(kind), 1) for kind in ("PNG", "JPEG", "WEBP")}
     print("a file of 512x512:", ", ".join(f"{kind} {value} ms" for kind, value in files.items()))
     if args.save:
-        claim = {"the server beside the engine, a request for a 64x64 PNG": f"{middle:.1f} ms"}
+        claim = {"server overhead per request for a 64x64 PNG": f"{middle:.1f} ms"}
         figures = {"own_quartiles_ms": [low, middle, high], "whole_ms": median}
         figures |= {"file_512_ms": files}
         save("serve_cost", claim, figures)

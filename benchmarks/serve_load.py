@@ -44,7 +44,7 @@ STEPS = (4, 8, 20, 30, 50)
 SAMPLERS = ("Euler", "DPM++ 2M Karras", "UniPC")
 SHORT = 8  # steps of what is called short
 WAIT = 0.05  # seconds that a batch waits to be filled
-WAYS = ("in flight", "by whole batches", "reference library, one by one")
+WAYS = ("in flight", "in static batches", "diffusers, one by one")
 
 
 @dataclass(slots=True, eq=False)
@@ -333,14 +333,14 @@ def claims_from(found: dict[str, Any]) -> dict[str, str]:
     simulated_row = found["60%"]["simulated"]
     return {
         "served at 60 % load, 95 % of requests of up to 8 steps": (
-            f"{ours['short_p95']:.2f} s in flight, {batches['short_p95']:.2f} s by whole batches, "
-            f"{reference['short_p95']:.2f} s the reference library one by one"
+            f"{ours['short_p95']:.2f} s in flight, {batches['short_p95']:.2f} s in static batches, "
+            f"{reference['short_p95']:.2f} s diffusers one by one"
         ),
-        "served when never idle, pictures a second": (
+        "served at saturation, images a second": (
             f"{found['capacity']:.2f} in flight, "
-            f"{found['capacity_by_batches']:.2f} by whole batches"
+            f"{found['capacity_by_batches']:.2f} in static batches"
         ),
-        "simulated against served, p50 and p95 at 60 % load": (
+        "simulation against measurement, p50 and p95 at 60 % load": (
             f"{simulated_row['p50'] / ours['p50']:.2f} and "
             f"{simulated_row['p95'] / ours['p95']:.2f} of it"
         ),

@@ -203,7 +203,7 @@ def main() -> None:
             )
         figures[gpu] = {"source": source, "pictures_per_second": most, "latency": rows}
         first, last = next(iter(rows)), list(rows)[-1]
-        claims[f"simulated fleet, {gpu}: {most:.2f} pictures/s a replica when never idle"] = (
+        claims[f"simulated fleet, {gpu}: {most:.2f} images/s per replica at saturation"] = (
             f"p95 {rows[first]['p95']:.2f} s with {first} of them, {rows[last]['p95']:.2f} s with "
             f"{last}, at {args.load:.0%} load"
         )

@@ -43,7 +43,7 @@ def main() -> None:
                 image_grid(out.images[:32], columns=8).save(args.sheet)
     if args.save:
         at = " %, ".join(f"{name} {100 * value:.1f}" for name, value in shares["7.5"].items())
-        claim = "`shapes` at guidance 7.5, 200 captions: what is right"
+        claim = "`shapes` at guidance 7.5, 200 captions: correct"
         save("shapes_quality", {claim: f"{at} %"}, {"shares": shares})
 
 

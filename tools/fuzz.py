@@ -127,7 +127,11 @@ def keep(results: list[Result]) -> None:
     failed = sum(len(r.found) or r.failed for r in every)
     claim = f"{total:,} executions of {len(every)} targets in {seconds / 60:.0f} minutes: "
     claim += f"{failed} crashes, hangs or memory beyond bounds"
-    save("fuzz", {"fuzzing what strangers send": claim}, {"targets": [asdict(r) for r in every]})
+    save(
+        "fuzz",
+        {"fuzzing the parsers of untrusted input": claim},
+        {"targets": [asdict(r) for r in every]},
+    )
 
 
 def main() -> None:

@@ -89,7 +89,7 @@ def test_stages_are_those_of_a_build(scripts):
         stage = build.beginning(line, stage)
         seen.append(stage)
     assert list(dict.fromkeys(seen)) == [
-        *("start", "text_encoder", "unet", "vae_encoder", "whole pictures", "end")
+        *("start", "text_encoder", "unet", "vae_encoder", "end-to-end check", "end")
     ]
 
 

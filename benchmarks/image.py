@@ -1,6 +1,6 @@
 """How long does a whole picture take: 20 steps of DPM++ 2M, guidance 7.5, at full size?
 
-    python benchmarks/picture.py [--size 256x256] [--rounds 2] [--steps 20] [--work FOLDER]
+    python benchmarks/image.py [--size 256x256] [--rounds 2] [--steps 20] [--work FOLDER]
         [--engines reference,openvino-bf16] [--save]
 
 Prompt to PNG, by the engine that `sdrt run` takes on a processor with bf16 and by the reference
@@ -31,14 +31,14 @@ def main() -> None:
         report = benched(bundle, *options, "--parts", "picture")
     part = f"picture, {args.steps} steps"
     claims = {
-        f"full-size picture, {args.size}, {args.steps} steps, {engine['name']}": "; ".join(
+        f"full-size image, {args.size}, {args.steps} steps, {engine['name']}": "; ".join(
             [said_of(report, engine, part), shares_of(engine["parts"][part]["parts"])]
         )
         for engine in report["engines"]
     }
     print(json.dumps(claims, indent=2, ensure_ascii=False))
     if args.save:
-        save(f"picture_{args.size}", claims, report)
+        save(f"image_{args.size}", claims, report)
 
 
 def shares_of(parts: dict[str, float]) -> str:
