@@ -81,7 +81,7 @@ def export(component: str, folder: Path) -> dict[str, Any]:
     import torch
 
     from sdrt.export.graph import export_graph
-    from sdrt.export.validation import RECIPES
+    from sdrt.export.recipes import RECIPES
 
     recipe = next(each for each in RECIPES if each.name == component)
     outputs = recipe.outputs

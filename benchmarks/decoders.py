@@ -38,8 +38,8 @@ def with_tiny(bundle: Bundle, folder: Path) -> Bundle:
 
     from sdrt.bundle.manifest import Component
     from sdrt.export.graph import export_graph
+    from sdrt.export.recipes import LATENT_AXES
     from sdrt.export.tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder
-    from sdrt.export.validation import LATENT_AXES
 
     torch.manual_seed(0)
     module = TinyVaeDecoder(AutoencoderTiny(TinyVaeConfig())).eval().requires_grad_(False)

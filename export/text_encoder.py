@@ -55,17 +55,23 @@ def text_config(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
     return {key: raw[key] for key in SHAPES if key in raw}
 
 
-def load_text_model(checkpoint: Checkpoint, part: str, kind: str) -> tuple[Any, dict[str, Tensor]]:
-    """transformers' text model, empty, and its weights under its own names.
+def load_text_model(
+    checkpoint: Checkpoint, part: str, config_values: Mapping[str, Any], class_name: str
+) -> tuple[Any, dict[str, Tensor]]:
+    """A text model of transformers without weights, and its weights under its own names.
 
-    kind: the name of transformers' class
+    Args:
+        checkpoint: where the weights are.
+        part: `text_encoder` or `text_encoder_2`.
+        config_values: as `text_config` returns them.
+        class_name: of transformers' class.
     """
     import transformers
 
-    config = transformers.CLIPTextConfig(**text_config(checkpoint, part))
+    config = transformers.CLIPTextConfig(**config_values)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model: Any = getattr(transformers, kind)(config)
+        model: Any = getattr(transformers, class_name)(config)
     # No weight, and not in any file.
     positions = torch.arange(config.max_position_embeddings)[None]
     getattr(model, "text_model", model).embeddings.position_ids = positions
@@ -84,15 +90,21 @@ def load_text_model(checkpoint: Checkpoint, part: str, kind: str) -> tuple[Any, 
     return model, weights
 
 
-def prompt_length(checkpoint: Checkpoint, tokenizers: Mapping[str, CheckpointTokenizer]) -> int:
-    """The number of ids of every prompt; 0 where there are none.
+def prompt_length(
+    configs: Mapping[str, Mapping[str, Any]], tokenizers: Mapping[str, CheckpointTokenizer]
+) -> int:
+    """The number of ids of every prompt; 0 where there are no text encoders.
 
-    tokenizers: of each text encoder
-    Raises CheckpointError for a tokenizer that does not fit its text encoder, or the other one.
+    Args:
+        configs: of each text encoder, as `text_config` returns them.
+        tokenizers: of each text encoder.
+
+    Raises:
+        CheckpointError: a tokenizer that does not fit its text encoder, or the other tokenizer.
     """
     lengths = {}
     for part, tokenizer in tokenizers.items():
-        config = text_config(checkpoint, part)
+        config = configs[part]
         _check_vocabulary(part, tokenizer.tokens, config.get("vocab_size", 49408))
         positions = config.get("max_position_embeddings", 77)
         if tokenizer.length is None:

@@ -38,6 +38,11 @@ class TinyVaeConfig:
         ignored = ("latent_magnitude", "latent_shift", "force_upcast", "block_out_channels")
         return read_config(cls, raw, fixed=fixed, ignored=ignored)
 
+    @property
+    def downscale(self) -> int:
+        """Pixels along one side of a latent."""
+        return int(2 ** (len(self.num_encoder_blocks) - 1))
+
 
 class TinyBlock(nn.Module):
     """Three convolutions with a shortcut."""

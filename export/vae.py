@@ -48,6 +48,11 @@ class VaeConfig:
         }
         return read_config(cls, raw, fixed=fixed, ignored=("force_upcast",))
 
+    @property
+    def downscale(self) -> int:
+        """Pixels along one side of a latent."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
 
 class Stage(nn.Module):
     """The residual blocks of one resolution, then a change of resolution unless it is the last."""

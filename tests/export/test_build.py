@@ -151,7 +151,7 @@ def test_what_overflows_in_half_is_kept_in_single(tiny, tmp_path, build_once):
 def test_a_component_below_the_floor_in_half_is_kept_in_single(tiny, tmp_path, monkeypatch):
     floor = parity.Floor(cosine=1.0, error=0.0, psnr=300.0)
     monkeypatch.setitem(parity.PARITY_THRESHOLDS, "float16", floor)
-    with pytest.raises(ParityError, match="whole pipeline"):
+    with pytest.raises(ParityError, match="full pipeline"):
         build_bundle(BuildPlan(str(tiny), tmp_path / "b", dtype="float16"))
     assert nothing_in(tmp_path)
 

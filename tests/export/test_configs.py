@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 
 from sdrt.errors import CheckpointError
 from sdrt.export.checkpoint import find_checkpoint
-from sdrt.export.modules import native_size
+from sdrt.export.model_spec import read_model_spec
 from sdrt.export.pixel_unet import PixelUnetConfig
 from sdrt.export.tiny_vae import TinyVaeConfig
 from sdrt.export.unet import Unet, UnetConfig
@@ -94,4 +94,4 @@ def test_sample_size_is_a_side_or_two_or_not_said(tiny, tmp_path, written, size)
     shutil.copytree(tiny, folder)
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": written}))
-    assert native_size(find_checkpoint(str(folder))) == size
+    assert read_model_spec(find_checkpoint(str(folder))).native_size == size

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from exports import load_component
 from safetensors.torch import load_file, save_file
 from single_files import original_text, original_vae_name, single_file, tiny_parts
 
 from sdrt.errors import CheckpointError
-from sdrt.export import modules
 from sdrt.export.checkpoint import find_checkpoint
+from sdrt.export.model_spec import read_model_spec
+from sdrt.export.vae import VaeConfig
 
 pytestmark = pytest.mark.integration
 
@@ -79,15 +81,15 @@ def test_a_part_as_a_file_is_that_of_the_model_in_every_layout(family, part, mod
     lacking = {k: t for k, t in tensors.items() if not k.startswith(PREFIXES[part])}
     shutil.copytree(model.folder / "tokenizer", tmp_path / "tokenizer")
     save_file(lacking, tmp_path / "lacking.safetensors")
-    wanted = getattr(modules, part)(model).state_dict()
+    wanted = load_component(part, model).state_dict()
     for name, stored in in_layouts(family, part, parts, tensors).items():
         file = tmp_path / f"{part} {name}.safetensors"
         save_file({key: tensor.contiguous() for key, tensor in stored.items()}, file)
         # A folder that has the part, and a file that lacks it.
         for base in (model.folder, tmp_path / "lacking.safetensors"):
             checkpoint = find_checkpoint(str(base), parts={part: str(file)})
-            modules.check_fit(checkpoint)
-            found = getattr(modules, part)(checkpoint).state_dict()
+            read_model_spec(checkpoint)
+            found = load_component(part, checkpoint).state_dict()
             assert found.keys() == wanted.keys(), name
             assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
             own = {k: v for k, v in checkpoint.config(part).items() if k != "_class_name"}
@@ -103,7 +105,7 @@ def test_a_part_may_be_a_folder_and_its_model_a_file_without_it(family, part, mo
     for where in (model.folder, model.folder / part):
         parts = {part: str(where)}
         checkpoint = find_checkpoint(str(tmp_path / "lacking.safetensors"), parts=parts)
-        modules.check_fit(checkpoint)
+        read_model_spec(checkpoint)
         assert set(checkpoint.parts) == set(model.parts)
         for each in model.parts:
             assert checkpoint.config(each) == model.config(each)
@@ -149,7 +151,7 @@ def test_a_tiny_autoencoder_may_be_a_file(models, tmp_path):
     for family in ("1.x", "XL"):
         checkpoint = find_checkpoint(str(models[family][2].folder), parts={"vae": str(file)})
         latents = torch.randn(1, 4, 8, 8)
-        found = modules.vae_decoder(checkpoint)(latents)
+        found = load_component("vae_decoder", checkpoint)(latents)
         with torch.no_grad():
             wanted = reference.decode(latents).sample
         assert torch.allclose(found, wanted, atol=1e-5)
@@ -166,7 +168,7 @@ def test_a_file_in_the_hubs_layout_has_its_configuration_beside_it(tiny, tmp_pat
     assert find_checkpoint(str(tiny), parts={"vae": str(file)}).part_folder("vae") == file.parent
     other = Path(shutil.copyfile(file, file.with_suffix(".fp16.safetensors")))
     checkpoint = find_checkpoint(str(tiny), parts={"vae": str(other)})
-    ours, theirs = (modules.VaeConfig.from_json(c.config("vae")) for c in (
+    ours, theirs = (VaeConfig.from_json(c.config("vae")) for c in (
         checkpoint, find_checkpoint(str(tiny))))  # fmt: skip
     assert ours == theirs
 
@@ -192,8 +194,8 @@ def test_a_part_of_another_family_is_refused(models, tmp_path):
     unet = tmp_path / "unet.safetensors"
     save_file({k: t for k, t in models["XL"][1].items() if "diffusion_model" in k}, unet)
     checkpoint = find_checkpoint(str(model.folder), parts={"unet": str(unet)})
-    with pytest.raises(CheckpointError, match="give --text-encoder-2, or the UNet is another"):
-        modules.check_fit(checkpoint)
+    with pytest.raises(CheckpointError, match="has no text_encoder_2\nhint: pass --text-encoder-2"):
+        read_model_spec(checkpoint)
     vae = tmp_path / "vae.safetensors"
     save_file(of_more_channels(tensors), vae)
     with pytest.raises(CheckpointError, match=r"have 16 channels, those of the model 4;.*--vae"):
@@ -203,9 +205,10 @@ def test_a_part_of_another_family_is_refused(models, tmp_path):
     save_file(wide, text)
     checkpoint = find_checkpoint(str(model.folder), parts={"text_encoder": str(text)})
     with pytest.raises(
-        CheckpointError, match=r"context is 64 wide, the other parts' 128;.*--text-"
+        CheckpointError,
+        match=r"context of 64 channels, the other .* 128(.|\n)*--text-",
     ):
-        modules.check_fit(checkpoint)
+        read_model_spec(checkpoint)
 
 
 def test_an_autoencoder_from_a_model_of_another_family_is_refused(models, tmp_path):
@@ -254,7 +257,7 @@ def test_2x_may_be_in_the_layout_of_xl(models, tmp_path):
     found = find_checkpoint(str(tmp_path / "whole.safetensors"))
     assert found.parts == model.parts
     assert found.prediction.kind == found.scheduler_config()["prediction_type"] == "epsilon"
-    assert modules.native_size(found) == (512, 512)
+    assert read_model_spec(found).native_size == (512, 512)
     for part in model.parts:
         assert {**found.config(part), "sample_size": 0} == {**model.config(part), "sample_size": 0}
         wanted = model.weights(part)
@@ -312,7 +315,7 @@ def test_the_reference_reads_the_same_from_a_file(family, models, tmp_path):
         reference = getattr(diffusers, kind).from_single_file(
             str(file), config=str(tmp_path), subfolder=part, local_files_only=True
         )
-        found, wanted = getattr(modules, part)(model).state_dict(), reference.state_dict()
+        found, wanted = load_component(part, model).state_dict(), reference.state_dict()
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 

@@ -17,7 +17,7 @@ from sdrt.errors import CheckpointError, UsageError
 from sdrt.export import prediction
 from sdrt.export.build import BuildPlan, _announce
 from sdrt.export.checkpoint import find_checkpoint
-from sdrt.export.modules import native_size
+from sdrt.export.model_spec import read_model_spec
 from sdrt.runtime.samplers.registry import SAMPLERS
 from sdrt.runtime.samplers.table import sampler_table
 
@@ -73,7 +73,7 @@ def test_a_file_says_what_it_predicts(family, keys, metadata, kind, zero, side, 
     assert (found.kind, found.zero_snr) == (kind, zero)
     assert scheduler["prediction_type"] == kind
     assert scheduler.get("rescale_betas_zero_snr", False) is zero
-    assert native_size(checkpoint) == (side, side)
+    assert read_model_spec(checkpoint).native_size == (side, side)
     for mark in (*(k for k in keys if k == "v_pred"), *(k for k in metadata if "arch" not in k)):
         if mark != "ss_zero_terminal_snr":
             assert mark in found.reason
@@ -97,7 +97,7 @@ def test_a_file_without_a_mark_says_how_to_choose(tensors, written):
     checkpoint = find_checkpoint(str(written(tensors["2.x"])))
     assert "--prediction-type epsilon" in str(checkpoint.prediction)
     chosen = checkpoint.with_prediction("epsilon", False)
-    assert native_size(chosen) == (512, 512)
+    assert read_model_spec(chosen).native_size == (512, 512)
     assert chosen.scheduler_config()["prediction_type"] == "epsilon"
 
 
@@ -197,7 +197,7 @@ def test_with_zero_snr_the_reference_starts_from_pure_noise(name):
 def test_choice_and_reason_are_printed_stored_and_shown(tiny, tiny_bundle, tmp_path, caplog):
     caplog.set_level("INFO", "sdrt.build")
     checkpoint = find_checkpoint(str(tiny))
-    _announce(checkpoint, BuildPlan(str(tiny)), tmp_path / "bundle")
+    _announce(checkpoint, read_model_spec(checkpoint), BuildPlan(str(tiny)), tmp_path / "bundle")
     said = f"predicts epsilon ({checkpoint.prediction.reason})"
     assert any(record.getMessage().startswith(said) for record in caplog.records)
     bundle = open_bundle(tiny_bundle)

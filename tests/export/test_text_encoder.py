@@ -7,12 +7,12 @@ import shutil
 import pytest
 import torch
 import transformers
+from exports import load_component
 from safetensors.torch import load_file, save_file
 
 from sdrt.errors import CheckpointError
-from sdrt.export import modules
 from sdrt.export.checkpoint import find_checkpoint
-from sdrt.export.text_encoder import prompt_length
+from sdrt.export.model_spec import read_model_spec
 
 FILE = "model.safetensors"
 IDS = torch.tensor([[606, 5, 9, 3, 607, 607], [606, 607, 607, 607, 607, 607]], dtype=torch.int32)
@@ -129,10 +129,10 @@ def test_every_layout_is_read(checkpoint, make, change):
     model = make().eval()
     inner = getattr(model, "text_model", model)
     found = checkpoint(model, change)
-    modules.check_fit(found)
+    read_model_spec(found)
     with torch.no_grad():
         wanted = inner(input_ids=IDS).last_hidden_state
-        contexts = modules.text_encoder(found)(IDS)
+        contexts = load_component("text_encoder", found)(IDS)
     tolerance = 5e-3 if change is as_variant else 1e-6
     torch.testing.assert_close(contexts[:, -1], wanted, atol=tolerance, rtol=0)
 
@@ -149,7 +149,7 @@ def test_every_layout_of_the_second_encoder_is_read(checkpoint, eos, change):
     shutil.copytree(found.folder / "tokenizer", found.folder / "tokenizer_2")
     with torch.no_grad():
         wanted = model(input_ids=IDS).text_embeds
-        _, pooled = modules.text_encoder_2(find_checkpoint(str(found.folder)))(IDS)
+        _, pooled = load_component("text_encoder_2", find_checkpoint(str(found.folder)))(IDS)
     tolerance = 5e-3 if change is as_variant else 1e-6
     torch.testing.assert_close(pooled, wanted, atol=tolerance, rtol=0)
 
@@ -166,7 +166,7 @@ REFUSED = {
 def test_what_changes_the_result_is_refused_by_name(checkpoint, key):
     found = checkpoint(of("CLIPTextModel"), lambda folder: settings(folder, **{key: REFUSED[key]}))
     with pytest.raises(CheckpointError, match=f"text_encoder: {key}="):
-        modules.check_fit(found)
+        read_model_spec(found)
 
 
 def test_unknown_weights_are_refused(checkpoint):
@@ -174,12 +174,12 @@ def test_unknown_weights_are_refused(checkpoint):
         save_file({**load_file(folder / FILE), "adapter.weight": torch.zeros(2)}, folder / FILE)
 
     with pytest.raises(CheckpointError, match=r"adapter\.weight"):
-        modules.text_encoder(checkpoint(of("CLIPTextModel"), add))
+        load_component("text_encoder", checkpoint(of("CLIPTextModel"), add))
 
 
 def test_what_is_not_used_is_said(checkpoint, caplog):
     caplog.set_level(logging.DEBUG, "sdrt.build")
-    modules.text_encoder(checkpoint(whole(), old_settings))
+    load_component("text_encoder", checkpoint(whole(), old_settings))
     assert "weights are not used" in caplog.text
     assert "temperature" in caplog.text
 
@@ -189,10 +189,10 @@ def test_a_vocabulary_fits_its_text_encoder(checkpoint, rows, fits):
     """Rows that fill the table up to a multiple of 64 are nobody's words."""
     found = checkpoint(of("CLIPTextModel", vocab_size=rows))
     if fits:
-        assert prompt_length(found, found.tokenizers()) == 32
+        assert read_model_spec(found).max_tokens == 32
         return
     with pytest.raises(CheckpointError, match=f"rows for {rows} tokens, its tokenizer has 608"):
-        modules.check_fit(found)
+        read_model_spec(found)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_model_max_length_is_the_length_of_prompts(checkpoint, length, found):
     settings_of = made.folder / "tokenizer" / "tokenizer_config.json"
     settings_of.write_text(json.dumps({} if length is None else {"model_max_length": length}))
     if found:
-        assert prompt_length(made, made.tokenizers()) == found
+        assert read_model_spec(made).max_tokens == found
         return
     with pytest.raises(CheckpointError, match=f"model_max_length {length}, .* 32 positions"):
-        modules.check_fit(made)
+        read_model_spec(made)

@@ -28,7 +28,7 @@ def change_config(folder, **options):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: shutil.rmtree(f / "text_encoder_2"), "no text_encoder_2 to do so"),
+        (lambda f: shutil.rmtree(f / "text_encoder_2"), "has no text_encoder_2"),
         (
             lambda f: (f / "text_encoder_2" / "config.json").unlink(),
             "text_encoder_2/config.json is",
@@ -40,13 +40,13 @@ def change_config(folder, **options):
         (lambda f: (f / "text_encoder_2" / "model.safetensors").unlink(), "has no weights"),
         (
             lambda f: change_config(f / "text_encoder_2", hidden_size=32),
-            "context is 40 wide, .* 48",
+            "context of 40 channels, .* 48",
         ),
         (
             lambda f: change_config(f / "text_encoder_2", projection_dim=8),
-            "prompt is 20 wide, .* 8",
+            "prompt of 20 channels, .* 8",
         ),
-        (lambda f: change_config(f / "vae", latent_channels=16), "latent is 4 wide, .* 16"),
+        (lambda f: change_config(f / "vae", latent_channels=16), "latent of 4 channels, .* 16"),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_refused(copy, tmp_path, damage, message):
@@ -58,8 +58,8 @@ def test_a_checkpoint_that_is_not_whole_is_refused(copy, tmp_path, damage, messa
 
 def test_a_unet_of_another_family_is_refused(tiny, tiny_xl, tmp_path):
     for model, other, message in (
-        (tiny, tiny_xl, "no text_encoder_2 to do so"),
-        (tiny_xl, tiny, "the UNet is another model's"),
+        (tiny, tiny_xl, "has no text_encoder_2"),
+        (tiny_xl, tiny, "the UNet is of another model family"),
     ):
         with pytest.raises(CheckpointError, match=message):
             build_bundle(BuildPlan(str(model), tmp_path / "b", unet=str(other)))

@@ -30,6 +30,14 @@ def built(*arguments, **options) -> Path:
         return build_bundle(BuildPlan(*arguments, **options))
 
 
+def load_component(name: str, checkpoint):
+    """One of a checkpoint's components as a torch module; name: such as `vae_decoder`."""
+    from sdrt.export import modules
+    from sdrt.export.model_spec import parse_model_spec
+
+    return getattr(modules, f"load_{name}")(checkpoint, parse_model_spec(checkpoint))
+
+
 def exported_once(module, inputs, outputs, axes, folder):
     """What `export_graph` does, once for everything that its result depends on."""
     from sdrt.bundle.manifest import TensorSpec

@@ -8,15 +8,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from exports import load_component
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import sdrt
 from sdrt.bundle.manifest import FLOAT32_GRAPH
 from sdrt.errors import SdrtError
-from sdrt.export import modules
 from sdrt.export.checkpoint import find_checkpoint
-from sdrt.export.validation import largest_activation
+from sdrt.export.validation import track_largest_activation
 from sdrt.runtime import randn
 from sdrt.runtime.vae import Tiling, decode_latents, encode_pixels, tile_spans, tile_weights
 
@@ -32,8 +32,8 @@ def brittle(tiny, tmp_path_factory):
     model = shutil.copytree(tiny, tmp_path_factory.mktemp("brittle") / "model")
     path = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
-    decoder = modules.vae_decoder(find_checkpoint(str(model)))
-    with torch.no_grad(), largest_activation(decoder.decoder.conv_in) as peak:
+    decoder = load_component("vae_decoder", find_checkpoint(str(model)))
+    with torch.no_grad(), track_largest_activation(decoder.decoder.conv_in) as peak:
         decoder(torch.from_numpy(randn(0, SHAPE)))
     for name in ("weight", "bias"):
         stored = weights[f"decoder.conv_in.{name}"]
@@ -55,7 +55,7 @@ def psnr(a, b):
 
 def test_the_picture_that_overflows_is_decoded_again_alone(brittle, half, caplog):
     latents = np.concatenate([randn(0, SHAPE), LARGE * randn(0, SHAPE), randn(1, SHAPE)])
-    reference = modules.vae_decoder(find_checkpoint(str(brittle)))
+    reference = load_component("vae_decoder", find_checkpoint(str(brittle)))
     with torch.no_grad():
         wanted = reference(torch.from_numpy(latents)).numpy()
     with sdrt.load(half, backend="torch") as pipe, caplog.at_level(logging.WARNING):
@@ -77,7 +77,9 @@ def test_the_picture_that_overflows_is_decoded_again_alone(brittle, half, caplog
 def test_every_backend_reads_the_float32_graph(brittle, half, backend):
     latents = LARGE * randn(0, SHAPE)
     with torch.no_grad():
-        wanted = modules.vae_decoder(find_checkpoint(str(brittle)))(torch.from_numpy(latents))
+        wanted = load_component("vae_decoder", find_checkpoint(str(brittle)))(
+            torch.from_numpy(latents)
+        )
     with sdrt.load(half, backend=backend) as pipe:
         found = pipe.engines["vae_decoder_float32"]({"latents": latents})["image"]
         assert psnr(found, wanted.numpy()) >= 40

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from exports import load_component
 from pixel_configs import SMALL as PIXELS
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection
 from unet_configs import FAMILIES, THREE, XL
@@ -27,11 +28,11 @@ from sdrt.export import modules
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.graph import export_graph
 from sdrt.export.pixel_unet import PixelUnet, PixelUnetConfig
+from sdrt.export.recipes import RECIPES
 from sdrt.export.safety_checker import SafetyChecker
 from sdrt.export.tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
-from sdrt.export.validation import RECIPES
 
 pytestmark = pytest.mark.integration
 
@@ -314,7 +315,7 @@ def test_progress_counts_every_step_once():
 
 def test_the_text_encoder_of_a_checkpoint_is_a_tensorrt_graph(tiny, tmp_path):
     logging.getLogger("sdrt").setLevel(logging.WARNING)
-    module = modules.text_encoder(find_checkpoint(str(tiny)))
+    module = load_component("text_encoder", find_checkpoint(str(tiny)))
     ids = {"input_ids": torch.zeros((2, 32), dtype=torch.int32)}
     parsed(exported(tmp_path, "text_encoder", module, ids))
 
