@@ -50,9 +50,10 @@ def latency(result: Result) -> str | None:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.0), sharey=True, layout="constrained")
     colours = {dtype: f"C{i}" for i, dtype in enumerate(report["limits"])}
-    # Of some only whole pictures can be timed.
+    # Of some only complete images can be timed.
     engines = [engine for engine in report["engines"] if "unet" in engine["parts"]]
-    names = [engine["name"] for engine in engines]
+    # sdrt bench calls diffusers the reference.
+    names = [engine["name"].replace("reference", "diffusers") for engine in engines]
     for axis, part in zip(axes, ("unet", "decode"), strict=True):
         rates = [e["parts"][part]["flops_per_second"] / 1e9 for e in engines]
         bars = axis.barh(names, rates, color=[colours[e["dtype"]] for e in engines])
@@ -61,7 +62,7 @@ def latency(result: Result) -> str | None:
             axis.axvline(
                 limit["flops_per_second"] / 1e9, color=colours[dtype], ls="--", label=dtype
             )
-        axis.set(title=part, xlabel="GFLOP/s; dashed: a product of matrices")
+        axis.set(title=part, xlabel="GFLOP/s; dashed: a large matrix product")
     axes[0].invert_yaxis()
     axes[0].legend(loc="lower right")
     return svg_of(figure)

@@ -107,7 +107,7 @@ def layout_table() -> str:
 
 def command_line_page() -> str:
     """The help of every command, as `sdrt COMMAND --help` prints it."""
-    os.environ["COLUMNS"] = "90"
+    os.environ["COLUMNS"] = "80"
     from sdrt.cli.main import parser
 
     lines = ["# Command line", "", "What `sdrt COMMAND --help` prints, for every command.", ""]
