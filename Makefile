@@ -1,4 +1,4 @@
-# make demo: a picture from a prompt. make test: the tests. make check: all that must pass.
+# make demo: an image from a prompt. make test: the tests. make check: all that must pass.
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
@@ -32,7 +32,7 @@ test-rest: $(READY)
 
 test-full: test test-rest
 
-# On a machine with a GPU: all that needs one; the results go to benchmarks/results.
+# On a machine with a GPU: everything that needs one; results go to benchmarks/results.
 gpu-check: $(READY)
 	$(BIN)/python tools/gpu_check.py
 
@@ -43,7 +43,7 @@ test-fleet: $(READY)
 
 check: lint types test
 
-# Some two hundred builds that are killed, each begun again.
+# Some two hundred builds that are killed and restarted.
 kill-points: $(READY)
 	$(BIN)/python benchmarks/kill_points.py --save
 	$(BIN)/python benchmarks/results.py
@@ -57,7 +57,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# What ships is checked as it ships: from the installed wheel, seen from another folder; for Linux,
+# The package is checked as it is installed, from another folder; for Linux,
 # macOS and Windows.
 types: $(READY)
 	rm -rf build/types && mkdir -p build/types
@@ -66,14 +66,14 @@ types: $(READY)
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --platform darwin -p sdrt
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --platform win32 -p sdrt
 
-# Takes each check of SECURITY.md out in turn: its test must fail.
+# Removes each check of SECURITY.md in turn: its test must fail.
 mutations: $(READY)
 	$(BIN)/python tools/mutations.py --save
 
 bundle: $(READY)
 	$(BIN)/sdrt build --model shapes --feature-reuse --force --quiet --output sdrt/models/shapes.bundle
 
-# The same commit gives the same bytes; beside the wheel lies what it stands on, as CycloneDX has it.
+# The same commit gives the same bytes. A CycloneDX bill of materials is written next to the wheel.
 wheel: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
 wheel: bundle
 	$(BIN)/pytest -m release tests/test_shipped_bundle.py
@@ -82,23 +82,23 @@ wheel: bundle
 	$(BIN)/python tools/third_party.py --wheel dist/*.whl
 	$(BIN)/pytest -m release tests/test_supply.py
 
-# Ten million executions of whatever reads what strangers send; what fails is kept in tests/corpus.
+# Ten million executions of the parsers of untrusted input; failures are stored in tests/corpus.
 fuzz: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[fuzz]" -c constraints.txt
 	$(BIN)/python tools/fuzz.py
 
-# The newest versions of all that development needs, into constraints.txt.
+# Writes the newest versions of everything that development needs into constraints.txt.
 lock: $(READY)
 	$(BIN)/python tools/lock.py
 	$(MAKE) $(READY)
 	$(BIN)/python tools/third_party.py
 
-# Known holes in the versions of constraints.txt; needs the Python registry's JSON.
+# Known vulnerabilities of the versions in constraints.txt; asks the Python package index.
 audit: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[audit]" -c constraints.txt
 	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
-# Measures what a machine of any size can in half an hour, keeps the figures in benchmarks/results and
+# Measures for half an hour on a machine of any size, stores the figures in benchmarks/results and
 # writes them into the README and docs/benchmarks.
 bench: $(READY)
 	$(BIN)/sdrt build --model shapes --feature-reuse --force --quiet
@@ -113,7 +113,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/fewer.py --save
 	$(MAKE) report
 
-# At full size: 15 GB of disk, 16 GB of memory, an hour. The bundle is made once, in build/full.
+# At full size: 15 GB of disk, 16 GB of memory, an hour. The bundle is built once, in build/full.
 bench-full: $(READY)
 	$(BIN)/python benchmarks/build.py --save
 	$(BIN)/python benchmarks/latency.py --work build/full --rounds 7 --save

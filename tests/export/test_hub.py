@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hub_server import Hub, Repository, serving
 from safetensors.numpy import load_file, save_file
-from strangers import safetensors_bytes
+from untrusted_input import safetensors_bytes
 
 from sdrt.errors import CheckpointError
 from sdrt.export.checkpoint import find_checkpoint

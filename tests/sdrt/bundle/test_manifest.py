@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from strangers import MANIFEST, SPEC, list_files, state_of, write_bundle
+from untrusted_input import MANIFEST, SPEC, list_files, state_of, write_bundle
 
 from sdrt.bundle import open_bundle
 from sdrt.errors import BundleError

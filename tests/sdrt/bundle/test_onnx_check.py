@@ -6,7 +6,7 @@ from dataclasses import replace
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from strangers import graph, list_files, loaded, state_of, write_bundle
+from untrusted_input import graph, list_files, loaded, state_of, write_bundle
 
 import sdrt.bundle.integrity
 from sdrt.bundle import onnx_check, open_bundle

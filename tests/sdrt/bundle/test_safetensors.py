@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from safetensors.torch import save_file as save_torch
-from strangers import safetensors_bytes
+from untrusted_input import safetensors_bytes
 
 from sdrt.bundle.safetensors import MAX_HEADER, WIDTHS, Tensors, read_header
 from sdrt.errors import CheckpointError, SdrtError

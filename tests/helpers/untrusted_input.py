@@ -1,4 +1,4 @@
-"""Files as a stranger may make them: a small bundle written by hand, and what is hidden in it."""
+"""Untrusted files for tests: a small bundle written by hand, and what may be hidden in it."""
 
 import hashlib
 import json

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
-from strangers import list_files, state_of, write_bundle
+from untrusted_input import list_files, state_of, write_bundle
 
 from sdrt.bundle import open_bundle
 from sdrt.engine import Candidate
