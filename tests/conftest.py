@@ -169,9 +169,9 @@ def written(tiny, tmp_path):
 @pytest.fixture(scope="module")
 def server(shapes):
     """A server of the embedded model, with the settings that it has by default."""
-    from serving import served
+    from serving import run_server
 
-    with served(shapes) as running:
+    with run_server(shapes) as running:
         yield running
 
 
@@ -186,7 +186,7 @@ def browser():
 @pytest.fixture
 def page(browser, server):
     """The server's page, loaded."""
-    from browsing import loaded, opened
+    from browsing import open_page, wait_until_loaded
 
-    with opened(browser, server) as page:
-        yield loaded(page)
+    with open_page(browser, server) as page:
+        yield wait_until_loaded(page)

@@ -1,6 +1,6 @@
-"""The page in a real Chromium, held to this: no errors of its own, no requests to other hosts.
+"""Opens the page in a real Chromium; fails on script errors and on requests to other hosts.
 
-Wants playwright and a Chromium: `apt install chromium`, or `playwright install chromium`.
+Needs playwright and a Chromium: `apt install chromium`, or `playwright install chromium`.
 """
 
 import io
@@ -23,7 +23,7 @@ DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 
 @contextmanager
 def chromium():
-    """A browser; skips the test where there is none."""
+    """A browser; skips the test if there is none."""
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next(filter(None, map(shutil.which, names)), None)
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
@@ -36,29 +36,29 @@ def chromium():
 
 
 @contextmanager
-def opened(browser, server, *, refusals=False, **options):
-    """The page of a server. refusals: whether requests of this test are refused on purpose."""
-    own, wrong = f"http://127.0.0.1:{server.port}/", []
+def open_page(browser, server, *, rejections=False, **options):
+    """The page of a server; `rejections`: the test expects rejected requests."""
+    own, errors = f"http://127.0.0.1:{server.port}/", []
     context = browser.new_context(**(DESKTOP | options))
     page = context.new_page()
     page.set_default_timeout(20_000)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda line: wrong.append(line.text) if line.type == "error" else None)
-    page.on("request", lambda sent: foreign(sent.url, own) and wrong.append(sent.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+    page.on("request", lambda sent: is_foreign(sent.url, own) and errors.append(sent.url))
     page.goto(own)
     yield page
     context.close()
-    told = "Failed to load resource"  # the browser's own line for a refusal
-    assert [line for line in wrong if not (refusals and line.startswith(told))] == []
+    prefix = "Failed to load resource"  # the browser's own message for an error status
+    assert [line for line in errors if not (rejections and line.startswith(prefix))] == []
 
 
-def loaded(page):
-    """Once the page knows what the server has."""
+def wait_until_loaded(page):
+    """Wait until the page knows the server's sizes."""
     expect(page.locator("#size option")).not_to_have_count(0)
     return page
 
 
-def foreign(address, own):
+def is_foreign(address, own):
     return not address.startswith((own, "blob:" + own, "data:"))
 
 
@@ -69,18 +69,18 @@ def generate(page, prompt=PROMPT, **fields):
     page.click("#generate")
 
 
-def finished(page, count=1):
+def wait_until_finished(page, count=1):
     expect(page.locator("#tiles li[data-state=done]")).to_have_count(count, timeout=60_000)
     expect(page.locator("#tiles li")).to_have_count(count)
 
 
-def downloaded(page):
+def download_image(page):
     with page.expect_download() as download:
         page.click("#download")
     return Image.open(io.BytesIO(Path(download.value.path()).read_bytes()))
 
 
-def png(add):
+def png_file(add):
     info, file = PngInfo(), io.BytesIO()
     add(info)
     Image.new("RGB", (8, 8)).save(file, "PNG", pnginfo=info)

@@ -1,4 +1,4 @@
-"""A real server on a free port for tests, and what it is asked with."""
+"""A real server on a free port, and clients for it."""
 
 import threading
 import time
@@ -16,8 +16,8 @@ PROMPT = "a red circle on a blue background"
 
 
 @contextmanager
-def served(bundle, names=("shapes",), **settings):
-    """The server, ready, in a thread; ended and joined afterwards."""
+def run_server(bundle, names=("shapes",), **settings):
+    """A ready server in a thread; stopped and joined afterwards."""
     load = partial(sdrt.load, bundle, backend="onnxruntime")
     server = Server(dict.fromkeys(names, ModelSource(load)), Settings(port=0, **settings))
     thread = threading.Thread(target=server.run)
@@ -31,15 +31,15 @@ def served(bundle, names=("shapes",), **settings):
         server.models.close()
 
 
-def wait_for(holds, seconds=30.0):
-    """Until something holds; fails the test if it never does."""
+def wait_for(condition, seconds=30.0):
+    """Poll until a condition holds; fails the test on a timeout."""
     end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "waited in vain"
+    while not condition():
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
-def engine_of(server):
+def get_engine(server):
     return server.models.get(None).engine
 
 

@@ -1,4 +1,4 @@
-"""What strangers send, and what happens when they leave: over plain sockets to a real server."""
+"""Malicious requests and disconnects, over plain sockets to a real server."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from serving import PROMPT, client, engine_of, served, wait_for
+from serving import PROMPT, client, get_engine, run_server, wait_for
 
 from sdrt.errors import BackendError
 from sdrt.serve.server import raise_open_file_limit
@@ -28,13 +28,13 @@ PATH = "/v1/images/generations"
 
 @pytest.fixture(scope="module")
 def server(shapes):
-    with served(
+    with run_server(
         shapes, max_body_bytes=2**20, body_seconds=1.0, header_seconds=0.5, stall_seconds=1.0
     ) as running:
         yield running
 
 
-def dialled(server):
+def open_socket(server):
     return closing(socket.create_connection(("127.0.0.1", server.port), timeout=20))
 
 
@@ -46,15 +46,15 @@ def head(length=None, **more):
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
-def answer_of(sock):
-    """Everything until the server closes."""
+def read_response(sock):
+    """Read until the server closes the connection."""
     parts = []
     while part := sock.recv(65536):
         parts.append(part)
     return b"".join(parts)
 
 
-def asked(server, body):
+def post(server, body):
     with client(server) as http:
         return http.post(PATH, content=body, headers={"content-type": "application/json"})
 
@@ -77,80 +77,80 @@ def asked(server, body):
         b'{"prompt": "' + b"x" * 32_001 + b'"}',
     ],
 )
-def test_bodies_that_are_no_request(server, body):
-    answer = asked(server, body)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["message"]
-    assert asked(server, b'{"prompt": "x", "num_inference_steps": 1}').status_code == 200
+def test_invalid_bodies(server, body):
+    response = post(server, body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+    assert post(server, b'{"prompt": "x", "num_inference_steps": 1}').status_code == 200
 
 
-def test_json_without_end_is_said(server):
+def test_deeply_nested_json_is_rejected(server):
     for body in (b"[" * 100_000, b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"):
-        error = asked(server, body).json()["error"]
+        error = post(server, body).json()["error"]
         assert error["message"] == "the JSON body is nested too deeply"
 
 
-def test_a_large_body_is_refused_before_it_is_read(server):
-    with dialled(server) as sock:
+def test_large_body_is_rejected_before_it_is_read(server):
+    with open_socket(server) as sock:
         sock.sendall(head(100_000_000))  # and none of it
         assert sock.recv(20).startswith(b"HTTP/1.1 413")
 
 
-def test_a_large_body_that_does_not_say_so_is_refused(server):
-    with dialled(server) as sock:
+def test_large_chunked_body_is_rejected(server):
+    with open_socket(server) as sock:
         sock.sendall(head(Transfer_Encoding="chunked"))
         piece = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
         for _ in range(40):
             sock.sendall(piece)
         sock.sendall(b"0\r\n\r\n")
-        assert answer_of(sock).startswith(b"HTTP/1.1 413")
+        assert read_response(sock).startswith(b"HTTP/1.1 413")
 
 
-def test_a_client_that_sends_all_of_a_large_body_still_reads_the_answer(server):
-    assert asked(server, b"x" * 8_000_000).status_code == 413
+def test_response_to_a_large_body_is_readable(server):
+    assert post(server, b"x" * 8_000_000).status_code == 413
 
 
-def test_tiny_chunks_make_a_body(server):
+def test_body_in_tiny_chunks(server):
     body = json.dumps({"prompt": PROMPT, "num_inference_steps": 1}).encode()
-    with dialled(server) as sock:
+    with open_socket(server) as sock:
         sock.sendall(head(Transfer_Encoding="chunked", Connection="close"))
         for byte in body:
             sock.sendall(b"1\r\n" + bytes([byte]) + b"\r\n")
         sock.sendall(b"0\r\n\r\n")
-        assert answer_of(sock).startswith(b"HTTP/1.1 200")
+        assert read_response(sock).startswith(b"HTTP/1.1 200")
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(server):
-    with dialled(server) as sock:
+def test_slow_body_times_out(server):
+    with open_socket(server) as sock:
         sock.sendall(head(1000) + b"{")
         assert sock.recv(20).startswith(b"HTTP/1.1 408")
 
 
-def test_a_head_that_does_not_come_is_not_waited_for(server):
-    with dialled(server) as sock:
+def test_slow_headers_time_out(server):
+    with open_socket(server) as sock:
         sock.sendall(b"POST / HTTP/1.1\r\n")
-        assert answer_of(sock) == b""
-    with dialled(server) as sock:  # one that says nothing is left alone
+        assert read_response(sock) == b""
+    with open_socket(server) as sock:  # one that says nothing is left alone
         time.sleep(0.8)
         sock.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        assert b"200 OK" in answer_of(sock)
+        assert b"200 OK" in read_response(sock)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slots(server, stream):
-    engine = engine_of(server)
+def test_disconnect_frees_slots(server, stream):
+    engine = get_engine(server)
     body = json.dumps({**LONG, "n": 3, "stream": stream}).encode()
-    with dialled(server) as sock:
+    with open_socket(server) as sock:
         sock.sendall(head(len(body)) + body)
         wait_for(lambda: any(ticket.done_evaluations > 1 for ticket in engine.tickets()))
         assert len(engine.tickets()) == 3
     wait_for(lambda: not engine.tickets(), 2.0)
 
 
-def test_a_client_that_does_not_read_frees_its_slots(server):
-    engine = engine_of(server)
-    asked = {"n": 10, "stream": True, "progress": True, "partial_images": 100}
-    body = json.dumps({**LONG, **asked}).encode()
+def test_unread_response_frees_slots(server):
+    engine = get_engine(server)
+    post = {"n": 10, "stream": True, "progress": True, "partial_images": 100}
+    body = json.dumps({**LONG, **post}).encode()
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     sock.connect(("127.0.0.1", server.port))
@@ -158,7 +158,7 @@ def test_a_client_that_does_not_read_frees_its_slots(server):
         sock.sendall(head(len(body)) + body)
         wait_for(lambda: engine.tickets())
         wait_for(lambda: not engine.tickets(), 60.0)
-        states = figures(server)["sdrt_pictures_total"]
+        states = scrape(server)["sdrt_pictures_total"]
         assert states[("shapes", "cancelled")] >= 1
 
 
@@ -175,14 +175,14 @@ def test_two_thousand_idle_connections(server):
         for sock in socks[::100]:
             sock.sendall(ask)
             assert b"200 OK" in sock.recv(4096)
-        assert asked(server, b'{"prompt": "x", "num_inference_steps": 1}').status_code == 200
+        assert post(server, b'{"prompt": "x", "num_inference_steps": 1}').status_code == 200
     finally:
         for sock in socks:
             sock.close()
 
 
 def png(width, height, data=b"", text=b""):
-    """A PNG whose head says what it likes."""
+    """A PNG with an arbitrary header."""
 
     def chunk(kind, body):
         return (
@@ -217,18 +217,18 @@ def bomb():
         png(64, 64, zlib.compress(b"\0" * 64 * 193), bomb()),
     ],
 )
-def test_pictures_that_lie(server, image):
+def test_malicious_images(server, image):
     before = _resident(server)
     with client(server) as http:
-        answer = http.post(
+        response = http.post(
             "/v1/images/edits", data={"prompt": "x"}, files={"image": ("a.png", image)}
         )
-    assert answer.status_code == 400, answer.text
+    assert response.status_code == 400, response.text
     assert _resident(server) - before < 100e6
 
 
 def _resident(server):
-    return figures(server)["process_resident_memory_bytes"][()]
+    return scrape(server)["process_resident_memory_bytes"][()]
 
 
 @pytest.mark.parametrize(
@@ -246,27 +246,27 @@ def _resident(server):
         ({"prompt": "x"}, {"image": None, "other": None}),
     ],
 )
-def test_forms_that_do_not_fit(server, fields, files):
+def test_invalid_form_fields(server, fields, files):
     buffer = BytesIO()
     Image.new("RGB", (64, 64)).save(buffer, "PNG")
     sent = {
         name: ("a.png", buffer.getvalue() if data is None else data) for name, data in files.items()
     }
     with client(server) as http:
-        answer = http.post("/v1/images/edits", data=fields, files=sent)
-        assert answer.status_code == 400, answer.text
-        assert answer.json()["error"]["message"]
+        response = http.post("/v1/images/edits", data=fields, files=sent)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("body", [b"", b"--x", b"--x\r\n\r\n--x--", b"\r\n" * 100])
-def test_forms_that_are_none(server, body):
+def test_malformed_forms(server, body):
     with client(server) as http:
         kind = {"content-type": "multipart/form-data; boundary=x"}
         assert http.post("/v1/images/edits", content=body, headers=kind).status_code == 400
         assert http.post("/v1/images/edits", content=body).status_code == 400
 
 
-def test_a_page_from_elsewhere_cannot_call(server):
+def test_cross_origin_requests_are_refused(server):
     with client(server) as http:
         own = f"http://127.0.0.1:{server.port}"
         assert http.get("/v1/models", headers={"origin": own}).status_code == 200
@@ -278,20 +278,20 @@ def test_a_page_from_elsewhere_cannot_call(server):
             "http://[",
             "",
         ):
-            answer = http.get("/v1/models", headers={"origin": origin})
-            assert answer.status_code == 403, origin
+            response = http.get("/v1/models", headers={"origin": origin})
+            assert response.status_code == 403, origin
         # A name that its owner points at this machine.
         for host in ("evil.example", f"evil.example:{server.port}", "127.0.0.1.evil.example", ""):
             assert http.get("/v1/models", headers={"host": host}).status_code in (400, 403), host
 
 
-def test_keys(shapes):
+def test_api_keys(shapes):
     keys = (hash_key(b"one"), hash_key(b"two"))
-    with served(shapes, keys=keys) as server, client(server) as http:
+    with run_server(shapes, keys=keys) as server, client(server) as http:
         for path in ("/v1/models", "/sdapi/v1/progress", "/metrics", "/v1/none", "//v1/models"):
-            answer = http.get(path)
-            assert answer.status_code == 401, path
-            assert answer.headers["www-authenticate"] == "Bearer"
+            response = http.get(path)
+            assert response.status_code == 401, path
+            assert response.headers["www-authenticate"] == "Bearer"
         for wrong in (
             {"authorization": "Bearer three"},
             {"x-api-key": ""},
@@ -302,66 +302,66 @@ def test_keys(shapes):
             assert http.get("/v1/models", headers=right).status_code == 200
         for path in ("/health/live", "/health/ready", "/openapi.json"):
             assert http.get(path).status_code == 200
-        # The body of a stranger is not read.
+        # The body of an unauthenticated client is not read.
         assert http.post(PATH, content=b"x" * 50_000_000).status_code in (401, 413)
 
 
-def test_one_key_does_not_interrupt_another(shapes):
-    with served(shapes, keys=(hash_key(b"one"), hash_key(b"two"))) as server:
+def test_interrupt_is_limited_to_the_same_key(shapes):
+    with run_server(shapes, keys=(hash_key(b"one"), hash_key(b"two"))) as server:
         mine, other = ({"x-api-key": name} for name in ("one", "two"))
-        answers = []
+        responses = []
         body = {"prompt": PROMPT, "steps": 200}
 
         def ask():
             with client(server, headers=mine) as http:
-                answers.append(http.post("/sdapi/v1/txt2img", json=body).json())
+                responses.append(http.post("/sdapi/v1/txt2img", json=body).json())
 
         asking = threading.Thread(target=ask)
         asking.start()
         with client(server, headers=other) as http:
-            wait_for(lambda: engine_of(server).tickets())
+            wait_for(lambda: get_engine(server).tickets())
             assert http.get("/sdapi/v1/progress").json()["progress"] == 0.0
             http.post("/sdapi/v1/interrupt")
         asking.join()
-        assert len(answers[0]["images"]) == 1
+        assert len(responses[0]["images"]) == 1
 
 
-def figures(server):
-    """What a Prometheus scrape gives: {sample name: {label values: value}}."""
+def scrape(server):
+    """The metrics of a Prometheus scrape: {sample name: {label values: value}}."""
     with client(server) as http:
         text = http.get("/metrics").text
-    found = {}
+    actual = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            found.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
-    return found
+            actual.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+    return actual
 
 
-def test_metrics_count_what_happened(shapes):
-    with served(shapes) as server:
-        asked(server, b'{"prompt": "x", "num_inference_steps": 2, "n": 3, "scheduler": "Euler"}')
-        asked(server, b'{"prompt": "x", "deadline_seconds": 0.000001}')
-        asked(server, b'{"prompt": ')
-        found = figures(server)
-    assert found["sdrt_pictures_total"] == {("shapes", "done"): 3.0}
-    assert found["sdrt_refused_total"] == {("deadline", "shapes"): 1.0}
-    assert found["sdrt_picture_seconds_count"] == {("shapes",): 3.0}
+def test_metrics_count_requests(shapes):
+    with run_server(shapes) as server:
+        post(server, b'{"prompt": "x", "num_inference_steps": 2, "n": 3, "scheduler": "Euler"}')
+        post(server, b'{"prompt": "x", "deadline_seconds": 0.000001}')
+        post(server, b'{"prompt": ')
+        actual = scrape(server)
+    assert actual["sdrt_pictures_total"] == {("shapes", "done"): 3.0}
+    assert actual["sdrt_refused_total"] == {("deadline", "shapes"): 1.0}
+    assert actual["sdrt_picture_seconds_count"] == {("shapes",): 3.0}
     for phase in ("queue", "denoise", "decode"):
-        assert found["sdrt_phase_seconds_count"][("shapes", phase)] == 3.0
-    assert found["sdrt_rows_per_call_sum"] == {("shapes",): 12.0}  # 3 pictures, 2 rows, 2 steps
-    assert found["sdrt_running"] == {("shapes",): 0.0}
-    assert found["sdrt_waiting"] == {("shapes",): 0.0}
-    answers = found["sdrt_http_responses_total"]
-    assert {status: answers[(PATH, status)] for status in ("200", "503", "400")} == {
+        assert actual["sdrt_phase_seconds_count"][("shapes", phase)] == 3.0
+    assert actual["sdrt_rows_per_call_sum"] == {("shapes",): 12.0}  # 3 images, 2 rows, 2 steps
+    assert actual["sdrt_running"] == {("shapes",): 0.0}
+    assert actual["sdrt_waiting"] == {("shapes",): 0.0}
+    responses = actual["sdrt_http_responses_total"]
+    assert {status: responses[(PATH, status)] for status in ("200", "503", "400")} == {
         "200": 1.0,
         "503": 1.0,
         "400": 1.0,
     }
-    assert found["process_resident_memory_bytes"][()] > 1e6
+    assert actual["process_resident_memory_bytes"][()] > 1e6
 
 
 class Faulty:
-    """The UNet on a device that fails for a number of calls."""
+    """A UNet whose device fails for a number of calls."""
 
     def __init__(self, unet, failures):
         self.unet, self.failures = unet, failures
@@ -374,14 +374,14 @@ class Faulty:
         return self.unet(feeds)
 
 
-def test_a_failing_engine_is_told_and_the_server_comes_back(shapes):
+def test_server_recovers_from_a_failing_engine(shapes):
     small = b'{"prompt": "x", "num_inference_steps": 2}'
-    with served(shapes) as server, client(server) as http:
-        engines = engine_of(server).pipe.engines
+    with run_server(shapes) as server, client(server) as http:
+        engines = get_engine(server).pipe.engines
         faulty = engines["unet"] = Faulty(engines["unet"], 10**9)
-        answer = asked(server, small)
-        assert answer.status_code == 500
-        assert answer.json()["error"] == {
+        response = post(server, small)
+        assert response.status_code == 500
+        assert response.json()["error"] == {
             "message": "the device fell off",
             "type": "server_error",
             "param": None,
@@ -390,30 +390,30 @@ def test_a_failing_engine_is_told_and_the_server_comes_back(shapes):
         wait_for(lambda: http.get("/health/ready").status_code == 503)
         assert http.get("/health/ready").json()["models"] == {"shapes": "broken"}
         assert http.get("/health/live").status_code == 200
-        refused = asked(server, small)
+        refused = post(server, small)
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "broken"
         faulty.failures = 0
         wait_for(lambda: http.get("/health/ready").status_code == 200)
-        assert asked(server, small).status_code == 200
+        assert post(server, small).status_code == 200
 
 
-def test_prompts_are_not_logged_unless_asked_for(shapes, caplog):
+def test_prompts_are_logged_only_on_request(shapes, caplog):
     caplog.set_level(logging.DEBUG)
     caplog.set_level(logging.DEBUG, "sdrt")
     secret = "a secret circle"
     body = json.dumps({"prompt": secret, "num_inference_steps": 1}).encode()
     wrong = json.dumps({"prompt": secret, secret: 1, "seed": secret}).encode()
-    for told in (False, True):
+    for message in (False, True):
         caplog.clear()
-        with served(shapes, log_prompts=told) as server:
-            assert asked(server, body).status_code == 200
-            assert asked(server, wrong).status_code == 400
+        with run_server(shapes, log_prompts=message) as server:
+            assert post(server, body).status_code == 200
+            assert post(server, wrong).status_code == 400
         ours = [record for record in caplog.records if not record.name.startswith("http")]
         assert ours
-        assert any(secret in record.getMessage() for record in ours) is told
+        assert any(secret in record.getMessage() for record in ours) is message
 
 
-def test_an_answer_is_base64_of_one_picture(server):
-    answer = asked(server, b'{"prompt": "x", "num_inference_steps": 1}').json()
-    assert Image.open(BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).size == (64, 64)
+def test_fuzz_responses_are_images(server):
+    response = post(server, b'{"prompt": "x", "num_inference_steps": 1}').json()
+    assert Image.open(BytesIO(base64.b64decode(response["data"][0]["b64_json"]))).size == (64, 64)

@@ -1,4 +1,4 @@
-"""Requests drawn from the server's own schema, right and wrong ones: no answer is a failure.
+"""Requests generated from the server's own schema, valid and invalid: no response is a 5xx.
 
 Most of what is drawn at random names no model and no size that there is, so a second schema has
 only values that fit: those requests come through to the engine.
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
-from serving import served
+from serving import run_server
 
 from sdrt.serve.app import create_app
 from sdrt.serve.settings import Settings
@@ -53,7 +53,7 @@ def png(mode):
 
 
 def fitting(openapi):
-    """The schema with only values that the server has."""
+    """The schema, limited to values that the server supports."""
     narrow = copy.deepcopy(openapi)
     text = base64.b64encode(png("L")).decode()
     for component in narrow["components"]["schemas"].values():
@@ -70,31 +70,36 @@ def fitting(openapi):
 
 @pytest.fixture(scope="module")
 def server(shapes):
-    with served(shapes, max_work=64 * 64 * 8) as running:
+    with run_server(shapes, max_work=64 * 64 * 8) as running:
         yield running
 
 
 guard, _ = create_app({}, Settings())
 schema = schemathesis.openapi.from_dict(guard.app.openapi())
 narrow = schemathesis.openapi.from_dict(fitting(guard.app.openapi()))
-MADE = ("/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
+GENERATING = (
+    "/v1/images/generations",
+    "/v1/images/edits",
+    "/sdapi/v1/txt2img",
+    "/sdapi/v1/img2img",
+)
 
 
 def check(case, server):
-    """No 5xx but a refusal, which says when to come again."""
-    answer = case.call(base_url=f"http://127.0.0.1:{server.port}", timeout=60)
-    if not (answer.status_code == 503 and "retry-after" in answer.headers):
-        case.validate_response(answer, checks=[not_a_server_error])
-    return answer.status_code
+    """No 5xx except a rejection with Retry-After."""
+    response = case.call(base_url=f"http://127.0.0.1:{server.port}", timeout=60)
+    if not (response.status_code == 503 and "retry-after" in response.headers):
+        case.validate_response(response, checks=[not_a_server_error])
+    return response.status_code
 
 
 def check_fitting(server, path, examples):
-    """Requests with values that there are; some of them are made."""
+    """Requests with supported values; some of them succeed."""
     statuses = Counter()
 
     @given(case=narrow[path]["POST"].as_strategy(generation_mode=GenerationMode.POSITIVE))
     @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=HEALTH)
-    def drawn(case):
+    def sample_body(case):
         steps = "num_inference_steps" if "/v1/images" in path else "steps"
         case.body.setdefault(steps, 4)  # half a strength of one step would be none
         if path.endswith("/edits"):
@@ -103,29 +108,29 @@ def check_fitting(server, path, examples):
                 case.body["mask"] = png("RGBA")
         statuses[check(case, server)] += 1
 
-    drawn()
+    sample_body()
     assert statuses[200] >= 1, statuses
 
 
 @schema.parametrize()
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=HEALTH)
-def test_every_endpoint(case, server):
+def test_fuzz_every_endpoint(case, server):
     check(case, server)
 
 
-@pytest.mark.parametrize("path", MADE)
-def test_requests_that_fit(server, path):
+@pytest.mark.parametrize("path", GENERATING)
+def test_fuzz_valid_requests(server, path):
     check_fitting(server, path, 15)
 
 
 @pytest.mark.slow
 @schema.parametrize()
 @settings(max_examples=500, deadline=None, suppress_health_check=HEALTH)
-def test_every_endpoint_for_long(case, server):
+def test_fuzz_every_endpoint_long(case, server):
     check(case, server)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", MADE)
-def test_requests_that_fit_for_long(server, path):
+@pytest.mark.parametrize("path", GENERATING)
+def test_fuzz_valid_requests_long(server, path):
     check_fitting(server, path, 500)

@@ -1,4 +1,4 @@
-"""LoRA tags over HTTP: images, refusals, and names that lead nowhere else."""
+"""LoRAs over HTTP: images, rejections, and names that stay in the folder."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ import openai
 import pytest
 from lora_files import lora_file
 from PIL import Image
-from serving import PROMPT, client, engine_of
+from serving import PROMPT, client, get_engine
 
 import sdrt
 from sdrt.errors import UsageError
@@ -42,22 +42,22 @@ def folder(home, embedded):
 
 
 @pytest.fixture(scope="module")
-def wanted(shapes, folder):
-    """Every set's image and its text, by the pipeline alone, with Euler."""
-    made = {}
+def expected(shapes, folder):
+    """Every set's image and its text, by the pipeline itself, with Euler."""
+    result = {}
     with sdrt.load(shapes, backend="onnxruntime") as pipe:
         for tags, loras in SETS.items():
             pipe.set_lora(loras)
-            made[tags] = pipe.with_scheduler("Euler")(PROMPT, **USUAL).images[0].tobytes()
-    assert len(set(made.values())) == len(SETS)
-    return made
+            result[tags] = pipe.with_scheduler("Euler")(PROMPT, **USUAL).images[0].tobytes()
+    assert len(set(result.values())) == len(SETS)
+    return result
 
 
 def image_from(text):
     return Image.open(io.BytesIO(base64.b64decode(text)))
 
 
-def test_images_are_those_of_set_lora(server, wanted):
+def test_lora_images_equal_those_of_set_lora(server, expected):
     jobs = [*SETS] * 2
 
     def a1111(tags):
@@ -76,22 +76,22 @@ def test_images_are_those_of_set_lora(server, wanted):
             info = json.loads(one["info"])
             assert info["prompt"] == PROMPT + tags
             for image in (image_from(one["images"][0]), image_from(other["data"][0]["b64_json"])):
-                assert image.tobytes() == wanted[tags], tags
+                assert image.tobytes() == expected[tags], tags
                 assert image.text["parameters"].startswith(f"{PROMPT + tags}\nSteps: 3")
             assert info["infotexts"][0].startswith(f"{PROMPT + tags}\nSteps: 3")
 
 
-def test_the_field_does_what_a_tag_does(server, wanted):
+def test_loras_field_equals_the_tag(server, expected):
     own = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="x")
     more = {**USUAL, "scheduler": "Euler", "loras": {"first": 0.8}}
-    made = own.images.generate(prompt=PROMPT, size="64x64", extra_body=more)
-    image = image_from(made.data[0].b64_json)
-    assert image.tobytes() == wanted[" <lora:first:0.8>"]
+    result = own.images.generate(prompt=PROMPT, size="64x64", extra_body=more)
+    image = image_from(result.data[0].b64_json)
+    assert image.tobytes() == expected[" <lora:first:0.8>"]
     assert image.text["parameters"].startswith(f"{PROMPT} <lora:first:0.8>\n")
 
 
 def refusals(server, prompt, **more):
-    """What the endpoints say of a prompt that they refuse."""
+    """The error messages of the endpoints for a rejected prompt."""
     with client(server) as http:
         first = http.post("/sdapi/v1/txt2img", json={**SDAPI, "prompt": prompt, **more})
         other = http.post("/v1/images/generations", json={**USUAL, "prompt": prompt, **more})
@@ -116,34 +116,39 @@ def refusals(server, prompt, **more):
         ("<hypernet:first:1>", "'hypernet'"),
     ],
 )
-def test_what_is_refused_says_why(server, folder, tag, message):
+def test_rejected_loras_are_explained(server, folder, tag, message):
     assert message in refusals(server, f"{PROMPT} {tag}")
 
 
-def test_a_tag_in_the_negative_prompt_is_refused(server, folder):
+def test_lora_tag_in_the_negative_prompt_is_rejected(server, folder):
     said = refusals(server, PROMPT, negative_prompt="blurry <lora:first:1>")
     assert "in the negative prompt is not applied" in said
 
 
 @pytest.fixture
 def outside(folder, embedded, tmp_path):
-    """A file beside the folder, one elsewhere, and links to both in the folder."""
-    beside = lora_file(folder.parent / "outside.safetensors", embedded, "kohya")
+    """A file next to the folder, one elsewhere, and links to both in the folder."""
+    outside_file = lora_file(folder.parent / "outside.safetensors", embedded, "kohya")
     secret = lora_file(tmp_path / "secret.safetensors", embedded, "kohya")
     links = {folder / "link.safetensors": secret, folder / "way": tmp_path}
     for link, target in links.items():
         link.symlink_to(target)
-    yield beside, secret
+    yield outside_file, secret
     for link in links:
         link.unlink()
-    beside.unlink()
+    outside_file.unlink()
 
 
-def test_names_lead_nowhere_else(server, folder, outside):
-    """Neither paths nor links: only names of files that are in the folder."""
-    beside, secret = outside
+def test_lora_names_stay_in_the_folder(server, folder, outside):
+    """Neither paths nor links are accepted: only names of files in the folder."""
+    outside_file, secret = outside
     names = ["../outside", "sub/../../outside", "./first", "sub/../first", "sub//third", "/first"]
-    names += [str(beside), str(beside.with_suffix("")), str(secret.with_suffix("")), "~/first"]
+    names += [
+        str(outside_file),
+        str(outside_file.with_suffix("")),
+        str(secret.with_suffix("")),
+        "~/first",
+    ]
     names += ["link", "way/secret", "secret", "first\0", "..", ".", "sub", "first.safetensors"]
     names += [str(folder / "first.safetensors"), str(folder / "first"), "%2e%2e/outside"]
     assert list(list_loras()) == ["first", "sub/third"]
@@ -152,25 +157,25 @@ def test_names_lead_nowhere_else(server, folder, outside):
         assert "There is no LoRA named" in said and str(folder.parent) not in said.replace(name, "")
         with client(server) as http:
             body = {**USUAL, "prompt": PROMPT, "loras": {name: 1.0}}
-            answer = http.post("/v1/images/generations", json=body)
-        assert answer.status_code == 400 and "There is no LoRA named" in answer.text
-    carried = engine_of(server).pipe.adapters.chosen
+            response = http.post("/v1/images/generations", json=body)
+        assert response.status_code == 400 and "There is no LoRA named" in response.text
+    carried = get_engine(server).pipe.adapters.chosen
     assert {path for path, _ in carried} <= {
         folder / f"{name}.safetensors" for name in list_loras()
     }
 
 
-def test_the_list_of_names(server, folder):
+def test_list_of_loras(server, folder):
     with client(server) as http:
         listed = http.get("/sdapi/v1/loras").json()
-    assert [(each["name"], each["alias"]) for each in listed] == [
+    assert [(item["name"], item["alias"]) for item in listed] == [
         ("first", "first"),
         ("sub/third", "Third One"),
     ]
-    assert not any(str(folder.parent) in each["path"] for each in listed)
+    assert not any(str(folder.parent) in item["path"] for item in listed)
 
 
-def test_how_names_are_found(folder, embedded):
+def test_lora_name_matching(folder, embedded):
     first, third = folder / "first.safetensors", folder / "sub" / "third.safetensors"
     for name in ("first", "FIRST", "First"):
         assert find_named(name) == first
@@ -192,7 +197,7 @@ def test_how_names_are_found(folder, embedded):
         shutil.rmtree(other)
 
 
-def test_a_long_name_is_compared_in_no_time(folder):
+def test_long_name_is_compared_quickly(folder):
     with pytest.raises(UsageError, match="no LoRA named"):
         find_named("first" * 100_000)
 
@@ -218,8 +223,8 @@ def test_the_command_line(shapes, folder, tmp_path):
             assert image.text["parameters"].startswith(f"{prompts[i]} <lora:third:0.5>\n")
     again = tmp_path / "again.png"
     typed = Image.open(json.loads(several.stdout)["images"][1]).text["parameters"].split("\n")[0]
-    made = run(typed, "--seed", "6", "--output", str(again))
-    assert made.returncode == 0, made.stderr
+    result = run(typed, "--seed", "6", "--output", str(again))
+    assert result.returncode == 0, result.stderr
     assert again.read_bytes() == (tmp_path / json.loads(several.stdout)["images"][1]).read_bytes()
     wrong = run(f"{PROMPT} <lora:frist:1>", "--output", str(tmp_path / "wrong.png"))
     assert wrong.returncode == 2 and "did you mean first" in wrong.stderr

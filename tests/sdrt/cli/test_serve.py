@@ -25,7 +25,7 @@ def free_port():
 
 @contextmanager
 def process(*arguments):
-    """A server process that is ready, and the client to ask it."""
+    """A ready server process, and a client."""
     port = free_port()
     command = [*SERVE, "--port", str(port), *map(str, arguments)]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -46,25 +46,25 @@ def process(*arguments):
         running.communicate()
 
 
-def ask(http, answers, **options):
+def ask(http, responses, **options):
     body = {"prompt": PROMPT, **options}
     thread = threading.Thread(
-        target=lambda: answers.append(http.post("/v1/images/generations", json=body))
+        target=lambda: responses.append(http.post("/v1/images/generations", json=body))
     )
     thread.start()
-    wait_for(lambda: running_pictures(http) > 0)
+    wait_for(lambda: running_images(http) > 0)
     return thread
 
 
-def running_pictures(http):
+def running_images(http):
     lines = http.get("/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("sdrt_running{"))
 
 
-def test_what_runs_when_it_is_told_to_end_is_finished(shapes):
+def test_running_requests_finish_on_sigterm(shapes):
     with process("--bundle", shapes) as (running, http):
-        answers = []
-        asking = ask(http, answers, num_inference_steps=150)
+        responses = []
+        asking = ask(http, responses, num_inference_steps=150)
         running.send_signal(signal.SIGTERM)
         wait_for(lambda: http.get("/health/ready").status_code == 503)
         assert http.get("/health/live").status_code == 200
@@ -73,22 +73,22 @@ def test_what_runs_when_it_is_told_to_end_is_finished(shapes):
         assert refused.json()["error"]["code"] == "draining"
         assert int(refused.headers["retry-after"]) >= 1
         asking.join()
-        assert answers[0].status_code == 200
+        assert responses[0].status_code == 200
         assert running.wait(20) == 0
 
 
-def test_what_is_not_finished_in_time_is_told(shapes):
+def test_drain_timeout_cancels_requests(shapes):
     with process("--bundle", shapes, "--drain", "0.3") as (running, http):
-        answers = []
-        asking = ask(http, answers, num_inference_steps=900, n=4)
+        responses = []
+        asking = ask(http, responses, num_inference_steps=900, n=4)
         running.send_signal(signal.SIGTERM)
         asking.join()
-        assert answers[0].status_code == 503
-        assert answers[0].json()["error"]["code"] == "cancelled"
+        assert responses[0].status_code == 503
+        assert responses[0].json()["error"]["code"] == "cancelled"
         assert running.wait(20) == 0
 
 
-def test_a_key_file(shapes, tmp_path):
+def test_key_file(shapes, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("# mine\nsecret\n\n")
     with process("--bundle", shapes, "--keys", keys) as (_, http):
@@ -111,7 +111,7 @@ def test_a_key_file(shapes, tmp_path):
         (["--host", "203.0.113.1", "--no-keys"], 2, "cannot listen"),
     ],
 )
-def test_what_does_not_fit_ends_it_with_a_sentence(shapes, arguments, code, words):
+def test_invalid_arguments_exit_with_a_message(shapes, arguments, code, words):
     bundle = [] if "--bundle" in arguments else ["--bundle", str(shapes)]
     port = [] if "--port" in arguments else ["--port", str(free_port())]
     done = subprocess.run([*SERVE, *bundle, *port, *arguments], capture_output=True, text=True)
@@ -134,7 +134,7 @@ def test_hashed_keys_are_read(tmp_path):
         read_key_digests(keys)
 
 
-def test_without_the_extra_it_says_what_to_install(tmp_path):
+def test_missing_extra_says_what_to_install(tmp_path):
     (tmp_path / "uvicorn.py").write_text("raise ImportError('no', name='uvicorn')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(SERVE, capture_output=True, text=True, env=environment)
@@ -143,7 +143,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_two_bundles_of_one_name_are_refused(shapes):
+def test_two_bundles_with_one_name_are_rejected(shapes):
     command = [*SERVE, "--bundle", str(shapes), "--bundle", str(shapes)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2

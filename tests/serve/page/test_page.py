@@ -1,11 +1,18 @@
-"""The page in a real Chromium, on a real server with the embedded model: pictures are made."""
+"""The page in a real Chromium, with a real server and the embedded model: generating images."""
 
 import re
 
 import pytest
-from browsing import downloaded, expect, finished, generate, loaded, opened
+from browsing import (
+    download_image,
+    expect,
+    generate,
+    open_page,
+    wait_until_finished,
+    wait_until_loaded,
+)
 from lora_files import lora_file
-from serving import PROMPT, client, served, wait_for
+from serving import PROMPT, client, run_server, wait_for
 
 import sdrt
 from sdrt.serve.settings import hash_key
@@ -17,21 +24,21 @@ SIDEWAYS = {"viewport": {"width": 844, "height": 390}, "is_mobile": True, "has_t
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 
 
-def test_a_prompt_becomes_the_runtimes_picture(page, pipe):
+def test_generated_image_equals_the_pipelines(page, pipe):
     generate(page, num_inference_steps=9, guidance_scale=5, seed=7)
-    finished(page)
+    wait_until_finished(page)
     shown = page.locator("#image")
     expect(shown).to_have_attribute("alt", PROMPT)
     assert shown.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [64, 64]
     box = shown.bounding_box()
     assert box["width"] == box["height"] > 400
-    picture = downloaded(page)
+    image = download_image(page)
     alone = pipe(PROMPT, num_inference_steps=9, guidance_scale=5.0, seed=7)
-    assert picture.tobytes() == alone.images[0].tobytes()
-    assert picture.text["parameters"] == alone.parameters[0]
+    assert image.tobytes() == alone.images[0].tobytes()
+    assert image.text["parameters"] == alone.parameters[0]
 
 
-def test_the_picture_forms_while_it_is_made(page):
+def test_previews_are_shown_while_generating(page):
     generate(page, num_inference_steps=150)
     expect(page.locator("#canvas[data-state=running] #image")).to_be_visible()
     previews = set()
@@ -41,7 +48,7 @@ def test_the_picture_forms_while_it_is_made(page):
         page.wait_for_timeout(50)
     assert len(previews) == 3
     assert re.fullmatch(r"Step \d+ of 15\d", state)
-    finished(page)
+    wait_until_finished(page)
     expect(page.locator("#progress")).to_be_hidden()
 
 
@@ -51,7 +58,7 @@ def running(server):
     return sum(float(line.split()[-1]) for line in lines if line.startswith("sdrt_running"))
 
 
-def test_several_are_queued_and_each_can_be_cancelled(page, server):
+def test_queued_images_can_be_cancelled(page, server):
     generate(page, num_inference_steps=LONG, count=6, seed=3)
     expect(page.locator("#tiles li")).to_have_count(6)
     expect(page.locator("#queue-count")).to_have_text("6 in progress")
@@ -64,20 +71,20 @@ def test_several_are_queued_and_each_can_be_cancelled(page, server):
     wait_for(lambda: running(server) == 0, seconds=3)
 
 
-def test_one_request_is_some_pictures_of_seeds_that_count_on(page):
+def test_images_of_one_request_have_consecutive_seeds(page):
     generate(page, num_inference_steps=2, count=6, seed=2**64 - 6)
-    finished(page, 6)
+    wait_until_finished(page, 6)
     seeds = []
     for i in range(6):
         page.locator(".tile").nth(i).click()
-        seeds.append(downloaded(page).text["parameters"].split("Seed: ")[1].split(",")[0])
+        seeds.append(download_image(page).text["parameters"].split("Seed: ")[1].split(",")[0])
     assert seeds == [str(2**64 - 6 + i) for i in range(6)]
 
 
-def test_a_refusal_is_told_by_the_button_and_loses_nothing(browser, server):
-    with opened(browser, server, refusals=True) as page:
+def test_rejection_is_shown_and_keeps_the_form(browser, server):
+    with open_page(browser, server, rejections=True) as page:
         generate(page, num_inference_steps=2)
-        finished(page)
+        wait_until_finished(page)
         prompt = "a red circle " * 3000
         generate(page, prompt)
         expect(page.locator("#error")).to_contain_text("32000 characters")
@@ -89,11 +96,11 @@ def test_a_refusal_is_told_by_the_button_and_loses_nothing(browser, server):
         expect(page.locator("#error")).to_be_hidden()
 
 
-def test_a_key_is_asked_for_once_and_the_queue_is_told(browser, shapes):
+def test_key_dialog_and_full_queue(browser, shapes):
     keys = (hash_key(b"open sesame"),)
     with (
-        served(shapes, keys=keys, slots=1, waiting=2) as strict,
-        opened(browser, strict, refusals=True) as page,
+        run_server(shapes, keys=keys, slots=1, waiting=2) as strict,
+        open_page(browser, strict, rejections=True) as page,
     ):
         page.fill("#key", "a wrong one")
         page.keyboard.press("Enter")
@@ -120,18 +127,18 @@ def test_a_key_is_asked_for_once_and_the_queue_is_told(browser, shapes):
         expect(page.locator("#tiles li")).to_have_count(1)
 
 
-def test_a_server_that_is_gone_is_told_and_tried_again(browser, server):
-    with opened(browser, server, refusals=True) as page:
-        loaded(page).context.set_offline(True)
+def test_unreachable_server_is_reported_and_retried(browser, server):
+    with open_page(browser, server, rejections=True) as page:
+        wait_until_loaded(page).context.set_offline(True)
         generate(page, num_inference_steps=2)
         expect(page.locator("#error")).to_have_text("The server cannot be reached. Is it running?")
         page.context.set_offline(False)
         page.click("#retry")
-        finished(page)
+        wait_until_finished(page)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
         ("num_inference_steps", "0", "Steps must be a whole number from 1 to 1000."),
         ("num_inference_steps", "2.5", "Steps must be a whole number from 1 to 1000."),
@@ -141,10 +148,10 @@ def test_a_server_that_is_gone_is_told_and_tried_again(browser, server):
         ("prompt", " ", "Enter a prompt"),
     ],
 )
-def test_what_cannot_be_asked_is_told_before_it_is_asked(page, field, value, told):
+def test_form_validation(page, field, value, message):
     page.fill("#prompt", PROMPT)
     generate(page, **({"prompt": value} if field == "prompt" else {field: value}))
-    expect(page.locator("#error")).to_contain_text(told)
+    expect(page.locator("#error")).to_contain_text(message)
     expect(page.locator(f"#{field}")).to_be_focused()
     expect(page.locator("#tiles li")).to_have_count(0)
 
@@ -156,7 +163,7 @@ TABS = [
 ]
 
 
-def test_all_of_it_by_keyboard(page):
+def test_keyboard_operation(page):
     expect(page.locator("#prompt")).to_be_focused()
     page.keyboard.type(PROMPT)
     reached = []
@@ -178,16 +185,16 @@ def test_all_of_it_by_keyboard(page):
     page.keyboard.press("ArrowRight")
     assert page.input_value("#guidance_scale") == "8"
     page.keyboard.press("Control+Enter")
-    finished(page)
+    wait_until_finished(page)
     page.fill("#num_inference_steps", str(LONG))
     page.keyboard.press("Control+Enter")
     expect(page.locator("#canvas[data-state=running]")).to_be_visible()
     page.keyboard.press("Escape")
-    finished(page)
+    wait_until_finished(page)
     page.locator(".tile").first.focus()
     page.fill("#num_inference_steps", "2")
     page.keyboard.press("Control+Enter")
-    finished(page, 2)
+    wait_until_finished(page, 2)
     page.locator(".tile[tabindex='0']").focus()
     page.keyboard.press("ArrowLeft" if current(page) else "ArrowRight")
     assert current(page) in (0, 1)
@@ -200,24 +207,24 @@ def current(page):
     )
 
 
-def test_a_prompt_is_never_markup(page):
+def test_prompt_is_never_interpreted_as_html(page):
     prompt = '<img src="http://example.org/x.png" onerror="alert(1)">'
     generate(page, prompt, num_inference_steps=2)
-    finished(page)
+    wait_until_finished(page)
     expect(page.locator("#caption-prompt")).to_have_text(prompt)
     assert page.locator("#caption img, #tiles img[onerror]").count() == 0
 
 
 @pytest.mark.parametrize("options", [PHONE, {"viewport": {"width": 320, "height": 568}}, SIDEWAYS])
-def test_a_phone_needs_no_sideways_scrolling(browser, server, options):
-    with opened(browser, server, **options) as page:
+def test_phone_layout_does_not_scroll_sideways(browser, server, options):
+    with open_page(browser, server, **options) as page:
         width = options["viewport"]["width"]
         assert page.evaluate("document.documentElement.scrollWidth") == width
         page.fill("#prompt", PROMPT + " " + "x" * 200)
         page.fill("#num_inference_steps", "2")
         page.fill("#count", "8")
         page.click("#generate")
-        finished(page, 8)
+        wait_until_finished(page, 8)
         assert page.evaluate("document.documentElement.scrollWidth") == width
         expect(page.locator("#image")).to_be_in_viewport()
         expect(page.locator("#generate")).to_be_in_viewport()  # always at hand
@@ -248,8 +255,8 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_words_can_be_read_and_controls_have_names(browser, server, scheme):
-    with opened(browser, server, refusals=True, color_scheme=scheme) as page:
+def test_contrast_and_accessible_names(browser, server, scheme):
+    with open_page(browser, server, rejections=True, color_scheme=scheme) as page:
         assert page.evaluate(CONTRAST) == []
         generate(page, "a red circle " * 3000)
         expect(page.locator("#error")).not_to_be_empty()
@@ -261,21 +268,21 @@ def test_words_can_be_read_and_controls_have_names(browser, server, scheme):
                 expect(control).to_have_accessible_name(re.compile(r"\w"))
 
 
-def test_a_lora_tag_in_the_prompt(browser, server, embedded, shapes, home):
-    """Applied where the file is there; else said in words."""
+def test_lora_tag_in_the_prompt(browser, server, embedded, shapes, home):
+    """Applied if the file exists; else the page shows the error."""
     folder = home / "loras"
     folder.mkdir(exist_ok=True)
     path = lora_file(folder / "style.safetensors", embedded, "kohya")
     options = {"num_inference_steps": 3, "guidance_scale": 5, "seed": 7}
-    with opened(browser, server, refusals=True) as page:
-        loaded(page)
+    with open_page(browser, server, rejections=True) as page:
+        wait_until_loaded(page)
         generate(page, prompt=f"{PROMPT} <lora:styl:1>", **options)
         expect(page.locator("#error")).to_contain_text("did you mean style?")
-    with opened(browser, server) as page:
-        loaded(page)
+    with open_page(browser, server) as page:
+        wait_until_loaded(page)
         generate(page, prompt=f"{PROMPT} <lora:style:1>", **options)
-        finished(page)
-        image = downloaded(page)
+        wait_until_finished(page)
+        image = download_image(page)
     with sdrt.load(shapes, backend="onnxruntime") as pipe:
         pipe.set_lora({"style": 1.0})
         alone = pipe(PROMPT, **options)

@@ -1,4 +1,4 @@
-"""A fleet on a Ray of this machine: two replicas on the CPU, asked by real clients, one killed."""
+"""Ray Serve on this machine: two CPU replicas, real clients, one replica killed."""
 
 import asyncio
 import base64
@@ -46,14 +46,14 @@ def cluster(home):
 
 @pytest.fixture
 def deploy(cluster):
-    """Deploys the fleet with options of `sdrt serve`; gone after the test."""
+    """Deploys the application with options of `sdrt serve`; deleted after the test."""
     from ray import serve
 
     from sdrt.serve.ray.app import app
 
     def deployed(**options):
-        given = {"backend": "onnxruntime", "replicas": "2", **options}
-        serve.run(app(given), name="fleet")
+        arguments = {"backend": "onnxruntime", "replicas": "2", **options}
+        serve.run(app(arguments), name="fleet")
         until(lambda: httpx.get(f"{cluster}/health/ready").status_code == 200)
         return cluster
 
@@ -75,16 +75,16 @@ def until(holds, seconds=60.0):
 
 
 def replica_pids():
-    """Processes of this Ray's engines, by what Ray calls them."""
-    found = set()
+    """Process ids of the replicas, by Ray's process titles."""
+    pids = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             title = path.read_bytes()
         except OSError:
             continue
         if b"ServeReplica:fleet:Replica" in title:
-            found.add(int(path.parent.name))
-    return found
+            pids.add(int(path.parent.name))
+    return pids
 
 
 def samples(url, name):
@@ -97,42 +97,42 @@ def replicas_in(url):
     return {labels["replica"] for labels, _ in samples(url, "process_resident_memory_bytes")}
 
 
-def picture_of(base64_text):
+def decode_image(base64_text):
     image = Image.open(io.BytesIO(base64.b64decode(base64_text)))
     image.load()
     assert image.size == (64, 64)
     return image
 
 
-async def asked(client, number, steps):
-    """How one request of the real client ended: a picture, or the code of a typed error."""
+async def post(client, number, steps):
+    """The outcome of one request of the real client: "image", or the code of a typed error."""
     import openai
 
     body = {"negative_prompt": "blurred", "num_inference_steps": steps, "seed": number}
     try:
         if number % 3:
-            answer = await client.images.generate(prompt=PROMPT, model="shapes", extra_body=body)
-            picture_of(answer.data[0].b64_json)
-            return "picture"
+            response = await client.images.generate(prompt=PROMPT, model="shapes", extra_body=body)
+            decode_image(response.data[0].b64_json)
+            return "image"
         stream = await client.images.generate(
             prompt=PROMPT, model="shapes", stream=True, partial_images=2, extra_body=body
         )
         kinds = [event async for event in stream]
-        picture_of(kinds[-1].b64_json)
+        decode_image(kinds[-1].b64_json)
         assert kinds[-1].type == "image_generation.completed"
-        return "picture"
+        return "image"
     except openai.APIStatusError as error:
         assert error.body["message"] and error.body["type"], error.body
         return error.body["code"]
     except openai.APIConnectionError:
-        raise  # neither a picture nor a typed error
+        raise  # neither an image nor a typed error
     except openai.APIError as error:  # the last event of a stream
         assert error.body["message"] and error.body["type"], error.body
         return error.body["code"]
 
 
 async def load(url, count, steps, meanwhile):
-    """Many requests at once; `meanwhile` runs in a thread once they have begun."""
+    """Many concurrent requests; `meanwhile` runs in a thread once they have started."""
     import openai
 
     limits = httpx.Limits(max_connections=None)
@@ -140,14 +140,14 @@ async def load(url, count, steps, meanwhile):
     async with openai.AsyncOpenAI(
         base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http
     ) as client:
-        asking = [asyncio.create_task(asked(client, i, steps)) for i in range(count)]
+        asking = [asyncio.create_task(post(client, i, steps)) for i in range(count)]
         await asyncio.sleep(1.0)
         assert not all(task.done() for task in asking)
         await asyncio.to_thread(meanwhile)
         return Counter(await asyncio.gather(*asking))
 
 
-def test_a_replica_killed_under_load_loses_no_request(deploy, shapes):
+def test_killed_replica_loses_no_request(deploy, shapes):
     url = deploy(bundle=str(shapes), slots=8, waiting=64)
     before = replica_pids()
     assert len(before) == 2
@@ -155,22 +155,22 @@ def test_a_replica_killed_under_load_loses_no_request(deploy, shapes):
     def kill():
         os.kill(min(before), signal.SIGKILL)
 
-    ends = asyncio.run(load(url, 36, 100, kill))
-    log.info("%s", dict(ends))
-    assert ends.total() == 36
+    outcomes = asyncio.run(load(url, 36, 100, kill))
+    log.info("%s", dict(outcomes))
+    assert outcomes.total() == 36
     # What had not begun to be answered was made elsewhere; streams that had say what happened.
-    assert set(ends) <= {"picture", "unavailable"}
-    assert ends["unavailable"] <= 12
+    assert set(outcomes) <= {"image", "unavailable"}
+    assert outcomes["unavailable"] <= 12
     until(lambda: len(replica_pids()) == 2 and len(replicas_in(url)) == 2)
     assert len(replica_pids() & before) == 1
-    assert asyncio.run(load(url, 12, 100, lambda: None)) == {"picture": 12}
+    assert asyncio.run(load(url, 12, 100, lambda: None)) == {"image": 12}
 
 
-def test_a_stream_whose_replica_is_killed_ends_with_a_typed_error(deploy, shapes):
+def test_stream_of_a_killed_replica_ends_with_an_error(deploy, shapes):
     url = deploy(bundle=str(shapes))
     body = {"prompt": PROMPT, "num_inference_steps": 900, "stream": True, "progress": True}
-    with httpx.stream("POST", f"{url}{PATH}", json=body, timeout=300) as answer:
-        lines = answer.iter_lines()
+    with httpx.stream("POST", f"{url}{PATH}", json=body, timeout=300) as response:
+        lines = response.iter_lines()
         assert any("image_generation.progress" in line for line in lines)
         for pid in replica_pids():
             os.kill(pid, signal.SIGKILL)
@@ -197,14 +197,14 @@ def with_sampler(bundle, folder, kind):
     return folder
 
 
-def test_a_new_bundle_replaces_the_old_one_without_a_lost_request(deploy, shapes, tmp_path):
+def test_rolling_update_loses_no_request(deploy, shapes, tmp_path):
     url = deploy(bundle=str(shapes), slots=8)
     new = with_sampler(shapes, tmp_path / "new", "EulerDiscreteScheduler")
     before, updated = replica_pids(), []
 
     def texts():
-        answer = httpx.post(f"{url}{PATH}", json={"prompt": PROMPT}, timeout=300)
-        return picture_of(answer.json()["data"][0]["b64_json"]).text["parameters"]
+        response = httpx.post(f"{url}{PATH}", json={"prompt": PROMPT}, timeout=300)
+        return decode_image(response.json()["data"][0]["b64_json"]).text["parameters"]
 
     assert "Sampler: PLMS" in texts()
 
@@ -213,28 +213,28 @@ def test_a_new_bundle_replaces_the_old_one_without_a_lost_request(deploy, shapes
         updated.append(time.monotonic())
 
     async def ask_until_updated():
-        ends = Counter()
+        outcomes = Counter()
         async with httpx.AsyncClient(base_url=url, timeout=300) as client:
 
             async def ask():
                 while not updated or time.monotonic() < updated[0] + 2.0:
-                    answer = await client.post(
+                    response = await client.post(
                         PATH, json={"prompt": PROMPT, "num_inference_steps": 40}
                     )
-                    ends[answer.status_code] += 1
+                    outcomes[response.status_code] += 1
 
             await asyncio.gather(asyncio.to_thread(update), *(ask() for _ in range(8)))
-        return ends
+        return outcomes
 
-    ends = asyncio.run(ask_until_updated())
-    log.info("%s", dict(ends))
-    assert set(ends) == {200}
-    assert ends[200] > 20
+    outcomes = asyncio.run(ask_until_updated())
+    log.info("%s", dict(outcomes))
+    assert set(outcomes) == {200}
+    assert outcomes[200] > 20
     until(lambda: len(replica_pids()) == 2 and not replica_pids() & before)
     assert "Sampler: Euler" in texts()
 
 
-def test_requests_for_a_bundle_go_where_it_is_loaded(deploy, shapes, tmp_path):
+def test_requests_are_routed_to_loaded_models(deploy, shapes, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(shapes, other)
     path = other / "sdrt.json"
@@ -243,10 +243,10 @@ def test_requests_for_a_bundle_go_where_it_is_loaded(deploy, shapes, tmp_path):
 
     def ask(model):
         body = {"prompt": PROMPT, "model": model, "num_inference_steps": 5}
-        answer = httpx.post(f"{url}{PATH}", json=body, timeout=300)
-        assert answer.status_code == 200, answer.text
+        response = httpx.post(f"{url}{PATH}", json=body, timeout=300)
+        assert response.status_code == 200, response.text
 
-    def made():
+    def image_counts():
         return {
             (labels["replica"], labels["model"]): value
             for labels, value in samples(url, "sdrt_pictures_total")
@@ -254,11 +254,11 @@ def test_requests_for_a_bundle_go_where_it_is_loaded(deploy, shapes, tmp_path):
 
     ask("other")
     time.sleep(3.0)  # Ray hears of it
-    before = made()
+    before = image_counts()
     for _ in range(8):
         ask("other")
         ask("shapes")
-    grown = {key: value - before.get(key, 0.0) for key, value in made().items()}
+    grown = {key: value - before.get(key, 0.0) for key, value in image_counts().items()}
     homes = [(replica, model) for (replica, model), count in grown.items() if count]
     assert sorted(model for _, model in homes) == ["other", "shapes"], grown
     assert len({replica for replica, _ in homes}) == 2, grown
@@ -267,7 +267,7 @@ def test_requests_for_a_bundle_go_where_it_is_loaded(deploy, shapes, tmp_path):
     assert {one["id"]: one["state"] for one in models} == {"shapes": "ready", "other": "ready"}
 
 
-def test_the_api_is_that_of_one_server(deploy, shapes, tmp_path):
+def test_api_equals_that_of_a_single_server(deploy, shapes, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("one\ntwo\n")
     url = deploy(bundle=str(shapes), keys=str(keys))
@@ -286,8 +286,8 @@ def test_the_api_is_that_of_one_server(deploy, shapes, tmp_path):
 
         # Events come as they are made, and a client that leaves frees its slot.
         body = {"prompt": PROMPT, "num_inference_steps": 900, "stream": True, "progress": True}
-        with http.stream("POST", PATH, json=body) as answer:
-            lines = itertools.islice(answer.iter_lines(), 1500)
+        with http.stream("POST", PATH, json=body) as response:
+            lines = itertools.islice(response.iter_lines(), 1500)
             times = [time.monotonic() for _ in lines]
         assert times[-1] - times[0] > 0.1
         until(lambda: all(value == 0 for _, value in _running(http)), 5.0)
@@ -295,26 +295,26 @@ def test_the_api_is_that_of_one_server(deploy, shapes, tmp_path):
         assert ("cancelled", 1.0) in ended
 
         # Another's key does not interrupt; one's own does, whichever replica works.
-        with httpx.Client(base_url=url, headers={"x-api-key": "two"}) as stranger:
-            assert asyncio.run(_interrupted(url, http, stranger)) == [0]
+        with httpx.Client(base_url=url, headers={"x-api-key": "two"}) as other_client:
+            assert asyncio.run(_interrupted(url, http, other_client)) == [0]
 
 
-async def _interrupted(url, http, stranger):
-    """How many pictures an interrupted request came back with."""
+async def _interrupted(url, http, other_client):
+    """The number of images in the response to an interrupted request."""
     async with httpx.AsyncClient(base_url=url, headers=http.headers, timeout=300) as client:
         asking = asyncio.create_task(
             client.post("/sdapi/v1/txt2img", json={"prompt": PROMPT, "steps": 900})
         )
         await asyncio.sleep(0.5)
-        assert stranger.get("/sdapi/v1/progress").json()["progress"] == 0.0
-        stranger.post("/sdapi/v1/interrupt")
+        assert other_client.get("/sdapi/v1/progress").json()["progress"] == 0.0
+        other_client.post("/sdapi/v1/interrupt")
         await asyncio.sleep(0.3)
         assert 0.0 < http.get("/sdapi/v1/progress").json()["progress"] < 1.0
         assert not asking.done()
         http.post("/sdapi/v1/interrupt")
-        answer = await asking
-        assert answer.status_code == 200, answer.text
-        return [len(answer.json()["images"])]
+        response = await asking
+        assert response.status_code == 200, response.text
+        return [len(response.json()["images"])]
 
 
 def _of(http, name):
@@ -326,7 +326,7 @@ def _running(http):
     return _of(http, "sdrt_running")
 
 
-def test_a_replica_whose_engine_stays_broken_is_replaced(cluster, shapes, tmp_path):
+def test_replica_with_a_broken_engine_is_replaced(cluster, shapes, tmp_path):
     from ray import serve
 
     from sdrt.serve.model_manager import ModelSource
@@ -368,8 +368,8 @@ def test_a_replica_whose_engine_stays_broken_is_replaced(cluster, shapes, tmp_pa
     codes = Counter()
 
     def replaced():
-        answer = httpx.post(f"{cluster}{PATH}", json={"prompt": PROMPT}, timeout=300)
-        codes[answer.status_code, answer.json().get("error", {}).get("code")] += 1
+        response = httpx.post(f"{cluster}{PATH}", json={"prompt": PROMPT}, timeout=300)
+        codes[response.status_code, response.json().get("error", {}).get("code")] += 1
         return broken not in replica_pids() and len(replica_pids()) == 2
 
     until(replaced, 120.0)
@@ -381,11 +381,11 @@ def test_a_replica_whose_engine_stays_broken_is_replaced(cluster, shapes, tmp_pa
     serve.delete("fleet")
 
 
-def test_the_command_serves_until_it_is_told_to_end(shapes):
+def test_command_serves_until_terminated(shapes):
     port = free_port()
     words = ["--bundle", shapes, "--backend", "onnxruntime", "--port", str(port)]
     process = subprocess.Popen([sys.executable, "-m", "sdrt", "serve", "--ray", *words])
-    url, answers = f"http://127.0.0.1:{port}", []
+    url, responses = f"http://127.0.0.1:{port}", []
 
     def ready():
         try:
@@ -396,14 +396,14 @@ def test_the_command_serves_until_it_is_told_to_end(shapes):
     until(ready)
     body = {"prompt": PROMPT, "num_inference_steps": 900}
     asking = threading.Thread(
-        target=lambda: answers.append(httpx.post(f"{url}{PATH}", json=body, timeout=300))
+        target=lambda: responses.append(httpx.post(f"{url}{PATH}", json=body, timeout=300))
     )
     asking.start()
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     asking.join()
-    assert answers[0].status_code == 200  # what was begun was finished
-    picture_of(answers[0].json()["data"][0]["b64_json"])
+    assert responses[0].status_code == 200  # what was begun was finished
+    decode_image(responses[0].json()["data"][0]["b64_json"])
     assert process.wait(60) == 0
 
 
@@ -412,7 +412,7 @@ def test_the_command_serves_until_it_is_told_to_end(shapes):
     [{"replicas": "0"}, {"replicas": "3:2"}, {"replicas": "x"}, {"models_per_replica": 0}]
     + [{"none": 1}, {"slots": "many"}, {"host": "0.0.0.0"}],
 )
-def test_options_that_do_not_fit(shapes, options, capfd):
+def test_invalid_options(shapes, options, capfd):
     from sdrt.errors import UsageError
     from sdrt.serve.ray.app import app
 
@@ -420,7 +420,7 @@ def test_options_that_do_not_fit(shapes, options, capfd):
         app({"bundle": str(shapes), **options})
 
 
-def test_what_waits_brings_another_replica(deploy, shapes):
+def test_queued_requests_add_a_replica(deploy, shapes):
     url = deploy(bundle=str(shapes), slots=2, replicas="1:2")
     assert len(replicas_in(url)) == 1
 
@@ -430,8 +430,8 @@ def test_what_waits_brings_another_replica(deploy, shapes):
 
             async def ask():
                 while time.monotonic() < end and len(replica_pids()) < 2:
-                    answer = await client.post(PATH, json={"prompt": PROMPT})
-                    assert answer.status_code == 200
+                    response = await client.post(PATH, json={"prompt": PROMPT})
+                    assert response.status_code == 200
 
             await asyncio.gather(*(ask() for _ in range(10)))
 

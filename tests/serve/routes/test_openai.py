@@ -1,4 +1,4 @@
-"""OpenAI's endpoints, asked by OpenAI's own client and by httpx where that client is too polite."""
+"""OpenAI's endpoints, called by OpenAI's client, and by httpx for what that client cannot send."""
 
 import base64
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving import PROMPT, client, engine_of, served, wait_for
+from serving import PROMPT, client, get_engine, run_server, wait_for
 
 from sdrt.runtime.images import settings_from_text, text_of
 
@@ -26,7 +26,7 @@ def api(server):
     )
 
 
-def picture(data):
+def decode_image(data):
     return Image.open(BytesIO(base64.b64decode(data)))
 
 
@@ -35,27 +35,27 @@ def generate(api, **options):
     return api.images.generate(prompt=PROMPT, model="shapes", extra_body=extra, **options)
 
 
-def test_a_picture_is_the_pipelines_own(api, pipe):
-    answer = generate(api, n=2, extra_body={**FEWER, "scheduler": "Euler"})
-    wanted = pipe.with_scheduler("Euler")(PROMPT, num_images_per_prompt=2, **FEWER, **FAST)
-    assert answer.size == "64x64"
-    for data, image, text in zip(answer.data, wanted.images, wanted.parameters, strict=True):
-        made = picture(data.b64_json)
-        assert np.array_equal(made, image)
-        assert text_of(made) == text
-    assert [data.seed for data in answer.data] == [3, 4]
+def test_image_equals_the_pipelines(api, pipe):
+    response = generate(api, n=2, extra_body={**FEWER, "scheduler": "Euler"})
+    expected = pipe.with_scheduler("Euler")(PROMPT, num_images_per_prompt=2, **FEWER, **FAST)
+    assert response.size == "64x64"
+    for data, image, text in zip(response.data, expected.images, expected.parameters, strict=True):
+        result = decode_image(data.b64_json)
+        assert np.array_equal(result, image)
+        assert text_of(result) == text
+    assert [data.seed for data in response.data] == [3, 4]
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
-def test_other_formats_carry_their_parameters(api, kind):
-    answer = generate(api, output_format=kind, output_compression=80)
-    made = picture(answer.data[0].b64_json)
-    assert made.format == kind.upper()
-    assert settings_from_text(text_of(made))["Seed"] == "3"
+def test_other_formats_contain_parameters(api, kind):
+    response = generate(api, output_format=kind, output_compression=80)
+    result = decode_image(response.data[0].b64_json)
+    assert result.format == kind.upper()
+    assert settings_from_text(text_of(result))["Seed"] == "3"
 
 
-def test_a_flat_picture_comes_with_a_warning(api, server):
-    decoder = engine_of(server).pipe.engines["vae_decoder"]
+def test_single_colour_image_has_a_warning(api, server):
+    decoder = get_engine(server).pipe.engines["vae_decoder"]
     decoder.refit({"decoder.conv_out.weight": np.zeros((3, 16, 3, 3), np.float32)})
     try:
         flat = generate(api).data[0]
@@ -66,7 +66,7 @@ def test_a_flat_picture_comes_with_a_warning(api, server):
     assert not hasattr(generate(api).data[0], "warning")
 
 
-def test_a_stream_tells_its_way(api, pipe):
+def test_stream_events(api, pipe):
     events = list(generate(api, stream=True, partial_images=3, extra_body={"progress": True}))
     kinds = [event.type.removeprefix("image_generation.") for event in events]
     assert kinds.count("partial_image") == 3
@@ -76,35 +76,35 @@ def test_a_stream_tells_its_way(api, pipe):
     assert steps == [(i + 1, total) for i in range(total)]
     partial = [event for event in events if event.type.endswith("partial_image")]
     assert [event.partial_image_index for event in partial] == [0, 1, 2]
-    assert picture(partial[0].b64_json).size == (256, 256)
-    wanted = pipe(PROMPT, **FAST).images[0]
-    assert np.array_equal(picture(events[-1].b64_json), wanted)
-    # The last preview is nearer to the picture than the first.
-    small = wanted.resize((256, 256))
+    assert decode_image(partial[0].b64_json).size == (256, 256)
+    expected = pipe(PROMPT, **FAST).images[0]
+    assert np.array_equal(decode_image(events[-1].b64_json), expected)
+    # The last preview is closer to the image than the first.
+    small = expected.resize((256, 256))
 
     def far(event):
-        return np.abs(np.asarray(picture(event.b64_json), float) - np.asarray(small)).mean()
+        return np.abs(np.asarray(decode_image(event.b64_json), float) - np.asarray(small)).mean()
 
     assert far(partial[-1]) < far(partial[0])
 
 
-def test_who_waits_hears_where(shapes):
-    """One slot; the second and third wait, and move up when the first one leaves."""
-    with served(shapes, slots=1) as server, client(server) as http, ExitStack() as stack:
+def test_stream_reports_queue_positions(shapes):
+    """One slot; the second and third wait, and move up when the first one finishes."""
+    with run_server(shapes, slots=1) as server, client(server) as http, ExitStack() as stack:
         body = {"prompt": PROMPT, "stream": True, "progress": True, "num_inference_steps": 900}
-        asked, streams = [], []
+        post, streams = [], []
         for _ in range(3):
-            asked.append(ExitStack())
-            stack.push(asked[-1])
-            answer = asked[-1].enter_context(
+            post.append(ExitStack())
+            stack.push(post[-1])
+            response = post[-1].enter_context(
                 http.stream("POST", "/v1/images/generations", json=body)
             )
-            streams.append(answer.iter_lines())
+            streams.append(response.iter_lines())
             first = _event(streams[-1])
-        wait_for(lambda: len(engine_of(server).tickets()) == 3)
+        wait_for(lambda: len(get_engine(server).tickets()) == 3)
         assert (first["type"], first["position"]) == ("image_generation.queued", 1)
         assert next(line for line in streams[2] if line).startswith(":")  # nothing new, but alive
-        asked[0].close()
+        post[0].close()
         assert _event(streams[2])["position"] == 0
         while _event(streams[1])["type"] != "image_generation.progress":
             pass
@@ -115,7 +115,7 @@ def _event(lines):
     return json.loads(line.removeprefix("data: "))
 
 
-def test_a_plain_stream_has_what_openai_names(api):
+def test_stream_has_openais_fields(api):
     events = list(generate(api, stream=True, partial_images=1))
     assert [event.type for event in events] == [
         "image_generation.partial_image",
@@ -124,38 +124,38 @@ def test_a_plain_stream_has_what_openai_names(api):
     assert events[1].output_format == "png"
 
 
-def test_edits_start_from_a_picture(api, pipe):
+def test_edits_start_from_an_image(api, pipe):
     start = pipe("a green square on a white background", seed=1).images[0]
-    answer = api.images.edit(
+    response = api.images.edit(
         image=_file(start), prompt=PROMPT, model="shapes", extra_body={**FAST, "strength": 0.5}
     )
-    wanted = pipe(PROMPT, image=start, strength=0.5, **FAST).images[0]
-    assert np.array_equal(picture(answer.data[0].b64_json), wanted)
+    expected = pipe(PROMPT, image=start, strength=0.5, **FAST).images[0]
+    assert np.array_equal(decode_image(response.data[0].b64_json), expected)
 
 
-def test_no_guidance_and_no_strength_are_zero(api, pipe):
+def test_zero_guidance_and_zero_strength(api, pipe):
     unguided = {**FAST, "guidance_scale": 1.0}
-    wanted = pipe(PROMPT, **unguided).images[0]
-    made = api.images.generate(prompt=PROMPT, extra_body={**unguided, "guidance_scale": 0})
-    assert np.array_equal(picture(made.data[0].b64_json), wanted)
-    wanted = pipe(PROMPT, image=wanted, strength=0.0, **FAST).images[0]
+    expected = pipe(PROMPT, **unguided).images[0]
+    result = api.images.generate(prompt=PROMPT, extra_body={**unguided, "guidance_scale": 0})
+    assert np.array_equal(decode_image(result.data[0].b64_json), expected)
+    expected = pipe(PROMPT, image=expected, strength=0.0, **FAST).images[0]
     start = _file(pipe(PROMPT, **unguided).images[0])
     again = api.images.edit(image=start, prompt=PROMPT, extra_body={**FAST, "strength": 0})
-    assert np.array_equal(picture(again.data[0].b64_json), wanted)
+    assert np.array_equal(decode_image(again.data[0].b64_json), expected)
 
 
-def test_a_mask_is_transparent_where_the_picture_is_made_new(api, pipe):
+def test_edit_repaints_the_transparent_area(api, pipe):
     start = pipe("a green square on a white background", seed=1).images[0]
     mask = Image.new("RGBA", start.size, "black")
     mask.paste((0, 0, 0, 0), (0, 0, 64, 24))
-    answer = api.images.edit(
+    response = api.images.edit(
         image=_file(start),
         mask=_file(mask),
         prompt=PROMPT,
         extra_body={**FAST, "num_inference_steps": 10},
     )
-    made = np.asarray(picture(answer.data[0].b64_json), float)
-    change = np.abs(made - np.asarray(start)).mean(axis=2)
+    result = np.asarray(decode_image(response.data[0].b64_json), float)
+    change = np.abs(result - np.asarray(start)).mean(axis=2)
     assert change[:20].mean() > 3 * change[32:].mean()
     mask.putalpha(128)  # nowhere fully transparent
     with pytest.raises(openai.BadRequestError, match="transparent"):
@@ -165,10 +165,10 @@ def test_a_mask_is_transparent_where_the_picture_is_made_new(api, pipe):
 def _file(image):
     buffer = BytesIO()
     image.save(buffer, "PNG")
-    return ("picture.png", buffer.getvalue(), "image/png")
+    return ("image.png", buffer.getvalue(), "image/png")
 
 
-def test_a_stream_of_an_edit(api, pipe):
+def test_stream_of_an_edit(api, pipe):
     start = pipe("a green square on a white background", seed=1).images[0]
     events = list(
         api.images.edit(
@@ -202,7 +202,7 @@ def test_models(api):
         ({"extra_body": {"progress": True}}, "stream"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(api, options, param):
+def test_invalid_fields_are_rejected_by_name(api, options, param):
     with pytest.raises(openai.BadRequestError) as caught:
         generate(api, **options)
     error = caught.value.body
@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_refused_by_name(api, options, param):
     assert error["param"] == param
 
 
-def test_an_unknown_model_is_not_found(api):
+def test_unknown_model_is_not_found(api):
     with pytest.raises(openai.NotFoundError, match="shapes"):
         api.images.generate(prompt=PROMPT, model="dall-e-3")
 
@@ -230,7 +230,7 @@ NUMBERS = (
 VALUES = ("0", "-1", "1e9", str(2**63), "NaN", "Infinity", "true", '"7"', "1" * 5000, "1e999")
 
 
-def test_odd_numbers_are_refused_and_break_nothing(server):
+def test_invalid_numbers_are_rejected(server):
     allowed = {("seed", "0"), ("seed", str(2**63)), ("priority", "0"), ("priority", "-1")}
     allowed |= {("output_compression", "0"), ("partial_images", "0"), ("guidance_scale", "0")}
     with client(server) as http:
@@ -239,29 +239,29 @@ def test_odd_numbers_are_refused_and_break_nothing(server):
                 kind = "webp" if name == "output_compression" else "png"
                 steps = "" if name == "num_inference_steps" else '"num_inference_steps": 1,'
                 body = f'{{"prompt": "x", "output_format": "{kind}", {steps} "{name}": {value}}}'
-                answer = http.post(
+                response = http.post(
                     "/v1/images/generations",
                     content=body,
                     headers={"content-type": "application/json"},
                 )
                 if (name, value) in allowed:
-                    assert answer.status_code == 200, (name, value, answer.text[:200])
+                    assert response.status_code == 200, (name, value, response.text[:200])
                 else:
-                    assert answer.status_code == 400, (name, value, answer.text[:200])
-                    assert answer.json()["error"]["message"]
+                    assert response.status_code == 400, (name, value, response.text[:200])
+                    assert response.json()["error"]["message"]
         assert http.get("/health/ready").status_code == 200
 
 
-def test_more_work_than_one_request_may_ask_for_is_refused(shapes):
-    with served(shapes, max_work=64 * 64 * 30) as server, client(server) as http:
+def test_request_over_the_work_limit_is_rejected(shapes):
+    with run_server(shapes, max_work=64 * 64 * 30) as server, client(server) as http:
         ask = {"prompt": PROMPT, "n": 2, "num_inference_steps": 16}
-        answer = http.post("/v1/images/generations", json=ask)
-        assert answer.status_code == 400
-        assert answer.json()["error"]["code"] == "too_much_work"
+        response = http.post("/v1/images/generations", json=ask)
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "too_much_work"
         assert http.post("/v1/images/generations", json={**ask, "n": 1}).status_code == 200
 
 
-def test_a_deadline_that_cannot_be_kept_is_refused_with_a_time(api, server):
+def test_unmet_deadline_is_rejected_with_retry_after(api, server):
     with pytest.raises(openai.InternalServerError) as caught:
         generate(api, extra_body={"deadline_seconds": 0.0001, "num_inference_steps": 50})
     assert caught.value.status_code == 503
@@ -270,7 +270,7 @@ def test_a_deadline_that_cannot_be_kept_is_refused_with_a_time(api, server):
 
 
 def test_two_models(shapes):
-    with served(shapes, ("shapes", "other")) as server, client(server) as http:
+    with run_server(shapes, ("shapes", "other")) as server, client(server) as http:
         listed = http.get("/v1/models").json()["data"]
         assert [model["id"] for model in listed] == ["shapes", "other"]
         for name, count in (("other", 2), ("shapes", 1), (None, 1)):
@@ -281,7 +281,7 @@ def test_two_models(shapes):
     assert 'sdrt_picture_seconds_count{model="shapes"} 2.0' in text
 
 
-def test_the_page_is_served(server):
+def test_page_is_served(server):
     with client(server) as http:
         page = http.get("/")
         assert page.headers["content-type"].startswith("text/html")
@@ -289,12 +289,12 @@ def test_the_page_is_served(server):
         module = http.get("/page/page.js")
         assert module.status_code == 200
         assert page.headers["cache-control"] == module.headers["cache-control"] == "no-cache"
-        told = {"if-none-match": module.headers["etag"]}
-        assert http.get("/page/page.js", headers=told).status_code == 304
+        message = {"if-none-match": module.headers["etag"]}
+        assert http.get("/page/page.js", headers=message).status_code == 304
         assert http.get("/page/%2e%2e/run.py").status_code == 404
 
 
-def test_the_schema_names_every_endpoint(server):
+def test_schema_names_every_endpoint(server):
     with client(server) as http:
         schema = http.get("/openapi.json").json()
     assert {"/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img"} <= set(

@@ -30,7 +30,7 @@ def exported(shapes, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(exported):
-    """config.pbtxt as Triton reads it; an unknown field or a wrong type fails here."""
+    """config.pbtxt parsed by Triton's schema; fails on an unknown field or a wrong type."""
     pytest.importorskip("tritonclient.grpc", reason="pip install 'tritonclient[grpc]'")
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -38,15 +38,15 @@ def config(exported):
     return text_format.Parse((exported / "config.pbtxt").read_text(), ModelConfig())
 
 
-def test_the_configuration_is_what_triton_wants(config, exported):
+def test_config_is_valid_for_triton(config, exported):
     assert config.name == exported.name == "shapes"
     assert config.backend == "python"
     assert config.max_batch_size == 0 and not config.HasField("dynamic_batching")
     assert config.model_transaction_policy.decoupled
     assert [(group.count, group.kind) for group in config.instance_group] == [(2, 0)]
-    assert [each.name for each in config.input if not each.optional] == ["prompt"]
-    assert [list(each.dims) for each in config.input] == [[1]] * 7
-    assert {each.name: list(each.dims) for each in config.output}["image"] == [-1, -1, 3]
+    assert [item.name for item in config.input if not item.optional] == ["prompt"]
+    assert [list(item.dims) for item in config.input] == [[1]] * 7
+    assert {item.name: list(item.dims) for item in config.output}["image"] == [-1, -1, 3]
 
 
 class Tensor:
@@ -72,7 +72,7 @@ class InferenceResponse:
 
 
 class Sender:
-    """Holds the one response that a request is to get."""
+    """Holds the only response of a request."""
 
     def __init__(self):
         self.sent, self.flags, self.cancelled = [], [], False
@@ -113,7 +113,7 @@ class Request:
 
 @pytest.fixture(scope="module")
 def model(exported, config):
-    """The exported model.py, loaded and initialized as the backend does it."""
+    """The exported model.py, loaded and initialized as by the backend."""
     backend = types.ModuleType("triton_python_backend_utils")
     backend.Tensor, backend.InferenceResponse = Tensor, InferenceResponse
     backend.TritonError, backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL = TritonError, 1
@@ -125,16 +125,16 @@ def model(exported, config):
     spec.loader.exec_module(module)
     from google.protobuf.json_format import MessageToDict
 
-    told = MessageToDict(config, preserving_proto_field_name=True)
-    made = module.TritonPythonModel()
+    message = MessageToDict(config, preserving_proto_field_name=True)
+    result = module.TritonPythonModel()
     kind = {"model_instance_kind": "CPU", "model_instance_device_id": "0"}
-    made.initialize({"model_config": json.dumps(told), **kind})
-    yield made
-    made.finalize()
+    result.initialize({"model_config": json.dumps(message), **kind})
+    yield result
+    result.finalize()
     patch.undo()
 
 
-def test_every_request_gets_its_picture(model, pipe, config):
+def test_every_request_gets_its_image(model, pipe, config):
     from tritonclient.utils import triton_to_np_dtype
 
     requests = [
@@ -156,19 +156,19 @@ def test_every_request_gets_its_picture(model, pipe, config):
         assert (response.outputs["image"] == np.asarray(alone.images[0])).all()
         assert response.outputs["seed"] == [seed]
         assert response.outputs["parameters"][0].decode().startswith(PROMPT)
-        for each in config.output:
+        for item in config.output:
             kind = config.DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_number
-            name = kind[each.data_type].name.removeprefix("TYPE_").replace("STRING", "BYTES")
-            found = response.outputs[each.name]
-            assert found.dtype == np.dtype(triton_to_np_dtype(name)), each.name
-            assert found.ndim == len(each.dims)
+            name = kind[item.data_type].name.removeprefix("TYPE_").replace("STRING", "BYTES")
+            actual = response.outputs[item.name]
+            assert actual.dtype == np.dtype(triton_to_np_dtype(name)), item.name
+            assert actual.ndim == len(item.dims)
 
 
-def test_what_is_not_given_has_the_usual_value(model, pipe):
+def test_omitted_inputs_have_defaults(model, pipe):
     request = Request(prompt=PROMPT, seed=3)
     model.execute([request])
-    picture = request.sender.response.outputs["image"]
-    assert (picture == np.asarray(pipe(PROMPT, seed=3).images[0])).all()
+    image = request.sender.response.outputs["image"]
+    assert (image == np.asarray(pipe(PROMPT, seed=3).images[0])).all()
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_what_is_not_given_has_the_usual_value(model, pipe):
         ({"scheduler": "none such"}, TritonError.INVALID_ARG, "none such"),
     ],
 )
-def test_a_bad_request_is_told_and_the_others_go_on(model, values, code, words):
+def test_invalid_request_does_not_affect_others(model, values, code, words):
     bad, good = Request(prompt=PROMPT, **values), Request(prompt=PROMPT, steps=2)
     model.execute([bad, good])
     assert bad.sender.response.error.code == code
@@ -188,14 +188,14 @@ def test_a_bad_request_is_told_and_the_others_go_on(model, values, code, words):
     assert good.sender.response.error is None
 
 
-def test_a_prompt_that_is_no_text(model):
+def test_prompt_that_is_not_utf8(model):
     request = Request(prompt=PROMPT)
     request.inputs["prompt"] = Tensor("prompt", np.array([b"\xff\xfe"], object))
     model.execute([request])
     assert request.sender.response.error.code == TritonError.INVALID_ARG
 
 
-def test_a_request_that_is_cancelled_ends_early(model):
+def test_cancelled_request_stops_early(model):
     request = Request(prompt=PROMPT, steps=900)
     model.execute([request])
     request.sender.cancelled = True
@@ -204,7 +204,7 @@ def test_a_request_that_is_cancelled_ends_early(model):
     assert not model.engine.tickets()
 
 
-def test_more_than_may_wait_is_refused(model):
+def test_full_queue_rejects_requests(model):
     requests = [Request(prompt=PROMPT, steps=200) for _ in range(model.engine.most_waiting + 40)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda request: model.execute([request]), requests))
@@ -215,12 +215,12 @@ def test_more_than_may_wait_is_refused(model):
     assert codes <= {None, TritonError.UNAVAILABLE, TritonError.CANCELLED}
 
 
-def test_the_bundle_is_in_the_repository(exported):
+def test_repository_contains_the_bundle(exported):
     with sdrt.load(exported / "1" / "bundle", backend="onnxruntime") as pipe:
         assert pipe.manifest.name == "shapes"
 
 
-def test_an_export_is_not_replaced_unasked(shapes, tmp_path, capsys):
+def test_export_is_replaced_only_with_force(shapes, tmp_path, capsys):
     plan = TritonExport(str(shapes), tmp_path)
     target = export_triton(plan)
     mark = target / "mark"
@@ -236,7 +236,7 @@ def test_an_export_is_not_replaced_unasked(shapes, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["shapes"]
 
 
-def test_a_folder_that_is_something_else_stays(shapes, tmp_path):
+def test_unrelated_folder_is_not_replaced(shapes, tmp_path):
     (tmp_path / "shapes").mkdir()
     (tmp_path / "shapes" / "thesis.txt").write_text("dear to somebody")
     with pytest.raises(BundleError, match=r"config\.pbtxt"):
@@ -251,7 +251,7 @@ def test_values_out_of_range(shapes, tmp_path, values):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_copy_leaves_nothing(shapes, tmp_path, monkeypatch):
+def test_failed_copy_leaves_nothing(shapes, tmp_path, monkeypatch):
     def full(*_):
         import errno
 

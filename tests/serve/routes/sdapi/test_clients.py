@@ -1,4 +1,4 @@
-"""The requests that `/sdapi` gets: those the original is tested with, and those of its clients."""
+"""Requests to `/sdapi`: those of A1111's own tests, and those of known clients."""
 
 import base64
 import json
@@ -137,25 +137,25 @@ def http(server):
         yield opened
 
 
-def asked(http, path, body):
+def post(http, path, body):
     path = f"/sdapi/v1/{path}"
     return http.get(path) if body is None else http.post(path, json=body)
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "refused"), ORIGINAL, ids=[f"{i}-{each[0]}" for i, each in enumerate(ORIGINAL)]
+    ("path", "body", "refused"), ORIGINAL, ids=[f"{i}-{item[0]}" for i, item in enumerate(ORIGINAL)]
 )
-def test_what_the_original_is_tested_with(http, path, body, refused):
-    answer = asked(http, path, body)
+def test_requests_of_a1111s_own_tests(http, path, body, refused):
+    response = post(http, path, body)
     if refused is None:
-        assert answer.status_code == 200, answer.text[:300]
+        assert response.status_code == 200, response.text[:300]
         return
-    told = answer.json()
-    assert answer.status_code == 400 and refused in told["detail"]
-    assert set(told) == {"error", "detail", "body", "errors"}
+    message = response.json()
+    assert response.status_code == 400 and refused in message["detail"]
+    assert set(message) == {"error", "detail", "body", "errors"}
 
 
-def test_options_are_written_and_read(http):
+def test_options_are_stored_and_read(http):
     before = http.get("/sdapi/v1/options").json()["send_seed"]
     for value in (not before, before):
         assert http.post("/sdapi/v1/options", json={"send_seed": value}).status_code == 200
@@ -229,45 +229,45 @@ FORK = {**OPEN_WEBUI, "distilled_cfg_scale": 3.5, "hr_cfg": 7.0, "comments": {},
 
 
 @pytest.mark.parametrize("body", [OPEN_WEBUI, CHAT_FRONT_END, TOOL, PAINTING_PLUGIN, FORK])
-def test_what_clients_send_is_answered(http, body):
+def test_requests_of_known_clients(http, body):
     path = "img2img" if "init_images" in body else "txt2img"
-    answer = asked(http, path, body)
-    assert answer.status_code == 200, answer.text[:300]
-    told = answer.json()
-    info = json.loads(told["info"])
-    assert decoded(told["images"][0]).info["parameters"] == info["infotexts"][0]
+    response = post(http, path, body)
+    assert response.status_code == 200, response.text[:300]
+    message = response.json()
+    info = json.loads(message["info"])
+    assert decoded(message["images"][0]).info["parameters"] == info["infotexts"][0]
     assert info["all_seeds"][0] == info["seed"]
 
 
-def test_an_inpainted_images_text_says_how(http, tmp_path, capsys):
+def test_inpainting_infotext_in_the_image(http, tmp_path, capsys):
     body = {**FROM_IMAGE, "mask": encoded(MASK)}
-    image = decoded(asked(http, "img2img", body).json()["images"][0])
+    image = decoded(post(http, "img2img", body).json()["images"][0])
     assert "Mask blur: 4" in image.info["parameters"]
     save_png(image, tmp_path / "a.png", image.info["parameters"])
     assert main(["run", "--from", str(tmp_path / "a.png")]) == 2
     assert "Mask blur" in capsys.readouterr().err  # the command line does not use masks so
 
 
-def test_a_library_of_the_original_goes_round(server):
+def test_client_library_round_trip(server):
     api = webuiapi.WebUIApi(port=server.port, sampler="DPM++ 2M", scheduler="karras", steps=3)
-    made = api.txt2img(prompt=PROMPT, width=64, height=64, seed=5, n_iter=2)
-    assert len(made.images) == 2 and made.info["seed"] == 5
+    result = api.txt2img(prompt=PROMPT, width=64, height=64, seed=5, n_iter=2)
+    assert len(result.images) == 2 and result.info["seed"] == 5
     again = api.img2img(
-        images=[made.image], prompt=PROMPT, width=64, height=64, denoising_strength=0.5, steps=8
+        images=[result.image], prompt=PROMPT, width=64, height=64, denoising_strength=0.5, steps=8
     )
     assert again.image.size == (64, 64)
     painted = api.img2img(
         images=[START], mask_image=MASK, prompt=PROMPT, width=64, height=64, mask_blur=0, steps=8
     )
-    kept = np.asarray(MASK) == 0
-    assert np.array_equal(np.asarray(painted.image)[kept], np.asarray(START)[kept])
+    stored = np.asarray(MASK) == 0
+    assert np.array_equal(np.asarray(painted.image)[stored], np.asarray(START)[stored])
     larger = api.extra_single_image(START, upscaler_1=webuiapi.Upscaler.Lanczos, upscaling_resize=2)
     assert larger.image.size == (128, 128)
     both = api.extra_batch_images(
         [START, MASK.convert("RGB")], upscaler_1=webuiapi.Upscaler.Nearest, upscaling_resize=1.5
     )
-    assert [each.size for each in both.images] == [(96, 96)] * 2
-    assert api.png_info(made.image) is not None
+    assert [item.size for item in both.images] == [(96, 96)] * 2
+    assert api.png_info(result.image) is not None
     for get in ("upscalers", "latent_upscale_modes", "hypernetworks", "face_restorers"):
         assert isinstance(getattr(api, f"get_{get}")(), list), get
     for get in ("realesrgan_models", "prompt_styles", "loras", "sd_vae", "schedulers"):
@@ -282,25 +282,25 @@ def test_a_library_of_the_original_goes_round(server):
 
 
 @pytest.mark.parametrize("name", ["Lanczos", "Nearest", "Bicubic", "bilinear"])
-def test_extras_are_pillows(http, name):
+def test_extras_equal_pillows_resize(http, name):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))
     kind = Image.Resampling[name.upper()]
     by_factor = {"upscaler_1": name, "upscaling_resize": "1.5", "image": encoded(noise)}
-    made = decoded(asked(http, "extra-single-image", by_factor).json()["image"])
-    assert np.array_equal(made, noise.resize((48, 36), kind))
+    result = decoded(post(http, "extra-single-image", by_factor).json()["image"])
+    assert np.array_equal(result, noise.resize((48, 36), kind))
     to_size = {**by_factor, "resize_mode": 1, "upscaling_resize_w": 48, "upscaling_resize_h": 48}
-    made = decoded(asked(http, "extra-single-image", to_size).json()["image"])
-    assert np.array_equal(made, noise.resize((64, 48), kind).crop((8, 0, 56, 48)))
-    whole = {**to_size, "upscaling_crop": False}
-    made = decoded(asked(http, "extra-single-image", whole).json()["image"])
-    assert np.array_equal(made, noise.resize((64, 48), kind))
+    result = decoded(post(http, "extra-single-image", to_size).json()["image"])
+    assert np.array_equal(result, noise.resize((64, 48), kind).crop((8, 0, 56, 48)))
+    full = {**to_size, "upscaling_crop": False}
+    result = decoded(post(http, "extra-single-image", full).json()["image"])
+    assert np.array_equal(result, noise.resize((64, 48), kind))
     two = {**by_factor, "upscaler_2": "Nearest", "extras_upscaler_2_visibility": 0.5}
-    made = decoded(asked(http, "extra-single-image", two).json()["image"])
+    result = decoded(post(http, "extra-single-image", two).json()["image"])
     other = noise.resize((48, 36), Image.Resampling.NEAREST)
-    assert np.array_equal(made, Image.blend(noise.resize((48, 36), kind), other, 0.5))
+    assert np.array_equal(result, Image.blend(noise.resize((48, 36), kind), other, 0.5))
 
 
-def test_extras_that_cannot_be_are_refused_by_name(http):
+def test_unsupported_extras_are_rejected_by_name(http):
     for fields, named in (
         ({"upscaler_1": "R-ESRGAN 4x+"}, "upscaler_1"),
         ({"upscaler_2": "LDSR"}, "upscaler_2"),
@@ -309,28 +309,28 @@ def test_extras_that_cannot_be_are_refused_by_name(http):
         ({"upscaling_resize": 99}, "6336x6336"),
         ({"image": ""}, "readable"),
     ):
-        answer = asked(http, "extra-single-image", {**EXTRA, **fields})
-        assert answer.status_code == 400 and named in answer.json()["detail"], fields
+        response = post(http, "extra-single-image", {**EXTRA, **fields})
+        assert response.status_code == 400 and named in response.json()["detail"], fields
 
 
-def test_lists_of_what_there_is(http, home):
+def test_available_lists(http, home):
     folder = home / "loras"
     folder.mkdir(exist_ok=True)
     (folder / "some.safetensors").write_bytes(b"")
     try:
-        listed = asked(http, "loras", None).json()
+        listed = post(http, "loras", None).json()
     finally:
         (folder / "some.safetensors").unlink()
     assert {"name": "some", "alias": "some", "path": "some.safetensors", "metadata": {}} in listed
-    names = [each["name"] for each in asked(http, "upscalers", None).json()]
+    names = [item["name"] for item in post(http, "upscalers", None).json()]
     assert names[:3] == ["None", "Lanczos", "Nearest"]
-    ram = asked(http, "memory", None).json()["ram"]
+    ram = post(http, "memory", None).json()["ram"]
     assert 0 < ram["used"] < ram["total"] and 0 < ram["free"] <= ram["total"]
     for path in ("latent-upscale-modes", "sd-vae", "sd-modules", "script-info", "extensions"):
-        assert asked(http, path, None).json() == []
-    assert asked(http, "scripts", None).json() == {"txt2img": [], "img2img": []}
+        assert post(http, path, None).json() == []
+    assert post(http, "scripts", None).json() == {"txt2img": [], "img2img": []}
     assert http.get("/internal/ping").json() == {}
     for path in ("refresh-vae", "refresh-loras", "reload-checkpoint"):
-        assert asked(http, path, {}).status_code == 200
-    refused = asked(http, "unload-checkpoint", {})
+        assert post(http, path, {}).status_code == 200
+    refused = post(http, "unload-checkpoint", {})
     assert refused.status_code == 400 and "loaded" in refused.json()["detail"]

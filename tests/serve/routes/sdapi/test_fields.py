@@ -1,4 +1,4 @@
-"""Which fields and options of `/sdapi` are used, refused or of no effect, and that docs say so."""
+"""Which fields and options of `/sdapi` are used, rejected or ignored, and that the docs say so."""
 
 import base64
 from io import BytesIO
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import webuiapi
 from PIL import Image
-from serving import PROMPT, client, engine_of
+from serving import PROMPT, client, get_engine
 from starlette.testclient import TestClient
 
 from sdrt.serve.app import create_app
@@ -30,9 +30,9 @@ def encoded(image, kind="PNG"):
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def image_of(answer, index=0):
-    assert answer.status_code == 200, answer.text[:300]
-    return np.asarray(Image.open(BytesIO(base64.b64decode(answer.json()["images"][index]))))
+def image_of(response, index=0):
+    assert response.status_code == 200, response.text[:300]
+    return np.asarray(Image.open(BytesIO(base64.b64decode(response.json()["images"][index]))))
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +73,17 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("name", sdapi_fields.NEUTRAL)
-def test_a_field_is_refused_by_name_unless_it_changes_nothing(http, name):
+def test_field_is_rejected_unless_it_changes_nothing(http, name):
     plain = image_of(txt2img(http))
     for neutral in (None, *sdapi_fields.NEUTRAL[name]):
         assert np.array_equal(image_of(txt2img(http, **{name: neutral})), plain)
     for value in CHANGED[name]:
         for send in (txt2img, img2img):
-            answer = send(http, **{name: value})
-            assert answer.status_code == 400 and name in answer.json()["detail"]
+            response = send(http, **{name: value})
+            assert response.status_code == 400 and name in response.json()["detail"]
 
 
-def test_what_is_of_no_effect_is_passed_over(http):
+def test_fields_without_effect_are_ignored(http):
     plain = image_of(txt2img(http))
     ignored = sdapi_fields.IGNORED | sdapi_fields.IMG2IMG_ONLY
     for value in (1, True, "x"):
@@ -91,9 +91,9 @@ def test_what_is_of_no_effect_is_passed_over(http):
 
 
 @pytest.mark.parametrize("value", [1, "x", [0], {"a": 1}, True])
-def test_an_unknown_field_is_refused_unless_it_looks_unused(http, value):
-    answer = txt2img(http, cfg_scal=value)
-    assert answer.status_code == 400 and "cfg_scal" in answer.json()["detail"]
+def test_unknown_field_is_rejected_unless_empty(http, value):
+    response = txt2img(http, cfg_scal=value)
+    assert response.status_code == 400 and "cfg_scal" in response.json()["detail"]
     for unused in (None, "", False, 0, [], {}):
         assert txt2img(http, hr_new_field=unused, steps=1).status_code == 200
 
@@ -120,15 +120,15 @@ ON = (
 
 
 @pytest.mark.parametrize("scripts", OFF)
-def test_scripts_that_are_off_are_passed_over(http, scripts):
+def test_disabled_scripts_are_ignored(http, scripts):
     assert txt2img(http, alwayson_scripts=scripts, steps=1).status_code == 200
 
 
 @pytest.mark.parametrize("scripts", ON)
-def test_scripts_that_act_are_refused_by_name(http, scripts):
-    answer = txt2img(http, alwayson_scripts=scripts)
-    assert answer.status_code == 400
-    assert all(name in answer.json()["detail"] for name in ("alwayson_scripts", *scripts))
+def test_enabled_scripts_are_rejected_by_name(http, scripts):
+    response = txt2img(http, alwayson_scripts=scripts)
+    assert response.status_code == 400
+    assert all(name in response.json()["detail"] for name in ("alwayson_scripts", *scripts))
 
 
 @pytest.mark.parametrize(
@@ -145,27 +145,27 @@ def test_scripts_that_act_are_refused_by_name(http, scripts):
         ({}, dict.fromkeys(("sampler_name", "scheduler", "eta", "override_settings"))),
     ],
 )
-def test_numbers_come_as_text_or_floats(http, plain, lax):
+def test_numbers_may_be_strings_or_floats(http, plain, lax):
     lax = {name: value for name, value in lax.items() if name != "steps" or value is not None}
     assert np.array_equal(image_of(txt2img(http, **lax)), image_of(txt2img(http, **plain)))
 
 
 @pytest.mark.parametrize("field", ["steps", "seed", "width", "batch_size"])
-def test_a_number_that_is_not_whole_is_refused_by_name(http, field):
+def test_non_integer_is_rejected_by_name(http, field):
     for value in (4.5, "4.5", "many", [4], {}):
-        answer = txt2img(http, **{field: value})
-        assert answer.status_code == 422 and field in answer.json()["detail"]
+        response = txt2img(http, **{field: value})
+        assert response.status_code == 422 and field in response.json()["detail"]
 
 
-def test_a_drawn_seed_has_many_spellings(http):
+def test_random_seed_spellings(http):
     for seed in (-1, "-1", -1.0, None):
         assert txt2img(http, seed=seed, steps=1).status_code == 200
 
 
-def test_no_strength_gives_the_image_back(http):
+def test_zero_strength_returns_the_image(http):
     start = Image.new("RGB", (64, 64), "red")
-    wanted = image_of(img2img(http, denoising_strength=0))
-    assert np.abs(wanted.astype(float) - np.asarray(start)).mean() < 20
+    expected = image_of(img2img(http, denoising_strength=0))
+    assert np.abs(expected.astype(float) - np.asarray(start)).mean() < 20
 
 
 def as_data_url(text):
@@ -185,14 +185,14 @@ def as_data_url(text):
         lambda text: text.replace("+", "-").replace("/", "_"),
     ],
 )
-def test_base64_comes_in_many_spellings(http, spell):
+def test_base64_variants_are_accepted(http, spell):
     rng = np.random.default_rng(1)
     text = encoded(Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)))
     plain = image_of(img2img(http, init_images=[text]))
     assert np.array_equal(image_of(img2img(http, init_images=[spell(text)])), plain)
 
 
-def test_what_an_image_cannot_be_is_said(http):
+def test_invalid_image_inputs_are_explained(http):
     text = encoded(Image.new("RGB", (64, 64)))
     for fields, named in (
         ({"init_images": [text, text]}, "init_images"),
@@ -200,30 +200,30 @@ def test_what_an_image_cannot_be_is_said(http):
         ({"resize_mode": 3}, "resize_mode"),
         ({"mask": text, "inpainting_fill": 2}, "inpainting_fill"),
     ):
-        answer = img2img(http, **fields)
-        assert answer.status_code == 400 and named in answer.json()["detail"]
+        response = img2img(http, **fields)
+        assert response.status_code == 400 and named in response.json()["detail"]
 
 
-def test_a_canvas_exports_its_mask_as_alpha(http):
+def test_mask_in_the_alpha_channel(http):
     mask = Image.new("L", (64, 64))
     mask.paste(255, (8, 8, 40, 40))
-    drawn = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
-    drawn.putalpha(mask)
-    made = [image_of(img2img(http, mask=encoded(each))) for each in (mask, drawn)]
-    assert np.array_equal(*made)
+    generated = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    generated.putalpha(mask)
+    result = [image_of(img2img(http, mask=encoded(item))) for item in (mask, generated)]
+    assert np.array_equal(*result)
     plain = image_of(img2img(http))
-    assert not np.array_equal(made[0], plain)
-    kept = [image_of(img2img(http, mask=encoded(mask), mask_blur=n)) for n in (0, 4)]
-    assert (kept[0][60:] == (255, 0, 0)).all() and not np.array_equal(*kept)
+    assert not np.array_equal(result[0], plain)
+    stored = [image_of(img2img(http, mask=encoded(mask), mask_blur=n)) for n in (0, 4)]
+    assert (stored[0][60:] == (255, 0, 0)).all() and not np.array_equal(*stored)
 
 
-def test_init_images_come_back_only_if_asked_for(http):
+def test_init_images_are_echoed_on_request(http):
     assert img2img(http).json()["parameters"]["init_images"] is None
     again = img2img(http, include_init_images=True).json()
     assert len(again["parameters"]["init_images"]) == len(again["images"]) == 1
 
 
-def test_sampler_and_scheduler_are_the_pipelines_own(http, pipe):
+def test_sampler_and_scheduler_equal_the_pipelines(http, pipe):
     for sampler, scheduler, name in (
         ("Euler a", "Karras", "Euler a Karras"),
         ("Euler", "sgm_uniform", "Euler SGM Uniform"),
@@ -237,17 +237,17 @@ def test_sampler_and_scheduler_are_the_pipelines_own(http, pipe):
         ("dpmpp_2m", "simple", "DPM++ 2M Simple"),
         (None, "Karras", "Euler Karras"),
     ):
-        answer = txt2img(http, sampler_name=sampler, scheduler=scheduler)
-        wanted = pipe.with_scheduler(name)(
+        response = txt2img(http, sampler_name=sampler, scheduler=scheduler)
+        expected = pipe.with_scheduler(name)(
             PROMPT, seed=3, num_inference_steps=2, guidance_scale=7.0
         )
-        assert np.array_equal(image_of(answer), wanted.images[0]), name
-        assert f"Sampler: {name}," in answer.json()["info"]
+        assert np.array_equal(image_of(response), expected.images[0]), name
+        assert f"Sampler: {name}," in response.json()["info"]
     plain = pipe(PROMPT, seed=3, num_inference_steps=2, guidance_scale=7.0).images[0]
     assert np.array_equal(image_of(txt2img(http)), plain)
 
 
-def test_a_pair_that_is_not_supported_is_refused_by_name(http):
+def test_unsupported_pair_is_rejected_by_name(http):
     for fields in (
         {"scheduler": "Turbo"},
         {"sampler_name": "Euler", "scheduler": "Linear Quadratic"},
@@ -255,33 +255,35 @@ def test_a_pair_that_is_not_supported_is_refused_by_name(http):
         {"sampler_name": "Restart", "scheduler": "Karras"},
         {"sampler_name": "DPM++ 2M SDE", "eta": 0.5},
     ):
-        answer = txt2img(http, **fields)
-        assert answer.status_code == 400
-        detail = answer.json()["detail"]
+        response = txt2img(http, **fields)
+        assert response.status_code == 400
+        detail = response.json()["detail"]
         assert str(fields.get("eta") or fields.get("scheduler")) in detail or (
             fields["sampler_name"] in detail
         )
 
 
-def test_every_listed_pair_is_taken(http):
+def test_every_listed_pair_is_accepted(http):
     samplers = http.get("/sdapi/v1/samplers").json()
     schedulers = http.get("/sdapi/v1/schedulers").json()
-    names = {each["name"] for each in samplers}
+    names = {item["name"] for item in samplers}
     assert {"Euler", "DPM++ 2S a", "DPM++ 2M SDE Heun", "DPM++ 2M Karras"} <= names
-    for each in ("Euler a", "DPM2 a", "DPM++ 3M SDE", "PLMS"):
+    for item in ("Euler a", "DPM2 a", "DPM++ 3M SDE", "PLMS"):
         for scheduler in schedulers:
             for spelling in (scheduler["name"], scheduler["label"]):
-                fields = {"sampler_name": each, "scheduler": spelling, "steps": 1}
+                fields = {"sampler_name": item, "scheduler": spelling, "steps": 1}
                 assert txt2img(http, **fields).status_code == 200, fields
 
 
-def test_eta_is_the_share_of_fresh_noise(http, pipe):
+def test_eta_scales_fresh_noise(http, pipe):
     plain, least = (image_of(txt2img(http, sampler_name="Euler a", eta=n)) for n in (1, 0))
     assert np.array_equal(plain, image_of(txt2img(http, sampler_name="Euler a")))
     config = pipe.with_scheduler("Euler a").scheduler_config | {"eta": 0.0}
-    wanted = pipe.with_scheduler(config)(PROMPT, seed=3, num_inference_steps=2, guidance_scale=7.0)
-    assert np.array_equal(least, wanted.images[0]) and not np.array_equal(plain, least)
-    assert "eta" in wanted.parameters[0]
+    expected = pipe.with_scheduler(config)(
+        PROMPT, seed=3, num_inference_steps=2, guidance_scale=7.0
+    )
+    assert np.array_equal(least, expected.images[0]) and not np.array_equal(plain, least)
+    assert "eta" in expected.parameters[0]
 
 
 SET = {
@@ -296,18 +298,18 @@ SET = {
 
 
 @pytest.mark.parametrize("name", SET)
-def test_options_are_refused_by_the_same_rule(http, name):
+def test_options_are_rejected_by_the_same_rule(http, name):
     before = http.get("/sdapi/v1/options").json()
-    for answer in (
+    for response in (
         http.post("/sdapi/v1/options", json={"send_size": False, name: SET[name]}),
         txt2img(http, override_settings={name: SET[name]}),
     ):
         named = "unknown model 'shapez'; similar: shapes" if "model" in name else name
-        assert answer.status_code == 400 and named in answer.json()["detail"]
+        assert response.status_code == 400 and named in response.json()["detail"]
     assert http.get("/sdapi/v1/options").json() == before
 
 
-def test_options_are_kept_and_returned(server, http):
+def test_options_are_stored_and_returned(server, http):
     api = webuiapi.WebUIApi(port=server.port)
     before = api.get_options()
     assert before["sd_model_checkpoint"] == "shapes"
@@ -318,17 +320,17 @@ def test_options_are_kept_and_returned(server, http):
         chosen = {"samples_format": "jpg", "CLIP_stop_at_last_layers": 2, "send_seed": False}
         api.set_options({"sd_model_checkpoint": "shapes.safetensors [0123456789]", **chosen})
         assert api.get_options() == before | chosen
-        answer = txt2img(http)
+        response = txt2img(http)
         skipped = txt2img(http, override_settings={"samples_format": "png"})
-        made = Image.open(BytesIO(base64.b64decode(answer.json()["images"][0])))
-        assert made.format == "JPEG" and answer.json()["info"].count("Clip skip: 2")
+        result = Image.open(BytesIO(base64.b64decode(response.json()["images"][0])))
+        assert result.format == "JPEG" and response.json()["info"].count("Clip skip: 2")
         assert not np.array_equal(image_of(skipped), plain)
     finally:
         api.set_options(before)
     assert np.array_equal(image_of(txt2img(http)), plain)
 
 
-def test_options_of_one_request_end_with_it_unless_it_says_not(http):
+def test_override_settings_apply_to_one_request(http):
     settings = {"CLIP_stop_at_last_layers": 2, "sd_vae": "Automatic"}
     plain, skipped = image_of(txt2img(http)), image_of(txt2img(http, override_settings=settings))
     assert np.array_equal(image_of(txt2img(http)), plain)
@@ -342,20 +344,20 @@ def test_options_of_one_request_end_with_it_unless_it_says_not(http):
         http.post("/sdapi/v1/options", json=reset).raise_for_status()
 
 
-def test_noise_is_drawn_as_the_options_say(http, pipe):
-    drawn = {"seed": 3, "num_inference_steps": 2, "guidance_scale": 7.0}
+def test_noise_source_option(http, pipe):
+    generated = {"seed": 3, "num_inference_steps": 2, "guidance_scale": 7.0}
     for source, rng in (("CPU", "cpu"), ("NV", "cuda"), ("GPU", "cuda")):
-        made = image_of(txt2img(http, override_settings={"randn_source": source}))
-        assert np.array_equal(made, pipe(PROMPT, rng=rng, **drawn).images[0])
+        result = image_of(txt2img(http, override_settings={"randn_source": source}))
+        assert np.array_equal(result, pipe(PROMPT, rng=rng, **generated).images[0])
 
 
-def test_sizes_are_those_of_the_command_line(http, server, pipe):
+def test_sizes_equal_those_of_the_command_line(http, server, pipe):
     for size in ((128, 64), (48, 80), (96, 96)):
-        made = txt2img(http, width=size[0], height=size[1])
-        assert image_of(made).shape[:2] == size[::-1]
+        result = txt2img(http, width=size[0], height=size[1])
+        assert image_of(result).shape[:2] == size[::-1]
         text = f"{size[0]}x{size[1]}"
-        wanted = pipe(PROMPT, seed=3, num_inference_steps=2, guidance_scale=7.0, size=text)
-        assert np.array_equal(image_of(made), wanted.images[0])
+        expected = pipe(PROMPT, seed=3, num_inference_steps=2, guidance_scale=7.0, size=text)
+        assert np.array_equal(image_of(result), expected.images[0])
     image = http.post(
         "/v1/images/generations",
         json={"prompt": PROMPT, "size": "128x64", "num_inference_steps": 2},
@@ -363,42 +365,42 @@ def test_sizes_are_those_of_the_command_line(http, server, pipe):
     assert image["size"] == "128x64" and image["data"]
     odd = txt2img(http, width=72)
     assert odd.status_code == 400 and "multiples of 16" in odd.json()["detail"]
-    assert (128, 64) in engine_of(server).costs.estimated
+    assert (128, 64) in get_engine(server).costs.estimated
 
 
-def test_a_body_without_its_type_is_told_which(http):
+def test_missing_content_type_is_explained(http):
     for path in ("/sdapi/v1/txt2img", "/v1/images/generations", "/sdapi/v1/options"):
         for headers in ({}, {"content-type": "text/plain"}):
-            answer = http.post(path, content='{"prompt": "x"}', headers=headers)
-            assert answer.status_code == 415
-            assert "Send Content-Type: application/json" in answer.text
+            response = http.post(path, content='{"prompt": "x"}', headers=headers)
+            assert response.status_code == 415
+            assert "Send Content-Type: application/json" in response.text
     assert txt2img(http, steps=1).status_code == 200
 
 
 @pytest.mark.parametrize("body", ["[]", "3", '"x"', "null"])
-def test_a_body_that_is_no_object_is_told_so(http, body):
+def test_non_object_body_is_explained(http, body):
     for path in ("/sdapi/v1/txt2img", "/v1/images/generations", "/sdapi/v1/options"):
         headers = {"content-type": "application/json; charset=utf-8"}
-        answer = http.post(path, content=body, headers=headers)
-        assert answer.status_code in (400, 422) and "JSON" in answer.text
+        response = http.post(path, content=body, headers=headers)
+        assert response.status_code in (400, 422) and "JSON" in response.text
 
 
-def test_a_fleet_keeps_no_options():
+def test_options_cannot_be_stored_on_ray():
     guard, models = create_app({"shapes": ModelSource(lambda: None)}, Settings())
     models.on_demand = True
     with TestClient(guard, base_url="http://localhost") as fleet:
-        kept = {"sd_model_checkpoint": "Shapes.safetensors", "send_seed": False}
-        assert fleet.post("/sdapi/v1/options", json=kept).status_code == 200
+        stored = {"sd_model_checkpoint": "Shapes.safetensors", "send_seed": False}
+        assert fleet.post("/sdapi/v1/options", json=stored).status_code == 200
         for changed in ({"CLIP_stop_at_last_layers": 2}, {"samples_format": "jpg"}):
-            answer = fleet.post("/sdapi/v1/options", json=changed)
-            assert answer.status_code == 400 and "override_settings" in answer.json()["detail"]
+            response = fleet.post("/sdapi/v1/options", json=changed)
+            assert response.status_code == 400 and "override_settings" in response.json()["detail"]
 
 
-def test_options_have_a_bound(http):
+def test_number_of_options_is_limited(http):
     many = {f"save_{i}": i for i in range(500)}
     for sent in (many, {"save_x": "x" * 200_000}):
-        answer = http.post("/sdapi/v1/options", json=sent)
-        assert answer.status_code == 400 and "too many" in answer.json()["detail"]
+        response = http.post("/sdapi/v1/options", json=sent)
+        assert response.status_code == 400 and "too many" in response.json()["detail"]
 
 
 def rows(section):

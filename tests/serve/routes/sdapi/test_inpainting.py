@@ -1,4 +1,4 @@
-"""Images and masks made ready for `img2img`, against scipy, Pillow and plain arithmetic."""
+"""Images and masks prepared for `img2img`, compared with scipy, Pillow and plain arithmetic."""
 
 import numpy as np
 import pytest
@@ -40,27 +40,27 @@ def gaussian(values, deviation, axis):
 
 
 @pytest.mark.parametrize("blur", [(4, 4), (9, 0), (0, 3), (64, 64), (0, 0)])
-def test_a_blur_is_scipys(blur):
+def test_blur_equals_scipys(blur):
     mask = noise(50, 37, 1)
-    wanted = np.asarray(mask)
+    expected = np.asarray(mask)
     for axis, deviation in ((1, blur[0]), (0, blur[1])):
-        wanted = gaussian(wanted, deviation, axis) if deviation else wanted
-    assert np.abs(np.asarray(blur_mask(mask, blur), float) - wanted).max() <= 1
+        expected = gaussian(expected, deviation, axis) if deviation else expected
+    assert np.abs(np.asarray(blur_mask(mask, blur), float) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_a_mask_is_its_alpha_where_that_says_anything(mode):
+def test_mask_from_alpha_or_luminance(mode):
     light = boxed((8, 8), (0, 0, 8, 4))
-    drawn = Image.new("RGB", (8, 8), "white").convert(mode)
-    drawn.putalpha(light.point(lambda value: 200 if value else 100))
-    assert np.array_equal(binary_mask(drawn, False), light)
-    assert np.array_equal(binary_mask(drawn, True), light.point(lambda value: 255 - value))
+    generated = Image.new("RGB", (8, 8), "white").convert(mode)
+    generated.putalpha(light.point(lambda value: 200 if value else 100))
+    assert np.array_equal(binary_mask(generated, False), light)
+    assert np.array_equal(binary_mask(generated, True), light.point(lambda value: 255 - value))
     opaque = light.convert(mode)
     assert np.array_equal(binary_mask(opaque, False), light)
     assert np.array_equal(binary_mask(light.convert("1"), False), light)
 
 
-def test_resizing_keeps_the_shape_or_not():
+def test_resize_modes():
     image = Image.new("RGB", (40, 20), "red")
     image.paste("blue", (0, 0, 4, 20))
     for size in ((32, 32), (64, 24), (24, 64)):
@@ -73,7 +73,7 @@ def test_resizing_keeps_the_shape_or_not():
     assert (filled[:10] == filled[10]).all() and (filled[30:] == filled[29]).all()
 
 
-def test_a_region_has_the_shape_of_what_is_made():
+def test_masked_region_has_the_requested_ratio():
     mask = boxed((100, 80), (10, 60, 20, 75))
     left, top, right, bottom = masked_region(mask, 4, (64, 64))
     assert right - left == bottom - top == 23  # the taller side with its padding, cut by the edge
@@ -82,28 +82,28 @@ def test_a_region_has_the_shape_of_what_is_made():
     assert masked_region(boxed((100, 80), (95, 0, 100, 80)), 0, (64, 64)) == (20, 0, 100, 80)
 
 
-def test_what_is_not_masked_stays_as_it_was():
+def test_unmasked_area_is_unchanged():
     image, mask = noise(64, 64), boxed((64, 64), (16, 16, 48, 40))
-    made = Image.new("RGB", (64, 64), "white")
+    result = Image.new("RGB", (64, 64), "white")
     for only_masked in (False, True):
         how = InpaintingSettings((0, 0), False, only_masked, 4, fill=True)
-        laid = np.asarray(prepare_input(image, mask, (64, 64), STRETCH, how).finish(made))
+        pasted = np.asarray(prepare_input(image, mask, (64, 64), STRETCH, how).finish(result))
         inside = np.asarray(mask) > 0
-        assert (laid[inside] == 255).all()
-        assert np.array_equal(laid[~inside], np.asarray(image)[~inside])
+        assert (pasted[inside] == 255).all()
+        assert np.array_equal(pasted[~inside], np.asarray(image)[~inside])
 
 
-def test_a_masked_region_is_made_at_the_whole_size_and_put_back():
+def test_only_masked_generates_at_full_size():
     image, mask = noise(200, 120), boxed((200, 120), (50, 40, 70, 60))
     how = InpaintingSettings((0, 0), False, True, 6, fill=False)
-    given = prepare_input(image, mask, (64, 64), STRETCH, how)
-    assert given.image.size == given.mask.size == (64, 64)
-    wanted = image.crop((44, 34, 76, 66)).resize((64, 64), Image.Resampling.LANCZOS)
-    assert np.array_equal(given.image, wanted)
-    assert given.finish(Image.new("RGB", (64, 64))).size == image.size
+    prepared = prepare_input(image, mask, (64, 64), STRETCH, how)
+    assert prepared.image.size == prepared.mask.size == (64, 64)
+    expected = image.crop((44, 34, 76, 66)).resize((64, 64), Image.Resampling.LANCZOS)
+    assert np.array_equal(prepared.image, expected)
+    assert prepared.finish(Image.new("RGB", (64, 64))).size == image.size
 
 
-def test_what_is_done_with_an_image_is_in_its_text():
+def test_infotext_of_inpainting():
     image, mask = noise(64, 32), boxed((64, 32), (16, 16, 48, 30))
     plain = InpaintingSettings((4, 4), False, True, 8, fill=True)
     assert prepare_input(image, None, (64, 32), CROP, plain).infotext == {}
@@ -118,19 +118,19 @@ def test_what_is_done_with_an_image_is_in_its_text():
     }
 
 
-def test_a_dark_mask_masks_nothing_where_the_region_alone_is_made():
+def test_empty_mask_with_only_masked():
     image = noise(64, 64)
     how = InpaintingSettings((4, 4), False, True, 0, fill=True)
-    given = prepare_input(image, Image.new("L", (64, 64)), (64, 64), STRETCH, how)
-    assert given.mask is None and np.array_equal(given.image, image)
+    prepared = prepare_input(image, Image.new("L", (64, 64)), (64, 64), STRETCH, how)
+    assert prepared.mask is None and np.array_equal(prepared.image, image)
 
 
-def test_a_filled_region_begins_with_its_surroundings():
+def test_fill_starts_from_the_surroundings():
     image = Image.new("RGB", (64, 64), (20, 200, 40))
     image.paste("red", (24, 24, 40, 40))
     mask = boxed((64, 64), (20, 20, 44, 44))
     how = InpaintingSettings((0, 0), False, False, 0, fill=True)
     start = np.asarray(prepare_input(image, mask, (64, 64), STRETCH, how).image, float)
     assert np.abs(start - (20, 200, 40)).max() <= 8  # shares of 8 bits, premultiplied
-    kept = prepare_input(image, mask, (64, 64), STRETCH, PLAIN).image
-    assert np.array_equal(kept, image)
+    stored = prepare_input(image, mask, (64, 64), STRETCH, PLAIN).image
+    assert np.array_equal(stored, image)

@@ -1,4 +1,4 @@
-"""The `/sdapi` endpoints, asked by a client that was written for them."""
+"""The `/sdapi` endpoints, called by a client library written for them."""
 
 import base64
 import threading
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import webuiapi
 from PIL import Image
-from serving import PROMPT, client, engine_of, wait_for
+from serving import PROMPT, client, get_engine, wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -24,21 +24,23 @@ def text_to_image(api, **options):
     return api.txt2img(prompt=PROMPT, seed=3, width=64, height=64, **options)
 
 
-def test_a_picture_is_the_pipelines_own(api, pipe):
-    answer = text_to_image(api, batch_size=2, n_iter=2, sampler_name="DPM++ 2M", scheduler="karras")
-    wanted = pipe.with_scheduler("DPM++ 2M Karras")(
+def test_image_equals_the_pipelines(api, pipe):
+    response = text_to_image(
+        api, batch_size=2, n_iter=2, sampler_name="DPM++ 2M", scheduler="karras"
+    )
+    expected = pipe.with_scheduler("DPM++ 2M Karras")(
         PROMPT, seed=3, num_inference_steps=4, guidance_scale=7.0, num_images_per_prompt=4
     )
-    assert answer.info["all_seeds"] == [3, 4, 5, 6]
-    assert answer.info["infotexts"] == wanted.parameters
-    for made, image in zip(answer.images, wanted.images, strict=True):
-        assert np.array_equal(made, image)
+    assert response.info["all_seeds"] == [3, 4, 5, 6]
+    assert response.info["infotexts"] == expected.parameters
+    for result, image in zip(response.images, expected.images, strict=True):
+        assert np.array_equal(result, image)
 
 
-def test_a_drawn_seed_is_told(api):
-    answer = api.txt2img(prompt=PROMPT, width=64, height=64, seed=-1)
-    again = api.txt2img(prompt=PROMPT, width=64, height=64, seed=answer.info["seed"])
-    assert np.array_equal(answer.image, again.image)
+def test_random_seed_is_reported(api):
+    response = api.txt2img(prompt=PROMPT, width=64, height=64, seed=-1)
+    again = api.txt2img(prompt=PROMPT, width=64, height=64, seed=response.info["seed"])
+    assert np.array_equal(response.image, again.image)
 
 
 def test_image_to_image_with_a_mask(api, pipe):
@@ -47,7 +49,7 @@ def test_image_to_image_with_a_mask(api, pipe):
     mask.paste(255, (0, 0, 32, 12))
 
     def changed(**options):
-        answer = api.img2img(
+        response = api.img2img(
             images=[start],
             mask_image=mask,
             prompt=PROMPT,
@@ -58,7 +60,7 @@ def test_image_to_image_with_a_mask(api, pipe):
             height=64,
             **options,
         )
-        change = np.abs(np.asarray(answer.image, float) - np.asarray(start)).mean(axis=2)
+        change = np.abs(np.asarray(response.image, float) - np.asarray(start)).mean(axis=2)
         return change[:20].mean(), change[32:].mean()
 
     inside, outside = changed()
@@ -67,17 +69,17 @@ def test_image_to_image_with_a_mask(api, pipe):
     assert outside > 3 * inside
 
 
-def test_a_pictures_text_is_read_back(api):
-    made = text_to_image(api).image
+def test_png_info_reads_the_text_back(api):
+    result = text_to_image(api).image
     with client_of(api) as http:
         buffer = BytesIO()
-        made.save(buffer, "PNG", pnginfo=_info(made.info["parameters"]))
+        result.save(buffer, "PNG", pnginfo=_info(result.info["parameters"]))
         image = base64.b64encode(buffer.getvalue()).decode()
-        answer = http.post("/sdapi/v1/png-info", json={"image": image}).json()
-    assert answer["info"] == made.info["parameters"]
-    assert answer["parameters"]["Prompt"] == PROMPT
-    assert answer["parameters"]["Seed"] == "3"
-    assert answer["parameters"]["Sampler"] == "Euler"
+        response = http.post("/sdapi/v1/png-info", json={"image": image}).json()
+    assert response["info"] == result.info["parameters"]
+    assert response["parameters"]["Prompt"] == PROMPT
+    assert response["parameters"]["Seed"] == "3"
+    assert response["parameters"]["Sampler"] == "Euler"
 
 
 def _info(text):
@@ -96,27 +98,27 @@ def client_of(api):
 
 def test_progress_and_interrupt(api, server):
     assert api.get_progress()["progress"] == 0.0
-    answers = []
+    responses = []
     asking = threading.Thread(
-        target=lambda: answers.append(api.txt2img(prompt=PROMPT, seed=0, **LONG))
+        target=lambda: responses.append(api.txt2img(prompt=PROMPT, seed=0, **LONG))
     )
     asking.start()
     wait_for(lambda: api.get_progress()["state"]["sampling_step"] > 2)
-    told = api.get_progress()
-    assert 0.0 < told["progress"] < 1.0
-    assert told["eta_relative"] > 0.0
-    assert Image.open(BytesIO(base64.b64decode(told["current_image"]))).size == (256, 256)
+    message = api.get_progress()
+    assert 0.0 < message["progress"] < 1.0
+    assert message["eta_relative"] > 0.0
+    assert Image.open(BytesIO(base64.b64decode(message["current_image"]))).size == (256, 256)
     api.interrupt()
     asking.join()
-    assert answers[0].images == []
-    wait_for(lambda: not engine_of(server).tickets())
+    assert responses[0].images == []
+    wait_for(lambda: not get_engine(server).tickets())
     assert api.get_progress()["state"]["job_count"] == 0
 
 
-def test_every_listed_sampler_is_taken(api, server):
+def test_every_listed_sampler_is_accepted(api, server):
     names = [sampler["name"] for sampler in api.get_samplers()]
     assert {"Euler a", "DPM++ 2M Karras", "UniPC"} <= set(names)
-    pipe = engine_of(server).pipe
+    pipe = get_engine(server).pipe
     for name in names:
         pipe.with_scheduler(name)
 
@@ -125,15 +127,15 @@ def test_lists(api):
     (model,) = api.get_sd_models()
     assert model["title"] == model["model_name"] == "shapes"
     assert api.get_options()["sd_model_checkpoint"] == "shapes"
-    assert {"Karras", "Automatic"} <= {each["label"] for each in api.get_schedulers()}
+    assert {"Karras", "Automatic"} <= {item["label"] for item in api.get_schedulers()}
 
 
 NUMBERS = ("seed", "steps", "cfg_scale", "width", "height", "batch_size", "n_iter")
 VALUES = ("0", "-1", "1e9", str(2**63), "NaN", "true", '"7"')
 
 
-def test_odd_numbers_are_refused_and_break_nothing(server):
-    allowed = {("seed", each) for each in ("0", "-1", "1e9", str(2**63))}
+def test_invalid_numbers_are_rejected(server):
+    allowed = {("seed", item) for item in ("0", "-1", "1e9", str(2**63))}
     allowed |= {("cfg_scale", "0")}
     allowed |= {(name, "true") for name in ("seed", "steps", "cfg_scale", "batch_size", "n_iter")}
     allowed |= {(n, '"7"') for n in ("seed", "steps", "cfg_scale", "batch_size", "n_iter")}
@@ -142,20 +144,20 @@ def test_odd_numbers_are_refused_and_break_nothing(server):
             for value in VALUES:
                 steps = "" if name == "steps" else '"steps": 1, '
                 body = f'{{"prompt": "x", {steps}"{name}": {value}}}'
-                answer = http.post(
+                response = http.post(
                     "/sdapi/v1/txt2img",
                     content=body,
                     headers={"content-type": "application/json"},
                 )
-                wanted = (200,) if (name, value) in allowed else (400, 422)
-                assert answer.status_code in wanted, (name, value, answer.text[:200])
-                if answer.status_code != 200:
-                    assert answer.json()["detail"]
+                expected = (200,) if (name, value) in allowed else (400, 422)
+                assert response.status_code in expected, (name, value, response.text[:200])
+                if response.status_code != 200:
+                    assert response.json()["detail"]
         assert http.get("/health/ready").status_code == 200
 
 
 @pytest.mark.parametrize("image", ["", "?", "AAAA", "data:image/png;base64,AAAA"])
-def test_what_is_no_picture_is_refused(server, image):
+def test_invalid_images_are_rejected(server, image):
     with client(server) as http:
         body = {"prompt": "x", "init_images": [image]}
         assert http.post("/sdapi/v1/img2img", json=body).status_code == 400
