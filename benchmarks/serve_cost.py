@@ -20,7 +20,7 @@ import time
 from PIL import Image, ImageFilter
 from results import save
 
-from sdrt.runtime.images import encoded
+from sdrt.runtime.images import image_to_bytes
 
 ROUNDS = 200
 PATH = "/v1/images/generations"
@@ -79,7 +79,7 @@ def encoding_milliseconds(kind: str) -> float:
     times = []
     for _ in range(9):
         began = time.process_time()
-        encoded(picture, "", kind, 90)
+        image_to_bytes(picture, "", kind, 90)
         times.append(time.process_time() - began)
     return 1e3 * statistics.median(times)
 

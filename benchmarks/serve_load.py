@@ -36,7 +36,7 @@ from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.batching.request import RequestRejected
 from sdrt.runtime.batching.scheduler import Rates
 from sdrt.runtime.denoising import BatchBuilder
-from sdrt.runtime.options import options_from
+from sdrt.runtime.options import parse_options
 
 PROMPT = "a red circle on a blue background"
 SIZES = ((64, 64), (96, 96))
@@ -186,7 +186,7 @@ def by_batches(pipe: Pipeline, jobs: Sequence[Job], most: int) -> None:
 def run_batch(pipe: Pipeline, batch: Sequence[Job], clock: Callable[[], float]) -> None:
     runs = []
     for job in batch:
-        own, options = pipe.with_scheduler(job.sampler), options_from(job.options)
+        own, options = pipe.with_scheduler(job.sampler), parse_options(job.options)
         job_images = own.create_job(PROMPT, options)
         runs += [run for _, run, _ in own.prepare_states(job_images)]
     gather = BatchBuilder()

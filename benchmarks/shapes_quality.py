@@ -13,7 +13,7 @@ import numpy as np
 from results import save
 
 import sdrt
-from sdrt.runtime.images import image_grid
+from sdrt.runtime.images import make_grid
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from shapes_reader import verdict
@@ -40,7 +40,7 @@ def main() -> None:
             print(f"guidance {guidance:4}: {text}")
             shares[str(guidance)] = {name: float(value) for name, value in values.items()}
             if guidance == 7.5 and args.sheet:
-                image_grid(out.images[:32], columns=8).save(args.sheet)
+                make_grid(out.images[:32], columns=8).save(args.sheet)
     if args.save:
         at = " %, ".join(f"{name} {100 * value:.1f}" for name, value in shares["7.5"].items())
         claim = "`shapes` at guidance 7.5, 200 captions: correct"

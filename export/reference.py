@@ -16,7 +16,7 @@ from sdrt.bundle.manifest import FEATURE, Manifest
 from sdrt.engine import Feeds
 from sdrt.runtime import GenerationOptions, randn, sampler_table
 from sdrt.runtime.embedded_guidance import GUIDANCE, guidance_embedding
-from sdrt.runtime.images import images_from_decoded, pixels_of
+from sdrt.runtime.images import images_from_decoded, pixels_from_latents
 from sdrt.runtime.reference_outputs import (
     PROMPT,
     SCHEDULER,
@@ -97,7 +97,7 @@ class TorchReference:
         for size in self.manifest.sizes:
             cases += self._denoise(module, size)
         if isinstance(module, PixelUnet):  # its output is the image
-            self.images = {size: pixels_of(latents) for size, latents in self.latents.items()}
+            self.images = {size: pixels_from_latents(latents) for size, latents in self.latents.items()}
             channels = self.manifest.latent_channels
             colours = np.eye(3) if channels == 3 else np.ones((3, 1))
             self.preview = tuple((*row, 0.0) for row in colours.tolist())

@@ -1,4 +1,7 @@
-"""Prompt to picture: tokenizer, noise, samplers, guidance, pipeline. Knows numpy and engines."""
+"""From a prompt to images: tokenizer, noise, samplers, guidance, pipeline.
+
+Knows numpy and engines.
+"""
 
 from .denoising import Step
 from .loading import load_pipeline

@@ -15,7 +15,7 @@ from sdrt.errors import UsageError
 from .denoising import DenoisingState, LatentEdit, get_history_layout
 from .initial_latents import ImageInputs, InitialState
 from .job import GenerationJob
-from .parsing import numbers, refusal
+from .parsing import invalid_argument, parse_array
 from .requests import Request
 from .text.conditioning import Conditioning
 
@@ -96,11 +96,13 @@ def _call_back(
     tensors = {"latents": latents * scale}
     returned = callback(pipe, evaluations_done - 1, timestep, tensors)
     if not isinstance(returned, Mapping | None):
-        raise refusal("callback_on_step_end returned", returned, 'None or {"latents": ...}')
+        raise invalid_argument(
+            "the result of callback_on_step_end", returned, 'None or {"latents": ...}'
+        )
     changed = (returned or tensors).get("latents")
     if changed is None:
         return latents
-    array = numbers("latents of callback_on_step_end", changed)
+    array = parse_array("latents of callback_on_step_end", changed)
     if array.shape != latents.shape:
         raise UsageError(
             f"callback_on_step_end returned latents {list(array.shape)}; "

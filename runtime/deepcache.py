@@ -1,7 +1,8 @@
-"""Feature reuse: evaluations that compute only the UNet's layers nearest to its input and output,
-with what an earlier, full one made of the rest: DeepCache, Ma et al. 2023 (arXiv:2312.00858).
+"""Feature reuse: DeepCache, Ma et al. 2023 (arXiv:2312.00858).
 
-Knows sampler tables and manifests; not how a network is cut in two.
+Some evaluations run only the UNet's shallow layers, nearest to its input and output, with the deep
+layers' feature of an earlier full evaluation. Knows sampler tables and manifests; not how a network
+is split.
 """
 
 from collections.abc import Container, Sequence
@@ -16,11 +17,15 @@ from .samplers.table import SamplerTable
 
 
 def with_feature_reuse(table: SamplerTable, every: int, rows: Sequence[int]) -> SamplerTable:
-    """The table with every so many evaluations full, the paper's uniform schedule. An evaluation
-    with more rows than the one before is full too, since those have no feature yet, and the count
-    begins again.
+    """A table whose evaluations are full at the paper's uniform schedule.
 
-    rows: [N] of each evaluation
+    An evaluation with more rows than the previous one is full too, since those have no feature yet,
+    and the count starts again.
+
+    Args:
+        table: Of full evaluations.
+        every: One of so many evaluations is full.
+        rows: [N], rows of the model's batch in each evaluation.
     """
     full = np.ones(len(rows), bool)
     since = 0
@@ -32,17 +37,15 @@ def with_feature_reuse(table: SamplerTable, every: int, rows: Sequence[int]) -> 
 
 
 def check_feature_reuse(manifest: Manifest, engines: Container[str], backend: str) -> None:
-    """Raise UsageError where the bundle has no network that takes a feature, or the backend runs
-    none.
-    """
+    """Raise UsageError where the bundle or the backend cannot reuse features."""
     if SHALLOW not in manifest.components:
         model = manifest.source.split(",")[0]
         raise UsageError(
-            f"{manifest.name} was built without feature reuse; type: "
-            f"sdrt build --model {model} --feature-reuse --force"
+            f"{manifest.name} was built without feature reuse",
+            hint=f"run `sdrt build --model {model} --feature-reuse --force`",
         )
     if SHALLOW not in engines:
         raise UsageError(
-            f"{backend} does not reuse features yet; leave it out, or choose --backend "
-            "onnxruntime, openvino or torch"
+            f"feature reuse is unsupported by {backend}",
+            hint="leave it out, or choose --backend onnxruntime, openvino or torch",
         )

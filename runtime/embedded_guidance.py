@@ -1,6 +1,7 @@
-"""Models that are fed the guidance scale: distilled from guided ones, they have no unguided row.
+"""Models that read the guidance scale as an embedding. Distilled from guided models, they have no
+negative row.
 
-Knows the embedding and which options have no meaning then; the UNet's inputs say which models.
+Knows the embedding, and which options are meaningless then; the UNet's inputs decide which models.
 """
 
 import logging
@@ -20,14 +21,16 @@ GUIDANCE = "timestep_cond"  # the UNet's input
 
 
 def guidance_embedding_width(manifest: Manifest) -> int:
-    """Width of the guidance scale's embedding; 0 where guidance is a second row."""
+    """Width of the guidance scale's embedding; 0 where guidance is by a second row."""
     inputs = manifest.components["unet"].inputs
     return next((int(spec.shape[1]) for spec in inputs if spec.name == GUIDANCE), 0)
 
 
 def guidance_embedding(scale: float, width: int) -> np.ndarray:
-    """The embedding [width] float32 of a guidance scale: sinusoids of a thousand times what it has
-    above 1, as the reference pipelines make them in single precision.
+    """Embed a guidance scale: sinusoids of `1000 * (scale - 1)`, in single precision as diffusers.
+
+    Returns:
+        [width] float32.
     """
     half = width // 2
     step = np.log(np.float32(10000.0)) / np.float32(half - 1)
@@ -43,21 +46,23 @@ def without_guidance(options: GenerationOptions) -> GenerationOptions:
 
 
 def add_guidance_embedding(
-    told: Sequence[Conditioning], options: GenerationOptions, width: int
+    conditioning: Sequence[Conditioning], options: GenerationOptions, width: int
 ) -> list[Conditioning]:
-    """What the UNet is told of every image, and the guidance scale [1, width].
+    """Add the guidance scale's embedding [1, width] to every image's conditioning.
 
-    Warns of a negative prompt: it has no effect, as in the reference pipelines.
+    Warns of a negative prompt: it has no effect, as in diffusers.
     """
     if any(options.negative_prompt) or options.negative_prompt_embeds is not None:
-        log.warning("this model is guided without a negative prompt; the one given is ignored")
+        log.warning("this model has no use for a negative prompt: it is ignored")
     embedding = guidance_embedding(options.guidance_scale, width)[None]
-    return [{**each, GUIDANCE: embedding} for each in told]
+    return [{**tensors, GUIDANCE: embedding} for tensors in conditioning]
 
 
 def check_guidance(options: GenerationOptions) -> None:
-    """Raise UsageError for what such a model cannot do."""
+    """Raise UsageError for options that are unsupported by such a model."""
     if tuple(options.guidance_interval) != (0.0, 1.0):
-        raise UsageError("guidance_interval: this model has one guidance scale for the whole run")
+        raise UsageError(
+            "guidance_interval is unsupported: this model reads one scale for the full run"
+        )
     if options.guidance_rescale:
-        raise UsageError("guidance_rescale: this model has no unguided output to rescale from")
+        raise UsageError("guidance_rescale is unsupported: this model has no second output")

@@ -11,7 +11,7 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
-from .images import depth_array, image_array, mask_array
+from .images import depth_to_array, image_to_array, mask_to_array
 from .job import GenerationJob
 from .noise import Noise, noise_from_seed
 from .options import GenerationOptions
@@ -92,16 +92,16 @@ def encode_image_inputs(
     num_extra = in_channels - shape[0]
     check_task(options, num_extra, shape[0])
     latent_size = (shape[2], shape[1])
-    depth = depth_array(options.depth_map, latent_size) if options.depth_map else None
+    depth = depth_to_array(options.depth_map, latent_size) if options.depth_map else None
     if options.image is None:
         return ImageInputs(depth=depth)
-    pixels = image_array(options.image, job.size)
+    pixels = image_to_array(options.image, job.size)
     image = LatentDistribution(*encode(pixels))
     mask = masked_image = None
     if options.mask_image is not None:
-        mask = mask_array(options.mask_image, options.image, latent_size)[0]
+        mask = mask_to_array(options.mask_image, options.image, latent_size)[0]
         if num_extra:
-            masked = mask_array(options.mask_image, options.image, job.size)
+            masked = mask_to_array(options.mask_image, options.image, job.size)
             unmasked_pixels = pixels * (masked < 0.5).astype(np.float32)
             masked_image = LatentDistribution(*encode(unmasked_pixels))
     return ImageInputs(image, masked_image, mask, depth)

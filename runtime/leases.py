@@ -1,8 +1,8 @@
 """Calls of a pipeline, and the changes that wait for them.
 
-Any number of calls run at the same time, each under a lease. A change (other LoRA files, the end)
-waits until all leases are over, and calls that begin meanwhile wait for it, so that an image is
-made from one set of weights. Knows threads; not what a call computes.
+Any number of calls run at the same time, each with a lease. A change (other LoRA files, closing)
+waits until all leases are released; calls that begin meanwhile wait for it. So each image is
+generated with one set of weights. Knows threads; not what a call computes.
 """
 
 import contextlib
@@ -13,15 +13,17 @@ from typing import TypeVar
 from sdrt.errors import BackendError, UsageError
 
 T = TypeVar("T")
-CLOSED = "the pipeline is closed; load it again with sdrt.load"
-LOOK_AGAIN = 1.0  # seconds after which a change looks for loops whose threads have ended
+CLOSED = "the pipeline is closed"
+CLOSED_HINT = "load it again with sdrt.load"
+POLL_SECONDS = 1.0  # seconds after which a change looks for loops whose threads have ended
 
 
 class Lease:
-    """One call's.
+    """One call's lease.
 
-    thread: that runs the call, or ran it last; None if none is waited for
-    running: whether it runs now; else the call is a loop that is paused, or waits its turn
+    Attributes:
+        thread: That runs the call or ran it last; None where no thread need end first.
+        running: Whether it runs now; else the call is a loop that is paused, or waits.
     """
 
     __slots__ = ("_leases", "running", "thread")
@@ -33,7 +35,7 @@ class Lease:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """This thread runs a part of the call, which belongs to no thread afterwards."""
+        """Run a part of the call in this thread; afterwards the call belongs to no thread."""
         before = self.thread, self.running
         self.thread, self.running = threading.current_thread(), True
         try:
@@ -41,15 +43,17 @@ class Lease:
         finally:
             self.thread, self.running = before
 
-    def end(self) -> None:
-        """The call is over; may be said again."""
-        self._leases.end(self)
+    def release(self) -> None:
+        """The call is over; may be called again."""
+        self._leases.release(self)
 
 
 class Leases:
     """The leases of all pipelines over the same engines.
 
-    changes: how many changes there have been
+    Attributes:
+        changes: How many changes there have been.
+        closed: Whether calls are refused.
     """
 
     def __init__(self) -> None:
@@ -59,30 +63,33 @@ class Leases:
         self._held: dict[Lease, None] = {}
         self._changed = threading.Condition()
 
-    def begin(self) -> Lease:
-        """A lease, after a change that is under way, unless this thread holds one already, for
-        which the change waits. Raises BackendError once the pipeline is closed.
+    def acquire(self) -> Lease:
+        """A lease, once no change is under way; at once in a thread that has a lease already, since
+        the change waits for that one.
+
+        Raises:
+            BackendError: Once the pipeline is closed.
         """
         lease = Lease(self)
         with self._changed:
-            if self._changing and not self._own():
+            if self._changing and not self._own_leases():
                 self._changed.wait_for(lambda: not self._changing)
             if self.closed:
-                raise BackendError(CLOSED)
+                raise BackendError(CLOSED, hint=CLOSED_HINT)
             self._held[lease] = None
         return lease
 
     @contextlib.contextmanager
     def call(self) -> Iterator[Lease]:
-        """A call that this thread runs from its beginning to its end."""
-        lease = self.begin()
+        """A call that this thread runs from beginning to end."""
+        lease = self.acquire()
         try:
             with lease.held():
                 yield lease
         finally:
-            lease.end()
+            lease.release()
 
-    def end(self, lease: Lease) -> None:
+    def release(self, lease: Lease) -> None:
         with self._changed:
             if lease in self._held:
                 del self._held[lease]
@@ -93,89 +100,97 @@ class Leases:
 
     @contextlib.contextmanager
     def change(self, name: str, *, closing: bool = False) -> Iterator[None]:
-        """Nobody else calls or changes anything meanwhile.
+        """Run exclusively: no call and no other change runs meanwhile.
 
-        name: the method, for messages. closing: whether no call may follow
-        Raises UsageError inside a call of this thread's, which it would wait for in vain,
-        BackendError once the pipeline is closed.
+        Args:
+            name: Of the method, for messages.
+            closing: Whether no call may follow.
+
+        Raises:
+            UsageError: Inside a call of this thread, which it would wait for in vain.
+            BackendError: Once the pipeline is closed.
         """
         with self._changed:
-            if self._own():
+            if self._own_leases():
                 raise UsageError(
-                    f"{name} was called inside a call of the same pipeline: in a callback, or "
-                    "before a loop over steps() or pictures() was finished; finish or close that "
-                    "first"
+                    f"{name} was called inside a call of the same pipeline: in a callback, or in a "
+                    "loop over steps() or stream()",
+                    hint="finish or close the loop first",
                 )
             self._changed.wait_for(lambda: not self._changing)
             if self.closed and not closing:
-                raise BackendError(CLOSED)
+                raise BackendError(CLOSED, hint=CLOSED_HINT)
             self._changing = True
             try:
                 while self._in_use():
-                    self._changed.wait(LOOK_AGAIN)
+                    self._changed.wait(POLL_SECONDS)
             except BaseException:
-                self._over()
+                self._finish_change()
                 raise
         try:
             yield
         finally:
             self.closed = self.closed or closing
-            self._over()
+            self._finish_change()
 
     def drop_paused(self) -> None:
-        """Give up this thread's loops that are paused; they raise if they are gone on with."""
-        for lease in self._own():
+        """Release this thread's paused loops; they raise when they are continued."""
+        for lease in self._own_leases():
             if not lease.running:
-                self.end(lease)
+                self.release(lease)
 
-    def _over(self) -> None:
+    def _finish_change(self) -> None:
         with self._changed:
             self.changes += 1
             self._changing = False
             self._changed.notify_all()
 
-    def _own(self) -> list[Lease]:
+    def _own_leases(self) -> list[Lease]:
         current = threading.current_thread()
         return [lease for lease in tuple(self._held) if lease.thread is current]
 
     def _in_use(self) -> bool:
-        """Whether a lease is held; that of a loop whose thread has ended is given up."""
+        """Whether a lease is held; that of a loop whose thread has ended is released."""
         for lease in tuple(self._held):
             if lease.thread is not None and not lease.running and not lease.thread.is_alive():
-                self.end(lease)
+                self.release(lease)
         return bool(self._held)
 
 
-class Loop(Iterator[T]):
-    """What a generator yields, under a lease that ends with it, when it is closed or dropped."""
+class LeasedIterator(Iterator[T]):
+    """A generator with a lease, which is released when it is exhausted, closed or deleted."""
 
-    def __init__(self, leases: Leases, make: Callable[[], Iterator[T]]) -> None:
-        """make: gives the generator; runs under the lease."""
-        self._made: Iterator[T] | None = None
-        self._lease = leases.begin()
+    def __init__(self, leases: Leases, create: Callable[[], Iterator[T]]) -> None:
+        """create: returns the generator; called with the lease"""
+        self._generator: Iterator[T] | None = None
+        self._lease = leases.acquire()
         self._leases = leases
         try:
             with self._lease.held():
-                self._made = make()
+                self._generator = create()
         except BaseException:
-            self._lease.end()
+            self._lease.release()
             raise
         self._lease.thread = threading.current_thread()
 
     def __next__(self) -> T:
         lease = self._lease
-        if self._made is None:
+        if self._generator is None:
             raise StopIteration
         if lease.running:
-            raise UsageError("this loop is advanced by another thread; take a loop for each thread")
+            raise UsageError(
+                "this loop is advanced by another thread", hint="use one loop in each thread"
+            )
         if not self._leases.holds(lease):
             self.close()
             if self._leases.closed:
                 raise BackendError("the pipeline was closed while this loop was paused")
-            raise UsageError("the pipeline was changed while this loop was paused; begin it again")
+            raise UsageError(
+                "the pipeline was changed while this loop was paused", hint="start the loop again"
+            )
         lease.thread, lease.running = threading.current_thread(), True
         try:
-            return next(self._made)
+            return next(self._generator)
         except BaseException:
             self.close()
             raise
@@ -183,14 +198,14 @@ class Loop(Iterator[T]):
             lease.running = False
 
     def close(self) -> None:
-        """End it where it is."""
-        made, self._made = self._made, None
-        close = getattr(made, "close", None)
+        """Stop the loop and release its lease."""
+        generator, self._generator = self._generator, None
+        close = getattr(generator, "close", None)
         try:
             if close is not None:
                 close()
         finally:
-            self._lease.end()
+            self._lease.release()
 
     def __del__(self) -> None:
         if hasattr(self, "_lease"):

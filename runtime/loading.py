@@ -1,6 +1,6 @@
 """From a bundle to a pipeline: engines, tokenizers and sampler configuration.
 
-Knows which of a bundle's components are loaded at once and which when they are first needed.
+Knows which of a bundle's components are loaded at once, and which when they are first used.
 """
 
 from collections.abc import Callable
@@ -28,9 +28,15 @@ EAGER = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "safety_checke
 
 
 def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False) -> Pipeline:
-    """Load a bundle's engines on the chosen backend; raises BackendError if one does not load.
+    """Load a bundle's engines on a backend.
 
-    sequential: one component at a time is loaded, when it is needed; only the first now
+    Args:
+        bundle: The opened bundle.
+        candidate: The backend.
+        sequential: Whether one component at a time is loaded, when it is used; only the first now.
+
+    Raises:
+        BackendError: If an engine fails to load.
     """
     load = candidate.load
     assert load is not None
@@ -44,23 +50,23 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False
         return Tokenizer.from_folder(bundle.folder / folder, manifest.max_tokens, rows)
 
     def lazy(of: Bundle, name: str, turn: ExclusiveSlot | None = slot) -> LazyEngine:
-        def opened() -> Engine:
+        def open_engine() -> Engine:
             return _load_engines(of, [name], load, concurrent)[name]
 
-        return LazyEngine(opened, manifest.components.get(name), turn)
+        return LazyEngine(open_engine, manifest.components.get(name), turn)
 
     config = _scheduler_config(bundle)
     names = [name for name in EAGER if name in manifest.components]
     engines: dict[str, Engine] = {}
     if sequential:
         in_order = {name: lazy(bundle, name) for name in names}
-        in_order[names[0]].loaded()  # so that a backend that does not load is left now
+        in_order[names[0]].loaded()  # so that a backend that fails to load is noticed now
         engines.update(in_order)
     else:
         engines.update(_load_engines(bundle, names, load, concurrent))
     engines["vae_encoder"] = lazy(bundle, "vae_encoder")
     if SHALLOW in manifest.components and not candidate.backend.startswith("tensorrt"):
-        # It is small and alternates with the UNet, so it takes no turn.
+        # It is small and alternates with the UNet, so both stay loaded.
         engines[SHALLOW] = lazy(bundle, SHALLOW, None)
     if exact := bundle.in_float32("vae_decoder"):
         engines["vae_decoder_float32"] = lazy(exact, "vae_decoder")
@@ -81,15 +87,17 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False
 
 
 def unloaded_pipeline(bundle: Bundle) -> Pipeline:
-    """A pipeline that can `check` calls but not run them: nothing but the manifest and the
-    scheduler's configuration is read.
+    """A pipeline that validates calls but cannot run them. Only the manifest and the scheduler's
+    configuration are read.
     """
 
-    def none() -> Engine:
+    def open_engine() -> Engine:
         raise AssertionError("this pipeline has no engines")
 
     components = bundle.manifest.components
-    engines: dict[str, Engine] = {name: LazyEngine(none, components[name]) for name in components}
+    engines: dict[str, Engine] = {
+        name: LazyEngine(open_engine, components[name]) for name in components
+    }
     config = _scheduler_config(bundle)
     adapters = Adapters(bundle, engines)
     return Pipeline(bundle.manifest, None, engines, config, "", adapters, bundle_config=config)
@@ -98,8 +106,10 @@ def unloaded_pipeline(bundle: Bundle) -> Pipeline:
 def _load_engines(
     bundle: Bundle, names: list[str], load: Callable[[Bundle, str], Engine], concurrent: bool
 ) -> dict[str, Engine]:
-    """All of these, or none stays open; side by side where a processor's one thread compiles each,
-    which for a GPU would be threads that do not own its context.
+    """All of these engines; after an error none stays open.
+
+    concurrent: in several threads, where one processor thread compiles each; a GPU's context
+        belongs to this thread
     """
     if concurrent:
         return open_concurrently({name: partial(load, bundle, name) for name in names})
@@ -116,12 +126,12 @@ def _load_engines(
 
 
 def _scheduler_config(bundle: Bundle) -> dict[str, Any]:
-    """The sampler's configuration, bounded as whatever comes with a bundle."""
+    """The sampler's configuration, its values bounded as in all files of a bundle."""
     return read_config(bundle.folder / "scheduler" / "scheduler_config.json")
 
 
 def _count_embeddings(weights: Path) -> int | None:
-    """How many tokens a text encoder knows; None if its weights do not tell."""
+    """How many tokens a text encoder has; None if its weights do not show it."""
     records = read_header(weights, BundleError).records
-    found = [record.shape for name, record in records.items() if name.endswith(EMBEDDING)]
-    return found[0][0] if len(found) == 1 and len(found[0]) == 2 else None
+    shapes = [record.shape for name, record in records.items() if name.endswith(EMBEDDING)]
+    return shapes[0][0] if len(shapes) == 1 and len(shapes[0]) == 2 else None

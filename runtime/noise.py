@@ -1,9 +1,11 @@
-"""Noise by seed, as torch draws it, without torch.
+"""Noise from a seed, as torch samples it, without torch.
 
-`CpuNoise` gives the numbers of `torch.Generator("cpu")`: Mersenne Twister (Matsumoto and Nishimura
-1998) through Box and Muller's transform, in torch's order. `CudaNoise` gives those of
-`torch.Generator("cuda")`: Philox4x32-10 (Salmon et al. 2011), one counter an element. Both equal
-torch's to float32 rounding, and go on where the last call ended.
+- `CpuNoise`: `torch.Generator("cpu")`. Mersenne Twister (Matsumoto and Nishimura 1998) through the
+  Box-Muller transform, in torch's order.
+- `CudaNoise`: `torch.Generator("cuda")`. Philox4x32-10 (Salmon et al. 2011), one counter per
+  element.
+
+Both equal torch's numbers to float32 rounding; each call continues where the last one stopped.
 """
 
 import math
@@ -26,19 +28,27 @@ class Noise(Protocol):
 
 
 def noise_from_seed(seed: int, rng: str = "cpu") -> Noise:
-    """The stream of a seed in [0, 2**64); rng is "cpu" or "cuda", else UsageError."""
+    """The noise of a seed.
+
+    Args:
+        seed: In [0, 2**64).
+        rng: "cpu" or "cuda", whose noise torch would sample.
+
+    Raises:
+        UsageError: For another rng.
+    """
     if rng not in STREAMS:
         raise UsageError(f"rng {rng!r}; expected {' or '.join(STREAMS)}")
     return STREAMS[rng](seed)
 
 
 def randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The first numbers of a seed, as `torch.randn` gives them on the CPU."""
+    """The first numbers of a seed, float32, as `torch.randn` returns them on the CPU."""
     return CpuNoise(seed).randn(shape)
 
 
 class _NoEntropy(np.random.SeedSequence):
-    """A state that a seed replaces; gathering one takes five times as long as all the rest."""
+    """A state that a seed replaces: gathering entropy would take five times as long as all else."""
 
     def generate_state(self, n_words: int, dtype: DTypeLike = np.uint32) -> np.ndarray:
         return np.zeros(n_words, dtype)
@@ -50,45 +60,45 @@ class CpuNoise:
     def __init__(self, seed: int) -> None:
         self._bits = np.random.RandomState(np.random.MT19937(_NoEntropy(0)))
         self._bits.seed(seed & 0xFFFFFFFF)  # as torch seeds
-        self._kept: float | None = None
+        self._cached: float | None = None
 
     def randn(self, shape: tuple[int, ...]) -> np.ndarray:
         size = math.prod(shape)
         if size < BLOCK:
-            return np.array([self._one() for _ in range(size)], np.float32).reshape(shape)
+            return np.array([self._next_normal() for _ in range(size)], np.float32).reshape(shape)
         tail = BLOCK if size % BLOCK else 0
-        uniform = self._uniform(size + tail)
-        whole = size - size % BLOCK
+        uniform = self._next_uniform(size + tail)
+        full_blocks = size - size % BLOCK
         values = np.empty(size, np.float32)
-        values[:whole] = _normal_from_uniform(uniform[:whole])
-        if tail:  # torch draws the last sixteen anew when the size is no multiple of sixteen
+        values[:full_blocks] = _normal_from_uniform(uniform[:full_blocks])
+        if tail:  # torch samples the last 16 again when the size is not a multiple of 16
             values[-BLOCK:] = _normal_from_uniform(uniform[size:])
         return values.reshape(shape)
 
-    def _uniform(self, count: int) -> np.ndarray:
-        """[count] float32 in [0, 1): the low 24 bits of each 32-bit draw."""
-        raw = self._draws(count) & np.uint32(0xFFFFFF)
+    def _next_uniform(self, count: int) -> np.ndarray:
+        """[count] float32 in [0, 1), of the low 24 bits of each 32-bit word."""
+        raw = self._next_integers(count) & np.uint32(0xFFFFFF)
         return raw.astype(np.float32) * np.float32(2.0**-24)
 
-    def _draws(self, count: int) -> np.ndarray:
+    def _next_integers(self, count: int) -> np.ndarray:
         return self._bits.randint(0, 2**32, count, np.uint32)
 
-    def _one(self) -> float:
-        """One number in double precision; they come in pairs, and the second is kept."""
-        if self._kept is not None:
-            value, self._kept = self._kept, None
+    def _next_normal(self) -> float:
+        """One number in double precision; they come in pairs, so the second one is cached."""
+        if self._cached is not None:
+            value, self._cached = self._cached, None
             return value
-        draws = [int(draw) for draw in self._draws(4)]
-        turn, share = (
-            ((high << 32 | low) & (2**53 - 1)) * 2.0**-53 for high, low in (draws[:2], draws[2:])
+        words = [int(word) for word in self._next_integers(4)]
+        angle_uniform, radius_uniform = (
+            ((high << 32 | low) & (2**53 - 1)) * 2.0**-53 for high, low in (words[:2], words[2:])
         )
-        radius, angle = math.sqrt(-2.0 * math.log1p(-share)), 2.0 * math.pi * turn
-        self._kept = radius * math.sin(angle)
+        radius, angle = math.sqrt(-2.0 * math.log1p(-radius_uniform)), 2.0 * math.pi * angle_uniform
+        self._cached = radius * math.sin(angle)
         return radius * math.cos(angle)
 
 
 def _normal_from_uniform(uniform: np.ndarray) -> np.ndarray:
-    """Each block's first eight numbers give radii, its last eight angles."""
+    """Box-Muller of blocks of 16: the first eight numbers are radii, the last eight angles."""
     blocks = uniform.reshape(-1, 2, BLOCK // 2)
     radius = np.sqrt(np.float32(-2.0) * np.log1p(-blocks[:, 0]))
     angle = np.float32(2.0 * np.pi) * blocks[:, 1]
@@ -99,12 +109,12 @@ def _normal_from_uniform(uniform: np.ndarray) -> np.ndarray:
 class CudaNoise:
     """`torch.Generator("cuda").manual_seed(seed)` under `torch.randn`.
 
-    Element i is the first of the four normals that counter (call, 0, i) makes. That holds while a
-    GPU starts one thread an element, which the smallest of those in use do to 2**16 elements;
-    larger noise would depend on the GPU it came from and is refused.
+    Element i is the first of the four normals of counter (call, 0, i). That holds while a GPU
+    starts one thread per element, which the smallest GPUs in use do up to 2**16 elements. Larger
+    noise would depend on the GPU, so it is refused.
     """
 
-    MOST = 2**16
+    MAX_ELEMENTS = 2**16
 
     def __init__(self, seed: int) -> None:
         self._key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
@@ -112,18 +122,19 @@ class CudaNoise:
 
     def randn(self, shape: tuple[int, ...]) -> np.ndarray:
         size = math.prod(shape)
-        if size > self.MOST:
+        if size > self.MAX_ELEMENTS:
             raise UsageError(
-                f"rng cuda with {size} numbers at once; torch's depend on the GPU beyond "
-                f"{self.MOST}. Use rng cpu, or a smaller size"
+                f"rng cuda with {size} numbers at once: beyond {self.MAX_ELEMENTS} they depend on "
+                "the GPU",
+                hint="pass rng='cpu', or a smaller size",
             )
         index = np.arange(size, dtype=np.uint64)
         first, second = _philox(self._calls, index, self._key)
         self._calls += 1
-        share = first.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
-        turn = np.float32(2.0**-32 * 2.0 * np.pi)
-        angle = second.astype(np.float32) * turn + turn / np.float32(2.0)
-        values: np.ndarray = np.sqrt(np.float32(-2.0) * np.log(share)) * np.sin(angle)
+        radius_uniform = first.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
+        angle_scale = np.float32(2.0**-32 * 2.0 * np.pi)
+        angle = second.astype(np.float32) * angle_scale + angle_scale / np.float32(2.0)
+        values: np.ndarray = np.sqrt(np.float32(-2.0) * np.log(radius_uniform)) * np.sin(angle)
         return values.reshape(shape)
 
 

@@ -1,5 +1,6 @@
-"""Engines opened by threads of their own, so that whoever waits can be interrupted and reports what
-is waited for. Knows the engine protocol; not what opens one.
+"""Engines opened by threads of their own, so that the caller can be interrupted and logs progress.
+
+Knows the engine protocol; not what opens an engine.
 """
 
 import threading
@@ -9,31 +10,31 @@ from sdrt.engine import Engine
 from sdrt.process_exit import start_workers
 from sdrt.progress import reported
 
-Open = Callable[[], Engine]
+Opener = Callable[[], Engine]
 
 
 class _ConcurrentOpener:
-    """Engines on their way, by component."""
+    """Opens engines, by component."""
 
-    def __init__(self, opens: Mapping[str, Open]) -> None:
-        self._opens = opens
-        self._waiting = dict.fromkeys(opens)
+    def __init__(self, openers: Mapping[str, Opener]) -> None:
+        self._openers = openers
+        self._pending = dict.fromkeys(openers)
         self._engines: dict[str, Engine] = {}
         self._errors: list[BaseException] = []
         self._abandoned = False
         self._changed = threading.Condition()
 
-    def all(self) -> dict[str, Engine]:
-        """All of them, or none stays open."""
+    def open_all(self) -> dict[str, Engine]:
+        """All engines; after an error none stays open."""
         start_workers(
             [
                 threading.Thread(target=self._open, args=(name,), name=f"sdrt-{name}", daemon=True)
-                for name in self._opens
+                for name in self._openers
             ]
         )
         try:
             with reported(self._text), self._changed:
-                self._changed.wait_for(lambda: not self._waiting)
+                self._changed.wait_for(lambda: not self._pending)
             if self._errors:
                 raise self._errors[0]
         except BaseException:
@@ -42,16 +43,16 @@ class _ConcurrentOpener:
             for engine in self._engines.values():
                 engine.close()
             raise
-        return {name: self._engines[name] for name in self._opens}
+        return {name: self._engines[name] for name in self._openers}
 
     def _open(self, name: str) -> None:
         engine, error = None, None
         try:
-            engine = self._opens[name]()
+            engine = self._openers[name]()
         except BaseException as caught:
             error = caught
         with self._changed:
-            del self._waiting[name]
+            del self._pending[name]
             if error is not None:
                 self._errors.append(error)
             elif engine is not None and self._abandoned:
@@ -61,13 +62,21 @@ class _ConcurrentOpener:
             self._changed.notify_all()
 
     def _text(self) -> str:
-        return f"loading {', '.join(tuple(self._waiting))}"
+        return f"loading {', '.join(tuple(self._pending))}"
 
 
-def open_concurrently(opens: Mapping[str, Open]) -> dict[str, Engine]:
-    """Engines by component, opened side by side in other threads; all, or none stays open.
+def open_concurrently(openers: Mapping[str, Opener]) -> dict[str, Engine]:
+    """Open engines in other threads at the same time.
 
-    Raises what the first one to fail raises, once the others are done. KeyboardInterrupt leaves at
-    once, and what is still being opened is closed when it is.
+    KeyboardInterrupt returns at once; an engine that is still being opened is closed then.
+
+    Args:
+        openers: By component.
+
+    Returns:
+        Engines by component.
+
+    Raises:
+        BaseException: The first error, once all threads are done; no engine stays open.
     """
-    return _ConcurrentOpener(opens).all()
+    return _ConcurrentOpener(openers).open_all()

@@ -14,20 +14,20 @@ from .images import MAX_SIDE
 from .noise import STREAMS
 from .parsing import (
     Parser,
-    choice,
-    depth_map,
-    flag,
-    function,
-    image,
-    interval,
-    numbers,
-    real,
-    refusal,
-    seeds,
-    sequence,
-    size,
-    texts,
-    whole,
+    choice_parser,
+    float_parser,
+    int_parser,
+    invalid_argument,
+    parse_array,
+    parse_callable,
+    parse_depth_map,
+    parse_flag,
+    parse_image,
+    parse_interval,
+    parse_size_option,
+    parse_texts,
+    seed_parser,
+    sequence_parser,
 )
 
 MAX_STEPS = 1000
@@ -205,10 +205,10 @@ def _row(values: Sequence[float] | None) -> str:
     return " ".join(format_number(value) for value in values or ())
 
 
-def options_from(arguments: Mapping[str, Any]) -> GenerationOptions:
+def parse_options(arguments: Mapping[str, Any]) -> GenerationOptions:
     """Checked options; raises UsageError for an unknown name or a value that does not fit."""
     if not isinstance(arguments, Mapping):
-        raise refusal("options", arguments, 'a mapping such as {"seed": 3}')
+        raise invalid_argument("options", arguments, 'a mapping such as {"seed": 3}')
     for name in arguments:
         if name not in PARSERS:
             raise UsageError(f"a call takes no {name!r}{_hint(str(name))}")
@@ -247,35 +247,35 @@ def _check_together(options: GenerationOptions) -> None:
             )
 
 
-PAIR = sequence(whole(0, MAX_SIDE), f"two whole numbers from 0 to {MAX_SIDE}", length=2)
-RUNGS = sequence(real(0.0, 1e6), "a list of numbers that fall")
+PAIR = sequence_parser(int_parser(0, MAX_SIDE), f"two whole numbers from 0 to {MAX_SIDE}", length=2)
+RUNGS = sequence_parser(float_parser(0.0, 1e6), "a list of numbers that fall")
 PARSERS: dict[str, Parser[Any]] = {
-    "negative_prompt": texts,
-    "num_inference_steps": whole(1, MAX_STEPS),
-    "guidance_scale": real(0.0, MAX_GUIDANCE),
-    "guidance_rescale": real(0.0, 1.0),
-    "guidance_interval": interval,
-    "feature_reuse": whole(1, MAX_REUSE),
-    "seed": seeds(2**64),
-    "rng": choice(*STREAMS),
-    "num_images_per_prompt": whole(1, MAX_IMAGES),
-    "size": size,
-    "image": image,
-    "strength": real(0.0, 1.0),
-    "mask_image": image,
-    "depth_map": depth_map,
-    "latents": numbers,
-    "prompt_embeds": numbers,
-    "negative_prompt_embeds": numbers,
-    "pooled_prompt_embeds": numbers,
-    "negative_pooled_prompt_embeds": numbers,
+    "negative_prompt": parse_texts,
+    "num_inference_steps": int_parser(1, MAX_STEPS),
+    "guidance_scale": float_parser(0.0, MAX_GUIDANCE),
+    "guidance_rescale": float_parser(0.0, 1.0),
+    "guidance_interval": parse_interval,
+    "feature_reuse": int_parser(1, MAX_REUSE),
+    "seed": seed_parser(2**64),
+    "rng": choice_parser(*STREAMS),
+    "num_images_per_prompt": int_parser(1, MAX_IMAGES),
+    "size": parse_size_option,
+    "image": parse_image,
+    "strength": float_parser(0.0, 1.0),
+    "mask_image": parse_image,
+    "depth_map": parse_depth_map,
+    "latents": parse_array,
+    "prompt_embeds": parse_array,
+    "negative_prompt_embeds": parse_array,
+    "pooled_prompt_embeds": parse_array,
+    "negative_pooled_prompt_embeds": parse_array,
     **dict.fromkeys((*SIZE_OPTIONS, *(f"negative_{name}" for name in SIZE_OPTIONS)), PAIR),
     "timesteps": RUNGS,
     "sigmas": RUNGS,
-    "clip_skip": whole(0, 100),
-    "long_prompts": choice(*LONG_PROMPTS),
-    "weighting": flag,
-    "callback_on_step_end": function,
+    "clip_skip": int_parser(0, 100),
+    "long_prompts": choice_parser(*LONG_PROMPTS),
+    "weighting": parse_flag,
+    "callback_on_step_end": parse_callable,
 }
 DEFAULTS = {each.name: each.default for each in fields(GenerationOptions)}
 # Names that other tools use for an option.

@@ -10,7 +10,7 @@ from typing import Any
 from sdrt.bundle.manifest import Manifest
 from sdrt.version import __version__
 
-from .images import parameters_text, quoted
+from .images import format_parameters, quote
 from .job import GenerationJob
 from .lora.adapters import Adapters
 from .lora.names import outside_names
@@ -55,7 +55,7 @@ def describe_image(
     if outside := outside_names([file for file, _ in adapters.chosen]):
         settings["Lora files"] = ", ".join(outside)
     settings |= {"RNG": RNG_NAMES[options.rng], "Version": f"sdrt {__version__}"}
-    return parameters_text(prompt, request.negative_prompt, settings)
+    return format_parameters(prompt, request.negative_prompt, settings)
 
 
 def describe_grid(first_image: str, job: GenerationJob) -> str:
@@ -66,6 +66,4 @@ def describe_grid(first_image: str, job: GenerationJob) -> str:
         "Negative prompts": [request.negative_prompt for request in job.requests],
     }
     differing = {name: values for name, values in lists.items() if len(set(values)) > 1}
-    return first_image + "".join(
-        f", {name}: {quoted(values)}" for name, values in differing.items()
-    )
+    return first_image + "".join(f", {name}: {quote(values)}" for name, values in differing.items())

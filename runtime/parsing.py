@@ -1,8 +1,10 @@
-"""Values as callers pass them, parsed into the types that the pipeline computes with.
+"""Arguments as callers pass them, parsed into the types that the pipeline computes with.
 
-A parser takes an argument's name and its value; it returns the value in its one type, or raises
-UsageError with the name, what was found and what was expected. Parsers are made of parsers. Knows
-numpy and whatever converts to it, such as tensors; imports no other array library.
+- A parser gets an argument's name and value. It returns the value in its one type, or raises
+  UsageError with the name, what was found and what was expected.
+- `..._parser` functions build parsers, from bounds or from other parsers.
+
+Knows numpy and what converts to it, such as tensors; imports no other array library.
 """
 
 import json
@@ -27,28 +29,30 @@ Parser = Callable[[str, Any], T]
 WHITE = {"f": 1.0, "b": 1, "u2": 65535}  # by the dtype of an image's array; of others it is 255
 
 
-def refusal(name: str, value: object, expected: str) -> UsageError:
+def invalid_argument(
+    name: str, value: object, expected: str, hint: str | None = None
+) -> UsageError:
     """The error for an argument: its name, what was found and what was expected."""
-    return UsageError(f"{name} {described(value)}; expected {expected}")
+    return UsageError(f"{name} is {describe_value(value)}; expected {expected}", hint=hint)
 
 
-def described(value: object) -> str:
-    """A value in a few words: numbers as they are, others with their type, arrays by shape."""
+def describe_value(value: object) -> str:
+    """A value in a few words: numbers as they are, arrays by shape, others with their type."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return shortened(value)
     shape = getattr(value, "shape", None)
-    what = f"of shape {list(shape)}" if isinstance(shape, tuple) else _shown(value)
-    return f"{what} ({type(value).__name__})"
+    text = f"of shape {list(shape)}" if isinstance(shape, tuple) else _safe_repr(value)
+    return f"{text} ({type(value).__name__})"
 
 
-def _shown(value: object) -> str:
+def _safe_repr(value: object) -> str:
     try:
         return reprlib.repr(value)
     except Exception:  # integers of thousands of digits inside, for one
         return "a value"
 
 
-def scalar(value: object) -> object:
+def to_scalar(value: object) -> object:
     """A NumPy or tensor scalar as Python's; anything else as it is."""
     if getattr(value, "ndim", None) != 0:
         return value
@@ -58,9 +62,9 @@ def scalar(value: object) -> object:
         return value
 
 
-def array_from(value: object) -> np.ndarray | None:
-    """An array, a tensor on any device, or nested sequences as a NumPy array; None for what holds
-    no numbers.
+def to_array(value: object) -> np.ndarray | None:
+    """An array, a tensor on any device or nested sequences as a NumPy array; None for what has no
+    numbers.
     """
     try:
         if hasattr(value, "detach"):
@@ -74,183 +78,191 @@ def array_from(value: object) -> np.ndarray | None:
     return array if array.dtype.kind in "fiub" else None
 
 
-def _listed(value: object) -> list[Any] | None:
+def _to_list(value: object) -> list[Any] | None:
     """The items of a list, tuple, range or array of one axis; None for anything else."""
     if isinstance(value, list | tuple | range):
         return list(value)
-    array = array_from(value) if getattr(value, "ndim", None) == 1 else None
+    array = to_array(value) if getattr(value, "ndim", None) == 1 else None
     return None if array is None else array.tolist()
 
 
-def real(low: float, high: float, expected: str | None = None) -> Parser[float]:
-    """A finite number within bounds; bools are not numbers."""
-    wanted = expected or f"a number from {low:g} to {high:g}"
+def float_parser(low: float, high: float, expected: str | None = None) -> Parser[float]:
+    """For a finite number within bounds; bools are not numbers."""
+    expectation = expected or f"a number from {low:g} to {high:g}"
 
     def parse(name: str, value: object) -> float:
-        number = scalar(value)
+        number = to_scalar(value)
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise refusal(name, value, wanted)
+            raise invalid_argument(name, value, expectation)
         if not low <= number <= high:  # NaN is not
-            raise refusal(name, number, wanted)
+            raise invalid_argument(name, number, expectation)
         return float(number)
 
     return parse
 
 
-def whole(low: int, high: int, expected: str | None = None) -> Parser[int]:
-    """An integer within bounds, also as an integral float; bools are not numbers."""
-    wanted = expected or f"a whole number from {low} to {high}"
+def int_parser(low: int, high: int, expected: str | None = None) -> Parser[int]:
+    """For an integer within bounds, also as an integral float; bools are not numbers."""
+    expectation = expected or f"an integer from {low} to {high}"
 
     def parse(name: str, value: object) -> int:
-        number = scalar(value)
+        number = to_scalar(value)
         if isinstance(number, float) and number.is_integer():
             number = int(number)
         if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
-            raise refusal(name, number, wanted)
+            raise invalid_argument(name, number, expectation)
         return number
 
     return parse
 
 
-def text(name: str, value: object) -> str:
+def parse_text(name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise refusal(name, value, "text")
+        raise invalid_argument(name, value, "a string")
     return str(value)  # of a subclass, such as NumPy's, too
 
 
-def texts(name: str, value: object) -> str | tuple[str, ...]:
-    """A text, or one for each prompt."""
+def parse_texts(name: str, value: object) -> str | tuple[str, ...]:
+    """A string, or one for each prompt."""
     if isinstance(value, str):
         return str(value)
     if isinstance(value, np.ndarray) and value.ndim == 1:
         value = value.tolist()
-    if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
-        raise refusal(name, value, "text, or a list of texts")
-    return tuple(str(each) for each in value)
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise invalid_argument(name, value, "a string, or a list of strings")
+    return tuple(str(text) for text in value)
 
 
-def flag(name: str, value: object) -> bool:
+def parse_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise refusal(name, value, "True or False")
+        raise invalid_argument(name, value, "True or False")
     return bool(value)
 
 
-def choice(*allowed: str) -> Parser[str]:
+def choice_parser(*allowed: str) -> Parser[str]:
     def parse(name: str, value: object) -> str:
         if not isinstance(value, str) or value not in allowed:
-            raise refusal(name, value, " or ".join(allowed))
+            raise invalid_argument(name, value, " or ".join(allowed))
         return str(value)
 
     return parse
 
 
-def function(name: str, value: object) -> Any:
+def parse_callable(name: str, value: object) -> Any:
     if not callable(value):
-        raise refusal(name, value, "a function")
+        raise invalid_argument(name, value, "a function")
     return value
 
 
-def sequence(item: Parser[T], expected: str, length: int | None = None) -> Parser[tuple[T, ...]]:
-    """Items that are parsed alike, at least one; length: how many, where that is fixed."""
+def sequence_parser(
+    item: Parser[T], expected: str, length: int | None = None
+) -> Parser[tuple[T, ...]]:
+    """For one or more items of one kind; length: how many, where that is fixed."""
 
     def parse(name: str, value: object) -> tuple[T, ...]:
-        items = _listed(value)
+        items = _to_list(value)
         if not items or len(items) != (length or len(items)):
-            raise refusal(name, value, expected)
-        return tuple(item(name, each) for each in items)
+            raise invalid_argument(name, value, expected)
+        return tuple(item(name, element) for element in items)
 
     return parse
 
 
-def seeds(limit: int) -> Parser[int | tuple[int, ...]]:
-    """A seed for the first image, or one for each."""
-    one = whole(0, limit - 1, f"a whole number from 0 to {limit - 1}, or none: drawn")
-    many = sequence(one, "a whole number, or one for each image")
+def seed_parser(limit: int) -> Parser[int | tuple[int, ...]]:
+    """For the seed of the first image, or one for each."""
+    one = int_parser(0, limit - 1, f"an integer from 0 to {limit - 1}, or None for a random one")
+    many = sequence_parser(one, "an integer, or one for each image")
 
     def parse(name: str, value: object) -> int | tuple[int, ...]:
         if hasattr(value, "initial_seed"):
-            raise refusal(name, value, "a whole number, such as generator.initial_seed()")
-        return many(name, value) if _listed(value) is not None else one(name, value)
+            raise invalid_argument(name, value, "an integer, such as generator.initial_seed()")
+        return many(name, value) if _to_list(value) is not None else one(name, value)
 
     return parse
 
 
-def size(name: str, value: object) -> str:
+def parse_size_option(name: str, value: object) -> str:
     """`"WIDTHxHEIGHT"`, also from (width, height)."""
     if isinstance(value, str):
         width, height = parse_size(value)
     else:
         expected = '"WIDTHxHEIGHT" or (width, height)'
-        width, height = sequence(whole(1, 99_999), expected, length=2)(name, value)
+        width, height = sequence_parser(int_parser(1, 99_999), expected, length=2)(name, value)
         parse_size(f"{width}x{height}")
     return f"{width}x{height}"
 
 
-def interval(name: str, value: object) -> tuple[float, float]:
-    """Two shares of a run that do not fall."""
-    expected = "two numbers from 0 to 1 that do not fall"
-    low, high = sequence(real(0.0, 1.0), expected, length=2)(name, value)
+def parse_interval(name: str, value: object) -> tuple[float, float]:
+    """The start and the end of a part of the run."""
+    expected = "two numbers from 0 to 1 in ascending order"
+    low, high = sequence_parser(float_parser(0.0, 1.0), expected, length=2)(name, value)
     if low > high:
-        raise refusal(name, value, expected)
+        raise invalid_argument(name, value, expected)
     return low, high
 
 
-def lora_weights(value: object) -> dict[str | os.PathLike[str], LoraWeight]:
-    """The weight of every LoRA by its file's name or path."""
+def parse_lora_weights(value: object) -> dict[str | os.PathLike[str], LoraWeight]:
+    """Weights of LoRA files by name or path."""
     expected = 'a mapping of names or paths to weights, such as {"name": 0.8}'
     if not isinstance(value, Mapping):
-        raise refusal("loras", value, expected)
-    if wrong := [key for key in value if not isinstance(key, str | os.PathLike)]:
-        raise refusal("loras", wrong[0], expected)
-    return {key: _lora_weight(f"LoRA weight of {key}:", each) for key, each in value.items()}
+        raise invalid_argument("loras", value, expected)
+    if invalid := [key for key in value if not isinstance(key, str | os.PathLike)]:
+        raise invalid_argument("loras", invalid[0], expected)
+    return {
+        key: _parse_lora_weight(f"LoRA weight of {key}", weight) for key, weight in value.items()
+    }
 
 
-def _lora_weight(name: str, value: object) -> LoraWeight:
+def _parse_lora_weight(name: str, value: object) -> LoraWeight:
     """One weight for the text encoders and the UNet, or a `LoraWeight` with one for each."""
-    both = (value.text_encoder, value.unet) if isinstance(value, LoraWeight) else (value, value)
-    return LoraWeight(*(real(-MAX_WEIGHT, MAX_WEIGHT)(name, each) for each in both))
+    weights = (value.text_encoder, value.unet) if isinstance(value, LoraWeight) else (value, value)
+    parse = float_parser(-MAX_WEIGHT, MAX_WEIGHT)
+    return LoraWeight(*(parse(name, weight) for weight in weights))
 
 
-def configuration(name: str, value: object) -> dict[str, Any]:
-    """A scheduler's configuration, of what JSON can hold."""
+def parse_scheduler_config(name: str, value: object) -> dict[str, Any]:
+    """A scheduler's configuration, of values that JSON has."""
     if not isinstance(value, Mapping):
-        raise refusal(name, value, "a name, or a scheduler's configuration")
+        raise invalid_argument(name, value, "a name, or a scheduler's configuration")
 
-    def plain(each: object) -> object:
-        if (array := array_from(each)) is None:
-            raise TypeError(f"{described(each)} is no value of JSON")
+    def plain(item: object) -> object:
+        if (array := to_array(item)) is None:
+            raise TypeError(f"{describe_value(item)} has no JSON form")
         return array.tolist()
 
     try:
         config: dict[str, Any] = json.loads(json.dumps(dict(value), default=plain))
         bounded(config, name)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"the configuration of the scheduler: {error}") from error
+        raise UsageError(f"invalid scheduler configuration: {error}") from error
     return config
 
 
-def numbers(name: str, value: object) -> np.ndarray:
+def parse_array(name: str, value: object) -> np.ndarray:
     """An array of any shape and numeric dtype."""
-    array = array_from(value)
+    array = to_array(value)
     if array is None or array.dtype.kind == "b" or array.ndim == 0:
-        raise refusal(name, value, "an array of numbers")
+        raise invalid_argument(name, value, "an array of numbers")
     return array
 
 
-def image(name: str, value: object) -> Image.Image:
-    """A PIL image, a file's path, or an array: [H, W], [H, W, C] or, as tensors are laid out,
-    [C, H, W], also with an axis of one image before; C is 1, 3 or 4. Integers are 0 to 255, floats
-    0 to 1.
+def parse_image(name: str, value: object) -> Image.Image:
+    """An image.
+
+    Args:
+        name: Of the argument.
+        value: A PIL image, a file's path or an array: [H, W], [H, W, C] or [C, H, W], also with a
+            first axis of one image; C is 1, 3 or 4. Integers are 0 to 255, floats 0 to 1.
     """
-    return _image(name, value, scaled=True)
+    return _parse_image(name, value, scaled=True)
 
 
-def depth_map(name: str, value: object) -> Image.Image:
-    """The same, with floats of any range: depth maps are stretched to one range anyhow."""
-    return _image(name, value, scaled=False)
+def parse_depth_map(name: str, value: object) -> Image.Image:
+    """An image whose floats have any range: depth maps are rescaled to one range."""
+    return _parse_image(name, value, scaled=False)
 
 
-def _image(name: str, value: object, scaled: bool) -> Image.Image:
+def _parse_image(name: str, value: object, scaled: bool) -> Image.Image:
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     if isinstance(value, Image.Image):
@@ -259,32 +271,34 @@ def _image(name: str, value: object, scaled: bool) -> Image.Image:
         return value
     if isinstance(value, str | os.PathLike):
         return open_image(Path(value))
-    array = array_from(value) if hasattr(value, "shape") else None
+    array = to_array(value) if hasattr(value, "shape") else None
     if array is None:
         many = isinstance(value, list | tuple) and len(value) > 1
-        hint = "; all images of a call start from one, so make a call for each" if many else ""
-        raise refusal(name, value, f"a PIL image, a file's path or an array{hint}")
+        hint = "all images of a call start from one image; make a call for each" if many else None
+        raise invalid_argument(name, value, "a PIL image, a file's path or an array", hint)
     if array.ndim == 4 and len(array) == 1:
         array = array[0]
     return _image_from_array(name, _channels_last(array, value), value, scaled)
 
 
-def _channels_last(array: np.ndarray, given: object) -> np.ndarray:
-    """[C, H, W] -> [H, W, C], and one channel -> [H, W]. Where both fit, tensors have their
+def _channels_last(array: np.ndarray, value: object) -> np.ndarray:
+    """[C, H, W] -> [H, W, C], and one channel -> [H, W]. Where both layouts fit, tensors have their
     channels first, arrays last.
     """
     if array.ndim == 3:
         first, last = (array.shape[axis] in (1, 3, 4) for axis in (0, 2))
-        if first and (hasattr(given, "detach") or not last):
+        if first and (hasattr(value, "detach") or not last):
             array = array.transpose(1, 2, 0)
         if array.shape[2] == 1:
             array = array[:, :, 0]
     return array
 
 
-def _image_from_array(name: str, array: np.ndarray, given: object, scaled: bool) -> Image.Image:
+def _image_from_array(name: str, array: np.ndarray, value: object, scaled: bool) -> Image.Image:
     if not array.size or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise refusal(name, given, "one image, [H, W], [H, W, C] or [C, H, W] with C 1, 3 or 4")
+        raise invalid_argument(
+            name, value, "one image, [H, W], [H, W, C] or [C, H, W] with C 1, 3 or 4"
+        )
     if not np.isfinite(array).all():
         raise UsageError(f"{name} holds NaN or infinity")
     kind = array.dtype.kind
@@ -293,7 +307,7 @@ def _image_from_array(name: str, array: np.ndarray, given: object, scaled: bool)
     white = WHITE.get(kind, WHITE.get(array.dtype.str[1:], 255))
     low, high = array.min(), array.max()
     if kind != "b" and not 0 <= low <= high <= white:
-        numbers = "floats" if kind == "f" else "whole numbers"
+        numbers = "floats" if kind == "f" else "integers"
         raise UsageError(
             f"{name} holds {low:g} to {high:g}; expected {numbers} from 0 (black) to {white:g} "
             "(white)"

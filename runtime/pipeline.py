@@ -27,17 +27,17 @@ from .embedded_guidance import (
     guidance_embedding_width,
     without_guidance,
 )
-from .images import image_array, images_from_decoded
+from .images import image_to_array, images_from_decoded
 from .initial_latents import build_initial_state, check_task, encode_image_inputs
 from .job import GenerationJob, build_guidance, build_table, parse_output_size
-from .leases import Leases, Loop
+from .leases import LeasedIterator, Leases
 from .lora.adapters import Adapters
 from .lora.sets import refuse_negative_tags, refuse_tags
 from .lora.tags import LoraWeight
-from .options import GenerationOptions, options_from
+from .options import GenerationOptions, parse_options
 from .output import Output
 from .parameters import describe_grid, describe_image
-from .parsing import configuration, function, lora_weights
+from .parsing import parse_callable, parse_lora_weights, parse_scheduler_config
 from .requests import Request, parse_requests, parse_unconditional_requests
 from .safety_checker import apply_safety_checker, detect_marks
 from .samplers.registry import config_from_name
@@ -105,9 +105,9 @@ class Pipeline:
             SdrtError: For an image that holds NaN or infinity.
             BackendError: After `close`.
         """
-        parsed = options_from(options)
+        parsed = parse_options(options)
         if on_step is not None:
-            function("on_step", on_step)
+            parse_callable("on_step", on_step)
         with self.leases.call():
             job = self.create_job(prompt, parsed)
             refuse_tags(job.requests, parsed)
@@ -127,7 +127,7 @@ class Pipeline:
             refuse_tags(job.requests, options)
             return self._stream(job, on_step)
 
-        return Loop(self.leases, run)
+        return LeasedIterator(self.leases, run)
 
     def stream_job(self, job: GenerationJob, on_step: StepCallback = None) -> ImageStream:
         """As `stream`, of a job from `create_job`.
@@ -135,7 +135,7 @@ class Pipeline:
         Raises:
             SdrtError: After all other images, for one that holds NaN or infinity.
         """
-        return Loop(self.leases, partial(self._stream, job, on_step))
+        return LeasedIterator(self.leases, partial(self._stream, job, on_step))
 
     def _stream(self, job: GenerationJob, on_step: StepCallback) -> ImageStream:
         if job.options.returns_image:
@@ -156,7 +156,7 @@ class Pipeline:
 
     def steps(self, prompt: Prompt = None, **options: Any) -> Iterator[Step]:
         """The denoising loop of one batch, one `Step` per evaluation; arguments as for a call."""
-        return Loop(self.leases, partial(self._steps, prompt, options_from(options)))
+        return LeasedIterator(self.leases, partial(self._steps, prompt, parse_options(options)))
 
     def _steps(self, prompt: Prompt, options: GenerationOptions) -> Iterator[Step]:
         job = self.create_job(prompt, options)
@@ -365,7 +365,7 @@ class Pipeline:
     def input_image(self, job: GenerationJob) -> Image:
         """The image to start from in the job's size, which is the result at strength 0."""
         assert job.options.image is not None
-        pixels = image_array(job.options.image, job.size)
+        pixels = image_to_array(job.options.image, job.size)
         return self._check_safety(images_from_decoded(pixels))[0]
 
     def _decode_result(self, result: SamplingResult, i: int) -> Image:
@@ -413,7 +413,7 @@ class Pipeline:
             xl = self.tokenizer_2 is not None
             config = config_from_name(scheduler, self.scheduler_config, xl=xl)
         else:
-            config = configuration("scheduler", scheduler)
+            config = parse_scheduler_config("scheduler", scheduler)
         sampler_table(config, 8)
         return replace(self, scheduler_config=config)
 
@@ -434,7 +434,7 @@ class Pipeline:
             UsageError: Inside a call of this thread: in a callback, or in a loop that is not
                 finished. Nothing is changed after an error.
         """
-        weights = lora_weights(loras)
+        weights = parse_lora_weights(loras)
         with self.leases.change("set_lora"):
             try:
                 self.adapters.set(weights)

@@ -1,4 +1,4 @@
-"""The picture forming: latents to colours without the decoder, by a projection fitted at build."""
+"""Previews: latents to colours by a projection fitted at the build, without the decoder."""
 
 from collections.abc import Sequence
 
@@ -6,33 +6,45 @@ import numpy as np
 from PIL import Image
 
 from .denoising import Step
-from .images import image_grid, images_from_decoded
+from .images import images_from_decoded, make_grid
 
 
 class Preview:
-    """Small pictures of a run's steps. One object sees the steps of one run, in order."""
+    """Previews of a run's steps. One object gets the steps of one run, in order."""
 
     def __init__(self, projection: Sequence[Sequence[float]]) -> None:
         """projection: [3, C + 1], colours in [-1, 1] from latents and 1."""
         self.projection = np.array(projection, np.float32)
-        self._before: Step | None = None
+        self._previous: Step | None = None
 
     def image(self, step: Step) -> Image.Image:
-        """All pictures of the batch, one pixel a latent, as the last two steps foretell them."""
-        clean = predict_denoised(self._before, step)
-        self._before = None if step.index == step.total else step
-        colours = np.einsum("rc,bchw->brhw", self.projection[:, :-1], clean)
+        """All images of the batch in a grid, one pixel per latent, as the last two steps predict
+        them.
+        """
+        denoised = predict_denoised(self._previous, step)
+        self._previous = None if step.index == step.total else step
+        colours = np.einsum("rc,bchw->brhw", self.projection[:, :-1], denoised)
         colours += self.projection[None, :, -1:, None]
-        return image_grid(images_from_decoded(colours))
+        return make_grid(images_from_decoded(colours))
 
 
-def predict_denoised(before: Step | None, step: Step) -> np.ndarray:
-    """The clean latents that two steps agree on if the noise in both is the same."""
-    if before is None or before.latents.shape != step.latents.shape:
+def predict_denoised(previous: Step | None, step: Step) -> np.ndarray:
+    """Predict the denoised latents from two steps, if both have the same noise.
+
+    With `latents = alpha * denoised + sigma * noise` of two steps, noise is eliminated.
+
+    Args:
+        previous: The step before, if any.
+        step: The current step.
+
+    Returns:
+        [B, C, H/8, W/8] float32.
+    """
+    if previous is None or previous.latents.shape != step.latents.shape:
         return step.latents
-    weight = before.alpha * step.sigma - step.alpha * before.sigma
+    weight = previous.alpha * step.sigma - step.alpha * previous.sigma
     if abs(weight) < 1e-6:
         return step.latents
-    mixed = step.sigma * before.latents - before.sigma * step.latents
-    clean: np.ndarray = mixed / np.float32(weight)
-    return clean
+    mixed = step.sigma * previous.latents - previous.sigma * step.latents
+    denoised: np.ndarray = mixed / np.float32(weight)
+    return denoised

@@ -1,7 +1,8 @@
-"""What a bundle is proven by: made-up inputs of its components and a picture, all from seeds, and
-what torch answered at the build, so that any machine can ask its own engines the same.
+"""The reference that a bundle is validated against: synthetic inputs of its components and an
+image, all from seeds, with samples of torch's outputs at the build.
 
-Knows numpy, the engines' interface and the runtime's own loop; not torch.
+Any machine can compare its own engines with them. Knows numpy, the engines' interface and the
+runtime's own loop; not torch.
 """
 
 import json
@@ -29,17 +30,18 @@ SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False}
 STEPS, GUIDED_STEPS = 2, 4
 TIMESTEP = 500.0
 REFERENCE_FILE = "proof.json"
-SAMPLES = 256  # of an answer are kept, evenly spread
+SAMPLES = 256  # of each output, evenly spaced
 DIGITS = 6  # of each
 Size = tuple[int, int]  # width and height in pixels
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceOutputs:
-    """Samples of torch's answers.
+    """Samples of torch's outputs, the contents of `proof.json`.
 
-    components: of each component's outputs to `reference_inputs` inputs, by their names
-    picture: of what `drawn` draws in the first size
+    Attributes:
+        components: Of each component's outputs by name, for the inputs of `reference_inputs`.
+        picture: Of the image of `generate_reference_image` in the first size.
     """
 
     components: Mapping[str, Mapping[str, Sequence[float]]]
@@ -60,7 +62,13 @@ READ: Reader[ReferenceOutputs] = record(
 def reference_inputs(
     shapes: Mapping[str, tuple[int, ...]], ids: np.ndarray | None, size: Size
 ) -> Feeds:
-    """Inputs of a component of the given names and shapes; ids: of a prompt, where it reads one."""
+    """Inputs of a component, from seeds.
+
+    Args:
+        shapes: By input name.
+        ids: Token ids of a prompt, where the component reads one.
+        size: (width, height) of an image.
+    """
     fixed = {
         "input_ids": ids,
         "time_ids": build_time_ids(GenerationOptions(), size)[1:],
@@ -74,44 +82,46 @@ def reference_inputs(
     return feeds
 
 
-def take_samples(answer: np.ndarray) -> np.ndarray:
-    """At most SAMPLES numbers of an array, evenly spread over it."""
-    flat = answer.ravel()
+def take_samples(output: np.ndarray) -> np.ndarray:
+    """At most SAMPLES numbers of an array, evenly spaced."""
+    flat = output.ravel()
     return flat[np.unique(np.linspace(0, flat.size - 1, SAMPLES).astype(np.int64))]
 
 
-def round_samples(answer: np.ndarray) -> list[float]:
-    """Samples as they are kept."""
-    return [float(f"{value:.{DIGITS}g}") for value in take_samples(answer)]
+def round_samples(output: np.ndarray) -> list[float]:
+    """Samples of an array as they are stored."""
+    return [float(f"{value:.{DIGITS}g}") for value in take_samples(output)]
 
 
-def reference_outputs_to_json(answers: ReferenceOutputs) -> str:
-    return json.dumps(asdict(answers), indent=1, sort_keys=True) + "\n"
+def reference_outputs_to_json(outputs: ReferenceOutputs) -> str:
+    return json.dumps(asdict(outputs), indent=1, sort_keys=True) + "\n"
 
 
 def read_reference_outputs(bundle: Bundle) -> ReferenceOutputs:
-    """What a bundle's build kept; raises BundleError where it kept none."""
+    """The reference outputs of a bundle; raises BundleError if it has none."""
     if REFERENCE_FILE not in bundle.manifest.files:
         raise BundleError(
-            f"{bundle.folder} has no {REFERENCE_FILE}: it was built before proofs were kept; build "
-            "it again with --force"
+            f"{bundle.folder} has no {REFERENCE_FILE}",
+            hint="build it again with --force",
         )
     try:
         return READ(bundle.json(REFERENCE_FILE), "it")
     except ValueError as error:
-        raise BundleError(f"{bundle.folder / REFERENCE_FILE} holds no answers: {error}") from error
+        raise BundleError(
+            f"{bundle.folder / REFERENCE_FILE} holds no reference outputs: {error}"
+        ) from error
 
 
 def latent_shape(manifest: Manifest, size: Size) -> tuple[int, int, int, int]:
-    """[1, C, H/8, W/8] of a picture's size."""
+    """[1, C, H/8, W/8] of an image's size."""
     scale = manifest.downscale
     return 1, manifest.latent_channels, size[1] // scale, size[0] // scale
 
 
 def reference_extra_channels(manifest: Manifest, size: Size, channels: int) -> np.ndarray:
-    """What some models are fed beside the latents, made up: [1, E, H/8, W/8], E mostly 0.
+    """Synthetic extra channels, [1, E, H/8, W/8]; E is 0 for most models.
 
-    channels: of the model's input
+    channels: of the UNet's input
     """
     _, latents, *sides = latent_shape(manifest, size)
     return randn(1, (1, channels, *sides))[:, latents:]
@@ -124,7 +134,11 @@ def generate_reference_image(
     guidance_scale: float = 1.0,
     seeds: Sequence[int] = (0,),
 ) -> np.ndarray:
-    """The proof's picture of each seed, made together, [B, 3, H, W], by a bundle's engines."""
+    """The reference image of each seed, generated in one batch by a bundle's engines.
+
+    Returns:
+        [B, 3, H, W] float32 about [-1, 1].
+    """
     manifest = pipe.manifest
     scale = guidance_scale if pipe.accepts_prompt else 1.0
     options = GenerationOptions(size=f"{size[0]}x{size[1]}", guidance_scale=scale)

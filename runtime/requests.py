@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sdrt.errors import UsageError
 
 from .options import MAX_IMAGES, GenerationOptions, Seed
-from .parsing import texts
+from .parsing import parse_texts
 
 # Options that an unconditional model has no use for.
 CONDITIONING_OPTIONS = (
@@ -100,7 +100,7 @@ def _parse_prompts(prompt: str | Sequence[str] | None, options: GenerationOption
         raise UsageError("both prompt and prompt_embeds", hint="pass one of them")
     if options.prompt_embeds is not None:
         return [""] * len(options.prompt_embeds)
-    parsed = texts("prompt", prompt)
+    parsed = parse_texts("prompt", prompt)
     return [parsed] if isinstance(parsed, str) else list(parsed)
 
 

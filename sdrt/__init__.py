@@ -72,14 +72,16 @@ def load(
     from .engine.memory_budget import check_memory
     from .progress import reported
     from .runtime import load_pipeline
-    from .runtime.parsing import flag, refusal, text, whole
+    from .runtime.parsing import int_parser, invalid_argument, parse_flag, parse_text
 
-    device = whole(0, 1023, "the number of a GPU; backend= chooses CPU or GPU")("device", device)
-    stream = whole(0, 2**64 - 1)("stream", stream)
-    low_memory, compile = flag("low_memory", low_memory), flag("compile", compile)
-    backend, precision = text("backend", backend), text("precision", precision)
+    device = int_parser(0, 1023, "the number of a GPU; backend= chooses CPU or GPU")(
+        "device", device
+    )
+    stream = int_parser(0, 2**64 - 1)("stream", stream)
+    low_memory, compile = parse_flag("low_memory", low_memory), parse_flag("compile", compile)
+    backend, precision = parse_text("backend", backend), parse_text("precision", precision)
     if not isinstance(bundle, str | os.PathLike | None):
-        raise refusal("bundle", bundle, "a bundle's name or folder")
+        raise invalid_argument("bundle", bundle, "a bundle's name or folder")
     log = logging.getLogger(__name__)
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")

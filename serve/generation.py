@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from sdrt.runtime import Preview, Step
 from sdrt.runtime.batching.request import GeneratedImage, RequestHandle
-from sdrt.runtime.safety_checker import FLAT, is_flat
+from sdrt.runtime.safety_checker import FLAT_WARNING, is_flat
 
 from .dependencies import EngineRequest, ServerContext, get_context, normalize_size
 from .errors import ApiError, json_response
@@ -104,7 +104,7 @@ def _images_response(
 
 def _image_warning(image: Image) -> dict[str, str]:
     """The `warning` field of an image that looks broken, else nothing."""
-    return {"warning": FLAT} if is_flat(image) else {}
+    return {"warning": FLAT_WARNING} if is_flat(image) else {}
 
 
 def _encode_image(image: Image, body: GenerationRequest, parameters: str = "") -> str:

@@ -7,7 +7,7 @@ import re
 from PIL import Image
 
 from sdrt.errors import UsageError
-from sdrt.runtime.images import encoded, image_from_bytes
+from sdrt.runtime.images import image_from_bytes, image_to_bytes
 
 MAX_PIXELS = 4096 * 4096
 PREVIEW_SIDE = 256
@@ -37,7 +37,9 @@ def decode_base64_image(text: str) -> Image.Image:
 def encode_base64_image(
     image: Image.Image, parameters: str = "", image_format: str = "PNG", quality: int = 100
 ) -> str:
-    return base64.b64encode(encoded(image, parameters, image_format, quality)).decode("ascii")
+    return base64.b64encode(image_to_bytes(image, parameters, image_format, quality)).decode(
+        "ascii"
+    )
 
 
 def mask_from_alpha(mask: Image.Image) -> Image.Image:

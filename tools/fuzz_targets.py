@@ -32,7 +32,7 @@ from sdrt.errors import SdrtError
 from sdrt.json_validation import read_json
 from sdrt.process_stats import forget_peak, peak_bytes, resident_bytes
 from sdrt.runtime import Tokenizer
-from sdrt.runtime.images import image_array, image_from_bytes, settings_from_text, text_of
+from sdrt.runtime.images import image_from_bytes, image_to_array, parse_parameters, read_parameters
 from sdrt.runtime.lora.adapters import parse_lora, read_lora
 from sdrt.runtime.samplers.registry import config_from_name
 from sdrt.runtime.samplers.table import sampler_table
@@ -143,12 +143,12 @@ def tokenizer_files(data: bytes) -> None:
 
 def image(data: bytes) -> None:
     picture = image_from_bytes(data, MAX_PIXELS)
-    image_array(picture, (64, 64))
-    settings_from_text(text_of(picture))
+    image_to_array(picture, (64, 64))
+    parse_parameters(read_parameters(picture))
 
 
 def parameters(data: bytes) -> None:
-    settings_from_text(text_from(data))
+    parse_parameters(text_from(data))
 
 
 def prompt(data: bytes) -> None:

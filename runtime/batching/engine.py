@@ -20,8 +20,8 @@ from typing import Any, Literal
 from sdrt.runtime.denoising import BatchBuilder, DenoisingState, LatentEdit, build_step
 from sdrt.runtime.lora.sets import Named, requests_by_set
 from sdrt.runtime.lora.switch import LoraSwitch
-from sdrt.runtime.options import options_from
-from sdrt.runtime.parsing import function, real, whole
+from sdrt.runtime.options import parse_options
+from sdrt.runtime.parsing import float_parser, int_parser, parse_callable
 from sdrt.runtime.pipeline import Pipeline, Prompt
 from sdrt.runtime.requests import Request
 
@@ -41,8 +41,8 @@ from .scheduler import Turn, forecast, lateness, sharing
 
 log = logging.getLogger(__name__)
 MAX_DEADLINE = 86400.0
-DEADLINE = real(1e-9, MAX_DEADLINE, f"seconds from now, at most {MAX_DEADLINE:g}")
-PRIORITY = whole(-100, 100)
+DEADLINE = float_parser(1e-9, MAX_DEADLINE, f"seconds from now, at most {MAX_DEADLINE:g}")
+PRIORITY = int_parser(-100, 100)
 LONGEST_PAUSE = 30.0  # seconds between two tries to bring a broken engine back
 
 
@@ -67,7 +67,7 @@ class InflightBatcher:
         reload: gives the pipeline anew when its device broke
         kept: where measured costs are kept, such as the bundle's `plans`
         """
-        count = whole(1, 10_000)
+        count = int_parser(1, 10_000)
         rows = None if rows is None else count("rows", rows)
         self.pipe = pipe
         self.slots, self.most_waiting = count("slots", slots), count("waiting", waiting)
@@ -123,8 +123,8 @@ class InflightBatcher:
             deadline = DEADLINE("deadline", deadline)
         priority = PRIORITY("priority", priority)
         if on_step is not None:
-            function("on_step", on_step)
-        chosen = options_from(options)
+            parse_callable("on_step", on_step)
+        chosen = parse_options(options)
         self._check_open()
         pipe = self.pipe
         if scheduler is not None and not (isinstance(scheduler, str) and not scheduler):

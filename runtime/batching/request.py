@@ -106,7 +106,7 @@ class RequestHandle:
     def let_go(self) -> None:
         """The picture needs the pipeline's weights no more."""
         if self.lease:
-            self.lease.end()
+            self.lease.release()
 
     def cancel(self) -> None:
         """Give the slot back at the next evaluation; a finished picture stays."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from sdrt.errors import UsageError
 from sdrt.runtime.options import GenerationOptions
-from sdrt.runtime.parsing import lora_weights
+from sdrt.runtime.parsing import parse_lora_weights
 from sdrt.runtime.requests import Request
 
 from .names import find_named
@@ -67,7 +67,7 @@ def requests_by_set(
     Raises:
         UsageError: For a tag that is not understood, an unknown name, a weight out of range.
     """
-    weights = lora_weights(named or {})
+    weights = parse_lora_weights(named or {})
     shared = [(_file(name), weight) for name, weight in weights.items()]
     tail = "".join(f" {LoraTag(_name(name), weight)}" for name, weight in weights.items())
     read: dict[str, tuple[str, LoraSet]] = {}

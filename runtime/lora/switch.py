@@ -75,10 +75,10 @@ class LoraSwitch:
                 except UsageError as error:
                     ticket.submission.failed = error
                     raise
-            lease = pipe.leases.begin()
+            lease = pipe.leases.acquire()
             if pipe.adapters.chosen == wanted:
                 return lease
-            lease.end()  # somebody else changed it in between
+            lease.release()  # somebody else changed it in between
 
     def renew(self, broken: Pipeline, pipe: Pipeline) -> None:
         """Let a pipeline that was loaded anew carry what the broken one did."""

@@ -10,9 +10,9 @@ import time
 from dataclasses import replace
 
 from sdrt.errors import UsageError
-from sdrt.runtime.images import labelled_sheet, save_png
+from sdrt.runtime.images import make_labelled_grid, save_png
 from sdrt.runtime.lora.switch import apply_tags
-from sdrt.runtime.options import options_from
+from sdrt.runtime.options import parse_options
 
 from .run import opened
 from .schedulers import all_titles
@@ -29,7 +29,7 @@ def compare(args: argparse.Namespace) -> None:
     images, labels, rows = [], [], []
     with opened(args) as pipe:
         names = names or [title for title in all_titles() if title != "PNDM"]
-        base = options_from(
+        base = parse_options(
             {"seed": args.seed, "guidance_scale": args.guidance_scale, "size": args.size}
         )
         chosen = [pipe.with_scheduler(name) for name in names]
@@ -46,5 +46,5 @@ def compare(args: argparse.Namespace) -> None:
                 if not args.quiet:
                     print(f"{name:24} {count:4} steps {seconds:8.2f} s", file=sys.stderr)
     columns = len(steps) if len(steps) > 1 else None
-    save_png(labelled_sheet(images, labels, columns), args.output, args.prompt)
+    save_png(make_labelled_grid(images, labels, columns), args.output, args.prompt)
     print(json.dumps({"sheet": str(args.output), "pictures": rows}) if args.json else args.output)

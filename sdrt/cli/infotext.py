@@ -15,7 +15,7 @@ from typing import Any
 
 from sdrt.errors import UsageError
 from sdrt.json_validation import shortened
-from sdrt.runtime.images import open_image, settings_from_text, text_of, unquoted
+from sdrt.runtime.images import open_image, parse_parameters, read_parameters, unquote
 from sdrt.runtime.lora.tags import LoraTag, LoraWeight, parse_tags
 from sdrt.runtime.options import SIZES_IN_TEXT
 from sdrt.runtime.samplers.registry import AUTOMATIC_SCHEDULES
@@ -128,8 +128,8 @@ def restored_from(path: Path) -> Restored:
     """What the text of an image's file asks for; raises UsageError for one without, and for what
     would change the image and is not understood.
     """
-    text = text_of(open_image(path))
-    settings = {key: unquoted(value) for key, value in settings_from_text(text).items()}
+    text = read_parameters(open_image(path))
+    settings = {key: unquote(value) for key, value in parse_parameters(text).items()}
     if "Steps" not in settings:
         raise UsageError(f"{path} holds no text that says how it was made; give a prompt instead")
     for name, value in settings.items():

@@ -20,14 +20,14 @@ from sdrt import load
 from sdrt.bundle import open_bundle
 from sdrt.errors import UsageError
 from sdrt.runtime import GenerationOptions, Pipeline, Preview, Step
-from sdrt.runtime.images import image_grid, open_image, save_png
+from sdrt.runtime.images import make_grid, open_image, save_png
 from sdrt.runtime.job import GenerationJob
 from sdrt.runtime.loading import unloaded_pipeline
 from sdrt.runtime.lora.adapters import find_lora, parse_lora
 from sdrt.runtime.lora.sets import LoraSet, added, checked, requests_by_set
 from sdrt.runtime.lora.switch import pictures_by_set
 from sdrt.runtime.lora.tags import weight_from
-from sdrt.runtime.options import options_from
+from sdrt.runtime.options import parse_options
 from sdrt.runtime.requests import Request
 from sdrt.runtime.safety_checker import is_flagged, is_flat
 
@@ -39,7 +39,7 @@ FLAGGED = "seed {}: the safety checker flagged the picture, so it is black"
 
 def options_from_arguments(args: argparse.Namespace) -> GenerationOptions:
     """The call that a command line asks for."""
-    return options_from(
+    return parse_options(
         {
             "negative_prompt": args.negative_prompt,
             "num_inference_steps": args.steps,
@@ -213,7 +213,7 @@ def _write_grid(
     """One image of all, with a text that holds every seed."""
     requests = [request for request, _ in finished]
     text = pipe.grid_parameters_text(replace(job, requests=requests))
-    grid = image_grid([image for _, image in finished])
+    grid = make_grid([image for _, image in finished])
     return _write(grid, image_file(args.output, requests[0], 1), text, args.json)
 
 

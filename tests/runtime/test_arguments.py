@@ -12,8 +12,8 @@ import sdrt
 from sdrt.errors import SdrtError, UsageError
 from sdrt.runtime import GenerationOptions
 from sdrt.runtime.batching.engine import InflightBatcher
-from sdrt.runtime.images import image_array
-from sdrt.runtime.options import PARSERS, options_from
+from sdrt.runtime.images import image_to_array
+from sdrt.runtime.options import PARSERS, parse_options
 
 PROMPT = "a red circle on a blue background"
 STEPS = {"num_inference_steps": 1, "seed": 0}
@@ -74,7 +74,7 @@ def test_every_option_has_a_parser():
     ],
 )
 def test_values_of_other_types_are_taken(name, value, parsed):
-    found = getattr(options_from({name: value}), name)
+    found = getattr(parse_options({name: value}), name)
     assert found == parsed and type(found) is type(parsed)
 
 
@@ -126,7 +126,7 @@ def test_values_of_other_types_are_taken(name, value, parsed):
 )
 def test_values_that_do_not_fit_are_refused_by_name(name, value):
     with pytest.raises(UsageError, match=f"^{name}|size ") as caught:
-        options_from({name: value})
+        parse_options({name: value})
     assert len(str(caught.value)) < 300
 
 
@@ -149,7 +149,7 @@ def test_values_that_do_not_fit_are_refused_by_name(name, value):
 )
 def test_names_of_other_tools_get_the_right_hint(name, hint):
     with pytest.raises(UsageError, match=f"no {name!r}; .*{hint}"):
-        options_from({name: 1})
+        parse_options({name: 1})
 
 
 def test_names_of_hints_are_no_options():
@@ -204,9 +204,9 @@ def test_images_of_every_kind_are_the_same_image(noisy, tmp_path):
         tensor,
         tensor[None].float().requires_grad_(),
     ):
-        taken = options_from({"image": given}).image
-        assert np.array_equal(image_array(taken, (64, 64)), image_array(noisy, (64, 64)))
-    rough = options_from({"image": tensor.bfloat16()}).image
+        taken = parse_options({"image": given}).image
+        assert np.array_equal(image_to_array(taken, (64, 64)), image_to_array(noisy, (64, 64)))
+    rough = parse_options({"image": tensor.bfloat16()}).image
     assert np.abs(np.asarray(rough, int) - array).max() <= 1
 
 
@@ -258,7 +258,7 @@ def test_the_alpha_of_a_mask_is_not_passed_over(pipe, noisy):
     [
         (np.full((64, 64, 3), 1.5), "1.5 .* floats from 0"),
         (np.full((64, 64, 3), -1.0, np.float32), "-1 .* floats from 0"),
-        (np.full((64, 64, 3), 256), "whole numbers from 0 .* 255"),
+        (np.full((64, 64, 3), 256), "integers from 0 .* 255"),
         (np.full((64, 64, 3), np.nan), "NaN"),
         (np.zeros((64, 64, 2)), "one image"),
         (np.zeros((2, 64, 64, 3)), "one image"),
@@ -270,12 +270,12 @@ def test_the_alpha_of_a_mask_is_not_passed_over(pipe, noisy):
 )
 def test_arrays_that_are_no_image_are_refused(array, message):
     with pytest.raises(UsageError, match=f"^image .*{message}"):
-        options_from({"image": array})
+        parse_options({"image": array})
 
 
 def test_several_images_are_refused_in_words(noisy):
     with pytest.raises(UsageError, match="make a call for each"):
-        options_from({"image": [noisy, noisy]})
+        parse_options({"image": [noisy, noisy]})
 
 
 def test_at_strength_0_the_image_comes_back(pipe, noisy):
@@ -295,7 +295,7 @@ def test_at_strength_0_the_image_comes_back(pipe, noisy):
 @pytest.mark.parametrize("name", ["strength", "mask_image"])
 def test_what_would_be_ignored_without_an_image_is_refused(name, noisy):
     with pytest.raises(UsageError, match=f"^{name} requires image"):
-        options_from({name: 0.5 if name == "strength" else noisy})
+        parse_options({name: 0.5 if name == "strength" else noisy})
 
 
 @pytest.mark.parametrize("returned", [None, {}, {"latents": None}])
@@ -370,8 +370,8 @@ def test_odd_values_work_or_are_refused(pipe):
             if name in RELATED:
                 options = {"image": image, **options}
             other = chooser.choice(list(PARSERS))
-            worked += works_or_is_refused(options_from, options)
-            works_or_is_refused(options_from, {**options, other: chooser.choice(ODD)})
+            worked += works_or_is_refused(parse_options, options)
+            works_or_is_refused(parse_options, {**options, other: chooser.choice(ODD)})
             if chooser.random() < 0.1:
                 few = {**options, "num_images_per_prompt": 1}
                 works_or_is_refused(lambda: list(pipe.steps(PROMPT, **few)))  # noqa: B023
@@ -398,11 +398,11 @@ def test_odd_values_of_the_other_functions_work_or_are_refused(pipe, tmp_path):
             given = {"backend": "none", name: value}
             assert not works_or_is_refused(sdrt.load, tmp_path, **given)
         assert not works_or_is_refused(sdrt.load, tmp_path, backend=value)
-    with pytest.raises(UsageError, match=r"device 'cuda' .*number of a GPU"):
+    with pytest.raises(UsageError, match=r"device is .cuda. .*number of a GPU"):
         sdrt.load(device="cuda")
-    with pytest.raises(UsageError, match=r"bundle 5.*name or folder"):
+    with pytest.raises(UsageError, match=r"bundle is 5.*name or folder"):
         sdrt.load(5)
-    with pytest.raises(UsageError, match=r"loras .*mapping"):
+    with pytest.raises(UsageError, match=r"loras is .*mapping"):
         pipe.set_lora(["x"])
 
 

@@ -222,7 +222,7 @@ def test_it_is_refused_where_it_cannot_be(pipe, tiny_bundle, shapes, capsys):
         with pytest.raises(UsageError, match="feature_reuse"):
             pipe(PROMPT, feature_reuse=wrong)
     without = {name: engine for name, engine in pipe.engines.items() if name != SHALLOW}
-    with pytest.raises(UsageError, match="does not reuse features yet"):
+    with pytest.raises(UsageError, match="unsupported by"):
         replace(pipe, engines=without)(PROMPT, feature_reuse=2)
     arguments = ["run", PROMPT, "--steps", "1", "--reuse", "3", "--output", "never.png"]
     assert main([*arguments, "--bundle", str(tiny_bundle)]) == 2

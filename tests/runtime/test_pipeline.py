@@ -11,7 +11,7 @@ from PIL import Image
 import sdrt
 from sdrt.errors import SdrtError, UsageError
 from sdrt.runtime.denoising import Guidance, get_history_layout
-from sdrt.runtime.images import image_grid, save_png
+from sdrt.runtime.images import make_grid, save_png
 from sdrt.runtime.samplers.table import sampler_table
 
 PROMPT = "a red circle on a blue background"
@@ -137,7 +137,7 @@ def test_png_carries_the_parameters(pipe, tmp_path):
 
 def test_grid_holds_every_picture():
     colours = [(i * 20, 0, 0) for i in range(5)]
-    grid = image_grid([Image.new("RGB", (8, 4), colour) for colour in colours])
+    grid = make_grid([Image.new("RGB", (8, 4), colour) for colour in colours])
     assert grid.size == (24, 8)
     found = [grid.getpixel((i % 3 * 8 + 1, i // 3 * 4 + 1)) for i in range(5)]
     assert found == colours

@@ -10,7 +10,7 @@ from tiny_checkpoints import write_tiny
 
 import sdrt
 from sdrt.errors import UsageError
-from sdrt.runtime.images import depth_array
+from sdrt.runtime.images import depth_to_array
 
 pytestmark = [
     pytest.mark.reference,
@@ -119,4 +119,4 @@ def test_a_depth_map_for_a_model_without_is_refused(pipe):
     with pytest.raises(UsageError, match="unsupported by this model"):
         pipe("a square", num_inference_steps=1, depth_map=mask())
     with pytest.raises(UsageError, match="one depth"):
-        depth_array(Image.new("L", (8, 8)), (4, 4))
+        depth_to_array(Image.new("L", (8, 8)), (4, 4))

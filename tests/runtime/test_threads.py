@@ -18,7 +18,7 @@ from sdrt.engine import ExclusiveSlot, LazyEngine
 from sdrt.errors import BackendError, UsageError
 from sdrt.runtime import options as options_module
 from sdrt.runtime.batching.engine import InflightBatcher
-from sdrt.runtime.images import image_array
+from sdrt.runtime.images import image_to_array
 
 pytestmark = pytest.mark.integration
 
@@ -272,7 +272,7 @@ def test_a_change_waits_for_calls_and_calls_for_it(tiny_bundle, lora, method):
 def test_after_close_everything_raises_in_words(tiny_bundle):
     pipe = sdrt.load(tiny_bundle, backend="onnxruntime")
     pipe.close()
-    options = options_module.options_from({})
+    options = options_module.parse_options({})
     for use in (
         lambda: pipe(PROMPT),
         lambda: pipe.with_scheduler("Euler")(PROMPT),
@@ -322,7 +322,7 @@ def test_loops_that_are_left_hold_nothing_up(tiny_bundle):
         thread.start()
         thread.join()
         pipe.set_lora({})  # its thread has ended
-        with pytest.raises(UsageError, match="begin it again"):
+        with pytest.raises(UsageError, match="start the loop again"):
             next(kept_by_none)
         in_use = pipe.steps(PROMPT)
         next(in_use)
@@ -420,8 +420,8 @@ def test_threads_may_share_an_opened_image(kind, tmp_path):
     path = tmp_path / f"given.{kind}"
     numbers = np.random.default_rng(0).integers(0, 255, (600, 600, 3), np.uint8)
     Image.fromarray(numbers).save(path)
-    wanted = image_array(Image.open(path), (64, 64))
+    wanted = image_to_array(Image.open(path), (64, 64))
     for _ in range(5):
         shared = Image.open(path)
-        made = in_threads(THREADS, lambda _, shared=shared: image_array(shared, (64, 64)))
+        made = in_threads(THREADS, lambda _, shared=shared: image_to_array(shared, (64, 64)))
         assert all(np.array_equal(each, wanted) for each in made)

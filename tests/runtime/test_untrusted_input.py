@@ -16,14 +16,14 @@ from sdrt.bundle import open_bundle
 from sdrt.engine import Candidate
 from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
 from sdrt.json_validation import read_config
-from sdrt.runtime.images import depth_array, image_array, image_from_bytes, open_image
+from sdrt.runtime.images import depth_to_array, image_from_bytes, image_to_array, open_image
 from sdrt.runtime.loading import load_pipeline
 from sdrt.runtime.lora.adapters import deltas, read_lora
 from sdrt.runtime.text.tokenizer import END, START, Tokenizer
 
 VOCAB = {"a": 0, "b": 1, "ab": 2, START: 3, END: 4}
 TOKENIZERS = {
-    "an id twice": ({**VOCAB, "b": 0}, "a b", "two tokens one number"),
+    "an id twice": ({**VOCAB, "b": 0}, "a b", "two tokens have one id"),
     "a hole in the ids": ({**VOCAB, "b": 7}, "a b", "expected the ids 0 to 4"),
     "an id without end": ({**VOCAB, "b": 10**9}, "a b", "have one id"),
     "a negative id": ({**VOCAB, "b": -1}, "a b", "an id is not an integer"),
@@ -171,13 +171,13 @@ def test_pictures_that_do_not_hold(tmp_path, data):
     (tmp_path / "a.png").write_bytes(data)
     before = state_of(tmp_path)
     with pytest.raises(UsageError):
-        image_array(open_image(tmp_path / "a.png"), (64, 64))
+        image_to_array(open_image(tmp_path / "a.png"), (64, 64))
     with pytest.raises(UsageError):
-        depth_array(open_image(tmp_path / "a.png"), (8, 8))
+        depth_to_array(open_image(tmp_path / "a.png"), (8, 8))
     with pytest.raises(UsageError):
         image_from_bytes(data, 2**24)
     assert state_of(tmp_path) == before
-    assert image_array(image_from_bytes(png(), 2**24), (64, 64)).shape == (1, 3, 64, 64)
+    assert image_to_array(image_from_bytes(png(), 2**24), (64, 64)).shape == (1, 3, 64, 64)
 
 
 def test_more_pixels_than_asked_for_are_not_decoded():

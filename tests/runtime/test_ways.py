@@ -240,7 +240,7 @@ def test_one_picture_without_numbers_does_not_take_the_others(pipe):
     own = replace(pipe, engines={**pipe.engines, "vae_decoder": decoder})
     made = own.stream([PROMPT] * 3, GenerationOptions(num_inference_steps=1, seed=5))
     found = []
-    with pytest.raises(SdrtError, match="seed 6: the picture holds NaN"):
+    with pytest.raises(SdrtError, match="seed 6: the image holds NaN"):
         for request, _ in made:
             found.append(request.seed)
     assert found == [5, 7]
@@ -262,9 +262,9 @@ def rotated(image):
 
 
 def test_pictures_of_every_kind_are_read(picture, tmp_path):
-    from sdrt.runtime.images import image_array, open_image
+    from sdrt.runtime.images import image_to_array, open_image
 
-    wanted = image_array(picture, (64, 64))
+    wanted = image_to_array(picture, (64, 64))
     exif, turned = rotated(picture)
     turned.save(tmp_path / "turned.png", exif=exif)
     clear = picture.convert("RGBA")
@@ -273,15 +273,15 @@ def test_pictures_of_every_kind_are_read(picture, tmp_path):
     picture.convert("CMYK").save(tmp_path / "cmyk.tiff")
     deep = np.asarray(picture.convert("L"), np.uint16) * 257
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert np.array_equal(image_array(open_image(tmp_path / "turned.png"), (64, 64)), wanted)
-    assert (image_array(open_image(tmp_path / "clear.png"), (64, 64)) == 1.0).all()
-    assert np.abs(image_array(open_image(tmp_path / "cmyk.tiff"), (64, 64)) - wanted).max() < 0.2
-    grey = image_array(picture.convert("L"), (64, 64))
-    assert np.array_equal(image_array(open_image(tmp_path / "deep.png"), (64, 64)), grey)
+    assert np.array_equal(image_to_array(open_image(tmp_path / "turned.png"), (64, 64)), wanted)
+    assert (image_to_array(open_image(tmp_path / "clear.png"), (64, 64)) == 1.0).all()
+    assert np.abs(image_to_array(open_image(tmp_path / "cmyk.tiff"), (64, 64)) - wanted).max() < 0.2
+    grey = image_to_array(picture.convert("L"), (64, 64))
+    assert np.array_equal(image_to_array(open_image(tmp_path / "deep.png"), (64, 64)), grey)
 
 
 def test_pictures_that_cannot_be_read_are_refused(tmp_path):
-    from sdrt.runtime.images import image_array, open_image
+    from sdrt.runtime.images import image_to_array, open_image
 
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UsageError, match="not a readable"):
@@ -293,8 +293,8 @@ def test_pictures_that_cannot_be_read_are_refused(tmp_path):
         open_image(tmp_path / "wide.png")
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:600])
-    with pytest.raises(UsageError, match="cannot be decoded"):
-        image_array(open_image(tmp_path / "cut.png"), (64, 64))
+    with pytest.raises(UsageError, match="failed to decode"):
+        image_to_array(open_image(tmp_path / "cut.png"), (64, 64))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_pictures_that_cannot_be_read_are_refused(tmp_path):
     [
         ({"strength": 1.5}, "strength 1.5"),
         ({"strength": 0.01}, "less than one step"),
-        ({"mask_image": Image.new("L", (64, 64))}, "mask is 64x64, the picture 32x32"),
+        ({"mask_image": Image.new("L", (64, 64))}, "mask is 64x64, the image 32x32"),
         ({"latents": np.zeros((1, 4, 8, 8))}, "both"),
         ({"timesteps": [900, 100]}, "strength decides"),
     ],

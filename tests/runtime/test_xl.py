@@ -11,7 +11,7 @@ from PIL import Image
 
 import sdrt
 from sdrt.errors import UsageError
-from sdrt.runtime.options import options_from
+from sdrt.runtime.options import parse_options
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -227,7 +227,7 @@ def test_one_picture_is_the_same_whatever_is_in_its_batch(pipe):
 
 
 def told(pipe, prompt, **options):
-    job = pipe.validate(prompt, options_from({"seed": 0, "guidance_scale": 1.0, **options}))
+    job = pipe.validate(prompt, parse_options({"seed": 0, "guidance_scale": 1.0, **options}))
     return pipe.encode_conditioning(job.requests, job.options, job.size)[0]
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from starlette.responses import Response
 
 from sdrt.errors import UsageError
-from sdrt.runtime.images import rgb_image, text_of
+from sdrt.runtime.images import convert_to_rgb, read_parameters
 from sdrt.serve.dependencies import get_context
 from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.image_encoding import MAX_PIXELS, decode_base64_image, encode_base64_image
@@ -56,7 +56,7 @@ def _check_fields(body: UpscaleRequest) -> None:
 
 def _upscale_base64(body: UpscaleRequest, text: str) -> str:
     image = decode_base64_image(text)
-    return encode_base64_image(upscale_image(rgb_image(image), body), text_of(image))
+    return encode_base64_image(upscale_image(convert_to_rgb(image), body), read_parameters(image))
 
 
 def upscale_image(image: Image.Image, body: UpscaleRequest) -> Image.Image:

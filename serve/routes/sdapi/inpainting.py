@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from sdrt.runtime.images import rgb_image
+from sdrt.runtime.images import convert_to_rgb
 
 LANCZOS = Image.Resampling.LANCZOS
 STRETCH, CROP, FILL = 0, 1, 2  # A1111's resize modes
@@ -90,7 +90,7 @@ def prepare_input(
         mode: A1111's resize mode.
         inpainting: How the mask is applied.
     """
-    rgb = rgb_image(image)
+    rgb = convert_to_rgb(image)
     prepared = _prepare(rgb, mask, size, mode, inpainting)
     same_ratio = mode == STRETCH or rgb.width * size[1] == rgb.height * size[0]
     infotext = {} if same_ratio else {"Resize mode": MODES[mode]}

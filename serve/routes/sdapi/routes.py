@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from sdrt.runtime import Preview, Step
 from sdrt.runtime.batching.request import GeneratedImage, RequestCancelled, RequestHandle
-from sdrt.runtime.images import settings_from_text, text_of
+from sdrt.runtime.images import parse_parameters, read_parameters
 from sdrt.runtime.samplers.registry import title_of
 from sdrt.serve.dependencies import EngineRequest, get_context
 from sdrt.serve.errors import ApiError, json_response
@@ -321,9 +321,9 @@ async def png_info(request: Request, body: PngInfoRequest) -> Response:
     """The text in an image file, raw and parsed."""
     text = await get_context(request).run_in_thread(_read_text, body.image)
     items = {"parameters": text} if text else {}
-    parts = settings_from_text(text) if text else {}
+    parts = parse_parameters(text) if text else {}
     return json_response({"info": text, "items": items, "parameters": parts})
 
 
 def _read_text(image: str) -> str:
-    return text_of(decode_base64_image(image))
+    return read_parameters(decode_base64_image(image))

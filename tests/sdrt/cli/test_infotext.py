@@ -13,7 +13,7 @@ from sdrt.cli.infotext import LOST, restored_from
 from sdrt.cli.main import main
 from sdrt.errors import UsageError
 from sdrt.runtime import LoraWeight, Pipeline
-from sdrt.runtime.images import encoded, save_png
+from sdrt.runtime.images import image_to_bytes, save_png
 from sdrt.runtime.options import PARSERS
 
 pytestmark = pytest.mark.integration
@@ -249,7 +249,7 @@ def test_what_is_typed_goes_first(pipe, tmp_path, lora):
 
 def theirs(path, last, prompt="a red circle", kind="PNG"):
     image = Image.new("RGB", (64, 64))
-    path.write_bytes(encoded(image, f"{prompt}\nNegative prompt: green\n{last}", kind))
+    path.write_bytes(image_to_bytes(image, f"{prompt}\nNegative prompt: green\n{last}", kind))
     return path
 
 

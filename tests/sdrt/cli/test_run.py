@@ -14,7 +14,7 @@ from PIL import Image
 from sdrt import atomic_files
 from sdrt.cli import run as cli_run
 from sdrt.cli.main import main
-from sdrt.runtime.images import settings_from_text
+from sdrt.runtime.images import parse_parameters
 
 pytestmark = pytest.mark.integration
 
@@ -93,7 +93,7 @@ def test_the_text_of_a_grid_holds_all_seeds_and_prompts(shapes, tmp_path, capsys
     output = tmp_path / "grid.png"
     arguments = ["--num-images", "2", "--grid", "--steps", "1", "--seed", "5", "-q"]
     assert main(["run", *prompts, *arguments, "--output", str(output)]) == 0
-    settings = settings_from_text(text_of(output))
+    settings = parse_parameters(text_of(output))
     assert settings["Seed"] == "5" and settings["Seeds"] == '"[5, 6, 7, 8]"'
     assert settings["Prompts"].count("a blue square") == 2 and settings["Prompt"] == prompts[0]
 

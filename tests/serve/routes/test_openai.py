@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from serving import PROMPT, client, get_engine, run_server, wait_for
 
-from sdrt.runtime.images import settings_from_text, text_of
+from sdrt.runtime.images import parse_parameters, read_parameters
 
 pytestmark = pytest.mark.integration
 
@@ -42,7 +42,7 @@ def test_image_equals_the_pipelines(api, pipe):
     for data, image, text in zip(response.data, expected.images, expected.parameters, strict=True):
         result = decode_image(data.b64_json)
         assert np.array_equal(result, image)
-        assert text_of(result) == text
+        assert read_parameters(result) == text
     assert [data.seed for data in response.data] == [3, 4]
 
 
@@ -51,7 +51,7 @@ def test_other_formats_contain_parameters(api, kind):
     response = generate(api, output_format=kind, output_compression=80)
     result = decode_image(response.data[0].b64_json)
     assert result.format == kind.upper()
-    assert settings_from_text(text_of(result))["Seed"] == "3"
+    assert parse_parameters(read_parameters(result))["Seed"] == "3"
 
 
 def test_single_colour_image_has_a_warning(api, server):
