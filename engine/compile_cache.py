@@ -15,10 +15,10 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from sdrt.atomic_files import made_once
+from sdrt.atomic_files import build_once
 from sdrt.bundle import Bundle
 from sdrt.bundle.bundle import graph_name
-from sdrt.bundle.integrity import check_files, describe_files, remember
+from sdrt.bundle.integrity import check_files, describe_files, mark_verified
 from sdrt.bundle.manifest import WEIGHTS, FileRecord
 from sdrt.bundle.store import home
 from sdrt.errors import SdrtError
@@ -69,8 +69,8 @@ def kept(
                 return None
             log.info("%s: made ready once for this processor, kept in %s", component, folder)
             hashed: dict[str, FileRecord] = {}
-            made_once(target, partial(_make, make, made_of, hashed))
-            remember(target, hashed)  # nothing where another process made it
+            build_once(target, partial(_make, make, made_of, hashed))
+            mark_verified(target, hashed)  # nothing where another process made it
     except (OSError, SdrtError) as error:
         log.warning("%s: what is made of it cannot be kept: %s", component, error)
         return None

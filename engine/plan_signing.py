@@ -14,7 +14,7 @@ import re
 import secrets
 from pathlib import Path
 
-from sdrt.atomic_files import write_whole
+from sdrt.atomic_files import write_atomic
 from sdrt.bundle.store import home
 from sdrt.errors import UsageError
 from sdrt.json_validation import read_bytes
@@ -55,7 +55,7 @@ def named() -> frozenset[str]:
 
 def write_ours(path: Path, content: bytes) -> None:
     """The content after its mark; raises OSError."""
-    write_whole(path, bytes.fromhex(mark_of(content)) + content)
+    write_atomic(path, bytes.fromhex(mark_of(content)) + content)
 
 
 def read_ours(path: Path) -> bytes:

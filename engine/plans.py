@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sdrt.atomic_files import identity, locked, whole, write_whole
+from sdrt.atomic_files import atomic_file, file_identity, locked, write_atomic
 from sdrt.bundle import Bundle
-from sdrt.bundle.integrity import sha256_of
+from sdrt.bundle.integrity import hash_file
 from sdrt.bundle.manifest import Manifest, TensorSpec
 from sdrt.bundle.store import home
 from sdrt.errors import BackendError, BundleError
-from sdrt.json_validation import json_object, read_bytes, shortened
+from sdrt.json_validation import json_object, read_bytes, shorten
 
 from .plan_signing import VARIABLE, is_ours, mark_of, named
 
@@ -116,7 +116,7 @@ class Plan:
         try:
             with self.path.open("rb") as file:
                 stat = os.fstat(file.fileno())
-                mark = (self.path, self.sha256, identity(stat))
+                mark = (self.path, self.sha256, file_identity(stat))
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise BackendError(f"{self.path} cannot be read: {error}") from error
@@ -194,7 +194,7 @@ def key_of(
 def _sha256(bundle: Bundle, component: str, name: str) -> str:
     """From the manifest, or of the file while the bundle is being made."""
     record = bundle.manifest.files.get(f"{component}/{name}")
-    return record.sha256 if record else sha256_of(bundle.folder / component / name)
+    return record.sha256 if record else hash_file(bundle.folder / component / name)
 
 
 def profiles_of(
@@ -284,7 +284,7 @@ def find_plan(
 def _foreign(plan: Plan) -> str:
     return (
         "it was not built here, and a plan is native code; if you trust who built it, "
-        f"set {VARIABLE} to its sha256, which its sidecar says is {shortened(plan.sha256)}"
+        f"set {VARIABLE} to its sha256, which its sidecar says is {shorten(plan.sha256)}"
     )
 
 
@@ -316,7 +316,7 @@ def _write_sidecar(plan: Plan) -> None:
     values: dict[str, Any] = asdict(plan)
     del values["path"]
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    write_whole(plan.path.with_suffix(".json"), text.encode())
+    write_atomic(plan.path.with_suffix(".json"), text.encode())
 
 
 def plan_of(
@@ -349,9 +349,9 @@ def _built(
     path: Path, key: PlanKey, reason: str, build: Callable[[Path], tuple[float, int]]
 ) -> Plan:
     log.info("%s: building a plan for %s (%s)", key.component, ", ".join(key.targets), reason)
-    with whole(path) as partial:
+    with atomic_file(path) as partial:
         seconds, peak = build(partial)
-        plan = Plan(path, key, sha256_of(partial), partial.stat().st_size, seconds, peak).marked()
+        plan = Plan(path, key, hash_file(partial), partial.stat().st_size, seconds, peak).marked()
     _write_sidecar(plan)
     log.info(
         "%s: %.0f MB in %.1f s, peak memory %.2f GB",

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdrt.atomic_files import published
+from sdrt.atomic_files import publish_folder
 from sdrt.bundle import Bundle
 from sdrt.bundle.integrity import describe_files
 from sdrt.bundle.manifest import MANIFEST, Component, Manifest, json_from_manifest
@@ -75,7 +75,7 @@ def build_bundle(plan: BuildPlan) -> Path:
     spec = read_model_spec(checkpoint)
     check_feature_reuse(spec, plan.feature_reuse)
     target = (plan.output or bundles_folder() / checkpoint.name).expanduser()
-    with published(target, MANIFEST, plan.force) as folder:
+    with publish_folder(target, MANIFEST, plan.force) as folder:
         began = time.monotonic()
         _announce(checkpoint, spec, plan, target)
         log.info("validating on %s (%s)", candidate.title, candidate.because)

@@ -97,7 +97,9 @@ class TorchReference:
         for size in self.manifest.sizes:
             cases += self._denoise(module, size)
         if isinstance(module, PixelUnet):  # its output is the image
-            self.images = {size: pixels_from_latents(latents) for size, latents in self.latents.items()}
+            self.images = {
+                size: pixels_from_latents(latents) for size, latents in self.latents.items()
+            }
             channels = self.manifest.latent_channels
             colours = np.eye(3) if channels == 3 else np.ones((3, 1))
             self.preview = tuple((*row, 0.0) for row in colours.tolist())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdrt.errors import CheckpointError
-from sdrt.json_validation import shortened
+from sdrt.json_validation import shorten
 
 from .checkpoint import Checkpoint
 from .tokenizer import CheckpointTokenizer
@@ -47,7 +47,7 @@ def text_config(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
     for key, values in FIXED.items():
         if raw.get(key) not in values:
             raise CheckpointError(
-                f"{part}: {key}={shortened(raw[key])} is not supported; expected "
+                f"{part}: {key}={shorten(raw[key])} is not supported; expected "
                 f"{' or '.join(map(repr, values))}"
             )
     if unused := sorted(set(raw) - set(SHAPES) - set(FIXED)):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.errors import CheckpointError
-from sdrt.json_validation import shortened
+from sdrt.json_validation import shorten
 from sdrt.runtime.text.added_tokens import AddedToken
 from sdrt.runtime.text.tokenizer import END, MAX_TOKENS, ROLES, START
 
@@ -87,7 +87,7 @@ def read_tokenizer(folder: Path, named: str | None = None) -> CheckpointTokenize
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             raise CheckpointError(
-                f"{folder / CONFIG}: {key}={shortened(config[key])} is not supported; "
+                f"{folder / CONFIG}: {key}={shorten(config[key])} is not supported; "
                 f"expected {value!r}"
             )
     known = {k: v for k, v in config.items() if k in READ or k.endswith("_token")}
@@ -116,7 +116,7 @@ def _check_class(folder: Path, config: Mapping[str, Any], named: str | None) -> 
     for kind in kinds:
         if kind is not None and kind not in CLASSES:
             raise CheckpointError(
-                f"{folder} is for {shortened(kind)}, which is not supported; expected {CLASSES[0]}"
+                f"{folder} is for {shorten(kind)}, which is not supported; expected {CLASSES[0]}"
             )
 
 

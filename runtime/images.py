@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from sdrt.atomic_files import write_new, write_whole
+from sdrt.atomic_files import write_atomic, write_numbered
 from sdrt.errors import UsageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
@@ -347,8 +347,8 @@ def save_png(image: Image.Image, path: Path, parameters: str, replace: bool = Tr
     content = image_to_bytes(image, parameters)
     try:
         if not replace:
-            return write_new(path, content)
-        write_whole(path, content)
+            return write_numbered(path, content)
+        write_atomic(path, content)
     except OSError as error:
         raise UsageError(f"failed to write {path}: {error.strerror or error}") from error
     return path

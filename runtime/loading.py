@@ -16,7 +16,7 @@ from sdrt.engine.memory_estimator import MemoryEstimator
 from sdrt.errors import BundleError
 from sdrt.json_validation import read_config
 from sdrt.process_stats import resident_bytes
-from sdrt.progress import reported
+from sdrt.progress import log_progress
 
 from .lora.adapters import Adapters
 from .opening import open_concurrently
@@ -116,7 +116,7 @@ def _load_engines(
     engines: dict[str, Engine] = {}
     try:
         for name in names:
-            with reported(partial("loading {}".format, name)):
+            with log_progress(partial("loading {}".format, name)):
                 engines[name] = load(bundle, name)
     except BaseException:
         for engine in engines.values():

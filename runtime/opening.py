@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from sdrt.engine import Engine
 from sdrt.process_exit import start_workers
-from sdrt.progress import reported
+from sdrt.progress import log_progress
 
 Opener = Callable[[], Engine]
 
@@ -33,7 +33,7 @@ class _ConcurrentOpener:
             ]
         )
         try:
-            with reported(self._text), self._changed:
+            with log_progress(self._text), self._changed:
                 self._changed.wait_for(lambda: not self._pending)
             if self._errors:
                 raise self._errors[0]

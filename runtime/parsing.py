@@ -19,7 +19,7 @@ from PIL import Image
 
 from sdrt.bundle import parse_size
 from sdrt.errors import UsageError
-from sdrt.json_validation import bounded, shortened
+from sdrt.json_validation import check_bounds, shorten
 
 from .images import open_image
 from .lora.tags import MAX_WEIGHT, LoraWeight
@@ -39,7 +39,7 @@ def invalid_argument(
 def describe_value(value: object) -> str:
     """A value in a few words: numbers as they are, arrays by shape, others with their type."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return shortened(value)
+        return shorten(value)
     shape = getattr(value, "shape", None)
     text = f"of shape {list(shape)}" if isinstance(shape, tuple) else _safe_repr(value)
     return f"{text} ({type(value).__name__})"
@@ -232,7 +232,7 @@ def parse_scheduler_config(name: str, value: object) -> dict[str, Any]:
 
     try:
         config: dict[str, Any] = json.loads(json.dumps(dict(value), default=plain))
-        bounded(config, name)
+        check_bounds(config, name)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"invalid scheduler configuration: {error}") from error
     return config

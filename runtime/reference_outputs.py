@@ -15,7 +15,7 @@ from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import COMPONENTS, Manifest
 from sdrt.engine import Feeds
 from sdrt.errors import BundleError
-from sdrt.json_validation import Reader, mapping, number, one_of, record, row, text
+from sdrt.json_validation import Reader, array, mapping, number, one_of, record, text
 
 from .denoising import DenoisingState, Guidance, denoise, get_history_layout
 from .noise import randn
@@ -48,7 +48,7 @@ class ReferenceOutputs:
     picture: Sequence[float]
 
 
-NUMBERS = row(number(), 1, SAMPLES)
+NUMBERS = array(number(), 1, SAMPLES)
 OUTPUTS = mapping(NUMBERS, text(r"\w{1,64}", "an output's name"), 32)
 READ: Reader[ReferenceOutputs] = record(
     ReferenceOutputs,

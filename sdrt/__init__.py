@@ -70,7 +70,7 @@ def load(
     from .bundle import open_bundle
     from .engine import PRECISIONS, select_backend
     from .engine.memory_budget import check_memory
-    from .progress import reported
+    from .progress import log_progress
     from .runtime import load_pipeline
     from .runtime.parsing import int_parser, invalid_argument, parse_flag, parse_text
 
@@ -85,7 +85,7 @@ def load(
     log = logging.getLogger(__name__)
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
-    with reported(lambda: "checking the bundle's files"):
+    with log_progress(lambda: "checking the bundle's files"):
         opened = open_bundle(bundle)
     if precision == "exact":
         opened = replace(opened, manifest=replace(opened.manifest, admitted={}))

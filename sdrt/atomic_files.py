@@ -24,13 +24,13 @@ from typing import IO
 from .errors import BundleError, SdrtError
 
 log = logging.getLogger(__name__)
-PATIENCE, PAUSE = 0.5, 0.005  # seconds that a wait is not worth a word, and between tries
+QUIET_WAIT, POLL_INTERVAL = 0.5, 0.005  # seconds that a wait is not worth a word, and between tries
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 _unfinished: set[Path] = set()
-CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
-def beside(target: Path, what: str) -> Path:
+def sibling(target: Path, what: str) -> Path:
     """Where the `lock`, `partial` or `old` of a name lies."""
     return target.with_name(f".{target.name}.{what}")
 
@@ -38,12 +38,12 @@ def beside(target: Path, what: str) -> Path:
 @contextlib.contextmanager
 def locked(target: Path, wait: bool = True) -> Iterator[None]:
     """Hold a name: those that make one thing wait for each other, or get BlockingIOError."""
-    path = beside(target, "lock")
+    path = sibling(target, "lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("w") as file:
-            _hold(file, target, wait)
-            if not _is_at(file, path):  # who held it before has taken it away
+            _acquire(file, target, wait)
+            if not _is_current(file, path):  # who held it before has taken it away
                 continue
             try:
                 yield
@@ -53,26 +53,26 @@ def locked(target: Path, wait: bool = True) -> Iterator[None]:
             return
 
 
-def _hold(file: IO[str], target: Path, wait: bool) -> None:
+def _acquire(file: IO[str], target: Path, wait: bool) -> None:
     """Takes the lock; who waits for long is told for what."""
     from filelock import lock_descriptor  # 20 ms, which nobody pays who locks nothing
 
-    told = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + QUIET_WAIT
     while not lock_descriptor(file.fileno(), blocking=False):
         if not wait:
             raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(target))
-        if time.monotonic() > told:
+        if time.monotonic() > deadline:
             log.info("Waiting for another process that is building %s", target)
             lock_descriptor(file.fileno())
             return
-        time.sleep(PAUSE)
+        time.sleep(POLL_INTERVAL)
 
 
 def is_locked(target: Path) -> bool:
     """Whether anybody holds a name at this moment."""
     try:
-        with beside(target, "lock").open() as file:
-            _hold(file, target, wait=False)
+        with sibling(target, "lock").open() as file:
+            _acquire(file, target, wait=False)
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -80,7 +80,7 @@ def is_locked(target: Path) -> bool:
     return False
 
 
-def _is_at(file: IO[str], path: Path) -> bool:
+def _is_current(file: IO[str], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -88,10 +88,10 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A name to write to, whose file becomes `path` if nothing is raised; raises OSError."""
     with locked(path):
-        partial = beside(path, "partial")  # a killed one's is written over
+        partial = sibling(path, "partial")  # a killed one's is written over
         try:
             yield partial
             sync(partial)
@@ -101,18 +101,18 @@ def whole(path: Path) -> Iterator[Path]:
         sync(path.parent)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all; raises OSError."""
-    with whole(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_bytes(content)
 
 
-def write_new(path: Path, content: bytes) -> Path:
+def write_numbered(path: Path, content: bytes) -> Path:
     """Write a file that appears whole or not at all, under a name that no file has yet: a number
     is added to one that is taken. Returns its path; raises OSError.
     """
     with locked(path):
-        partial = beside(path, "partial")
+        partial = sibling(path, "partial")
         try:
             partial.write_bytes(content)
             sync(partial)
@@ -163,7 +163,7 @@ def sync_tree(folder: Path) -> None:
         sync(path)
 
 
-def identity(stat: os.stat_result) -> str:
+def file_identity(stat: os.stat_result) -> str:
     """What changes when a file's bytes do, by whatever clock: an edit may put the size and the
     mtime back, but not the ctime.
     """
@@ -172,40 +172,40 @@ def identity(stat: os.stat_result) -> str:
 
 
 @contextmanager
-def published(target: Path, mark: str, force: bool) -> Iterator[Path]:
+def publish_folder(target: Path, marker: str, force: bool) -> Iterator[Path]:
     """A folder to fill, which becomes `target` if nothing is raised.
 
     mark: the file by which such a folder is known; one without it is never replaced
     Raises BundleError where the place is taken, SdrtError where it cannot be written.
     """
-    with _told(target):
-        if target.exists() and not (target / mark).is_file():
-            raise BundleError(f"{target} exists and has no {mark}; name another --output")
-    with _told(target), locked(target):
-        restore(target)
+    with _translate_errors(target):
+        if target.exists() and not (target / marker).is_file():
+            raise BundleError(f"{target} exists and has no {marker}; name another --output")
+    with _translate_errors(target), locked(target):
+        restore_backup(target)
         if target.exists() and not force:
             raise BundleError(f"{target} is there already; --force builds it again")
-        with _workshop(target) as folder:
+        with _temporary_folder(target) as folder:
             yield folder
             _publish(folder, target)
 
 
-def made_once(target: Path, fill: Callable[[Path], None]) -> Path:
+def build_once(target: Path, fill: Callable[[Path], None]) -> Path:
     """The folder, filled by the first who wants it while the others wait."""
     if target.exists():
         return target
-    with _told(target), locked(target):
-        restore(target)
+    with _translate_errors(target), locked(target):
+        restore_backup(target)
         if not target.exists():
-            with _workshop(target) as folder:
+            with _temporary_folder(target) as folder:
                 fill(folder)
                 _publish(folder, target)
     return target
 
 
-def restore(target: Path) -> None:
+def restore_backup(target: Path) -> None:
     """Put back what a killed `published` had set aside, or clear it away; hold the lock."""
-    old = beside(target, "old")
+    old = sibling(target, "old")
     if old.exists() and not target.exists():
         log.warning("%s was being replaced when that was cut off; it is put back", target)
         old.rename(target)
@@ -213,7 +213,7 @@ def restore(target: Path) -> None:
 
 
 @contextmanager
-def _told(target: Path) -> Iterator[None]:
+def _translate_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -230,9 +230,9 @@ def _told(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _workshop(target: Path) -> Iterator[Path]:
+def _temporary_folder(target: Path) -> Iterator[Path]:
     """A folder beside the target that is gone afterwards, as is what killed builds left."""
-    folder = beside(target, "partial")
+    folder = sibling(target, "partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _unfinished.add(folder)
@@ -243,7 +243,7 @@ def _workshop(target: Path) -> Iterator[Path]:
         _unfinished.discard(folder)
 
 
-def clear_unfinished() -> None:
+def remove_unfinished() -> None:
     """Delete what other threads are filling, in a process that ends without them."""
     for folder in tuple(_unfinished):
         shutil.rmtree(folder, ignore_errors=True)
@@ -254,14 +254,14 @@ def _publish(folder: Path, target: Path) -> None:
     sync_tree(folder)
     if not target.exists():
         folder.rename(target)
-    elif not _exchanged(folder, target):
-        target.rename(beside(target, "old"))
+    elif not _exchange(folder, target):
+        target.rename(sibling(target, "old"))
         folder.rename(target)
     sync(target.parent)
-    shutil.rmtree(beside(target, "old"), ignore_errors=True)
+    shutil.rmtree(sibling(target, "old"), ignore_errors=True)
 
 
-def _exchanged(one: Path, other: Path) -> bool:
+def _exchange(one: Path, other: Path) -> bool:
     """Swap two names in one step; False where this system or its file system cannot."""
     if sys.platform == "win32":
         return False
@@ -270,6 +270,6 @@ def _exchanged(one: Path, other: Path) -> bool:
         return False
     if swap(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
         return True
-    if (code := ctypes.get_errno()) in CANNOT:
+    if (code := ctypes.get_errno()) in UNSUPPORTED:
         return False
     raise OSError(code, os.strerror(code), str(other))

@@ -22,11 +22,11 @@ MAX_JSON = 16_000_000  # bytes; a vocabulary of 49,408 tokens has one million
 
 
 def read_json(
-    path: Path, error_class: type[SdrtError] = BundleError, most: int = MAX_JSON
+    path: Path, error_class: type[SdrtError] = BundleError, max_bytes: int = MAX_JSON
 ) -> dict[str, Any]:
     """A JSON object from a file of at most so many bytes; raises the error with the file's name."""
     try:
-        return json_object(read_bytes(path, most))
+        return json_object(read_bytes(path, max_bytes))
     except (OSError, ValueError) as error:
         raise error_class(f"{path} cannot be read as JSON: {error}") from error
 
@@ -35,20 +35,20 @@ def read_config(path: Path, error_class: type[SdrtError] = BundleError) -> dict[
     """A configuration, its values bounded; raises the error with the file's name."""
     raw = read_json(path, error_class, MAX_CONFIG)
     try:
-        bounded(raw, "it")
+        check_bounds(raw, "it")
     except ValueError as error:
         raise error_class(f"{path} is no configuration: {error}") from error
     return raw
 
 
-def read_bytes(path: Path, most: int) -> bytes:
+def read_bytes(path: Path, max_bytes: int) -> bytes:
     """A file; raises ValueError if it is larger or none, such as a pipe that never ends."""
     if not path.is_file() and path.exists():
         raise ValueError("it is no file")
     with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"more than {most:,} bytes")
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"more than {max_bytes:,} bytes")
     return data
 
 
@@ -81,11 +81,11 @@ def _constant(name: str) -> float:
     return float(name)
 
 
-def _wrong(value: Any, where: str, expected: str) -> ValueError:
-    return ValueError(f"{where} is {shortened(value)}; expected {expected}")
+def _mismatch(value: Any, where: str, expected: str) -> ValueError:
+    return ValueError(f"{where} is {shorten(value)}; expected {expected}")
 
 
-def shortened(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A stranger's value for a message: one line, not long."""
     try:
         text = ascii(value)
@@ -94,27 +94,27 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + ".."
 
 
-def bounded(value: Any, where: str) -> None:
+def check_bounds(value: Any, where: str) -> None:
     """Raise ValueError for what no published configuration holds: numbers over a million, more
     layers than 256, endless lists, text and nesting.
     """
     if where.count(".") > 6:
-        raise ValueError(f"{shortened(where)} is nested too deeply")
-    most = MAX_LAYERS if "layers" in where else MAX_NUMBER
+        raise ValueError(f"{shorten(where)} is nested too deeply")
+    limit = MAX_LAYERS if "layers" in where else MAX_NUMBER
     named = value if isinstance(value, dict) else {}
     inside = dict(enumerate(value)) if isinstance(value, list) else named
-    if isinstance(value, int) and abs(value) > most:
-        raise _wrong(value, where, f"a number up to {most:,}")
+    if isinstance(value, int) and abs(value) > limit:
+        raise _mismatch(value, where, f"a number up to {limit:,}")
     if isinstance(value, str | list | dict) and len(value) > MAX_LENGTH:
-        raise ValueError(f"{shortened(where)} is {len(value):,} long; at most {MAX_LENGTH:,}")
+        raise ValueError(f"{shorten(where)} is {len(value):,} long; at most {MAX_LENGTH:,}")
     for name, each in inside.items():
-        bounded(each, f"{where}.{name}")
+        check_bounds(each, f"{where}.{name}")
 
 
-def whole(low: int, high: int) -> Reader[int]:
+def integer(low: int, high: int) -> Reader[int]:
     def read(value: Any, where: str) -> int:
         if type(value) is not int or not low <= value <= high:
-            raise _wrong(value, where, f"a whole number from {low} to {high}")
+            raise _mismatch(value, where, f"a whole number from {low} to {high}")
         return value
 
     return read
@@ -123,22 +123,22 @@ def whole(low: int, high: int) -> Reader[int]:
 def number(low: float = -math.inf, high: float = math.inf) -> Reader[float]:
     def read(value: Any, where: str) -> float:
         if type(value) not in (int, float) or not low <= value <= high:
-            raise _wrong(value, where, f"a number from {low:g} to {high:g}")
+            raise _mismatch(value, where, f"a number from {low:g} to {high:g}")
         return float(value)
 
     return read
 
 
-def truth(value: Any, where: str) -> bool:
+def boolean(value: Any, where: str) -> bool:
     if type(value) is not bool:
-        raise _wrong(value, where, "true or false")
+        raise _mismatch(value, where, "true or false")
     return value
 
 
 def text(pattern: str, expected: str) -> Reader[str]:
     def read(value: Any, where: str) -> str:
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise _wrong(value, where, expected)
+            raise _mismatch(value, where, expected)
         return value
 
     return read
@@ -147,25 +147,25 @@ def text(pattern: str, expected: str) -> Reader[str]:
 def one_of(names: Collection[str]) -> Reader[str]:
     def read(value: Any, where: str) -> str:
         if not isinstance(value, str) or value not in names:
-            raise _wrong(value, where, f"one of {', '.join(names)}")
+            raise _mismatch(value, where, f"one of {', '.join(names)}")
         return value
 
     return read
 
 
-def row(reader: Reader[T], least: int, most: int) -> Reader[tuple[T, ...]]:
+def array(reader: Reader[T], min_length: int, max_length: int) -> Reader[tuple[T, ...]]:
     def read(value: Any, where: str) -> tuple[T, ...]:
-        if not isinstance(value, list) or not least <= len(value) <= most:
-            raise _wrong(value, where, f"a list of {least} to {most}")
+        if not isinstance(value, list) or not min_length <= len(value) <= max_length:
+            raise _mismatch(value, where, f"a list of {min_length} to {max_length}")
         return tuple(reader(each, f"{where}[{i}]") for i, each in enumerate(value))
 
     return read
 
 
-def mapping(reader: Reader[T], names: Reader[str], most: int) -> Reader[dict[str, T]]:
+def mapping(reader: Reader[T], names: Reader[str], max_length: int) -> Reader[dict[str, T]]:
     def read(value: Any, where: str) -> dict[str, T]:
-        if not isinstance(value, dict) or len(value) > most:
-            raise _wrong(value, where, f"an object of at most {most}")
+        if not isinstance(value, dict) or len(value) > max_length:
+            raise _mismatch(value, where, f"an object of at most {max_length}")
         return {names(n, f"a name in {where}"): reader(v, f"{where}.{n}") for n, v in value.items()}
 
     return read
@@ -183,9 +183,9 @@ def record(kind: type[T], readers: Mapping[str, Reader[Any]]) -> Reader[T]:
 
     def read(value: Any, where: str) -> T:
         if not isinstance(value, dict):
-            raise _wrong(value, where, "an object")
+            raise _mismatch(value, where, "an object")
         if unknown := sorted(set(value) - needed):
-            names = ", ".join(shortened(name) for name in unknown[:5])
+            names = ", ".join(shorten(name) for name in unknown[:5])
             raise ValueError(f"{where} has unknown fields in {kind.__name__}: {names}")
         if missing := sorted(needed - optional - set(value)):
             raise ValueError(f"{where} lacks {', '.join(missing)} of {kind.__name__}")

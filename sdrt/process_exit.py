@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 
-from .atomic_files import clear_unfinished
+from .atomic_files import remove_unfinished
 
 _workers: list[threading.Thread] = []
 
@@ -25,11 +25,11 @@ def start_workers(threads: list[threading.Thread]) -> None:
         thread.start()
 
 
-def leave(code: int) -> None:
+def exit_now(code: int) -> None:
     """End the process with this exit code now if such a thread still works, else return."""
-    if _working():
+    if _any_worker_alive():
         logging.disable()  # of what its threads come to now
-        clear_unfinished()
+        remove_unfinished()
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -38,14 +38,14 @@ def leave(code: int) -> None:
 
 def _at_exit() -> None:
     """Of programs that are not ours: end as Python does if it is for Ctrl-C, else wait."""
-    if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt) and _working():
+    if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt) and _any_worker_alive():
         logging.disable()
-        clear_unfinished()
+        remove_unfinished()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     for thread in tuple(_workers):
         thread.join()
 
 
-def _working() -> bool:
+def _any_worker_alive() -> bool:
     return any(thread.is_alive() for thread in tuple(_workers))

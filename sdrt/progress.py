@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
-EVERY = 3.0  # seconds
+INTERVAL = 3.0  # seconds
 
 
 @contextlib.contextmanager
-def reported(what: Callable[[], str]) -> Iterator[None]:
+def log_progress(what: Callable[[], str]) -> Iterator[None]:
     """Log what is waited for, and for how long so far, until this ends; nothing where that is soon.
 
     what: asked each time, by a thread of its own
@@ -19,7 +19,7 @@ def reported(what: Callable[[], str]) -> Iterator[None]:
     done, began = threading.Event(), time.monotonic()
 
     def report() -> None:
-        while not done.wait(EVERY):
+        while not done.wait(INTERVAL):
             log.info("%s: %.0f s so far", what(), time.monotonic() - began)
 
     threading.Thread(target=report, name="sdrt-progress", daemon=True).start()

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from sdrt.bundle import open_bundle
-from sdrt.bundle.store import embedded as shipped_folder
+from sdrt.bundle.store import embedded_path as shipped_folder
 from sdrt.runtime.reference_outputs import REFERENCE_FILE
 
 pytestmark = pytest.mark.release

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdrt.atomic_files import write_whole
+from sdrt.atomic_files import write_atomic
 from sdrt.bundle.store import home
 from sdrt.engine.plans import PlanKey
 from sdrt.errors import BackendError
@@ -134,4 +134,4 @@ def _timing_cache(config: Any, key: PlanKey) -> Iterator[None]:
 def _keep(path: Path, content: bytes) -> None:
     """A cache: where it cannot be written, TensorRT measures again next time."""
     with contextlib.suppress(OSError):
-        write_whole(path, content)
+        write_atomic(path, content)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdrt.atomic_files import made_once
+from sdrt.atomic_files import build_once
 from sdrt.bundle.safetensors import Header, read_header
 from sdrt.bundle.store import home
 from sdrt.errors import CheckpointError
@@ -154,7 +154,7 @@ def folder_from_file(file: SingleFile, others: Mapping[str, Path]) -> Path:
     check_whole(file.family, {**file.found, **given}, file.header.records)
     parts = [part for part in file.family.prefixes if part not in others]
     mark = f"{file.mark}:{parts}:{sorted(map(str, others.values()))}"
-    return made_once(_place(mark), partial(_convert_model, file, parts, others))
+    return build_once(_place(mark), partial(_convert_model, file, parts, others))
 
 
 def folder_from_part(path: Path, part: str, known: Mapping[str, Any]) -> Path:
@@ -180,7 +180,7 @@ def folder_from_part(path: Path, part: str, known: Mapping[str, Any]) -> Path:
             "in the original layout, in that of diffusers or of transformers"
         )
     mark = f"{file.mark}:{part}:{json.dumps(known, sort_keys=True, default=str)}"
-    return made_once(_place(mark), partial(_convert_part, file, found, known))
+    return build_once(_place(mark), partial(_convert_part, file, found, known))
 
 
 def _place(mark: str) -> Path:

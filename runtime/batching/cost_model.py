@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdrt.atomic_files import write_whole
+from sdrt.atomic_files import write_atomic
 from sdrt.bundle.manifest import TensorSpec
 from sdrt.engine import Engine, Feeds
 from sdrt.engine.gpu import detect_gpus
-from sdrt.json_validation import json_object, number, read_bytes, whole
+from sdrt.json_validation import integer, json_object, number, read_bytes
 from sdrt.process_stats import (
     available_bytes,
     cpu_count,
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 Size = tuple[int, int]
 REPEATS = 3
 MAX_KEPT = 1_000_000  # bytes of a file of figures, which may have come with a bundle
-SECONDS, ROWS, COUNT = number(0.0, 1e6), whole(1, 4096), whole(-(2**50), 2**50)
+SECONDS, ROWS, COUNT = number(0.0, 1e6), integer(1, 4096), integer(-(2**50), 2**50)
 GAIN = 1.05  # more rows in a call must make this much more of a picture a second
 LEARNED = 0.1  # share of a new measurement in the drift
 MEMORY_SHARE = 0.8  # of the memory that is free, for calls of the model
@@ -151,7 +151,7 @@ def costs_of(pipe: "Pipeline", most: int, kept: Path | None = None) -> Costs:
     costs = measured(pipe, most)
     if path:
         try:
-            write_whole(path, json.dumps(_json_from_costs(costs), indent=1).encode())
+            write_atomic(path, json.dumps(_json_from_costs(costs), indent=1).encode())
         except OSError as error:  # a read-only bundle is measured at every start
             log.info("costs are not kept: %s", error)
     return costs

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.errors import CheckpointError
-from sdrt.json_validation import shortened
+from sdrt.json_validation import shorten
 
 from .deltas import Change
 from .settings import add_settings
@@ -153,7 +153,7 @@ def changes_from_tensors(
             _check_tensor(key, kind, tensor)
             factors = changes.setdefault(place, Change(head)).factors
             if kind in factors:
-                raise CheckpointError(f"{shortened(key)} says again what another key said")
+                raise CheckpointError(f"{shorten(key)} says again what another key said")
             factors[kind] = tensor
             modules[place] = module
     unknown += _settle_scales(changes)
@@ -327,7 +327,7 @@ def _unknown(keys: Sequence[str]) -> str:
 
 
 def _named(names: Iterable[str]) -> str:
-    named = sorted(map(shortened, names))
+    named = sorted(map(shorten, names))
     return ", ".join(named[:MAX_NAMED]) + (", .." if len(named) > MAX_NAMED else "")
 
 

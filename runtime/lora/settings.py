@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.errors import CheckpointError
-from sdrt.json_validation import Reader, json_object, mapping, number, shortened, text, truth
+from sdrt.json_validation import Reader, boolean, json_object, mapping, number, shorten, text
 
 from .deltas import MAX_ALPHA, Change
 from .patterns import Patterns
@@ -67,7 +67,7 @@ def _add_part(
     alpha = None if alpha is None else ALPHA(alpha, f"an alpha of {part}")
     rank = None if own.get("r") is None else RANK(own["r"], f"a rank of {part}")
     alphas, ranks = _patterns(own, "alpha_pattern", ALPHA), _patterns(own, "rank_pattern", RANK)
-    stabilised = truth(own.get("use_rslora") or False, "use_rslora")
+    stabilised = boolean(own.get("use_rslora") or False, "use_rslora")
     for (of, module), change in changes.items():
         if of != part or "alpha" in change.factors:
             continue
@@ -86,7 +86,7 @@ def _check_settings(own: Mapping[str, Any]) -> None:
     """Raise ValueError for settings by which PEFT would compute something else."""
     if own.get("init_lora_weights") not in HARMLESS:
         raise ValueError(
-            f"init_lora_weights is {shortened(own['init_lora_weights'])}, by which PEFT changes "
+            f"init_lora_weights is {shorten(own['init_lora_weights'])}, by which PEFT changes "
             "the model's own weights too; save the file again with PEFT's "
             "path_initial_model_for_weight_conversion"
         )

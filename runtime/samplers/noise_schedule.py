@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.errors import UsageError
-from sdrt.json_validation import Reader, number, one_of, row, truth, whole
+from sdrt.json_validation import Reader, array, boolean, integer, number, one_of
 
 from .sigmas import SIGMA_SCHEDULES
 
@@ -44,34 +44,34 @@ FOREIGN: dict[str, Any] = {
     "sigma_schedule": "",
 }
 # What each key may be; beyond it memory has no bound, or a level no logarithm.
-STEPS, POSITIVE = whole(1, 100_000), number(0.0, 1e6)
+STEPS, POSITIVE = integer(1, 100_000), number(0.0, 1e6)
 READERS: dict[str, Reader[Any]] = {
     "num_train_timesteps": STEPS,
     "beta_start": number(0.0, 0.999),
     "beta_end": number(0.0, 0.999),
     "beta_schedule": one_of(("linear", "scaled_linear", "squaredcos_cap_v2")),
-    "trained_betas": row(number(0.0, 0.9999), 1, 100_000),
-    "rescale_betas_zero_snr": truth,
+    "trained_betas": array(number(0.0, 0.9999), 1, 100_000),
+    "rescale_betas_zero_snr": boolean,
     "prediction_type": one_of(("epsilon", "v_prediction", "sample")),
     "timestep_spacing": one_of(("leading", "linspace", "trailing")),
     "timestep_type": one_of(("discrete", "continuous")),
-    "steps_offset": whole(0, 100_000),
+    "steps_offset": integer(0, 100_000),
     "interpolation_type": one_of(("linear", "log_linear")),
-    **dict.fromkeys(LADDERS, truth),
+    **dict.fromkeys(LADDERS, boolean),
     "sigma_schedule": one_of(("", *SIGMA_SCHEDULES)),
     "sigma_min": POSITIVE,
     "sigma_max": POSITIVE,
     "final_sigmas_type": one_of(("zero", "sigma_min")),
     "lambda_min_clipped": number(),
-    "set_alpha_to_one": truth,
-    "skip_prk_steps": truth,
+    "set_alpha_to_one": boolean,
+    "skip_prk_steps": boolean,
     "variance_type": one_of(
         ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     ),
     "eta": number(0.0, 1.0),
-    "clip_sample": truth,
+    "clip_sample": boolean,
     "clip_sample_range": POSITIVE,
-    "solver_order": whole(1, 3),
+    "solver_order": integer(1, 3),
     "algorithm_type": one_of(
         (
             *("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"),
@@ -79,10 +79,10 @@ READERS: dict[str, Reader[Any]] = {
         )
     ),
     "solver_type": one_of(("midpoint", "heun", "logrho", "bh1", "bh2")),
-    "lower_order_final": truth,
-    "euler_at_final": truth,
-    "predict_x0": truth,
-    "disable_corrector": row(whole(0, 1000), 0, 1000),
+    "lower_order_final": boolean,
+    "euler_at_final": boolean,
+    "predict_x0": boolean,
+    "disable_corrector": array(integer(0, 1000), 0, 1000),
     "original_inference_steps": STEPS,
     "timestep_scaling": POSITIVE,
 }

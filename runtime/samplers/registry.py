@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from sdrt.errors import UsageError
-from sdrt.json_validation import shortened
+from sdrt.json_validation import shorten
 
 from . import discrete, exponential, karras, spacing
 from .noise_schedule import IGNORED, REFUSED, NoiseSchedule
@@ -266,7 +266,7 @@ def pair_from_name(name: str) -> tuple[str, str]:
     levels = [f"{title} {label}" for title, label in pairs if takes_schedule(title, label)]
     near = difflib.get_close_matches(name[:60], [*SAMPLERS, *titles(), *levels], n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}? " if near else ""
-    raise UsageError(f"scheduler {shortened(name)} is not known; {hint}type: sdrt schedulers")
+    raise UsageError(f"scheduler {shorten(name)} is not known; {hint}type: sdrt schedulers")
 
 
 def takes_schedule(title: str, label: str) -> bool:

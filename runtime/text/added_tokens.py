@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sdrt.errors import UsageError
-from sdrt.json_validation import mapping, record, text, truth
+from sdrt.json_validation import boolean, mapping, record, text
 
 MAX_ADDED_TOKENS, MAX_CONTENT, MAX_EXPANDED = 10_000, 256, 100_000
 SPACES = re.compile(r"[^\S\x1c-\x1f]+")
@@ -43,7 +43,7 @@ class AddedToken:
     single_word: bool = False
 
 
-_FLAGS = {field.name: truth for field in fields(AddedToken) if field.name != "content"}
+_FLAGS = {field.name: boolean for field in fields(AddedToken) if field.name != "content"}
 _CONTENT = text(rf"(?s:.){{1,{MAX_CONTENT}}}", f"a text of 1 to {MAX_CONTENT} characters")
 _TOKEN = record(AddedToken, {"content": _CONTENT, **_FLAGS})
 _BY_ID = mapping(_TOKEN, text(r"0|[1-9][0-9]{0,6}", "an id"), MAX_ADDED_TOKENS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sdrt.errors import BundleError, UsageError
-from sdrt.json_validation import MAX_JSON, read_bytes, read_json, shortened
+from sdrt.json_validation import MAX_JSON, read_bytes, read_json, shorten
 
 from .added_tokens import AddedToken, AddedTokens, added_tokens_from_json
 
@@ -166,7 +166,7 @@ def _read_special_tokens(path: Path, vocab: Mapping[str, int]) -> tuple[dict[str
     contents = {token.content for token in added.values()}
     for role, content in roles.items():
         if not isinstance(content, str) or content not in contents | set(vocab):
-            raise BundleError(f"{path.parent}/vocab.json lacks the {role}, {shortened(content)}")
+            raise BundleError(f"{path.parent}/vocab.json lacks the {role}, {shorten(content)}")
         if content not in contents:  # a token with a role is matched like added tokens
             added[vocab[content]] = AddedToken(content, special=True, normalized=False)
             contents.add(content)

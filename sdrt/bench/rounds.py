@@ -16,7 +16,7 @@ from sdrt.bundle import Bundle
 from sdrt.engine import list_backends
 from sdrt.engine.gpu import detect_gpus, free_memory
 from sdrt.errors import BackendError, UsageError
-from sdrt.progress import reported
+from sdrt.progress import log_progress
 
 from .peers import peers, prepare
 from .report import Contestant, Run
@@ -133,7 +133,7 @@ def loaded(each: Contestant, bundle: Bundle, run: Run, made: Path) -> Worker:
     prepare(each.backend, bundle, made)
     worker = Worker(each, bundle, run, made)
     try:
-        with reported(lambda: f"starting {each.name}"):
+        with log_progress(lambda: f"starting {each.name}"):
             worker.load()
     except BaseException:
         worker.end()

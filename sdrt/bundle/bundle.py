@@ -68,21 +68,21 @@ def graph_name(component: str, file: str = "model.onnx") -> str:
 def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
     """Read and check a bundle; raises BundleError: missing, damaged, of another format."""
     folder = find_bundle(name)
-    raw = read_json(folder / MANIFEST, most=MAX_MANIFEST)
+    raw = read_json(folder / MANIFEST, max_bytes=MAX_MANIFEST)
     manifest = manifest_from_json(raw, folder / MANIFEST)
-    check_listed(folder, manifest)
-    check_files(folder, manifest.files, graphs_of(manifest))
+    check_contents(folder, manifest)
+    check_files(folder, manifest.files, list_graphs(manifest))
     return Bundle(folder, manifest)
 
 
-def check_listed(folder: Path, manifest: Manifest) -> None:
+def check_contents(folder: Path, manifest: Manifest) -> None:
     """Raise BundleError unless the folder's parts hold the files that the manifest lists, and no
     others, which nobody vouches for. Plans are not the bundle's: they are known by their sidecars.
 
     Links that lead outside are refused, and what is no file; hard links are not, since a copy may
     be made of them and what they hold is compared with the manifest.
     """
-    graphs = graphs_of(manifest)
+    graphs = list_graphs(manifest)
     weights = {str(Path(graph).with_name(WEIGHTS)) for graph in graphs}
     needed = {graph_name(part) for part in manifest.components} | weights
     if missing := sorted(needed - set(manifest.files)):
@@ -103,7 +103,7 @@ def check_listed(folder: Path, manifest: Manifest) -> None:
                 raise BundleError(f"{found} is not in {MANIFEST}; delete it, or build again")
 
 
-def graphs_of(manifest: Manifest) -> dict[str, Component]:
+def list_graphs(manifest: Manifest) -> dict[str, Component]:
     """Every graph that a bundle may hold, and the component whose inputs and outputs it has."""
     parts = manifest.components.items()
     made = {graph_name(part, FLOAT32_GRAPH): component for part, component in parts}

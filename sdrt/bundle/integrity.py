@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from sdrt.atomic_files import identity, whole
+from sdrt.atomic_files import atomic_file, file_identity
 from sdrt.errors import BundleError
 
 from .manifest import MANIFEST, WEIGHTS, Component, FileRecord
@@ -22,7 +22,7 @@ def check_files(
     folder: Path,
     files: Mapping[str, FileRecord],
     graphs: Mapping[str, Component] | None = None,
-    anew: bool = False,
+    rehash: bool = False,
 ) -> None:
     """Compare files with what is known of them, and look into graphs; both are done once and
     remembered for as long as neither the file nor its weights change.
@@ -30,7 +30,7 @@ def check_files(
     graphs: the files to look into, and the component of each
     anew: hash all, whatever is remembered
     """
-    known = {} if anew else _remembered()
+    known = {} if rehash else _load_verified()
     fresh = {}
     for name, record in files.items():
         path = folder / name
@@ -38,11 +38,11 @@ def check_files(
             stat = path.stat()
         except OSError as error:
             raise BundleError(f"{path} is missing; build the bundle again with --force") from error
-        mark = _mark(stat, name, files)
+        mark = _fingerprint(stat, name, files)
         if known.get(str(path.resolve())) == mark:
             continue
-        if stat.st_size != record.size or _sha256_of_part(path) != record.sha256:
-            forget([str(path.resolve())])
+        if stat.st_size != record.size or _hash_file(path) != record.sha256:
+            forget_verified([str(path.resolve())])
             raise BundleError(
                 f"{path} is damaged: its bytes are not those that were built "
                 f"({stat.st_size} bytes found, {record.size} expected, or another sha256); "
@@ -52,79 +52,79 @@ def check_files(
             check_graph(path, graphs[name])
         fresh[str(path.resolve())] = mark
     if fresh:
-        _remember(lambda known: known | fresh)
+        _update_verified(lambda known: known | fresh)
 
 
-def remember(folder: Path, files: Mapping[str, FileRecord]) -> None:
+def mark_verified(folder: Path, files: Mapping[str, FileRecord]) -> None:
     """What was written and hashed by this process, and is no graph of a stranger, is known."""
     fresh = {}
     for name in files:
         path = folder / name
         with contextlib.suppress(OSError):
-            fresh[str(path.resolve())] = _mark(path.stat(), name, files)
+            fresh[str(path.resolve())] = _fingerprint(path.stat(), name, files)
     if fresh:
-        _remember(lambda known: known | fresh)
+        _update_verified(lambda known: known | fresh)
 
 
-def _mark(stat: os.stat_result, name: str, files: Mapping[str, FileRecord]) -> str:
+def _fingerprint(stat: os.stat_result, name: str, files: Mapping[str, FileRecord]) -> str:
     """What changes when a file does, or the weights that it speaks of."""
     record = files[name]
     weights = files.get(str(Path(name).with_name(WEIGHTS)), record)
-    return f"{identity(stat)}:{record.sha256}:{weights.sha256}"
+    return f"{file_identity(stat)}:{record.sha256}:{weights.sha256}"
 
 
-def forget(paths: Iterable[str]) -> None:
+def forget_verified(paths: Iterable[str]) -> None:
     """Hash these files when they are next opened, whatever their times say."""
     gone = set(paths)
-    if gone & _remembered().keys():
-        _remember(lambda known: {path: known[path] for path in known.keys() - gone})
+    if gone & _load_verified().keys():
+        _update_verified(lambda known: {path: known[path] for path in known.keys() - gone})
 
 
-def changed_memory() -> list[str]:
+def stale_entries() -> list[str]:
     """The remembered files that are gone or not as they were."""
 
     def changed(path: str, mark: str) -> bool:
         try:
-            return not str(mark).startswith(identity(Path(path).stat()))
+            return not str(mark).startswith(file_identity(Path(path).stat()))
         except (OSError, ValueError):
             return True
 
-    return [path for path, mark in _remembered().items() if changed(path, mark)]
+    return [path for path, mark in _load_verified().items() if changed(path, mark)]
 
 
-def _sha256_of_part(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     try:
-        return sha256_of(path)
+        return hash_file(path)
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _remembered() -> dict[str, str]:
+def _load_verified() -> dict[str, str]:
     try:
-        known = json.loads(_memory().read_text())
+        known = json.loads(_cache_path().read_text())
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
 
 
-def _remember(change: Callable[[dict[str, str]], dict[str, str]]) -> None:
+def _update_verified(change: Callable[[dict[str, str]], dict[str, str]]) -> None:
     """Make of what is known what is known now; nobody else's change comes between. A cache: where
     it cannot be written, files are hashed again next time.
     """
-    with contextlib.suppress(OSError), whole(_memory()) as partial:
-        partial.write_text(json.dumps(change(_remembered())))
+    with contextlib.suppress(OSError), atomic_file(_cache_path()) as partial:
+        partial.write_text(json.dumps(change(_load_verified())))
 
 
-def _memory() -> Path:
+def _cache_path() -> Path:
     return home() / "verified.json"
 
 
-def sha256_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def files_of(folder: Path) -> Iterator[Path]:
+def list_files(folder: Path) -> Iterator[Path]:
     """Every file of a folder except the manifest and the plans, sorted."""
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -135,6 +135,6 @@ def files_of(folder: Path) -> Iterator[Path]:
 def describe_files(folder: Path) -> dict[str, FileRecord]:
     """Size and sha256 of every file, for the manifest."""
     return {
-        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_of(path))
-        for path in files_of(folder)
+        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, hash_file(path))
+        for path in list_files(folder)
     }

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.errors import BundleError
-from sdrt.json_validation import Reader, mapping, number, one_of, record, row, text, truth, whole
+from sdrt.json_validation import (
+    Reader,
+    array,
+    boolean,
+    integer,
+    mapping,
+    number,
+    one_of,
+    record,
+    text,
+)
 
 FORMAT = 2
 MANIFEST = "sdrt.json"
@@ -117,14 +127,14 @@ def manifest_from_json(raw: Mapping[str, Any], path: Path) -> Manifest:
             "build the bundle again with --force"
         )
     try:
-        manifest = READ(raw, "it")
-        _check_sums(manifest)
+        manifest = MANIFEST_READER(raw, "it")
+        _check_consistency(manifest)
     except ValueError as error:
         raise BundleError(f"{path} is not a manifest: {error}") from error
     return manifest
 
 
-def _check_sums(manifest: Manifest) -> None:
+def _check_consistency(manifest: Manifest) -> None:
     """Raise ValueError for what is wrong between fields."""
     if not 1 <= manifest.batch[0] <= manifest.batch[1] <= manifest.batch[2]:
         raise ValueError(f"batch {manifest.batch} does not grow")
@@ -146,56 +156,56 @@ AXIS_NAME = text(r"[\w ()+*/-]{1,128}", "an axis")  # of outputs, an expression
 WEIGHT_NAME = text(r"[\w.]{1,300}", "a weight's name")
 
 ONE_LINE = text(r"[^\x00-\x1f\x7f-\x9f]{0,4000}", "one line")
-LENGTH = whole(1, 2**31 - 1)
-SIDE = whole(8, 8192)
+LENGTH = integer(1, 2**31 - 1)
+SIDE = integer(8, 8192)
 MEASURES = mapping(number(), text(r"[\w .-]{1,64}", "a measure"), 64)
 SPEC = record(
     TensorSpec,
     {
         "name": text(r"\w{1,64}", "a tensor's name"),
         "dtype": one_of(DTYPES),
-        "shape": row(_axis, 0, 8),
+        "shape": array(_axis, 0, 8),
     },
 )
 COMPONENT = record(
     Component,
     {
-        "inputs": row(SPEC, 1, 32),
-        "outputs": row(SPEC, 1, 32),
+        "inputs": array(SPEC, 1, 32),
+        "outputs": array(SPEC, 1, 32),
         "dtype": one_of(DTYPES),
         "parity": MEASURES,
-        "weights": row(WEIGHT_NAME, 0, MAX_WEIGHTS),
-        "activations": whole(0, 2**44),
+        "weights": array(WEIGHT_NAME, 0, MAX_WEIGHTS),
+        "activations": integer(0, 2**44),
     },
 )
 RECORD = record(
     FileRecord,
     {
-        "size": whole(0, 2**44),
+        "size": integer(0, 2**44),
         "sha256": text(r"[0-9a-f]{64}", "64 hexadecimal digits"),
     },
 )
-READ: Reader[Manifest] = record(
+MANIFEST_READER: Reader[Manifest] = record(
     Manifest,
     {
         # It becomes a folder's name.
         "name": text(r"[^\W_][^/\\\x00-\x1f\x7f-\x9f]{0,199}", "a name of a file"),
         "source": ONE_LINE,
-        "sizes": row(row(SIDE, 2, 2), 1, 64),
-        "batch": row(whole(1, 1024), 3, 3),
-        "latent_channels": whole(1, 128),
-        "downscale": whole(1, 64),
-        "max_tokens": whole(0, 4096),
-        "opset": whole(1, 99),
+        "sizes": array(array(SIDE, 2, 2), 1, 64),
+        "batch": array(integer(1, 1024), 3, 3),
+        "latent_channels": integer(1, 128),
+        "downscale": integer(1, 64),
+        "max_tokens": integer(0, 4096),
+        "opset": integer(1, 99),
         "components": mapping(COMPONENT, one_of(COMPONENTS), len(COMPONENTS)),
         "parity": MEASURES,
-        "preview": row(row(number(-1e6, 1e6), 2, 129), 0, 3),
+        "preview": array(array(number(-1e6, 1e6), 2, 129), 0, 3),
         "files": mapping(RECORD, FILE_NAME, MAX_FILES),
         "admitted": MEASURES,
-        "multiple": whole(1, 8192),
-        "zero_empty_prompt": truth,
+        "multiple": integer(1, 8192),
+        "zero_empty_prompt": boolean,
         "prediction": ONE_LINE,
-        "format": whole(FORMAT, FORMAT),
+        "format": integer(FORMAT, FORMAT),
     },
 )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdrt.errors import BundleError
-from sdrt.json_validation import read_bytes, shortened
+from sdrt.json_validation import read_bytes, shorten
 
 from .manifest import Component
 from .safetensors import Header, read_header
@@ -68,30 +68,30 @@ def check_graph(path: Path, component: Component) -> None:
     """
     header = read_header(path.with_name("model.safetensors"), BundleError)
     try:
-        names = _checked(_graph_bytes(path), header)
+        names = _check_model(_graph_bytes(path), header)
         for found, specs in zip(names, (component.inputs, component.outputs), strict=True):
             if found != (wanted := [spec.name for spec in specs]):
-                raise ValueError(f"it has {shortened(found)}, the manifest {shortened(wanted)}")
+                raise ValueError(f"it has {shorten(found)}, the manifest {shorten(wanted)}")
     except (OSError, ValueError) as error:
         raise BundleError(
             f"{path} is no graph that sdrt builds: {error}; build the bundle from its checkpoint"
         ) from error
 
 
-def _checked(data: bytes, header: Header) -> tuple[list[str], list[str]]:
+def _check_model(data: bytes, header: Header) -> tuple[list[str], list[str]]:
     """Names of the graph's inputs and outputs; raises ValueError for what is refused."""
-    model = message(data, MODEL, "the model")
-    _check_opsets([message(each, OPSET, "an opset") for each in _bytes(model, 8)])
-    (graph,) = [message(each, GRAPH, "the graph") for each in _bytes(model, 7)] or [{}]
+    model = parse_message(data, MODEL, "the model")
+    _check_opsets([parse_message(each, OPSET, "an opset") for each in _bytes(model, 8)])
+    (graph,) = [parse_message(each, GRAPH, "the graph") for each in _bytes(model, 7)] or [{}]
     _check_notes(model, 14)
     _check_notes(graph, 16)
     for node in _bytes(graph, 1):
-        _check_node(message(node, NODE, "a node"))
+        _check_node(parse_message(node, NODE, "a node"))
     known: set[str] = set()
     for tensor in _bytes(graph, 5):
-        name = _check_tensor(message(tensor, TENSOR, "a weight"), header)
+        name = _check_tensor(parse_message(tensor, TENSOR, "a weight"), header)
         if name in known:
-            raise ValueError(f"the weight {shortened(name)} comes twice")
+            raise ValueError(f"the weight {shorten(name)} comes twice")
         known.add(name)
     for value in _bytes(graph, 13):
         _value_name(value)
@@ -103,7 +103,7 @@ def _check_opsets(opsets: list[Message]) -> None:
     found = [(_text(opset, 1), _int(opset, 2)) for opset in opsets]
     if len(found) != 1 or found[0][0] or found[0][1] not in OPSETS:
         raise ValueError(
-            f"its operators are of {shortened(found)}; expected ONNX's own, "
+            f"its operators are of {shorten(found)}; expected ONNX's own, "
             f"opset {OPSETS[0]} to {OPSETS[-1]}"
         )
 
@@ -111,54 +111,54 @@ def _check_opsets(opsets: list[Message]) -> None:
 def _check_node(node: Message) -> None:
     domain, kind = _text(node, 7), _text(node, 4)
     if domain or kind not in OPERATORS:
-        raise ValueError(f"its operator {shortened(f'{domain}::{kind}')} is none that sdrt uses")
+        raise ValueError(f"its operator {shorten(f'{domain}::{kind}')} is none that sdrt uses")
     for attribute in _bytes(node, 5):
-        message(attribute, ATTRIBUTE, f"an attribute of {kind}")
+        parse_message(attribute, ATTRIBUTE, f"an attribute of {kind}")
     _check_notes(node, 9)
 
 
 def _check_notes(fields: Message, number: int) -> None:
     """Text that nobody reads."""
     for note in _bytes(fields, number):
-        message(note, ENTRY, "a note")
+        parse_message(note, ENTRY, "a note")
 
 
 def _value_name(value: bytes) -> str:
-    fields = message(value, VALUE, "a value")
-    types = [message(each, TYPE, "a type") for each in _bytes(fields, 2)]
-    tensors = [message(each, ARRAY, "a type") for kind in types for each in _bytes(kind, 1)]
-    shapes = [message(each, SHAPE, "a shape") for kind in tensors for each in _bytes(kind, 2)]
+    fields = parse_message(value, VALUE, "a value")
+    types = [parse_message(each, TYPE, "a type") for each in _bytes(fields, 2)]
+    tensors = [parse_message(each, ARRAY, "a type") for kind in types for each in _bytes(kind, 1)]
+    shapes = [parse_message(each, SHAPE, "a shape") for kind in tensors for each in _bytes(kind, 2)]
     for axis in (axis for shape in shapes for axis in _bytes(shape, 1)):
-        message(axis, AXIS, "an axis")
+        parse_message(axis, AXIS, "an axis")
     _check_notes(fields, 4)
     return _text(fields, 1)
 
 
 def _check_tensor(tensor: Message, header: Header) -> str:
     name = _text(tensor, 8)
-    shape = tuple(_whole(length) for length in tensor.get(1, ()))
+    shape = tuple(_length(length) for length in tensor.get(1, ()))
     kind, width = TYPES.get(_int(tensor, 2), ("", 0))
     _check_notes(tensor, 16)
     if not width:
-        raise ValueError(f"the weight {shortened(name)} is of type {_int(tensor, 2)}")
+        raise ValueError(f"the weight {shorten(name)} is of type {_int(tensor, 2)}")
     if _int(tensor, 14) == EXTERNAL:
         _check_place(name, (kind, shape), tensor, header)
     elif (length := len(_bytes(tensor, 9)[0] if 9 in tensor else b"")) != math.prod(shape) * width:
-        raise ValueError(f"the weight {shortened(name)} has {length} bytes, not those of {shape}")
+        raise ValueError(f"the weight {shorten(name)} has {length} bytes, not those of {shape}")
     elif 13 in tensor or _int(tensor, 14):
-        raise ValueError(f"the weight {shortened(name)} is here and elsewhere")
+        raise ValueError(f"the weight {shorten(name)} is here and elsewhere")
     return name
 
 
 def _check_place(
     name: str, said: tuple[str, tuple[int, ...]], tensor: Message, header: Header
 ) -> None:
-    entries = [message(each, ENTRY, "a place") for each in _bytes(tensor, 13)]
+    entries = [parse_message(each, ENTRY, "a place") for each in _bytes(tensor, 13)]
     places = {_text(entry, 1): _text(entry, 2) for entry in entries}
     record = header.records.get(name)
     if record is None or said != (record.dtype, record.shape) or 9 in tensor:
         raise ValueError(
-            f"the weight {shortened(name)} is {said[0]} {list(said[1])}; model.safetensors has "
+            f"the weight {shorten(name)} is {said[0]} {list(said[1])}; model.safetensors has "
             f"{record and (record.dtype, list(record.shape))}"
         )
     low, high = record.data_offsets
@@ -170,11 +170,11 @@ def _check_place(
     for key in sorted(places.keys() | wanted.keys()):
         if places.get(key) != wanted.get(key):
             raise ValueError(
-                f"the weight {shortened(name)} has {shortened(key)} "
-                f"{shortened(places.get(key))}, expected {wanted.get(key)!r}"
+                f"the weight {shorten(name)} has {shorten(key)} "
+                f"{shorten(places.get(key))}, expected {wanted.get(key)!r}"
             )
     if len(entries) != len(wanted):
-        raise ValueError(f"the weight {shortened(name)} says twice where it lies")
+        raise ValueError(f"the weight {shorten(name)} says twice where it lies")
 
 
 Shape = tuple[str | int, ...]
@@ -190,11 +190,11 @@ def graph_values(path: Path) -> tuple[list[tuple[str, list[str]]], dict[str, Sha
     number or a name for each axis. Raises BundleError for a file that is no graph.
     """
     try:
-        model = message(_graph_bytes(path), MODEL, "the model")
-        graph = message(_bytes(model, 7)[0], GRAPH, "the graph")
-        nodes = [message(each, NODE, "a node") for each in _bytes(graph, 1)]
+        model = parse_message(_graph_bytes(path), MODEL, "the model")
+        graph = parse_message(_bytes(model, 7)[0], GRAPH, "the graph")
+        nodes = [parse_message(each, NODE, "a node") for each in _bytes(graph, 1)]
         values = [
-            message(each, VALUE, "a value") for n in (11, 12, 13) for each in _bytes(graph, n)
+            parse_message(each, VALUE, "a value") for n in (11, 12, 13) for each in _bytes(graph, n)
         ]
         named = {_text(value, 1): _shape(value) for value in values}
     except (OSError, ValueError, IndexError) as error:
@@ -205,12 +205,14 @@ def graph_values(path: Path) -> tuple[list[tuple[str, list[str]]], dict[str, Sha
 def _shape(value: Message) -> Shape:
     inside = [value]
     for field, fields in ((2, TYPE), (1, ARRAY), (2, SHAPE)):
-        inside = [message(each, fields, "a shape") for one in inside for each in _bytes(one, field)]
-    axes = [message(each, AXIS, "an axis") for one in inside for each in _bytes(one, 1)]
+        inside = [
+            parse_message(each, fields, "a shape") for one in inside for each in _bytes(one, field)
+        ]
+    axes = [parse_message(each, AXIS, "an axis") for one in inside for each in _bytes(one, 1)]
     return tuple(_text(axis, 2) or _int(axis, 1) for axis in axes)
 
 
-def message(data: bytes, known: Fields, what: str) -> Message:
+def parse_message(data: bytes, known: Fields, what: str) -> Message:
     """The fields of one message, those that it holds not looked into; raises ValueError for a field
     that is not known, of another wire type, or there twice where one is wanted.
     """
@@ -279,7 +281,7 @@ def _text(fields: Message, number: int) -> str:
     return b"".join(_bytes(fields, number)).decode("utf-8")
 
 
-def _whole(value: int | bytes) -> int:
+def _length(value: int | bytes) -> int:
     """A length; negative ones are written as numbers of 64 bits."""
     if not isinstance(value, int) or value >= 2**63:
         raise ValueError("a weight has a negative side")

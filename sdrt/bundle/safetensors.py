@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.errors import SdrtError
-from sdrt.json_validation import json_object, mapping, one_of, record, row, shortened, text, whole
+from sdrt.json_validation import array, integer, json_object, mapping, one_of, record, shorten, text
 
 DTYPES = {
     "F64": np.float64,
@@ -55,8 +55,8 @@ _RECORD = record(
     TensorRecord,
     {
         "dtype": one_of(WIDTHS),
-        "shape": row(whole(0, 2**48), 0, MAX_AXES),
-        "data_offsets": row(whole(0, 2**48), 2, 2),
+        "shape": array(integer(0, 2**48), 0, MAX_AXES),
+        "data_offsets": array(integer(0, 2**48), 2, 2),
     },
 )
 _ANY = text(r"[\s\S]*", "text")
@@ -89,17 +89,15 @@ def _header(data: bytes, size: int) -> Header:
         raise ValueError(f"a header that begins with {data[:1]!r}")
     raw: dict[str, Any] = json_object(data)
     metadata = _METADATA(raw.pop("__metadata__", {}), "its metadata")
-    records = {name: _RECORD(value, shortened(name)) for name, value in raw.items()}
+    records = {name: _RECORD(value, shorten(name)) for name, value in raw.items()}
     ordered = sorted(records.items(), key=lambda item: item[1].data_offsets)
     end = 0
     for name, each in ordered:
         low, high = each.data_offsets
         if low != end or high < low:
-            raise ValueError(
-                f"{shortened(name)} lies at {low} to {high}, expected to begin at {end}"
-            )
+            raise ValueError(f"{shorten(name)} lies at {low} to {high}, expected to begin at {end}")
         if (length := math.prod(each.shape) * WIDTHS[each.dtype]) != high - low:
-            raise ValueError(f"{shortened(name)} has {high - low} bytes, its shape {length}")
+            raise ValueError(f"{shorten(name)} has {high - low} bytes, its shape {length}")
         end = high
     start = 8 + len(data)
     if start + end != size:

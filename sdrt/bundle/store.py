@@ -8,7 +8,7 @@ import difflib
 import os
 from pathlib import Path
 
-from sdrt.atomic_files import beside, locked, restore
+from sdrt.atomic_files import locked, restore_backup, sibling
 from sdrt.errors import BundleError
 
 from .manifest import MANIFEST
@@ -26,7 +26,7 @@ def bundles_folder() -> Path:
     return home() / "bundles"
 
 
-def embedded(name: str) -> Path:
+def embedded_path(name: str) -> Path:
     """Where a bundle shipped with the package would be."""
     return Path(__file__).parent.parent / "models" / f"{name}.bundle"
 
@@ -34,11 +34,11 @@ def embedded(name: str) -> Path:
 def list_bundles() -> list[Path]:
     """Folders of all bundles built here, newest first, then the ones shipped with the package."""
     for old in bundles_folder().glob(".*.old"):
-        _put_back(old.with_name(old.name[1 : -len(".old")]))
+        _finish_replacement(old.with_name(old.name[1 : -len(".old")]))
     # What begins with a dot is not finished.
     built = [path.parent for path in bundles_folder().glob(f"[!.]*/{MANIFEST}")]
     built.sort(key=lambda folder: (folder / MANIFEST).stat().st_mtime, reverse=True)
-    shipped = sorted(path.parent for path in embedded("x").parent.glob(f"*.bundle/{MANIFEST}"))
+    shipped = sorted(path.parent for path in embedded_path("x").parent.glob(f"*.bundle/{MANIFEST}"))
     return built + shipped
 
 
@@ -48,8 +48,8 @@ def find_bundle(name: str | os.PathLike[str] | None) -> Path:
         if found := list_bundles():
             return found[0]
         raise BundleError("no bundle has been built yet; type: sdrt build --model shapes")
-    for folder in (Path(name).expanduser(), bundles_folder() / name, embedded(str(name))):
-        _put_back(folder)
+    for folder in (Path(name).expanduser(), bundles_folder() / name, embedded_path(str(name))):
+        _finish_replacement(folder)
         try:
             if (folder / MANIFEST).is_file():
                 return folder
@@ -64,9 +64,9 @@ def find_bundle(name: str | os.PathLike[str] | None) -> Path:
     )
 
 
-def _put_back(folder: Path) -> None:
+def _finish_replacement(folder: Path) -> None:
     """Where a build that replaced a bundle was cut off between two renames, end that."""
     with contextlib.suppress(OSError):
-        if folder.name and not folder.exists() and beside(folder, "old").exists():
+        if folder.name and not folder.exists() and sibling(folder, "old").exists():
             with locked(folder):
-                restore(folder)
+                restore_backup(folder)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
 
 
-def whole(text: str) -> int:
+def integer(text: str) -> int:
     """A whole number, or an error as argparse tells it."""
     try:
         return int(text)
@@ -26,7 +26,7 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
-def add_talk(to: argparse.ArgumentParser) -> None:
+def add_logging(to: argparse.ArgumentParser) -> None:
     """What every command takes."""
     to.add_argument("-v", "--verbose", action="store_true", help="say more")
     to.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
@@ -42,13 +42,15 @@ def add_serve(to: argparse.ArgumentParser) -> None:
         help="repeatable; the first is the default; default: the newest",
     )
     to.add_argument("--host", default="127.0.0.1", metavar="ADDRESS")
-    to.add_argument("--port", type=whole, default=7860, metavar="N")
+    to.add_argument("--port", type=integer, default=7860, metavar="N")
     to.add_argument("--backend", choices=BACKENDS, default="auto")
     to.add_argument("--exact", action="store_true", help="no lower precision than the bundle's")
     to.add_argument(
-        "--slots", type=whole, default=16, metavar="N", help="pictures begun at one time"
+        "--slots", type=integer, default=16, metavar="N", help="pictures begun at one time"
     )
-    to.add_argument("--waiting", type=whole, default=64, metavar="N", help="that may wait for one")
+    to.add_argument(
+        "--waiting", type=integer, default=64, metavar="N", help="that may wait for one"
+    )
     to.add_argument(
         "--deterministic", action="store_true", help="on GPUs too, the same bytes in any company"
     )
@@ -73,7 +75,7 @@ def add_serve(to: argparse.ArgumentParser) -> None:
     fleet.add_argument("--ray", action="store_true", help="engines as replicas on Ray Serve")
     fleet.add_argument("--replicas", default="1", metavar="N|MIN:MAX", help="by what waits")
     fleet.add_argument(
-        "--models-per-replica", type=whole, metavar="N", help="loaded at a time; default: all"
+        "--models-per-replica", type=integer, metavar="N", help="loaded at a time; default: all"
     )
     fleet.add_argument(
         "--gpus-per-replica", type=float, metavar="N", help="default: 1 where Ray has GPUs, else 0"
@@ -85,7 +87,7 @@ def add_bench(to: argparse.ArgumentParser) -> None:
     to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
     to.add_argument("--size", metavar="WxH")
     to.add_argument("--steps", default="20", metavar="N,M", help="of whole pictures; 1,4,20,50")
-    to.add_argument("--rounds", type=whole, default=7, metavar="N")
+    to.add_argument("--rounds", type=integer, default=7, metavar="N")
     to.add_argument("--engines", metavar="A,B", help="only those with these in their names")
     to.add_argument("--parts", metavar="A,B", help="only these: text, unet, decode, picture")
     to.add_argument("--scheduler", metavar="NAME", help="default: the bundle's")
@@ -103,7 +105,7 @@ def add_verify(to: argparse.ArgumentParser) -> None:
     """What `sdrt verify` takes."""
     to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
     to.add_argument("--backend", choices=BACKENDS, default="auto")
-    to.add_argument("--device", type=whole, default=0, metavar="N", help="which GPU")
+    to.add_argument("--device", type=integer, default=0, metavar="N", help="which GPU")
     to.add_argument("--json", action="store_true", help="for machines")
 
 
@@ -120,10 +122,10 @@ def add_export_triton(to: argparse.ArgumentParser) -> None:
     to.add_argument("--name", help="of the model; default: the bundle's")
     to.add_argument("--backend", choices=BACKENDS, default="auto", help="that the model loads")
     to.add_argument(
-        "--instances", type=whole, default=1, metavar="N", help="on each GPU, or else in all"
+        "--instances", type=integer, default=1, metavar="N", help="on each GPU, or else in all"
     )
-    to.add_argument("--slots", type=whole, default=16, metavar="N", help="of each instance")
-    to.add_argument("--waiting", type=whole, default=64, metavar="N", help="of each instance")
+    to.add_argument("--slots", type=integer, default=16, metavar="N", help="of each instance")
+    to.add_argument("--waiting", type=integer, default=64, metavar="N", help="of each instance")
     to.add_argument("--force", action="store_true", help="replace a model that is there")
 
 
@@ -143,12 +145,12 @@ def add_run(to: argparse.ArgumentParser) -> None:
         "same pixels need the same bundle, backend and machine",
     )
     to.add_argument("--negative-prompt", default="", metavar="TEXT")
-    to.add_argument("--steps", type=whole, default=20, metavar="N")
+    to.add_argument("--steps", type=integer, default=20, metavar="N")
     to.add_argument(
         "--scheduler", metavar="NAME", help='such as "DPM++ 2M Karras"; sdrt schedulers'
     )
     to.add_argument("--scheduler-option", action="append", default=[], metavar="KEY=VALUE")
-    to.add_argument("--num-images", type=whole, default=1, metavar="N", help="per prompt")
+    to.add_argument("--num-images", type=integer, default=1, metavar="N", help="per prompt")
     to.add_argument(
         "--output",
         type=Path,
@@ -168,7 +170,7 @@ def add_run(to: argparse.ArgumentParser) -> None:
     )
     to.add_argument(
         "--reuse",
-        type=whole,
+        type=integer,
         default=1,
         metavar="N",
         help="every Nth evaluation runs the whole model: faster, less exact (default: 1)",
@@ -183,7 +185,7 @@ def add_run(to: argparse.ArgumentParser) -> None:
     told.add_argument("--crop", metavar="LEFTxTOP", help="what was cut off; default: 0x0")
     told.add_argument("--target-size", metavar="WxH", help="default: the size made")
     text = to.add_argument_group("reading prompts")
-    text.add_argument("--clip-skip", type=whole, default=0, metavar="N", help="layers left out")
+    text.add_argument("--clip-skip", type=integer, default=0, metavar="N", help="layers left out")
     text.add_argument("--literal", action="store_true", help="brackets are text")
     text.add_argument("--cut", action="store_true", help="stop where the encoder's tokens end")
     text.add_argument("--rng", choices=("cpu", "cuda"), default="cpu", help="whose noise a seed is")
@@ -193,7 +195,7 @@ def _add_shared(to: argparse.ArgumentParser) -> None:
     to.set_defaults(options={}, loras={})
     to.add_argument("--bundle", metavar="NAME|FOLDER", help="default: the newest")
     to.add_argument("--guidance-scale", type=float, default=7.5, metavar="G")
-    to.add_argument("--seed", type=whole, metavar="N", help="default: drawn, and in the file")
+    to.add_argument("--seed", type=integer, metavar="N", help="default: drawn, and in the file")
     to.add_argument("--size", metavar="WxH", help="larger than the bundle's is decoded in tiles")
     to.add_argument(
         "--lora",
@@ -203,7 +205,7 @@ def _add_shared(to: argparse.ArgumentParser) -> None:
         help="added for this run, repeatable; a NAME is a file in $SDRT_HOME/loras",
     )
     to.add_argument("--backend", choices=BACKENDS, default="auto")
-    to.add_argument("--device", type=whole, default=0, metavar="N", help="which GPU")
+    to.add_argument("--device", type=integer, default=0, metavar="N", help="which GPU")
     to.add_argument("--exact", action="store_true", help="no lower precision than the bundle's")
     to.add_argument("--low-memory", action="store_true", help="one component loaded at a time")
     to.add_argument("--compile", action="store_true", help="with --backend torch; a minute once")

@@ -9,7 +9,7 @@ from pathlib import Path
 from sdrt.errors import SdrtError, UsageError
 
 from . import plans as cli_plans
-from .arguments import BACKENDS, whole
+from .arguments import BACKENDS, integer
 
 TINY_VAE = "madebyollin/taesd"
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -69,7 +69,7 @@ def add_build(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--feature-reuse",
         nargs="?",
-        type=whole,
+        type=integer,
         const=0,
         metavar="BRANCH",
         help="so that sdrt run --reuse works; a higher branch is slower and nearer (default: 0)",
@@ -90,14 +90,14 @@ def build(args: argparse.Namespace) -> None:
     """`sdrt build`: prints the bundle's folder."""
     from sdrt.bundle import open_bundle
 
-    kind = cli_plans.wanted(args)
-    folder = open_bundle(args.bundle).folder if args.bundle else _built(args)
+    kind = cli_plans.plan_kind(args)
+    folder = open_bundle(args.bundle).folder if args.bundle else _build_bundle(args)
     if kind:
         cli_plans.build_plans(open_bundle(folder), kind, args)
     print(folder)
 
 
-def _built(args: argparse.Namespace) -> Path:
+def _build_bundle(args: argparse.Namespace) -> Path:
     """Build a bundle from a model."""
     try:
         from sdrt.export.build import BuildPlan, build_bundle
@@ -112,8 +112,8 @@ def _built(args: argparse.Namespace) -> Path:
         output=args.output,
         dtype="float16" if args.fp16 else "float32",
         sizes=tuple(parse_size(text) for text in args.size or ()),
-        batch=_batch(args.batch),
-        backend=cli_plans.proving(args.backend),
+        batch=_parse_batch(args.batch),
+        backend=cli_plans.validation_backend(args.backend),
         force=args.force,
         vae=args.vae,
         unet=args.unet,
@@ -129,7 +129,7 @@ def _built(args: argparse.Namespace) -> Path:
     return build_bundle(plan)
 
 
-def _batch(text: str) -> tuple[int, int, int] | None:
+def _parse_batch(text: str) -> tuple[int, int, int] | None:
     if text == "auto":
         return None
     parts = text.split(":")

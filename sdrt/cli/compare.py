@@ -14,7 +14,7 @@ from sdrt.runtime.images import make_labelled_grid, save_png
 from sdrt.runtime.lora.switch import apply_tags
 from sdrt.runtime.options import parse_options
 
-from .run import opened
+from .run import open_pipeline
 from .schedulers import all_titles
 
 
@@ -27,7 +27,7 @@ def compare(args: argparse.Namespace) -> None:
         raise UsageError(f"steps {args.steps!r}; expected whole numbers such as 10,20,50")
     names = [name.strip() for name in (args.schedulers or "").split(",") if name.strip()]
     images, labels, rows = [], [], []
-    with opened(args) as pipe:
+    with open_pipeline(args) as pipe:
         names = names or [title for title in all_titles() if title != "PNDM"]
         base = parse_options(
             {"seed": args.seed, "guidance_scale": args.guidance_scale, "size": args.size}

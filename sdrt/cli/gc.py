@@ -18,9 +18,9 @@ from typing import Any
 
 from sdrt.atomic_files import is_locked, locked
 from sdrt.bundle import Bundle
-from sdrt.bundle.integrity import changed_memory, forget
+from sdrt.bundle.integrity import forget_verified, stale_entries
 from sdrt.bundle.manifest import MANIFEST, MAX_MANIFEST, manifest_from_json
-from sdrt.bundle.store import bundles_folder, embedded, home, list_bundles
+from sdrt.bundle.store import bundles_folder, embedded_path, home, list_bundles
 from sdrt.engine.compile_cache import MARK, other_version
 from sdrt.engine.gpu import GpuInventory, detect_gpus
 from sdrt.engine.plans import Plan, plan_from_json, plans_folder
@@ -76,9 +76,9 @@ class Leftover:
                 self.path.unlink(missing_ok=True)
 
 
-def collect(args: argparse.Namespace) -> None:
+def collect_garbage(args: argparse.Namespace) -> None:
     """Print what is left over, or JSON; with `--yes` free it."""
-    found, stale = list(leftovers(detect_gpus())), changed_memory()
+    found, stale = list(leftovers(detect_gpus())), stale_entries()
     described: list[dict[str, Any]] = [
         {"path": str(f.path), "bytes": f.bytes, "reason": f.reason} for f in found
     ]
@@ -87,7 +87,7 @@ def collect(args: argparse.Namespace) -> None:
         described.append({"path": str(home() / "verified.json"), "bytes": 0, "reason": reason})
     if args.yes:
         _free(found)
-        forget(stale)
+        forget_verified(stale)
     total = sum(leftover.bytes for leftover in found)
     if args.json:
         print(json.dumps({"leftovers": described, "bytes": total, "freed": args.yes}, indent=2))
@@ -112,12 +112,12 @@ def leftovers(machine: GpuInventory) -> Iterator[Leftover]:
     """All that is left over; machine: whose GPUs plans are for."""
     bundles = dict(_bundles())
     plans = {*bundles, *_subfolders(home() / "plans")}
-    places = [home(), bundles_folder(), embedded("x").parent, home() / "converted"]
+    places = [home(), bundles_folder(), embedded_path("x").parent, home() / "converted"]
     places += [home() / "timing", *plans, *(folder for of in plans for folder in _subfolders(of))]
     for place in places:
         yield from _unfinished(place)
     for folder in sorted(plans):
-        yield from _useless(folder, bundles.get(folder), machine)
+        yield from _useless_plans(folder, bundles.get(folder), machine)
     yield from _useless_graphs(list(bundles.values()))
 
 
@@ -126,7 +126,7 @@ def _bundles() -> Iterator[tuple[Path, Bundle]]:
     for folder in list_bundles():
         path = folder / MANIFEST
         try:
-            manifest = manifest_from_json(read_json(path, most=MAX_MANIFEST), path)
+            manifest = manifest_from_json(read_json(path, max_bytes=MAX_MANIFEST), path)
         except BundleError:  # nothing is known of its plans, so they stay
             continue
         bundle = Bundle(folder, manifest)
@@ -146,7 +146,9 @@ def _unfinished(place: Path) -> Iterator[Leftover]:
                 yield leftover
 
 
-def _useless(folder: Path, bundle: Bundle | None, machine: GpuInventory) -> Iterator[Leftover]:
+def _useless_plans(
+    folder: Path, bundle: Bundle | None, machine: GpuInventory
+) -> Iterator[Leftover]:
     """Plans that nothing here can use, and parts of plans."""
     sidecars = set(folder.glob("*/*-*.json"))
     for sidecar in sorted(sidecars):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.errors import UsageError
-from sdrt.json_validation import shortened
+from sdrt.json_validation import shorten
 from sdrt.runtime.images import open_image, parse_parameters, read_parameters, unquote
 from sdrt.runtime.lora.tags import LoraTag, LoraWeight, parse_tags
 from sdrt.runtime.options import SIZES_IN_TEXT
@@ -139,26 +139,26 @@ def restored_from(path: Path) -> Restored:
                 "made again from Python alone"
             )
         if name in NEUTRAL:
-            log.debug("%s: %s is passed over", name, shortened(value))
+            log.debug("%s: %s is passed over", name, shorten(value))
         elif name not in {*ARGUMENTS, *OPTIONS, *NEEDED, *READ_APART}:
             raise UsageError(
-                f"{path} was made with {name!r} ({shortened(value)}), which is not supported here, "
+                f"{path} was made with {name!r} ({shorten(value)}), which is not supported here, "
                 "so that the image would be another one"
             )
     if "Lora files" in settings and "Prompts" in settings:
         raise UsageError(
             f"{path} was made of several prompts with LoRA files outside the folder loras "
-            f"({shortened(settings['Lora files'])}), which its text does not hold; put them into "
+            f"({shorten(settings['Lora files'])}), which its text does not hold; put them into "
             "the folder and make it again"
         )
     arguments = _read(path, settings, {**ARGUMENTS, **PROMPTS})
-    loras = _take_tags(settings, arguments)
+    loras = _extract_tags(settings, arguments)
     if settings.get("Version", "").startswith(OURS):
         arguments["bundle"] = settings.get("Model")
     else:
         check_unsupported_syntax(settings["Prompt"])
         check_unsupported_syntax(settings["Negative prompt"], joined=False)
-        arguments |= _of_other_tools(settings, arguments)
+        arguments |= _foreign_arguments(settings, arguments)
     needed = {name: words for key, (name, words) in NEEDED.items() if key in settings}
     return Restored(arguments, _read(path, settings, OPTIONS), loras, needed)
 
@@ -173,13 +173,13 @@ def _read(
                 found[name] = read(settings[key])
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise UsageError(
-                    f"{path}: its text says {key}: {shortened(settings[key])}, which is not "
+                    f"{path}: its text says {key}: {shorten(settings[key])}, which is not "
                     "understood"
                 ) from None
     return found
 
 
-def _take_tags(settings: Mapping[str, str], arguments: dict[str, Any]) -> dict[str, LoraWeight]:
+def _extract_tags(settings: Mapping[str, str], arguments: dict[str, Any]) -> dict[str, LoraWeight]:
     """Put the prompts, one alone without LoRA tags, and their count among the arguments; gives the
     LoRAs of those tags.
     """
@@ -201,7 +201,7 @@ def _take_tags(settings: Mapping[str, str], arguments: dict[str, Any]) -> dict[s
     return loras
 
 
-def _of_other_tools(settings: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _foreign_arguments(settings: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a text of the web UI leaves unsaid: whose noise it is, and the sampler's schedule."""
     sampler = str(arguments.get("scheduler", ""))
     schedule = settings.get("Schedule type", "")
@@ -211,7 +211,7 @@ def _of_other_tools(settings: Mapping[str, str], arguments: Mapping[str, Any]) -
     return changed | ({"scheduler": f"{sampler} {schedule}".strip()} if sampler else {})
 
 
-def settle(args: argparse.Namespace, restored: Restored) -> argparse.Namespace:
+def apply_typed(args: argparse.Namespace, restored: Restored) -> argparse.Namespace:
     """The arguments as typed over those of an image; raises UsageError where one is missing."""
     for name, words in restored.needed.items():
         if getattr(args, name) in (None, []):

@@ -21,9 +21,9 @@ from .arguments import (
     add_compare,
     add_export_triton,
     add_gc,
+    add_logging,
     add_run,
     add_serve,
-    add_talk,
     add_verify,
 )
 from .build import add_build, build
@@ -72,10 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _restored(args: argparse.Namespace, typed: Sequence[str] | None) -> argparse.Namespace:
     """The arguments as typed over those that an image's text holds."""
-    from .infotext import restored_from, settle
+    from .infotext import apply_typed, restored_from
 
     restored = restored_from(args.source)
-    return settle(parser(restored.arguments).parse_args(typed), restored)
+    return apply_typed(parser(restored.arguments).parse_args(typed), restored)
 
 
 def _interrupt_again(unraisable: Any) -> None:
@@ -95,11 +95,11 @@ def _interrupt_main() -> None:
 
 def entry() -> int:
     """What the `sdrt` script and `python -m sdrt` call."""
-    from sdrt.process_exit import leave
+    from sdrt.process_exit import exit_now
 
     sys.unraisablehook = _interrupt_again
     code = main()
-    leave(code)
+    exit_now(code)
     return code
 
 
@@ -153,7 +153,7 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.set_defaults(command=function)
-    add_talk(made)
+    add_logging(made)
     return made
 
 
@@ -226,9 +226,9 @@ def verify(args: argparse.Namespace) -> None:
 
 def gc(args: argparse.Namespace) -> None:
     """`sdrt gc`: prints what is left over, or JSON."""
-    from .gc import collect
+    from .gc import collect_garbage
 
-    collect(args)
+    collect_garbage(args)
 
 
 def doctor(args: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ def add_arguments(to: argparse.ArgumentParser) -> None:
     plans.add_argument("--workspace", type=int, metavar="MB", help="most scratch memory")
 
 
-def wanted(args: argparse.Namespace) -> str | None:
+def plan_kind(args: argparse.Namespace) -> str | None:
     """The kind of plans to build: the one asked for, or the one that this machine would run.
 
     Raises UsageError for what does not fit, before any work.
@@ -57,7 +57,7 @@ def wanted(args: argparse.Namespace) -> str | None:
     return str(args.backend)
 
 
-def proving(backend: str) -> str:
+def validation_backend(backend: str) -> str:
     """What the build proves the bundle on: the backend asked for, where it can run."""
     from sdrt.engine import select_backend
 

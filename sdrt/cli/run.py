@@ -45,7 +45,7 @@ def options_from_arguments(args: argparse.Namespace) -> GenerationOptions:
             "num_inference_steps": args.steps,
             "guidance_scale": args.guidance_scale,
             "guidance_rescale": args.guidance_rescale,
-            "guidance_interval": _interval(args.guidance_interval),
+            "guidance_interval": _parse_interval(args.guidance_interval),
             "feature_reuse": args.reuse,
             "seed": args.seed,
             "rng": args.rng,
@@ -55,9 +55,9 @@ def options_from_arguments(args: argparse.Namespace) -> GenerationOptions:
             "mask_image": open_image(args.mask) if args.mask else None,
             "depth_map": open_image(args.depth) if args.depth else None,
             "strength": args.strength,
-            "original_size": _told("--original-size", args.original_size),
-            "crops_coords_top_left": _told("--crop", args.crop),
-            "target_size": _told("--target-size", args.target_size),
+            "original_size": _parse_pair("--original-size", args.original_size),
+            "crops_coords_top_left": _parse_pair("--crop", args.crop),
+            "target_size": _parse_pair("--target-size", args.target_size),
             "clip_skip": args.clip_skip,
             "long_prompts": "cut" if args.cut else "chunk",
             "weighting": not args.literal,
@@ -66,7 +66,7 @@ def options_from_arguments(args: argparse.Namespace) -> GenerationOptions:
     )
 
 
-def opened(args: argparse.Namespace) -> Pipeline:
+def open_pipeline(args: argparse.Namespace) -> Pipeline:
     """The pipeline that a command line asks for."""
     precision = "exact" if args.exact else "auto"
     pipe = load(
@@ -110,7 +110,7 @@ def check_arguments(args: argparse.Namespace) -> GenerationOptions:
     return options
 
 
-def _interval(text: str) -> tuple[float, float]:
+def _parse_interval(text: str) -> tuple[float, float]:
     try:
         low, high = (float(part) for part in text.split(":"))
     except ValueError:
@@ -118,7 +118,7 @@ def _interval(text: str) -> tuple[float, float]:
     return low, high
 
 
-def _told(option: str, text: str | None) -> tuple[int, int] | None:
+def _parse_pair(option: str, text: str | None) -> tuple[int, int] | None:
     """`"1024x768"` across and down -> (768, 1024), as models are told."""
     if text is None:
         return None
@@ -149,13 +149,13 @@ def run(args: argparse.Namespace) -> None:
     """Prints the path of every picture, or JSON; what is finished is kept when interrupted."""
     began = time.perf_counter()
     options = check_arguments(args)
-    with opened(args) as pipe, ExitStack() as stack:
+    with open_pipeline(args) as pipe, ExitStack() as stack:
         chosen = with_scheduler(pipe, args.scheduler, args.scheduler_option)
         loaded = time.perf_counter()
         watchers = stack.enter_context(_bar(args))
         if args.preview:
             watchers.append(stack.enter_context(_preview(chosen, args.output)))
-        on_step = partial(_tell, watchers) if watchers else None  # so that it may run whole
+        on_step = partial(_notify, watchers) if watchers else None  # so that it may run whole
         job = chosen.create_job(args.prompt or None, options)
         made = pictures_by_set(chosen, job, on_step)
         writer = stack.enter_context(ThreadPoolExecutor(1))
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             for request, image in made:
                 if is_flagged(image):
-                    _say(FLAGGED.format(request.seed), sys.stderr)
+                    _print_line(FLAGGED.format(request.seed), sys.stderr)
                 finished.append((request, image))
                 if not args.grid:
                     text = chosen.parameters_text(request, job)
@@ -200,7 +200,7 @@ def _write(image: Image.Image, file: "File", text: str, silent: bool) -> Path:
     """An image's file, while the next image is made."""
     path = save_png(image, file.path, text, replace=file.replace)
     if not silent:
-        _say(str(path), sys.stdout)
+        _print_line(str(path), sys.stdout)
     return path
 
 
@@ -217,14 +217,14 @@ def _write_grid(
     return _write(grid, image_file(args.output, requests[0], 1), text, args.json)
 
 
-def _say(line: str, stream: TextIO) -> None:
+def _print_line(line: str, stream: TextIO) -> None:
     """Print a line above the progress bar, if there is one."""
     bars = sys.modules.get("tqdm")
     with bars.tqdm.external_write_mode(file=stream) if bars else nullcontext():
         print(line, file=stream, flush=True)
 
 
-def _tell(watchers: Sequence[Callable[[Step], None]], step: Step) -> None:
+def _notify(watchers: Sequence[Callable[[Step], None]], step: Step) -> None:
     for watcher in watchers:
         watcher(step)
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from sdrt.bundle import Bundle, open_bundle
-from sdrt.bundle.bundle import graphs_of
+from sdrt.bundle.bundle import list_graphs
 from sdrt.bundle.integrity import check_files
 from sdrt.bundle.manifest import Manifest
 from sdrt.engine import Candidate, Feeds, parity, select_backend
@@ -46,11 +46,11 @@ def verify(args: argparse.Namespace) -> None:
     that were built.
     """
     bundle = open_bundle(args.bundle)
-    check_files(bundle.folder, bundle.manifest.files, graphs_of(bundle.manifest), anew=True)
+    check_files(bundle.folder, bundle.manifest.files, list_graphs(bundle.manifest), rehash=True)
     candidate = select_backend(args.backend, bundle.bytes, device=args.device)
     log.info("backend: %s (%s)", candidate.title, candidate.because)
     checks = [Check("files", f"{len(bundle.manifest.files)} of the sha256 built", "all", True)]
-    for check in proven(bundle, candidate):
+    for check in run_checks(bundle, candidate):
         checks.append(check)
         log.debug("%s", _line(check))
     missed = [check for check in checks if not check.passed]
@@ -72,14 +72,14 @@ def _line(check: Check) -> str:
     return f"{mark:7} {check.what:32} {check.found}  (wanted: {check.wanted})"
 
 
-def proven(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
+def run_checks(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
     """Every component in every precision, the whole pipeline, and whether a seed is one picture."""
     answers, size = read_reference_outputs(bundle), bundle.manifest.sizes[0]
     exact = replace(bundle, manifest=replace(bundle.manifest, admitted={}))
     with load_pipeline(exact, candidate) as pipe:
         for name in pipe.engines:
             if name.removesuffix("_float32") in bundle.manifest.components:
-                yield _component(pipe, name, answers)
+                yield _check_component(pipe, name, answers)
         try:
             picture = generate_reference_image(pipe, size)
         except BackendError:
@@ -89,7 +89,7 @@ def proven(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
             return
         halves = any(part.dtype == "float16" for part in bundle.manifest.components.values())
         kept, dtype = {"picture": answers.picture}, "float16" if halves else "float32"
-        yield _compared("the whole pipeline", {"picture": picture}, kept, dtype)
+        yield _compare("the whole pipeline", {"picture": picture}, kept, dtype)
         same = generate_reference_image(pipe, size).tobytes() == picture.tobytes()
         said = "the same bytes" if same else "other bytes"
         yield Check("the same seed again", said, "the same bytes", same)
@@ -98,7 +98,7 @@ def proven(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
                 generate_reference_image(pipe, size, seeds=(1, 0))[1:],
                 take_samples(picture),
             )
-            yield _compared("the seed in company", {"picture": shared}, {"picture": alone}, dtype)
+            yield _compare("the seed in company", {"picture": shared}, {"picture": alone}, dtype)
         reduced = candidate.reduced_precision in bundle.manifest.admitted
         wanted = (
             generate_reference_image(pipe, size, GUIDED_STEPS, GUIDANCE) if reduced else picture
@@ -111,7 +111,7 @@ def proven(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
         yield Check(what, f"psnr {psnr:.1f} dB", f"at least {floor} dB", psnr >= floor)
 
 
-def _component(pipe: Pipeline, name: str, answers: ReferenceOutputs) -> Check:
+def _check_component(pipe: Pipeline, name: str, answers: ReferenceOutputs) -> Check:
     part = name.removesuffix("_float32")
     component, size = pipe.manifest.components[part], pipe.manifest.sizes[0]
     tokenizer = pipe.tokenizer_2 if part == "text_encoder_2" else pipe.tokenizer
@@ -119,7 +119,7 @@ def _component(pipe: Pipeline, name: str, answers: ReferenceOutputs) -> Check:
     found = pipe.engines[name](reference_inputs(_shapes(pipe.manifest, part), ids, size))
     dtype = component.dtype if name == part else f"{component.dtype} weights in float32"
     kept = answers.components.get(part, {})
-    return _compared(f"{part}, {dtype}", found, kept, component.dtype)
+    return _compare(f"{part}, {dtype}", found, kept, component.dtype)
 
 
 def _shapes(manifest: Manifest, part: str) -> dict[str, tuple[int, ...]]:
@@ -133,7 +133,7 @@ def _shapes(manifest: Manifest, part: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _compared(
+def _compare(
     what: str, found: Feeds, kept: Mapping[str, Sequence[float] | np.ndarray], dtype: str
 ) -> Check:
     """Answers against the samples that are kept of torch's, by the floor of a precision."""

@@ -17,7 +17,12 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from sdrt.cli.arguments import add_serve, add_talk, settings_from_arguments, sources_from_arguments
+from sdrt.cli.arguments import (
+    add_logging,
+    add_serve,
+    settings_from_arguments,
+    sources_from_arguments,
+)
 from sdrt.errors import BackendError, SdrtError, UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +76,7 @@ def _build_parser() -> argparse.ArgumentParser:
     """A parser of the options of `sdrt serve`."""
     parser = argparse.ArgumentParser(prog="sdrt serve")
     add_serve(parser)
-    add_talk(parser)
+    add_logging(parser)
     return parser
 
 

@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdrt.atomic_files import published
+from sdrt.atomic_files import publish_folder
 from sdrt.bundle import open_bundle
 from sdrt.errors import UsageError
 
@@ -81,7 +81,7 @@ def export_triton(export: TritonExport) -> Path:
             hint="choose another with --name",
         )
     target = export.output.expanduser() / name
-    with published(target, "config.pbtxt", export.force) as folder:
+    with publish_folder(target, "config.pbtxt", export.force) as folder:
         (folder / "config.pbtxt").write_text(render_config(export, name))
         (folder / "1").mkdir()
         shutil.copyfile(MODEL, folder / "1" / "model.py")

@@ -14,7 +14,7 @@ from plan_examples import BOTH, L4
 
 import sdrt
 from sdrt.bundle import open_bundle
-from sdrt.bundle.integrity import sha256_of
+from sdrt.bundle.integrity import hash_file
 from sdrt.cli.main import main
 from sdrt.engine import list_backends, select_backend
 from sdrt.engine.gpu import NO_DEVICE, GpuInventory, explain_no_gpu
@@ -103,7 +103,7 @@ def refused_by_onnxruntime(tiny_bundle, tmp_path_factory):
     graph.write_bytes(model.SerializeToString())
     manifest = json.loads((folder / "sdrt.json").read_text())
     size = graph.stat().st_size
-    manifest["files"]["unet/model.onnx"] = {"size": size, "sha256": sha256_of(graph)}
+    manifest["files"]["unet/model.onnx"] = {"size": size, "sha256": hash_file(graph)}
     (folder / "sdrt.json").write_text(json.dumps(manifest))
     return folder, tiny_bundle
 

@@ -11,7 +11,7 @@ from saved import PROMPT, drawn, psnr, saved
 
 import sdrt
 from sdrt.bundle import open_bundle
-from sdrt.cli.verify import proven
+from sdrt.cli.verify import run_checks
 from sdrt.engine import select_backend
 from sdrt.errors import UsageError
 from sdrt.runtime.batching.engine import InflightBatcher
@@ -135,7 +135,7 @@ def test_a_lora_acts_on_the_embedding(pipe, model, tmp_path):
 
 def test_the_bundle_verifies(bundle):
     missed = [
-        c for c in proven(open_bundle(bundle), select_backend("onnxruntime", 0)) if not c.passed
+        c for c in run_checks(open_bundle(bundle), select_backend("onnxruntime", 0)) if not c.passed
     ]
     assert not missed
 

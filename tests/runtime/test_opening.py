@@ -71,7 +71,7 @@ def test_what_is_opened_after_an_interruption_is_closed(monkeypatch):
             time.sleep(0.001)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sdrt.runtime.opening.reported", interrupted)
+    monkeypatch.setattr("sdrt.runtime.opening.log_progress", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_concurrently({"unet": slow, "vae_decoder": lambda: early})
     assert early.closed.is_set() and not late.closed.is_set()
@@ -80,7 +80,7 @@ def test_what_is_opened_after_an_interruption_is_closed(monkeypatch):
 
 
 def test_what_is_loading_is_named(monkeypatch, caplog):
-    monkeypatch.setattr(progress, "EVERY", 0.01)
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
     caplog.set_level(logging.INFO, "sdrt")
 
     def slow():
@@ -152,17 +152,17 @@ def test_unfinished_folders_are_cleared_when_a_process_is_left(tmp_path):
     script = """
 import sys, threading, time
 from pathlib import Path
-from sdrt.atomic_files import made_once
-from sdrt.process_exit import leave, start_workers
+from sdrt.atomic_files import build_once
+from sdrt.process_exit import exit_now, start_workers
 begun = threading.Event()
 def fill(folder):
     (folder / "half").write_text("half")
     begun.set()
     time.sleep(60)
 target = Path(sys.argv[1])
-start_workers([threading.Thread(target=made_once, args=(target, fill), daemon=True)])
+start_workers([threading.Thread(target=build_once, args=(target, fill), daemon=True)])
 begun.wait()
-leave(130)
+exit_now(130)
 """
     found = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], timeout=SECONDS / 2)
     assert found.returncode == 130

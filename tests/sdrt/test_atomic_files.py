@@ -14,7 +14,7 @@ import pytest
 from killing import killed_at, points_of
 
 from sdrt import atomic_files
-from sdrt.atomic_files import beside, locked, published, write_whole
+from sdrt.atomic_files import locked, publish_folder, sibling, write_atomic
 from sdrt.bundle.manifest import MANIFEST
 from sdrt.bundle.store import find_bundle, list_bundles
 from sdrt.errors import BundleError, SdrtError
@@ -25,7 +25,7 @@ OLD, NEW = b"old" * 1000, b"new" * 2000
 
 
 def publish(target, content):
-    with published(target, MANIFEST, force=True) as folder:
+    with publish_folder(target, MANIFEST, force=True) as folder:
         (folder / "unet").mkdir()
         (folder / "unet" / "model.onnx").write_bytes(content)
         (folder / MANIFEST).write_bytes(content)
@@ -82,7 +82,9 @@ def test_a_first_folder_under_a_kill_is_whole_or_not_there(target):
             whole.append(found_in(folder) == NEW)
         except BundleError:
             assert not [
-                b for b in list_bundles() if b.name in (folder.name, beside(folder, "partial").name)
+                b
+                for b in list_bundles()
+                if b.name in (folder.name, sibling(folder, "partial").name)
             ]
         publish(folder, NEW)
         assert found_in(folder) == NEW
@@ -93,18 +95,18 @@ def test_a_first_folder_under_a_kill_is_whole_or_not_there(target):
 def test_a_file_under_a_kill_is_the_old_one_or_the_new(tmp_path):
     path = tmp_path / "a.json"
     seen = set()
-    for point in range(len(points_of(lambda: write_whole(path, NEW)))):
-        write_whole(path, OLD)
-        killed_at(point, lambda: write_whole(path, NEW))
+    for point in range(len(points_of(lambda: write_atomic(path, NEW)))):
+        write_atomic(path, OLD)
+        killed_at(point, lambda: write_atomic(path, NEW))
         seen.add(path.read_bytes())
-        write_whole(path, NEW)
+        write_atomic(path, NEW)
         assert path.read_bytes() == NEW and names_in(tmp_path) == ["a.json"]
     assert seen == {OLD, NEW}
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(target, monkeypatch):
     """A loss of power keeps what was told to be kept, so the order of the calls is what counts."""
-    told, fsync, swapped = [], os.fsync, atomic_files._exchanged
+    told, fsync, swapped = [], os.fsync, atomic_files._exchange
 
     def seen_fsync(file):
         told.append(str(Path(f"/proc/self/fd/{file}").resolve()))
@@ -112,19 +114,19 @@ def test_all_is_on_the_disk_before_it_has_its_name(target, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", seen_fsync)
     monkeypatch.setattr(
-        atomic_files, "_exchanged", lambda *two: told.append("swap") or swapped(*two)
+        atomic_files, "_exchange", lambda *two: told.append("swap") or swapped(*two)
     )
     publish(target, OLD)
     told.clear()
     publish(target, NEW)
-    partial = beside(target, "partial")
+    partial = sibling(target, "partial")
     before, after = told[: told.index("swap")], told[told.index("swap") + 1 :]
     names = ("", "/sdrt.json", "/unet", "/unet/model.onnx")
     assert {f"{partial}{name}" for name in names} == set(before)
     assert after == [str(target.parent)]
     told.clear()
-    write_whole(path := target.with_name("a.json"), NEW)
-    assert told == [str(beside(path, "partial")), str(path.parent)]
+    write_atomic(path := target.with_name("a.json"), NEW)
+    assert told == [str(sibling(path, "partial")), str(path.parent)]
 
 
 def test_many_who_make_the_same_come_one_after_the_other(target):
@@ -151,7 +153,7 @@ def test_who_makes_the_same_waits(target):
     began, order = threading.Event(), []
 
     def first():
-        with published(target, MANIFEST, force=True) as folder:
+        with publish_folder(target, MANIFEST, force=True) as folder:
             began.set()
             time.sleep(0.2)
             (folder / MANIFEST).write_bytes(OLD)
@@ -171,15 +173,15 @@ def test_who_makes_the_same_waits(target):
 ON_A_SMALL_DISK = """
 import subprocess
 from pathlib import Path
-from sdrt.atomic_files import write_whole
-from sdrt.atomic_files import published
+from sdrt.atomic_files import write_atomic
+from sdrt.atomic_files import publish_folder
 
 disk = Path("{folder}")
 target = disk / "b"
 
 
 def publish(content):
-    with published(target, "sdrt.json", force=True) as folder:
+    with publish_folder(target, "sdrt.json", force=True) as folder:
         for name in ("1", "2", "3", "sdrt.json"):
             (folder / name).write_text(content * 5000)
 
@@ -198,7 +200,7 @@ def there():
 
 
 publish("o")
-write_whole(disk / "f", b"o" * 9000)
+write_atomic(disk / "f", b"o" * 9000)
 before = there()
 for free in range(12, -1, -1):  # pages of 4096 bytes; the folder takes 8, the file 3
     filler = disk / "filler"
@@ -207,14 +209,14 @@ for free in range(12, -1, -1):  # pages of 4096 bytes; the folder takes 8, the f
         while attempt(lambda c: file.write(c), b"x" * 4096) == "made":
             pass
         file.truncate(max(0, file.tell() - free * 4096))
-    print(free, attempt(publish, "n"), attempt(lambda c: write_whole(disk / "f", c), b"n" * 9000))
+    print(free, attempt(publish, "n"), attempt(lambda c: write_atomic(disk / "f", c), b"n" * 9000))
     filler.unlink()
     print(*there())
     publish("o")
-    write_whole(disk / "f", b"o" * 9000)
+    write_atomic(disk / "f", b"o" * 9000)
     assert there() == before
 subprocess.run(["mount", "-o", "remount,ro", "{folder}"], check=True)
-print("read-only", attempt(publish, "n"), attempt(lambda c: write_whole(disk / "f", c), b"n"))
+print("read-only", attempt(publish, "n"), attempt(lambda c: write_atomic(disk / "f", c), b"n"))
 print(*there())
 """
 

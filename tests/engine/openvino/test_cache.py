@@ -112,7 +112,7 @@ def test_other_weights_come_and_go(bundle, compiled):
 
 def test_what_was_just_made_is_not_hashed_again(compiled, monkeypatch):
     compiled("text_encoder", "f32")
-    read, seen = bundles.sha256_of, []
+    read, seen = bundles.hash_file, []
     monkeypatch.setattr(bundles, "sha256_of", lambda path: seen.append(path) or read(path))
     kept = compiled("text_encoder", "f32")
     assert seen == []

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sdrt
-from sdrt.bundle.integrity import sha256_of
+from sdrt.bundle.integrity import hash_file
 from sdrt.bundle.store import home
 from sdrt.errors import BundleError, CheckpointError
 from sdrt.export.build import BuildPlan, build_bundle
@@ -304,7 +304,7 @@ def test_a_bundle_without_names_says_what_to_type(shapes, files, tmp_path):
     manifest = json.loads((old / "sdrt.json").read_text())
     for part in ("unet", "text_encoder"):
         name = f"{part}/model.safetensors"
-        manifest["files"][name]["sha256"] = sha256_of(old / name)
+        manifest["files"][name]["sha256"] = hash_file(old / name)
     (old / "sdrt.json").write_text(json.dumps(manifest))
     with (
         sdrt.load(old, backend="onnxruntime") as pipe,

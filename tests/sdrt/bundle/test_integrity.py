@@ -28,8 +28,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def hashed(monkeypatch):
     """The files whose bytes are read."""
-    read, seen = integrity.sha256_of, []
-    monkeypatch.setattr(integrity, "sha256_of", lambda path: seen.append(path.name) or read(path))
+    read, seen = integrity.hash_file, []
+    monkeypatch.setattr(integrity, "hash_file", lambda path: seen.append(path.name) or read(path))
     return seen
 
 

@@ -217,9 +217,9 @@ def facts(model):
 
 def facts_here(data):
     def inside(fields, number, kind):
-        return [onnx_check.message(each, kind, "it") for each in fields.get(number, ())]
+        return [onnx_check.parse_message(each, kind, "it") for each in fields.get(number, ())]
 
-    (found,) = inside(onnx_check.message(data, onnx_check.MODEL, "it"), 7, onnx_check.GRAPH)
+    (found,) = inside(onnx_check.parse_message(data, onnx_check.MODEL, "it"), 7, onnx_check.GRAPH)
     tensors = inside(found, 5, onnx_check.TENSOR)
     entries = [[entry[2][0].decode() for entry in inside(t, 13, onnx_check.ENTRY)] for t in tensors]
     return [

@@ -11,7 +11,7 @@ import numpy
 import pytest
 from plan_examples import KEY, build
 
-from sdrt.atomic_files import identity, locked
+from sdrt.atomic_files import file_identity, locked
 from sdrt.bundle.integrity import describe_files
 from sdrt.bundle.manifest import Manifest, json_from_manifest
 from sdrt.cli.gc import leftovers
@@ -23,8 +23,8 @@ from sdrt.engine.tensorrt.variants import MODULES
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from sdrt.atomic_files import published
-with published(Path(sys.argv[1]), "sdrt.json", force=True) as folder:
+from sdrt.atomic_files import publish_folder
+with publish_folder(Path(sys.argv[1]), "sdrt.json", force=True) as folder:
     (folder / "weights").write_bytes(b"x" * 1000)
     print(flush=True)
     time.sleep(60)
@@ -34,8 +34,8 @@ with published(Path(sys.argv[1]), "sdrt.json", force=True) as folder:
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
-    monkeypatch.setattr("sdrt.bundle.store.embedded", lambda name: tmp_path / "shipped" / name)
-    monkeypatch.setattr("sdrt.cli.gc.embedded", lambda name: tmp_path / "shipped" / name)
+    monkeypatch.setattr("sdrt.bundle.store.embedded_path", lambda name: tmp_path / "shipped" / name)
+    monkeypatch.setattr("sdrt.cli.gc.embedded_path", lambda name: tmp_path / "shipped" / name)
     return tmp_path
 
 
@@ -171,7 +171,7 @@ def test_halves_of_plans_are_freed(plans):
 
 def test_what_is_remembered_of_files_that_are_gone_is_forgotten(place, capsys):
     (path := place / "kept").write_text("kept")
-    kept = {str(path): f"{identity(path.stat())}:hash"}
+    kept = {str(path): f"{file_identity(path.stat())}:hash"}
     memory = place / "verified.json"
     memory.write_text(json.dumps({**kept, "/nowhere": "1:2", str(place): "0:0"}))
     (stale,) = collected(capsys, "--yes")["leftovers"]

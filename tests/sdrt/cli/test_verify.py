@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sdrt.atomic_files import identity
+from sdrt.atomic_files import file_identity
 from sdrt.bundle import open_bundle
 from sdrt.bundle.integrity import describe_files
 from sdrt.bundle.store import home
 from sdrt.cli.main import main
-from sdrt.cli.verify import proven
+from sdrt.cli.verify import run_checks
 from sdrt.engine import select_backend
 from sdrt.errors import BundleError
 
@@ -86,12 +86,12 @@ def test_other_weights_under_a_matching_manifest_are_noticed(copy, capsys, part)
 def test_bytes_that_the_disk_lost_are_found_though_the_times_are_the_same(copy, capsys):
     open_bundle(copy)
     path = copy / "unet" / "model.safetensors"
-    before = identity(path.stat())
+    before = file_identity(path.stat())
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     memory = home() / "verified.json"  # of the bytes as they are now
-    memory.write_text(memory.read_text().replace(before, identity(path.stat())))
+    memory.write_text(memory.read_text().replace(before, file_identity(path.stat())))
     open_bundle(copy)  # as remembered
     code, _, said = verified(copy, capsys)
     assert code == 3 and "damaged" in said
@@ -142,5 +142,5 @@ def test_an_engine_that_answers_otherwise_each_time_is_noticed(tiny_bundle):
             return {name: value * small for name, value in self.engine(feeds).items()}
 
     unsteady = replace(candidate, load=lambda b, name: Unsteady(candidate.load(b, name)))
-    missed = {c.what for c in proven(open_bundle(tiny_bundle), unsteady) if not c.passed}
+    missed = {c.what for c in run_checks(open_bundle(tiny_bundle), unsteady) if not c.passed}
     assert missed == {"the same seed again"}
