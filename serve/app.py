@@ -72,7 +72,8 @@ async def _handle_exception(request: Request, error: Exception) -> Response:
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     not_an_object = any(tuple(item["loc"]) == ("body",) for item in error.errors())
     if not_an_object and not JSON_TYPE.fullmatch(content_type):
-        message = "Send Content-Type: application/json"
+        received = content_type or "none"
+        message = f"expected Content-Type application/json, received {received}"
         return ApiError(415, message, code="invalid_type").response(path)
     api_error = api_error_from_validation(error.errors())
     if path.startswith("/sdapi/"):
@@ -98,6 +99,10 @@ def _mount_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return FileResponse(PAGE_FOLDER / "index.html", headers=headers)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return FileResponse(PAGE_FOLDER / "docs.html", headers=headers)
 
 
 def _extend_schema(app: FastAPI) -> None:

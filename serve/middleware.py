@@ -9,17 +9,19 @@ import contextlib
 import hmac
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, ClientDisconnected, api_error_from_exception
+from .logs import set_request_id
 from .metrics import Metrics
 from .settings import Settings, hash_key
 
 log = logging.getLogger("sdrt.serve")
 
-PUBLIC_PATHS = ("/", "/openapi.json")  # served without an API key
+PUBLIC_PATHS = ("/", "/docs", "/openapi.json")  # served without an API key
 PUBLIC_PREFIXES = ("/health/", "/page/")
 PROBE_PREFIXES = ("/health/", "/metrics")  # requested every few seconds
 LINGER_SECONDS = 5.0
@@ -37,23 +39,27 @@ class SecurityMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, response = time.monotonic(), _ResponseRecorder(send)
+        method, headers = scope["method"], _headers(scope)
+        identifier = set_request_id(headers.get("x-request-id"))
+        scope = {**scope, "method": "GET" if method == "HEAD" else method}  # no body is sent
+        scope["headers"] = _with_header(scope["headers"], b"x-request-id", identifier.encode())
+        started, response = time.monotonic(), _ResponseRecorder(send, identifier)
         try:
-            await self._check_and_forward(scope, receive, response)
+            await self._check_and_forward(scope, headers, receive, response)
         except Exception as error:
             if not response.status:  # else the response has begun
                 error_response = api_error_from_exception(error).response(scope["path"])
                 await error_response(scope, receive, response)
         self.metrics.record_response(_route_template(scope), response.status)
-        seconds = time.monotonic() - started
-        level = logging.DEBUG if scope["path"].startswith(PROBE_PREFIXES) else logging.INFO
-        path = scope["raw_path"].decode("ascii", "replace")  # percent-encoded: no line breaks
-        log.log(level, "%s %s %d %.3f s", scope["method"], path, response.status, seconds)
+        _log_access(scope, method, response.status, time.monotonic() - started)
 
     async def _check_and_forward(
-        self, scope: Scope, receive: Receive, response: "_ResponseRecorder"
+        self,
+        scope: Scope,
+        headers: dict[str, str],
+        receive: Receive,
+        response: "_ResponseRecorder",
     ) -> None:
-        headers = _headers(scope)
         check_origin(headers, self.settings.hosts)
         scope["state"]["owner"] = authenticate(headers, scope["path"], self.settings.keys)
         try:
@@ -93,16 +99,16 @@ class SecurityMiddleware:
 class _ResponseRecorder:
     """Wraps `send`; records the status and adds headers."""
 
-    def __init__(self, send: Send) -> None:
-        self.send, self.status = send, 0
+    def __init__(self, send: Send, identifier: str) -> None:
+        self.send, self.identifier, self.status = send, identifier, 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [
-                *message.get("headers", ()),
-                (b"x-content-type-options", b"nosniff"),
-            ]
+            headers = _with_header(
+                message.get("headers", ()), b"x-content-type-options", b"nosniff"
+            )
+            message["headers"] = _with_header(headers, b"x-request-id", self.identifier.encode())
         await self.send(message)
 
 
@@ -133,6 +139,22 @@ async def _reject_body(
                 message = await receive()
                 more = message["type"] == "http.request" and message.get("more_body", False)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _log_access(scope: Scope, method: str, status: int, seconds: float) -> None:
+    """The access log: one line for each request; probes are logged at debug level."""
+    path = scope["raw_path"].decode("ascii", "replace")  # percent-encoded: no line breaks
+    client = scope["client"][0] if scope.get("client") else "-"
+    fields = {"method": method, "path": path, "status": status, "client": client}
+    level = logging.DEBUG if scope["path"].startswith(PROBE_PREFIXES) else logging.INFO
+    message = f"{client} {method} {path} {status} {seconds:.3f} s"
+    log.log(level, "%s", message, extra=fields | {"seconds": round(seconds, 4)})
+
+
+def _with_header(
+    headers: Iterable[tuple[bytes, bytes]], name: bytes, value: bytes
+) -> list[tuple[bytes, bytes]]:
+    return [*(header for header in headers if header[0].lower() != name), (name, value)]
 
 
 def _headers(scope: Scope) -> dict[str, str]:

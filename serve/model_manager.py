@@ -80,10 +80,12 @@ class ModelManager:
 
     def load_model(self, name: str) -> None:
         """Load one model and start its engine; raises what its source raises."""
+        started = time.monotonic()
         model = self._start_engine(name, self.sources[name])
         self._engines[name] = model.engine
         self._loaded[name] = model
-        log.info("ready: %s, %s", name, ", ".join(model.sizes))
+        seconds = time.monotonic() - started
+        log.info("Loaded model %s (%s) in %.1f s", name, ", ".join(model.sizes), seconds)
 
     def unload(self, name: str) -> None:
         """Drain one model within the time limit and close it, if it is loaded."""

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 
 import h11
@@ -56,6 +57,8 @@ class Server(uvicorn.Server):
         super().__init__(_uvicorn_config(app, settings))
         self.socket = _bind_socket(settings)
         self.port: int = self.socket.getsockname()[1]
+        host = f"[{settings.host}]" if settings.host.count(":") > 1 else settings.host
+        self.address = f"http://{host}:{self.port}"
         self.shutting_down = False
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
@@ -63,7 +66,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        log.info("Listening on http://%s:%d", self.models.settings.host, self.port)
+        names = ", ".join(self.models.sources)
+        log.info("Listening on %s; loading %s; not ready yet", self.address, names)
         threading.Thread(target=self._load_models, name="sdrt-load", daemon=True).start()
 
     @contextlib.contextmanager
@@ -83,9 +87,12 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _load_models(self) -> None:
+        started = time.monotonic()
         self.models.load_all()
         if self.models.load_error:
             self.should_exit = True
+        elif not self.shutting_down:
+            log.info("Ready on %s after %.1f s", self.address, time.monotonic() - started)
 
     def shut_down(self) -> None:
         """Drain, then exit; if called again, exit at once."""

@@ -75,6 +75,7 @@ EDIT_FORM = {
 async def edits(request: Request) -> Response:
     """Edit an image; the area to repaint is transparent in the mask."""
     context = get_context(request)
+    _require_multipart(request)
     try:
         async with request.form(max_files=4, max_fields=60) as form:
             body = _parse_edit_form(form)
@@ -87,6 +88,13 @@ async def edits(request: Request) -> Response:
         body.size = _nearest_size(model, inputs["image"])
     inputs |= {"strength": body.strength}
     return await respond(request, body, build_openai_request(model, body, inputs), "image_edit")
+
+
+def _require_multipart(request: Request) -> None:
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type != "multipart/form-data":
+        message = f"expected Content-Type multipart/form-data, received {content_type or 'none'}"
+        raise ApiError(415, message, code="invalid_type")
 
 
 def _parse_edit_form(form: FormData) -> EditRequest:

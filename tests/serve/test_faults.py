@@ -263,7 +263,7 @@ def test_malformed_forms(server, body):
     with client(server) as http:
         kind = {"content-type": "multipart/form-data; boundary=x"}
         assert http.post("/v1/images/edits", content=body, headers=kind).status_code == 400
-        assert http.post("/v1/images/edits", content=body).status_code == 400
+        assert http.post("/v1/images/edits", content=body).status_code == 415
 
 
 def test_cross_origin_requests_are_refused(server):

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter, ImageOps
 from sdrt.runtime.images import convert_to_rgb
 
 LANCZOS = Image.Resampling.LANCZOS
-STRETCH, CROP, FILL = 0, 1, 2  # A1111's resize modes
+JUST_RESIZE, CROP, FILL = 0, 1, 2  # A1111's resize modes
 MODES = ("Just resize", "Crop and resize", "Resize and fill")
 # (radius, repetitions) of the blurs of the unmasked area, composited from the widest on.
 BLUR_LAYERS = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
@@ -92,7 +92,7 @@ def prepare_input(
     """
     rgb = convert_to_rgb(image)
     prepared = _prepare(rgb, mask, size, mode, inpainting)
-    same_ratio = mode == STRETCH or rgb.width * size[1] == rgb.height * size[0]
+    same_ratio = mode == JUST_RESIZE or rgb.width * size[1] == rgb.height * size[0]
     infotext = {} if same_ratio else {"Resize mode": MODES[mode]}
     if prepared.mask is not None:
         infotext |= inpainting.infotext
@@ -190,8 +190,8 @@ def _grow_interval(low: int, high: int, length: int, limit: int) -> tuple[int, i
 
 
 def resize_image(image: Image.Image, size: Size, mode: int) -> Image.Image:
-    """Resize (Lanczos) by A1111's mode: stretch, crop to fill, or fit and repeat the edges."""
-    if mode == STRETCH or image.width * size[1] == image.height * size[0]:
+    """Resize (Lanczos) by A1111's mode: distort, crop to fill, or fit and repeat the edges."""
+    if mode == JUST_RESIZE or image.width * size[1] == image.height * size[0]:
         return image.resize(size, LANCZOS)
     wide = size[0] * image.height > size[1] * image.width  # the size is wider than the image
     if wide == (mode == CROP):

@@ -289,3 +289,15 @@ def test_lora_tag_in_the_prompt(browser, server, embedded, shapes, home):
     path.unlink()
     assert image.tobytes() == alone.images[0].tobytes()
     assert image.text["parameters"] == alone.parameters[0]
+
+
+def test_api_reference_lists_every_endpoint(browser, server):
+    with open_page(browser, server) as page:
+        page.goto(f"http://127.0.0.1:{server.port}/docs")
+        section = page.locator("#post--v1-images-generations")
+        expect(section).to_contain_text("num_inference_steps")
+        expect(section).to_contain_text("integer, 1 to 1000 · default 20")
+        with client(server) as http:
+            paths = http.get("/openapi.json").json()["paths"]
+        expect(page.locator("section")).to_have_count(sum(map(len, paths.values())))
+        expect(page.locator("#error")).to_be_empty()

@@ -8,7 +8,7 @@ from scipy.ndimage import correlate1d
 from sdrt.serve.routes.sdapi.inpainting import (
     CROP,
     FILL,
-    STRETCH,
+    JUST_RESIZE,
     InpaintingSettings,
     binary_mask,
     blur_mask,
@@ -64,7 +64,7 @@ def test_resize_modes():
     image = Image.new("RGB", (40, 20), "red")
     image.paste("blue", (0, 0, 4, 20))
     for size in ((32, 32), (64, 24), (24, 64)):
-        for mode in (STRETCH, CROP, FILL):
+        for mode in (JUST_RESIZE, CROP, FILL):
             assert resize_image(image, size, mode).size == size
     only_masked = resize_image(image, (20, 20), CROP)
     assert np.array_equal(only_masked, image.crop((10, 0, 30, 20)))
@@ -87,7 +87,7 @@ def test_unmasked_area_is_unchanged():
     result = Image.new("RGB", (64, 64), "white")
     for only_masked in (False, True):
         how = InpaintingSettings((0, 0), False, only_masked, 4, fill=True)
-        pasted = np.asarray(prepare_input(image, mask, (64, 64), STRETCH, how).finish(result))
+        pasted = np.asarray(prepare_input(image, mask, (64, 64), JUST_RESIZE, how).finish(result))
         inside = np.asarray(mask) > 0
         assert (pasted[inside] == 255).all()
         assert np.array_equal(pasted[~inside], np.asarray(image)[~inside])
@@ -96,7 +96,7 @@ def test_unmasked_area_is_unchanged():
 def test_only_masked_generates_at_full_size():
     image, mask = noise(200, 120), boxed((200, 120), (50, 40, 70, 60))
     how = InpaintingSettings((0, 0), False, True, 6, fill=False)
-    prepared = prepare_input(image, mask, (64, 64), STRETCH, how)
+    prepared = prepare_input(image, mask, (64, 64), JUST_RESIZE, how)
     assert prepared.image.size == prepared.mask.size == (64, 64)
     expected = image.crop((44, 34, 76, 66)).resize((64, 64), Image.Resampling.LANCZOS)
     assert np.array_equal(prepared.image, expected)
@@ -109,7 +109,7 @@ def test_infotext_of_inpainting():
     assert prepare_input(image, None, (64, 32), CROP, plain).infotext == {}
     only_masked = prepare_input(image, None, (64, 64), CROP, plain)
     assert only_masked.infotext == {"Resize mode": "Crop and resize"}
-    assert prepare_input(image, mask, (64, 64), STRETCH, plain).infotext == {
+    assert prepare_input(image, mask, (64, 64), JUST_RESIZE, plain).infotext == {
         "Mask blur": "4",
         "Mask mode": "Inpaint masked",
         "Masked content": "fill",
@@ -121,7 +121,7 @@ def test_infotext_of_inpainting():
 def test_empty_mask_with_only_masked():
     image = noise(64, 64)
     how = InpaintingSettings((4, 4), False, True, 0, fill=True)
-    prepared = prepare_input(image, Image.new("L", (64, 64)), (64, 64), STRETCH, how)
+    prepared = prepare_input(image, Image.new("L", (64, 64)), (64, 64), JUST_RESIZE, how)
     assert prepared.mask is None and np.array_equal(prepared.image, image)
 
 
@@ -130,7 +130,7 @@ def test_fill_starts_from_the_surroundings():
     image.paste("red", (24, 24, 40, 40))
     mask = boxed((64, 64), (20, 20, 44, 44))
     how = InpaintingSettings((0, 0), False, False, 0, fill=True)
-    start = np.asarray(prepare_input(image, mask, (64, 64), STRETCH, how).image, float)
+    start = np.asarray(prepare_input(image, mask, (64, 64), JUST_RESIZE, how).image, float)
     assert np.abs(start - (20, 200, 40)).max() <= 8  # shares of 8 bits, premultiplied
-    stored = prepare_input(image, mask, (64, 64), STRETCH, PLAIN).image
+    stored = prepare_input(image, mask, (64, 64), JUST_RESIZE, PLAIN).image
     assert np.array_equal(stored, image)
