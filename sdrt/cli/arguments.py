@@ -71,6 +71,9 @@ def add_serve(to: argparse.ArgumentParser) -> None:
         help="a name that callers may use for this server, repeatable",
     )
     to.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
+    to.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="log lines; default: text"
+    )
     fleet = to.add_argument_group("many machines")
     fleet.add_argument("--ray", action="store_true", help="engines as replicas on Ray Serve")
     fleet.add_argument("--replicas", default="1", metavar="N|MIN:MAX", help="by what waits")

@@ -12,11 +12,13 @@ def serve(args: argparse.Namespace) -> None:
     while it loads.
     """
     try:
+        from sdrt.serve.logs import configure_logging
         from sdrt.serve.server import serve
     except ImportError as error:
         raise SdrtError(
             f"serving needs {error.name}, which is not installed; pip install 'sdrt[serve]'"
         ) from error
+    configure_logging(args.log_format)
     if args.ray:
         from sdrt.serve.ray.app import serve_on_ray
 

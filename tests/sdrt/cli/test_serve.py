@@ -88,6 +88,16 @@ def test_drain_timeout_cancels_requests(shapes):
         assert running.wait(20) == 0
 
 
+def test_json_log_lines(shapes):
+    with process("--bundle", shapes, "--log-format", "json") as (running, http):
+        assert http.get("/v1/models").status_code == 200
+        running.terminate()
+        lines = [json.loads(line) for line in running.stderr.read().splitlines() if line[0] == "{"]
+    assert all(line.keys() >= {"time", "level", "request_id", "message"} for line in lines)
+    assert any(line["message"].startswith("Ready on http://127.0.0.1:") for line in lines)
+    assert any(line.get("path") == "/v1/models" and line["status"] == 200 for line in lines)
+
+
 def test_key_file(shapes, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("# mine\nsecret\n\n")
@@ -106,7 +116,7 @@ def test_key_file(shapes, tmp_path):
         (["--port", "70000"], 2, "70000"),
         (["--drain", "-1"], 2, "--drain"),
         (["--drain", "nan"], 2, "--drain"),
-        (["--slots", "0"], 2, "slots 0"),
+        (["--slots", "0"], 2, "slots is 0"),
         (["--bundle", "none-such"], 3, "none-such"),
         (["--host", "203.0.113.1", "--no-keys"], 2, "cannot listen"),
     ],
