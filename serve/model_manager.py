@@ -141,9 +141,13 @@ class ModelManager:
             for name in self.sources
         }
 
+    def find(self, name: str) -> LoadedModel | None:
+        """A model, None before it is loaded."""
+        return self._loaded.get(name)
+
     def sizes(self, name: str) -> list[str]:
         """The sizes of a model, empty before it is loaded."""
-        return self._loaded[name].sizes if name in self._loaded else []
+        return model.sizes if (model := self.find(name)) else []
 
     def drain(self) -> bool:
         """Stop accepting requests and finish running ones; returns whether all finished in time."""

@@ -5,7 +5,8 @@ import { editMask, setUpMask } from "./mask.js";
 const $ = (id) => document.getElementById(id);
 const DRAFT = "sdrt.form";
 const NUMBERS = ["num_inference_steps", "guidance_scale", "count", "strength"];
-const TEXTS = ["prompt", "negative_prompt", "scheduler", "size", "model"];
+const TEXTS = ["prompt", "negative_prompt", "scheduler", "model"];
+const CUSTOM = "custom";
 const MAX_SEED = 2n ** 64n - 1n;
 
 let start = null; // Blob: the input image of image-to-image
@@ -16,6 +17,7 @@ export function setUpForm() {
   for (const id of NUMBERS) joinSlider($(id));
   restoreDraft();
   $("form").addEventListener("input", saveDraft);
+  $("size").addEventListener("change", showCustomSize);
   $("random-seed").addEventListener("click", () => setSeed(""));
   $("start-file").addEventListener("change", () => setStart($("start-file").files[0] ?? null));
   setUpMask();
@@ -59,11 +61,39 @@ export function offerSamplers(samplers) {
 export const chosenModel = () => $("model").value;
 export const chooseModel = (name) => selectOption($("model"), name);
 
-/** Lists the sizes of the selected model, its default first. */
-export function offerSizes(sizes) {
-  const before = $("size").value || loadDraft().size;
+/** Lists the sizes of the selected model, its default first, then a custom one in steps of `multiple`. */
+export function offerSizes(sizes, multiple) {
+  const before = $("size").value ? sizeOf() : loadDraft().size;
   fillSelect($("size"), sizes);
-  selectOption($("size"), before);
+  $("size").add(new Option("Custom…", CUSTOM));
+  for (const id of ["width", "height"]) $(id).step = $(id).min = multiple ?? 8;
+  $("size-hint").textContent = `multiples of ${$("width").step}`;
+  [$("width").value, $("height").value] = (sizes[0] ?? "512x512").split("x");
+  chooseSize(before);
+}
+
+const isCustom = () => $("size").value === CUSTOM;
+const sizeOf = () => (isCustom() ? `${$("width").value}x${$("height").value}` : $("size").value);
+
+function showCustomSize() {
+  $("custom-size").hidden = !isCustom();
+}
+
+/** Selects a listed size, or enters it as a custom one; returns whether it is possible. */
+function chooseSize(size) {
+  const [width, height] = /^(\d+)x(\d+)$/.exec(size ?? "")?.slice(1).map(Number) ?? [];
+  const listed = selectOption($("size"), size);
+  if (!listed && [width, height].every(fitsStep)) {
+    Object.assign($("width"), { value: width });
+    Object.assign($("height"), { value: height });
+    $("size").value = CUSTOM;
+  }
+  showCustomSize();
+  return listed || isCustom();
+}
+
+function fitsStep(side) {
+  return side >= Number($("width").min) && side <= Number($("width").max) && side % Number($("width").step) === 0;
 }
 
 function fillSelect(select, values) {
@@ -90,7 +120,7 @@ function selectOption(select, value) {
 
 /** The settings of each image to generate; on an invalid field, focuses it and returns null. */
 export function settingsFromForm(showError) {
-  const invalid = [...NUMBERS, "seed", "prompt"].find(validationError);
+  const invalid = ["width", "height", ...NUMBERS, "seed", "prompt"].find(validationError);
   if (invalid) {
     $(invalid).focus();
     showError(validationError(invalid));
@@ -99,7 +129,8 @@ export function settingsFromForm(showError) {
   const first = BigInt($("seed").value.trim() || randomSeed());
   const settings = { prompt: $("prompt").value.trim(), negative_prompt: $("negative_prompt").value.trim() };
   for (const id of ["num_inference_steps", "guidance_scale"]) settings[id] = $(id).valueAsNumber;
-  for (const id of ["scheduler", "size", "model"]) if ($(id).value) settings[id] = $(id).value;
+  for (const id of ["scheduler", "model"]) if ($(id).value) settings[id] = $(id).value;
+  if (sizeOf()) settings.size = sizeOf();
   if (start) Object.assign(settings, { start, mask, strength: $("strength").valueAsNumber });
   const count = $("count").valueAsNumber;
   return Array.from({ length: count }, (_, i) => ({ ...settings, seed: String(first + BigInt(i)) }));
@@ -109,6 +140,10 @@ function validationError(id) {
   const field = $(id);
   if (id === "prompt") return field.value.trim() ? "" : "Enter a prompt that describes the image.";
   if (id === "strength" && !start) return "";
+  if (["width", "height"].includes(id)) {
+    const { ariaLabel, step, min, max } = field;
+    return !isCustom() || field.checkValidity() ? "" : `${ariaLabel} must be a multiple of ${step} from ${min} to ${max}.`;
+  }
   const name = document.querySelector(`label[for=${id}]`).textContent;
   if (id === "seed") {
     const seed = field.value.trim();
@@ -122,8 +157,9 @@ function validationError(id) {
 /** Fills the form from `settings`; returns the values that this server does not offer. */
 export function fillForm(settings) {
   const unavailable = [];
-  for (const id of ["model", "size", "scheduler"]) {
-    if (settings[id] !== undefined && !selectOption($(id), settings[id])) unavailable.push(settings[id]);
+  const select = { model: chooseModel, size: chooseSize, scheduler: (name) => selectOption($("scheduler"), name) };
+  for (const [id, choose] of Object.entries(select)) {
+    if (settings[id] !== undefined && !choose(settings[id])) unavailable.push(settings[id]);
   }
   for (const id of ["prompt", "negative_prompt", ...NUMBERS]) {
     if (settings[id] !== undefined) setValue($(id), settings[id]);
@@ -168,6 +204,7 @@ function showStart() {
 /** Saves the fields for the next visit, if the browser allows it. */
 function saveDraft() {
   const values = Object.fromEntries([...TEXTS, ...NUMBERS, "seed"].map((id) => [id, $(id).value]));
+  values.size = sizeOf();
   try {
     localStorage.setItem(DRAFT, JSON.stringify(values));
   } catch {

@@ -5,7 +5,7 @@ import * as form from "./form.js";
 import { openHistory } from "./history.js";
 import { parseSettings, readPngText } from "./parameters.js";
 import { createQueue, isActive, createItem } from "./queue.js";
-import { focusTile, showDetail, showTile, showTiles, describeState } from "./view.js";
+import { describeState, focusTile, showDetail, showExamples, showTile, showTiles, showZoomed } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const items = []; // newest first
@@ -159,11 +159,18 @@ async function fill(settings, message) {
 
 async function showModel() {
   try {
-    form.offerSizes((await model(form.chosenModel(), showMessage)).sizes);
+    const details = await model(form.chosenModel(), showMessage);
+    form.offerSizes(details.sizes, details.size_multiple);
+    showExamples(details, choosePrompt);
     showMessage("");
   } catch (error) {
     showError(error.message);
   }
+}
+
+function choosePrompt(prompt) {
+  form.fillForm({ prompt });
+  $("prompt").focus();
 }
 
 /* set-up */
@@ -176,6 +183,7 @@ function setUpActions() {
     if (settings) generateAll(settings);
   });
   const on = (id, action) => $(id).addEventListener("click", action);
+  on("zoom-open", showZoomed);
   on("cancel", cancelShown);
   on("cancel-all", () => items.filter(isActive).forEach(queue.cancel));
   on("retry", () => {

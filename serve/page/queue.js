@@ -78,7 +78,7 @@ function applyEvent(item, event, onChange) {
   const what = event.type.split(".").pop();
   if (what !== "queued") item.started ??= performance.now();
   if (what === "queued") Object.assign(item, { state: "queued", position: event.position });
-  if (what === "progress") Object.assign(item, { state: "running", step: event.step, total: event.total });
+  if (what === "progress") applyProgress(item, event);
   if (what === "partial_image") Object.assign(item, { state: "running", image: imageFromBase64(event.b64_json) });
   if (what === "completed") {
     if (event.seed !== undefined) item.settings.seed = String(event.seed);
@@ -86,4 +86,11 @@ function applyEvent(item, event, onChange) {
     Object.assign(item, { state: "done", image: imageFromBase64(event.b64_json), seconds });
   }
   onChange(item, what);
+}
+
+/** Records the step and its time, from which the remaining time is estimated. */
+function applyProgress(item, { step, total }) {
+  const stepAt = performance.now();
+  if (item.firstStep === undefined) Object.assign(item, { firstStep: step, firstStepAt: stepAt });
+  Object.assign(item, { state: "running", step, total, stepAt });
 }

@@ -21,7 +21,7 @@ function releaseUrl(image) {
 
 export function describeState(item) {
   const { state, position, step, total, seconds } = item;
-  if (state === "running" && total) return `Step ${step} of ${total}`;
+  if (state === "running" && total) return [`Step ${step} of ${total}`, timeLeft(item)].filter(Boolean).join(", ");
   return {
     waiting: "Waiting",
     queued: position ? `Queued behind ${position} more` : "Next in the queue",
@@ -30,6 +30,36 @@ export function describeState(item) {
     cancelled: "Cancelled",
     done: seconds ? `Generated in ${seconds} s` : "",
   }[state];
+}
+
+/** The remaining time, from the mean of the steps so far; nothing before there are two. */
+function timeLeft({ step, total, firstStep, firstStepAt, stepAt }) {
+  if (!(step > firstStep) || step >= total) return "";
+  const seconds = ((stepAt - firstStepAt) / (step - firstStep) / 1000) * (total - step);
+  return seconds < 60 ? `${Math.ceil(seconds)} s left` : `${Math.ceil(seconds / 60)} min left`;
+}
+
+/** Shows what the selected model is for, with example prompts; `choose(prompt)` is called on a click. */
+export function showExamples({ description, prompt_examples: prompts = [] }, choose) {
+  $("description").textContent = description ?? "";
+  $("description").hidden = !description;
+  $("examples").replaceChildren(...prompts.map((prompt) => exampleOf(prompt, choose)));
+}
+
+function exampleOf(prompt, choose) {
+  const [entry, button] = [document.createElement("li"), document.createElement("button")];
+  button.type = "button";
+  button.textContent = prompt;
+  button.addEventListener("click", () => choose(prompt));
+  entry.append(button);
+  return entry;
+}
+
+/** Shows the selected image as large as the window; a click or Escape closes it. */
+export function showZoomed() {
+  const image = $("image");
+  Object.assign($("zoom-image"), { src: image.src, alt: image.alt, className: image.className });
+  $("zoom-dialog").showModal();
 }
 
 export function settingsText({ num_inference_steps, scheduler, guidance_scale, strength, seed, size, model }) {
@@ -61,7 +91,7 @@ export function showDetail(item) {
 
 function showImage(item) {
   const image = $("image");
-  image.hidden = !item.image;
+  $("zoom-open").hidden = !item.image;
   image.alt = item.state === "done" ? item.settings.prompt : `Preview: ${item.settings.prompt}`;
   $("canvas").dataset.state = item.state;
   const [width, height] = (item.settings.size ?? "1x1").split("x").map(Number);

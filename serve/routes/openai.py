@@ -18,6 +18,7 @@ from sdrt.serve.dependencies import ServerContext, get_context
 from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.generation import build_openai_request, respond
 from sdrt.serve.image_encoding import MAX_PIXELS, mask_from_alpha
+from sdrt.serve.model_cards import get_card
 from sdrt.serve.model_manager import LoadedModel
 from sdrt.serve.schemas import EditRequest, GenerationRequest
 from sdrt.serve.strict_json import StrictRoute
@@ -43,7 +44,9 @@ async def model(request: Request, name: str) -> Response:
 
 
 def _describe_model(context: ServerContext, name: str) -> dict[str, Any]:
-    sizes = context.models.sizes(name)
+    sizes, loaded = context.models.sizes(name), context.models.find(name)
+    manifest = loaded.pipe.manifest if loaded else None
+    card = get_card(manifest.source if manifest else "")
     return {
         "id": name,
         "object": "model",
@@ -52,6 +55,9 @@ def _describe_model(context: ServerContext, name: str) -> dict[str, Any]:
         "state": context.models.states[name],
         "sizes": sizes,
         "default_size": sizes[0] if sizes else None,
+        "size_multiple": manifest.multiple if manifest else None,
+        "description": card.description,
+        "prompt_examples": card.prompt_examples,
     }
 
 

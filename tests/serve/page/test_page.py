@@ -47,7 +47,7 @@ def test_previews_are_shown_while_generating(page):
         state = page.locator("#caption-state").inner_text()
         page.wait_for_timeout(50)
     assert len(previews) == 3
-    assert re.fullmatch(r"Step \d+ of 15\d", state)
+    assert re.fullmatch(r"Step \d+ of 15\d, \d+ (s|min) left", state)
     wait_until_finished(page)
     expect(page.locator("#progress")).to_be_hidden()
 
@@ -220,6 +220,13 @@ def test_phone_layout_does_not_scroll_sideways(browser, server, options):
     with open_page(browser, server, **options) as page:
         width = options["viewport"]["width"]
         assert page.evaluate("document.documentElement.scrollWidth") == width
+        wait_until_loaded(page)
+        if width < 821:
+            bottom, top = page.evaluate(
+                """() => [document.querySelector("#empty").getBoundingClientRect().bottom,
+                          document.querySelector("#fields").getBoundingClientRect().top]"""
+            )
+            assert bottom <= top
         page.fill("#prompt", PROMPT + " " + "x" * 200)
         page.fill("#num_inference_steps", "2")
         page.fill("#count", "8")
@@ -289,6 +296,44 @@ def test_lora_tag_in_the_prompt(browser, server, embedded, shapes, home):
     path.unlink()
     assert image.tobytes() == alone.images[0].tobytes()
     assert image.text["parameters"] == alone.parameters[0]
+
+
+def test_image_is_shown_full_screen(page):
+    generate(page, num_inference_steps=2)
+    wait_until_finished(page)
+    page.click("#zoom-open")
+    box = page.locator("#zoom-image").bounding_box()
+    assert (box["x"], box["y"], box["width"], box["height"]) == (0, 0, 1280, 800)
+    expect(page.locator("#zoom-image")).to_have_attribute("alt", PROMPT)
+    page.keyboard.press("Escape")
+    expect(page.locator("#zoom-dialog")).to_be_hidden()
+    expect(page.locator("#zoom-open")).to_be_focused()
+    page.click("#zoom-open")
+    page.click("#zoom-image")
+    expect(page.locator("#zoom-dialog")).to_be_hidden()
+
+
+def test_custom_size(page):
+    expect(page.locator("#custom-size")).to_be_hidden()
+    page.select_option("#size", "custom")
+    generate(page, num_inference_steps=2, width=96, height=70)
+    expect(page.locator("#error")).to_have_text("Height must be a multiple of 16 from 16 to 8192.")
+    expect(page.locator("#height")).to_be_focused()
+    generate(page, num_inference_steps=2, width=96, height=64)
+    wait_until_finished(page)
+    assert download_image(page).size == (96, 64)
+    page.reload()
+    wait_until_loaded(page)
+    assert [page.input_value(f"#{name}") for name in ("size", "width")] == ["custom", "96"]
+
+
+def test_example_prompts_of_the_model(page):
+    expect(page.locator("#description")).to_contain_text("circle, square, triangle, cross")
+    example = page.locator("#examples button").first
+    prompt = example.inner_text()
+    example.click()
+    expect(page.locator("#prompt")).to_have_value(prompt)
+    expect(page.locator("#prompt")).to_be_focused()
 
 
 def test_api_reference_lists_every_endpoint(browser, server):

@@ -55,9 +55,10 @@ def test_png_of_another_server_restores_available_settings(page):
     file = {"name": "cat.png", "mimeType": "image/png"}
     file["buffer"] = png_file(lambda info: info.add_text("parameters", other))
     page.set_input_files("#settings-file", file)
-    expect(page.locator("#message")).to_contain_text("elsewhere, 512x512, Restart")
+    expect(page.locator("#message")).to_contain_text("elsewhere, Restart")
     assert page.input_value("#num_inference_steps") == "8"
-    assert page.input_value("#size") == "64x64"
+    custom = [page.input_value(f"#{name}") for name in ("size", "width", "height")]
+    assert custom == ["custom", "512", "512"]
 
 
 def test_dropped_file_without_settings_is_reported(page):

@@ -182,6 +182,8 @@ def test_models(api):
     (model,) = api.models.list().data
     assert model.id == "shapes"
     assert model.sizes == ["64x64"]
+    assert model.size_multiple == 16
+    assert all("background" in prompt for prompt in model.prompt_examples)
     assert api.models.retrieve("shapes").id == "shapes"
     with pytest.raises(openai.NotFoundError):
         api.models.retrieve("none")
