@@ -154,7 +154,7 @@ def scheduler_of_pipeline(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """
     sampler = SAMPLERS.get(str(scheduler.get("_class_name")))
     corrected = {**scheduler, "steps_offset": 1}
-    if "clip_sample" in scheduler or (sampler and sampler.reads >= CLIP):
+    if "clip_sample" in scheduler or (sampler and sampler.options >= CLIP):
         corrected["clip_sample"] = False
     return corrected
 
@@ -170,7 +170,7 @@ def scheduler_with(scheduler: Mapping[str, Any], prediction: Prediction) -> dict
         changed.pop("rescale_betas_zero_snr", None)
         return changed
     sampler = SAMPLERS.get(str(scheduler.get("_class_name")))
-    if sampler is None or not sampler.reads >= ZERO_SNR:
+    if sampler is None or not sampler.options >= ZERO_SNR:
         changed["_class_name"] = "DDIMScheduler"
         changed.pop("skip_prk_steps", None)
     return {**changed, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

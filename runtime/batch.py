@@ -78,7 +78,7 @@ def _blend_mask(
     """Put the image back where the mask is 0, under as much noise as the latents have."""
     mask = batch.image_inputs.mask  # [1, H/8, W/8]
     assert mask is not None
-    alpha, sigma = job.table.shares[evaluations_done].astype(np.float32)
+    alpha, sigma = job.table.alphas_sigmas[evaluations_done].astype(np.float32)
     known = np.stack(
         [alpha * start.image_latents + sigma * start.columns[0] for start in batch.initial_states]
     )

@@ -33,7 +33,7 @@ def with_feature_reuse(table: SamplerTable, every: int, rows: Sequence[int]) -> 
         since += 1
         full[k] = since == every or rows[k] > rows[k - 1]
         since = 0 if full[k] else since
-    return replace(table, full=full)
+    return replace(table, full_evaluations=full)
 
 
 def check_feature_reuse(manifest: Manifest, engines: Container[str], backend: str) -> None:

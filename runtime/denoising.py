@@ -15,7 +15,7 @@ import numpy as np
 from sdrt.bundle.manifest import FEATURE, SHALLOW
 from sdrt.engine import Engine, Feeds, NumpyHistory
 
-from .samplers.table import SamplerTable, guided_matrix
+from .samplers.table import SamplerTable, apply_guidance
 
 # (evaluations done, latents [B, C, H/8, W/8]) -> the latents to continue from
 LatentEdit = Callable[[int, np.ndarray], np.ndarray]
@@ -111,9 +111,9 @@ _LAYOUTS: WeakKeyDictionary[SamplerTable, tuple[bytes | None, HistoryLayout]] = 
 
 def _build_history_layout(table: SamplerTable, guidance: Guidance) -> HistoryLayout:
     count, per = table.evaluations, 2 if guidance.in_matrix else 1
-    chain = table.chain  # [N + 1, 1 + N * per + noises + image + N]
+    chain = table.recurrence  # [N + 1, 1 + N * per + noises + image + N]
     if guidance.in_matrix:
-        chain = guided_matrix(chain, count, guidance.scales)
+        chain = apply_guidance(chain, count, guidance.scales)
     outputs = chain[:, 1 : 1 + count * per].reshape(count + 1, count, per)
     others, states = chain[:, 1 + count * per : -count], chain[:, -count:]
     output_ring, state_ring = _ring_size((outputs != 0.0).any(axis=2)), _ring_size(states != 0.0)
@@ -210,7 +210,7 @@ class DenoisingState:
         k, clip = self.evaluations_done, self.table.clip
         place = self.layout.output_place(k)
         # Computed before the latents that it reads are overwritten.
-        change = clip.change(k, self.latents, self._apply_guidance(output)) if clip else None
+        change = clip.correction(k, self.latents, self._apply_guidance(output)) if clip else None
         if self.layout.outputs_per_evaluation == 2:
             if len(output) == 2:
                 self.history.write(place, output[0])  # negative
@@ -334,7 +334,7 @@ def denoise(
 def build_step(table: SamplerTable, evaluations_done: int, latents: np.ndarray) -> Step:
     """The step after so many evaluations, with latents [B, C, H/8, W/8]."""
     timestep = float(table.timesteps[evaluations_done - 1])
-    alpha, sigma = table.shares[evaluations_done]
+    alpha, sigma = table.alphas_sigmas[evaluations_done]
     return Step(evaluations_done, table.evaluations, timestep, latents, alpha, sigma)
 
 

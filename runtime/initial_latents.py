@@ -153,7 +153,7 @@ def build_initial_state(
     options, table = job.options, job.table
     noise = noise_from_seed(request.seed, options.rng)
     image_latents = np.zeros(shape, np.float32)
-    if inputs.image is not None and (table.begins_at_picture or inputs.masked_image is None):
+    if inputs.image is not None and (table.starts_from_image or inputs.masked_image is None):
         image_latents = inputs.image.sample(noise)
     start = noise.randn(shape)
     if options.latents is not None:
@@ -166,9 +166,9 @@ def build_initial_state(
     extra = [] if inputs.depth is None else [inputs.depth]
     if inputs.masked_image is not None and inputs.mask is not None:
         extra = [inputs.mask, inputs.masked_image.sample(noise)]
-    fresh = [noise.randn(shape) for _ in range(table.noises)]
+    fresh = [noise.randn(shape) for _ in range(table.num_noises)]
     return InitialState(
-        [start, *fresh, *([image_latents] if table.begins_at_picture else [])],
+        [start, *fresh, *([image_latents] if table.starts_from_image else [])],
         image_latents,
         np.concatenate(extra) if extra else np.zeros((0, *shape[1:]), np.float32),
     )

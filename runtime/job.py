@@ -72,7 +72,7 @@ def build_table(scheduler_config: Mapping[str, Any], options: GenerationOptions)
         timesteps=options.timesteps,
         sigmas=options.sigmas,
         denoise_from=options.num_skipped_steps,
-        picture=options.image is not None and not replaced,
+        image=options.image is not None and not replaced,
     )
 
 

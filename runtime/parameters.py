@@ -16,7 +16,7 @@ from .lora.adapters import Adapters
 from .lora.names import outside_names
 from .options import format_number
 from .requests import Request
-from .samplers.registry import config_beyond_name, title_of
+from .samplers.registry import config_overrides, sampler_title
 
 RNG_NAMES = {"cpu": "CPU", "cuda": "NV"}
 
@@ -38,12 +38,12 @@ def describe_image(
         bundle_config: The bundle's own scheduler configuration.
     """
     options, (width, height) = job.options, job.size
-    title = title_of(job.scheduler_config)
+    title = sampler_title(job.scheduler_config)
     settings: dict[str, object] = {"Steps": options.num_inference_steps, "Sampler": title}
     if "text_encoder" in manifest.components:
         settings["CFG scale"] = format_number(options.guidance_scale)
     settings |= {"Seed": request.seed, "Size": f"{width}x{height}", "Model": manifest.name}
-    if differing := config_beyond_name(title, job.scheduler_config, bundle_config):
+    if differing := config_overrides(title, job.scheduler_config, bundle_config):
         settings["Sampler options"] = json.dumps(differing, sort_keys=True)
     settings |= options.nondefault_settings
     prompt = request.recorded_prompt or request.prompt

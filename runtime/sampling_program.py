@@ -24,7 +24,7 @@ def is_linear(table: SamplerTable, guidance: Guidance) -> bool:
     reuse.
     """
     guided = bool((guidance.scales != 1.0).any())
-    plain = not table.clip and table.full is None
+    plain = not table.clip and table.full_evaluations is None
     return plain and (guidance.in_matrix or not guided)
 
 

@@ -137,7 +137,7 @@ class InflightBatcher:
             turn = Turn(
                 (job.size, submission.loras), job.num_rows, table.evaluations, now, now, priority
             )
-            turn.promised, turn.full = deadline is not None, table.full_share
+            turn.promised, turn.full = deadline is not None, table.full_fraction
             turn.due = self.rates.due(turn) if deadline is None else now + deadline
             return RequestHandle(
                 request, table.evaluations, Times(now), turn, submission, self._cancel

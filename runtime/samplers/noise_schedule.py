@@ -1,8 +1,10 @@
-"""The noise schedule of a `scheduler_config.json`: what every solver reads its numbers from.
+"""The noise schedule of a `scheduler_config.json`: betas, alphas and sigmas of the training steps.
 
-Knows configuration keys and arithmetic; no solver. A noisy latent is `alpha * clean + sigma *
-noise` with `alpha**2 + sigma**2 = 1`. Where a paper divides by `alpha` instead, the noise level is
-`level = sigma / alpha`.
+- Variance preserving: `x = alpha * denoised + sigma * noise` with `alpha**2 + sigma**2 = 1`.
+- In the form of Karras et al. x is divided by alpha, and its sigma is `sigma / alpha`. That is the
+  sigma of `training_sigmas` and `sigma_to_alpha_sigma`.
+
+Knows configuration keys and arithmetic; no solver.
 """
 
 import logging
@@ -20,20 +22,20 @@ from sdrt.json_validation import Reader, array, boolean, integer, number, one_of
 from .sigmas import SIGMA_SCHEDULES
 
 log = logging.getLogger(__name__)
-# Keys without a bearing on numbers here, and those that only matter to what is refused below.
+# Keys that do not change any number here, and those that only matter to what is refused below.
 IGNORED = {"sample_max_value"}  # and all names that begin with an underscore
 IGNORED |= {"dynamic_thresholding_ratio", "flow_shift", "time_shift_type", "noise_sampler_seed"}
 REFUSED = {
-    "thresholding": "dynamic thresholding is not linear in the model's outputs",
-    "use_flow_sigmas": "flow matching is another family of models",
-    "use_dynamic_shifting": "flow matching is another family of models",
-    "shift_terminal": "flow matching is another family of models",
-    "solver_p": "a predictor of another class is not carried",
+    "thresholding": "dynamic thresholding is not linear in the model outputs",
+    "use_flow_sigmas": "flow matching models are unsupported",
+    "use_dynamic_shifting": "flow matching models are unsupported",
+    "shift_terminal": "flow matching models are unsupported",
+    "solver_p": "predictors of another class are unsupported",
 }
-LADDERS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-# Keys that only some solvers read, with the value that changes nothing.
-FOREIGN: dict[str, Any] = {
-    **dict.fromkeys(LADDERS, False),
+SIGMA_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+# Keys that only some solvers read, with the value that has no effect.
+SOLVER_OPTIONS: dict[str, Any] = {
+    **dict.fromkeys(SIGMA_OPTIONS, False),
     "rescale_betas_zero_snr": False,
     "final_sigmas_type": "zero",
     "interpolation_type": "linear",
@@ -43,7 +45,7 @@ FOREIGN: dict[str, Any] = {
     "eta": 0.0,
     "sigma_schedule": "",
 }
-# What each key may be; beyond it memory has no bound, or a level no logarithm.
+# The values allowed; beyond them memory is unbounded, or a sigma has no logarithm.
 STEPS, POSITIVE = integer(1, 100_000), number(0.0, 1e6)
 READERS: dict[str, Reader[Any]] = {
     "num_train_timesteps": STEPS,
@@ -57,7 +59,7 @@ READERS: dict[str, Reader[Any]] = {
     "timestep_type": one_of(("discrete", "continuous")),
     "steps_offset": integer(0, 100_000),
     "interpolation_type": one_of(("linear", "log_linear")),
-    **dict.fromkeys(LADDERS, boolean),
+    **dict.fromkeys(SIGMA_OPTIONS, boolean),
     "sigma_schedule": one_of(("", *SIGMA_SCHEDULES)),
     "sigma_min": POSITIVE,
     "sigma_max": POSITIVE,
@@ -90,8 +92,10 @@ READERS: dict[str, Reader[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class NoiseSchedule:
-    """The keys that change numbers, under their published names; `eta` is a call's in the
-    reference library and a key here, and `sigma_schedule` is of `sigmas.SIGMA_SCHEDULES`.
+    """The keys that change numbers, under their names in diffusers.
+
+    `eta`, an argument of a call there, is a key here; `sigma_schedule` is a key of
+    `sigmas.SIGMA_SCHEDULES`.
     """
 
     num_train_timesteps: int = 1000
@@ -132,27 +136,36 @@ class NoiseSchedule:
 
 
 def schedule_from_config(
-    config: Mapping[str, Any], defaults: Mapping[str, Any], reads: Set[str]
+    config: Mapping[str, Any], defaults: Mapping[str, Any], options: Set[str]
 ) -> NoiseSchedule:
-    """Read a configuration; what cannot be a table is refused by name.
+    """Parse a scheduler configuration. Keys that nothing reads are logged.
 
-    defaults: those of the scheduler's class. reads: the keys of `FOREIGN` that it reads.
-    A key that nothing reads is reported.
+    Args:
+        config: The contents of a `scheduler_config.json`.
+        defaults: Those of the scheduler's class.
+        options: The keys of `SOLVER_OPTIONS` that the scheduler reads.
+
+    Raises:
+        UsageError: An option that cannot be a table of numbers, or a value out of range.
     """
     merged = {**defaults, **{k: v for k, v in config.items() if v is not None}}
     for key, reason in REFUSED.items():
         if merged.get(key):
-            raise UsageError(f"scheduler option {key}={merged[key]!r} is refused: {reason}")
-    if merged.get("clip_sample") and "clip_sample" not in reads:
+            raise UsageError(f"unsupported scheduler option {key}={merged[key]!r}: {reason}")
+    if merged.get("clip_sample") and "clip_sample" not in options:
         raise UsageError(
-            "scheduler option clip_sample=True is refused: clipping is not linear in the model's "
+            "unsupported scheduler option clip_sample=True: clipping is not linear in the model "
             "outputs, and only DDIM, DDPM and LCM have a step of their own for it"
         )
     known = {field.name for field in fields(NoiseSchedule)}
-    unread = {key for key in set(merged) - known - IGNORED - set(REFUSED) if key[:1] != "_"}
-    unread |= {k for k in FOREIGN.keys() - reads if merged.pop(k, FOREIGN[k]) != FOREIGN[k]}
-    if unread:
-        log.warning("scheduler options that nothing reads: %s", ", ".join(sorted(unread)))
+    ignored = {key for key in set(merged) - known - IGNORED - set(REFUSED) if key[:1] != "_"}
+    ignored |= {
+        k
+        for k in SOLVER_OPTIONS.keys() - options
+        if merged.pop(k, SOLVER_OPTIONS[k]) != SOLVER_OPTIONS[k]
+    }
+    if ignored:
+        log.warning("ignored scheduler options: %s", ", ".join(sorted(ignored)))
     try:
         values = {key: READERS[key](merged[key], key) for key in merged.keys() & known}
     except ValueError as error:
@@ -163,12 +176,14 @@ def schedule_from_config(
 
 
 def _check(schedule: NoiseSchedule) -> None:
-    """Raise UsageError for what is wrong between keys."""
-    if sum(bool(getattr(schedule, key)) for key in LADDERS) > 1:
-        raise UsageError(f"of {', '.join(LADDERS)} only one can be true")
-    count, given = schedule.num_train_timesteps, schedule.trained_betas
-    if given is not None and len(given) != count:
-        raise UsageError(f"scheduler option trained_betas has {len(given)} numbers, not {count}")
+    """Raise UsageError for keys that contradict each other."""
+    if sum(bool(getattr(schedule, key)) for key in SIGMA_OPTIONS) > 1:
+        raise UsageError(f"only one of {', '.join(SIGMA_OPTIONS)} can be true")
+    count, trained = schedule.num_train_timesteps, schedule.trained_betas
+    if trained is not None and len(trained) != count:
+        raise UsageError(
+            f"scheduler option trained_betas has {len(trained)} numbers; expected {count}"
+        )
 
 
 def betas(schedule: NoiseSchedule) -> np.ndarray:
@@ -181,14 +196,14 @@ def betas(schedule: NoiseSchedule) -> np.ndarray:
     if schedule.beta_schedule == "scaled_linear":
         return np.linspace(math.sqrt(low), math.sqrt(high), count) ** 2
     # Nichol and Dhariwal 2021 (arXiv:2102.09672), eq. 17
-    share = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
-    capped: np.ndarray = np.minimum(1.0 - share[1:] / share[:-1], 0.999)
+    alpha_bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
+    capped: np.ndarray = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
     return capped
 
 
 @lru_cache(maxsize=32)
 def alphas_cumprod(schedule: NoiseSchedule) -> np.ndarray:
-    """[num_train_timesteps] float64: the share of the clean picture's variance at each step."""
+    """The square of alpha at each training step, [num_train_timesteps] float64."""
     cumulative = np.cumprod(1.0 - betas(schedule))
     if schedule.rescale_betas_zero_snr:  # Lin et al. 2023 (arXiv:2305.08891), algorithm 1
         root = np.sqrt(cumulative)
@@ -198,34 +213,34 @@ def alphas_cumprod(schedule: NoiseSchedule) -> np.ndarray:
 
 
 @lru_cache(maxsize=32)
-def all_levels(schedule: NoiseSchedule) -> np.ndarray:
-    """Noise levels of all training steps, rising, [num_train_timesteps] float64."""
+def training_sigmas(schedule: NoiseSchedule) -> np.ndarray:
+    """`sigma / alpha` of all training steps, ascending, [num_train_timesteps] float64."""
     cumulative = alphas_cumprod(schedule)
-    if schedule.rescale_betas_zero_snr:  # a level must be finite; the reference library's floor
+    if schedule.rescale_betas_zero_snr:  # sigmas must be finite; the reference library's floor
         cumulative = np.maximum(cumulative, 2.0**-24)
-    levels = np.sqrt((1.0 - cumulative) / cumulative)
-    levels.setflags(write=False)
-    return levels
+    sigmas = np.sqrt((1.0 - cumulative) / cumulative)
+    sigmas.setflags(write=False)
+    return sigmas
 
 
-def highest_level_in_float32(schedule: NoiseSchedule) -> np.float32:
-    """The highest noise level as the reference library's float32 has it, to the last bit."""
+def max_sigma_float32(schedule: NoiseSchedule) -> np.float32:
+    """The highest sigma as the reference library computes it in float32, to the last bit."""
     one, low, high = np.float32(1.0), schedule.beta_start, schedule.beta_end
     count = schedule.num_train_timesteps
     if schedule.trained_betas is not None or schedule.beta_schedule == "squaredcos_cap_v2":
         steps = betas(schedule).astype(np.float32)
     elif schedule.beta_schedule == "linear":
-        steps = _linspace_in_float32(low, high, count)
+        steps = _linspace_float32(low, high, count)
     else:
-        steps = _linspace_in_float32(math.sqrt(low), math.sqrt(high), count) ** 2
-    share = np.float32(np.cumprod((one - steps).astype(np.float64))[-1])
+        steps = _linspace_float32(math.sqrt(low), math.sqrt(high), count) ** 2
+    alpha_prod = np.float32(np.cumprod((one - steps).astype(np.float64))[-1])
     if schedule.rescale_betas_zero_snr:
-        share = np.float32(2.0**-24)
-    return np.sqrt((one - share) / share)
+        alpha_prod = np.float32(2.0**-24)
+    return np.sqrt((one - alpha_prod) / alpha_prod)
 
 
-def _linspace_in_float32(low: float, high: float, count: int) -> np.ndarray:
-    """As torch lays it out: from the start up to the middle, from the end down to it, the step in
+def _linspace_float32(low: float, high: float, count: int) -> np.ndarray:
+    """As torch computes it: from the start up to the middle, from the end down to it, the step in
     float32 and each product and sum rounded once.
     """
     first, last = np.float32(low), np.float32(high)
@@ -235,25 +250,25 @@ def _linspace_in_float32(low: float, high: float, count: int) -> np.ndarray:
 
 
 def alpha_sigma(schedule: NoiseSchedule, timestep: float) -> tuple[float, float]:
-    """Shares of clean latent and noise at a timestep; below 0 it is the end of the run."""
+    """alpha and sigma at a timestep; a negative one is the end of the run."""
     cumulative = alphas_cumprod(schedule)
     if timestep >= 0:
-        share = float(cumulative[int(timestep)])
+        alpha_prod = float(cumulative[int(timestep)])
     else:
-        share = 1.0 if schedule.set_alpha_to_one else float(cumulative[0])
-    return math.sqrt(share), math.sqrt(1.0 - share)
+        alpha_prod = 1.0 if schedule.set_alpha_to_one else float(cumulative[0])
+    return math.sqrt(alpha_prod), math.sqrt(1.0 - alpha_prod)
 
 
-def alpha_sigma_from_level(level: float) -> tuple[float, float]:
-    """Shares of clean latent and noise at a noise level."""
-    alpha = 1.0 / math.hypot(level, 1.0)
-    return alpha, level * alpha
+def sigma_to_alpha_sigma(sigma: float) -> tuple[float, float]:
+    """The variance-preserving alpha and sigma of a sigma in the form of Karras et al."""
+    alpha = 1.0 / math.hypot(sigma, 1.0)
+    return alpha, sigma * alpha
 
 
-def clean_and_noise(
+def denoised_and_noise(
     schedule: NoiseSchedule, x: Any, output: Any, alpha: float, sigma: float
 ) -> tuple[Any, Any]:
-    """The clean latent and the noise in x that the model's output stands for.
+    """The denoised latent and the noise in x, from a model output of any prediction type.
 
     `v_prediction`: Salimans and Ho 2022 (arXiv:2202.00512), appendix D.
     """
@@ -263,7 +278,8 @@ def clean_and_noise(
         return output, (1.0 / sigma) * (x - alpha * output)
     if alpha == 0.0:
         raise UsageError(
-            "prediction_type epsilon says nothing about a start of pure noise; "
-            "rescale_betas_zero_snr needs v_prediction, or leave it off"
+            "prediction_type epsilon is undefined for pure noise, at which rescale_betas_zero_snr "
+            "starts",
+            hint="set prediction_type to v_prediction or rescale_betas_zero_snr to false",
         )
     return (1.0 / alpha) * (x - sigma * output), output

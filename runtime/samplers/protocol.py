@@ -1,6 +1,6 @@
-"""What a solver is given besides its numbers: the model, fresh noise, and a place for edits.
+"""What a solver gets besides its numbers: the model, noise, and a callback after each step.
 
-A solver does not care what a latent is: anything that can be added and multiplied by a number.
+A latent may be anything that can be added and multiplied by a number. Knows no solver.
 """
 
 from typing import Any, Protocol
@@ -8,21 +8,21 @@ from typing import Any, Protocol
 Latent = Any
 
 
-class Run(Protocol):
+class SolverContext(Protocol):
     """One sampling run, as a solver sees it."""
 
-    def output(self, x: Latent, timestep: float, alpha: float, sigma: float) -> Latent:
-        """The model's output at a timestep for x of `alpha * clean + sigma * noise`."""
+    def model(self, x: Latent, timestep: float, alpha: float, sigma: float) -> Latent:
+        """The model output at a timestep for `x = alpha * denoised + sigma * noise`."""
         ...
 
-    def clipped(self, clean: Latent) -> Latent:
-        """The clean latent, kept within bounds where the configuration says so."""
+    def clip(self, denoised: Latent) -> Latent:
+        """The denoised latent, clipped if the configuration asks for it."""
         ...
 
     def noise(self) -> Latent:
-        """Fresh noise of unit variance."""
+        """New noise of unit variance."""
         ...
 
-    def edited(self, x: Latent) -> Latent:
-        """x after an evaluation's update, as the caller may have changed it."""
+    def callback(self, x: Latent) -> Latent:
+        """Called after each evaluation; returns x, which the caller may have changed."""
         ...

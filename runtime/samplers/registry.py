@@ -1,4 +1,7 @@
-"""Every sampler under its class name, with the names that other tools use for it."""
+"""Every sampler by its diffusers class name, and the names that other tools use for it.
+
+Knows solvers, grids and configurations; not what runs them.
+"""
 
 import difflib
 from collections.abc import Callable, Mapping, Set
@@ -11,173 +14,186 @@ from sdrt.json_validation import shorten
 
 from . import discrete, exponential, karras, spacing
 from .noise_schedule import IGNORED, REFUSED, NoiseSchedule
-from .protocol import Latent, Run
+from .protocol import Latent, SolverContext
 from .spacing import TimestepGrid
 
-KARRAS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
+SIGMAS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
 ZERO_SNR = {"rescale_betas_zero_snr"}
 CLIP = {"clip_sample"}
 FINAL = {"final_sigmas_type"}
-LEVELLED = {"sigma_schedule"}
+SIGMA_SCHEDULE = {"sigma_schedule"}
 ANCESTRAL = {"eta": 1.0}
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 LINSPACE = {"timestep_spacing": "linspace"}
 
 
 @dataclass(frozen=True, slots=True)
-class Sampler:
-    """
-    solve: the solver. ladder: its rungs. family: the module that says how its run starts
-    title: the name users' tools know
-    defaults: its class's own, where they differ from `Schedule`'s
-    reads: the keys of `noise_schedule.FOREIGN` that it reads
-    per_step: evaluations that a step costs; extra: more than that in a run
-    draws: whether it draws fresh noise by default
+class SamplerSpec:
+    """One sampler.
+
+    Attributes:
+        solve: The solver.
+        build_grid: Its timesteps and sigmas for a number of steps.
+        family: The module of the solver, which defines how a run starts.
+        title: The name that A1111 and other tools use.
+        defaults: Options of the diffusers class that differ from `NoiseSchedule`'s.
+        options: The keys of `noise_schedule.SOLVER_OPTIONS` that it reads.
+        evaluations_per_step: Model evaluations of a step.
+        extra_evaluations: More evaluations than that in a run.
+        adds_noise: Whether it adds noise by default.
     """
 
-    solve: Callable[[NoiseSchedule, TimestepGrid, Latent, Run], Latent]
-    ladder: Callable[[NoiseSchedule, int], TimestepGrid]
+    solve: Callable[[NoiseSchedule, TimestepGrid, Latent, SolverContext], Latent]
+    build_grid: Callable[[NoiseSchedule, int], TimestepGrid]
     family: ModuleType
     title: str
     defaults: Mapping[str, Any]
-    reads: Set[str]
-    per_step: int = 1
-    extra: int = 0
-    draws: bool = False
+    options: Set[str]
+    evaluations_per_step: int = 1
+    extra_evaluations: int = 0
+    adds_noise: bool = False
 
-    def most_evaluations(self, steps: int) -> int:
-        return self.per_step * steps + self.extra
+    def max_evaluations(self, steps: int) -> int:
+        return self.evaluations_per_step * steps + self.extra_evaluations
 
 
-SAMPLERS: dict[str, Sampler] = {
-    "DDIMScheduler": Sampler(
-        discrete.ddim,
-        spacing.whole,
+SAMPLERS: dict[str, SamplerSpec] = {
+    "DDIMScheduler": SamplerSpec(
+        discrete.sample_ddim,
+        spacing.discrete_grid,
         discrete,
         "DDIM",
         {"set_alpha_to_one": True, "clip_sample": True},
         ZERO_SNR | CLIP | {"eta"},
     ),
-    "DDPMScheduler": Sampler(
-        discrete.ddpm,
-        spacing.whole,
+    "DDPMScheduler": SamplerSpec(
+        discrete.sample_ddpm,
+        spacing.discrete_grid,
         discrete,
         "DDPM",
         {"clip_sample": True},
         ZERO_SNR | CLIP,
-        draws=True,
+        adds_noise=True,
     ),
-    "PNDMScheduler": Sampler(discrete.pndm, spacing.whole, discrete, "PLMS", {}, set(), extra=9),
-    "LMSDiscreteScheduler": Sampler(
-        karras.lms, spacing.exploding, karras, "LMS", LINSPACE, KARRAS | LEVELLED
+    "PNDMScheduler": SamplerSpec(
+        discrete.sample_pndm,
+        spacing.discrete_grid,
+        discrete,
+        "PLMS",
+        {},
+        set(),
+        extra_evaluations=9,
     ),
-    "EulerDiscreteScheduler": Sampler(
-        karras.euler,
-        spacing.exploding,
+    "LMSDiscreteScheduler": SamplerSpec(
+        karras.sample_lms, spacing.karras_grid, karras, "LMS", LINSPACE, SIGMAS | SIGMA_SCHEDULE
+    ),
+    "EulerDiscreteScheduler": SamplerSpec(
+        karras.sample_euler,
+        spacing.karras_grid,
         karras,
         "Euler",
         LINSPACE,
-        KARRAS | LEVELLED | ZERO_SNR | FINAL | {"interpolation_type", "timestep_type"},
+        SIGMAS | SIGMA_SCHEDULE | ZERO_SNR | FINAL | {"interpolation_type", "timestep_type"},
     ),
-    "EulerAncestralDiscreteScheduler": Sampler(
-        karras.euler_ancestral,
-        spacing.exploding,
+    "EulerAncestralDiscreteScheduler": SamplerSpec(
+        karras.sample_euler_ancestral,
+        spacing.karras_grid,
         karras,
         "Euler a",
         LINSPACE | ANCESTRAL,
-        LEVELLED | ZERO_SNR | {"eta"},
-        draws=True,
+        SIGMA_SCHEDULE | ZERO_SNR | {"eta"},
+        adds_noise=True,
     ),
-    "HeunDiscreteScheduler": Sampler(
-        karras.heun,
-        spacing.exploding,
+    "HeunDiscreteScheduler": SamplerSpec(
+        karras.sample_heun,
+        spacing.karras_grid,
         karras,
         "Heun",
         {**LINSPACE, **SD_BETAS},
-        KARRAS | LEVELLED,
-        per_step=2,
+        SIGMAS | SIGMA_SCHEDULE,
+        evaluations_per_step=2,
     ),
-    "KDPM2DiscreteScheduler": Sampler(
-        karras.dpm2,
-        spacing.rounded_exploding,
+    "KDPM2DiscreteScheduler": SamplerSpec(
+        karras.sample_dpm_2,
+        spacing.dpm2_grid,
         karras,
         "DPM2",
         {**LINSPACE, **SD_BETAS},
-        KARRAS | LEVELLED,
-        per_step=2,
+        SIGMAS | SIGMA_SCHEDULE,
+        evaluations_per_step=2,
     ),
-    "KDPM2AncestralDiscreteScheduler": Sampler(
-        karras.dpm2_ancestral,
-        spacing.rounded_exploding,
+    "KDPM2AncestralDiscreteScheduler": SamplerSpec(
+        karras.sample_dpm_2_ancestral,
+        spacing.dpm2_grid,
         karras,
         "DPM2 a",
         {**LINSPACE, **SD_BETAS, **ANCESTRAL},
-        KARRAS | LEVELLED | {"eta"},
-        per_step=2,
-        draws=True,
+        SIGMAS | SIGMA_SCHEDULE | {"eta"},
+        evaluations_per_step=2,
+        adds_noise=True,
     ),
-    "DPMSolverSDEScheduler": Sampler(
-        karras.dpmpp_sde,
-        spacing.exploding,
+    "DPMSolverSDEScheduler": SamplerSpec(
+        karras.sample_dpmpp_sde,
+        spacing.karras_grid,
         karras,
         "DPM++ SDE",
         {**LINSPACE, **SD_BETAS, **ANCESTRAL},
-        KARRAS | LEVELLED | {"eta"},
-        per_step=2,
-        draws=True,
+        SIGMAS | SIGMA_SCHEDULE | {"eta"},
+        evaluations_per_step=2,
+        adds_noise=True,
     ),
-    "DPMSolverMultistepScheduler": Sampler(
-        exponential.dpm_multistep,
-        spacing.cosine_before_end,
+    "DPMSolverMultistepScheduler": SamplerSpec(
+        exponential.sample_dpm_multistep,
+        spacing.dpm_multistep_grid,
         exponential,
         "DPM++ 2M",
         LINSPACE,
-        KARRAS
-        | LEVELLED
+        SIGMAS
+        | SIGMA_SCHEDULE
         | ZERO_SNR
         | FINAL
         | {"use_lu_lambdas", "lambda_min_clipped", "euler_at_final"},
     ),
-    "DPMSolverSinglestepScheduler": Sampler(
-        exponential.dpm_singlestep,
-        spacing.linspace_before_end,
+    "DPMSolverSinglestepScheduler": SamplerSpec(
+        exponential.sample_dpm_singlestep,
+        spacing.dpm_singlestep_grid,
         exponential,
         "DPM++ 2S",
         {},
-        KARRAS | LEVELLED | FINAL | {"lambda_min_clipped"},
+        SIGMAS | SIGMA_SCHEDULE | FINAL | {"lambda_min_clipped"},
     ),
-    "DEISMultistepScheduler": Sampler(
-        exponential.deis, spacing.to_the_lowest, exponential, "DEIS", LINSPACE, KARRAS
+    "DEISMultistepScheduler": SamplerSpec(
+        exponential.sample_deis, spacing.deis_grid, exponential, "DEIS", LINSPACE, SIGMAS
     ),
-    "UniPCMultistepScheduler": Sampler(
-        exponential.unipc,
-        spacing.before_end,
+    "UniPCMultistepScheduler": SamplerSpec(
+        exponential.sample_unipc,
+        spacing.exponential_grid,
         exponential,
         "UniPC",
         {**LINSPACE, "solver_type": "bh2"},
-        KARRAS | ZERO_SNR | FINAL,
+        SIGMAS | ZERO_SNR | FINAL,
     ),
-    "LCMScheduler": Sampler(
-        discrete.lcm,
-        spacing.distilled,
+    "LCMScheduler": SamplerSpec(
+        discrete.sample_lcm,
+        spacing.lcm_grid,
         discrete,
         "LCM",
         {**SD_BETAS, "beta_schedule": "scaled_linear", "set_alpha_to_one": True},
         ZERO_SNR | CLIP,
-        draws=True,
+        adds_noise=True,
     ),
-    "TCDScheduler": Sampler(
-        discrete.tcd,
-        spacing.distilled,
+    "TCDScheduler": SamplerSpec(
+        discrete.sample_tcd,
+        spacing.lcm_grid,
         discrete,
         "TCD",
         {**SD_BETAS, "beta_schedule": "scaled_linear", "set_alpha_to_one": True, "eta": 0.3},
         ZERO_SNR | {"eta"},
-        draws=True,
+        adds_noise=True,
     ),
 }
 
-# The schedule that A1111's samplers have where it is left to them; the others take the plain one.
+# The sigma schedule that A1111 uses for a sampler when set to automatic; the others use none.
 AUTOMATIC_SCHEDULES = {
     "DPM++ 2M": "Karras",
     "DPM++ SDE": "Karras",
@@ -191,18 +207,17 @@ AUTOMATIC_SCHEDULES = {
 
 
 def sampler_name(config: Mapping[str, Any]) -> str:
-    """The class name a configuration asks for; raises UsageError with the nearest ones."""
+    """The class name of a configuration. Raises UsageError with the nearest names."""
     name = str(config.get("_class_name"))
     if name in SAMPLERS:
         return name
     near = difflib.get_close_matches(name, SAMPLERS, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    raise UsageError(f"scheduler {name!r} is not known; {hint}type: sdrt schedulers")
+    raise UsageError(f"unknown scheduler {name!r}", hint=_names_hint(near))
 
 
-# Names that other tools use, beyond those of `SAMPLERS`, and the options that they stand for.
+# Names that other tools use besides the titles of `SAMPLERS`, with the options that they imply.
 SDE = {"algorithm_type": "sde-dpmsolver++"}
-NAMED: dict[str, tuple[str, dict[str, Any]]] = {
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", SDE),
     "DPM++ 2M SDE Heun": ("DPMSolverMultistepScheduler", {"solver_type": "heun", **SDE}),
     "DPM++ 3M": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
@@ -211,12 +226,12 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "PNDM": ("PNDMScheduler", {"skip_prk_steps": False}),
     "PLMS": ("PNDMScheduler", {"skip_prk_steps": True}),
 }
-LEVELS = {
+SIGMA_OPTIONS = {
     "Karras": "use_karras_sigmas",
     "Exponential": "use_exponential_sigmas",
     "Beta": "use_beta_sigmas",
 }
-# A1111's labels of the schedules that a sampler by noise levels takes, with their internal names.
+# A1111's labels of its sigma schedules, with their internal names.
 SCHEDULES = {
     "Uniform": "uniform",
     "Karras": "karras",
@@ -233,93 +248,108 @@ SCHEDULES = {
 
 
 def config_from_name(name: str, config: Mapping[str, Any], *, xl: bool = False) -> dict[str, Any]:
-    """A configuration for a class name or a name such as `DPM++ 2M Karras`, over the noise
-    schedule of another. A sampler that can clip does so if the other does.
+    """The configuration of a named sampler over the noise schedule of another configuration.
 
-    xl: whether the model is of the XL family, for the schedules that differ there
+    Args:
+        name: A class name, or a name such as `DPM++ 2M Karras`.
+        config: The configuration whose noise schedule is used. A sampler that supports clipping
+            clips if this one does.
+        xl: Whether the model is of the SDXL family, which has its own Align Your Steps sigmas.
+
+    Raises:
+        UsageError: An unknown name, with the nearest ones.
     """
-    kept = {**config, "clip_sample": False, "thresholding": False}
+    base = {**config, "clip_sample": False, "thresholding": False}
     if name in SAMPLERS:
-        return _clipping_as({**kept, "_class_name": name}, config)
-    for other in ("algorithm_type", "solver_order", "solver_type", *LEVELS.values()):
-        kept.pop(other, None)
-    kept.pop("sigma_schedule", None)
-    kept.pop("eta", None)
-    title, label = pair_from_name(name)
+        return _copy_clipping({**base, "_class_name": name}, config)
+    for other in ("algorithm_type", "solver_order", "solver_type", *SIGMA_OPTIONS.values()):
+        base.pop(other, None)
+    base.pop("sigma_schedule", None)
+    base.pop("eta", None)
+    title, label = parse_sampler_name(name)
     class_name, options = titles()[title]
-    chosen = {**kept, "_class_name": class_name, **options, **_laid(class_name, label, xl)}
-    return _clipping_as(chosen, config)
+    chosen = {
+        **base,
+        "_class_name": class_name,
+        **options,
+        **_schedule_options(class_name, label, xl),
+    }
+    return _copy_clipping(chosen, config)
 
 
-def pair_from_name(name: str) -> tuple[str, str]:
-    """`"dpm++ 2m karras"` -> ("DPM++ 2M", "Karras"), no schedule being ""; raises UsageError with
-    the nearest names.
+def parse_sampler_name(name: str) -> tuple[str, str]:
+    """`"dpm++ 2m karras"` -> ("DPM++ 2M", "Karras"); without a schedule the label is "". Raises
+    UsageError with the nearest names.
     """
     wanted, titled = name.strip().casefold(), {title.casefold(): title for title in titles()}
     if wanted in titled:
         return titled[wanted], ""
     for label in SCHEDULES:
         bare = wanted.removesuffix(f" {label.casefold()}").strip()
-        if bare != wanted and bare in titled and takes_schedule(titled[bare], label):
+        if bare != wanted and bare in titled and supports_schedule(titled[bare], label):
             return titled[bare], label
     pairs = [(title, label) for title in titles() for label in SCHEDULES]
-    levels = [f"{title} {label}" for title, label in pairs if takes_schedule(title, label)]
-    near = difflib.get_close_matches(name[:60], [*SAMPLERS, *titles(), *levels], n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    raise UsageError(f"scheduler {shorten(name)} is not known; {hint}type: sdrt schedulers")
+    combined = [f"{title} {label}" for title, label in pairs if supports_schedule(title, label)]
+    near = difflib.get_close_matches(name[:60], [*SAMPLERS, *titles(), *combined], n=3, cutoff=0.4)
+    raise UsageError(f"unknown scheduler {shorten(name)}", hint=_names_hint(near))
 
 
-def takes_schedule(title: str, label: str) -> bool:
-    """Whether a sampler, by its title, takes a schedule of noise levels, by its label."""
-    reads = SAMPLERS[titles()[title][0]].reads
-    return LEVELS.get(label) in reads or "sigma_schedule" in reads
+def _names_hint(near: list[str]) -> str:
+    meant = f"did you mean {', '.join(near)}? " if near else ""
+    return f"{meant}run `sdrt schedulers` for a list"
 
 
-def _laid(class_name: str, label: str, xl: bool) -> dict[str, Any]:
-    """The keys for a schedule."""
+def supports_schedule(title: str, label: str) -> bool:
+    """Whether a sampler, by its title, supports a sigma schedule, by its label."""
+    reads = SAMPLERS[titles()[title][0]].options
+    return SIGMA_OPTIONS.get(label) in reads or "sigma_schedule" in reads
+
+
+def _schedule_options(class_name: str, label: str, xl: bool) -> dict[str, Any]:
+    """The configuration keys that select a sigma schedule."""
     sampler = SAMPLERS[class_name]
     if not label:
         return {}
-    # The reference library's own keys lay it between the ends of the timestep spacing, which are
-    # the model's only for solvers in log signal-to-noise ratio.
-    if sampler.family is exponential and (key := LEVELS.get(label)) in sampler.reads:
+    # The reference library's own keys span the sigmas of the timestep spacing, which are all of the
+    # model's only for exponential integrators.
+    if sampler.family is exponential and (key := SIGMA_OPTIONS.get(label)) in sampler.options:
         return {str(key): True}
     schedule = SCHEDULES[label]
     return {"sigma_schedule": f"{schedule}_xl" if xl and "align" in schedule else schedule}
 
 
-def _clipping_as(chosen: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def _copy_clipping(chosen: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     default = SAMPLERS[name].defaults if (name := str(other.get("_class_name"))) in SAMPLERS else {}
     clips = other.get("clip_sample", default.get("clip_sample", False))
-    if not SAMPLERS[chosen["_class_name"]].reads >= CLIP:
+    if not SAMPLERS[chosen["_class_name"]].options >= CLIP:
         clips = False
     return {**chosen, "clip_sample": bool(clips)}
 
 
 def titles() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Every name that is no class name, with its class and options."""
-    return {sampler.title: (name, {}) for name, sampler in SAMPLERS.items()} | NAMED
+    """Every name that is not a class name, with its class and options."""
+    return {sampler.title: (name, {}) for name, sampler in SAMPLERS.items()} | ALIASES
 
 
-def title_of(config: Mapping[str, Any]) -> str:
-    """The name that users' tools know for a configuration."""
+def sampler_title(config: Mapping[str, Any]) -> str:
+    """The name that A1111 and other tools use for a configuration."""
     name = sampler_name(config)
-    title, most = SAMPLERS[name].title, 0
-    for other, (class_name, options) in NAMED.items():
+    title, matched = SAMPLERS[name].title, 0
+    for other, (class_name, options) in ALIASES.items():
         fits = all(config.get(key) == value for key, value in options.items())
-        if class_name == name and fits and len(options) >= most:
-            title, most = other, len(options)
-    laid = str(config.get("sigma_schedule") or "").removesuffix("_xl")
-    label = next((label for label, key in LEVELS.items() if config.get(key)), "")
-    label = next((label for label, key in SCHEDULES.items() if key == laid), label)
-    return f"{title} {label}" if label and takes_schedule(title, label) else title
+        if class_name == name and fits and len(options) >= matched:
+            title, matched = other, len(options)
+    schedule = str(config.get("sigma_schedule") or "").removesuffix("_xl")
+    label = next((label for label, key in SIGMA_OPTIONS.items() if config.get(key)), "")
+    label = next((label for label, key in SCHEDULES.items() if key == schedule), label)
+    return f"{title} {label}" if label and supports_schedule(title, label) else title
 
 
-def config_beyond_name(
+def config_overrides(
     title: str, config: Mapping[str, Any], other: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What of a configuration is not what its title means over another's noise schedule: with
-    these on top `config_from_name(title, other)` gives the same run. None is the class's default.
+    """The options in which a configuration differs from `config_from_name(title, other)`; with them
+    on top it gives the same run. None is the class's default.
     """
     named = config_from_name(title, other)
     keys = ({*config} | {*named}) - IGNORED

@@ -1,8 +1,10 @@
-"""A sampling run as a table of numbers, known before any picture is made.
+"""A sampling run as a table of numbers, known before any image is generated.
 
-Every solver is linear in the starting noise, the model's outputs and the fresh noise. Handing it
-basis vectors instead of latents makes it write, for every model evaluation and for the result, the
-row of numbers that combines them.
+Every solver is linear in the initial noise, the model outputs and the added noise. Run with basis
+vectors instead of latents, it writes the row of numbers that combines them, for the input of every
+model evaluation and for the result.
+
+Knows the solvers; not latents, models or guidance schedules.
 """
 
 import itertools
@@ -16,95 +18,102 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
-from . import discrete as samplers_discrete
-from . import karras, spacing
-from .noise_schedule import NoiseSchedule, clean_and_noise, schedule_from_config
-from .registry import SAMPLERS, Sampler, sampler_name
+from . import discrete, karras, spacing
+from .noise_schedule import NoiseSchedule, denoised_and_noise, schedule_from_config
+from .registry import SAMPLERS, SamplerSpec, sampler_name
 
 MAX_STEPS = 1000
-LONG = 100  # steps of tables of which few are remembered
+LONG = 100  # steps; of longer tables only a few are cached
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
-    """The clean picture that an evaluation foretells, kept within bounds. Not linear, so it is no
-    entry of the table but a step of its own after each row.
+class DenoisedClipping:
+    """`clip_sample`: the denoised image of each evaluation is clipped. Clipping is not linear, so
+    it is not in the table but a step of its own after each row.
 
-    bound: the most of either sign
-    clean: [N, 2] shares of the model's input and of its guided output in the clean picture
-    weights: [N] the share of the clean picture in the next row
+    Attributes:
+        bound: Largest absolute value.
+        denoised: [N, 2] factors of the model's input and of its guided output in the denoised
+            image.
+        weights: [N] factor of the denoised image in the next row.
     """
 
     bound: float
-    clean: np.ndarray
+    denoised: np.ndarray
     weights: np.ndarray
 
-    def change(self, k: int, x: np.ndarray, output: np.ndarray) -> np.ndarray:
-        """What clipping after evaluation k adds to the row that follows; x is its input."""
-        of_input, of_output = self.clean[k].astype(np.float32)
-        clean = of_input * x + of_output * output
-        return np.float32(self.weights[k]) * (np.clip(clean, -self.bound, self.bound) - clean)
+    def correction(self, k: int, x: np.ndarray, output: np.ndarray) -> np.ndarray:
+        """What clipping adds to the row after evaluation k; x is that evaluation's input."""
+        input_scale, output_scale = self.denoised[k].astype(np.float32)
+        denoised = input_scale * x + output_scale * output
+        return np.float32(self.weights[k]) * (np.clip(denoised, -self.bound, self.bound) - denoised)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class SamplerTable:
-    """A sampling run of N evaluations with M fresh noises; equal to itself alone.
+    """A sampling run of N model evaluations with M added noises. Compared by identity.
 
-    timesteps: [N] float64, as the model is fed, one per evaluation
-    matrix: [N + 1, 1 + N + M] float64; row k < N is the model input of evaluation k, scaled as the
-        model wants it, the last the result. Columns: the starting noise of unit variance, the N
-        outputs, the M fresh noises in the order drawn; then, where the run begins at a picture
-        (`denoise_from`), the picture's latents; then, where edits were asked for, N edits, the
-        k-th added to the latents after evaluation k.
-    noises: M
-    shares: [N + 1, 2] float64; each row is `alpha * clean + sigma * noise`, the result (1, 0)
-    scales: [N + 1] float64; the solver's latents are its row times this (what edits add to)
-    chain: [N + 1, columns + N] float64; the same rows, short: as the matrix without edits, then a
-        column for each row from the first on, once it is known
-    clip: what is clipped after each row; None for most
-    full: [N] bool, which evaluations run the whole model; the others run its shallow part with the
-        feature of the last that did (see `deepcache.py`). None is all
+    Attributes:
+        timesteps: [N] float64, the timestep of each evaluation as passed to the model.
+        matrix: [N + 1, 1 + N + M + ..] float64. Row k < N is the model input of evaluation k,
+            scaled as the model expects it; the last row is the result. Columns, in order: the
+            initial noise of unit variance, the N outputs, the M added noises in the order of use;
+            the image's latents if the run starts from an image (`denoise_from`, `image`); with
+            `edits`, N edits, the k-th added to the latents after evaluation k.
+        num_noises: M.
+        alphas_sigmas: [N + 1, 2] float64; each row is `alpha * denoised + sigma * noise`, the
+            result (1, 0).
+        scales: [N + 1] float64; the solver's latents are a row times this (edits add to those).
+        recurrence: [N + 1, columns + N] float64; the same rows as a short recurrence: the matrix's
+            columns without edits, then one for each earlier row from the second on.
+        clip: Clipping after each row, if any.
+        full_evaluations: [N] bool, whether an evaluation runs the full model; the others run its
+            shallow part with the feature of the last full one (see `deepcache.py`). None: all.
     """
 
     timesteps: np.ndarray
     matrix: np.ndarray
-    noises: int
-    shares: np.ndarray
+    num_noises: int
+    alphas_sigmas: np.ndarray
     scales: np.ndarray
-    chain: np.ndarray
-    clip: Clip | None = None
-    full: np.ndarray | None = None
+    recurrence: np.ndarray
+    clip: DenoisedClipping | None = None
+    full_evaluations: np.ndarray | None = None
 
     @property
     def evaluations(self) -> int:
         return len(self.timesteps)
 
     @property
-    def begins_at_picture(self) -> bool:
-        """Whether there is a column for the latents of a picture."""
-        return self.chain.shape[1] > 1 + 2 * self.evaluations + self.noises
+    def starts_from_image(self) -> bool:
+        """Whether the table has a column for an image's latents."""
+        return self.recurrence.shape[1] > 1 + 2 * self.evaluations + self.num_noises
 
     def is_full(self, k: int) -> bool:
-        """Whether evaluation k runs the whole model."""
-        return self.full is None or bool(self.full[k])
+        """Whether evaluation k runs the full model."""
+        return self.full_evaluations is None or bool(self.full_evaluations[k])
 
     @property
-    def full_share(self) -> float:
-        """The share of evaluations that run the whole model."""
-        return 1.0 if self.full is None else float(self.full.mean())
+    def full_fraction(self) -> float:
+        """The fraction of evaluations that run the full model."""
+        return 1.0 if self.full_evaluations is None else float(self.full_evaluations.mean())
 
-    def guided(self, guidance_scale: float | np.ndarray) -> np.ndarray:
+    def with_guidance(self, guidance_scale: float | np.ndarray) -> np.ndarray:
         """The matrix over both outputs of every evaluation, [N + 1, 1 + 2 N + ..] float64.
 
-        Output k becomes two columns, unguided first: `(1 - g) * unguided + g * guided`
-        (Ho and Salimans 2022, arXiv:2207.12598, in the field's convention). The scale is one for
-        all, or [N], where 1 leaves the unguided output out.
+        Column k becomes two, unconditional first: `(1 - g) * uncond + g * cond` (Ho and Salimans
+        2022, arXiv:2207.12598, with g = 1 for no guidance).
+
+        Args:
+            guidance_scale: One for all evaluations, or [N].
         """
-        return guided_matrix(self.matrix, self.evaluations, guidance_scale)
+        return apply_guidance(self.matrix, self.evaluations, guidance_scale)
 
 
-def guided_matrix(matrix: np.ndarray, count: int, guidance_scale: float | np.ndarray) -> np.ndarray:
-    """See `SamplerTable.guided`; also for a chain."""
+def apply_guidance(
+    matrix: np.ndarray, count: int, guidance_scale: float | np.ndarray
+) -> np.ndarray:
+    """See `SamplerTable.with_guidance`; also for a recurrence."""
     start, outputs, rest = np.split(matrix, [1, 1 + count], axis=1)
     scale = np.broadcast_to(guidance_scale, (count,))
     both = outputs[:, :, None] * np.stack([1.0 - scale, scale], axis=1)
@@ -112,78 +121,80 @@ def guided_matrix(matrix: np.ndarray, count: int, guidance_scale: float | np.nda
 
 
 class Recorder:
-    """The run that writes the table: latents are vectors over columns.
+    """The solver context that writes the table: latents are vectors over columns.
 
-    Columns: start, picture, then three equal stretches of outputs, noises and states. A state is
-    the latents after an evaluation; it gets a column, so that what follows stays short. A run that
-    clips has a fourth stretch: what clipping adds to the clean picture of each evaluation.
+    Columns: initial noise, image, then three equal blocks for outputs, noises and states. A state
+    is the latents after an evaluation; it gets a column, so that later rows stay short. With
+    clipping there is a fourth block: what clipping adds to the denoised image of each evaluation.
     """
 
     def __init__(self, evaluations: int, clips: bool = False) -> None:
-        self.most, self.clips = evaluations, clips
+        self.max_evaluations, self.clips = evaluations, clips
         self.rows: list[np.ndarray] = []
         self.states: list[np.ndarray] = []
         self.timesteps: list[float] = []
-        self.shares: list[tuple[float, float]] = []
-        self.noises = 0
-        self.start, self.picture = self._basis(0), self._basis(1)
+        self.alphas_sigmas: list[tuple[float, float]] = []
+        self.num_noises = 0
+        self.start, self.image = self._basis(0), self._basis(1)
 
     def _basis(self, column: int) -> np.ndarray:
-        vector = np.zeros(2 + (4 if self.clips else 3) * self.most)
+        vector = np.zeros(2 + (4 if self.clips else 3) * self.max_evaluations)
         vector[column] = 1.0
         return vector
 
-    def output(self, x: np.ndarray, timestep: float, alpha: float, sigma: float) -> np.ndarray:
+    def model(self, x: np.ndarray, timestep: float, alpha: float, sigma: float) -> np.ndarray:
         self.rows.append(x)
         self.timesteps.append(timestep)
-        self.shares.append((alpha, sigma))
+        self.alphas_sigmas.append((alpha, sigma))
         return self._basis(1 + len(self.rows))
 
-    def clipped(self, clean: np.ndarray) -> np.ndarray:
+    def clip(self, denoised: np.ndarray) -> np.ndarray:
         if not self.clips:
-            return clean
-        return clean + self._basis(1 + 3 * self.most + len(self.rows))
+            return denoised
+        return denoised + self._basis(1 + 3 * self.max_evaluations + len(self.rows))
 
     def noise(self) -> np.ndarray:
-        self.noises += 1
-        return self._basis(1 + self.most + self.noises)
+        self.num_noises += 1
+        return self._basis(1 + self.max_evaluations + self.num_noises)
 
-    def edited(self, x: np.ndarray) -> np.ndarray:
+    def callback(self, x: np.ndarray) -> np.ndarray:
         self.states.append(x)
-        return self._basis(1 + 2 * self.most + len(self.states))
+        return self._basis(1 + 2 * self.max_evaluations + len(self.states))
 
-    def clip(self, schedule: NoiseSchedule) -> Clip | None:
+    def clipping(self, schedule: NoiseSchedule) -> DenoisedClipping | None:
         if not self.clips:
             return None
         count = len(self.rows)
-        weights = np.array(self.states)[:, 2 + 3 * self.most :][:, :count]
-        assert (weights == np.diag(np.diag(weights))).all(), "a clean picture is read once"
-        clean = [
-            [clean_and_noise(schedule, x, 1.0 - x, *shares)[0] for x in (1.0, 0.0)]
-            for shares in self.shares
+        weights = np.array(self.states)[:, 2 + 3 * self.max_evaluations :][:, :count]
+        assert (weights == np.diag(np.diag(weights))).all(), "one row per denoised image"
+        denoised = [
+            [denoised_and_noise(schedule, x, 1.0 - x, *alphas_sigmas)[0] for x in (1.0, 0.0)]
+            for alphas_sigmas in self.alphas_sigmas
         ]
-        return Clip(schedule.clip_sample_range, np.array(clean), np.diag(weights).copy())
+        return DenoisedClipping(
+            schedule.clip_sample_range, np.array(denoised), np.diag(weights).copy()
+        )
 
-    def chain(self, picture: bool, scales: np.ndarray) -> np.ndarray:
-        """See `SamplerTable.chain`."""
-        count, most = len(self.rows), self.most
-        columns = [0, *range(2, 2 + count), *range(2 + most, 2 + most + self.noises)]
-        columns += [1] if picture else []
-        columns += range(2 + 2 * most, 2 + 2 * most + count)
+    def recurrence(self, image: bool, scales: np.ndarray) -> np.ndarray:
+        """See `SamplerTable.recurrence`."""
+        count, block = len(self.rows), self.max_evaluations
+        columns = [0, *range(2, 2 + count), *range(2 + block, 2 + block + self.num_noises)]
+        columns += [1] if image else []
+        columns += range(2 + 2 * block, 2 + 2 * block + count)
         states = np.array(self.states)[:, columns] / scales[1:, None]
         states[:, -count:] *= scales[1:]
         return np.concatenate([self.rows[0][None, columns], states])
 
 
-def dense(chain: np.ndarray, scales: np.ndarray, edits: bool) -> np.ndarray:
-    """The chain with every earlier row written out; see `SamplerTable.matrix`."""
-    count = len(chain) - 1
-    known = chain[:, :-count]
+def expand_recurrence(recurrence: np.ndarray, scales: np.ndarray, edits: bool) -> np.ndarray:
+    """`SamplerTable.matrix`: the recurrence with every earlier row substituted."""
+    count = len(recurrence) - 1
+    known = recurrence[:, :-count]
     if edits:
         known = np.concatenate([known, np.eye(count + 1)[:, 1:] / scales[:, None]], axis=1)
     matrix = np.zeros_like(known)
     for k in range(count + 1):
-        matrix[k] = known[k] + chain[k, -count:] @ matrix[1:]
+        matrix[k] = known[k] + recurrence[k, -count:] @ matrix[1:]
     return matrix
 
 
@@ -194,109 +205,136 @@ def sampler_table(
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     denoise_from: int = 0,
-    picture: bool = False,
+    image: bool = False,
     edits: bool = False,
 ) -> SamplerTable:
-    """The table of a `scheduler_config.json` for a number of steps.
+    """The table of a scheduler configuration for a number of steps.
 
-    timesteps, sigmas: instead of the spacing's own, falling; sigmas with the last level. They
-        decide the number of steps.
-    denoise_from: steps left out at the start; the run then begins at a picture with the noise of
-        that step. picture: begin at one also when none is left out.
-    edits: give the latents after every evaluation a column of their own.
-    Raises UsageError for an unknown scheduler, an option that is not linear, steps outside 1 to
-    the number of training steps or that the solver cannot take, rungs that do not fall.
+    Args:
+        config: The contents of a `scheduler_config.json`, with `_class_name`.
+        num_inference_steps: Number of steps, unless timesteps or sigmas are given.
+        timesteps: Descending timesteps instead of the configuration's spacing.
+        sigmas: Descending sigmas instead of the configuration's spacing, including the last.
+        denoise_from: Steps left out at the start; the run then starts from an image with the noise
+            of that step.
+        image: Start from an image even if no step is left out.
+        edits: Give the latents after every evaluation a column of their own.
+
+    Returns:
+        The table; cached, and its arrays are read-only.
+
+    Raises:
+        UsageError: An unknown scheduler; an option that is not linear; steps outside 1 to the
+            number of training steps, or that the solver does not support; timesteps or sigmas that
+            do not descend.
     """
     own = tuple(
-        None if rungs is None else tuple(float(value) for value in rungs)
-        for rungs in (timesteps, sigmas)
+        None if values is None else tuple(float(value) for value in values)
+        for values in (timesteps, sigmas)
     )
     if None not in own:
-        raise UsageError("timesteps and sigmas both; give one of them")
+        raise UsageError("both timesteps and sigmas were given; expected one of them")
     text = json.dumps(dict(config), sort_keys=True)
-    begin = denoise_from, picture or bool(denoise_from)
+    begin = denoise_from, image or bool(denoise_from)
     long = isinstance(num_inference_steps, int) and num_inference_steps > LONG
-    return (_long_table if long else _table)(text, num_inference_steps, own, begin, edits)
+    return (_cached_long_table if long else _cached_table)(
+        text, num_inference_steps, own, begin, edits
+    )
 
 
-Rungs = tuple[float, ...] | None
+GridValues = tuple[float, ...] | None
 
 
 @lru_cache(maxsize=64)
-def _table(
-    config_json: str, steps: int, own: tuple[Rungs, ...], begin: tuple[int, bool], edits: bool
+def _cached_table(
+    config_json: str, steps: int, own: tuple[GridValues, ...], begin: tuple[int, bool], edits: bool
 ) -> SamplerTable:
     config = json.loads(config_json)
     try:
-        with np.errstate(all="ignore"):  # what comes to no number is refused
-            return _written(config, steps, own, begin, edits)
+        with np.errstate(all="ignore"):  # results that are not finite are refused
+            return _build_table(config, steps, own, begin, edits)
     except (ArithmeticError, ValueError) as error:
         raise UsageError(
-            f"{steps} steps of {sampler_name(config)} cannot be laid out: {error}; expected levels "
-            "of noise that rise with the training steps, none of them infinite"
+            f"{steps} steps of {sampler_name(config)} cannot be computed: {error}; expected finite "
+            "sigmas that increase with the training steps"
         ) from error
 
 
-def _written(
+def _build_table(
     config: dict[str, Any],
     steps: int,
-    own: tuple[Rungs, ...],
+    own: tuple[GridValues, ...],
     begin: tuple[int, bool],
     edits: bool,
 ) -> SamplerTable:
-    denoise_from, picture = begin
+    denoise_from, image = begin
     sampler = SAMPLERS[sampler_name(config)]
-    schedule = schedule_from_config(config, sampler.defaults, sampler.reads)
-    rungs = _ladder(sampler, schedule, steps, *own)
-    if not 0 <= denoise_from < len(rungs.timesteps):
+    schedule = schedule_from_config(config, sampler.defaults, sampler.options)
+    grid = _build_grid(sampler, schedule, steps, *own)
+    if not 0 <= denoise_from < len(grid.timesteps):
+        raise UsageError(f"denoise_from {denoise_from!r}; expected 0 to {len(grid.timesteps) - 1}")
+    grid = grid.skip(denoise_from)
+    recorder = Recorder(sampler.max_evaluations(len(grid.timesteps)), schedule.clip_sample)
+    x = sampler.family.init_noise_sigma(schedule, grid) * recorder.start
+    if image:
+        image_scale, noise_scale = sampler.family.add_noise_scales(schedule, grid)
+        x = image_scale * recorder.image + noise_scale * recorder.start
+    sampler.solve(schedule, grid, x, recorder)
+    alphas_sigmas = np.array([*recorder.alphas_sigmas, (1.0, 0.0)])
+    scales = 1.0 / alphas_sigmas[:, 0] if sampler.family is karras else np.ones(len(alphas_sigmas))
+    recurrence = recorder.recurrence(image, scales)
+    if not np.isfinite(recurrence).all():
         raise UsageError(
-            f"{denoise_from!r} steps left out of {len(rungs.timesteps)}; expected fewer than all"
+            f"{steps} steps of {sampler_name(config)} contain numbers that are not finite"
         )
-    rungs = rungs.after(denoise_from)
-    run = Recorder(sampler.most_evaluations(len(rungs.timesteps)), schedule.clip_sample)
-    x = sampler.family.start(schedule, rungs) * run.start
-    if picture:
-        of_picture, of_noise = sampler.family.mix(schedule, rungs)
-        x = of_picture * run.picture + of_noise * run.start
-    sampler.solve(schedule, rungs, x, run)
-    shares = np.array([*run.shares, (1.0, 0.0)])
-    scales = 1.0 / shares[:, 0] if sampler.family is karras else np.ones(len(shares))
-    chain = run.chain(picture, scales)
-    if not np.isfinite(chain).all():
-        raise UsageError(f"{steps} steps of {sampler_name(config)} hold no finite numbers")
-    matrix = dense(chain, scales, edits)
-    for array in (chain, matrix):
+    matrix = expand_recurrence(recurrence, scales, edits)
+    for array in (recurrence, matrix):
         array.setflags(write=False)
-    timesteps = np.array(run.timesteps)
-    return SamplerTable(timesteps, matrix, run.noises, shares, scales, chain, run.clip(schedule))
+    timesteps = np.array(recorder.timesteps)
+    return SamplerTable(
+        timesteps,
+        matrix,
+        recorder.num_noises,
+        alphas_sigmas,
+        scales,
+        recurrence,
+        recorder.clipping(schedule),
+    )
 
 
-# A table grows with the square of the steps: of a thousand it holds 24 MB.
-_long_table = lru_cache(maxsize=2)(_table.__wrapped__)
+# A table grows with the square of the steps: one of 1000 steps takes 24 MB.
+_cached_long_table = lru_cache(maxsize=2)(_cached_table.__wrapped__)
 
 
-def _ladder(
-    sampler: Sampler, schedule: NoiseSchedule, steps: int, timesteps: Rungs, sigmas: Rungs
+def _build_grid(
+    sampler: SamplerSpec,
+    schedule: NoiseSchedule,
+    steps: int,
+    timesteps: GridValues,
+    sigmas: GridValues,
 ) -> spacing.TimestepGrid:
     if timesteps is not None or sigmas is not None:
-        if sigmas is not None and sampler.family is samplers_discrete:
-            raise UsageError("this scheduler goes by timesteps; give timesteps, not sigmas")
-        return spacing.given(schedule, timesteps, sigmas)
-    most = min(MAX_STEPS, schedule.num_train_timesteps)
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
-        raise UsageError(f"{steps!r} steps; expected a whole number from 1 to {most}")
-    laid = spacing.scheduled if schedule.sigma_schedule else sampler.ladder
-    rungs = laid(schedule, steps)
-    heights = rungs.levels[:-1] or rungs.timesteps
-    falling = all(a > b for a, b in itertools.pairwise(heights))
-    lowest, highest = min(rungs.timesteps), max(rungs.timesteps)
-    discrete = schedule.timestep_type == "discrete"
-    if not falling or (discrete and not 0 <= lowest <= highest < schedule.num_train_timesteps):
+        if sigmas is not None and sampler.family is discrete:
+            raise UsageError(
+                "sigmas are unsupported by discrete-time schedulers", hint="set timesteps instead"
+            )
+        return spacing.custom_grid(schedule, timesteps, sigmas)
+    max_steps = min(MAX_STEPS, schedule.num_train_timesteps)
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= max_steps:
+        raise UsageError(f"{steps!r} steps; expected an integer from 1 to {max_steps}")
+    build = spacing.sigma_schedule_grid if schedule.sigma_schedule else sampler.build_grid
+    grid = build(schedule, steps)
+    values = grid.sigmas[:-1] or grid.timesteps
+    descending = all(a > b for a, b in itertools.pairwise(values))
+    lowest, highest = min(grid.timesteps), max(grid.timesteps)
+    integers = schedule.timestep_type == "discrete"
+    if not descending or (integers and not 0 <= lowest <= highest < schedule.num_train_timesteps):
         raise UsageError(
             f"{steps} steps of {schedule.timestep_spacing} spacing do not fit "
-            f"{schedule.num_train_timesteps} training steps; ask for another number"
+            f"{schedule.num_train_timesteps} training steps",
+            hint="set another number of steps",
         )
-    return rungs
+    return grid
 
 
 def sample(
@@ -304,24 +342,32 @@ def sample(
     model: Callable[[np.ndarray, float], np.ndarray],
     init: np.ndarray,
     noise: Sequence[np.ndarray] = (),
-    picture: np.ndarray | None = None,
+    image: np.ndarray | None = None,
     on_step: Callable[[int, np.ndarray], None] | None = None,
 ) -> np.ndarray:
-    """A denoising loop of one's own over a table without edits.
+    """A denoising loop in numpy over a table without edits.
 
-    model: called with (latents, timestep), gives the output of the same shape
-    init: starting noise of unit variance, any shape. noise: M fresh ones of that shape
-    picture: the picture's latents, for a table made with `denoise_from`
-    on_step: called with the evaluations done and the latents after each
-    Raises UsageError where the columns given are not the table's.
+    Args:
+        table: From `sampler_table`.
+        model: Called with (latents, timestep); returns the model output of the same shape.
+        init: Initial noise of unit variance, any shape.
+        noise: The M added noises, each of that shape.
+        image: The image's latents, for a table that starts from an image.
+        on_step: Called after each evaluation with the number of evaluations done and the latents.
+
+    Returns:
+        The denoised latents, float32, of the shape of `init`.
+
+    Raises:
+        UsageError: The noises or the image do not match the table.
     """
-    last = [] if picture is None else [picture]
+    last = [] if image is None else [image]
     if 1 + table.evaluations + len(noise) + len(last) != table.matrix.shape[1]:
         raise UsageError(
-            f"{len(noise)} fresh noises and {len(last)} pictures; the table has "
-            f"{table.noises} and {table.matrix.shape[1] - 1 - table.evaluations - table.noises}"
+            f"{len(noise)} added noises and {len(last)} images; expected {table.num_noises} and "
+            f"{table.matrix.shape[1] - 1 - table.evaluations - table.num_noises}, as in the table"
         )
-    rows = table.chain.astype(np.float32)
+    rows = table.recurrence.astype(np.float32)
     history = np.zeros((rows.shape[1], init.size), np.float32)
     fixed = [init, *[np.zeros_like(init)] * table.evaluations, *noise, *last]
     for column, value in enumerate(fixed):
@@ -332,7 +378,7 @@ def sample(
         history[1 + k] = output.reshape(-1)
         history[len(fixed) + k] = rows[k + 1] @ history
         if table.clip:
-            history[len(fixed) + k] += table.clip.change(k, x, output).reshape(-1)
+            history[len(fixed) + k] += table.clip.correction(k, x, output).reshape(-1)
         x = history[len(fixed) + k].reshape(init.shape).copy()
         if on_step:
             on_step(k + 1, x)

@@ -14,19 +14,19 @@ def all_titles() -> list[str]:
 
 def schedulers(args: argparse.Namespace) -> None:
     """Every sampler with its names and what a step costs."""
-    from sdrt.runtime.samplers.registry import SAMPLERS, SCHEDULES, takes_schedule, titles
+    from sdrt.runtime.samplers.registry import SAMPLERS, SCHEDULES, supports_schedule, titles
 
     listed: list[dict[str, Any]] = []
     for name, sampler in SAMPLERS.items():
         named = [title for title, (class_name, _) in titles().items() if class_name == name]
-        laws = [label for label in SCHEDULES if takes_schedule(named[0], label)]
+        laws = [label for label in SCHEDULES if supports_schedule(named[0], label)]
         listed.append(
             {
                 "name": name,
                 "also": named,
                 "with": laws,
-                "evaluations_per_step": sampler.per_step,
-                "fresh_noise": sampler.draws,
+                "evaluations_per_step": sampler.evaluations_per_step,
+                "fresh_noise": sampler.adds_noise,
             }
         )
     if args.json:

@@ -1,5 +1,5 @@
 """The reference library's schedulers as matrices: stepped with basis vectors, in its own float32
-schedule or wholly in float64.
+schedule or entirely in float64.
 """
 
 import contextlib
@@ -36,16 +36,16 @@ def in_float64(module):
         yield
 
 
-class Brownian:
-    """A Brownian path over the level, written in unit noises of the intervals between its marks."""
+class BrownianPath:
+    """A Brownian path over sigma, from unit noises of the intervals between given sigmas."""
 
-    def __init__(self, marks, noises):
-        self.marks, self.noises = sorted(marks), noises
+    def __init__(self, sigmas, noises):
+        self.sigmas, self.noises = sorted(sigmas), noises
 
-    def __call__(self, level, after):
-        low, high = sorted((float(level), float(after)))
+    def __call__(self, sigma, sigma_next):
+        low, high = sorted((float(sigma), float(sigma_next)))
         total = 0.0
-        for a, b, noise in zip(self.marks, self.marks[1:], self.noises, strict=False):
+        for a, b, noise in zip(self.sigmas, self.sigmas[1:], self.noises, strict=False):
             if low - 1e-9 < a and b < high + 1e-9:
                 total = total + np.sqrt(b - a) * noise
         return total / np.sqrt(high - low)
@@ -63,11 +63,11 @@ def reference_table(config, steps, double=False, timesteps=None, eta=None):
             scheduler.set_timesteps(steps)
         else:
             scheduler.set_timesteps(timesteps=list(timesteps))
-        return _stepped(scheduler, module, eta)
+        return _step_all(scheduler, module, eta)
 
 
-def reference_from_picture(config, steps, skipped):
-    """The matrix of its image-to-image run in float64; the last column is the picture."""
+def reference_from_image(config, steps, skipped):
+    """The matrix of its image-to-image run in float64; the last column is the image."""
     import diffusers
 
     kind = getattr(diffusers, config["_class_name"])
@@ -82,40 +82,40 @@ def reference_from_picture(config, steps, skipped):
         count = len(timesteps)
         basis = torch.eye(2 + 3 * count, dtype=torch.float64)[:, None]
         start = scheduler.add_noise(basis[-1], basis[0], timesteps[:1])
-        return _stepped(scheduler, module, None, timesteps, basis, start)[0]
+        return _step_all(scheduler, module, None, timesteps, basis, start)[0]
 
 
-def _stepped(scheduler, module, eta, timesteps=None, basis=None, start=None):
+def _step_all(scheduler, module, eta, timesteps=None, basis=None, start=None):
     timesteps = scheduler.timesteps if timesteps is None else timesteps
     count = len(timesteps)
-    if basis is None:  # A batch of one: some schedulers ask for the axis.
+    if basis is None:  # a batch of one: some schedulers need the axis
         basis = torch.eye(2 + 3 * count, dtype=torch.float64)[:, None]
-    drawn = []
+    noises = []
 
-    def draw(*args, **kwargs):
-        drawn.append(basis[1 + count + len(drawn)])
-        return drawn[-1]
+    def randn_tensor(*args, **kwargs):
+        noises.append(basis[1 + count + len(noises)])
+        return noises[-1]
 
     if hasattr(scheduler, "noise_sampler_seed"):
-        drawn = _brownian(scheduler, basis[1 + count :])
+        noises = _brownian(scheduler, basis[1 + count :])
     extra = {} if eta is None else {"eta": eta}
     x = basis[0] * scheduler.init_noise_sigma if start is None else start
     rows = []
-    with mock.patch.object(module, "randn_tensor", draw, create=True):
+    with mock.patch.object(module, "randn_tensor", randn_tensor, create=True):
         for k, timestep in enumerate(timesteps):
             rows.append(np.array(scheduler.scale_model_input(x, timestep)))
             x = scheduler.step(basis[1 + k], timestep, x, **extra).prev_sample
-    columns = [*range(1 + count + len(drawn)), *([] if start is None else [-1])]
+    columns = [*range(1 + count + len(noises)), *([] if start is None else [-1])]
     matrix = np.concatenate([*rows, np.array(x)])[:, columns]
     return matrix, np.array(timesteps, np.float64)
 
 
 def _brownian(scheduler, basis):
-    """Give the SDE scheduler a path over its levels and the middles between them; its noises."""
-    levels = [float(level) for level in dict.fromkeys(scheduler.sigmas.tolist()) if level > 0]
-    middles = [float(np.sqrt(a * b)) for a, b in itertools.pairwise(levels)]
-    marks = sorted(levels + middles)
-    # Noises are drawn from the first level down, the path's marks rise.
-    noises = list(reversed(list(basis[: len(marks) - 1])))
-    scheduler.noise_sampler = Brownian(marks, noises)
+    """Give the SDE scheduler a path over its sigmas and the midpoints between them; its noises."""
+    sigmas = [float(sigma) for sigma in dict.fromkeys(scheduler.sigmas.tolist()) if sigma > 0]
+    midpoints = [float(np.sqrt(a * b)) for a, b in itertools.pairwise(sigmas)]
+    sigmas = sorted(sigmas + midpoints)
+    # Noises are used from the first sigma down; the path's sigmas ascend.
+    noises = list(reversed(list(basis[: len(sigmas) - 1])))
+    scheduler.noise_sampler = BrownianPath(sigmas, noises)
     return noises

@@ -25,14 +25,18 @@ NO_SAMPLE_PREDICTION = {
     "KDPM2AncestralDiscreteScheduler",
     "DPMSolverSDEScheduler",
 }
-LAID = ({"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True})
+SIGMA_OPTIONS = (
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_beta_sigmas": True},
+)
 LU = ({"use_lu_lambdas": True},)
 ZERO_SNR = (
     {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     | {"timestep_spacing": "trailing"},
 )
 FINAL = ({"final_sigmas_type": "sigma_min"},)
-CLIPPED = tuple(
+LAMBDA_CLIPPED = tuple(
     {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "timestep_spacing": spacing}
     for spacing in SCHEDULE["timestep_spacing"]
 )
@@ -61,9 +65,9 @@ OWN = {
         *product(skip_prk_steps=(False,), timestep_spacing=SCHEDULE["timestep_spacing"]),
         {"skip_prk_steps": False, "prediction_type": "v_prediction"},
     ),
-    "LMSDiscreteScheduler": LAID,
+    "LMSDiscreteScheduler": SIGMA_OPTIONS,
     "EulerDiscreteScheduler": (
-        *LAID,
+        *SIGMA_OPTIONS,
         *ZERO_SNR,
         *FINAL,
         {"interpolation_type": "log_linear"},
@@ -72,15 +76,15 @@ OWN = {
         {"sigma_min": 0.05, "sigma_max": 10.0, "use_karras_sigmas": True},
     ),
     "EulerAncestralDiscreteScheduler": ZERO_SNR,
-    "HeunDiscreteScheduler": LAID,
-    "KDPM2DiscreteScheduler": LAID,
-    "KDPM2AncestralDiscreteScheduler": LAID,
-    "DPMSolverSDEScheduler": LAID,
+    "HeunDiscreteScheduler": SIGMA_OPTIONS,
+    "KDPM2DiscreteScheduler": SIGMA_OPTIONS,
+    "KDPM2AncestralDiscreteScheduler": SIGMA_OPTIONS,
+    "DPMSolverSDEScheduler": SIGMA_OPTIONS,
     "DPMSolverMultistepScheduler": (
-        *LAID,
+        *SIGMA_OPTIONS,
         *LU,
         *ZERO_SNR,
-        *CLIPPED,
+        *LAMBDA_CLIPPED,
         *product(beta_schedule=("squaredcos_cap_v2",), use_karras_sigmas=(True,)),
         *product(
             algorithm_type=("dpmsolver++", "sde-dpmsolver++"),
@@ -99,8 +103,8 @@ OWN = {
         {"algorithm_type": "dpmsolver", "prediction_type": "sample", **FINAL[0]},
     ),
     "DPMSolverSinglestepScheduler": (
-        *LAID,
-        *CLIPPED,
+        *SIGMA_OPTIONS,
+        *LAMBDA_CLIPPED,
         *product(
             algorithm_type=("dpmsolver++", "sde-dpmsolver++"),
             solver_type=("midpoint", "heun"),
@@ -114,9 +118,9 @@ OWN = {
             **ORDERS,
         ),
     ),
-    "DEISMultistepScheduler": (*LAID, *product(**ORDERS)),
+    "DEISMultistepScheduler": (*SIGMA_OPTIONS, *product(**ORDERS)),
     "UniPCMultistepScheduler": (
-        *LAID,
+        *SIGMA_OPTIONS,
         *ZERO_SNR,
         {"disable_corrector": [0, 2]},
         *product(
@@ -126,7 +130,7 @@ OWN = {
             **ORDERS,
         ),
         *product(solver_type=("bh2",), solver_order=(1, 2, 3)),
-        {**LAID[0], **FINAL[0]},
+        {**SIGMA_OPTIONS[0], **FINAL[0]},
     ),
     "LCMScheduler": (*ZERO_SNR, {"original_inference_steps": 100}, {"timestep_scaling": 5.0}),
     "TCDScheduler": (*ZERO_SNR, {"eta": 0.0}, {"eta": 1.0}, {"original_inference_steps": 100}),
@@ -134,7 +138,7 @@ OWN = {
 
 
 def configs(name):
-    """Every configuration of a scheduler, without repeats."""
+    """Every configuration of a scheduler, without duplicates."""
     spacings = SCHEDULE["timestep_spacing"]
     if name in ("LCMScheduler", "TCDScheduler", "DPMSolverSinglestepScheduler"):
         spacings = ("leading",)  # they do not read it
@@ -143,9 +147,9 @@ def configs(name):
     if "KDPM2" in name:  # the reference is slow here, and what this leaves out is the others'
         options["beta_schedule"] = ("scaled_linear",)
     every = [*product(**options), *OWN[name]]
-    if LAID[0] in OWN[name]:  # other levels depend on the spacing's ends
-        every += [{**laid, "timestep_spacing": s} for laid in LAID for s in spacings]
-        every += [{**laid, "prediction_type": "v_prediction"} for laid in LAID]
+    if SIGMA_OPTIONS[0] in OWN[name]:  # other levels depend on the spacing's ends
+        every += [{**option, "timestep_spacing": s} for option in SIGMA_OPTIONS for s in spacings]
+        every += [{**option, "prediction_type": "v_prediction"} for option in SIGMA_OPTIONS]
     unique = {repr(sorted(config.items())): config for config in every}
     return [{**BASE, "_class_name": name, **config} for config in unique.values()]
 

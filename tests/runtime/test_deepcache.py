@@ -125,7 +125,9 @@ def test_the_first_evaluation_and_those_with_new_rows_are_full():
     table = sampler_table({"_class_name": "DDIMScheduler"}, 8)
 
     def said(every, rows):
-        return "".join("f" if full else "." for full in with_feature_reuse(table, every, rows).full)
+        return "".join(
+            "f" if full else "." for full in with_feature_reuse(table, every, rows).full_evaluations
+        )
 
     assert said(3, [2] * 8) == "f..f..f."
     assert said(1, [2] * 8) == "ffffffff"

@@ -328,7 +328,7 @@ def test_pictures_that_do_not_fit_are_refused(pipe, options, message):
         ({"guidence_scale": 3.0}, "did you mean guidance_scale"),
         ({"prompt_embeds": np.zeros((1, 32, 128), np.float32)}, "both"),
         ({"negative_prompt_embeds": np.zeros((1, 16, 128), np.float32)}, "one shape"),
-        ({"timesteps": [100, 900]}, "must fall"),
+        ({"timesteps": [100, 900]}, "descending"),
         ({"seed": [1, 2]}, "2 seeds for 1"),
     ],
 )

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from sdrt.runtime import Preview, Step
 from sdrt.runtime.batching.request import GeneratedImage, RequestCancelled, RequestHandle
 from sdrt.runtime.images import parse_parameters, read_parameters
-from sdrt.runtime.samplers.registry import title_of
+from sdrt.runtime.samplers.registry import sampler_title
 from sdrt.serve.dependencies import EngineRequest, get_context
 from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.image_encoding import decode_base64_image, encode_base64_image, enlarge_preview
@@ -251,7 +251,7 @@ def _info(request: EngineRequest, images: Sequence[GeneratedImage]) -> dict[str,
         "all_seeds": seeds,
         "width": int(width),
         "height": int(height),
-        "sampler_name": title_of(request.scheduler or request.model.pipe.scheduler_config),
+        "sampler_name": sampler_title(request.scheduler or request.model.pipe.scheduler_config),
         "cfg_scale": options["guidance_scale"],
         "steps": options["num_inference_steps"],
         "batch_size": len(images),

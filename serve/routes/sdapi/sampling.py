@@ -8,13 +8,13 @@ from sdrt.errors import UsageError
 from sdrt.runtime import Pipeline
 from sdrt.runtime.samplers.registry import (
     AUTOMATIC_SCHEDULES,
-    LEVELS,
     SAMPLERS,
     SCHEDULES,
+    SIGMA_OPTIONS,
     config_from_name,
-    pair_from_name,
-    takes_schedule,
-    title_of,
+    parse_sampler_name,
+    sampler_title,
+    supports_schedule,
     titles,
 )
 from sdrt.serve.errors import ApiError
@@ -66,8 +66,8 @@ def resolve_scheduler_config(
         label = joined or _check_schedule(title, label) or AUTOMATIC_SCHEDULES.get(title, "")
         config = config_from_name(f"{title} {label}".strip(), own, xl=xl)
     elif label:
-        title, _ = pair_from_name(title_of(own))
-        title = title if takes_schedule(title, label) else DEFAULT_SAMPLER
+        title, _ = parse_sampler_name(sampler_title(own))
+        title = title if supports_schedule(title, label) else DEFAULT_SAMPLER
         config = config_from_name(f"{title} {label}", own, xl=xl)
     return _apply_eta(own if config is None else config, eta) if eta is not None else config
 
@@ -103,7 +103,7 @@ def _parse_sampler(sampler: str) -> tuple[str, str]:
     if alias in SAMPLER_ALIASES:
         return SAMPLER_ALIASES[alias], label
     try:
-        return pair_from_name(name)
+        return parse_sampler_name(name)
     except UsageError:
         expected = ", ".join(titles())
         message = f"sampler_name {name!r} is not supported; expected one of {expected}"
@@ -112,7 +112,7 @@ def _parse_sampler(sampler: str) -> tuple[str, str]:
 
 def _check_schedule(title: str, label: str) -> str:
     """The schedule, "" if A1111 ignores it too; raises ApiError 400 if it is not supported."""
-    if not label or (takes_schedule(title, label) and title not in TIMESTEP_SAMPLERS):
+    if not label or (supports_schedule(title, label) and title not in TIMESTEP_SAMPLERS):
         return label
     if title in TIMESTEP_SAMPLERS:
         log.info("%s has its own timesteps; ignoring the scheduler %s", title, label)
@@ -125,12 +125,12 @@ def _check_schedule(title: str, label: str) -> str:
 def _apply_eta(config: Mapping[str, Any], eta: float) -> Mapping[str, Any]:
     """Add eta, the amount of fresh noise, if the sampler has one; raises ApiError 400."""
     name = str(config["_class_name"])
-    if "eta" in SAMPLERS[name].reads and name != "TCDScheduler":
+    if "eta" in SAMPLERS[name].options and name != "TCDScheduler":
         if not 0.0 <= eta <= 1.0:
             raise ApiError(400, f"eta {eta:g}; expected 0 to 1", "eta")
         return {**config, "eta": eta}
     if str(config.get("algorithm_type")).startswith("sde") and eta != 1.0:
-        title = title_of(config)
+        title = sampler_title(config)
         raise ApiError(400, f"eta {eta:g} is not supported with {title}; expected 1", "eta")
     return config
 
@@ -148,8 +148,8 @@ def list_samplers() -> list[dict[str, Any]]:
             else {}
         )
         listed.append({"name": title, "aliases": aliases, "options": options})
-        for schedule in LEVELS:
-            if takes_schedule(title, schedule):
+        for schedule in SIGMA_OPTIONS:
+            if supports_schedule(title, schedule):
                 listed.append({"name": f"{title} {schedule}", "aliases": [], "options": {}})
     return listed
 

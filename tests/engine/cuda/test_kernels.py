@@ -206,7 +206,7 @@ def runs_of(scheduler, scales, pictures, beside=0, clip=False):
             table,
             guidance,
             plan,
-            [rng.normal(size=shape).astype(np.float32) for _ in range(1 + table.noises)],
+            [rng.normal(size=shape).astype(np.float32) for _ in range(1 + table.num_noises)],
             {"context": rng.normal(size=(guided, 7, 3)).astype(np.float32)},
             rng.normal(size=(beside, *shape[1:])).astype(np.float32),
         )

@@ -262,10 +262,10 @@ def test_compare_and_schedulers(shapes, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["Euler Karras", "DPM++ 2M SDE", "plms", "DPM2 a Exponential"])
 def test_names_of_other_tools_come_back_in_the_file(shapes, name):
-    from sdrt.runtime.samplers.registry import config_from_name, title_of
+    from sdrt.runtime.samplers.registry import config_from_name, sampler_title
 
     config = config_from_name(name, {"algorithm_type": "dpmsolver++", "use_beta_sigmas": True})
-    assert title_of(config).casefold() == name.casefold()
+    assert sampler_title(config).casefold() == name.casefold()
 
 
 @pytest.mark.parametrize(
