@@ -90,7 +90,8 @@ def test_python_and_commands_are_well_formed(block):
         ast.parse(block.code)
         return
     for line in block.code.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+        command, *_ = re.split(r"\s(?:\d?>|[|&])", line)
+        words = shlex.split(command, comments=True)
         if words[:1] == ["sdrt"]:
             assert parser().parse_args(words[1:]).command, line
 

@@ -1,7 +1,7 @@
 """How `/sdapi` handles the fields that its clients send beyond those of the schemas.
 
 One rule: a field that would change the image and is not supported is rejected by name, unless it
-has a value that changes nothing. `docs/sdapi.md` documents these tables.
+has a value that changes nothing. `docs/serving/sdapi.md` documents these tables.
 """
 
 import logging

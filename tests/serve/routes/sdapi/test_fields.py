@@ -1,6 +1,7 @@
 """Which fields and options of `/sdapi` are used, rejected or ignored, and that the docs say so."""
 
 import base64
+import json
 from io import BytesIO
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from sdrt.serve.settings import Settings
 
 pytestmark = pytest.mark.integration
 
-DOCS = Path(__file__).parents[4] / "docs" / "sdapi.md"
+DOCS = Path(__file__).parents[4] / "docs" / "serving" / "sdapi.md"
 BODY = {"prompt": PROMPT, "steps": 2, "seed": 3}
 
 
@@ -410,11 +411,18 @@ def rows(section):
     return {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
 
 
+def test_docs_describe_every_used_field():
+    text = DOCS.read_text()
+    for name, field in ImageToImageRequest.model_fields.items():
+        default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+        assert f"| `{name}` | {default} | {field.description or ''} |\n" in text
+
+
 def test_docs_name_every_field_and_option():
     used = {*ImageToImageRequest.model_fields, *TextToImageRequest.model_fields}
     assert rows("Fields that are used") == used
-    assert rows("Fields that are refused") == {*sdapi_fields.NEUTRAL, "alwayson_scripts"}
+    assert rows("Fields that are rejected") == {*sdapi_fields.NEUTRAL, "alwayson_scripts"}
     ignored = sdapi_fields.IGNORED | sdapi_fields.IMG2IMG_ONLY
     assert rows("Fields without effect") == set(ignored) - used | {"denoising_strength"}
     assert rows("Options that are used") == set(sdapi_options.USED)
-    assert rows("Options that are refused") == set(sdapi_options.NEUTRAL)
+    assert rows("Options that are rejected") == set(sdapi_options.NEUTRAL)
