@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export SDRT_HOME ?= $(CURDIR)/build/sdrt
 
-.PHONY: demo test test-fast test-rest test-full test-fleet gpu-check check lint types mutations wheel bundle bench fuzz lock audit docs clean kill-points
+.PHONY: demo test test-fast test-rest test-slow test-full test-fleet gpu-check check lint types mutations wheel bundle bench fuzz lock audit docs clean kill-points
 
 demo: $(READY)
 	$(BIN)/sdrt build --model shapes --feature-reuse --force
@@ -15,8 +15,8 @@ demo: $(READY)
 # A file stays on one worker; tests/conftest.py sorts them. Graphs that tests export are cached in
 # build/test-cache, or SDRT_TEST_CACHE.
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-SKIPPED := not gpu and not release
-REST := (build or grid or slow or trt)
+SKIPPED := not gpu and not release and not slow
+FULL := (build or grid or rest or trt)
 
 # Before a commit: a sample of the grids, every kind of check.
 test: $(READY)
@@ -24,13 +24,17 @@ test: $(READY)
 
 # At every edit: no exports, no browser, nothing that takes seconds.
 test-fast: $(READY)
-	$(PYTEST) -m "$(SKIPPED) and not $(REST) and not browser and not exports and not integration"
+	$(PYTEST) -m "$(SKIPPED) and not $(FULL) and not browser and not exports and not integration"
 
-# What `make test` leaves to the continuous integration: the complete grids, builds and plans.
+# What `make test` leaves to the continuous integration: complete grids, builds and plans.
 test-rest: $(READY)
-	$(PYTEST) -m "$(SKIPPED) and $(REST)"
+	$(PYTEST) -m "$(SKIPPED) and $(FULL)"
 
-test-full: test test-rest
+# Half an hour: every family of networks on every engine, thousands of changes and kills.
+test-slow: $(READY)
+	$(PYTEST) -m "slow and not gpu and not release"
+
+test-full: test test-rest test-slow
 
 # On a machine with a GPU: everything that needs one; results go to benchmarks/results.
 gpu-check: $(READY)

@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -30,12 +31,26 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "build_once" in item.fixturenames:
             item.add_marker("exports")
+    leave_samples(items)
     files = {}
     for item in items:
         files.setdefault(item.path, []).append(item)
     items[:] = [
         item for file in sorted(files, key=lambda f: rank(files[f])) for item in files[file]
     ]
+
+
+def leave_samples(items):
+    """Mark `grid` all but `sample(count)` of a test's parameter sets, the same in every run."""
+    tests = {}
+    for item in items:
+        if mark := item.get_closest_marker("sample"):
+            tests.setdefault((item.path.name, item.originalname, mark.args[0]), []).append(item)
+    for (*name, count), every in tests.items():
+        left = random.Random("::".join(name)).sample(every, min(count, len(every)))
+        for item in every:
+            if item not in left:
+                item.add_marker("grid")
 
 
 def rank(items):

@@ -48,6 +48,7 @@ def test_every_part_that_would_be_timed_runs(benchmark, pipe, monkeypatch):
     assert len(parts) == 6
 
 
+@pytest.mark.rest
 @pytest.mark.reference
 def test_every_part_of_the_reference_runs(benchmark, embedded, monkeypatch):
     monkeypatch.setattr(benchmark, "ROWS", (1, 2))

@@ -25,6 +25,7 @@ def leaks():
         sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.mark.rest
 def test_files_and_threads_are_flat(leaks, shapes):
     args = leaks.argparse.Namespace(
         bundle=shapes, backend="onnxruntime", pictures=60, cycles=12, switches=12

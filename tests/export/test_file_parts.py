@@ -72,10 +72,8 @@ CASES = [(f, p) for f in ("1.x", "2.x", "XL") for p in ("unet", "vae", "text_enc
 CASES += [("XL", "text_encoder_2")]
 
 
-@pytest.mark.parametrize(
-    ("family", "part"),
-    [pytest.param(*case, marks=[pytest.mark.grid] * (case[0] == "2.x")) for case in CASES],
-)
+@pytest.mark.sample(4)
+@pytest.mark.parametrize(("family", "part"), CASES)
 def test_a_part_as_a_file_is_that_of_the_model_in_every_layout(family, part, models, tmp_path):
     parts, tensors, model = models[family]
     lacking = {k: t for k, t in tensors.items() if not k.startswith(PREFIXES[part])}

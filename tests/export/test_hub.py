@@ -108,6 +108,7 @@ def fetch(hub, tmp_path):
     return run
 
 
+@pytest.mark.rest
 def test_only_what_a_build_reads_is_fetched(hub, fetch, model, tmp_path):
     done = fetch("org/open")
     assert done.returncode == 0, done.stderr
@@ -196,6 +197,7 @@ def test_a_download_that_is_cut_goes_on_where_it_was(hub, fetch, tmp_path):
     assert (Path(done.stdout.strip()) / name).read_bytes() == (large / name).read_bytes()
 
 
+@pytest.mark.rest
 def test_a_hub_id_is_a_checkpoint(fetch):
     code = "import sys; from sdrt.export.checkpoint import find_checkpoint as find\n"
     code += "found = find(*sys.argv[1:]); print(found.source, len(found.weight_files('vae')))"

@@ -7,13 +7,10 @@ from saved import FAMILIES, NEGATIVE, PROMPT, drawn, psnr, saved
 
 import sdrt
 
-pytestmark = pytest.mark.reference
+pytestmark = [pytest.mark.build, pytest.mark.reference]
 
 
-PARAMS = [pytest.param(name, marks=[pytest.mark.build] * (name != "1.x")) for name in FAMILIES]
-
-
-@pytest.fixture(scope="module", params=PARAMS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def both(request, embedded, tmp_path_factory, build_once):
     folder = tmp_path_factory.mktemp("saved")
     reference = saved(embedded, folder / "model", request.param)

@@ -26,6 +26,7 @@ def reference(embedded):
     return pipe
 
 
+@pytest.mark.sample(5)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "seeds", [(0,), pytest.param((1, 2), marks=pytest.mark.slow)], ids=["a seed", "more seeds"]

@@ -64,6 +64,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.reference
 @pytest.mark.parametrize("strength", [0.35, 0.8, 1.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -74,6 +75,7 @@ def test_image_to_image_is_the_references(pipe, reference, picture, name, streng
     assert decibels(own, wanted, **options) >= 50
 
 
+@pytest.mark.sample(3)
 @pytest.mark.reference
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("name", SCHEDULERS[:2] + SCHEDULERS[3:4])

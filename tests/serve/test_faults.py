@@ -147,6 +147,7 @@ def test_disconnect_frees_slots(server, stream):
     wait_for(lambda: not engine.tickets(), 2.0)
 
 
+@pytest.mark.rest
 def test_unread_response_frees_slots(server):
     engine = get_engine(server)
     post = {"n": 10, "stream": True, "progress": True, "partial_images": 100}
@@ -306,6 +307,7 @@ def test_api_keys(shapes):
         assert http.post(PATH, content=b"x" * 50_000_000).status_code in (401, 413)
 
 
+@pytest.mark.rest
 def test_interrupt_is_limited_to_the_same_key(shapes):
     with run_server(shapes, keys=(hash_key(b"one"), hash_key(b"two"))) as server:
         mine, other = ({"x-api-key": name} for name in ("one", "two"))

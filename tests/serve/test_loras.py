@@ -202,6 +202,7 @@ def test_long_name_is_compared_quickly(folder):
         find_named("first" * 100_000)
 
 
+@pytest.mark.rest
 def test_the_command_line(shapes, folder, tmp_path):
     command = [sys.executable, "-m", "sdrt", "run", "--bundle", str(shapes), "--steps", "3"]
     command += ["--seed", "5", "--backend", "onnxruntime", "--guidance-scale", "2"]

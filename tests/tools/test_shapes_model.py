@@ -67,6 +67,7 @@ def test_guidance_helps(pipe, guided):
     assert sum(shares(guided[:FEW]).values()) > sum(shares(unguided).values())
 
 
+@pytest.mark.rest
 def test_a_negative_prompt_moves_away_from_what_it_names(pipe):
     """Left to itself the model paints any background; a colour that is named becomes rarer."""
     prompt, count = "a white circle", 30

@@ -53,6 +53,7 @@ def is_mapped(path):
     return str(path) in Path("/proc/self/maps").read_text()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder"])
 def test_a_kept_model_gives_the_same_numbers(bundle, compiled, name, precision, tmp_path):

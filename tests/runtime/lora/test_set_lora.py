@@ -313,6 +313,7 @@ def test_a_bundle_without_names_says_what_to_type(shapes, files, tmp_path):
         pipe.set_lora({files["kohya"]: 1.0})
 
 
+@pytest.mark.rest
 def test_the_command_line_takes_files_and_names(shapes, files, tmp_path):
     (home() / "loras").mkdir(exist_ok=True)
     shutil.copyfile(files["peft"], home() / "loras" / "style.safetensors")

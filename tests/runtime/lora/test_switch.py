@@ -230,6 +230,7 @@ def test_a_backend_that_takes_no_other_weights_refuses_by_name(lora_pipe, monkey
     assert made == alone(lora_pipe, {})
 
 
+@pytest.mark.rest
 def test_a_pipeline_that_is_loaded_anew_carries_the_set(shapes, lora_pipe):
     """The device breaks in the middle of an image, which goes on with the weights that it had."""
     wanted = alone(lora_pipe, {"first": 1.0}, num_inference_steps=20)
@@ -279,6 +280,7 @@ def test_a_file_that_was_written_again_is_read_again(lora_pipe, folder, embedded
     assert made[1] == alone(lora_pipe, {"trained": 1.0})
 
 
+@pytest.mark.rest
 def test_what_others_make_the_pipeline_carry_meanwhile_stays(lora_pipe):
     with InflightBatcher(lora_pipe, rows=16) as engine:
         result(engine.submit(f"{PROMPT} <lora:first:1>", OPTIONS)[0])

@@ -71,7 +71,15 @@ def reference(config, steps, double):
 LONG = ("KDPM2", "LMS")
 SHARES = [(name, 0.01 if name.startswith(LONG) else 0.1) for name in SAMPLERS]
 GRIDS = [pytest.param(name, share, id=f"{name}, some") for name, share in SHARES]
-GRIDS += [pytest.param(name, 1.0, id=f"{name}, all", marks=pytest.mark.grid) for name in SAMPLERS]
+GRIDS += [
+    pytest.param(
+        name,
+        1.0,
+        id=f"{name}, all",
+        marks=[pytest.mark.grid] + [pytest.mark.slow] * name.startswith(LONG),
+    )
+    for name in SAMPLERS
+]
 
 
 @pytest.mark.parametrize(("name", "share"), GRIDS)

@@ -107,6 +107,7 @@ def test_key_file(shapes, tmp_path):
         assert right.json()["data"][0]["id"] == "shapes"
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

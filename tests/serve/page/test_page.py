@@ -38,6 +38,7 @@ def test_generated_image_equals_the_pipelines(page, pipe):
     assert image.text["parameters"] == alone.parameters[0]
 
 
+@pytest.mark.rest
 def test_previews_are_shown_while_generating(page):
     generate(page, num_inference_steps=150)
     expect(page.locator("#canvas[data-state=running] #image")).to_be_visible()
@@ -58,6 +59,7 @@ def running(server):
     return sum(float(line.split()[-1]) for line in lines if line.startswith("sdrt_running"))
 
 
+@pytest.mark.rest
 def test_queued_images_can_be_cancelled(page, server):
     generate(page, num_inference_steps=LONG, count=6, seed=3)
     expect(page.locator("#tiles li")).to_have_count(6)
@@ -163,6 +165,7 @@ TABS = [
 ]
 
 
+@pytest.mark.rest
 def test_keyboard_operation(page):
     expect(page.locator("#prompt")).to_be_focused()
     page.keyboard.type(PROMPT)
@@ -215,6 +218,7 @@ def test_prompt_is_never_interpreted_as_html(page):
     assert page.locator("#caption img, #tiles img[onerror]").count() == 0
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [PHONE, {"viewport": {"width": 320, "height": 568}}, SIDEWAYS])
 def test_phone_layout_does_not_scroll_sideways(browser, server, options):
     with open_page(browser, server, **options) as page:
@@ -261,6 +265,7 @@ CONTRAST = """() => {
 }"""
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_and_accessible_names(browser, server, scheme):
     with open_page(browser, server, rejections=True, color_scheme=scheme) as page:
@@ -275,6 +280,7 @@ def test_contrast_and_accessible_names(browser, server, scheme):
                 expect(control).to_have_accessible_name(re.compile(r"\w"))
 
 
+@pytest.mark.rest
 def test_lora_tag_in_the_prompt(browser, server, embedded, shapes, home):
     """Applied if the file exists; else the page shows the error."""
     folder = home / "loras"

@@ -264,6 +264,7 @@ def test_unsupported_pair_is_rejected_by_name(http):
         )
 
 
+@pytest.mark.rest
 def test_every_listed_pair_is_accepted(http):
     samplers = http.get("/sdapi/v1/samplers").json()
     schedulers = http.get("/sdapi/v1/schedulers").json()
