@@ -25,7 +25,7 @@ from sdrt.process_stats import forget_peak, peak_bytes
 
 @dataclass(slots=True)
 class Stage:
-    """A stretch of a build. seconds: how long it took; peak: bytes held at most in it"""
+    """A chunk of a build. seconds: how long it took; peak: bytes held at most in it"""
 
     name: str
     began: float
@@ -53,7 +53,7 @@ def beginning(line: str, stage: str) -> str:
     """The stage that goes on after a line of a build."""
     if line.startswith("["):
         return line.split("] ")[1].split(":")[0]
-    # Each component's proof is its last line; after the last one's come whole pictures.
+    # Each component's proof is its last line; after the last one's come whole images.
     if line.startswith("  ") and stage == "vae_encoder":
         return "end-to-end check"
     return "end" if line.startswith("done in") else stage
@@ -76,13 +76,13 @@ def main() -> None:
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        found = [stage for stage in stages(process) if stage.name != "end"]
+        actual = [stage for stage in stages(process) if stage.name != "end"]
         if process.wait():
             sys.exit(f"the build ended with {process.returncode}")
         size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
-    for stage in found:
+    for stage in actual:
         print(f"{stage.name:16} {stage.seconds:6.1f} s  peak {stage.peak / 1e9:.2f} GB")
-    seconds, peak = sum(stage.seconds for stage in found), max(stage.peak for stage in found)
+    seconds, peak = sum(stage.seconds for stage in actual), max(stage.peak for stage in actual)
     dtype = "fp32" if args.fp32 else "fp16"
     model_name = "full-size Stable Diffusion 1.5"
     if args.divisor > 1:
@@ -91,14 +91,14 @@ def main() -> None:
         f"building {model_name} in {dtype}, all": f"peak {peak / 1e9:.1f} GB, {seconds:.0f} s, "
         f"bundle {size / 1e9:.2f} GB",
         f"building {model_name} in {dtype}, by stage": "; ".join(
-            f"{stage.name} {stage.seconds:.0f} s, {stage.peak / 1e9:.1f} GB" for stage in found
+            f"{stage.name} {stage.seconds:.0f} s, {stage.peak / 1e9:.1f} GB" for stage in actual
         ),
     }
     print(claims)
     if args.save:
         figures = {
             "bundle_bytes": size,
-            "stages": {s.name: {"seconds": s.seconds, "peak_bytes": s.peak} for s in found},
+            "stages": {s.name: {"seconds": s.seconds, "peak_bytes": s.peak} for s in actual},
         }
         save(f"build_{dtype}" if args.divisor == 1 else "build_narrow", claims, figures)
 

@@ -76,14 +76,14 @@ def feeds_of(component: str) -> dict[str, Any]:
 
 
 def export(component: str, folder: Path) -> dict[str, Any]:
-    """Export one component; torch's answer is kept beside it."""
+    """Export one component; torch's answer is kept next to it."""
     import numpy as np
     import torch
 
     from sdrt.export.graph import export_graph
     from sdrt.export.recipes import RECIPES
 
-    recipe = next(each for each in RECIPES if each.name == component)
+    recipe = next(item for item in RECIPES if item.name == component)
     outputs = recipe.outputs
     module, feeds = module_of(component), feeds_of(component)
     with torch.no_grad():
@@ -131,10 +131,10 @@ def load(component: str, folder: Path) -> dict[str, Any]:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(folder / "model.onnx"), options)
     case = dict(np.load(folder / "case.npz"))
-    wanted = {name[7:]: case.pop(name) for name in list(case) if name.startswith("output.")}
-    found = session.run(list(wanted), case)
-    every = [measure(f, w, is_image=False) for f, w in zip(found, wanted.values(), strict=True)]
-    return {"cosine": min(each["cosine"] for each in every)}
+    expected = {name[7:]: case.pop(name) for name in list(case) if name.startswith("output.")}
+    actual = session.run(list(expected), case)
+    every = [measure(f, w, is_image=False) for f, w in zip(actual, expected.values(), strict=True)]
+    return {"cosine": min(item["cosine"] for item in every)}
 
 
 STEPS = {"export": export, "check": check, "load": load}
@@ -164,10 +164,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for component in args.components.split(","):
             folder = Path(work) / component
-            found = {step: measured(step, component, folder) for step in STEPS}
-            figures[component] = found
-            print(json.dumps({component: found}, indent=2))
-            exported, checked, loaded = found["export"], found["check"], found["load"]
+            actual = {step: measured(step, component, folder) for step in STEPS}
+            figures[component] = actual
+            print(json.dumps({component: actual}, indent=2))
+            exported, checked, loaded = actual["export"], actual["check"], actual["load"]
             assert loaded["cosine"] >= CLOSE, f"{component}: cosine {loaded['cosine']}"
             claims[f"exporting full-size SDXL's {component} in fp16, graph checked"] = (
                 f"{exported['peak_kb'] / 1e6:.1f} GB, {exported['seconds']:.0f} s; "

@@ -31,15 +31,15 @@ def main() -> None:
         subprocess.run(command, check=True)
         sidecars = [json.loads(path.read_text()) for path in bundle.glob("plans/*/*.json")]
         claims, figures = {}, {}
-        for made in sidecars:
-            name = made["key"]["component"]
-            figures[name] = {key: made[key] for key in ("seconds", "peak_bytes", "size")}
+        for result in sidecars:
+            name = result["key"]["component"]
+            figures[name] = {key: result[key] for key in ("seconds", "peak_bytes", "size")}
             weights = (bundle / name / "model.safetensors").stat().st_size
             claims[
                 f"plan of full-size {name}, fp16, {args.size}, {args.target}, built on the CPU"
             ] = (
-                f"{made['seconds']:.0f} s, peak {made['peak_bytes'] / 1e9:.1f} GB, plan "
-                f"{made['size'] / 1e6:.0f} MB of {weights / 1e6:.0f} MB weights"
+                f"{result['seconds']:.0f} s, peak {result['peak_bytes'] / 1e9:.1f} GB, plan "
+                f"{result['size'] / 1e6:.0f} MB of {weights / 1e6:.0f} MB weights"
             )
         print(json.dumps(claims, indent=2))
         if args.save:

@@ -2,10 +2,10 @@
 
     python benchmarks/cold_start.py [--runs 5] [--install] [--save]
 
-`sdrt run` and the reference library both draw the embedded model, 20 steps with guidance, on the
+`sdrt run` and diffusers both draw the embedded model, 20 steps with guidance, on the
 CPU: whole processes in turns, their medians, and what of them is Python's start and imports. With
 `--install`, the size of two fresh environments as well, which pip fills (needs its index; minutes):
-this project with `[cpu]`, and torch for the CPU with the reference library.
+this project with `[cpu]`, and torch for the CPU with diffusers.
 """
 
 import argparse
@@ -55,12 +55,12 @@ def timed(runs: int) -> dict[str, list[float]]:
     checkpoint = str(Path(sdrt.__file__).parent / "models" / "shapes")
     python = sys.executable
     with tempfile.TemporaryDirectory() as folder:
-        picture = str(Path(folder) / "a.png")
+        image = str(Path(folder) / "a.png")
         run = [python, "-m", "sdrt", "run", PROMPT, "--bundle", "shapes"]
         commands = {
             **{name: [python, "-c", code] for name, code in IMPORTS.items()},
-            "sdrt run": [*run, "--seed", "0", "--steps", "20", "--output", picture],
-            "reference": [python, "-c", REFERENCE, checkpoint, PROMPT, picture],
+            "sdrt run": [*run, "--seed", "0", "--steps", "20", "--output", image],
+            "reference": [python, "-c", REFERENCE, checkpoint, PROMPT, image],
         }
         times: dict[str, list[float]] = {name: [] for name in commands}
         for _ in range(runs):
@@ -69,13 +69,13 @@ def timed(runs: int) -> dict[str, list[float]]:
     return times
 
 
-def installed_bytes(wanted: list[str]) -> int:
+def installed_bytes(expected: list[str]) -> int:
     """The size of a fresh environment with these, without pip and its own."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         before = bytes_of(Path(folder))
         pip = [str(Path(folder) / "bin" / "pip"), "install", "--quiet"]
-        subprocess.run([*pip, "--disable-pip-version-check", *wanted], check=True, cwd=ROOT)
+        subprocess.run([*pip, "--disable-pip-version-check", *expected], check=True, cwd=ROOT)
         return bytes_of(Path(folder)) - before
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     }
     figures: dict[str, object] = {"medians": medians, "times": times}
     if args.install:
-        sizes = {name: installed_bytes(wanted) for name, wanted in ENVIRONMENTS.items()}
+        sizes = {name: installed_bytes(expected) for name, expected in ENVIRONMENTS.items()}
         figures["installed_bytes"] = sizes
         claims["installed size with dependencies"] = (
             f"{sizes['own'] / 1e6:.0f} MB; diffusers "

@@ -4,7 +4,7 @@
         [--tile 256] [--rounds 5] [--save]
 
 Each decoder lives in a process of its own, alone, on smooth random latents; they take turns. The
-tiny one is TAESD's network with random weights: its speed, not its pictures. Seams are what tiles
+tiny one is TAESD's network with random weights: its speed, not its images. Seams are what tiles
 add to the steps between neighbouring pixels. The PNG is of noise with a photograph's spectrum.
 """
 
@@ -78,7 +78,7 @@ def work(args: argparse.Namespace) -> None:
 
 def measured(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, object]]:
     """Seconds and memory beyond the weights of every decoder, in turns."""
-    workers, found = {}, {}
+    workers, actual = {}, {}
     for name in ("whole", "tiled", "tiny"):
         command = [sys.executable, *sys.argv, "--worker", name]
         command += ["--picture", str(folder / f"{name}.npy")]
@@ -86,24 +86,24 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, obje
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
         before, peak = (float(part) for part in workers[name].stdout.readline().split())
-        found[name] = {"before_gb": before, "peak_gb": peak, "seconds": []}
+        actual[name] = {"before_gb": before, "peak_gb": peak, "seconds": []}
     for _ in range(args.rounds):
         for name, worker in workers.items():
             worker.stdin.write("\n")
             worker.stdin.flush()
-            found[name]["seconds"].append(float(worker.stdout.readline()))
+            actual[name]["seconds"].append(float(worker.stdout.readline()))
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-    return found
+    return actual
 
 
 def seams(args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """What tiles add at their borders and elsewhere, and the PSNR of the whole picture in dB."""
+    """What tiles add at their borders and elsewhere, and the PSNR of the whole image in dB."""
     scale = open_bundle(args.bundle).manifest.downscale
-    whole, tiled = (np.clip(np.load(folder / f"{n}.npy"), -1, 1) for n in ("whole", "tiled"))
-    error = max(float(np.mean((whole - tiled) ** 2)) / 4.0, 1e-12)
-    added = np.abs(np.diff(tiled, axis=3) - np.diff(whole, axis=3)).mean(axis=(0, 1, 2))
+    full, tiled = (np.clip(np.load(folder / f"{n}.npy"), -1, 1) for n in ("whole", "tiled"))
+    error = max(float(np.mean((full - tiled) ** 2)) / 4.0, 1e-12)
+    added = np.abs(np.diff(tiled, axis=3) - np.diff(full, axis=3)).mean(axis=(0, 1, 2))
     spans = tile_spans(args.side // scale, args.tile // scale)
     borders = {scale * s for span in spans for s in (span.start, span.stop)} - {0, args.side}
     at = [border - 1 for border in borders]
@@ -124,15 +124,15 @@ def files(side: int, rounds: int) -> dict[str, dict[str, float]]:
     noise = np.fft.ifft2(spectrum).real
     pixels = np.clip(127.5 + 45 * noise / noise.std(), 0, 255).astype(np.uint8)
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    found: dict[str, dict[str, float]] = {}
+    actual: dict[str, dict[str, float]] = {}
     for level in LEVELS:
         times = []
         for _ in range(rounds):
             buffer, began = BytesIO(), time.perf_counter()
             image.save(buffer, "PNG", compress_level=level)
             times.append(1e3 * (time.perf_counter() - began))
-        found[str(level)] = {"ms": statistics.median(times), "bytes": len(buffer.getvalue())}
-    return found
+        actual[str(level)] = {"ms": statistics.median(times), "bytes": len(buffer.getvalue())}
+    return actual
 
 
 def main() -> None:
@@ -150,18 +150,18 @@ def main() -> None:
         work(args)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        found = measured(args, Path(temporary))
+        actual = measured(args, Path(temporary))
         border = seams(args, Path(temporary))
     kinds = files(args.side, args.rounds)
     claims = {}
-    whole = found["whole"]["seconds"]
-    for name, each in found.items():
-        pairs = zip(whole, each["seconds"], strict=True)
+    full = actual["whole"]["seconds"]
+    for name, item in actual.items():
+        pairs = zip(full, item["seconds"], strict=True)
         faster = statistics.median(base / own for base, own in pairs)
         kind = {"tiled": f"in tiles of {args.tile}", "tiny": "by a tiny decoder"}.get(name, name)
         claims[f"full-size decode of {args.side}x{args.side} on {args.backend}, {kind}"] = (
-            f"{statistics.median(each['seconds']):.2f} s, {faster:.2f} × the untiled speed, "
-            f"{each['peak_gb'] - each['before_gb']:.1f} GB beyond the weights"
+            f"{statistics.median(item['seconds']):.2f} s, {faster:.2f} × the untiled speed, "
+            f"{item['peak_gb'] - item['before_gb']:.1f} GB beyond the weights"
         )
     said = (f"{level}: {k['ms']:.0f} ms, {k['bytes'] / 1e3:.0f} kB" for level, k in kinds.items())
     claims[f"a PNG of {args.side}x{args.side} by level of compression"] = "; ".join(said)
@@ -169,7 +169,7 @@ def main() -> None:
         print(f"{name}: {text}")
     print("seams:", border)
     if args.save:
-        save(f"decoders_{args.side}", claims, {"decoders": found, "seams": border, "png": kinds})
+        save(f"decoders_{args.side}", claims, {"decoders": actual, "seams": border, "png": kinds})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What fewer and cheaper evaluations save, and how far their pictures are from the full run's.
+"""What fewer and cheaper evaluations save, and how far their images are from the full run's.
 
     python benchmarks/fewer.py [--work FOLDER] [--size 256x256] [--rounds 3] [--save]
 
-Without `--work` the embedded model: many captions and seeds, their pictures against those of the
+Without `--work` the embedded model: many captions and seeds, their images against those of the
 full run, and what a reader of shapes makes of them. With it full-size Stable Diffusion 1.5 of
-random weights, made and built in FOLDER (7 GB; kept there): whole pictures of 20 steps in turns
-with the reference library's, in fp32 and bf16. Random weights say nothing of how good a picture is,
+random weights, made and built in FOLDER (7 GB; kept there): whole images of 20 steps in turns
+with diffusers', in fp32 and bf16. Random weights say nothing of how good a image is,
 only how far it is from the same run in full.
 """
 
@@ -48,10 +48,10 @@ WAYS: dict[str, dict[str, object]] = {
 }
 
 
-def distance(found: list[np.ndarray], wanted: list[np.ndarray]) -> dict[str, float]:
+def distance(actual: list[np.ndarray], expected: list[np.ndarray]) -> dict[str, float]:
     """PSNR in dB, the median and the worst, and SSIM, the median."""
-    near = [psnr(a, b) for a, b in zip(found, wanted, strict=True)]
-    alike = [ssim(a, b) for a, b in zip(found, wanted, strict=True)]
+    near = [psnr(a, b) for a, b in zip(actual, expected, strict=True)]
+    alike = [ssim(a, b) for a, b in zip(actual, expected, strict=True)]
     return {
         "psnr": statistics.median(near),
         "psnr_worst": min(near),
@@ -60,11 +60,11 @@ def distance(found: list[np.ndarray], wanted: list[np.ndarray]) -> dict[str, flo
 
 
 def embedded(count: int, rounds: int) -> dict[str, dict[str, float]]:
-    """The embedded model: distance, what a reader makes of its pictures, seconds each."""
+    """The embedded model: distance, what a reader makes of its images, seconds each."""
     rng = np.random.default_rng(2026)
     scenes = [scene_from_random(rng) for _ in range(count)]
     captions = [caption(scene) for scene in scenes]
-    found: dict[str, dict[str, float]] = {}
+    actual: dict[str, dict[str, float]] = {}
     with sdrt.load("shapes", backend="onnxruntime") as loaded:
         pipe = loaded.with_scheduler(SAMPLER)
         times: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -73,23 +73,23 @@ def embedded(count: int, rounds: int) -> dict[str, dict[str, float]]:
                 began = time.perf_counter()
                 pipe(PROMPT, num_inference_steps=STEPS, seed=0, **options)
                 times[name] += [time.perf_counter() - began] if turn else []
-        wanted: list[np.ndarray] = []
+        expected: list[np.ndarray] = []
         for name, options in WAYS.items():
             out = pipe(captions, num_inference_steps=STEPS, seed=0, **options)
             pictures = [np.asarray(image) for image in out.images]
-            wanted = wanted or pictures
+            expected = expected or pictures
             read = [verdict(p, s) for p, s in zip(pictures, scenes, strict=True)]
             right = {
-                part: float(np.mean([getattr(each, part) for each in read]))
+                part: float(np.mean([getattr(item, part) for item in read]))
                 for part in ("background", "colour", "shape")
             }
-            found[name] = {
-                **distance(pictures, wanted),
+            actual[name] = {
+                **distance(pictures, expected),
                 **right,
                 "seconds": statistics.median(times[name]),
                 "times_faster": paired(times["full"], times[name]),
             }
-    return found
+    return actual
 
 
 def paired(base: list[float], own: list[float]) -> float:
@@ -97,7 +97,7 @@ def paired(base: list[float], own: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(base, own, strict=True))
 
 
-def shares(checkpoint: Path, size: tuple[int, int]) -> dict[str, float]:
+def fractions(checkpoint: Path, size: tuple[int, int]) -> dict[str, float]:
     """Floating-point operations of a guided evaluation, attention included, in 1e9: the whole UNet
     and its shallow part from each branch.
     """
@@ -112,7 +112,7 @@ def shares(checkpoint: Path, size: tuple[int, int]) -> dict[str, float]:
     with torch.device("meta"):
         unet = Unet(config)
         sides = size[1] // 8, size[0] // 8
-        given = {
+        inputs = {
             "sample": torch.zeros(2, config.in_channels, *sides),
             "timestep": torch.zeros(2),
             "context": torch.zeros(2, 77, config.cross_attention_dim),
@@ -120,16 +120,16 @@ def shares(checkpoint: Path, size: tuple[int, int]) -> dict[str, float]:
 
     def counted(call, **more) -> float:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            call(**given, **more)
+            call(**inputs, **more)
         return counter.get_total_flops() / 1e9
 
-    found = {"whole": counted(unet)}
+    actual = {"whole": counted(unet)}
     for branch in range(config.layers_per_block + 1):
         unet.branch = branch
         with torch.no_grad():
-            _, feature = unet(**given)
-        found[f"branch {branch}"] = counted(unet.shallow, feature=feature)
-    return found
+            _, feature = unet(**inputs)
+        actual[f"branch {branch}"] = counted(unet.shallow, feature=feature)
+    return actual
 
 
 REFERENCES = {"reference fp32": "float32", "reference bf16": "bfloat16"}
@@ -137,7 +137,7 @@ OWN = ("full", "reuse 2", "reuse 3", *list(WAYS)[-2:])
 
 
 def work(name: str, folder: Path, size: tuple[int, int]) -> None:
-    """A worker: loads, makes a picture for every line, prints the seconds; the picture it saves."""
+    """A worker: loads, makes a image for every line, prints the seconds; the image it saves."""
     draw = reference(folder / "model", REFERENCES[name], size) if name in REFERENCES else None
     draw = draw or own(folder / "bundle", size)
     draw("reuse 2", 2)  # sets things up
@@ -145,9 +145,9 @@ def work(name: str, folder: Path, size: tuple[int, int]) -> None:
     for line in sys.stdin:
         way, path = line.strip().split("\t")
         began = time.perf_counter()
-        picture = draw(way, STEPS)
+        image_image = draw(way, STEPS)
         print(time.perf_counter() - began, flush=True)
-        np.save(path, picture)
+        np.save(path, image_image)
 
 
 def own(bundle: Path, size: tuple[int, int]):
@@ -162,7 +162,7 @@ def own(bundle: Path, size: tuple[int, int]):
 
 
 def reference(checkpoint: Path, dtype: str, size: tuple[int, int]):
-    """The reference library's pipeline, channels last in bf16, as its users run it."""
+    """diffusers' pipeline, channels last in bf16, as its users run it."""
     import torch
     from diffusers import DPMSolverMultistepScheduler
 
@@ -182,7 +182,7 @@ def reference(checkpoint: Path, dtype: str, size: tuple[int, int]):
 
 
 def full_size(folder: Path, size: str, rounds: int) -> dict[str, dict[str, object]]:
-    """Whole pictures in turns: seconds, how many times faster, and distance from our full run."""
+    """Whole images in turns: seconds, how many times faster, and distance from our full run."""
     made_bundle(folder, [size], "--feature-reuse")
     workers = {name: started(name, folder, size) for name in (*REFERENCES, "own")}
     turns = [(name, name, "full") for name in REFERENCES] + [(way, "own", way) for way in OWN]
@@ -242,14 +242,14 @@ def main() -> None:
     claims = {}
     if args.work:
         ways = full_size(args.work, args.size, args.rounds)
-        parts = shares(args.work / "model", (width, height))
-        for name, found in ways.items():
-            print(f"{name:36} " + "  ".join(f"{k} {v}" for k, v in found.items()))
+        parts = fractions(args.work / "model", (width, height))
+        for name, actual in ways.items():
+            print(f"{name:36} " + "  ".join(f"{k} {v}" for k, v in actual.items()))
             if name not in REFERENCES:
                 claims[f"full-size image, {args.size}, {STEPS} steps, guidance 7.5, {name}"] = (
-                    f"{statistics.median(found['seconds']):.1f} s, {found['times_fp32']:.2f} × "
-                    f"diffusers fp32, {found['times_bf16']:.2f} × bf16; "
-                    f"{found['psnr']:.1f} dB, SSIM {found['ssim']:.3f} against the full run"
+                    f"{statistics.median(actual['seconds']):.1f} s, {actual['times_fp32']:.2f} × "
+                    f"diffusers fp32, {actual['times_bf16']:.2f} × bf16; "
+                    f"{actual['psnr']:.1f} dB, SSIM {actual['ssim']:.3f} against the full run"
                 )
         print(parts)
         claims |= {
@@ -262,12 +262,12 @@ def main() -> None:
         figures = {"ways": ways, "gflop": parts}
     else:
         figures = {"ways": embedded(args.captions, args.rounds)}
-        for name, found in figures["ways"].items():
-            print(f"{name:36} " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()))
+        for name, actual in figures["ways"].items():
+            print(f"{name:36} " + "  ".join(f"{k} {v:.3f}" for k, v in actual.items()))
             if name != "full":
                 claims[f"`shapes`, {args.captions} captions, {STEPS} steps, {name}"] = (
-                    f"{found['times_faster']:.2f} × as fast; {found['psnr']:.1f} dB, SSIM "
-                    f"{found['ssim']:.3f} against the full run; shape right {found['shape']:.1%}"
+                    f"{actual['times_faster']:.2f} × as fast; {actual['psnr']:.1f} dB, SSIM "
+                    f"{actual['ssim']:.3f} against the full run; shape right {actual['shape']:.1%}"
                 )
     if args.save:
         save(f"fewer_{args.size}" if args.work else "fewer_shapes", claims, figures)

@@ -53,7 +53,7 @@ def hung(bundle: Path, backend: str, processes: int, at_once: int, seconds: floa
     """How many of so many processes do not end."""
     with ThreadPoolExecutor(at_once) as pool:
         tries = [pool.submit(ended, bundle, backend, seconds) for _ in range(processes)]
-        return sum(not each.result() for each in tries)
+        return sum(not item.result() for item in tries)
 
 
 def main() -> None:

@@ -4,10 +4,10 @@
                              [--engines A,B] [--save]
 
 Weights are random, of the published configuration: speed does not depend on their values. Engines
-are the reference library in fp16, as it is and compiled (`torch.compile`, channels last), ONNX
+are diffusers in fp16, as it is and compiled (`torch.compile`, channels last), ONNX
 Runtime on CUDA, and the TensorRT that this GPU takes; each lives in a process of its own. Measured
-are the text encoder, the UNet at 1 to 16 rows, decoding, whole pictures with guidance, load, memory
-and the time from a process's start to its first picture, next to what the GPU reaches in a large
+are the text encoder, the UNet at 1 to 16 rows, decoding, whole images with guidance, load, memory
+and the time from a process's start to its first image, next to what the GPU reaches in a large
 product and a large copy. Minutes, and about 10 GB of disk. Never run yet.
 """
 
@@ -40,15 +40,15 @@ Part = Callable[[], object]
 
 def contestants() -> dict[str, str | None]:
     """Every engine, and why it cannot run here."""
-    found: dict[str, str | None] = {}
+    actual: dict[str, str | None] = {}
     torch = next(c for c in list_backends() if c.backend == "torch" and c.device == "cuda")
     for name in REFERENCES:
-        found[name] = torch.unavailable_reason
+        actual[name] = torch.unavailable_reason
     for candidate in list_backends():
         if candidate.device == "cuda":
-            found[candidate.backend] = candidate.unavailable_reason
-    found[PLAIN] = found["onnxruntime"]
-    return found
+            actual[candidate.backend] = candidate.unavailable_reason
+    actual[PLAIN] = actual["onnxruntime"]
+    return actual
 
 
 def own_parts(backend: str, bundle: Path, sizes: list[str], steps: list[int]) -> dict[str, Part]:
@@ -84,9 +84,9 @@ def parts_of(pipe: Any, sizes: list[str], steps: list[int]) -> dict[str, Part]:
         parts[f"decode {size}"] = partial(engines["vae_decoder"], latents)
         for count in steps:
             options: dict[str, Any] = {"num_inference_steps": count, "size": size, "seed": 0}
-            whole = partial(pipe, PROMPT, **options)
-            parts[f"picture {size}, {count} steps"] = whole
-            watched = partial(whole, on_step=lambda step: None)
+            complete = partial(pipe, PROMPT, **options)
+            parts[f"picture {size}, {count} steps"] = complete
+            watched = partial(complete, on_step=lambda step: None)
             parts[f"picture {size}, {count} steps, step by step"] = watched
     return parts
 
@@ -94,7 +94,7 @@ def parts_of(pipe: Any, sizes: list[str], steps: list[int]) -> dict[str, Part]:
 def reference_parts(
     model: Path, compiled: bool, sizes: list[str], steps: list[int], device: str = "cuda"
 ) -> dict[str, Part]:
-    """The same parts of the reference library's pipeline."""
+    """The same parts of diffusers' pipeline."""
     import torch
 
     pipe = reference_pipeline(model, "float16").to(device)
@@ -107,14 +107,14 @@ def reference_parts(
     ids = pipe.tokenizer(
         ["", PROMPT], padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids.to(device)
-    told = ids.shape[1], pipe.unet.config.cross_attention_dim
+    conditioning = ids.shape[1], pipe.unet.config.cross_attention_dim
     parts: dict[str, Part] = {"text encoder": partial(pipe.text_encoder, ids)}
     for size in sizes:
         width, height = parse_size(size)
         shape = (4, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
         time_now = torch.tensor(500.0, device=device)
         for rows in ROWS:
-            fed = half((rows, *shape)), time_now, half((rows, *told))
+            fed = half((rows, *shape)), time_now, half((rows, *conditioning))
             parts[f"UNet {size}, {rows} rows"] = partial(pipe.unet, *fed)
         parts[f"decode {size}"] = partial(pipe.vae.decode, half((1, *shape)))
         for count in steps:
@@ -138,7 +138,7 @@ def ceilings() -> dict[str, float]:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
     source = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
     target = torch.empty_like(source)
-    found = {}
+    actual = {}
     for name, part, amount in (
         ("fp16 product, TFLOP/s", lambda: a @ b, 2 * 8192**3 / 1e12),
         ("copy, GB/s", lambda: target.copy_(source), 2 * (1 << 30) / 1e9),
@@ -150,8 +150,8 @@ def ceilings() -> dict[str, float]:
             part()
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
-        found[name] = amount / float(np.median(seconds[5:]))
-    return found
+        actual[name] = amount / float(np.median(seconds[5:]))
+    return actual
 
 
 def work(args: argparse.Namespace) -> None:
@@ -187,7 +187,7 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
         if not line:
             return {"failed": f"ended with {worker.wait()}"}
         started = json.loads(line)
-        found: dict[str, Any] = {"cold start": time.perf_counter() - began, **started, "parts": {}}
+        actual: dict[str, Any] = {"cold start": time.perf_counter() - began, **started, "parts": {}}
         for part in started["parts"]:
             seconds = []
             for _ in range(args.rounds + 3):
@@ -195,10 +195,10 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 worker.stdin.flush()
                 seconds.append(float(worker.stdout.readline()))
             low, high = np.percentile(seconds[3:], [50, 99]).tolist()
-            found["parts"][part] = {"p50": low, "p99": high}
+            actual["parts"][part] = {"p50": low, "p99": high}
         if before is not None and (left := free_memory(gpu)) is not None:
-            found["bytes"] = before - left
-        return found
+            actual["bytes"] = before - left
+        return actual
     except ValueError:  # it ended in the middle, and its last answer is empty
         return {"failed": f"ended with {worker.wait()}"}
     finally:
@@ -206,9 +206,9 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
         worker.wait()
 
 
-def text_of(found: dict[str, dict[str, Any]]) -> str:
+def text_of(actual: dict[str, dict[str, Any]]) -> str:
     """A table: parts down, engines across; milliseconds, median and 99th percentile."""
-    good = {name: figures for name, figures in found.items() if "parts" in figures}
+    good = {name: figures for name, figures in actual.items() if "parts" in figures}
     parts = list(dict.fromkeys(part for figures in good.values() for part in figures["parts"]))
     lines = ["| ms: p50 (p99) | " + " | ".join(good) + " |", "|---" * (len(good) + 1) + "|"]
     for part in parts:
@@ -221,7 +221,7 @@ def text_of(found: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {key}, s | " + " | ".join(f"{f[key]:.1f}" for f in good.values()) + " |")
     cells = [f"{f['bytes'] / 1e9:.2f}" if "bytes" in f else "–" for f in good.values()]
     lines.append("| GPU memory, GB | " + " | ".join(cells) + " |")
-    failed = [f"{name}: {f['failed']}" for name, f in found.items() if "failed" in f]
+    failed = [f"{name}: {f['failed']}" for name, f in actual.items() if "failed" in f]
     return "\n".join([*lines, *failed])
 
 
@@ -258,32 +258,32 @@ def main() -> None:
         batch = f"1:1:{max(ROWS) // 2}"
         made_bundle(args.work, args.sizes.split(","), "--fp16", "--batch", batch)
         building = time.perf_counter() - began
-        found = {name: measured(name, args) for name in chosen}
+        actual = {name: measured(name, args) for name in chosen}
         plans = [json.loads(path.read_text()) for path in args.work.glob("bundle/plans/*/*.json")]
     limits = ceilings() if REFERENCES[0] in chosen else {}
-    print(text_of(found))
+    print(text_of(actual))
     print(json.dumps({"ceilings": limits, "bundle seconds": building}, indent=2))
     if args.save:
-        figures: dict[str, object] = {"gpu": gpu.name, "engines": found, "ceilings": limits}
+        figures: dict[str, object] = {"gpu": gpu.name, "engines": actual, "ceilings": limits}
         built = {p["key"]["component"]: (p["seconds"], p["size"]) for p in plans}
         figures |= {
             "driver": detect_gpus().driver_version,
             "bundle seconds": building,
             "plans": built,
         }
-        save(f"gpu_{gpu.sm}", claims_of(gpu.name, found), figures)
-        draw(found, gpu.name, FOLDER / f"gpu_{gpu.sm}.svg")
+        save(f"gpu_{gpu.sm}", claims_of(gpu.name, actual), figures)
+        draw(actual, gpu.name, FOLDER / f"gpu_{gpu.sm}.svg")
 
 
-def draw(found: dict[str, dict[str, Any]], gpu: str, out: Path) -> None:
-    """Bars of whole pictures, and of the UNet by rows, every engine in its colour."""
+def draw(actual: dict[str, dict[str, Any]], gpu: str, out: Path) -> None:
+    """Bars of whole images, and of the UNet by rows, every engine in its colour."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "sdrt"
     from matplotlib import pyplot
 
-    good = {name: figures["parts"] for name, figures in found.items() if "parts" in figures}
+    good = {name: figures["parts"] for name, figures in actual.items() if "parts" in figures}
     every = dict.fromkeys(part for parts in good.values() for part in parts)
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 5))
     for axis, kind in zip(axes, ("picture", "UNet"), strict=True):
@@ -303,11 +303,11 @@ def draw(found: dict[str, dict[str, Any]], gpu: str, out: Path) -> None:
     pyplot.close(figure)
 
 
-def claims_of(gpu: str, found: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """What the README says of the whole pictures."""
+def claims_of(gpu: str, actual: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What the README says of the whole images."""
     return {
         f"{gpu}, {part}, {name}": f"{at['p50'] * 1e3:.1f} ms, 99 % within {at['p99'] * 1e3:.1f}"
-        for name, figures in found.items()
+        for name, figures in actual.items()
         for part, at in figures.get("parts", {}).items()
         if part.startswith("picture")
     }

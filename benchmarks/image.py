@@ -1,10 +1,10 @@
-"""How long does a whole picture take: 20 steps of DPM++ 2M, guidance 7.5, at full size?
+"""How long does a whole image take: 20 steps of DPM++ 2M, guidance 7.5, at full size?
 
     python benchmarks/image.py [--size 256x256] [--rounds 2] [--steps 20] [--work FOLDER]
         [--engines reference,openvino-bf16] [--save]
 
 Prompt to PNG, by the engine that `sdrt run` takes on a processor with bf16 and by the reference
-library in fp32 and bf16, in turns of whole pictures: minutes a round. See latency.py for FOLDER.
+library in fp32 and bf16, in turns of whole images: minutes a round. See latency.py for FOLDER.
 """
 
 import json
@@ -26,7 +26,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         bundle = made_bundle(args.work or Path(temporary), ["256x256", "512x512"])
         options = ["--size", args.size, "--rounds", str(args.rounds), "--engines", args.engines]
-        # The first picture only warms: one step is enough of it.
+        # The first image only warms: one step is enough of it.
         options += ["--steps", f"1,{args.steps}", "--scheduler", SAMPLER]
         report = benched(bundle, *options, "--parts", "picture")
     part = f"picture, {args.steps} steps"

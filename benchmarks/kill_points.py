@@ -154,13 +154,13 @@ class Trial:
         known, self.states = state in self.states, self.states | {state}
         listed = [folder for folder in list_bundles() if self.target.parent in folder.parents]
         try:
-            found = digests(open_bundle(self.target).folder)
+            actual = digests(open_bundle(self.target).folder)
         except BundleError as error:
             assert not replacing and not listed and "no bundle called" in str(error), error
-            found = {}
-        assert not found or listed == [self.target]
-        kind = next((k for k, wanted in self.wanted.items() if wanted == found), "nothing")
-        assert kind != "nothing" or not found, "a bundle that opens and is neither"
+            actual = {}
+        assert not actual or listed == [self.target]
+        kind = next((k for k, wanted in self.wanted.items() if wanted == actual), "nothing")
+        assert kind != "nothing" or not actual, "a bundle that opens and is neither"
         if known and distinct:
             return kind
         assert in_child(self.build) == 0
@@ -224,11 +224,11 @@ def main() -> None:
         for kind, replacing, kill in every:
             if args.seconds and time.monotonic() - began > args.seconds:
                 break
-            found = trial.recovers(replacing, kill, not args.all)
-            done.setdefault(kind, {"nothing": 0, "old": 0, "new": 0})[found] += 1
-        count = sum(sum(found.values()) for found in done.values())
-        for kind, found in done.items():
-            print(f"{kind}: {sum(found.values())} recovered; left by the kill: {found}")
+            actual = trial.recovers(replacing, kill, not args.all)
+            done.setdefault(kind, {"nothing": 0, "old": 0, "new": 0})[actual] += 1
+        count = sum(sum(actual.values()) for actual in done.values())
+        for kind, actual in done.items():
+            print(f"{kind}: {sum(actual.values())} recovered; left by the kill: {actual}")
         states = len(trial.states)
         print(f"{states} different states left", flush=True)
         print(f"{count} of {count} points recovered, of {len(every)} in all", flush=True)

@@ -5,9 +5,9 @@
 
 Full-size Stable Diffusion 1.5 with random weights, made and built in FOLDER (9 GB; kept there for
 the next run if it is named), measured by `sdrt bench` in turns. Engines that memory has no room for
-beside the others are left out: at 512x512 name three or so, such as
+next to the others are left out: at 512x512 name three or so, such as
 `--engines 'reference,openvino-bf16'`. `--compiled` measures the compiled reference library too,
-which compiles for a minute, and keeps its figures beside the others'.
+which compiles for a minute, and keeps its figures next to the others'.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
 
 
 def said_of(report: dict[str, Any], engine: dict[str, Any], part: str) -> str:
-    """One engine's figures of one part, next to every row of the reference library."""
+    """One engine's figures of one part, next to every row of diffusers."""
     figures = engine["parts"][part]
     said = [f"{figures['p50']:.2f} s"]
     for base in report["engines"]:
@@ -75,7 +75,7 @@ def main() -> None:
         f"full-size {title}, {args.size}, {engine['name']}": said_of(report, engine, part)
         for part, title in PARTS.items()
         for engine in report["engines"]
-        if part in engine["parts"]  # of some only whole pictures can be timed
+        if part in engine["parts"]  # of some only whole images can be timed
     }
     print(json.dumps(claims, indent=2, ensure_ascii=False))
     if args.save:

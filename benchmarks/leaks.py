@@ -1,9 +1,9 @@
-"""Does a process grow by the pictures it makes, the pipelines it opens, the LoRA files it changes?
+"""Does a process grow by the images it makes, the pipelines it opens, the LoRA files it changes?
 
-    python benchmarks/leaks.py [--pictures 10000] [--cycles 1000] [--switches 500] [--save]
+    python benchmarks/leaks.py [--images 10000] [--cycles 1000] [--switches 500] [--save]
 
 Resident memory, open files and threads are read after every few repetitions. Growth is the slope of
-a line through the means of ten stretches after the first fifth, with its 95 % interval: memory read
+a line through the means of ten chunks after the first fifth, with its 95 % interval: memory read
 close together is not independent. It is a leak if the interval lies above zero altogether and the
 slope is 10 bytes or more. What the allocator keeps is given back before each reading
 (`malloc_trim`), so that what is left is held by somebody.
@@ -76,15 +76,15 @@ def growth(count: int, repeat: Callable[[int], object]) -> Growth:
             taken.append((i, *readings()))
     seconds = time.monotonic() - began
     gc.unfreeze()
-    kept = np.array(taken[len(taken) // 5 :], np.float64)
-    slope, within = line_through(kept[:, 0], kept[:, 1])
-    ends = [(int(kept[0, k]), int(kept[-1, k])) for k in (2, 3)]
+    cached = np.array(taken[len(taken) // 5 :], np.float64)
+    slope, within = line_through(cached[:, 0], cached[:, 1])
+    bounds = [(int(cached[0, k]), int(cached[-1, k])) for k in (2, 3)]
     shown = [round(sample[1] / 1e6, 2) for sample in taken[:: max(1, len(taken) // 20)]]
-    return Growth(count, round(seconds, 1), slope, within, shown, ends[0], ends[1])
+    return Growth(count, round(seconds, 1), slope, within, shown, bounds[0], bounds[1])
 
 
 def line_through(at: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """Slope and half its 95 % interval, through the means of ten stretches."""
+    """Slope and half its 95 % interval, through the means of ten chunks."""
     x = np.array([part.mean() for part in np.array_split(at, STRETCHES)])
     y = np.array([part.mean() for part in np.array_split(sizes, STRETCHES)])
     x -= x.mean()
@@ -96,9 +96,9 @@ def line_through(at: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
 
 def measured(args: argparse.Namespace) -> dict[str, Growth]:
     folder = open_bundle(args.bundle).folder
-    found = {}
+    actual = {}
 
-    def picture(i: int) -> None:
+    def image(i: int) -> None:
         pipe(f"a red circle {i}", num_inference_steps=1 + i % 2, seed=i)
 
     def cycle(i: int) -> None:
@@ -106,19 +106,19 @@ def measured(args: argparse.Namespace) -> dict[str, Growth]:
             opened("a red circle", num_inference_steps=1, seed=i)
 
     with sdrt.load(folder, backend=args.backend) as pipe:
-        found["pictures"] = growth(args.pictures, picture)
-        print(f"pictures: {found['pictures']}", flush=True)
+        actual["pictures"] = growth(args.pictures, image)
+        print(f"pictures: {actual['pictures']}", flush=True)
         with tempfile.TemporaryDirectory() as work:
             files = [Path(work) / "a.safetensors", Path(work) / "b.safetensors"]
             for seed, file in enumerate(files):
                 write_lora(folder, file, seed)
-            found["switches"] = growth(
+            actual["switches"] = growth(
                 args.switches, lambda i: pipe.set_lora({files[i % 2]: 0.8} if i % 3 else {})
             )
-        print(f"switches: {found['switches']}", flush=True)
-    found["cycles"] = growth(args.cycles, cycle)
-    print(f"cycles: {found['cycles']}", flush=True)
-    return found
+        print(f"switches: {actual['switches']}", flush=True)
+    actual["cycles"] = growth(args.cycles, cycle)
+    print(f"cycles: {actual['cycles']}", flush=True)
+    return actual
 
 
 NAMES = {
@@ -139,11 +139,11 @@ def main() -> None:
     parser.add_argument("--switches", type=int, default=500)
     parser.add_argument("--save", action="store_true", help="keep the figures for the README")
     args = parser.parse_args()
-    found = measured(args)
+    actual = measured(args)
     if args.save:
-        claims = {NAMES[k].format(g.repetitions) + ", growth": str(g) for k, g in found.items()}
-        save("leaks", claims, {name: asdict(each) for name, each in found.items()})
-    sys.exit(any(each.leaks for each in found.values()))
+        claims = {NAMES[k].format(g.repetitions) + ", growth": str(g) for k, g in actual.items()}
+        save("leaks", claims, {name: asdict(item) for name, item in actual.items()})
+    sys.exit(any(item.leaks for item in actual.values()))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How much less memory a picture takes when components are loaded in turn.
+"""How much less memory a image takes when components are loaded in turn.
 
     python benchmarks/low_memory.py [--bundle shapes] [--size WxH] [--steps 2] [--backend B]
         [--save]
 
-The peak of resident memory of a process that loads and makes one picture with guidance, with and
+The peak of resident memory of a process that loads and makes one image with guidance, with and
 without `low_memory`, and whether both make the same bytes.
 """
 
@@ -23,7 +23,7 @@ from sdrt.process_stats import peak_bytes
 
 
 def work(args: argparse.Namespace) -> None:
-    """A worker: one picture, and what it took."""
+    """A worker: one image, and what it took."""
     began = time.perf_counter()
     with sdrt.load(args.bundle, backend=args.backend, low_memory=args.worker == "low") as pipe:
         options = {"num_inference_steps": args.steps, "size": args.size, "seed": 0}
@@ -44,13 +44,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return work(args)
-    found = {}
+    actual = {}
     for way in ("usual", "low"):
         command = [sys.executable, *sys.argv, "--worker", way]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found[way] = json.loads(done.stdout)
-        print(way, f"{found[way]['peak_bytes'] / 1e9:.2f} GB, {found[way]['seconds']:.1f} s")
-    same = found["usual"]["sha256"] == found["low"]["sha256"]
+        actual[way] = json.loads(done.stdout)
+        print(way, f"{actual[way]['peak_bytes'] / 1e9:.2f} GB, {actual[way]['seconds']:.1f} s")
+    same = actual["usual"]["sha256"] == actual["low"]["sha256"]
     manifest = open_bundle(args.bundle).manifest
     needed = [
         compute_budget(manifest, manifest.sizes[0], 2, sequential=turn).total
@@ -60,12 +60,12 @@ def main() -> None:
     if args.save:
         size = args.size or "{}x{}".format(*manifest.sizes[0])
         low, usual = (
-            f"{found[way]['peak_bytes'] / 1e9:.2f} GB in {found[way]['seconds']:.0f} s"
+            f"{actual[way]['peak_bytes'] / 1e9:.2f} GB in {actual[way]['seconds']:.0f} s"
             for way in ("low", "usual")
         )
         what = f"peak memory of a {size} picture, {args.backend}, components in turn"
         claims = {what: f"{low}, else {usual}; {'the same' if same else 'other'} bytes"}
-        save(f"low_memory_{args.backend}", claims, {**found, "counted_bytes": needed})
+        save(f"low_memory_{args.backend}", claims, {**actual, "counted_bytes": needed})
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py [--size 512x512] [--work FOLDER] [--engines A,B] [--one] [--save]
 
-Each engine alone: two processes load one bundle, each draws a picture of one step, then both are
+Each engine alone: two processes load one bundle, each draws a image of one step, then both are
 asked: resident and peak, of the resident what is its own and what is mapped from files, and the
 proportional share (PSS), which counts what both map once. `--one`: one process, for machines
-without room for two. The reference library has one. Linux. See latency.py for FOLDER.
+without room for two. diffusers has one. Linux. See latency.py for FOLDER.
 """
 
 import json
@@ -23,30 +23,30 @@ from sdrt.bundle import Bundle, open_bundle
 from sdrt.process_stats import memory
 
 
-def held(each: Contestant, bundle: Bundle, run: Run, count: int) -> list[dict[str, int]]:
-    """What every one of so many processes of an engine holds when all have drawn a picture."""
+def held(item: Contestant, bundle: Bundle, run: Run, count: int) -> list[dict[str, int]]:
+    """What every one of so many processes of an engine holds when all have drawn a image."""
     workers: list[Worker] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
             for i in range(count):
-                (made := Path(folder) / str(i)).mkdir()
-                workers.append(loaded(each, bundle, run, made))
+                (result := Path(folder) / str(i)).mkdir()
+                workers.append(loaded(item, bundle, run, result))
             return [memory(worker.process_id) for worker in workers]
         finally:
             for worker in workers:
                 worker.end()
 
 
-def said_of(found: list[dict[str, int]], base: dict[str, int] | None) -> str:
-    one = {name: value / 1e9 for name, value in found[0].items()}
+def said_of(actual: list[dict[str, int]], base: dict[str, int] | None) -> str:
+    one = {name: value / 1e9 for name, value in actual[0].items()}
     text = (
         f"{one['resident']:.1f} GB ({one['anonymous']:.1f} private, "
         f"{one['mapped']:.1f} file-backed), peak {one['peak']:.1f} GB"
     )
     if base is not None:
-        text += f", {found[0]['resident'] / base['resident']:.0%} of diffusers fp32"
-    if len(found) > 1:
-        both = sum(each["shared_out"] for each in found) / 1e9
+        text += f", {actual[0]['resident'] / base['resident']:.0%} of diffusers fp32"
+    if len(actual) > 1:
+        both = sum(item["shared_out"] for item in actual) / 1e9
         text += f"; two processes {both:.1f} GB"
     return text
 
@@ -58,19 +58,19 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         bundle = open_bundle(made_bundle(args.work or Path(temporary), ["256x256", "512x512"]))
-        found: dict[str, list[dict[str, int]]] = {}
-        for each in chosen(contestants(bundle, compiled=False)[0], args.engines):
-            count = 1 if args.one or each.backend == "reference" else 2
-            found[each.name] = held(each, bundle, Run(args.size, (1,), 1), count)
-            print(each.name, json.dumps(found[each.name]), flush=True)
-    base = found["reference fp32"][0] if "reference fp32" in found else None
+        actual: dict[str, list[dict[str, int]]] = {}
+        for item in chosen(contestants(bundle, compiled=False)[0], args.engines):
+            count = 1 if args.one or item.backend == "reference" else 2
+            actual[item.name] = held(item, bundle, Run(args.size, (1,), 1), count)
+            print(item.name, json.dumps(actual[item.name]), flush=True)
+    base = actual["reference fp32"][0] if "reference fp32" in actual else None
     claims: dict[str, Any] = {
-        f"memory at full size after a picture, {args.size}, {name}": said_of(each, base)
-        for name, each in found.items()
+        f"memory at full size after a picture, {args.size}, {name}": said_of(item, base)
+        for name, item in actual.items()
     }
     print(json.dumps(claims, indent=2, ensure_ascii=False))
     if args.save:
-        save(f"memory_{args.size}", claims, {"processes": found})
+        save(f"memory_{args.size}", claims, {"processes": actual})
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/opening.py [--size 256x256] [--rounds 5] [--work FOLDER] [--engines A,B]
         [--save]
 
-A process opens the bundle, draws a picture of one step and ends; then the next engine's does. Said
-are the medians: `sdrt.load`, or the reference library's loading of the checkpoint, and from the
-process's start to the picture. The first round only warms: it hashes files, and makes what an
+A process opens the bundle, draws a image of one step and ends; then the next engine's does. Said
+are the medians: `sdrt.load`, or diffusers' loading of the checkpoint, and from the
+process's start to the image. The first round only warms: it hashes files, and makes what an
 engine keeps of a bundle. See latency.py for FOLDER.
 """
 
@@ -24,11 +24,11 @@ from sdrt.bench.rounds import chosen, contestants, loaded
 from sdrt.bundle import Bundle, open_bundle
 
 
-def opened(each: Contestant, bundle: Bundle, run: Run) -> dict[str, float]:
-    """Seconds of loading, and to the first picture, of a process of its own."""
-    with tempfile.TemporaryDirectory() as made:
-        loaded(each, bundle, run, Path(made)).end()
-    return {"load": each.load_seconds, "picture": each.cold_start_seconds}
+def opened(item: Contestant, bundle: Bundle, run: Run) -> dict[str, float]:
+    """Seconds of loading, and to the first image, of a process of its own."""
+    with tempfile.TemporaryDirectory() as result:
+        loaded(item, bundle, run, Path(result)).end()
+    return {"load": item.load_seconds, "picture": item.cold_start_seconds}
 
 
 def median_of(turns: list[dict[str, float]], part: str) -> float:
@@ -39,21 +39,21 @@ def main() -> None:
     args = arguments(__doc__, 5).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         bundle = open_bundle(made_bundle(args.work or Path(temporary), ["256x256", "512x512"]))
-        found: dict[str, list[dict[str, float]]] = defaultdict(list)
+        actual: dict[str, list[dict[str, float]]] = defaultdict(list)
         for turn in range(args.rounds + 1):
-            for each in chosen(contestants(bundle, compiled=False)[0], args.engines):
-                times = opened(each, bundle, Run(args.size, (1,), 1))
-                print("warms" if turn == 0 else f"turn {turn}", each.name, times, flush=True)
+            for item in chosen(contestants(bundle, compiled=False)[0], args.engines):
+                times = opened(item, bundle, Run(args.size, (1,), 1))
+                print("warms" if turn == 0 else f"turn {turn}", item.name, times, flush=True)
                 if turn:
-                    found[each.name].append(times)
+                    actual[item.name].append(times)
     claims = {
         f"loading a full-size bundle, {name}": f"{median_of(turns, 'load'):.1f} s; "
         f"{median_of(turns, 'picture'):.1f} s to a first image, {args.size}, 1 step"
-        for name, turns in found.items()
+        for name, turns in actual.items()
     }
     print(json.dumps(claims, indent=2))
     if args.save:
-        save("opening", claims, {"turns": found})
+        save("opening", claims, {"turns": actual})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What does a picture cost beside the engines, next to the reference library's own pipeline?
+"""What does a image cost next to the engines, next to diffusers' own pipeline?
 
     python benchmarks/overhead.py [--save]
 
 Text encoder, UNet and decoder are replaced by ones that return at once, here and there; what is
 left is each one's own: the time from one evaluation to the next at batch 1 with guidance and
-latents of 4x64x64, and what a picture of 512x512 takes besides (reading the prompt, noise, the
+latents of 4x64x64, and what a image of 512x512 takes besides (reading the prompt, noise, the
 sampler's table, pixels). Also the time to write a sampler's table, and what guidance on a part of
 the run saves.
 """
@@ -54,7 +54,7 @@ def idle(pipe: Pipeline) -> Pipeline:
     made = {
         "text_encoder": {name: np.array(array) for name, array in encoded.items()},
         "unet": {"output": np.zeros((2, *LATENT), np.float32)},
-        # Not of one colour, which a picture is warned of.
+        # Not of one colour, which a image is warned of.
         "vae_decoder": {"image": randn(0, (1, 3, SIDE, SIDE))},
     }
     nothing = {name: Nothing(pipe.engines[name], **outputs) for name, outputs in made.items()}
@@ -62,7 +62,7 @@ def idle(pipe: Pipeline) -> Pipeline:
 
 
 def own_costs(pipe: Pipeline) -> tuple[float, float]:
-    """Microseconds of an evaluation, and milliseconds of a picture besides."""
+    """Microseconds of an evaluation, and milliseconds of a image besides."""
     marks = [now()]
     began = marks[0]
     pipe.chunk_cache.clear()
@@ -70,13 +70,13 @@ def own_costs(pipe: Pipeline) -> tuple[float, float]:
     return costs_of(marks, now() - began)
 
 
-def costs_of(marks: list[float], whole: float) -> tuple[float, float]:
+def costs_of(marks: list[float], full: float) -> tuple[float, float]:
     evaluation = statistics.median(np.diff(marks[2:]))
-    return 1e6 * evaluation, 1e3 * (whole - STEPS * evaluation)
+    return 1e6 * evaluation, 1e3 * (full - STEPS * evaluation)
 
 
 def idle_reference(checkpoint: Path) -> Any:
-    """The reference library's pipeline with modules of no work in place of its own."""
+    """diffusers' pipeline with modules of no work in place of its own."""
     import torch
     from diffusers.models.autoencoders.vae import DecoderOutput
 
@@ -94,9 +94,9 @@ def idle_reference(checkpoint: Path) -> Any:
 def reference_costs(pipe: Any) -> tuple[float, float]:
     import torch
 
-    def mark(_pipe: Any, _step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+    def mark(_pipe: Any, _step: int, _timestep: Any, provided: dict[str, Any]) -> dict[str, Any]:
         marks.append(now())
-        return given
+        return provided
 
     marks = [now()]
     began = marks[0]
@@ -150,13 +150,13 @@ def main() -> None:
             values = (statistics.median(side) for side in zip(*pairs, strict=True))
             costs[name] = {k: round(float(v), 2) for k, v in zip(keys, values, strict=True)}
             print(name, costs[name])
-        whole = seconds(pipe, guidance_interval=(0.0, 1.0))
+        full = seconds(pipe, guidance_interval=(0.0, 1.0))
         part = seconds(pipe, guidance_interval=(0.2, 0.6))
-    print(f"guidance on 40 % of the run: {part / whole:.2f} of the time of guidance throughout")
+    print(f"guidance on 40 % of the run: {part / full:.2f} of the time of guidance throughout")
     writing = {name: table_milliseconds(name) for name in SAMPLERS}
     slowest = max(writing, key=lambda name: writing[name])
     print(f"sampler table of {STEPS} steps: {writing[slowest]:.1f} ms at most ({slowest})")
-    figures |= {"loop": costs, "interval_share": round(part / whole, 3)}
+    figures |= {"loop": costs, "interval_share": round(part / full, 3)}
     figures["table_ms"] = {name: round(value, 2) for name, value in writing.items()}
     spans = {key: span([cost[key] for cost in costs.values()]) for key in keys}
     if args.save:
@@ -168,7 +168,7 @@ def main() -> None:
             f"sampler table of {STEPS} steps, slowest of {len(writing)} samplers": (
                 f"{writing[slowest]:.1f} ms"
             ),
-            "guidance on 40 % of the run, embedded model": f"{part / whole:.2f} × the time",
+            "guidance on 40 % of the run, embedded model": f"{part / full:.2f} × the time",
         }
         save("overhead", claims, figures)
 

@@ -1,5 +1,5 @@
 """Published configurations, checkpoints and bundles of them with random weights, as speed does not
-depend on their values, and the reference library's pipeline of a checkpoint.
+depend on their values, and diffusers' pipeline of a checkpoint.
 """
 
 import json
@@ -153,7 +153,7 @@ def made_bundle(folder: Path, sizes: Sequence[str], *options: str, divisor: int 
 
 
 def reference_pipeline(checkpoint: Path, dtype: str) -> Any:
-    """The reference library's pipeline of a checkpoint's folder, as its users load it; it shows no
+    """diffusers' pipeline of a checkpoint's folder, as its users load it; it shows no
     progress.
     """
     import torch

@@ -1,10 +1,10 @@
-"""What 8 bits cost a UNet's pictures, and gain on this processor: is that a precision to offer?
+"""What 8 bits cost a UNet's images, and gain on this processor: is that a precision to offer?
 
     python benchmarks/quantised.py [--form fp8] [--work FOLDER] [--images 8] [--save]
 
 Static int8 or FP8 (E4M3) by Q/DQ, as ONNX Runtime, OpenVINO (int8) and TensorRT take it: inputs and
 weights of products (and of convolutions, as a second kind), weights by channel, inputs by the range
-that they had over a sampler's own trajectories. Pictures of the embedded model are compared with
+that they had over a sampler's own trajectories. Images of the embedded model are compared with
 the exact ones at the same seeds; no processor here multiplies in FP8, so its numbers are rounded to
 it and multiplied in float32. With --work FOLDER, whose `bundle` is of full size (see `latency.py`),
 one guided evaluation at 256x256 is timed too, in int8.
@@ -67,25 +67,25 @@ def calibrated(graph: Path, folder: Path, run: Callable[[Callable[..., Any]], No
     names = sorted(set(quantized_inputs(model, KINDS["products and convolutions"]).values()))
     for name in names:
         for kind in ("ReduceMin", "ReduceMax"):
-            made = f"{name}.{kind}"
-            model.graph.node.append(helper.make_node(kind, [name], [made], keepdims=0))
-            model.graph.output.append(helper.make_tensor_value_info(made, TensorProto.FLOAT, []))
+            result = f"{name}.{kind}"
+            model.graph.node.append(helper.make_node(kind, [name], [result], keepdims=0))
+            model.graph.output.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, []))
     session = opened(model, graph, folder)
-    wanted = [output.name for output in model.graph.output]
-    found: dict[str, list[float]] = {name: [] for name in names}
+    expected = [output.name for output in model.graph.output]
+    actual: dict[str, list[float]] = {name: [] for name in names}
 
     def call(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values = dict(zip(wanted, session.run(wanted, dict(feeds)), strict=True))
+        values = dict(zip(expected, session.run(expected, dict(feeds)), strict=True))
         for name in names:
-            found[name] += [float(values[f"{name}.{kind}"]) for kind in ("ReduceMin", "ReduceMax")]
+            actual[name] += [float(values[f"{name}.{kind}"]) for kind in ("ReduceMin", "ReduceMax")]
         return values
 
     run(call)
-    return {name: (min(0.0, *values), max(0.0, *values)) for name, values in found.items()}
+    return {name: (min(0.0, *values), max(0.0, *values)) for name, values in actual.items()}
 
 
 def opened(model: Any, graph: Path, folder: Path) -> ort.InferenceSession:
-    """A session of a changed graph, whose weights stay in the file beside the first one."""
+    """A session of a changed graph, whose weights stay in the file next to the first one."""
     path = graph.with_name(f"{folder.name}.onnx")
     onnx.save(model, path)
     try:
@@ -128,14 +128,14 @@ def quantized(graph: Path, kind: Kind, form: str, ranges: Ranges, out: Path) -> 
         marks = [f"{name}.scale", f"{name}.zero"]
         more = {} if axis is None else {"axis": axis}
         if name in weights:
-            whole = numpy_helper.to_array(weights[name])
-            shape = [-1 if i == axis else 1 for i in range(whole.ndim)]
-            value = rounded(form, whole / scale.reshape(shape))
+            complete = numpy_helper.to_array(weights[name])
+            shape = [-1 if i == axis else 1 for i in range(complete.ndim)]
+            value = rounded(form, complete / scale.reshape(shape))
             added.append(numpy_helper.from_array(value, f"{name}.q"))
         else:
             nodes.append(helper.make_node("QuantizeLinear", [name, *marks], [f"{name}.q"]))
-        made = helper.make_node("DequantizeLinear", [f"{name}.q", *marks], [f"{name}.dq"], **more)
-        nodes.append(made)
+        result = helper.make_node("DequantizeLinear", [f"{name}.q", *marks], [f"{name}.dq"], **more)
+        nodes.append(result)
         done[name] = f"{name}.dq"
         return done[name]
 
@@ -145,19 +145,19 @@ def quantized(graph: Path, kind: Kind, form: str, ranges: Ranges, out: Path) -> 
             transposed = any(a.name == "transB" and a.i for a in node.attribute)
             axis = 0 if node.op_type == "Conv" or transposed else weight.ndim - 1
             others = tuple(i for i in range(weight.ndim) if i != axis)
-            each = np.maximum(np.abs(weight).max(others), 1e-8).astype(np.float32)
-            each /= np.float32(MOST[form])
-            zeros = rounded(form, np.zeros(len(each), np.float32))
+            item = np.maximum(np.abs(weight).max(others), 1e-8).astype(np.float32)
+            item /= np.float32(MOST[form])
+            zeros = rounded(form, np.zeros(len(item), np.float32))
             node.input[0] = q(node.input[0], *input_marks(form, *ranges[node.input[0]]), None)
-            node.input[1] = q(node.input[1], each, zeros, axis)
+            node.input[1] = q(node.input[1], item, zeros, axis)
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(added)
     used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    cached = [tensor for tensor in model.graph.initializer if tensor.name in used]
     del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    model.graph.initializer.extend(cached)
     onnx.save(model, out, save_as_external_data=True, location=f"{out.name}.data")
     return out
 
@@ -168,8 +168,8 @@ def rounding(graph: Path) -> Callable[..., dict[str, np.ndarray]]:
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    wanted = [output.name for output in session.get_outputs()]
-    return lambda feeds: dict(zip(wanted, session.run(wanted, dict(feeds)), strict=True))
+    expected = [output.name for output in session.get_outputs()]
+    return lambda feeds: dict(zip(expected, session.run(expected, dict(feeds)), strict=True))
 
 
 class Quantized:
@@ -197,16 +197,16 @@ def pictures(pipe: Any, count: int, unet: Any = None, first: int = 100) -> np.nd
     other = replace(pipe, engines={**pipe.engines, "unet": unet}) if unet else pipe
     seeds = list(range(first, first + count // len(PROMPTS)))
     options = {"num_inference_steps": 20, "seed": seeds, "num_images_per_prompt": len(seeds)}
-    made = [image for prompt in PROMPTS for image in other(prompt, **options).images]
-    return np.stack([np.asarray(image, np.float64) for image in made])
+    result = [image for prompt in PROMPTS for image in other(prompt, **options).images]
+    return np.stack([np.asarray(image, np.float64) for image in result])
 
 
-def psnrs(found: np.ndarray, wanted: np.ndarray) -> list[float]:
-    errors = ((found - wanted) ** 2).mean((1, 2, 3))
+def psnrs(actual: np.ndarray, expected: np.ndarray) -> list[float]:
+    errors = ((actual - expected) ** 2).mean((1, 2, 3))
     return [float(value) for value in 10 * np.log10(255.0**2 / np.maximum(errors, 1e-9))]
 
 
-def calibrated_by_pictures(pipe: Any, graph: Path, folder: Path) -> Ranges:
+def calibrated_by_images(pipe: Any, graph: Path, folder: Path) -> Ranges:
     """By trajectories of other seeds than those that are compared."""
 
     def run(call: Callable[..., Any]) -> None:
@@ -220,20 +220,20 @@ def calibrated_by_pictures(pipe: Any, graph: Path, folder: Path) -> Ranges:
 
 
 def quality(folder: Path, count: int, form: str) -> dict[str, dict[str, Any]]:
-    """How near pictures of the embedded model are, by kind of node and engine."""
-    found = {}
+    """How near images of the embedded model are, by kind of node and engine."""
+    actual = {}
     with sdrt.load("shapes", backend="onnxruntime", precision="exact") as pipe:
         graph = open_bundle("shapes").graph("unet")
-        ranges = calibrated_by_pictures(pipe, graph, folder)
-        wanted = pictures(pipe, count)
+        ranges = calibrated_by_images(pipe, graph, folder)
+        expected = pictures(pipe, count)
         for title, kind in KINDS.items():
-            path = quantized(graph, kind, form, ranges, folder / f"{len(found)}.onnx")
+            path = quantized(graph, kind, form, ranges, folder / f"{len(actual)}.onnx")
             for engine in ENGINES[form]:
                 unet = Quantized(pipe.engines["unet"], path, engine, form)
-                each = psnrs(pictures(pipe, count, unet), wanted)
-                found[f"{engine}, {title}"] = {"psnr_db": each, "least": min(each)}
-                print(f"{engine}, {title}: PSNR {min(each):.1f} to {max(each):.1f} dB", flush=True)
-    return found
+                item = psnrs(pictures(pipe, count, unet), expected)
+                actual[f"{engine}, {title}"] = {"psnr_db": item, "least": min(item)}
+                print(f"{engine}, {title}: PSNR {min(item):.1f} to {max(item):.1f} dB", flush=True)
+    return actual
 
 
 def speed(work: Path, folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
@@ -249,7 +249,7 @@ def speed(work: Path, folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
     bundle = open_bundle(work / "bundle")
     graph, component = bundle.graph("unet"), bundle.manifest.components["unet"]
     ranges = calibrated(graph, folder, lambda call: call(fed) and None)
-    found = {}
+    actual = {}
     for title, kind in {"exact": None, **KINDS}.items():
         path = quantized(graph, kind, "int8", ranges, folder / "full.onnx") if kind else graph
         for engine in ("onnxruntime", "openvino"):
@@ -261,9 +261,9 @@ def speed(work: Path, folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
                 unet(fed)
                 seconds.append(time.perf_counter() - began)
             del unet
-            found[f"{engine}, {title}"] = {"seconds": seconds}
+            actual[f"{engine}, {title}"] = {"seconds": seconds}
             print(f"{engine}, {title}: {statistics.median(seconds):.2f} s", flush=True)
-    return found
+    return actual
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def decode(pipe: Pipeline, side: int) -> Part:
     return lambda: pipe.engines["vae_decoder"]({"latents": latents})
 
 
-def picture(pipe: Pipeline, steps: int) -> Part:
+def image(pipe: Pipeline, steps: int) -> Part:
     return lambda: pipe(PROMPT, num_inference_steps=steps, size="256x256", seed=0)
 
 
@@ -54,12 +54,12 @@ def medians(parts: dict[float, Part], rounds: int) -> dict[float, float]:
             began = time.perf_counter()
             part()
             times[at].append(time.perf_counter() - began)
-    return {at: float(np.median(each[1:])) for at, each in times.items()}
+    return {at: float(np.median(item[1:])) for at, item in times.items()}
 
 
-def exponent(found: dict[float, float]) -> float:
+def exponent(actual: dict[float, float]) -> float:
     """The slope of log seconds over the log of what grows, by least squares."""
-    return float(np.polyfit(np.log(list(found)), np.log(list(found.values())), 1)[0])
+    return float(np.polyfit(np.log(list(actual)), np.log(list(actual.values())), 1)[0])
 
 
 def narrow(pipe: Pipeline) -> dict[str, dict[float, Part]]:
@@ -69,7 +69,7 @@ def narrow(pipe: Pipeline) -> dict[str, dict[float, Part]]:
         },
         "pixels of a UNet evaluation": {side**2: evaluation(pipe, 2, side) for side in SIDES},
         "pixels of a decode": {side**2: decode(pipe, side) for side in SIDES},
-        "steps of an image, 256x256": {steps: picture(pipe, steps) for steps in STEPS},
+        "steps of an image, 256x256": {steps: image(pipe, steps) for steps in STEPS},
     }
 
 
@@ -100,11 +100,11 @@ def main() -> None:
         for model, (bundle, sweeps_of) in kinds.items():
             with sdrt.load(bundle) as pipe:
                 for sweep, parts in sweeps_of(pipe).items():
-                    found, name = medians(parts, args.rounds), f"{sweep}, {model}"
-                    figures[name] = {"exponent": exponent(found), "seconds": found}
-                    ends = [f"{at:,.0f}: {found[at]:.3f} s" for at in (min(found), max(found))]
+                    actual, name = medians(parts, args.rounds), f"{sweep}, {model}"
+                    figures[name] = {"exponent": exponent(actual), "seconds": actual}
+                    bounds = [f"{at:,.0f}: {actual[at]:.3f} s" for at in (min(actual), max(actual))]
                     claims[f"scaling with {name}, {pipe.backend}"] = (
-                        f"exponent {exponent(found):.2f} ({' to '.join(ends)})"
+                        f"exponent {exponent(actual):.2f} ({' to '.join(bounds)})"
                     )
                     print(name, json.dumps(figures[name]), flush=True)
     if args.save:

@@ -1,11 +1,11 @@
-"""What the server costs beside the engine: a request's time at the client less its picture's own.
+"""What the server costs next to the engine: a request's time at the client less its image's own.
 
     python benchmarks/serve_cost.py [--save]
 
 One client on one connection, one request after the other, to `sdrt serve` in a process of its own.
-The engine's time, from submission to the decoded picture, is what /metrics says. What is left is
-HTTP, checks, the picture's file, base64 and the client itself. Also the time to write the file of a
-larger picture, which is done in threads beside the event loop.
+The engine's time, from submission to the decoded image, is what /metrics says. What is left is
+HTTP, checks, the image's file, base64 and the client itself. Also the time to write the file of a
+larger image, which is done in threads next to the event loop.
 """
 
 import argparse
@@ -59,27 +59,27 @@ def engine_seconds(connection: http.client.HTTPConnection) -> float:
 
 def own_milliseconds(connection: http.client.HTTPConnection) -> tuple[list[float], list[float]]:
     """Own cost and time at the client of every request."""
-    body, own, whole = json.dumps(BODY), [], []
+    body, own, full = json.dumps(BODY), [], []
     for i in range(ROUNDS + 20):
         before, began = engine_seconds(connection), time.perf_counter()
         asked(connection, "POST", PATH, body)
         took = time.perf_counter() - began
         if i >= 20:  # the first ones warm
             own.append(1e3 * (took - (engine_seconds(connection) - before)))
-            whole.append(1e3 * took)
-    return own, whole
+            full.append(1e3 * took)
+    return own, full
 
 
 def encoding_milliseconds(kind: str) -> float:
     """Processor time of a file of 512x512, smooth with the grain of a photograph."""
     rough = [Image.effect_noise((512, 512), 60) for _ in range(3)]
-    smooth = Image.merge("RGB", [each.filter(ImageFilter.GaussianBlur(3)) for each in rough])
+    smooth = Image.merge("RGB", [item.filter(ImageFilter.GaussianBlur(3)) for item in rough])
     grain = Image.merge("RGB", [Image.effect_noise((512, 512), 8)] * 3)
-    picture = Image.blend(smooth, grain, 0.2)
+    image = Image.blend(smooth, grain, 0.2)
     times = []
     for _ in range(9):
         began = time.process_time()
-        image_to_bytes(picture, "", kind, 90)
+        image_to_bytes(image, "", kind, 90)
         times.append(time.process_time() - began)
     return 1e3 * statistics.median(times)
 
@@ -94,13 +94,13 @@ def main() -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         until_ready(connection)
-        own, whole = own_milliseconds(connection)
+        own, full = own_milliseconds(connection)
     finally:
         connection.close()
         server.terminate()
         server.wait()
     low, middle, high = statistics.quantiles(own, n=4)
-    median = statistics.median(whole)
+    median = statistics.median(full)
     print(f"own cost of a request: {middle:.2f} ms ({low:.2f} to {high:.2f}) of {median:.2f} ms")
     files = {kind: round(encoding_milliseconds(kind), 1) for kind in ("PNG", "JPEG", "WEBP")}
     print("a file of 512x512:", ", ".join(f"{kind} {value} ms" for kind, value in files.items()))

@@ -1,5 +1,5 @@
 """Requests as they come, served three ways in one run: in flight, by whole batches, and by a loop
-over the reference library.
+over diffusers.
 
     python benchmarks/serve_load.py [--requests 150] [--loads 0.3,0.6,0.9] [--save]
 
@@ -69,7 +69,7 @@ class Job(Request):
         }
 
 
-def drawn(rng: np.random.Generator) -> Job:
+def random_job(rng: np.random.Generator) -> Job:
     steps, size = int(rng.choice(STEPS)), SIZES[int(rng.integers(2))]
     rows, seed = int(rng.integers(1, 3)), int(rng.integers(2**31))
     sampler = str(rng.choice(SAMPLERS))
@@ -85,10 +85,10 @@ class Timed:
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
         began = time.perf_counter()
-        made = self.engine(feeds)
+        result = self.engine(feeds)
         shape = next(iter(feeds.values())).shape
         self.seconds.setdefault((shape[-1], shape[0]), []).append(time.perf_counter() - began)
-        return made
+        return result
 
     def refit(self, weights: Feeds) -> None:
         self.engine.refit(weights)
@@ -201,7 +201,7 @@ def run_batch(pipe: Pipeline, batch: Sequence[Job], clock: Callable[[], float]) 
 
 
 def one_by_one(reference: Any, jobs: Sequence[Job]) -> None:
-    """The reference library's pipeline, first come, first served."""
+    """diffusers' pipeline, first come, first served."""
     import diffusers
     import torch
 
@@ -217,10 +217,10 @@ def one_by_one(reference: Any, jobs: Sequence[Job]) -> None:
         name, options = kinds[job.sampler]
         reference.scheduler = getattr(diffusers, name).from_config(config, **options)
 
-        def stepped(_: object, step: int, timestep: object, kept: dict, job: Job = job) -> dict:
+        def stepped(_: object, step: int, timestep: object, cached: dict, job: Job = job) -> dict:
             if step == 0:
                 job.first = time.perf_counter() - began
-            return kept
+            return cached
 
         reference(
             PROMPT,
@@ -236,15 +236,15 @@ def one_by_one(reference: Any, jobs: Sequence[Job]) -> None:
 
 def figures_of(jobs: Sequence[Job], alone: Callable[[Job], float]) -> dict[str, float]:
     """alone: seconds that a job takes if nothing else runs."""
-    kept = [job for job in jobs if not job.refused]
-    every = np.array([job.done - job.at for job in kept])
-    short = [job.done - job.at for job in kept if job.steps <= SHORT]
-    slowed = every / np.array([alone(job) for job in kept])
+    cached = [job for job in jobs if not job.refused]
+    every = np.array([job.done - job.at for job in cached])
+    short = [job.done - job.at for job in cached if job.steps <= SHORT]
+    slowed = every / np.array([alone(job) for job in cached])
     values = {
-        "pictures_per_second": len(kept) / max(job.done for job in kept),
+        "pictures_per_second": len(cached) / max(job.done for job in cached),
         **{f"p{q}": float(np.percentile(every, q)) for q in (50, 95, 99)},
         "short_p95": float(np.percentile(short, 95)),
-        "first_step_p50": float(np.nanmedian([job.first - job.at for job in kept])),
+        "first_step_p50": float(np.nanmedian([job.first - job.at for job in cached])),
         "refused": sum(job.refused for job in jobs),
         # Jain 1984: 1 where all are slowed down alike
         "fairness": float(slowed.sum() ** 2 / (len(slowed) * (slowed**2).sum())),
@@ -267,7 +267,7 @@ def measured(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
                 rates.before(group) + job.steps * rates.call(group, job.rows) + rates.after(group)
             )
 
-        burst = poisson(args.requests, 1e6, drawn, 7)
+        burst = poisson(args.requests, 1e6, random_job, 7)
         in_flight(burst, engine)
         capacity = len(burst) / max(job.done for job in burst)
         reference = reference_pipeline(embedded_checkpoint("shapes"), "float32")
@@ -278,15 +278,15 @@ def measured(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
         )
         batches = fresh(burst)
         by_batches(pipe, batches, args.batch)
-        found: dict[str, Any] = {
+        actual: dict[str, Any] = {
             "rows_of_a_call": most,
             "capacity": round(capacity, 3),
             "capacity_by_batches": round(len(burst) / max(job.done for job in batches), 3),
         }
-        print(found)
+        print(actual)
         for load in args.loads:
-            arrivals = poisson(args.requests, load * capacity, drawn, 11)
-            rows = found[f"{load:.0%}"] = {}
+            arrivals = poisson(args.requests, load * capacity, random_job, 11)
+            rows = actual[f"{load:.0%}"] = {}
             for timed in (pipe.engines["unet"], pipe.engines["vae_decoder"]):
                 timed.seconds.clear()
             for name, way in zip(WAYS, ways, strict=True):
@@ -301,7 +301,7 @@ def measured(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
                         job.first = job.begun
                     rows["simulated"] = figures_of(jobs, alone)
                     show(load, "simulated", rows["simulated"])
-    return found
+    return actual
 
 
 def show(load: float, name: str, row: dict[str, float]) -> None:
@@ -323,22 +323,22 @@ def main() -> None:
         plan = BuildPlan("shapes", output=Path(folder) / "shapes", sizes=SIZES)
         with sdrt.load(build_bundle(plan), backend="onnxruntime") as loaded:
             timed = {name: Timed(loaded.engines[name]) for name in ("unet", "vae_decoder")}
-            found = measured(replace(loaded, engines={**loaded.engines, **timed}), args)
+            actual = measured(replace(loaded, engines={**loaded.engines, **timed}), args)
     if args.save:
-        save("serve_load", claims_from(found), found)
+        save("serve_load", claims_from(actual), actual)
 
 
-def claims_from(found: dict[str, Any]) -> dict[str, str]:
-    ours, batches, reference = (found["60%"][way] for way in WAYS)
-    simulated_row = found["60%"]["simulated"]
+def claims_from(actual: dict[str, Any]) -> dict[str, str]:
+    ours, batches, reference = (actual["60%"][way] for way in WAYS)
+    simulated_row = actual["60%"]["simulated"]
     return {
         "served at 60 % load, 95 % of requests of up to 8 steps": (
             f"{ours['short_p95']:.2f} s in flight, {batches['short_p95']:.2f} s in static batches, "
             f"{reference['short_p95']:.2f} s diffusers one by one"
         ),
         "served at saturation, images a second": (
-            f"{found['capacity']:.2f} in flight, "
-            f"{found['capacity_by_batches']:.2f} in static batches"
+            f"{actual['capacity']:.2f} in flight, "
+            f"{actual['capacity_by_batches']:.2f} in static batches"
         ),
         "simulation against measurement, p50 and p95 at 60 % load": (
             f"{simulated_row['p50'] / ours['p50']:.2f} and "

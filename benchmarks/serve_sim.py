@@ -4,7 +4,7 @@
 
 Replicas run the very rules of the engine in flight (`sdrt.runtime.batching.scheduler`) on a curve
 of costs: the seconds of a call by its rows. The curves are drawn through published figures of other
-runtimes, named beside each; none was measured here. `benchmarks/serve_load.py` compares the
+runtimes, named next to each; none was measured here. `benchmarks/serve_load.py` compares the
 simulation, on measured costs, with the real engine of one replica.
 A request goes to the less laden of two replicas drawn at random (Mitzenmacher 2001).
 """
@@ -27,8 +27,8 @@ MIX = ((4, 1), (8, 2), (20, 2), (20, 1), (30, 2), (50, 2))  # evaluations and ro
 def gpu_rates(two: float, gain: float, decode: float) -> Rates:
     """A curve through one published figure.
 
-    two: seconds of a call of two rows. gain: how much more of a picture a second large calls make
-    decode: of one picture. A single row is taken to cost 0.6 of two, as nothing is published
+    two: seconds of a call of two rows. gain: how much more of a image a second large calls make
+    decode: of one image. A single row is taken to cost 0.6 of two, as nothing is published
     """
 
     def call(_: object, rows: int) -> float:
@@ -56,7 +56,7 @@ GPUS: dict[str, tuple[str, Rates]] = {
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What comes in: at a second, a picture of evaluations of rows; `group` is its size."""
+    """What comes in: at a second, a image of evaluations of rows; `group` is its size."""
 
     at: float
     evaluations: int
@@ -91,21 +91,21 @@ class Replica:
 
     def evaluate(self) -> None:
         """One call of the model."""
-        self.waiting.sort(key=lambda each: each[0].key(self.clock))
+        self.waiting.sort(key=lambda item: item[0].key(self.clock))
         while self.waiting and len(self.inside) < self.slots:
             self.inside.append(self.waiting.pop(0))
-        self.inside.sort(key=lambda each: each[0].key(self.clock))
+        self.inside.sort(key=lambda item: item[0].key(self.clock))
         chosen = {id(t) for t in sharing([turn for turn, _ in self.inside], self.rates.most)}
-        going = [each for each in self.inside if id(each[0]) in chosen]
+        going = [item for item in self.inside if id(item[0]) in chosen]
         group = going[0][0].group
         self.clock += self.rates.call(group, sum(turn.rows for turn, _ in going))
-        for each in going:
-            turn, request = each
+        for item in going:
+            turn, request = item
             turn.left -= 1
             if math.isnan(request.begun):
                 request.begun = self.clock
             if turn.left == 0:
-                self.inside.remove(each)
+                self.inside.remove(item)
                 self.decoder = max(self.decoder, self.clock) + self.rates.after(group)
                 request.done = self.decoder
                 if self.shared:
@@ -146,13 +146,13 @@ def simulated(
 def poisson(count: int, rate: float, of: Callable[[np.random.Generator], Request], seed: int):
     """Requests at a mean rate a second."""
     rng = np.random.default_rng(seed)
-    made, clock = [], 0.0
+    result, clock = [], 0.0
     for _ in range(count):
         clock += float(rng.exponential(1.0 / rate))
         request = of(rng)
         request.at = clock
-        made.append(request)
-    return made
+        result.append(request)
+    return result
 
 
 def mixed(rng: np.random.Generator) -> Request:
@@ -161,14 +161,14 @@ def mixed(rng: np.random.Generator) -> Request:
 
 
 def capacity(rates: Rates, slots: int, shared: bool = False) -> float:
-    """Pictures a second of one replica that is never idle."""
+    """Images a second of one replica that is never idle."""
     requests = poisson(400, 1e9, mixed, 1)
     simulated(requests, rates, 1, slots, shared)
     return len(requests) / max(request.done for request in requests)
 
 
 def percentiles(requests: Sequence[Request]) -> dict[str, float]:
-    """Seconds from arrival to picture, and of the short requests."""
+    """Seconds from arrival to image, and of the short requests."""
     every = [r.done - r.at for r in requests]
     short = [r.done - r.at for r in requests if r.evaluations <= 8]
     values = {f"p{q}": float(np.percentile(every, q)) for q in (50, 95, 99)}

@@ -80,8 +80,8 @@ def outcome(answer: httpx.Response, n: int) -> str:
     if answer.status_code != 200:
         return f"{answer.status_code} {answer.json()['error']['code']}"
     data = answer.json()["data"]
-    for each in data:
-        Image.open(io.BytesIO(base64.b64decode(each["b64_json"]))).load()
+    for item in data:
+        Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))).load()
     return "picture" if len(data) == n else f"lost: {len(data)} of {n} pictures"
 
 
@@ -135,13 +135,13 @@ def values(client: httpx.Client, name: str) -> list[float]:
 
 def slope(sizes: list[tuple[int, int]]) -> float:
     """Bytes by which the server grows with a request, after the first tenth."""
-    kept = np.array(sizes[len(sizes) // 10 :], float)
-    return float(np.polyfit(kept[:, 0], kept[:, 1], 1)[0])
+    cached = np.array(sizes[len(sizes) // 10 :], float)
+    return float(np.polyfit(cached[:, 0], cached[:, 1], 1)[0])
 
 
 def held(port: int, count: int) -> list[socket.socket]:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
     return [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(count)]
 
 
@@ -151,17 +151,17 @@ def run(args: argparse.Namespace, port: int, pid: int) -> dict[str, Any]:
         while client.get("/health/ready").status_code != 200:
             time.sleep(0.1)
     idle = held(port, args.idle)
-    found = asyncio.run(loaded(url, args.seconds, args.rate, pid))
-    for each in idle:
-        each.close()
+    actual = asyncio.run(loaded(url, args.seconds, args.rate, pid))
+    for item in idle:
+        item.close()
     with httpx.Client(base_url=url) as client:
         left = sum(values(client, "sdrt_running") + values(client, "sdrt_waiting"))
-    sizes = found.pop("sizes")
+    sizes = actual.pop("sizes")
     return {
         "seconds": args.seconds,
-        **found,
-        "lost": sum(n for how, n in found["ended"].items() if "lost" in how),
-        "errors_5xx": sum(n for how, n in found["ended"].items() if ": 500" in how),
+        **actual,
+        "lost": sum(n for how, n in actual["ended"].items() if "lost" in how),
+        "errors_5xx": sum(n for how, n in actual["ended"].items() if ": 500" in how),
         "left_in_the_server": left,
         "idle_connections": args.idle,
         "megabytes": [round(size / 1e6, 1) for _, size in sizes[:: max(1, len(sizes) // 20)]],
@@ -188,22 +188,22 @@ def main() -> None:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        found = run(args, port, server.pid)
+        actual = run(args, port, server.pid)
     finally:
         server.terminate()
         found_exit = server.wait(60)
-    found["exit_code_after_sigterm"] = found_exit
-    for name, value in found.items():
+    actual["exit_code_after_sigterm"] = found_exit
+    for name, value in actual.items():
         print(f"{name:28} {value}")
     if args.save:
         claims = {
             f"`sdrt serve` under load for {args.seconds / 60:.0f} minutes": (
-                f"{found['sent']} requests, {found['lost']} lost, grows by "
-                f"{found['megabytes_per_1000_requests']:.2f} MB per 1,000"
+                f"{actual['sent']} requests, {actual['lost']} lost, grows by "
+                f"{actual['megabytes_per_1000_requests']:.2f} MB per 1,000"
             ),
         }
-        save("serve_soak", claims, found)
-    sys.exit(found["lost"] != 0)
+        save("serve_soak", claims, actual)
+    sys.exit(actual["lost"] != 0)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     rng = np.random.default_rng(2026)
     scenes = [scene_from_random(rng) for _ in range(200)]
-    shares: dict[str, dict[str, float]] = {}
+    fractions: dict[str, dict[str, float]] = {}
     with sdrt.load("shapes") as pipe:
         for guidance in (1.0, 3.0, 5.0, 7.5, 10.0):
             out = pipe([caption(s) for s in scenes], guidance_scale=guidance, seed=0)
@@ -38,13 +38,13 @@ def main() -> None:
             }
             text = "  ".join(f"{name} {100 * value:5.1f} %" for name, value in values.items())
             print(f"guidance {guidance:4}: {text}")
-            shares[str(guidance)] = {name: float(value) for name, value in values.items()}
+            fractions[str(guidance)] = {name: float(value) for name, value in values.items()}
             if guidance == 7.5 and args.sheet:
                 make_grid(out.images[:32], columns=8).save(args.sheet)
     if args.save:
-        at = " %, ".join(f"{name} {100 * value:.1f}" for name, value in shares["7.5"].items())
+        at = " %, ".join(f"{name} {100 * value:.1f}" for name, value in fractions["7.5"].items())
         claim = "`shapes` at guidance 7.5, 200 captions: correct"
-        save("shapes_quality", {claim: f"{at} %"}, {"shares": shares})
+        save("shapes_quality", {claim: f"{at} %"}, {"shares": fractions})
 
 
 if __name__ == "__main__":

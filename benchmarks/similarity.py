@@ -1,4 +1,4 @@
-"""How alike two pictures are: PSNR, and SSIM of Wang et al. 2004 (doi 10.1109/TIP.2003.819861).
+"""How alike two images are: PSNR, and SSIM of Wang et al. 2004 (doi 10.1109/TIP.2003.819861).
 
 Knows numpy.
 """
@@ -8,15 +8,15 @@ import numpy as np
 SIGMA, RADIUS = 1.5, 5  # the paper's window: 11 by 11
 
 
-def psnr(found: np.ndarray, wanted: np.ndarray) -> float:
-    """dB of two uint8 pictures [H, W, 3]; 100 where they are the same."""
-    error = float(np.mean((found.astype(np.float64) - wanted) ** 2))
+def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
+    """dB of two uint8 images [H, W, 3]; 100 where they are the same."""
+    error = float(np.mean((actual.astype(np.float64) - expected) ** 2))
     return 10 * float(np.log10(255.0**2 / error)) if error > 0 else 100.0
 
 
-def ssim(found: np.ndarray, wanted: np.ndarray) -> float:
-    """The mean over channels and windows that lie whole within the uint8 pictures [H, W, 3]."""
-    a, b = found.astype(np.float64), wanted.astype(np.float64)
+def ssim(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The mean over channels and windows that lie whole within the uint8 images [H, W, 3]."""
+    a, b = actual.astype(np.float64), expected.astype(np.float64)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mean_a, mean_b = blurred(a), blurred(b)
     of_a, of_b = blurred(a * a) - mean_a**2, blurred(b * b) - mean_b**2

@@ -97,7 +97,7 @@ def handlers():
     yield
     logging.getLogger("sdrt").setLevel(logging.NOTSET)
     root = logging.getLogger()
-    for handler in [each for each in root.handlers if type(each) is logging.StreamHandler]:
+    for handler in [entry for entry in root.handlers if type(entry) is logging.StreamHandler]:
         root.removeHandler(handler)
 
 
@@ -106,12 +106,12 @@ def shapes(home):
     """The bundle of the embedded model, built once; `$SDRT_TEST_SHAPES` keeps it between runs."""
     from exports import built
 
-    kept = os.environ.get("SDRT_TEST_SHAPES")
-    if kept and Path(kept).is_dir():
-        return Path(shutil.copytree(kept, home / "bundles" / "shapes"))
+    cached = os.environ.get("SDRT_TEST_SHAPES")
+    if cached and Path(cached).is_dir():
+        return Path(shutil.copytree(cached, home / "bundles" / "shapes"))
     bundle = built("shapes", feature_reuse=0)
-    if kept:
-        shutil.copytree(bundle, kept)
+    if cached:
+        shutil.copytree(bundle, cached)
     return bundle
 
 
@@ -169,7 +169,7 @@ def vocabulary(tiny):
 
 @pytest.fixture
 def written(tiny, tmp_path):
-    """A function that writes tensors as a file beside a tokenizer, and gives its path."""
+    """A function that writes tensors as a file next to a tokenizer, and gives its path."""
     from safetensors.torch import save_file
 
     shutil.copytree(tiny / "tokenizer", tmp_path / "tokenizer")

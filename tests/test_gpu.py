@@ -36,10 +36,10 @@ def gpu():
 
 
 def candidate_of(backend):
-    found = next(c for c in list_backends() if c.backend == backend and c.device == "cuda")
-    if found.unavailable_reason:
-        pytest.skip(found.unavailable_reason)
-    return found
+    actual = next(c for c in list_backends() if c.backend == backend and c.device == "cuda")
+    if actual.unavailable_reason:
+        pytest.skip(actual.unavailable_reason)
+    return actual
 
 
 @pytest.fixture(params=[*PLANNED, "onnxruntime", "torch"])
@@ -108,21 +108,21 @@ def test_components_are_those_of_the_cpu_at_every_number_of_rows(bundle, backend
     for rows in (1,) if name.startswith("vae") else (1, 2, 8, 2):
         for tokens in (32, 64) if name == "unet" else (32,):
             feeds = feeds_of(component, {"rows": rows, "tokens": tokens, **sides})
-            found, wanted = engine(feeds), exact(feeds)
+            actual, expected = engine(feeds), exact(feeds)
             for spec in component.outputs:
-                values = parity.measure(found[spec.name], wanted[spec.name], is_image=False)
+                values = parity.measure(actual[spec.name], expected[spec.name], is_image=False)
                 parity.check(f"{name} at {rows} rows", values, component.dtype)
     engine.close()
     exact.close()
 
 
-def test_pictures_are_those_of_the_cpu(bundle, backend):
+def test_images_are_those_of_the_cpu(bundle, backend):
     with loaded(bundle, backend) as own:
-        found = own(PROMPT, num_images_per_prompt=3, **OPTIONS).images
+        actual = own(PROMPT, num_images_per_prompt=3, **OPTIONS).images
     cpu = next(c for c in list_backends() if c.title == "onnxruntime on cpu")
     with load_pipeline(open_bundle(bundle), cpu) as pipe:
-        wanted = pipe(PROMPT, num_images_per_prompt=3, **OPTIONS).images
-    for a, b in zip(found, wanted, strict=True):
+        expected = pipe(PROMPT, num_images_per_prompt=3, **OPTIONS).images
+    for a, b in zip(actual, expected, strict=True):
         assert psnr(a, b) >= 35
 
 
@@ -133,9 +133,9 @@ def test_the_loop_in_one_launch_is_the_loop_step_by_step(bundle, planned, schedu
         own = pipe.with_scheduler(scheduler)
         options = {**OPTIONS, "guidance_interval": interval, "num_images_per_prompt": 2}
         for _ in range(2):  # captured, then replayed
-            whole = own(PROMPT, **options).images
+            complete = own(PROMPT, **options).images
         steps = own(PROMPT, on_step=lambda step: None, **options).images
-        for a, b in zip(whole, steps, strict=True):
+        for a, b in zip(complete, steps, strict=True):
             assert psnr(a, b) >= 40
 
 
@@ -151,7 +151,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_picture_in_one_launch_is_that_of_its_steps(bundle, planned, call):
+def test_a_image_in_one_launch_is_that_of_its_steps(bundle, planned, call):
     """Text encoder, loop and decoder in one graph, against each called for itself."""
     options = {"prompt": PROMPT, "num_images_per_prompt": 2, **OPTIONS, **CALLS[call]}
     with loaded(bundle, planned) as pipe:
@@ -159,9 +159,9 @@ def test_a_picture_in_one_launch_is_that_of_its_steps(bundle, planned, call):
             width = {s.name: s.shape for s in pipe.engines["unet"].inputs}["context"][2]
             options["prompt_embeds"] = np.random.default_rng(0).normal(size=(1, 32, width))
         for _ in range(2):  # captured, then replayed
-            whole = pipe(**options).images
+            complete = pipe(**options).images
         steps = pipe(on_step=lambda step: None, **options).images
-        for a, b in zip(whole, steps, strict=True):
+        for a, b in zip(complete, steps, strict=True):
             assert psnr(a, b) >= 40
 
 
@@ -182,12 +182,12 @@ def test_a_stream_of_the_callers_is_worked_in(bundle, planned):
     with device.use():
         stream = device.ask(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
     with loaded(bundle, planned) as pipe:
-        wanted = np.asarray(pipe(PROMPT, **OPTIONS).images[0])
+        expected = np.asarray(pipe(PROMPT, **OPTIONS).images[0])
     with sdrt.load(bundle, backend=planned, stream=int(stream)) as pipe:
         assert pipe.engines["unet"].stream == int(stream)
         for on_step in (None, lambda step: None):
-            found = pipe(PROMPT, on_step=on_step, **OPTIONS).images[0]
-            assert psnr(found, wanted) >= 40
+            actual = pipe(PROMPT, on_step=on_step, **OPTIONS).images[0]
+            assert psnr(actual, expected) >= 40
     with device.use():
         device.ask(driver.cuStreamDestroy(stream))
 
@@ -195,12 +195,12 @@ def test_a_stream_of_the_callers_is_worked_in(bundle, planned):
 def test_in_turn_less_memory_is_taken_and_weights_stream(bundle, planned, gpu):
     options = {"num_images_per_prompt": 2, **OPTIONS}
     with loaded(bundle, planned) as pipe:
-        wanted = pipe(PROMPT, on_step=lambda step: None, **options).images
+        expected = pipe(PROMPT, on_step=lambda step: None, **options).images
         usual = free_memory(gpu)
     with sdrt.load(bundle, backend=planned, low_memory=True) as pipe:
-        found = pipe(PROMPT, **options).images
+        actual = pipe(PROMPT, **options).images
         assert free_memory(gpu) > usual
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert psnr(a, b) >= 40
     assert any(
         json.loads(path.read_text())["key"]["streamed"] for path in sidecars_of(bundle, planned)
@@ -234,8 +234,8 @@ def test_attention_is_fused_as_the_inspector_tells(bundle, planned, capsys):
     engine = candidate_of(planned).load(opened, "unet")
     layers = engine.loaded.layers()
     engine.close()
-    found = layers_of(nodes[ATTENTION], layers)
-    assert found and all(len(into) == 1 for into in found.values()), (found, layers[:5])
+    actual = layers_of(nodes[ATTENTION], layers)
+    assert actual and all(len(into) == 1 for into in actual.values()), (actual, layers[:5])
 
 
 @pytest.mark.parametrize("name", ["unet", "vae_decoder"])
@@ -269,9 +269,9 @@ def test_two_pipelines_share_plans_and_arena(bundle, planned):
     one, two = loaded(bundle, planned), loaded(bundle, planned)
     assert one.engines["unet"].loaded is two.engines["unet"].loaded
     assert one.engines["unet"].loaded.device is one.engines["vae_decoder"].loaded.device
-    wanted = np.asarray(one(PROMPT, **OPTIONS).images[0])
+    expected = np.asarray(one(PROMPT, **OPTIONS).images[0])
     one.close()
-    assert (np.asarray(two(PROMPT, **OPTIONS).images[0]) == wanted).all()
+    assert (np.asarray(two(PROMPT, **OPTIONS).images[0]) == expected).all()
     with pytest.raises(BackendError, match="closed"):
         one(PROMPT, **OPTIONS)
     two.close()
@@ -304,12 +304,12 @@ def test_a_stripped_plan_filled_in_computes_what_a_full_one_does(bundle, planned
     full = plan_of(tmp_path, key, partial(build_plan, key, graph))
     assert stripped.size < full.size
     feeds = feeds_of(component, {"rows": 2, "tokens": 32, "latent_height": 8, "latent_width": 8})
-    found = []
+    actual = []
     for plan in (stripped, full):
         engine = TrtEngine("unet", component, Loaded(plan, component, graph, device_of(0)))
-        found.append(engine(feeds)["output"].copy())
+        actual.append(engine(feeds)["output"].copy())
         engine.close()
-    parity.check("stripped", parity.measure(*found, is_image=False), component.dtype)
+    parity.check("stripped", parity.measure(*actual, is_image=False), component.dtype)
 
 
 def test_a_tampered_plan_is_built_again(bundle, planned, caplog):

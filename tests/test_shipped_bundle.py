@@ -30,16 +30,16 @@ def shipped():
 
 @pytest.mark.parametrize("part", PARTS)
 def test_weights_are_the_checkpoints(shipped, embedded, part):
-    wanted = load_file(embedded / f"{PARTS[part]}.safetensors")
-    found = load_file(shipped.folder / part / "model.safetensors")
-    for name, array in wanted.items():
+    expected = load_file(embedded / f"{PARTS[part]}.safetensors")
+    actual = load_file(shipped.folder / part / "model.safetensors")
+    for name, array in expected.items():
         if PARTS[part].startswith("vae") and not name.startswith(VAE_PARTS[part]):
             continue
-        same = [n for n in found if n.removesuffix(".T").endswith(name)]
+        same = [n for n in actual if n.removesuffix(".T").endswith(name)]
         # Positions are added as the exporter cut them out, under a name of its own.
         assert len(same) == 1 or "position" in name, name
-        for each in same:
-            stored = found[each].T if each.endswith(".T") else found[each]
+        for item in same:
+            stored = actual[item].T if item.endswith(".T") else actual[item]
             assert np.array_equal(stored, array.astype(stored.dtype)), name
 
 
@@ -49,11 +49,11 @@ def test_it_is_what_a_build_makes_today(shipped, shapes):
         if name != REFERENCE_FILE:
             assert shipped.manifest.files[name].sha256 == record.sha256, name
     # On a busy machine the last digit of a few of torch's own answers has been seen to differ.
-    wanted, found = (
+    expected, actual = (
         numbers(json.loads((b.folder / REFERENCE_FILE).read_text())) for b in (built, shipped)
     )
-    assert wanted.keys() == found.keys()
-    assert np.allclose([*wanted.values()], [*found.values()], rtol=1e-4, atol=1e-5)
+    assert expected.keys() == actual.keys()
+    assert np.allclose([*expected.values()], [*actual.values()], rtol=1e-4, atol=1e-5)
 
 
 def numbers(value, place=()):
@@ -64,4 +64,4 @@ def numbers(value, place=()):
         items = enumerate(value)
     else:
         return {place: value} if isinstance(value, int | float) else {(*place, value): 0}
-    return {k: v for key, each in items for k, v in numbers(each, (*place, key)).items()}
+    return {k: v for key, item in items for k, v in numbers(item, (*place, key)).items()}

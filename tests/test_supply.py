@@ -37,7 +37,7 @@ def test_everything_asked_for_is_locked():
     locked = third_party.locked()
     extras = PROJECT["project"]["optional-dependencies"]
     asked = list(PROJECT["project"]["dependencies"])
-    asked += [each for extra in lock.EXTRAS.split(",") for each in extras[extra]]
+    asked += [item for extra in lock.EXTRAS.split(",") for item in extras[extra]]
     for need in map(Requirement, asked):
         name = canonicalize_name(need.name)
         if name != "sdrt":
@@ -53,8 +53,8 @@ def test_the_lock_names_no_host():
 
 def test_the_lock_is_what_was_resolved(monkeypatch, tmp_path):
     monkeypatch.setattr(lock, "LOCK", tmp_path / "constraints.txt")
-    found = {"numpy": "2.4.6", "torch": "2.13.0+cpu", "sdrt": "0.1.0", "Pillow": "13.0.0"}
-    monkeypatch.setattr(lock, "resolved", lambda *wanted: found)
+    actual = {"numpy": "2.4.6", "torch": "2.13.0+cpu", "sdrt": "0.1.0", "Pillow": "13.0.0"}
+    monkeypatch.setattr(lock, "resolved", lambda *expected: actual)
     lock.main()
     assert (tmp_path / "constraints.txt").read_text().split("\n") == [
         *(lock.ABOVE + lock.BELOW).split("\n")[:-1],
@@ -63,9 +63,9 @@ def test_the_lock_is_what_was_resolved(monkeypatch, tmp_path):
 
 
 def test_licences_ask_for_no_more_than_notices():
-    found = third_party.packages()
-    assert {"numpy", "onnxruntime", "torch", "fastapi"} <= set(found)
-    refused = {name: each.licence for name, each in found.items() if name != "sdrt"}
+    actual = third_party.packages()
+    assert {"numpy", "onnxruntime", "torch", "fastapi"} <= set(actual)
+    refused = {name: item.licence for name, item in actual.items() if name != "sdrt"}
     refused = {name: words for name, words in refused.items() if not third_party.permitted(words)}
     assert not refused
 
@@ -80,8 +80,8 @@ def test_the_list_of_licences_is_what_is_installed():
     drift = [name for name in third_party.packages() if name in locked and not same(name, locked)]
     if drift:
         pytest.skip(f"this environment is not constraints.txt's: {', '.join(drift)}")
-    wanted = (ROOT / "THIRD_PARTY.md").read_text()
-    assert wanted == third_party.table(), "type: python tools/third_party.py"
+    expected = (ROOT / "THIRD_PARTY.md").read_text()
+    assert expected == third_party.table(), "type: python tools/third_party.py"
 
 
 def same(name, locked):
@@ -139,10 +139,10 @@ def check_bill(bill, wheel):
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     (digest,) = bill["metadata"]["component"]["hashes"]
     assert digest["content"] == hashlib.sha256(wheel.read_bytes()).hexdigest()
-    known = {each["bom-ref"] for each in bill["components"]}
-    wanted = {ref for each in bill["dependencies"] for ref in each["dependsOn"]}
-    assert wanted <= known
-    required = {each["name"] for each in bill["components"] if each["scope"] == "required"}
+    known = {item["bom-ref"] for item in bill["components"]}
+    expected = {ref for item in bill["dependencies"] for ref in item["dependsOn"]}
+    assert expected <= known
+    required = {item["name"] for item in bill["components"] if item["scope"] == "required"}
     assert required == {"numpy", "pillow", "safetensors", "tqdm"}
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "tests" / "corpus"
 HANG = 5  # seconds
 CONSTANT = 64  # MB above what a process has taken after its first inputs; the fuzzer's own is in it
-LARGEST = {"image": 8192 * 8192 * 4 / 1e6}  # MB more: a picture of the most pixels that are read
+LARGEST = {"image": 8192 * 8192 * 4 / 1e6}  # MB more: a image of the most pixels that are read
 # Executions of one process: the inputs that the fuzzer finds new stay in its memory.
 PIECE = 200_000
 FOUND = ("crash-*", "timeout-*", "oom-*")
@@ -72,20 +72,20 @@ def worker(name: str, arguments: list[str]) -> None:
 
 def fuzzed(name: str, longest: int, runs: int, work: Path) -> Result:
     """One target, a process for each piece; `work` keeps what each finds new."""
-    kept = CORPUS / name
-    kept.mkdir(parents=True, exist_ok=True)
-    options = [f"-max_len={longest}", f"-timeout={HANG}", f"-artifact_prefix={kept}/"]
+    cached = CORPUS / name
+    cached.mkdir(parents=True, exist_ok=True)
+    options = [f"-max_len={longest}", f"-timeout={HANG}", f"-artifact_prefix={cached}/"]
     options += ["-print_final_stats=1", "-rss_limit_mb=4096", "-verbosity=0", "-close_fd_mask=1"]
-    before, result = found_in(kept), Result(name, 0, 0.0, 0.0, [])
+    before, result = found_in(cached), Result(name, 0, 0.0, 0.0, [])
     (work / name).mkdir()
-    first, _, _ = ran(name, [*options, "-runs=2000"], [work / name, kept], work)
+    first, _, _ = ran(name, [*options, "-runs=2000"], [work / name, cached], work)
     for piece in range(-(-runs // PIECE)):
         fresh = work / f"{name}-{piece}"
         fresh.mkdir()
         count = min(PIECE, runs - piece * PIECE)
         began = time.monotonic()
         peak, printed, code = ran(
-            name, [*options, f"-runs={count}", f"-seed={piece + 1}"], [fresh, kept], work
+            name, [*options, f"-runs={count}", f"-seed={piece + 1}"], [fresh, cached], work
         )
         result.seconds = round(result.seconds + time.monotonic() - began, 1)
         result.grown = max(result.grown, round((peak - first) / 1e6, 1))
@@ -93,7 +93,7 @@ def fuzzed(name: str, longest: int, runs: int, work: Path) -> Result:
             result.executions += int(match[1])
         if code:
             print(printed[-1500:], file=sys.stderr)
-            result.found = sorted(found_in(kept) - before) or [f"the process ended with {code}"]
+            result.found = sorted(found_in(cached) - before) or [f"the process ended with {code}"]
             break
     return result
 
@@ -120,9 +120,9 @@ def keep(results: list[Result]) -> None:
     from results import FOLDER, save
 
     path = FOLDER / "fuzz.json"
-    kept = json.loads(path.read_text())["figures"]["targets"] if path.exists() else []
+    cached = json.loads(path.read_text())["figures"]["targets"] if path.exists() else []
     new = {result.target for result in results}
-    every = [Result(**each) for each in kept if each["target"] not in new] + results
+    every = [Result(**item) for item in cached if item["target"] not in new] + results
     total, seconds = sum(r.executions for r in every), sum(r.seconds for r in every)
     failed = sum(len(r.found) or r.failed for r in every)
     claim = f"{total:,} executions of {len(every)} targets in {seconds / 60:.0f} minutes: "
@@ -150,8 +150,8 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="sdrt-fuzz-"))
     try:
         for name in args.targets or TARGETS:
-            _, share, longest = TARGETS[name]
-            results.append(fuzzed(name, longest, int(args.executions * share), work))
+            _, fraction, longest = TARGETS[name]
+            results.append(fuzzed(name, longest, int(args.executions * fraction), work))
             print(json.dumps(asdict(results[-1])), flush=True)
     finally:
         shutil.rmtree(work)

@@ -120,7 +120,7 @@ def lora(data: bytes) -> None:
 
 
 def graph(data: bytes) -> None:
-    """An ONNX file, beside a safetensors file that is right."""
+    """An ONNX file, next to a safetensors file that is right."""
     weights = folder() / "model.safetensors"
     if not weights.exists():
         weights.write_bytes(len(WEIGHT).to_bytes(8, "little") + WEIGHT + bytes(64))
@@ -142,9 +142,9 @@ def tokenizer_files(data: bytes) -> None:
 
 
 def image(data: bytes) -> None:
-    picture = image_from_bytes(data, MAX_PIXELS)
-    image_to_array(picture, (64, 64))
-    parse_parameters(read_parameters(picture))
+    image_image = image_from_bytes(data, MAX_PIXELS)
+    image_to_array(image_image, (64, 64))
+    parse_parameters(read_parameters(image_image))
 
 
 def parameters(data: bytes) -> None:
@@ -175,7 +175,7 @@ def scheduler(data: bytes) -> None:
 
 
 def request(data: bytes) -> None:
-    """A JSON body as each of the endpoints that make pictures."""
+    """A JSON body as each of the endpoints that make images."""
     body = driven(request_of(data, "application/json").json())
     with contextlib.suppress(ValidationError, SdrtError, ApiError):
         build_openai_request(MODEL, GenerationRequest.model_validate(body), {})  # type: ignore[arg-type]

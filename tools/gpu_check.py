@@ -34,24 +34,24 @@ def run_tests(folder: Path) -> int:
 
 def outcomes(report: Path) -> dict[str, dict[str, str]]:
     """Of every test: passed, failed or skipped, and the reason."""
-    found = {}
+    actual = {}
     for case in ElementTree.parse(report).iter("testcase"):
-        ends = [end for end in case if end.tag in ("failure", "error", "skipped")]
+        bounds = [end for end in case if end.tag in ("failure", "error", "skipped")]
         outcome = (
-            {"failure": "failed", "error": "failed"}.get(ends[0].tag, "skipped") if ends else ""
+            {"failure": "failed", "error": "failed"}.get(bounds[0].tag, "skipped") if bounds else ""
         )
-        reason = ends[0].get("message", "").split("\n")[0] if ends else ""
-        found[f"{case.get('classname')}::{case.get('name')}"] = {
+        reason = bounds[0].get("message", "").split("\n")[0] if bounds else ""
+        actual[f"{case.get('classname')}::{case.get('name')}"] = {
             "outcome": outcome or "passed",
             "reason": reason,
         }
-    return found
+    return actual
 
 
 def coverage_of(report: Path) -> dict[str, float]:
     """Percent of the lines of every file of `engine/` that ran."""
     files = json.loads(report.read_text())["files"] if report.exists() else {}
-    return {Path(name).name: found["summary"]["percent_covered"] for name, found in files.items()}
+    return {Path(name).name: actual["summary"]["percent_covered"] for name, actual in files.items()}
 
 
 def main() -> None:

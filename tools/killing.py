@@ -20,11 +20,11 @@ def points_of(work: Work) -> list[str]:
     """What work does to the disk, in order, as it is done in a child."""
     read, write = os.pipe()
 
-    def told() -> None:
+    def reported() -> None:
         _watch(lambda name: os.write(write, f"{name}\n".encode()))
         work()
 
-    died = in_child(told)
+    died = in_child(reported)
     os.close(write)
     with os.fdopen(read) as lines:
         names = lines.read().split("\n")[:-1]

@@ -37,17 +37,17 @@ def resolved(*wanted: str) -> dict[str, str]:
     done = subprocess.run(
         command, input=ABOVE, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
     )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return {each["metadata"]["name"]: each["metadata"]["version"] for each in found["install"]}
+    actual: dict[str, Any] = json.loads(done.stdout)
+    return {item["metadata"]["name"]: item["metadata"]["version"] for item in actual["install"]}
 
 
 def main() -> None:
     versions = resolved("-e", f".[{EXTRAS}]") | resolved("--no-deps", VOCABULARY)
     ours = {"sdrt", "torch", "nvidia-cuda-nvrtc", "pip"}
     lines = [f"{name}=={versions[name]}" for name in sorted(versions, key=str.lower)]
-    kept = [line for line in lines if line.split("==")[0] not in ours]
-    LOCK.write_text(ABOVE + BELOW + "\n".join(kept) + "\n")
-    print(f"{LOCK.name}: {len(kept) + 2} packages")
+    cached = [line for line in lines if line.split("==")[0] not in ours]
+    LOCK.write_text(ABOVE + BELOW + "\n".join(cached) + "\n")
+    print(f"{LOCK.name}: {len(cached) + 2} packages")
 
 
 if __name__ == "__main__":

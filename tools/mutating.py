@@ -80,8 +80,8 @@ def _in_json(data: bytes, rng: random.Random) -> bytes | None:
         except (ValueError, RecursionError):
             continue
         text = json.dumps(_changed(value, rng), separators=rng.choice(((",", ":"), (", ", ": "))))
-        made = text.encode("ascii")
-        return len(made).to_bytes(8, "little") + made + data[end:] if behind else made
+        result = text.encode("ascii")
+        return len(result).to_bytes(8, "little") + result + data[end:] if behind else result
     return None
 
 
@@ -93,7 +93,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
             return {**value, key: _changed(value[key], rng)}
         other = rng.choice((*value, "a", "__pad.0", "", "../a"))
         if rng.random() < 0.4:
-            return {name: each for name, each in value.items() if name != key}
+            return {name: item for name, item in value.items() if name != key}
         return {**value, other: value[key]}
     if isinstance(value, list) and value and rng.random() < 0.8:
         i = rng.randrange(len(value))

@@ -50,8 +50,8 @@ class Mutation:
     def applied(self, root: Path) -> str:
         """The file without its check; raises ValueError where the text is not there just once."""
         source = (root / self.file).read_text("utf-8")
-        if (found := source.count(self.text)) != 1:
-            raise ValueError(f"{self.attack}: its text is {found} times in {self.file}, not once")
+        if (actual := source.count(self.text)) != 1:
+            raise ValueError(f"{self.attack}: its text is {actual} times in {self.file}, not once")
         mutated = source.replace(self.text, self.becomes)
         compile(mutated, self.file, "exec")
         return mutated
@@ -74,7 +74,7 @@ def page_with_table(mutations: Iterable[Mutation]) -> str:
 
 
 def copied(folder: Path) -> Path:
-    """The tree as it stands, what git ignores left out, and the package beside it as installed."""
+    """The tree as it stands, what git ignores left out, and the package next to it as installed."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     root = folder / "tree"
@@ -87,7 +87,7 @@ def copied(folder: Path) -> Path:
     return root
 
 
-def outcome(root: Path, tests: Sequence[str], most: float | None) -> tuple[int, str]:
+def outcome(root: Path, tests: Sequence[str], maximum: float | None) -> tuple[int, str]:
     """pytest's exit code in the copy and what it printed; FAILED where it took too long."""
     command = [sys.executable, "-P", "-m", "pytest", "-x", "-p", "no:cacheprovider"]
     command += ["-m", "", *tests]
@@ -97,7 +97,7 @@ def outcome(root: Path, tests: Sequence[str], most: float | None) -> tuple[int, 
     environment["SDRT_TEST_SHAPES"] = str(root.parent / "shapes")  # built once for all
     try:
         done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=most
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=maximum
         )
     except subprocess.TimeoutExpired:
         return FAILED, "it took too long"
@@ -107,12 +107,12 @@ def outcome(root: Path, tests: Sequence[str], most: float | None) -> tuple[int, 
 def tried(root: Path, mutation: Mutation) -> dict[str, object]:
     """The check taken out, its test run, the check put back."""
     path, began = root / mutation.file, time.monotonic()
-    mutated, whole = mutation.applied(root), path.read_text("utf-8")
+    mutated, full = mutation.applied(root), path.read_text("utf-8")
     path.write_text(mutated, "utf-8")
     try:
         code, printed = outcome(root, [mutation.test], LONGEST_TEST)
     finally:
-        path.write_text(whole, "utf-8")
+        path.write_text(full, "utf-8")
     result = {0: "survived", FAILED: "killed"}.get(code, "broken")
     if result == "broken":
         print(printed, file=sys.stderr)

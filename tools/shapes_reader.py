@@ -1,4 +1,4 @@
-"""Reads a picture of the `shapes` world back: colours and shapes by plain image analysis.
+"""Reads a image of the `shapes` world back: colours and shapes by plain image analysis.
 
 Knows numpy and the palette; no model. `verdict` says which of a scene's words hold.
 """
@@ -27,19 +27,19 @@ def colour_name(pixels: np.ndarray) -> str:
     return NAMES[int(distance.argmin())]
 
 
-def background_name(picture: np.ndarray) -> str:
-    """The colour of a two-pixel frame around the picture [H, W, 3]."""
-    inner = np.zeros(picture.shape[:2], bool)
+def background_name(image: np.ndarray) -> str:
+    """The colour of a two-pixel frame around the image [H, W, 3]."""
+    inner = np.zeros(image.shape[:2], bool)
     inner[2:-2, 2:-2] = True
-    return colour_name(picture[~inner])
+    return colour_name(image[~inner])
 
 
-def mask_of_object(picture: np.ndarray) -> np.ndarray:
+def mask_of_object(image: np.ndarray) -> np.ndarray:
     """True where a pixel is nearer to the middle's difference than to the frame's colour."""
-    inner = np.zeros(picture.shape[:2], bool)
+    inner = np.zeros(image.shape[:2], bool)
     inner[2:-2, 2:-2] = True
-    background = np.median(picture[~inner], axis=0)
-    distance = np.linalg.norm(picture - background, axis=2)
+    background = np.median(image[~inner], axis=0)
+    distance = np.linalg.norm(image - background, axis=2)
     return distance > 0.5 * np.percentile(distance, 98)
 
 
@@ -59,9 +59,9 @@ def shape_name(mask: np.ndarray) -> str:
     return SHAPES[int(np.argmax(overlaps))]
 
 
-def verdict(picture: np.ndarray, scene: Scene) -> Verdict:
-    """Compare a picture [H, W, 3] with the scene that its caption names."""
-    pixels = picture.astype(np.float32)
+def verdict(image: np.ndarray, scene: Scene) -> Verdict:
+    """Compare a image [H, W, 3] with the scene that its caption names."""
+    pixels = image.astype(np.float32)
     parts = [pixels]
     if len(scene.things) == 2:
         parts = np.array_split(pixels, 2, axis=0 if scene.words == "above" else 1)

@@ -1,4 +1,4 @@
-"""The world of the `shapes` model: scenes of one or two flat shapes, captions, pictures.
+"""The world of the `shapes` model: scenes of one or two flat shapes, captions, images.
 
 Knows numpy only. A scene is drawn from a seeded generator; `caption` says what is in it, `draw`
 renders it with anti-aliased edges.
@@ -20,7 +20,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 RADII = {"small": (0.15, 0.19), "": (0.19, 0.25), "large": (0.25, 0.31)}
-# The centre of a lone object, as shares of the picture's width and height.
+# The centre of a lone object, as shares of the image's width and height.
 PLACES = {
     "": (0.5, 0.5),
     "on the left": (0.28, 0.5),
@@ -37,7 +37,7 @@ RELATIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object: its words, and where it is in shares of the picture's side."""
+    """One object: its words, and where it is in shares of the image's side."""
 
     shape: str
     colour: str
@@ -118,13 +118,13 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
 
 
 def draw(scene: Scene, side: int) -> np.ndarray:
-    """The picture, uint8 [side, side, 3]."""
+    """The image, uint8 [side, side, 3]."""
     axis = np.arange(side, dtype=np.float32) + 0.5
-    picture = np.empty((side, side, 3), np.float32)
-    picture[:] = COLOURS[scene.background]
+    image = np.empty((side, side, 3), np.float32)
+    image[:] = COLOURS[scene.background]
     for thing in scene.things:
         x, y = axis[None, :] - thing.x * side, axis[:, None] - thing.y * side
         distance = signed_distance(thing.shape, x, y, thing.radius * side)
         cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
-        picture += cover * (np.asarray(COLOURS[thing.colour], np.float32) - picture)
-    return np.round(picture).astype(np.uint8)
+        image += cover * (np.asarray(COLOURS[thing.colour], np.float32) - image)
+    return np.round(image).astype(np.uint8)

@@ -37,11 +37,11 @@ class Optimizers:
 
     def step(self, index: int) -> None:
         warm = min(1.0, (index + 1) / max(1, self.steps // 50))
-        share = warm * (1.0 - index / self.steps)
+        fraction = warm * (1.0 - index / self.steps)
         for source, view in zip(self.sources, self.views, strict=True):
             view.grad = None if source.grad is None else source.grad.view(view.shape)
         for optimizer, lr in zip(self.all, self.base, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * share
+            optimizer.param_groups[0]["lr"] = lr * fraction
             optimizer.step()
         for parameter in self.sources:
             parameter.grad = None

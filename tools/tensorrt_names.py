@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "tests" / "engine" / "tensorrt" / "names.json"
 
 
-def names_in(wheel: Path, wanted: set[str]) -> list[str]:
+def names_in(wheel: Path, expected: set[str]) -> list[str]:
     """Those of the names that the module has as whole strings, or as the end of longer ones, which
     is how a linker stores them.
     """
@@ -25,17 +25,17 @@ def names_in(wheel: Path, wanted: set[str]) -> list[str]:
         content += b"".join(
             archive.read(name) for name in archive.namelist() if name.endswith("/__init__.py")
         )
-    return sorted(name for name in wanted if name.encode() + b"\0" in content)
+    return sorted(name for name in expected if name.encode() + b"\0" in content)
 
 
 def main() -> None:
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from tensorrt_usage import used_names
 
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    cached = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for wheel in map(Path, sys.argv[1:]):
-        kept[wheel.name.split("-")[1]] = names_in(wheel, {name for _, name in used_names()})
-    KEPT.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+        cached[wheel.name.split("-")[1]] = names_in(wheel, {name for _, name in used_names()})
+    KEPT.write_text(json.dumps(cached, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an installed sdrt stands on: THIRD_PARTY.md, and the bill of materials beside a wheel.
+"""What an installed sdrt stands on: THIRD_PARTY.md, and the bill of materials next to a wheel.
 
     python tools/third_party.py                                   # writes THIRD_PARTY.md
     python tools/third_party.py --wheel dist/sdrt-0.1.0-py3-none-any.whl    # writes .cdx.json
@@ -60,16 +60,16 @@ class Package:
 
 def packages() -> dict[str, Package]:
     """All that sdrt's extras bring, by canonical name; `sdrt` itself is among them."""
-    found: dict[str, Package] = {}
+    actual: dict[str, Package] = {}
     for extra in EXTRAS:
         for name, wants in _reached("sdrt", extra, {}).items():
             about = metadata(name)
-            known = found.setdefault(
+            known = actual.setdefault(
                 name, Package(about["Name"], licence_of(about), home_of(about))
             )
             known.extras.append(extra)
             known.wants |= wants
-    return found
+    return actual
 
 
 def _reached(name: str, extra: str, seen: dict[str, set[str]]) -> dict[str, set[str]]:
@@ -80,8 +80,8 @@ def _reached(name: str, extra: str, seen: dict[str, set[str]]) -> dict[str, set[
     known |= fresh
     for other, *extras in sorted(wants):
         if other in fresh:
-            for each in extras or [""]:
-                _reached(other, each, seen)
+            for item in extras or [""]:
+                _reached(other, item, seen)
     return seen
 
 
@@ -135,11 +135,11 @@ def table() -> str:
         "| package | licence | with |",
         "|---|---|---|",
     ]
-    for name, each in sorted(packages().items()):
+    for name, item in sorted(packages().items()):
         if name != "sdrt":
-            brought = "always" if "" in each.extras else ", ".join(each.extras)
-            title = f"[{each.name}]({each.home})" if each.home else each.name
-            lines.append(f"| {title} | {each.licence} | {brought} |")
+            brought = "always" if "" in item.extras else ", ".join(item.extras)
+            title = f"[{item.name}]({item.home})" if item.home else item.name
+            lines.append(f"| {title} | {item.licence} | {brought} |")
     return "\n".join(lines) + "\n"
 
 
@@ -154,14 +154,14 @@ def sbom(wheel: Path) -> dict[str, Any]:
     """A CycloneDX 1.6 bill of materials: the wheel, and the locked versions of what it wants."""
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     version = wheel.name.split("-")[1]
-    found, versions = packages(), {**locked(), "sdrt": version}
-    refs = {name: f"pkg:pypi/{name}@{versions[name]}" for name in found}
+    actual, versions = packages(), {**locked(), "sdrt": version}
+    refs = {name: f"pkg:pypi/{name}@{versions[name]}" for name in actual}
 
     def component(name: str) -> dict[str, Any]:
-        each = found[name]
-        scope = "required" if "" in each.extras else "optional"
-        about = {"type": "library", "name": each.name, "version": versions[name]}
-        licences = [{"expression": each.licence}]
+        item = actual[name]
+        scope = "required" if "" in item.extras else "optional"
+        about = {"type": "library", "name": item.name, "version": versions[name]}
+        licences = [{"expression": item.licence}]
         return {
             **about,
             "bom-ref": refs[name],
@@ -172,10 +172,10 @@ def sbom(wheel: Path) -> dict[str, Any]:
 
     own = component("sdrt") | {"hashes": [{"alg": "SHA-256", "content": digest}]}
     own.pop("scope")
-    others = sorted(set(found) - {"sdrt"})
+    others = sorted(set(actual) - {"sdrt"})
     depends = [
-        {"ref": refs[name], "dependsOn": sorted(refs[want] for want in found[name].wants)}
-        for name in sorted(found)
+        {"ref": refs[name], "dependsOn": sorted(refs[want] for want in actual[name].wants)}
+        for name in sorted(actual)
     ]
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
@@ -196,8 +196,8 @@ def main() -> None:
     parser.add_argument("--wheel", type=Path)
     args = parser.parse_args()
     if args.wheel:
-        beside = args.wheel.with_suffix(".cdx.json")
-        beside.write_text(json.dumps(sbom(args.wheel), indent=2) + "\n")
+        neighbour = args.wheel.with_suffix(".cdx.json")
+        neighbour.write_text(json.dumps(sbom(args.wheel), indent=2) + "\n")
     else:
         TABLE.write_text(table())
 

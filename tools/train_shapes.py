@@ -59,8 +59,8 @@ def quiet_residuals(model: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
-def pictures(count: int, seed: int) -> Tensor:
-    """Pictures of random scenes, uint8 [count, 3, SIDE, SIDE]."""
+def images(count: int, seed: int) -> Tensor:
+    """Images of random scenes, uint8 [count, 3, SIDE, SIDE]."""
     rng = np.random.default_rng(seed)
     stack = np.stack([draw(scene_from_random(rng), SIDE) for _ in range(count)])
     return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
@@ -83,7 +83,7 @@ def vae_loss(vae: AutoencoderKL, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def vae_quality(vae: AutoencoderKL, held: Tensor) -> float:
-    """PSNR in dB over held-out pictures, for the mean latents, rounded to bytes."""
+    """PSNR in dB over held-out images, for the mean latents, rounded to bytes."""
     out = vae.decode(vae.moments(unit_range(held))[0]).clamp(-1, 1)
     error = (((out + 1) * 127.5).round() - held.float()).square().flatten(1).mean(1)
     return float((10 * torch.log10(255.0**2 / error.clamp_min(1e-3))).mean())
@@ -95,7 +95,7 @@ def train_vae(work: Path, steps: int, batch_size: int) -> None:
     quiet_residuals(vae)
     optimizers = Optimizers(vae, steps, matrix_lr=2e-3, other_lr=2e-3)
     start = load_state(work / "vae.pt", vae, optimizers)
-    pool, held = pictures(24000, seed=1), pictures(256, seed=2)
+    pool, held = images(24000, seed=1), images(256, seed=2)
     began = time.monotonic()
     for index in progress(start, steps):
         generator = torch.Generator().manual_seed(index)
@@ -167,24 +167,24 @@ def ids_from_captions(captions: list[str], folder: Path) -> Tensor:
 
 @torch.no_grad()
 def training_set(work: Path, count: int) -> dict[str, Tensor]:
-    """Moments of every picture's latents and the ids of its caption; kept beside the weights."""
+    """Moments of every image's latents and the ids of its caption; kept next to the weights."""
     path = work / "latents.safetensors"
     if path.exists():
         return load_file(path)
     vae = AutoencoderKL(VAE_CONFIG)
     vae.load_state_dict(load_file(work / "vae.safetensors"))
-    made = scenes(count, seed=3)
+    result = scenes(count, seed=3)
     means = []
     from tqdm import tqdm
 
     for start in tqdm(range(0, count, 100), desc="latents"):
-        stack = np.stack([draw(scene, SIDE) for scene in made[start : start + 100]])
+        stack = np.stack([draw(scene, SIDE) for scene in result[start : start + 100]])
         batch = unit_range(torch.from_numpy(stack).permute(0, 3, 1, 2))
         with torch.autocast("cpu", torch.bfloat16):
             means.append(
                 vae.moments(batch.contiguous(memory_format=torch.channels_last))[0].float()
             )
-    ids = ids_from_captions([*map(caption, made), ""], work / "tokenizer")
+    ids = ids_from_captions([*map(caption, result), ""], work / "tokenizer")
     data = {"latents": torch.cat(means).contiguous(), "ids": ids}
     save_file(data, path)
     return data
@@ -210,7 +210,7 @@ def guided_loss(
 ) -> Tensor:
     """The same for the blank caption, and for the guided combination of both outputs.
 
-    A caption here determines its picture almost wholly, so plain training gives a model that is
+    A caption here determines its image almost wholly, so plain training gives a model that is
     right at guidance 1 and torn apart at the guidance that people use. Asking the combination at
     `GUIDANCE` to be right puts the text's pull where it is in large models.
     """
@@ -239,11 +239,11 @@ def train_unet(work: Path, steps: int, batch_size: int) -> None:
         generator = torch.Generator().manual_seed(index)
         choice = torch.randint(len(latents), (batch_size,), generator=generator)
         timestep = torch.randint(1000, (batch_size,), generator=generator)
-        clean = latents[choice] * scale
-        noise = torch.randn(clean.shape, generator=generator)
+        denoised = latents[choice] * scale
+        noise = torch.randn(denoised.shape, generator=generator)
         text = ids[choice].clone()
         alpha = alphas[timestep][:, None, None, None]
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        noisy = alpha.sqrt() * denoised + (1 - alpha).sqrt() * noise
         if index < PLAIN_STEPS:
             text[torch.rand(batch_size, generator=generator) < 0.1] = blank
             loss = plain_loss(denoiser, noisy, timestep.float(), text, noise)

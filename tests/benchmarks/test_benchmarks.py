@@ -44,9 +44,9 @@ def test_the_same_figures_give_the_same_plots(scripts):
     pytest.importorskip("matplotlib")
     import results
 
-    made = results.plots()
-    assert made and made == results.plots()
-    assert all(text.startswith("<?xml") for text in made.values())
+    output = results.plots()
+    assert output and output == results.plots()
+    assert all(text.startswith("<?xml") for text in output.values())
 
 
 def test_the_exponent_is_the_power(scripts):
@@ -96,7 +96,7 @@ def test_stages_are_those_of_a_build(scripts):
 @pytest.mark.slow
 @pytest.mark.reference
 def test_a_checkpoint_of_published_shape_is_the_references(scripts, tmp_path):
-    """At a quarter of its width; loaded by the reference library as it loads published ones."""
+    """At a quarter of its width; loaded by diffusers as it loads published ones."""
     import torch
     from published import made_bundle, reference_pipeline
 

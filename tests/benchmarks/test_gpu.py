@@ -35,9 +35,9 @@ def test_without_a_gpu_it_is_refused_with_the_reason(script):
 
 
 def test_every_engine_has_its_reason(benchmark):
-    found = benchmark.contestants()
+    actual = benchmark.contestants()
     own = {"tensorrt", "tensorrt-rtx", "onnxruntime", benchmark.PLAIN, "torch"}
-    assert {*benchmark.REFERENCES, *own} == set(found)
+    assert {*benchmark.REFERENCES, *own} == set(actual)
 
 
 def test_every_part_that_would_be_timed_runs(benchmark, pipe, monkeypatch):
@@ -69,12 +69,12 @@ def test_the_table_has_every_part_and_what_failed(benchmark):
 def test_the_plot_has_every_engine_and_part(benchmark, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     parts = {"UNet 64x64, 2 rows": {"p50": 0.01}, "picture 64x64, 20 steps": {"p50": 0.3}}
-    found = {
+    actual = {
         "a": {"parts": parts},
         "b": {"parts": dict([*parts.items()][:1])},
         "c": {"failed": "x"},
     }
-    benchmark.draw(found, "L4", tmp_path / "plot.svg")
+    benchmark.draw(actual, "L4", tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
     for said in ("L4", "UNet 64x64, 2 rows", "picture 64x64, 20 steps"):
         assert said in text

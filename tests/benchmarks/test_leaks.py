@@ -1,4 +1,4 @@
-"""Pictures, pipelines and LoRA files leave nothing behind: benchmarks/leaks.py in short."""
+"""Images, pipelines and LoRA files leave nothing behind: benchmarks/leaks.py in short."""
 
 import importlib.util
 import sys
@@ -30,19 +30,19 @@ def test_files_and_threads_are_flat(leaks, shapes):
     args = leaks.argparse.Namespace(
         bundle=shapes, backend="onnxruntime", pictures=60, cycles=12, switches=12
     )
-    for name, found in leaks.measured(args).items():
-        assert found.files[0] == found.files[1], name
-        assert found.threads[0] == found.threads[1], name
+    for name, actual in leaks.measured(args).items():
+        assert actual.files[0] == actual.files[1], name
+        assert actual.threads[0] == actual.threads[1], name
 
 
 def test_a_leak_is_found(leaks, tmp_path):
     held, files = [], []
-    found = leaks.growth(30, lambda i: held.append(bytearray(b"x") * 100_000))
-    assert found.leaks
-    assert found.bytes == pytest.approx(100_000, rel=0.2)
-    found = leaks.growth(12, lambda i: files.append((tmp_path / str(i)).open("w")))
-    assert found.leaks
-    assert found.files[1] > found.files[0]
+    actual = leaks.growth(30, lambda i: held.append(bytearray(b"x") * 100_000))
+    assert actual.leaks
+    assert actual.bytes == pytest.approx(100_000, rel=0.2)
+    actual = leaks.growth(12, lambda i: files.append((tmp_path / str(i)).open("w")))
+    assert actual.leaks
+    assert actual.files[1] > actual.files[0]
     for file in files:
         file.close()
     assert leaks.growth(12, lambda i: bytearray(100_000)).bytes < 50_000

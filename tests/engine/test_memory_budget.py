@@ -37,8 +37,8 @@ def test_what_is_alive_is_counted_by_the_axes(tmp_path):
     x, y, *others = [value(name, "rows", channels, side) for name, channels in named.items()]
     graph = helper.make_graph(nodes, "g", [x], [y], value_info=others)
     onnx.save(helper.make_model(graph), tmp_path / "g.onnx")
-    found = activation_memory.activations(tmp_path / "g.onnx", {"rows": 5, "side": 7})
-    assert found == 2 * 5 * 8 * (3 + 6 + 6)
+    actual = activation_memory.activations(tmp_path / "g.onnx", {"rows": 5, "side": 7})
+    assert actual == 2 * 5 * 8 * (3 + 6 + 6)
     assert activation_memory.activations(tmp_path / "g.onnx", {"rows": 5}) == 2 * 5 * (3 + 6 + 6)
     with pytest.raises(ValueError, match="not known"):
         activation_memory.evaluate_axis("__import__('os')", {})
@@ -53,8 +53,8 @@ def test_a_bundle_says_what_every_component_has_alive(shapes):
             component.activations == activation_memory.activations(bundle.graph(name), lengths) > 0
         )
     doubled = activation_memory.axis_lengths(bundle.manifest, (2 * size[0], size[1])) | {"rows": 3}
-    found = activation_memory.activations(bundle.graph("unet"), doubled)
-    assert 5.5 < found / bundle.manifest.components["unet"].activations < 6.5
+    actual = activation_memory.activations(bundle.graph("unet"), doubled)
+    assert 5.5 < actual / bundle.manifest.components["unet"].activations < 6.5
 
 
 def grown(bundle, factor):
@@ -89,8 +89,8 @@ def test_a_backend_without_room_is_left_for_the_next(shapes, monkeypatch, caplog
     assert "does not serve" in caplog.text
 
 
-def test_in_turn_one_component_is_loaded_and_the_pictures_are_the_same(shapes, pipe):
-    wanted = pipe(PROMPT, **OPTIONS).images
+def test_in_turn_one_component_is_loaded_and_the_images_are_the_same(shapes, pipe):
+    expected = pipe(PROMPT, **OPTIONS).images
     loaded = []
     with sdrt.load(shapes, backend="onnxruntime", low_memory=True) as own:
         lazy = {n: e for n, e in own.engines.items() if isinstance(e, LazyEngine)}
@@ -100,15 +100,15 @@ def test_in_turn_one_component_is_loaded_and_the_pictures_are_the_same(shapes, p
             loaded.append([name for name, engine in lazy.items() if engine._engine])
 
         for _ in range(2):
-            found = own(PROMPT, on_step=look, **OPTIONS).images
-            for a, b in zip(wanted, found, strict=True):
+            actual = own(PROMPT, on_step=look, **OPTIONS).images
+            for a, b in zip(expected, actual, strict=True):
                 assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
         assert loaded and all(names == ["unet"] for names in loaded)
-        own(PROMPT, image=wanted[0], strength=0.5, num_inference_steps=2)
+        own(PROMPT, image=expected[0], strength=0.5, num_inference_steps=2)
         assert [name for name, engine in lazy.items() if engine._engine] == ["vae_decoder"]
         loaded.clear()
-        found = own(PROMPT, on_step=look, **OPTIONS, feature_reuse=2).images
-        assert np.array_equal(found[0], pipe(PROMPT, **OPTIONS, feature_reuse=2).images[0])
+        actual = own(PROMPT, on_step=look, **OPTIONS, feature_reuse=2).images
+        assert np.array_equal(actual[0], pipe(PROMPT, **OPTIONS, feature_reuse=2).images[0])
         assert all("unet" in names for names in loaded) and "unet_shallow" in loaded[-1]
     with pytest.raises(BackendError, match="closed"):
         own(PROMPT, num_inference_steps=1)
@@ -119,8 +119,8 @@ def test_the_largest_batch_is_what_fits_by_calculation(shapes):
     needed = [compute_budget(manifest, (64, 64), 2 * count).total for count in range(1, 18)]
     assert needed[0] < needed[15]
     for free in range(needed[0], needed[15], 1_000_000):
-        found = max_batch_images(manifest, free)
-        assert needed[found - 1] <= free < needed[found]
+        actual = max_batch_images(manifest, free)
+        assert needed[actual - 1] <= free < needed[actual]
     assert max_batch_images(manifest, needed[16]) == 16
     assert max_batch_images(manifest, 0) == 1
 

@@ -41,9 +41,9 @@ def test_heads_and_tokens_are_those_of_the_graph(shapes):
     onnx = pytest.importorskip("onnx")
     path = open_bundle(shapes).graph("unet")
     nodes = onnx.load(path, load_external_data=False).graph.node
-    found = list(attention_shapes(path))
-    assert len(found) == sum(node.op_type == "Attention" for node in nodes) > 0
-    assert {heads for heads, _, _ in found} == {5}
+    actual = list(attention_shapes(path))
+    assert len(actual) == sum(node.op_type == "Attention" for node in nodes) > 0
+    assert {heads for heads, _, _ in actual} == {5}
 
 
 def test_scores_grow_with_the_fourth_power_of_the_side(shapes):
@@ -104,12 +104,12 @@ def test_a_containers_bound_counts_without_files_that_can_be_dropped(
         1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         2: ("memory.max", "memory.current", "inactive_file"),
     }
-    most, used, cached = names[version]
+    maximum, used, cached = names[version]
     folder = tmp_path / "memory" if version == 1 else tmp_path
     folder.mkdir(exist_ok=True)
-    for name, text in ((most, "1000000"), (used, "900000"), ("memory.stat", f"{cached} 600000")):
+    for name, text in ((maximum, "1000000"), (used, "900000"), ("memory.stat", f"{cached} 600000")):
         (folder / name).write_text(text)
     monkeypatch.setattr(process_stats, "CGROUPS", tmp_path)
     assert process_stats.available_bytes() == memory_budget.free_bytes(None) == 700_000
-    (folder / most).write_text("max")
+    (folder / maximum).write_text("max")
     assert process_stats.available_bytes() > 700_000

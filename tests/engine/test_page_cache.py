@@ -17,14 +17,14 @@ SIZE = 32 << 20
 
 def resident(path):
     """Bytes of the file that are in this process's memory."""
-    found = inside = 0
+    actual = inside = 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         fields = line.split()
         if not fields[0].endswith(":"):
             inside = line.endswith(str(path))
         elif inside and fields[0] == "Rss:":
-            found += int(fields[1]) * 1024
-    return found
+            actual += int(fields[1]) * 1024
+    return actual
 
 
 def test_pages_go_and_come_again(tmp_path):
@@ -63,10 +63,10 @@ def test_the_heap_gives_back_what_was_freed():
     def resident_bytes():
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
-    kept = []
+    cached = []
     for _ in range(20_000):  # of a size that the heap keeps
-        kept.append(bytearray(5_000))
-    del kept[:-1]
+        cached.append(bytearray(5_000))
+    del cached[:-1]
     before = resident_bytes()
     trim()
     assert resident_bytes() < before - 10_000_000
@@ -76,9 +76,9 @@ def test_a_decoder_that_gives_back_draws_the_same(shapes, monkeypatch):
     openvino_cpu = pytest.importorskip("sdrt.engine.openvino.engine")
     with sdrt.load(shapes, backend="openvino") as pipe:
         draw = partial(pipe, "a red circle", num_inference_steps=2, seed=0)
-        wanted = draw().images[0].tobytes()
+        expected = draw().images[0].tobytes()
         monkeypatch.setattr(openvino_cpu, "LARGE", 1)
-        assert [draw().images[0].tobytes() for _ in range(3)] == [wanted] * 3
+        assert [draw().images[0].tobytes() for _ in range(3)] == [expected] * 3
 
 
 def test_nothing_is_let_go_while_somebody_uses_a_file(tmp_path, monkeypatch):

@@ -24,10 +24,10 @@ def refuse(out):
 
 
 def test_a_plan_is_built_once_and_found_again(tmp_path):
-    made = plan_of(tmp_path, KEY, build)
-    assert made.path.read_bytes() == b"a plan"
+    result = plan_of(tmp_path, KEY, build)
+    assert result.path.read_bytes() == b"a plan"
     again = plan_of(tmp_path, KEY, refuse)
-    assert again == made and again.key == KEY and again.peak_bytes == 1000
+    assert again == result and again.key == KEY and again.peak_bytes == 1000
     with again.verified() as content:
         assert content[:] == b"a plan"
 
@@ -68,11 +68,11 @@ def test_the_plan_for_the_fewest_other_gpus_is_taken(tmp_path):
 )
 def test_a_plan_for_something_else_is_not_used_and_the_reason_is_said(tmp_path, change, said):
     plan_of(tmp_path, KEY, build)
-    wanted = replace(KEY, **change)
-    assert wanted.digest != KEY.digest
-    plan, reason = find_plan(tmp_path, wanted)
+    expected = replace(KEY, **change)
+    assert expected.digest != KEY.digest
+    plan, reason = find_plan(tmp_path, expected)
     assert plan is None and said in reason
-    assert differences(wanted, wanted) == []
+    assert differences(expected, expected) == []
 
 
 def test_the_nearest_plan_is_the_one_compared(tmp_path):
@@ -91,9 +91,9 @@ def test_the_nearest_plan_is_the_one_compared(tmp_path):
     ],
 )
 def test_a_damaged_plan_is_never_handed_out(tmp_path, damage, said, caplog):
-    made = plan_of(tmp_path, KEY, build)
-    damage(made.path)
-    with pytest.raises(BackendError, match=said), made.verified():
+    result = plan_of(tmp_path, KEY, build)
+    damage(result.path)
+    with pytest.raises(BackendError, match=said), result.verified():
         raise AssertionError("it was handed out")
     with caplog.at_level("INFO", logger="sdrt"):
         again = plan_of(tmp_path, KEY, build)
@@ -104,10 +104,10 @@ def test_a_damaged_plan_is_never_handed_out(tmp_path, damage, said, caplog):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"key": {}}', '{"key": {"component": "x"}, "a": 1}'])
 def test_a_damaged_sidecar_is_no_plan(tmp_path, text):
-    made = plan_of(tmp_path, KEY, build)
-    made.path.with_suffix(".json").write_text(text)
+    result = plan_of(tmp_path, KEY, build)
+    result.path.with_suffix(".json").write_text(text)
     assert find_plan(tmp_path, KEY)[0] is None
-    assert plan_of(tmp_path, KEY, build) == made
+    assert plan_of(tmp_path, KEY, build) == result
 
 
 def test_a_failed_build_leaves_nothing_behind(tmp_path):
@@ -129,9 +129,9 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
 def test_plans_of_weights_that_are_gone_go_too(tmp_path):
     old = plan_of(tmp_path, replace(KEY, weights="c" * 64), build)
     elsewhere = plan_of(tmp_path, replace(KEY, weights="c" * 64, version="2"), build)
-    beside = plan_of(tmp_path, replace(KEY, graph="d" * 64), build)
+    neighbour = plan_of(tmp_path, replace(KEY, graph="d" * 64), build)
     plan_of(tmp_path, KEY, build)
-    assert not old.path.exists() and elsewhere.path.exists() and beside.path.exists()
+    assert not old.path.exists() and elsewhere.path.exists() and neighbour.path.exists()
 
 
 def test_a_components_second_graph_has_a_plan_of_its_own(tmp_path):
@@ -161,10 +161,10 @@ def test_two_processes_build_one_plan_once(tmp_path):
     workers = [context.Process(target=wait_for_plan, args=(tmp_path, results)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    made = {results.get(timeout=30) for _ in workers}
+    result = {results.get(timeout=30) for _ in workers}
     for worker in workers:
         worker.join()
-    assert len(made) == 1
+    assert len(result) == 1
 
 
 def test_a_proof_is_kept_with_the_plan(tmp_path):
@@ -192,7 +192,7 @@ def manifest(**values):
     )
 
 
-def test_one_profile_a_size_with_two_rows_a_picture():
+def test_one_profile_a_size_with_two_rows_a_image():
     m = manifest()
     first, second = profiles_of(m, "unet", m.components["unet"].inputs)
     assert first["sample"] == ((1, 4, 64, 64), (4, 4, 64, 64), (8, 4, 64, 64))
@@ -235,33 +235,33 @@ def test_why_there_is_no_gpu_is_said():
 
 
 def test_sidecars_are_plain_json(tmp_path):
-    made = plan_of(tmp_path, KEY, build)
-    raw = json.loads(made.path.with_suffix(".json").read_text())
+    result = plan_of(tmp_path, KEY, build)
+    raw = json.loads(result.path.with_suffix(".json").read_text())
     assert raw["key"]["targets"] == ["sm_86", "sm_89"] and raw["parity"] is None
 
 
 def elsewhere(folder, monkeypatch, tmp_path):
     """What a stranger built, in a home of its own."""
     monkeypatch.setenv("SDRT_HOME", str(tmp_path / "stranger"))
-    made = plan_of(folder, KEY, build)
+    result = plan_of(folder, KEY, build)
     monkeypatch.setenv("SDRT_HOME", str(tmp_path / "mine"))
-    return made
+    return result
 
 
 def test_a_plan_from_elsewhere_is_not_used(tmp_path, monkeypatch):
-    made = elsewhere(tmp_path / "plans", monkeypatch, tmp_path)
+    result = elsewhere(tmp_path / "plans", monkeypatch, tmp_path)
     for _ in range(2):  # before this home has a key of its own, and after
-        found, reason = find_plan(tmp_path / "plans", KEY)
-        assert found is None and "not built here" in reason and made.sha256[:50] in reason
+        actual, reason = find_plan(tmp_path / "plans", KEY)
+        assert actual is None and "not built here" in reason and result.sha256[:50] in reason
         mark_of(b"")
     again = plan_of(tmp_path / "plans", KEY, build)
-    assert again.mark != made.mark and find_plan(tmp_path / "plans", KEY)[0] == again
+    assert again.mark != result.mark and find_plan(tmp_path / "plans", KEY)[0] == again
 
 
 def test_a_plan_that_the_operator_names_is_used(tmp_path, monkeypatch):
-    made = elsewhere(tmp_path / "plans", monkeypatch, tmp_path)
-    monkeypatch.setenv("SDRT_TRUST_PLANS", f"{'0' * 64}, {made.sha256.upper()}")
-    assert find_plan(tmp_path / "plans", KEY)[0] == made
+    result = elsewhere(tmp_path / "plans", monkeypatch, tmp_path)
+    monkeypatch.setenv("SDRT_TRUST_PLANS", f"{'0' * 64}, {result.sha256.upper()}")
+    assert find_plan(tmp_path / "plans", KEY)[0] == result
     monkeypatch.setenv("SDRT_TRUST_PLANS", "all")
     with pytest.raises(UsageError, match="SDRT_TRUST_PLANS holds 'all'"):
         find_plan(tmp_path / "plans", KEY)
@@ -271,7 +271,7 @@ def test_a_plan_that_the_operator_names_is_used(tmp_path, monkeypatch):
     "change",
     [{"sha256": "0" * 64}, {"size": 3}, {"mark": "0" * 64}, {"mark": ""}, {"mark": 7}],
 )
-def test_a_sidecar_that_was_changed_is_a_strangers(tmp_path, change):
+def test_a_sidecar_that_was_changed_is_untrusted(tmp_path, change):
     sidecar = plan_of(tmp_path, KEY, build).path.with_suffix(".json")
     sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | change))
     assert "not built here" in find_plan(tmp_path, KEY)[1]

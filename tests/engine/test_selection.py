@@ -69,7 +69,7 @@ def test_a_stream_of_the_callers_is_for_what_takes_one():
     assert OrtCudaOptions().settings(0, 77)["user_compute_stream"] == "77"
 
 
-def test_a_hidden_gpu_is_told_from_none():
+def test_a_hidden_gpu_is_reported_from_none():
     hidden = GpuInventory(unavailable_reason=explain_no_gpu(NO_DEVICE, ""))
     assert "unset it" in select_backend("auto", LARGE, machine=hidden).because
 
@@ -111,28 +111,28 @@ def refused_by_onnxruntime(tiny_bundle, tmp_path_factory):
 def test_a_backend_that_does_not_load_is_left_for_the_next_with_a_warning(
     refused_by_onnxruntime, caplog
 ):
-    broken, whole = refused_by_onnxruntime
+    broken, full = refused_by_onnxruntime
     options = {"prompt": "a circle", "num_inference_steps": 2, "seed": 0}
     with caplog.at_level("INFO", logger="sdrt"), sdrt.load(broken) as pipe:
         assert pipe.backend == "torch on cpu"
-        found = np.asarray(pipe(**options).images[0], np.int16)
+        actual = np.asarray(pipe(**options).images[0], np.int16)
     warned = [r.message for r in caplog.records if r.levelname == "WARNING"]
     assert any(w.startswith("onnxruntime on cpu does not serve") for w in warned)
-    with sdrt.load(whole, backend="onnxruntime") as pipe:
-        wanted = np.asarray(pipe(**options).images[0], np.int16)
-    assert np.abs(found - wanted).max() <= 1
+    with sdrt.load(full, backend="onnxruntime") as pipe:
+        expected = np.asarray(pipe(**options).images[0], np.int16)
+    assert np.abs(actual - expected).max() <= 1
     with pytest.raises(BackendError, match="cannot load"):
         sdrt.load(broken, backend="onnxruntime")
 
 
 def test_doctor_says_what_is_here_and_what_would_be_taken(capsys):
     assert main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["chosen"] == select_backend().title
-    assert bool(found["gpus"]) == (found["no_gpu"] is None)
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["chosen"] == select_backend().title
+    assert bool(actual["gpus"]) == (actual["no_gpu"] is None)
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert f"auto takes, for a large model: {found['chosen']}" in text
+    assert f"auto takes, for a large model: {actual['chosen']}" in text
     assert "tensorrt-rtx  cuda" in text
 
 
@@ -168,8 +168,8 @@ def test_the_binding_of_the_cuda_engine_computes_the_same_on_the_cpu(refused_by_
             "timestep": rng.uniform(0, 999, 2).astype(np.float32),
             "context": rng.normal(size=(2, 32, 16)).astype(np.float32),
         }
-        wanted = exact(feeds)["output"].copy()
-        assert np.array_equal(bound(feeds)["output"], wanted)
+        expected = exact(feeds)["output"].copy()
+        assert np.array_equal(bound(feeds)["output"], expected)
     assert len(bound._bound) == MAX_SHAPES
     bound.close()
     with pytest.raises(BackendError, match="closed"):

@@ -52,7 +52,7 @@ def test_the_weights_are_stored_once_and_aligned(tiny_bundle):
         onnx.checker.check_model(str(graph))
 
 
-def test_every_size_of_a_bundle_makes_pictures(tiny_bundle):
+def test_every_size_of_a_bundle_makes_images(tiny_bundle):
     with sdrt.load(tiny_bundle, backend="onnxruntime") as pipe:
         for size in ((32, 32), (48, 32)):
             out = pipe(["a", "b", "c"], num_inference_steps=2, seed=1, size="{}x{}".format(*size))
@@ -85,18 +85,18 @@ def test_openvino_draws_the_same_exactly_and_nearly_in_bf16(shapes, tmp_path):
     manifest = json.loads((copied / "sdrt.json").read_text())
     options = {"prompt": "a red circle on a blue background", "num_inference_steps": 6, "seed": 0}
 
-    def drawn(backend, admitted, precision="auto"):
+    def generated(backend, admitted, precision="auto"):
         (copied / "sdrt.json").write_text(json.dumps({**manifest, "admitted": admitted}))
         with sdrt.load(copied, backend=backend, precision=precision) as pipe:
             return np.asarray(pipe(**options).images[0], np.float64)
 
-    wanted = drawn("onnxruntime", {})
-    assert np.abs(drawn("openvino", {}) - wanted).max() <= 1
-    assert np.abs(drawn("openvino", {"openvino-bf16": 36.0}, "exact") - wanted).max() <= 1
-    lower = drawn("openvino", {"openvino-bf16": 36.0})
-    assert 10 * np.log10(255.0**2 / max(np.mean((lower - wanted) ** 2), 1e-9)) >= 30
+    expected = generated("onnxruntime", {})
+    assert np.abs(generated("openvino", {}) - expected).max() <= 1
+    assert np.abs(generated("openvino", {"openvino-bf16": 36.0}, "exact") - expected).max() <= 1
+    lower = generated("openvino", {"openvino-bf16": 36.0})
+    assert 10 * np.log10(255.0**2 / max(np.mean((lower - expected) ** 2), 1e-9)) >= 30
     if has_bf16():
-        assert np.abs(lower - wanted).max() > 1
+        assert np.abs(lower - expected).max() > 1
         assert manifest["admitted"]["openvino-bf16"] >= 35.0
 
 
@@ -129,7 +129,7 @@ def test_a_part_may_come_from_elsewhere(tiny, tmp_path, build_once):
 
 @pytest.mark.build
 def test_what_overflows_in_half_is_kept_in_single(tiny, tmp_path, build_once):
-    """A decoder whose middle reaches 1e6 and comes back: black pictures in fp16."""
+    """A decoder whose middle reaches 1e6 and comes back: black images in fp16."""
     model = shutil.copytree(tiny, tmp_path / "model")
     path = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
@@ -184,7 +184,7 @@ def bytes_of(folder):
 
 @pytest.mark.build
 def test_builds_are_reproducible(tiny, tiny_bundle, tmp_path, monkeypatch):
-    """All is exported anew but the UNet, whose export takes as long as all else."""
+    """All is exported again but the UNet, whose export takes as long as all else."""
     monkeypatch.setattr(validation, "export_graph", unet_once)
     again = build_bundle(
         BuildPlan(str(tiny), tmp_path / "tiny", sizes=((32, 32), (48, 32)), batch=(1, 1, 2))
@@ -199,17 +199,17 @@ def unet_once(module, *given):
 @pytest.mark.slow
 def test_builds_of_other_processes_places_and_times_are_the_same(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "tiny")
-    made = []
+    result = []
     for seed in ("1", "2"):
         environment = {"PYTHONHASHSEED": seed, "SDRT_HOME": str(tmp_path / f"home{seed}")}
         target = tmp_path / f"elsewhere{seed}" / "b"
         command = [sys.executable, "-m", "sdrt", "build", "--model", "tiny", "--output", target]
         subprocess.run(command, cwd=tmp_path, env={**os.environ, **environment}, check=True)
-        made.append(bytes_of(target))
-        for name, content in made[-1].items():
+        result.append(bytes_of(target))
+        for name, content in result[-1].items():
             for place in (tmp_path, Path.home(), Path(sys.prefix), Path(torch.__file__).parent):
                 assert str(place).encode() not in content, (name, place)
-    assert made[0] == made[1]
+    assert result[0] == result[1]
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_openvino_keeps_half_in_single(half, tmp_path, monkeypatch):
     stored = Tensors(half / "unet" / "model.safetensors")
     different = {stored[name].tobytes() for name in stored if not name.startswith("__pad.")}
     (weights,) = (tmp_path / "plans").rglob("unet-*/model.bin")
-    assert weights.stat().st_size >= sum(2 * len(each) for each in different)
+    assert weights.stat().st_size >= sum(2 * len(item) for item in different)
 
 
 def test_a_bundle_is_replaced_only_by_force(tiny, tiny_bundle):
@@ -273,7 +273,7 @@ def test_below_the_floor_nothing_is_published(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(
         parity,
         "measure",
-        lambda found, wanted, is_image: honest(found * 1.01, wanted, is_image=is_image),
+        lambda actual, expected, is_image: honest(actual * 1.01, expected, is_image=is_image),
     )
     out = tmp_path / "out"
     out.mkdir()
@@ -396,9 +396,9 @@ def test_nothing_is_like_nothing_and_unlike_something():
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_nan_never_passes_the_gate(dtype):
-    wanted = np.ones((1, 3, 8, 8), np.float32)
-    found = wanted.copy()
-    found[0, 0, 0, 0] = np.nan
-    values = parity.measure(found, wanted, is_image=True)
+    expected = np.ones((1, 3, 8, 8), np.float32)
+    actual = expected.copy()
+    actual[0, 0, 0, 0] = np.nan
+    values = parity.measure(actual, expected, is_image=True)
     with pytest.raises(ParityError):
         parity.check("vae_decoder", values, dtype)

@@ -30,17 +30,17 @@ NETWORKS = {
 
 def defaults(kind):
     parameters = inspect.signature(kind.__init__).parameters.items()
-    given = {k: p.default for k, p in parameters if p.default is not inspect.Parameter.empty}
-    return json.loads(json.dumps(given))
+    inputs = {k: p.default for k, p in parameters if p.default is not inspect.Parameter.empty}
+    return json.loads(json.dumps(inputs))
 
 
 @pytest.mark.reference
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_default_of_a_network_is_accepted(name):
     """All together, and each alone, as files of other releases leave some away."""
-    given = defaults(getattr(diffusers, name))
-    NETWORKS[name].from_json({**given, "_use_default_values": list(given)})
-    for key, value in given.items():
+    inputs = defaults(getattr(diffusers, name))
+    NETWORKS[name].from_json({**inputs, "_use_default_values": list(inputs)})
+    for key, value in inputs.items():
         NETWORKS[name].from_json({key: value})
 
 
@@ -60,8 +60,8 @@ def test_what_is_off_may_be_false_or_null_and_dropout_is_for_training():
     stages |= {"only_cross_attention": (False, False), "mid_block_only_cross_attention": False}
     stages |= {"dual_cross_attention": None, "resnet_skip_time_act": None}
     reference = diffusers.UNet2DConditionModel(**stages)
-    found = UnetConfig.from_json(json.loads(reference.to_json_string()))
-    assert Unet(found).state_dict().keys() == reference.state_dict().keys()
+    actual = UnetConfig.from_json(json.loads(reference.to_json_string()))
+    assert Unet(actual).state_dict().keys() == reference.state_dict().keys()
     for key in ("only_cross_attention", "mid_block_only_cross_attention"):
         for value in (True, (False, True)):
             with pytest.raises(CheckpointError, match=key):

@@ -41,13 +41,13 @@ def models(tiny, tmp_path_factory):
     vocabulary = len(json.loads((tiny / "tokenizer" / "vocab.json").read_text()))
     base = tmp_path_factory.mktemp("models")
     shutil.copytree(tiny / "tokenizer", base / "tokenizer")
-    made = {}
+    result = {}
     for name in ("1.x", "2.x", "XL"):
         family, parts = tiny_parts(name, vocabulary)
         tensors = single_file(family, parts)
         save_file(tensors, base / f"{name}.safetensors")
-        made[name] = (parts, tensors, find_checkpoint(str(base / f"{name}.safetensors")))
-    return made
+        result[name] = (parts, tensors, find_checkpoint(str(base / f"{name}.safetensors")))
+    return result
 
 
 def in_layouts(family, part, parts, tensors):
@@ -79,7 +79,7 @@ def test_a_part_as_a_file_is_that_of_the_model_in_every_layout(family, part, mod
     lacking = {k: t for k, t in tensors.items() if not k.startswith(PREFIXES[part])}
     shutil.copytree(model.folder / "tokenizer", tmp_path / "tokenizer")
     save_file(lacking, tmp_path / "lacking.safetensors")
-    wanted = load_component(part, model).state_dict()
+    expected = load_component(part, model).state_dict()
     for name, stored in in_layouts(family, part, parts, tensors).items():
         file = tmp_path / f"{part} {name}.safetensors"
         save_file({key: tensor.contiguous() for key, tensor in stored.items()}, file)
@@ -87,9 +87,9 @@ def test_a_part_as_a_file_is_that_of_the_model_in_every_layout(family, part, mod
         for base in (model.folder, tmp_path / "lacking.safetensors"):
             checkpoint = find_checkpoint(str(base), parts={part: str(file)})
             read_model_spec(checkpoint)
-            found = load_component(part, checkpoint).state_dict()
-            assert found.keys() == wanted.keys(), name
-            assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
+            actual = load_component(part, checkpoint).state_dict()
+            assert actual.keys() == expected.keys(), name
+            assert all(torch.equal(actual[key], expected[key]) for key in expected), name
             own = {k: v for k, v in checkpoint.config(part).items() if k != "_class_name"}
             assert own == model.config(part), name
 
@@ -105,8 +105,8 @@ def test_a_part_may_be_a_folder_and_its_model_a_file_without_it(family, part, mo
         checkpoint = find_checkpoint(str(tmp_path / "lacking.safetensors"), parts=parts)
         read_model_spec(checkpoint)
         assert set(checkpoint.parts) == set(model.parts)
-        for each in model.parts:
-            assert checkpoint.config(each) == model.config(each)
+        for item in model.parts:
+            assert checkpoint.config(item) == model.config(item)
     option = part.replace("_", "-")
     with pytest.raises(CheckpointError, match=rf"no {part}: .*--{option} FILE"):
         find_checkpoint(str(tmp_path / "lacking.safetensors"))
@@ -149,15 +149,15 @@ def test_a_tiny_autoencoder_may_be_a_file(models, tmp_path):
     for family in ("1.x", "XL"):
         checkpoint = find_checkpoint(str(models[family][2].folder), parts={"vae": str(file)})
         latents = torch.randn(1, 4, 8, 8)
-        found = load_component("vae_decoder", checkpoint)(latents)
+        actual = load_component("vae_decoder", checkpoint)(latents)
         with torch.no_grad():
-            wanted = reference.decode(latents).sample
-        assert torch.allclose(found, wanted, atol=1e-5)
+            expected = reference.decode(latents).sample
+        assert torch.allclose(actual, expected, atol=1e-5)
         # A whole one in place of a tiny one has the scale of its family again.
-        whole = {
+        full = {
             "vae": str(models[family][2].folder / "vae" / "diffusion_pytorch_model.safetensors")
         }
-        assert checkpoint.with_parts(whole).config("vae") == models[family][2].config("vae")
+        assert checkpoint.with_parts(full).config("vae") == models[family][2].config("vae")
 
 
 def test_a_file_in_the_hubs_layout_has_its_configuration_beside_it(tiny, tmp_path):
@@ -224,13 +224,13 @@ def test_a_whole_model_may_be_in_the_layout_of_diffusers(family, models, tmp_pat
     shutil.copytree(model.folder / "tokenizer", tmp_path / "tokenizer")
     tensors = {f"{part}.{n}": t for part, (_, ws) in parts.items() for n, t in ws.items()}
     save_file(tensors, tmp_path / "whole.safetensors")
-    found = find_checkpoint(str(tmp_path / "whole.safetensors"))
-    assert found.parts == model.parts
+    actual = find_checkpoint(str(tmp_path / "whole.safetensors"))
+    assert actual.parts == model.parts
     for part in model.parts:
-        assert found.config(part) == model.config(part)
-        wanted = model.weights(part)
-        assert all(torch.equal(t, wanted[n]) for n, t in found.weights(part).items())
-    assert found.tokenizers() == model.tokenizers()
+        assert actual.config(part) == model.config(part)
+        expected = model.weights(part)
+        assert all(torch.equal(t, expected[n]) for n, t in actual.weights(part).items())
+    assert actual.tokenizers() == model.tokenizers()
 
 
 def test_what_xl_has_left_of_a_clip_model_is_passed_over(models, tmp_path):
@@ -241,9 +241,9 @@ def test_what_xl_has_left_of_a_clip_model_is_passed_over(models, tmp_path):
         for name in ("text_projection", "logit_scale")
     }
     save_file({**tensors, **left}, tmp_path / "model.safetensors")
-    found = find_checkpoint(str(tmp_path / "model.safetensors"))
-    assert found.config("text_encoder") == model.config("text_encoder")
-    assert "conditioner.embedders.0.text_projection" in found.passed_over()[0]
+    actual = find_checkpoint(str(tmp_path / "model.safetensors"))
+    assert actual.config("text_encoder") == model.config("text_encoder")
+    assert "conditioner.embedders.0.text_projection" in actual.passed_over()[0]
 
 
 def test_2x_may_be_in_the_layout_of_xl(models, tmp_path):
@@ -252,14 +252,14 @@ def test_2x_may_be_in_the_layout_of_xl(models, tmp_path):
     later = "conditioner.embedders.0.model."
     moved = {k.replace("cond_stage_model.model.", later): t for k, t in tensors.items()}
     save_file(moved, tmp_path / "whole.safetensors")
-    found = find_checkpoint(str(tmp_path / "whole.safetensors"))
-    assert found.parts == model.parts
-    assert found.prediction.kind == found.scheduler_config()["prediction_type"] == "epsilon"
-    assert read_model_spec(found).native_size == (512, 512)
+    actual = find_checkpoint(str(tmp_path / "whole.safetensors"))
+    assert actual.parts == model.parts
+    assert actual.prediction.kind == actual.scheduler_config()["prediction_type"] == "epsilon"
+    assert read_model_spec(actual).native_size == (512, 512)
     for part in model.parts:
-        assert {**found.config(part), "sample_size": 0} == {**model.config(part), "sample_size": 0}
-        wanted = model.weights(part)
-        assert all(torch.equal(t, wanted[n]) for n, t in found.weights(part).items())
+        assert {**actual.config(part), "sample_size": 0} == {**model.config(part), "sample_size": 0}
+        expected = model.weights(part)
+        assert all(torch.equal(t, expected[n]) for n, t in actual.weights(part).items())
     moved = {k: t for k, t in moved.items() if not k.startswith("first_stage_model.")}
     save_file(moved, tmp_path / "lacking.safetensors")
     with pytest.raises(CheckpointError, match=r"text_encoder \(conditioner.*with --vae FILE"):
@@ -279,14 +279,14 @@ def test_a_part_that_is_not_whole_is_refused(part, broken, message, models, tmp_
     _, tensors, model = models["1.x"]
     prefix = PLACES.get(("1.x", part)) or PREFIXES[part]
     own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-    kept = {new: tensor for k, t in own.items() for new, tensor in broken(k, t).items()}
-    save_file(kept, tmp_path / "part.safetensors")
+    cached = {new: tensor for k, t in own.items() for new, tensor in broken(k, t).items()}
+    save_file(cached, tmp_path / "part.safetensors")
     with pytest.raises(CheckpointError, match=message):
         find_checkpoint(str(model.folder), parts={part: str(tmp_path / "part.safetensors")})
 
 
 def of_more_channels(tensors):
-    """The file's autoencoder with latents of 16 channels, and no convolutions beside them."""
+    """The file's autoencoder with latents of 16 channels, and no convolutions next to them."""
     own = {k: t for k, t in tensors.items() if k.startswith("first_stage_model.")}
     own = {k.removeprefix("first_stage_model."): t for k, t in own.items() if "quant" not in k}
     first = own["decoder.conv_in.weight"]
@@ -313,9 +313,9 @@ def test_the_reference_reads_the_same_from_a_file(family, models, tmp_path):
         reference = getattr(diffusers, kind).from_single_file(
             str(file), config=str(tmp_path), subfolder=part, local_files_only=True
         )
-        found, wanted = load_component(part, model).state_dict(), reference.state_dict()
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        actual, expected = load_component(part, model).state_dict(), reference.state_dict()
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_original_names_of_an_autoencoder_go_both_ways(models):

@@ -52,7 +52,7 @@ def model(tiny, tmp_path_factory):
 
 
 def sharded(folder, variant="", spelling="{stem}{variant}-{i:05}-of-00002.safetensors"):
-    """The folder's weights as two shards and an index beside them; their names."""
+    """The folder's weights as two shards and an index next to them; their names."""
     stem = "diffusion_pytorch_model"
     weights = load_file(folder / f"{stem}.safetensors")
     names = sorted(weights)
@@ -95,11 +95,11 @@ def fetch(hub, tmp_path):
     """Run `fetched` in a process of its own, which is when the client reads its environment."""
 
     def run(*arguments, code=FETCH, **environment):
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        denoised = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), **environment}
         return subprocess.run(
             [sys.executable, "-c", code, *arguments],
-            env=clean | own,
+            env=denoised | own,
             capture_output=True,
             text=True,
             timeout=120,
@@ -133,10 +133,10 @@ def test_only_what_a_build_reads_is_fetched(hub, fetch, model, tmp_path):
 
 @pytest.mark.build
 def test_the_hub_may_be_away(hub, fetch):
-    kept = fetch("org/open").stdout
+    cached = fetch("org/open").stdout
     away = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     again = fetch("org/open", **away)
-    assert again.stdout == kept and "cannot be reached" in again.stderr
+    assert again.stdout == cached and "cannot be reached" in again.stderr
     other = fetch("org/gated", **away)
     assert other.returncode == 4 and "sdrt build --model FOLDER" in other.stderr
     other = fetch("org/gated", HF_HUB_OFFLINE="1")
@@ -229,14 +229,14 @@ def folder(tiny, tmp_path):
 @pytest.mark.parametrize("variant", ["", ".fp16"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_shards_are_the_weights(folder, variant, spelling):
-    whole = load_file(weight_files(folder)[0])
+    full = load_file(weight_files(folder)[0])
     _, files = sharded(folder, variant, spelling)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
-    found = weight_files(folder)
-    assert [path.name for path in found] == files
-    merged = {name: value for path in found for name, value in load_file(path).items()}
-    assert merged.keys() == whole.keys()
-    assert all((merged[name] == whole[name]).all() for name in whole)
+    actual = weight_files(folder)
+    assert [path.name for path in actual] == files
+    merged = {name: value for path in actual for name, value in load_file(path).items()}
+    assert merged.keys() == full.keys()
+    assert all((merged[name] == full[name]).all() for name in full)
 
 
 def moved(index, shards):

@@ -1,4 +1,4 @@
-"""Own networks against the reference library's, with the same random weights."""
+"""Own networks against diffusers', with the same random weights."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.reference
 diffusers = pytest.importorskip("diffusers")
 
 
-def relative(found, wanted):
-    return float((found - wanted).abs().max() / wanted.abs().max())
+def relative(actual, expected):
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -35,10 +35,10 @@ def test_unet_is_the_reference(family):
     added = {"text_embeds": pooled, "time_ids": time_ids}
     condition = torch.randn(2, 10) if "time_cond_proj_dim" in FAMILIES[family] else None
     with torch.no_grad():
-        wanted = reference(sample, timestep, context, None, condition, added_cond_kwargs=added)
+        expected = reference(sample, timestep, context, None, condition, added_cond_kwargs=added)
         extra = (pooled, time_ids) if "addition_embed_type" in FAMILIES[family] else (None, None)
-        found = own(sample, timestep, context, *extra, condition)
-        assert relative(found, wanted.sample) <= 1e-5
+        actual = own(sample, timestep, context, *extra, condition)
+        assert relative(actual, expected.sample) <= 1e-5
 
 
 def test_vae_is_the_reference():
@@ -52,15 +52,15 @@ def test_vae_is_the_reference():
     ).eval()
     own = AutoencoderKL(VaeConfig.from_json(dict(reference.config)))
     own.load_state_dict(reference.state_dict())
-    picture = torch.rand(2, 3, 16, 24) * 2 - 1
+    image = torch.rand(2, 3, 16, 24) * 2 - 1
     with torch.no_grad():
-        posterior = reference.encode(picture).latent_dist
+        posterior = reference.encode(image).latent_dist
         scale = reference.config.scaling_factor
-        mean, std = VaeEncoder(own)(picture)
+        mean, std = VaeEncoder(own)(image)
         assert relative(mean, posterior.mean * scale) <= 1e-5
         assert relative(std, posterior.std * scale) <= 1e-5
-        wanted = reference.decode(posterior.mean).sample
-        assert relative(VaeDecoder(own)(posterior.mean * scale), wanted) <= 1e-5
+        expected = reference.decode(posterior.mean).sample
+        assert relative(VaeDecoder(own)(posterior.mean * scale), expected) <= 1e-5
 
 
 def test_tiny_vae_is_the_reference():
@@ -73,14 +73,14 @@ def test_tiny_vae_is_the_reference():
     ).eval()
     own = AutoencoderTiny(TinyVaeConfig.from_json(dict(reference.config)))
     own.load_state_dict(reference.state_dict())
-    picture, latents = torch.rand(2, 3, 16, 24) * 2 - 1, torch.randn(2, 4, 4, 6) * 3
+    image, latents = torch.rand(2, 3, 16, 24) * 2 - 1, torch.randn(2, 4, 4, 6) * 3
     with torch.no_grad():
-        mean, std = TinyVaeEncoder(own)(picture)
-        assert relative(mean, reference.encode(picture).latents) <= 1e-5 and not std.any()
+        mean, std = TinyVaeEncoder(own)(image)
+        assert relative(mean, reference.encode(image).latents) <= 1e-5 and not std.any()
         assert relative(TinyVaeDecoder(own)(latents), reference.decode(latents).sample) <= 1e-5
     with torch.device("meta"):
-        whole = AutoencoderTiny(TinyVaeConfig())
-    assert set(whole.state_dict()) == set(diffusers.AutoencoderTiny().state_dict())
+        full = AutoencoderTiny(TinyVaeConfig())
+    assert set(full.state_dict()) == set(diffusers.AutoencoderTiny().state_dict())
 
 
 # Published configurations, as far as they differ from the first, and what they weigh.

@@ -1,4 +1,4 @@
-"""The network of unconditional pipelines against the reference library's, same random weights."""
+"""The network of unconditional pipelines against diffusers', same random weights."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ FAMILIES = {
     },
     "grey": {"in_channels": 1, "out_channels": 1},
 }
-# The published configurations beyond `DDPM`, and the side of their pictures.
+# The published configurations beyond `DDPM`, and the side of their images.
 CAT = {
     "sample_size": 256,
     "block_out_channels": (128, 128, 256, 256, 512, 512),
@@ -53,9 +53,9 @@ def largest_error(options, batch):
     sample = torch.randn(batch, reference.config.in_channels, side, side)
     timestep = torch.tensor([700.0, 3.0])[:batch]
     with torch.no_grad():
-        wanted = reference(sample, timestep).sample
-        found = own(sample, timestep)
-    return float((found - wanted).abs().max() / wanted.abs().max())
+        expected = reference(sample, timestep).sample
+        actual = own(sample, timestep)
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +91,7 @@ def test_published_configurations_are_the_reference(name):
     ids=lambda extra: next(iter(extra)),
 )
 def test_what_is_not_understood_is_refused_by_name(extra):
-    wanted = {"down_block_types": "SkipDownBlock2D", "out_channels": "6 out"}
+    expected = {"down_block_types": "SkipDownBlock2D", "out_channels": "6 out"}
     key = next(iter(extra))
-    with pytest.raises(CheckpointError, match=wanted.get(key, key)):
+    with pytest.raises(CheckpointError, match=expected.get(key, key)):
         PixelUnetConfig.from_json(extra)

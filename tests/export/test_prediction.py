@@ -69,14 +69,14 @@ def tensors(tiny):
 def test_a_file_says_what_it_predicts(family, keys, metadata, kind, zero, side, tensors, written):
     file = written({**tensors[family], **keys}, metadata=metadata or None)
     checkpoint = find_checkpoint(str(file))
-    found, scheduler = checkpoint.prediction, checkpoint.scheduler_config()
-    assert (found.kind, found.zero_snr) == (kind, zero)
+    actual, scheduler = checkpoint.prediction, checkpoint.scheduler_config()
+    assert (actual.kind, actual.zero_snr) == (kind, zero)
     assert scheduler["prediction_type"] == kind
     assert scheduler.get("rescale_betas_zero_snr", False) is zero
     assert read_model_spec(checkpoint).native_size == (side, side)
     for mark in (*(k for k in keys if k == "v_pred"), *(k for k in metadata if "arch" not in k)):
         if mark != "ss_zero_terminal_snr":
-            assert mark in found.reason
+            assert mark in actual.reason
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_a_unet_from_a_file_brings_its_mark(tensors, written):
     plain = find_checkpoint(str(base))
     assert find_checkpoint(str(base), parts={"unet": str(file)}).prediction.zero_snr
     for folder in (plain.folder, base):
-        given = find_checkpoint(str(folder), parts={"unet": str(file)})
-        assert given.scheduler_config()["prediction_type"] == "v_prediction"
+        inputs = find_checkpoint(str(folder), parts={"unet": str(file)})
+        assert inputs.scheduler_config()["prediction_type"] == "v_prediction"
     unmarked = written(unet, "unmarked.safetensors")
     assert find_checkpoint(str(base), parts={"unet": str(unmarked)}).prediction.kind == "epsilon"
 
@@ -135,9 +135,9 @@ def test_a_unet_from_a_model_brings_what_its_scheduler_says(tensors, written):
     scheduler = json.dumps(other.scheduler_config())
     (plain / "scheduler" / "scheduler_config.json").write_text(scheduler)
     for where in (plain, plain / "unet"):
-        given = find_checkpoint(str(base.folder), parts={"unet": str(where)})
-        assert given.prediction.kind == "v_prediction" and given.prediction.zero_snr
-        assert given.scheduler_config()["prediction_type"] == "v_prediction"
+        inputs = find_checkpoint(str(base.folder), parts={"unet": str(where)})
+        assert inputs.prediction.kind == "v_prediction" and inputs.prediction.zero_snr
+        assert inputs.scheduler_config()["prediction_type"] == "v_prediction"
     alone = shutil.copytree(plain / "unet", plain.parent / "alone")
     assert (
         find_checkpoint(str(base.folder), parts={"unet": str(alone)}).prediction.kind == "epsilon"
@@ -154,7 +154,7 @@ def test_a_scheduler_is_corrected_where_the_reference_corrects_it(family, name, 
     scheduler = getattr(diffusers, name)(timestep_spacing="leading")
     scheduler.save_pretrained(model.folder / "scheduler")
     (model.folder / "notes.json").unlink()
-    found = find_checkpoint(str(model.folder)).scheduler_config()
+    actual = find_checkpoint(str(model.folder)).scheduler_config()
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "feature_extractor"))
     if family == "XL":
         parts = dict.fromkeys(("vae", "unet", "text_encoder", "tokenizer"))
@@ -163,10 +163,10 @@ def test_a_scheduler_is_corrected_where_the_reference_corrects_it(family, name, 
     else:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
         reference = diffusers.StableDiffusionPipeline(**parts, scheduler=scheduler)
-    wanted = reference.scheduler
-    wanted.set_timesteps(5)
-    assert found.get("clip_sample") == wanted.config.get("clip_sample")
-    assert np.array_equal(sampler_table(found, 5).timesteps, wanted.timesteps.numpy())
+    expected = reference.scheduler
+    expected.set_timesteps(5)
+    assert actual.get("clip_sample") == expected.config.get("clip_sample")
+    assert np.array_equal(sampler_table(actual, 5).timesteps, expected.timesteps.numpy())
 
 
 @pytest.mark.parametrize("family", ["1.x", "2.x", "XL"])
@@ -182,7 +182,7 @@ def test_options_hold_for_folders_too(family, tensors, written):
 @pytest.mark.reference
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_with_zero_snr_the_reference_starts_from_pure_noise(name):
-    """Whatever the scheduler was, the reference library reads what it becomes."""
+    """Whatever the scheduler was, diffusers reads what it becomes."""
     diffusers = pytest.importorskip("diffusers")
     chosen = prediction.Prediction("v_prediction", True, "")
     stored = {"_class_name": name, "beta_schedule": "scaled_linear", "steps_offset": 1}

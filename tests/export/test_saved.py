@@ -3,7 +3,7 @@ draws the reference pipeline's image.
 """
 
 import pytest
-from saved import FAMILIES, NEGATIVE, PROMPT, drawn, psnr, saved
+from saved import FAMILIES, NEGATIVE, PROMPT, generate_image, psnr, saved
 
 import sdrt
 
@@ -25,9 +25,9 @@ def both(request, embedded, tmp_path_factory, build_once):
 def test_an_image_is_the_references(both, seed):
     pipe, reference = both
     options = {"num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": NEGATIVE}
-    found = pipe(PROMPT, seed=seed, **options).images[0]
-    assert psnr(found, drawn(reference, seed, **options)) >= 50.0
+    actual = pipe(PROMPT, seed=seed, **options).images[0]
+    assert psnr(actual, generate_image(reference, seed, **options)) >= 50.0
     # This says something only where another prompt and another guidance draw another image.
-    assert psnr(found, pipe("two", seed=seed, **options).images[0]) < 45.0
+    assert psnr(actual, pipe("two", seed=seed, **options).images[0]) < 45.0
     less = pipe(PROMPT, seed=seed, **{**options, "guidance_scale": 1.5}).images[0]
-    assert psnr(found, less) < 45.0
+    assert psnr(actual, less) < 45.0

@@ -26,7 +26,7 @@ def text(**options):
     return {**config, "bos_token_id": 606, "eos_token_id": 607, "pad_token_id": 607, **options}
 
 
-def whole():
+def full():
     config = transformers.CLIPConfig(text_config=text(), vision_config=VISION, projection_dim=12)
     return transformers.CLIPModel(config)
 
@@ -37,8 +37,8 @@ def of(kind, **options):
 
 def rename(folder, change):
     tensors = load_file(folder / FILE)
-    made = dict(change(name, tensor) for name, tensor in tensors.items())
-    save_file(made, folder / FILE)
+    result = dict(change(name, tensor) for name, tensor in tensors.items())
+    save_file(result, folder / FILE)
 
 
 def with_prefix(folder):
@@ -117,7 +117,7 @@ def checkpoint(tiny, tmp_path):
 MODELS = {
     "text model": lambda: of("CLIPTextModel"),
     "with a projection": lambda: of("CLIPTextModelWithProjection"),
-    "whole model": whole,
+    "whole model": full,
 }
 
 
@@ -128,13 +128,13 @@ def test_every_layout_is_read(checkpoint, make, change):
     torch.manual_seed(0)
     model = make().eval()
     inner = getattr(model, "text_model", model)
-    found = checkpoint(model, change)
-    read_model_spec(found)
+    actual = checkpoint(model, change)
+    read_model_spec(actual)
     with torch.no_grad():
-        wanted = inner(input_ids=IDS).last_hidden_state
-        contexts = load_component("text_encoder", found)(IDS)
+        expected = inner(input_ids=IDS).last_hidden_state
+        contexts = load_component("text_encoder", actual)(IDS)
     tolerance = 5e-3 if change is as_variant else 1e-6
-    torch.testing.assert_close(contexts[:, -1], wanted, atol=tolerance, rtol=0)
+    torch.testing.assert_close(contexts[:, -1], expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.reference
@@ -144,14 +144,14 @@ def test_every_layout_of_the_second_encoder_is_read(checkpoint, eos, change):
     """With the end's id of early configurations, 2, the largest id is where the prompt ends."""
     torch.manual_seed(0)
     model = of("CLIPTextModelWithProjection", eos_token_id=eos).eval()
-    found = checkpoint(model, change)
-    shutil.copytree(found.folder / "text_encoder", found.folder / "text_encoder_2")
-    shutil.copytree(found.folder / "tokenizer", found.folder / "tokenizer_2")
+    actual = checkpoint(model, change)
+    shutil.copytree(actual.folder / "text_encoder", actual.folder / "text_encoder_2")
+    shutil.copytree(actual.folder / "tokenizer", actual.folder / "tokenizer_2")
     with torch.no_grad():
-        wanted = model(input_ids=IDS).text_embeds
-        _, pooled = load_component("text_encoder_2", find_checkpoint(str(found.folder)))(IDS)
+        expected = model(input_ids=IDS).text_embeds
+        _, pooled = load_component("text_encoder_2", find_checkpoint(str(actual.folder)))(IDS)
     tolerance = 5e-3 if change is as_variant else 1e-6
-    torch.testing.assert_close(pooled, wanted, atol=tolerance, rtol=0)
+    torch.testing.assert_close(pooled, expected, atol=tolerance, rtol=0)
 
 
 REFUSED = {
@@ -164,9 +164,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_changes_the_result_is_refused_by_name(checkpoint, key):
-    found = checkpoint(of("CLIPTextModel"), lambda folder: settings(folder, **{key: REFUSED[key]}))
+    actual = checkpoint(of("CLIPTextModel"), lambda folder: settings(folder, **{key: REFUSED[key]}))
     with pytest.raises(CheckpointError, match=f"text_encoder: {key}="):
-        read_model_spec(found)
+        read_model_spec(actual)
 
 
 def test_unknown_weights_are_refused(checkpoint):
@@ -179,7 +179,7 @@ def test_unknown_weights_are_refused(checkpoint):
 
 def test_what_is_not_used_is_said(checkpoint, caplog):
     caplog.set_level(logging.DEBUG, "sdrt.build")
-    load_component("text_encoder", checkpoint(whole(), old_settings))
+    load_component("text_encoder", checkpoint(full(), old_settings))
     assert "weights are not used" in caplog.text
     assert "temperature" in caplog.text
 
@@ -187,23 +187,23 @@ def test_what_is_not_used_is_said(checkpoint, caplog):
 @pytest.mark.parametrize(("rows", "fits"), [(608, True), (640, True), (609, False), (500, False)])
 def test_a_vocabulary_fits_its_text_encoder(checkpoint, rows, fits):
     """Rows that fill the table up to a multiple of 64 are nobody's words."""
-    found = checkpoint(of("CLIPTextModel", vocab_size=rows))
+    actual = checkpoint(of("CLIPTextModel", vocab_size=rows))
     if fits:
-        assert read_model_spec(found).max_tokens == 32
+        assert read_model_spec(actual).max_tokens == 32
         return
     with pytest.raises(CheckpointError, match=f"rows for {rows} tokens, its tokenizer has 608"):
-        read_model_spec(found)
+        read_model_spec(actual)
 
 
 @pytest.mark.parametrize(
-    ("length", "found"), [(16, 16), (32, 32), (33, None), (None, 32), (10**30, 32), (2, None)]
+    ("length", "actual"), [(16, 16), (32, 32), (33, None), (None, 32), (10**30, 32), (2, None)]
 )
-def test_model_max_length_is_the_length_of_prompts(checkpoint, length, found):
-    made = checkpoint(of("CLIPTextModel"))
-    settings_of = made.folder / "tokenizer" / "tokenizer_config.json"
+def test_model_max_length_is_the_length_of_prompts(checkpoint, length, actual):
+    result = checkpoint(of("CLIPTextModel"))
+    settings_of = result.folder / "tokenizer" / "tokenizer_config.json"
     settings_of.write_text(json.dumps({} if length is None else {"model_max_length": length}))
-    if found:
-        assert read_model_spec(made).max_tokens == found
+    if actual:
+        assert read_model_spec(result).max_tokens == actual
         return
     with pytest.raises(CheckpointError, match=f"model_max_length {length}, .* 32 positions"):
-        read_model_spec(made)
+        read_model_spec(result)

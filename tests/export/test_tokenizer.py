@@ -93,9 +93,9 @@ def pair(source, target):
 
 
 def check_same(own, reference, texts):
-    wanted = reference(texts, padding="max_length", max_length=LENGTH, truncation=True).input_ids
-    found = own(texts).tolist()
-    wrong = [(t, a, b) for t, a, b in zip(texts, found, wanted, strict=True) if a != b]
+    expected = reference(texts, padding="max_length", max_length=LENGTH, truncation=True).input_ids
+    actual = own(texts).tolist()
+    wrong = [(t, a, b) for t, a, b in zip(texts, actual, expected, strict=True) if a != b]
     assert not wrong, (
         f"{len(wrong)} of {len(texts)} differ, e.g. {min(wrong, key=lambda w: len(w[0]))}"
     )
@@ -253,8 +253,8 @@ def test_a_word_of_several_vectors_is_read_as_the_pipelines_do(saved, tmp_path):
     own, _ = pair(tmp_path / "read", tmp_path / "written")
     convert = TextualInversionLoaderMixin().maybe_convert_prompt
     for prompt in ("a <zorb>, red", "<ZORB> and <zorb>", "<zorb><zorb>", "a <zorb>_1", "(<zorb>)"):
-        wanted = reference(convert(prompt, reference), add_special_tokens=False).input_ids
-        assert own.ids(prompt) == wanted, prompt
+        expected = reference(convert(prompt, reference), add_special_tokens=False).input_ids
+        assert own.ids(prompt) == expected, prompt
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_added_words_survive_the_syntax_of_prompts(saved, tmp_path, prompt, word
     assert chunks.weights[0, at] == pytest.approx(weight)
 
 
-def test_break_between_added_words_still_begins_a_stretch(saved, tmp_path):
+def test_break_between_added_words_still_begins_a_chunk(saved, tmp_path):
     read_tokenizer(saved).write(tmp_path / "written")
     own = Tokenizer.from_folder(tmp_path / "written", LENGTH)
     assert len(chunks_from_prompt("<BREAK> BREAK (round) BREAK blue", own)) == 3

@@ -112,8 +112,8 @@ def test_the_bundle_tells_what_the_checkpoint_does(tiny_xl, tiny_xl_bundle):
         "float32",
         ("rows", 6),
     )
-    given = {spec.name: spec.shape for spec in manifest.components["text_encoder_2"].outputs}
-    assert given == {"contexts": ("rows", 3, 32, 24), "pooled": ("rows", 20)}
+    provided = {spec.name: spec.shape for spec in manifest.components["text_encoder_2"].outputs}
+    assert provided == {"contexts": ("rows", 3, 32, 24), "pooled": ("rows", 20)}
     pads = [
         (tiny_xl_bundle / name / "tokenizer_config.json").exists()
         for name in ("tokenizer", "tokenizer_2")

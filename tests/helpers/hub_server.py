@@ -76,15 +76,15 @@ class Answers(BaseHTTPRequestHandler):
         self.hub.asked.append((self.command, path, self.headers.get("Range", "")))
         parts = path.removeprefix("api/models/").split("/")
         name = "/".join(parts[:2])
-        found = self.hub.repositories.get(name)
-        allowed = found and self.headers.get("Authorization") == f"Bearer {found.token}"
-        if found is None or (found.private and not allowed):
-            return self.refuse(401 if found else 404, "RepoNotFound")
+        actual = self.hub.repositories.get(name)
+        allowed = actual and self.headers.get("Authorization") == f"Bearer {actual.token}"
+        if actual is None or (actual.private and not allowed):
+            return self.refuse(401 if actual else 404, "RepoNotFound")
         what, asked = (parts[2:4] + ["revision", "main"])[:2] if len(parts) > 3 else ("", "main")
-        revision = next((r for r in found.revisions if asked in (r, commit(name + r))), None)
+        revision = next((r for r in actual.revisions if asked in (r, commit(name + r))), None)
         if revision is None:
             return self.refuse(404, "RevisionNotFound")
-        folder, sha = found.revisions[revision], commit(name + revision)
+        folder, sha = actual.revisions[revision], commit(name + revision)
         if what == "tree":
             return self.send(json.dumps([self.entry(folder, file) for file in files(folder)]))
         if what != "resolve":
@@ -92,9 +92,9 @@ class Answers(BaseHTTPRequestHandler):
                 {"rfilename": f, "size": (folder / f).stat().st_size} for f in files(folder)
             ]
             return self.send(json.dumps({"id": name, "sha": sha, "siblings": siblings}))
-        if found.gated and not allowed:
+        if actual.gated and not allowed:
             return self.refuse(403 if self.headers.get("Authorization") else 401, "GatedRepo")
-        return self.send_file(found, folder, "/".join(parts[4:]), sha)
+        return self.send_file(actual, folder, "/".join(parts[4:]), sha)
 
     @staticmethod
     def entry(folder, file):

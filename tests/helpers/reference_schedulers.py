@@ -1,4 +1,4 @@
-"""The reference library's schedulers as matrices: stepped with basis vectors, in its own float32
+"""diffusers' schedulers as matrices: stepped with basis vectors, in its own float32
 schedule or entirely in float64.
 """
 

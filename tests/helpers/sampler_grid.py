@@ -1,4 +1,4 @@
-"""The configurations in which samplers are compared with the reference library's."""
+"""The configurations in which samplers are compared with diffusers'."""
 
 import itertools
 import random
@@ -154,7 +154,7 @@ def configs(name):
     return [{**BASE, "_class_name": name, **config} for config in unique.values()]
 
 
-def cases(name, share=1.0):
+def cases(name, fraction=1.0):
     """Configurations of a scheduler with numbers of steps: the same share of them in every run."""
     every = list(itertools.product(configs(name), STEPS))
-    return random.Random(name).sample(every, round(share * len(every)))
+    return random.Random(name).sample(every, round(fraction * len(every)))

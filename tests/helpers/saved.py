@@ -25,13 +25,13 @@ def unet(**options):
     config |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
     config |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), **options}
     torch.manual_seed(0)
-    made = diffusers.UNet2DConditionModel(**config)
-    for layer in made.modules():  # so that what the prompt says is seen
+    result = diffusers.UNet2DConditionModel(**config)
+    for layer in result.modules():  # so that what the prompt says is seen
         if isinstance(layer, Attention) and layer.is_cross_attention:
             layer.to_out[0].weight.data *= 40
-    if made.time_embedding.cond_proj is not None:
-        made.time_embedding.cond_proj.weight.data *= 20
-    return made
+    if result.time_embedding.cond_proj is not None:
+        result.time_embedding.cond_proj.weight.data *= 20
+    return result
 
 
 def vae():
@@ -50,16 +50,16 @@ def tiny_vae():
     torch.manual_seed(0)
     widths = {"encoder_block_out_channels": (4,) * 4, "decoder_block_out_channels": (4,) * 4}
     counts = {"num_encoder_blocks": (1, 1, 1, 1), "num_decoder_blocks": (1, 1, 1, 1)}
-    made = diffusers.AutoencoderTiny(**widths, **counts)
-    made.decoder.layers[-1].weight.data *= 8  # else its images are nearly one grey
-    return made
+    result = diffusers.AutoencoderTiny(**widths, **counts)
+    result.decoder.layers[-1].weight.data *= 8  # else its images are nearly one grey
+    return result
 
 
 def tokenizer(embedded, pad="<|endoftext|>"):
     """The embedded model's, with a word that textual inversion might have added."""
-    made = transformers.CLIPTokenizer.from_pretrained(str(embedded / "tokenizer"), pad_token=pad)
-    made.add_tokens(["<zorb>"])
-    return made
+    result = transformers.CLIPTokenizer.from_pretrained(str(embedded / "tokenizer"), pad_token=pad)
+    result.add_tokens(["<zorb>"])
+    return result
 
 
 def pipeline(embedded, kind="StableDiffusionPipeline", pad="<|endoftext|>", **parts):
@@ -98,7 +98,7 @@ def distilled(embedded):
 
 def xl(embedded):
     wide = {"hidden_size": 24, "projection_dim": 20, "hidden_act": "gelu", "num_hidden_layers": 3}
-    made = unet(
+    result = unet(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2),
@@ -115,7 +115,7 @@ def xl(embedded):
         text_encoder_2=text_encoder("CLIPTextModelWithProjection", **wide),
         tokenizer=tokenizer(embedded),
         tokenizer_2=tokenizer(embedded, "!"),
-        unet=made,
+        unet=result,
         scheduler=diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1),
         add_watermarker=False,
     )
@@ -141,7 +141,7 @@ def psnr(one, other):
     return 10 * np.log10(1 / max((difference**2).mean(), 1e-12))
 
 
-def drawn(reference, seed, **options):
+def generate_image(reference, seed, **options):
     if isinstance(reference, diffusers.LatentConsistencyModelPipeline):
         options.pop("negative_prompt", None)  # it takes none
     generator = torch.Generator().manual_seed(seed)

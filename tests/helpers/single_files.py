@@ -90,7 +90,7 @@ def original_unet_name(name, names):
 
 def original_text(weights):
     """A text encoder in OpenCLIP's layout."""
-    made = {}
+    result = {}
     for name, tensor in weights.items():
         bare = name.removeprefix("text_model.")
         if "self_attn" in bare and "out_proj" not in bare:
@@ -98,7 +98,7 @@ def original_text(weights):
             key = bare.replace("encoder.layers", "transformer.resblocks")
             key = re.sub(r"self_attn\.[qkv]_proj\..*", f"attn.in_proj_{kind}", key)
             three = [weights[re.sub(r"[qkv]_proj", f"{x}_proj", name)] for x in "qkv"]
-            made[key] = torch.cat(three)
+            result[key] = torch.cat(three)
             continue
         for new, old in {
             "encoder.layers": "transformer.resblocks",
@@ -113,8 +113,8 @@ def original_text(weights):
             "text_projection.weight": "text_projection",
         }.items():
             bare = bare.replace(new, old)
-        made[bare] = tensor.T.contiguous() if bare == "text_projection" else tensor
-    return made
+        result[bare] = tensor.T.contiguous() if bare == "text_projection" else tensor
+    return result
 
 
 UNETS = {

@@ -34,12 +34,12 @@ def write_tiny(folder: Path, embedded: Path, **unet_options) -> Path:
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,
     }
-    made = {
+    result = {
         # first, so that models of other UNets have the same one
         "vae": (vae, AutoencoderKL(VaeConfig.from_json(vae))),
         "unet": (unet, Unet(UnetConfig.from_json(unet))),
     }
-    for part, (config, module) in made.items():
+    for part, (config, module) in result.items():
         (folder / part).mkdir()
         (folder / part / "config.json").write_text(json.dumps(config))
         save_file(module.state_dict(), folder / part / "diffusion_pytorch_model.safetensors")

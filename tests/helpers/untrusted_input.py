@@ -43,8 +43,8 @@ def safetensors_bytes(header, data=b""):
 def weights():
     """`w`, [4, 4] float32, and where its bytes begin."""
     record = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}
-    made = safetensors_bytes({"w": record}, np.eye(4, dtype=np.float32).tobytes())
-    return made, len(made) - 64
+    result = safetensors_bytes({"w": record}, np.eye(4, dtype=np.float32).tobytes())
+    return result, len(result) - 64
 
 
 def graph(location="model.safetensors", offset=None, length=64, **changes):
@@ -57,8 +57,8 @@ def graph(location="model.safetensors", offset=None, length=64, **changes):
             w.external_data.add(key=key, value=str(value))
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", 4]) for n in "xy")
     node = helper.make_node("MatMul", ["x", "w"], ["y"], name="n")
-    made = helper.make_graph([node], "small", [x], [y], [w])
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    result = helper.make_graph([node], "small", [x], [y], [w])
+    model = helper.make_model(result, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     for key, value in changes.items():
         setattr(model, key, value)
     return model

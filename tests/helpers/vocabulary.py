@@ -102,11 +102,11 @@ MARKS = (
 
 def by_category():
     """Every assigned letter of Unicode, by its category."""
-    found = defaultdict(list)
+    actual = defaultdict(list)
     for code in range(sys.maxunicode + 1):
         if (kind := unicodedata.category(chr(code))) not in ("Cn", "Cs", "Co"):
-            found[kind].append(chr(code))
-    return list(found.values())
+            actual[kind].append(chr(code))
+    return list(actual.values())
 
 
 def prompts(seed, count):
@@ -129,9 +129,9 @@ def prompts(seed, count):
 
 def differences(own, reference, texts):
     """The texts that the two read differently, with both lists of ids."""
-    wanted = reference(texts, add_special_tokens=False)["input_ids"]
-    pairs = zip(texts, map(own.ids, texts), wanted, strict=True)
-    return [(text, found, ids) for text, found, ids in pairs if found != ids]
+    expected = reference(texts, add_special_tokens=False)["input_ids"]
+    pairs = zip(texts, map(own.ids, texts), expected, strict=True)
+    return [(text, actual, ids) for text, actual, ids in pairs if actual != ids]
 
 
 def of_another_unicode(text):

@@ -74,8 +74,8 @@ def test_every_option_has_a_parser():
     ],
 )
 def test_values_of_other_types_are_taken(name, value, parsed):
-    found = getattr(parse_options({name: value}), name)
-    assert found == parsed and type(found) is type(parsed)
+    actual = getattr(parse_options({name: value}), name)
+    assert actual == parsed and type(actual) is type(parsed)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_images_of_every_kind_are_the_same_image(noisy, tmp_path):
     noisy.save(tmp_path / "a.png")
     array = np.asarray(noisy)
     tensor = torch.from_numpy(array.transpose(2, 0, 1) / 255.0)
-    for given in (
+    for inputs in (
         noisy,
         [noisy],
         tmp_path / "a.png",
@@ -204,7 +204,7 @@ def test_images_of_every_kind_are_the_same_image(noisy, tmp_path):
         tensor,
         tensor[None].float().requires_grad_(),
     ):
-        taken = parse_options({"image": given}).image
+        taken = parse_options({"image": inputs}).image
         assert np.array_equal(image_to_array(taken, (64, 64)), image_to_array(noisy, (64, 64)))
     rough = parse_options({"image": tensor.bfloat16()}).image
     assert np.abs(np.asarray(rough, int) - array).max() <= 1
@@ -215,36 +215,36 @@ def test_images_of_every_kind_are_the_same_image(noisy, tmp_path):
 )
 def test_images_of_every_mode_are_taken(pipe, noisy, mode):
     try:
-        given = noisy.convert(mode)
+        inputs = noisy.convert(mode)
     except ValueError:
-        given = Image.new(mode, noisy.size)
-    assert pixels(pipe, image=given, num_inference_steps=2).shape == (64, 64, 3)
-    grey = {"image": noisy, "mask_image": given, "num_inference_steps": 2}
+        inputs = Image.new(mode, noisy.size)
+    assert pixels(pipe, image=inputs, num_inference_steps=2).shape == (64, 64, 3)
+    grey = {"image": noisy, "mask_image": inputs, "num_inference_steps": 2}
     assert pixels(pipe, **grey).shape == (64, 64, 3)
 
 
 def test_masks_of_every_kind_are_the_same_mask(pipe, noisy):
     light = np.zeros((64, 64), bool)
     light[8:40, 8:40] = True
-    wanted = pixels(pipe, image=noisy, mask_image=Image.fromarray(light), num_inference_steps=2)
+    expected = pixels(pipe, image=noisy, mask_image=Image.fromarray(light), num_inference_steps=2)
     for mask in (light, light.astype(np.float32), light[:, :, None] * np.uint8(255), light[None]):
-        found = pixels(pipe, image=noisy, mask_image=mask, num_inference_steps=2)
-        assert np.array_equal(found, wanted)
+        actual = pixels(pipe, image=noisy, mask_image=mask, num_inference_steps=2)
+        assert np.array_equal(actual, expected)
     ones = light.astype(np.uint8)  # nothing but 0 and 1
     deep = Image.fromarray(light.astype(np.int32) * 255)  # 255 of 65535
     for mask in (ones, ones.astype(np.int64), Image.fromarray(ones), deep):
-        found = pixels(pipe, image=noisy, mask_image=mask, num_inference_steps=2)
-        assert np.array_equal(found, wanted)
+        actual = pixels(pipe, image=noisy, mask_image=mask, num_inference_steps=2)
+        assert np.array_equal(actual, expected)
 
 
 def test_the_alpha_of_a_mask_is_not_passed_over(pipe, noisy):
     light = np.zeros((64, 64), np.uint8)
     light[8:40, 8:40] = 255
     shape = Image.fromarray(light)
-    wanted = pixels(pipe, image=noisy, mask_image=shape, num_inference_steps=2)
+    expected = pixels(pipe, image=noisy, mask_image=shape, num_inference_steps=2)
     painted = Image.merge("RGBA", [Image.new("L", (64, 64), 255)] * 3 + [shape])
-    found = pixels(pipe, image=noisy, mask_image=painted, num_inference_steps=2)
-    assert np.array_equal(found, wanted)
+    actual = pixels(pipe, image=noisy, mask_image=painted, num_inference_steps=2)
+    assert np.array_equal(actual, expected)
     hole = noisy.convert("RGBA")  # as OpenAI's masks are: transparent where the image is made new
     hole.putalpha(Image.fromarray(255 - light))
     black = Image.merge("RGBA", [Image.new("L", (64, 64))] * 3 + [shape])
@@ -279,16 +279,16 @@ def test_several_images_are_refused_in_words(noisy):
 
 
 def test_at_strength_0_the_image_comes_back(pipe, noisy):
-    given = {"image": noisy, "strength": 0.0}
-    assert np.array_equal(pixels(pipe, **given), np.asarray(noisy))
-    assert np.array_equal(pixels(pipe, **given, mask_image=noisy), np.asarray(noisy))
-    assert pipe(PROMPT, **STEPS, **given, size=(96, 64)).images[0].size == (96, 64)
-    assert list(pipe.steps(PROMPT, **STEPS, **given)) == []
+    inputs = {"image": noisy, "strength": 0.0}
+    assert np.array_equal(pixels(pipe, **inputs), np.asarray(noisy))
+    assert np.array_equal(pixels(pipe, **inputs, mask_image=noisy), np.asarray(noisy))
+    assert pipe(PROMPT, **STEPS, **inputs, size=(96, 64)).images[0].size == (96, 64)
+    assert list(pipe.steps(PROMPT, **STEPS, **inputs)) == []
     with InflightBatcher(pipe) as engine:
-        (ticket,) = engine.submit(PROMPT, {**STEPS, **given})
-        made = ticket.future.result(timeout=60)
-    assert np.array_equal(np.asarray(made.image), np.asarray(noisy))
-    assert "Denoising strength: 0," in made.parameters
+        (ticket,) = engine.submit(PROMPT, {**STEPS, **inputs})
+        output = ticket.future.result(timeout=60)
+    assert np.array_equal(np.asarray(output.image), np.asarray(noisy))
+    assert "Denoising strength: 0," in output.parameters
     assert not np.array_equal(pixels(pipe, image=noisy, strength=1), np.asarray(noisy))
 
 
@@ -312,9 +312,9 @@ def test_what_a_callback_may_not_return_is_refused(pipe, returned):
 def test_the_schedule_may_be_an_array(pipe):
     torch = pytest.importorskip("torch")
     own = pipe.with_scheduler("Euler")
-    rungs = [900, 500, 100]
-    for given in (np.array(rungs), tuple(rungs), torch.tensor(rungs)):
-        assert same(own, {"timesteps": given}, {"timesteps": rungs})
+    timesteps = [900, 500, 100]
+    for inputs in (np.array(timesteps), tuple(timesteps), torch.tensor(timesteps)):
+        assert same(own, {"timesteps": inputs}, {"timesteps": timesteps})
 
 
 class Strange:
@@ -361,7 +361,7 @@ def works_or_is_refused(call, *arguments, **options):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_odd_values_work_or_are_refused(pipe):
-    """Every option with every odd value, and some with others beside them."""
+    """Every option with every odd value, and some with others next to them."""
     chooser, worked = random.Random(0), 0
     image = Image.new("RGB", (64, 64), "red")
     for name in PARSERS:
@@ -384,8 +384,8 @@ def test_odd_values_of_a_call_work_or_are_refused(pipe, name):
     for value in ODD:
         if name == "on_step" and callable(value):
             continue
-        given = {"prompt": PROMPT, "on_step": None, name: value}
-        works_or_is_refused(pipe, given.pop("prompt"), **STEPS, **given)
+        inputs = {"prompt": PROMPT, "on_step": None, name: value}
+        works_or_is_refused(pipe, inputs.pop("prompt"), **STEPS, **inputs)
 
 
 def test_odd_values_of_the_other_functions_work_or_are_refused(pipe, tmp_path):
@@ -395,8 +395,8 @@ def test_odd_values_of_the_other_functions_work_or_are_refused(pipe, tmp_path):
         assert not works_or_is_refused(pipe.set_lora, {"nothing": value})
         works_or_is_refused(pipe.set_lora, value)
         for name in ("device", "stream", "low_memory", "compile", "precision"):
-            given = {"backend": "none", name: value}
-            assert not works_or_is_refused(sdrt.load, tmp_path, **given)
+            inputs = {"backend": "none", name: value}
+            assert not works_or_is_refused(sdrt.load, tmp_path, **inputs)
         assert not works_or_is_refused(sdrt.load, tmp_path, backend=value)
     with pytest.raises(UsageError, match=r"device is .cuda. .*number of a GPU"):
         sdrt.load(device="cuda")
@@ -410,8 +410,8 @@ def test_odd_values_of_a_submission_work_or_are_refused(pipe):
     with InflightBatcher(pipe) as engine:
         for value in ODD:
             for name in ("prompt", "options", "scheduler", "priority", "deadline", "on_step"):
-                given = {"prompt": PROMPT, "options": STEPS, name: value}
-                works_or_is_refused(engine.submit, **given)
+                inputs = {"prompt": PROMPT, "options": STEPS, name: value}
+                works_or_is_refused(engine.submit, **inputs)
             works_or_is_refused(engine.submit, PROMPT, {**STEPS, "strength": value})
             for name in ("slots", "waiting", "rows"):
                 works_or_is_refused(InflightBatcher, pipe, **{name: value})

@@ -1,4 +1,4 @@
-"""Feature reuse: pictures equal to the reference library's UNet with the same feature put back by
+"""Feature reuse: images equal to diffusers' UNet with the same feature put back by
 hooks, which evaluations are full, and what is refused.
 """
 
@@ -75,17 +75,17 @@ def reference(embedded):
         cache = Cache(pipe.unet, every)
         seeded = torch.Generator("cpu").manual_seed(0)
         arguments = {"num_inference_steps": STEPS, "output_type": "np", **options}
-        found = pipe(PROMPT, generator=seeded, **arguments).images[0]
+        actual = pipe(PROMPT, generator=seeded, **arguments).images[0]
         cache.close()
-        return found
+        return actual
 
     return run
 
 
-def decibels(own, wanted, **options):
+def decibels(own, expected, **options):
     *_, last = own.steps(PROMPT, num_inference_steps=STEPS, seed=0, **options)
-    found = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
-    return 10 * np.log10(1.0 / max(np.mean((found.astype(np.float64) - wanted) ** 2), 1e-12))
+    actual = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
+    return 10 * np.log10(1.0 / max(np.mean((actual.astype(np.float64) - expected) ** 2), 1e-12))
 
 
 @pytest.mark.reference
@@ -104,13 +104,13 @@ def decibels(own, wanted, **options):
         ),
     ],
 )
-def test_pictures_are_the_references_with_hooks(pipe, reference, scheduler, kind, every, options):
+def test_images_are_the_references_with_hooks(pipe, reference, scheduler, kind, every, options):
     own = pipe.with_scheduler(scheduler)
     if "image" in options:
         options = {"strength": 0.8, **options}
-    wanted = reference(kind, own, every, **options)
-    assert decibels(own, wanted, feature_reuse=every, **options) >= 50
-    assert decibels(own, wanted, **options) < 45  # it does something
+    expected = reference(kind, own, every, **options)
+    assert decibels(own, expected, feature_reuse=every, **options) >= 50
+    assert decibels(own, expected, **options) < 45  # it does something
 
 
 def test_a_reuse_of_one_is_the_ordinary_run(pipe):
@@ -176,11 +176,11 @@ def test_every_backend_takes_the_feature_it_gave(shapes, backend):
             "timestep": np.array([700.0, 40.0], np.float32),
             "context": rng.normal(size=(2, 32, 128)).astype(np.float32),
         }
-        found = {name: array.copy() for name, array in pipe.engines["unet"](feeds).items()}
-        shallow = pipe.engines[SHALLOW]({**feeds, FEATURE: found[FEATURE]})["output"]
-        assert np.abs(shallow - found["output"]).max() < 1e-5
-        other = pipe.engines[SHALLOW]({**feeds, FEATURE: found[FEATURE][::-1]})["output"]
-        assert np.abs(other - found["output"]).max() > 0.1
+        actual = {name: array.copy() for name, array in pipe.engines["unet"](feeds).items()}
+        shallow = pipe.engines[SHALLOW]({**feeds, FEATURE: actual[FEATURE]})["output"]
+        assert np.abs(shallow - actual["output"]).max() < 1e-5
+        other = pipe.engines[SHALLOW]({**feeds, FEATURE: actual[FEATURE][::-1]})["output"]
+        assert np.abs(other - actual["output"]).max() > 0.1
 
 
 def test_the_shallow_graph_has_no_weights_of_its_own(shapes):
@@ -208,15 +208,15 @@ def test_in_flight_with_and_without_it_keep_their_bytes(pipe, deterministic):
     jobs[3] |= {"guidance_interval": (0.0, 0.5)}
     with InflightBatcher(pipe, rows=16, deterministic=deterministic) as engine:
         tickets = [engine.submit(PROMPT, {**job, "seed": i})[0] for i, job in enumerate(jobs)]
-        made = [ticket.future.result(60) for ticket in tickets]
+        output = [ticket.future.result(60) for ticket in tickets]
         size = next(iter(engine.costs.sizes))
         assert engine.rates.shallow((size,)) < 1.0  # forecasts have learned what they cost
         assert tickets[2].turn.full == 0.4  # the first and every third of 10 evaluations
-    for i, (job, each) in enumerate(zip(jobs, made, strict=True)):
+    for i, (job, item) in enumerate(zip(jobs, output, strict=True)):
         alone = pipe(PROMPT, **job, seed=i)
-        assert each.image.tobytes() == alone.images[0].tobytes(), job
-        assert each.parameters == alone.parameters[0]
-    assert "Feature reuse: 3" in made[2].parameters
+        assert item.image.tobytes() == alone.images[0].tobytes(), job
+        assert item.parameters == alone.parameters[0]
+    assert "Feature reuse: 3" in output[2].parameters
 
 
 def test_it_is_refused_where_it_cannot_be(pipe, tiny_bundle, shapes, capsys):
@@ -236,8 +236,8 @@ def test_it_is_refused_where_it_cannot_be(pipe, tiny_bundle, shapes, capsys):
 
 @pytest.mark.slow
 def test_a_shallow_graph_that_is_not_torchs_is_not_published(tiny, tmp_path, monkeypatch):
-    whole = Unet.shallow
-    monkeypatch.setattr(Unet, "shallow", lambda self, **given: 1.01 * whole(self, **given))
+    complete = Unet.shallow
+    monkeypatch.setattr(Unet, "shallow", lambda self, **given: 1.01 * complete(self, **given))
     with pytest.raises(ParityError, match="unet_shallow differs from torch"):
         build_bundle(BuildPlan(str(tiny), tmp_path / "bundle", feature_reuse=0))
     assert not (tmp_path / "bundle").exists()

@@ -1,4 +1,4 @@
-"""One seed is one picture: again, in other processes, in other places of a batch. And pictures of
+"""One seed is one image: again, in other processes, in other places of a batch. And images of
 one colour, which are told.
 """
 
@@ -42,27 +42,28 @@ def test_processes_draw_the_same_bytes(shapes, tmp_path):
 
 def test_places_of_a_batch_draw_the_same_bytes(pipe):
     orders = [[5, 9, 7], [9, 7, 5], [7, 5, 9]]
-    drawn = [pipe([PROMPT] * 3, num_inference_steps=4, seed=order).images for order in orders]
+    generated = [pipe([PROMPT] * 3, num_inference_steps=4, seed=order).images for order in orders]
     for seed in (5, 9, 7):
         same = {
-            images[order.index(seed)].tobytes() for order, images in zip(orders, drawn, strict=True)
+            images[order.index(seed)].tobytes()
+            for order, images in zip(orders, generated, strict=True)
         }
         assert len(same) == 1
 
 
-@pytest.mark.parametrize(("colours", "wanted"), [([7], True), ([7, 8], False), ([0], True)])
-def test_one_other_pixel_is_not_flat(colours, wanted):
+@pytest.mark.parametrize(("colours", "expected"), [([7], True), ([7, 8], False), ([0], True)])
+def test_one_other_pixel_is_not_flat(colours, expected):
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[:], pixels[4, 4, 1] = colours[0], colours[-1]
-    assert is_flat(Image.fromarray(pixels)) == wanted
+    assert is_flat(Image.fromarray(pixels)) == expected
 
 
-def test_a_flat_picture_is_told(flat, caplog):
+def test_a_flat_image_is_reported(flat, caplog):
     with caplog.at_level(logging.WARNING, "sdrt"):
         assert flat(PROMPT, num_inference_steps=2, seed=0).flat == [True]
     assert "one colour all over" in caplog.text
 
 
-def test_a_picture_is_not_flat(pipe, caplog):
+def test_a_image_is_not_flat(pipe, caplog):
     assert pipe(PROMPT, num_inference_steps=2, seed=0).flat == [False]
     assert "one colour" not in caplog.text

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from saved import PROMPT, drawn, psnr, saved
+from saved import PROMPT, generate_image, psnr, saved
 
 import sdrt
 from sdrt.bundle import open_bundle
@@ -42,16 +42,16 @@ def pipe(bundle):
 @pytest.mark.parametrize("width", [8, 33, 256])
 def test_the_embedding_is_the_references(model, width):
     for scale in (1.0, 1.5, 7.5, 30.0):
-        wanted = model[0].get_guidance_scale_embedding(torch.tensor([scale - 1.0]), width)
-        np.testing.assert_allclose(guidance_embedding(scale, width), wanted[0], atol=5e-3)
+        expected = model[0].get_guidance_scale_embedding(torch.tensor([scale - 1.0]), width)
+        np.testing.assert_allclose(guidance_embedding(scale, width), expected[0], atol=5e-3)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5, 8.0])
 @pytest.mark.parametrize("steps", [1, 4, 8])
-def test_images_are_the_references(pipe, model, scale, steps):
+def test_images_match_diffusers(pipe, model, scale, steps):
     options = {"num_inference_steps": steps, "guidance_scale": scale}
-    found = pipe(PROMPT, seed=3, **options).images[0]
-    assert psnr(found, drawn(model[0], 3, **options)) >= 50.0
+    actual = pipe(PROMPT, seed=3, **options).images[0]
+    assert psnr(actual, generate_image(model[0], 3, **options)) >= 50.0
 
 
 def test_other_samplers_are_those_of_the_general_pipeline(pipe, model):
@@ -60,8 +60,8 @@ def test_other_samplers_are_those_of_the_general_pipeline(pipe, model):
     general.set_progress_bar_config(disable=True)
     own = pipe.with_scheduler(json.loads(general.scheduler.to_json_string()))
     options = {"num_inference_steps": 3, "guidance_scale": 4.0, "negative_prompt": "two"}
-    found = own(PROMPT, seed=0, **options).images[0]
-    assert psnr(found, drawn(general, 0, **options)) >= 50.0
+    actual = own(PROMPT, seed=0, **options).images[0]
+    assert psnr(actual, generate_image(general, 0, **options)) >= 50.0
 
 
 def test_images_in_flight_share_calls_whatever_their_scale(pipe):
@@ -71,7 +71,7 @@ def test_images_in_flight_share_calls_whatever_their_scale(pipe):
     ]
     with InflightBatcher(pipe) as engine:
         options = [{"num_inference_steps": 3, "guidance_scale": s, "seed": 0} for s in scales]
-        tickets = [engine.submit(PROMPT, each)[0] for each in options]
+        tickets = [engine.submit(PROMPT, item)[0] for item in options]
         together = [ticket.future.result().image for ticket in tickets]
     assert all(psnr(a, b) >= 50.0 for a, b in zip(alone, together, strict=True))
     assert psnr(alone[0], alone[2]) < 45.0
@@ -103,7 +103,7 @@ def test_what_has_no_meaning_is_refused_by_name(pipe, option):
 def test_backends_agree(pipe, bundle, backend):
     with sdrt.load(bundle, backend=backend) as other:
         options = {"seed": 0, "num_inference_steps": 2, "guidance_scale": 6.0}
-        one, two = (each(PROMPT, **options).images[0] for each in (pipe, other))
+        one, two = (item(PROMPT, **options).images[0] for item in (pipe, other))
     assert psnr(one, two) >= (35.0 if backend == "openvino" else 50.0)  # it may run in bfloat16
 
 
@@ -125,9 +125,9 @@ def test_a_lora_acts_on_the_embedding(pipe, model, tmp_path):
     pipe.set_lora({tmp_path / "x.safetensors": 1.0})
     layer.weight.data += up @ down
     try:
-        found = pipe(PROMPT, seed=0, **options).images[0]
-        assert psnr(found, drawn(model[0], 0, **options)) >= 50.0
-        assert psnr(found, before) < 45.0
+        actual = pipe(PROMPT, seed=0, **options).images[0]
+        assert psnr(actual, generate_image(model[0], 0, **options)) >= 50.0
+        assert psnr(actual, before) < 45.0
     finally:
         pipe.set_lora({})
         layer.weight.data -= up @ down

@@ -1,4 +1,4 @@
-"""What strangers write into pictures' files."""
+"""What strangers write into images' files."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_a_text_is_parsed_in_linear_time(letters):
     assert growth(parse, 5_000) < LINEAR
 
 
-def test_settings_are_told_apart_by_commas_outside_of_quotes():
+def test_settings_are_reported_apart_by_commas_outside_of_quotes():
     text = 'a cat: grey\nSteps: 20, Size: 64x64, Note: "a, b: \\"c\\"", Hires-fix: 2, Empty: '
     assert parse_parameters(text) == {
         **{"Prompt": "a cat: grey", "Negative prompt": "", "Steps": "20", "Size": "64x64"},

@@ -43,7 +43,7 @@ def test_components_are_opened_side_by_side_and_come_in_order():
 
 
 def test_none_stays_open_where_one_fails():
-    begun, made = threading.Event(), Engine()
+    begun, result = threading.Event(), Engine()
 
     def fails():
         begun.set()
@@ -52,11 +52,11 @@ def test_none_stays_open_where_one_fails():
     def slow():
         assert begun.wait(SECONDS)
         time.sleep(0.05)
-        return made
+        return result
 
     with pytest.raises(BackendError, match="it does not load"):
         open_concurrently({"unet": slow, "vae_decoder": fails})
-    assert made.closed.is_set()
+    assert result.closed.is_set()
 
 
 def test_what_is_opened_after_an_interruption_is_closed(monkeypatch):
@@ -164,8 +164,10 @@ start_workers([threading.Thread(target=build_once, args=(target, fill), daemon=T
 begun.wait()
 exit_now(130)
 """
-    found = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], timeout=SECONDS / 2)
-    assert found.returncode == 130
+    actual = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "x")], timeout=SECONDS / 2
+    )
+    assert actual.returncode == 130
     assert not list(tmp_path.glob(".*partial"))
 
 

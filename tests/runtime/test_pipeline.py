@@ -21,7 +21,7 @@ def pixels(image):
     return np.asarray(image)
 
 
-def test_the_same_seed_is_the_same_picture(pipe):
+def test_the_same_seed_is_the_same_image(pipe):
     first, second = (pipe(PROMPT, num_inference_steps=5, seed=0).images[0] for _ in range(2))
     other = pipe(PROMPT, num_inference_steps=5, seed=1).images[0]
     assert (pixels(first) == pixels(second)).all()
@@ -30,8 +30,8 @@ def test_the_same_seed_is_the_same_picture(pipe):
 
 def test_seed_zero_is_a_seed_and_none_is_drawn(pipe):
     assert pipe(PROMPT, num_inference_steps=1, seed=0).seeds == [0]
-    drawn = {pipe(PROMPT, num_inference_steps=1).seeds[0] for _ in range(3)}
-    assert len(drawn) == 3
+    generated = {pipe(PROMPT, num_inference_steps=1).seeds[0] for _ in range(3)}
+    assert len(generated) == 3
 
 
 def test_a_guidance_before_leaves_no_trace(pipe):
@@ -51,12 +51,12 @@ def test_a_plan_lives_as_long_as_its_table():
     plan = get_history_layout(table, guided)
     assert get_history_layout(table, Guidance(guided.scales.copy())) is plan
     assert (get_history_layout(table, halves).rows != plan.rows).any()
-    kept = weakref.ref(table)
+    cached = weakref.ref(table)
     del table
-    assert kept() is None
+    assert cached() is None
 
 
-def test_a_batch_is_its_pictures_one_by_one(pipe):
+def test_a_batch_is_its_images_one_by_one(pipe):
     prompts = [PROMPT, "a yellow square on a black background", ""]
     together = pipe(prompts, num_inference_steps=4, seed=[5, 9, 7], num_images_per_prompt=1)
     for prompt, seed, image in zip(prompts, (5, 9, 7), together.images, strict=True):
@@ -111,7 +111,7 @@ def test_bad_values_are_refused(pipe, bad):
         pipe(PROMPT, **bad)
 
 
-def test_latents_with_nan_make_no_picture(pipe):
+def test_latents_with_nan_make_no_image(pipe):
     latents = np.full((1, 4, 8, 8), np.nan, np.float32)
     with pytest.raises(SdrtError, match="NaN"):
         pipe.decode(latents)
@@ -135,9 +135,9 @@ def test_png_carries_the_parameters(pipe, tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]
 
 
-def test_grid_holds_every_picture():
+def test_grid_holds_every_image():
     colours = [(i * 20, 0, 0) for i in range(5)]
     grid = make_grid([Image.new("RGB", (8, 4), colour) for colour in colours])
     assert grid.size == (24, 8)
-    found = [grid.getpixel((i % 3 * 8 + 1, i // 3 * 4 + 1)) for i in range(5)]
-    assert found == colours
+    actual = [grid.getpixel((i % 3 * 8 + 1, i // 3 * 4 + 1)) for i in range(5)]
+    assert actual == colours

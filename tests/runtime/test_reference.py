@@ -1,4 +1,4 @@
-"""Whole pictures against diffusers' StableDiffusionPipeline, from the same folder and seeds."""
+"""Whole images against diffusers' StableDiffusionPipeline, from the same folder and seeds."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def reference(embedded):
     "seeds", [(0,), pytest.param((1, 2), marks=pytest.mark.slow)], ids=["a seed", "more seeds"]
 )
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_pictures_are_the_references(reference, pipe, name, seeds):
+def test_images_match_diffusers(reference, pipe, name, seeds):
     import diffusers
     import torch
 
@@ -44,7 +44,7 @@ def test_pictures_are_the_references(reference, pipe, name, seeds):
     own = pipe.with_scheduler(name)
     for prompt in PROMPTS:
         for seed in seeds:
-            wanted = reference(
+            expected = reference(
                 prompt,
                 num_inference_steps=STEPS,
                 guidance_scale=7.5,
@@ -53,6 +53,6 @@ def test_pictures_are_the_references(reference, pipe, name, seeds):
                 **eta,
             ).images[0]
             *_, last = own.steps(prompt, num_inference_steps=STEPS, guidance_scale=7.5, seed=seed)
-            found = own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5
-            error = np.mean((np.clip(found, 0, 1).astype(np.float64) - wanted) ** 2)
+            actual = own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5
+            error = np.mean((np.clip(actual, 0, 1).astype(np.float64) - expected) ** 2)
             assert 10 * np.log10(1.0 / max(error, 1e-12)) >= 50, (prompt, seed)

@@ -1,4 +1,4 @@
-"""The safety checker against the reference library's module with the same random weights."""
+"""The safety checker against diffusers' module with the same random weights."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def reference():
     checker = StableDiffusionSafetyChecker(config).eval()
     for parameter in checker.parameters():
         parameter.data.normal_(0, 0.3)
-    with torch.no_grad():  # thresholds between what the pictures score, so that some are flagged
+    with torch.no_grad():  # thresholds between what the images score, so that some are flagged
         every = torch.cat([torch.from_numpy(clip_pixels(p, SIDE)) for p in pictures()])
         embeds = checker.visual_projection(checker.vision_model(every)[1])
         for name in ("concept", "special_care"):
@@ -65,11 +65,11 @@ def bundle(reference, tiny, tmp_path_factory, build_once):
     return build_once(str(folder), folder.parent / "bundle", safety_checker=True)
 
 
-def test_a_picture_is_read_as_clip_reads_it():
+def test_a_image_is_read_as_clip_reads_it():
     theirs = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE)
-    for picture in pictures():
-        wanted = np.asarray(theirs(picture, return_tensors="np").pixel_values)
-        assert np.abs(clip_pixels(picture, SIDE) - wanted).max() <= 0.02
+    for image_image in pictures():
+        expected = np.asarray(theirs(image_image, return_tensors="np").pixel_values)
+        assert np.abs(clip_pixels(image_image, SIDE) - expected).max() <= 0.02
 
 
 def test_scores_and_decisions_are_the_references(reference, bundle):
@@ -77,16 +77,16 @@ def test_scores_and_decisions_are_the_references(reference, bundle):
 
     engine = select_backend("onnxruntime").load(open_bundle(bundle), "safety_checker")
     decided = []
-    for picture in pictures():
-        pixels = clip_pixels(picture, SIDE)
-        found = engine({"pixels": pixels})
-        own = concept_scores(found["special"][0], found["concepts"][0])
+    for image_image in pictures():
+        pixels = clip_pixels(image_image, SIDE)
+        actual = engine({"pixels": pixels})
+        own = concept_scores(actual["special"][0], actual["concepts"][0])
         scores = {}
-        kept = round  # the reference keeps its scores to itself; they are what it rounds
+        cached = round  # the reference keeps its scores to itself; they are what it rounds
 
-        def noted(value, digits, kept=kept, scores=scores):
-            scores[len(scores)] = kept(float(value), digits)
-            return kept(value, digits)
+        def noted(value, digits, cached=cached, scores=scores):
+            scores[len(scores)] = cached(float(value), digits)
+            return cached(value, digits)
 
         module = __import__(type(reference).__module__, fromlist=["round"])
         module.round = noted
@@ -95,13 +95,13 @@ def test_scores_and_decisions_are_the_references(reference, bundle):
         finally:
             del module.round
         assert np.abs(own - np.array(list(scores.values())[3:])).max() <= 0.0011
-        assert is_flagged(apply_safety_checker(engine, [picture])[0]) == flags[0]
+        assert is_flagged(apply_safety_checker(engine, [image_image])[0]) == flags[0]
         decided.append(flags[0])
     assert 0 < sum(decided) < len(decided)
     engine.close()
 
 
-def test_flagged_pictures_are_black_and_told(bundle, tmp_path, capsys):
+def test_flagged_images_are_black_and_told(bundle, tmp_path, capsys):
     with sdrt.load(bundle, backend="onnxruntime") as pipe:
         out = pipe("a square", num_inference_steps=1, seed=0, num_images_per_prompt=8)
         assert len(out.flagged) == 8

@@ -1,4 +1,4 @@
-"""Models that are fed more than latents: inpainting and depth, built and compared as pictures."""
+"""Models that are fed more than latents: inpainting and depth, built and compared as images."""
 
 import diffusers
 import numpy as np
@@ -55,7 +55,7 @@ def reference(kind, model, own, **extra):
     return pipe
 
 
-def picture():
+def image():
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), np.uint8))
 
@@ -68,10 +68,10 @@ def mask():
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
-def test_pictures_are_the_references(built, strength, scheduler):
+def test_images_match_diffusers(built, strength, scheduler):
     task, model, pipe = built
     own = pipe.with_scheduler(scheduler)
-    given = {"image": picture(), "strength": strength}
+    inputs = {"image": image(), "strength": strength}
     if task == "inpainting":
         theirs = reference(
             "StableDiffusionInpaintPipeline",
@@ -82,7 +82,7 @@ def test_pictures_are_the_references(built, strength, scheduler):
             requires_safety_checker=False,
         )
         extra = {"mask_image": mask()}
-        options = given | extra
+        options = inputs | extra
     else:
         theirs = reference(
             "StableDiffusionDepth2ImgPipeline",
@@ -93,25 +93,25 @@ def test_pictures_are_the_references(built, strength, scheduler):
         )
         depth = np.random.default_rng(1).normal(size=(SIDE // 8, SIDE // 8)).astype(np.float32)
         extra = {"depth_map": torch.from_numpy(depth)[None]}
-        options = given | {"depth_map": Image.fromarray(depth)}
-    wanted = theirs(
+        options = inputs | {"depth_map": Image.fromarray(depth)}
+    expected = theirs(
         prompt="a red circle",
         num_inference_steps=6,
         generator=torch.Generator("cpu").manual_seed(3),
         output_type="np",
-        **given,
+        **inputs,
         **extra,
     ).images[0]
     *_, last = own.steps("a red circle", num_inference_steps=6, seed=3, **options)
-    found = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
-    error = np.mean((found.astype(np.float64) - wanted) ** 2)
+    actual = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
+    error = np.mean((actual.astype(np.float64) - expected) ** 2)
     assert 10 * np.log10(1.0 / max(error, 1e-12)) >= 50
 
 
 def test_what_the_model_needs_is_asked_for(built):
     task, _, pipe = built
-    wanted = "inpainting model" if task == "inpainting" else "requires depth_map"
-    with pytest.raises(UsageError, match=wanted):
+    expected = "inpainting model" if task == "inpainting" else "requires depth_map"
+    with pytest.raises(UsageError, match=expected):
         pipe("a square", num_inference_steps=1)
 
 

@@ -42,7 +42,7 @@ def kinds():
         yield sampler, prompts, {**options, "negative_prompt": ("", "red")[i % 2]}
 
 
-def made(pipe, kind):
+def created(pipe, kind):
     """The images of a call, and the text that goes into their files, which names the LoRA."""
     sampler, prompt, options = kind
     output = pipe.with_scheduler(sampler)(prompt, **options)
@@ -90,7 +90,7 @@ def alone_of(pipe, lora):
     alone = []
     for chosen in ({}, {lora: 0.8}):
         pipe.set_lora(chosen)
-        alone.append([made(pipe, kind) for kind in kinds()])
+        alone.append([created(pipe, kind) for kind in kinds()])
     pipe.set_lora({})
     assert all(a[0] != b[0] for a, b in zip(*alone, strict=True))  # the file does something
     return alone
@@ -111,7 +111,7 @@ def check_mixed(pipe, lora, calls):
     def call(i):
         for k in range(calls):
             kind = (i * 7 + k) % len(every)
-            if made(pipe, every[kind]) not in [each[kind] for each in alone]:
+            if created(pipe, every[kind]) not in [item[kind] for item in alone]:
                 wrong.put((i, k))
 
     switching = threading.Thread(target=switch)
@@ -136,10 +136,10 @@ def test_everyone_gets_the_bytes_that_they_get_alone_for_long(one, lora):
 
 def test_the_same_through_asyncio(one):
     every = list(kinds())[:8]
-    alone = [made(one, kind) for kind in every]
+    alone = [created(one, kind) for kind in every]
 
     async def gathered():
-        calls = [asyncio.to_thread(made, one, kind) for kind in every * 2]
+        calls = [asyncio.to_thread(created, one, kind) for kind in every * 2]
         return await asyncio.wait_for(asyncio.gather(*calls), SECONDS)
 
     assert asyncio.run(gathered()) == alone * 2
@@ -166,10 +166,10 @@ def test_an_answer_is_the_callers_own(one):
 
 def test_components_that_take_turns(tiny_bundle, one):
     every = list(kinds())[:6]
-    alone = [made(one, kind) for kind in every]
+    alone = [created(one, kind) for kind in every]
     backend = one.backend.split()[0]
     with sdrt.load(tiny_bundle, backend=backend, low_memory=True) as pipe:
-        assert in_threads(6, lambda i: made(pipe, every[i])) == alone
+        assert in_threads(6, lambda i: created(pipe, every[i])) == alone
         loaded = [engine for engine in pipe.engines.values() if engine._engine is not None]
         assert len(loaded) == 1
 
@@ -235,7 +235,7 @@ def test_a_change_waits_for_calls_and_calls_for_it(tiny_bundle, lora, method):
     """Seen through one call that stops in its callback, a change, and a call that comes after."""
     pipe = sdrt.load(tiny_bundle, backend="onnxruntime")
     other = pipe.with_scheduler("Euler")
-    alone = made(pipe, next(kinds()))
+    alone = created(pipe, next(kinds()))
     reached, go_on, changed = threading.Event(), threading.Event(), threading.Event()
 
     def stop(*_):
@@ -253,7 +253,7 @@ def test_a_change_waits_for_calls_and_calls_for_it(tiny_bundle, lora, method):
         changing = pool.submit(change)
         while not pipe.leases._changing:
             time.sleep(0.001)
-        late = pool.submit(made, pipe, next(kinds()))
+        late = pool.submit(created, pipe, next(kinds()))
         time.sleep(0.05)
         assert not changed.is_set() and not late.done()
         go_on.set()
@@ -313,9 +313,9 @@ def test_loops_that_are_left_hold_nothing_up(tiny_bundle):
         for _ in pipe.steps(PROMPT):
             break
         pipe.set_lora({})
-        kept = pipe.steps(PROMPT)
-        next(kept)
-        kept.close()
+        cached = pipe.steps(PROMPT)
+        next(cached)
+        cached.close()
         pipe.set_lora({})
         thread = threading.Thread(target=lambda: next(kept_by_none))
         kept_by_none = pipe.steps(PROMPT)
@@ -332,23 +332,23 @@ def test_loops_that_are_left_hold_nothing_up(tiny_bundle):
 
 def test_a_loop_may_go_from_thread_to_thread(one):
     """As web frameworks go through iterators, each step in whichever thread is free."""
-    wanted = [step.latents.tobytes() for step in one.steps(PROMPT, num_inference_steps=3, seed=0)]
+    expected = [step.latents.tobytes() for step in one.steps(PROMPT, num_inference_steps=3, seed=0)]
     loop = one.steps(PROMPT, num_inference_steps=3, seed=0)
 
     async def gone_through():
-        return [(await asyncio.to_thread(next, loop)).latents.tobytes() for _ in wanted]
+        return [(await asyncio.to_thread(next, loop)).latents.tobytes() for _ in expected]
 
-    assert asyncio.run(gone_through()) == wanted
+    assert asyncio.run(gone_through()) == expected
 
 
 def test_a_call_in_a_callback_does_not_wait_for_a_change(one):
     """Which waits for the outer call."""
-    inner, alone = [], made(one, next(kinds()))
+    inner, alone = [], created(one, next(kinds()))
 
     def nested(*_):
         while not one.leases._changing:
             time.sleep(0.001)
-        inner.append(made(one, next(kinds())))
+        inner.append(created(one, next(kinds())))
 
     with ThreadPoolExecutor(2) as pool:
         outer = pool.submit(one, PROMPT, num_inference_steps=1, seed=0, on_step=nested)
@@ -375,9 +375,9 @@ def test_images_in_flight_and_changes_do_not_mix(tiny_bundle, lora):
                 tickets += engine.submit(PROMPT, options)
                 pipe.set_lora({})
                 for i, ticket in enumerate(tickets):
-                    found = ticket.future.result(SECONDS)
-                    text = found.parameters.split("\n")[0]
-                    assert (found.image.tobytes(), text) in [each[i % 4] for each in alone]
+                    actual = ticket.future.result(SECONDS)
+                    text = actual.parameters.split("\n")[0]
+                    assert (actual.image.tobytes(), text) in [item[i % 4] for item in alone]
 
 
 def test_an_engine_in_flight_can_be_closed_while_a_change_waits(tiny_bundle):
@@ -420,8 +420,8 @@ def test_threads_may_share_an_opened_image(kind, tmp_path):
     path = tmp_path / f"given.{kind}"
     numbers = np.random.default_rng(0).integers(0, 255, (600, 600, 3), np.uint8)
     Image.fromarray(numbers).save(path)
-    wanted = image_to_array(Image.open(path), (64, 64))
+    expected = image_to_array(Image.open(path), (64, 64))
     for _ in range(5):
         shared = Image.open(path)
-        made = in_threads(THREADS, lambda _, shared=shared: image_to_array(shared, (64, 64)))
-        assert all(np.array_equal(each, wanted) for each in made)
+        created = in_threads(THREADS, lambda _, shared=shared: image_to_array(shared, (64, 64)))
+        assert all(np.array_equal(item, expected) for item in created)

@@ -1,4 +1,4 @@
-"""Models that draw pixels and are told nothing: built, proven, drawn, against the reference's."""
+"""Unconditional pixel models: built, validated and run without a prompt, as diffusers does."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ SCHEDULER = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder as the reference library saves it."""
+    """A folder as diffusers saves it."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pixels") / "model"
     unet = diffusers.UNet2DModel(**{**SMALL, **DDPM})
@@ -57,10 +57,10 @@ def pixels(bundle):
         yield loaded
 
 
-def decibels(own, wanted, steps, seed):
+def decibels(own, expected, steps, seed):
     *_, last = own.steps(num_inference_steps=steps, seed=seed)
-    found = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
-    return 10 * np.log10(1.0 / max(np.mean((found.astype(np.float64) - wanted) ** 2), 1e-12))
+    actual = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
+    return 10 * np.log10(1.0 / max(np.mean((actual.astype(np.float64) - expected) ** 2), 1e-12))
 
 
 # With random weights clipped DDIM is chaotic: of more steps the reference differs from itself, by
@@ -75,7 +75,7 @@ def decibels(own, wanted, steps, seed):
         ("DDIM", 40),
     ],
 )
-def test_pictures_are_the_references(model, pixels, kind, steps):
+def test_images_match_diffusers(model, pixels, kind, steps):
     scheduler = f"{kind}Scheduler"
     own = pixels.with_scheduler(scheduler)
     assert own.scheduler_config["clip_sample"]
@@ -85,8 +85,8 @@ def test_pictures_are_the_references(model, pixels, kind, steps):
     )
     reference.set_progress_bar_config(disable=True)
     stream = torch.Generator("cpu").manual_seed(3)
-    wanted = reference(num_inference_steps=steps, generator=stream, output_type="np").images[0]
-    assert decibels(own, wanted, steps, seed=3) >= 50
+    expected = reference(num_inference_steps=steps, generator=stream, output_type="np").images[0]
+    assert decibels(own, expected, steps, seed=3) >= 50
 
 
 def test_the_bundle_is_a_unet_alone(bundle, pixels):
@@ -113,18 +113,18 @@ def test_the_command_draws_without_a_prompt(bundle, shapes, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", ["negative_prompt", "image", "clip_skip"])
-def test_what_cannot_be_told_is_refused(pixels, option):
+def test_what_cannot_be_given_is_refused(pixels, option):
     value = {"negative_prompt": "a dog", "image": Image.new("RGB", (16, 16)), "clip_skip": 1}
     with pytest.raises(UsageError, match=f"{option} is unsupported"):
         pixels(num_inference_steps=2, **{option: value[option]})
 
 
 def test_several_in_flight(pixels):
-    wanted = pixels(num_inference_steps=3, seed=5).images[0]
+    expected = pixels(num_inference_steps=3, seed=5).images[0]
     with InflightBatcher(pixels) as engine:
         tickets = engine.submit(None, {"num_inference_steps": 3, "seed": 5})
-        found = tickets[0].future.result(timeout=60).image
-    assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1
+        actual = tickets[0].future.result(timeout=60).image
+    assert np.abs(np.asarray(actual, int) - np.asarray(expected, int)).max() <= 1
 
 
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -149,17 +149,17 @@ def test_one_part_at_the_root_with_early_names(model, bundle, tmp_path):
 
 
 @pytest.mark.slow
-def test_grey_pictures(tmp_path):
+def test_grey_images(tmp_path):
     folder = tmp_path / "grey"
     unet = diffusers.UNet2DModel(**{**SMALL, "in_channels": 1, "out_channels": 1})
     scheduler = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2")
     diffusers.DDIMPipeline(unet, scheduler).save_pretrained(folder)
     with sdrt.load(build_bundle(BuildPlan(str(folder), tmp_path / "b", dtype="float16"))) as pipe:
-        drawn = np.asarray(pipe(num_inference_steps=3, seed=0).images[0])
-    assert drawn.shape == (16, 16, 3) and (drawn[..., 0] == drawn[..., 2]).all()
+        generated = np.asarray(pipe(num_inference_steps=3, seed=0).images[0])
+    assert generated.shape == (16, 16, 3) and (generated[..., 0] == generated[..., 2]).all()
 
 
-def test_a_model_told_of_classes_is_refused(model, tmp_path):
+def test_a_model_given_of_classes_is_refused(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "classes")
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps({**config, "num_class_embeds": 10}))

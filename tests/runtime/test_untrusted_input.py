@@ -1,4 +1,4 @@
-"""Small files from elsewhere: tokenizers, LoRA files, pictures, configurations that do not hold."""
+"""Small files from elsewhere: tokenizers, LoRA files, images, configurations that do not hold."""
 
 import json
 import os
@@ -167,7 +167,7 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("data", PICTURES.values(), ids=PICTURES)
-def test_pictures_that_do_not_hold(tmp_path, data):
+def test_images_that_do_not_hold(tmp_path, data):
     (tmp_path / "a.png").write_bytes(data)
     before = state_of(tmp_path)
     with pytest.raises(UsageError):
@@ -187,7 +187,7 @@ def test_more_pixels_than_asked_for_are_not_decoded():
         image_from_bytes(buffer.getvalue(), 4000 * 4000 - 1)
 
 
-def test_a_pipe_is_no_picture(tmp_path):
+def test_a_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(UsageError, match="not a readable"):
         open_image(tmp_path / "a.png")

@@ -1,4 +1,4 @@
-"""Decoding: half precision that overflows for some latents, and pictures in tiles."""
+"""Decoding: half precision that overflows for some latents, and images in tiles."""
 
 import itertools
 import json
@@ -53,20 +53,20 @@ def psnr(a, b):
     return 10 * np.log10(4.0 / max(np.mean((a - b) ** 2), 1e-12))
 
 
-def test_the_picture_that_overflows_is_decoded_again_alone(brittle, half, caplog):
+def test_the_image_that_overflows_is_decoded_again_alone(brittle, half, caplog):
     latents = np.concatenate([randn(0, SHAPE), LARGE * randn(0, SHAPE), randn(1, SHAPE)])
     reference = load_component("vae_decoder", find_checkpoint(str(brittle)))
     with torch.no_grad():
-        wanted = reference(torch.from_numpy(latents)).numpy()
+        expected = reference(torch.from_numpy(latents)).numpy()
     with sdrt.load(half, backend="torch") as pipe, caplog.at_level(logging.WARNING):
         assert pipe.manifest.components["vae_decoder"].dtype == "float16"
         small = pipe.engines["vae_decoder"]({"latents": latents[1:2]})["image"]
         assert not np.isfinite(small).all()  # or else this test shows nothing
-        found = pipe.decode_to_array(latents)
+        actual = pipe.decode_to_array(latents)
         again = [r for r in caplog.records if "again in float32" in r.message]
         assert len(again) == 1
         for i in range(3):
-            assert psnr(found[i], wanted[i]) >= 40
+            assert psnr(actual[i], expected[i]) >= 40
         run = pipe(
             "a square", latents=latents[1:2] * 20, guidance_scale=1.0, num_inference_steps=1, seed=0
         )
@@ -77,12 +77,12 @@ def test_the_picture_that_overflows_is_decoded_again_alone(brittle, half, caplog
 def test_every_backend_reads_the_float32_graph(brittle, half, backend):
     latents = LARGE * randn(0, SHAPE)
     with torch.no_grad():
-        wanted = load_component("vae_decoder", find_checkpoint(str(brittle)))(
+        expected = load_component("vae_decoder", find_checkpoint(str(brittle)))(
             torch.from_numpy(latents)
         )
     with sdrt.load(half, backend=backend) as pipe:
-        found = pipe.engines["vae_decoder_float32"]({"latents": latents})["image"]
-        assert psnr(found, wanted.numpy()) >= 40
+        actual = pipe.engines["vae_decoder_float32"]({"latents": latents})["image"]
+        assert psnr(actual, expected.numpy()) >= 40
     assert (half / "vae_decoder" / FLOAT32_GRAPH).stat().st_size < 200_000  # no second weights
 
 
@@ -131,30 +131,30 @@ def test_what_has_no_neighbours_is_tiled_exactly():
         blocks = tile.reshape(1, 3, tile.shape[2] // 4, 4, tile.shape[3] // 4, 4)
         return blocks.mean(axis=(3, 5))
 
-    picture = latents.repeat(4, axis=2).repeat(4, axis=3)
-    np.testing.assert_allclose(tiling.decode(grow, latents), picture, atol=1e-6)
-    np.testing.assert_allclose(tiling.encode(shrink, picture), latents, atol=1e-6)
+    image_image = latents.repeat(4, axis=2).repeat(4, axis=3)
+    np.testing.assert_allclose(tiling.decode(grow, latents), image_image, atol=1e-6)
+    np.testing.assert_allclose(tiling.encode(shrink, image_image), latents, atol=1e-6)
 
 
 def collage(pipe, width, height):
-    """A large picture of things that the embedded model knows."""
+    """A large image of things that the embedded model knows."""
     prompts = ["a red circle on a blue background", "a white cross on a green background"]
     images = pipe(prompts * 2, num_inference_steps=12, seed=0).images
     sheet = Image.new("RGB", (128, 128))
     for i, image in enumerate(images):
         sheet.paste(image, (i % 2 * 64, i // 2 * 64))
     sheet = sheet.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = np.roll(np.asarray(sheet, np.float32), 11, axis=(0, 1))  # edges beside the tiles'
+    pixels = np.roll(np.asarray(sheet, np.float32), 11, axis=(0, 1))  # edges next to the tiles'
     return pixels.transpose(2, 0, 1)[None] / 127.5 - 1.0
 
 
 def test_seams_of_a_tiled_decode_are_not_seen(pipe):
-    """A picture twice the declared sides, encoded and decoded whole and in tiles."""
-    picture = collage(pipe, 128, 128)
-    whole, tiled = Tiling([(16, 16)], 8), Tiling([(8, 8)], 8)
-    mean, _ = encode_pixels(pipe.engines["vae_encoder"], whole, picture)
-    parts, _ = encode_pixels(pipe.engines["vae_encoder"], tiled, picture)
-    once = decode_latents(pipe.engines, whole, mean[None])
+    """A image twice the declared sides, encoded and decoded whole and in tiles."""
+    image_image = collage(pipe, 128, 128)
+    complete, tiled = Tiling([(16, 16)], 8), Tiling([(8, 8)], 8)
+    mean, _ = encode_pixels(pipe.engines["vae_encoder"], complete, image_image)
+    parts, _ = encode_pixels(pipe.engines["vae_encoder"], tiled, image_image)
+    once = decode_latents(pipe.engines, complete, mean[None])
     again = decode_latents(pipe.engines, tiled, mean[None])
     assert np.sqrt(np.mean((parts - mean) ** 2)) <= 0.25 * mean.std()
     assert psnr(again, once) >= 30

@@ -1,4 +1,4 @@
-"""Pictures, masks, latents, embeddings and callbacks, against the reference library's pipelines."""
+"""Images, masks, latents, embeddings and callbacks, against diffusers' pipelines."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ STEPS = 10
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image_image():
     return Image.fromarray(draw(scene_from_random(np.random.default_rng(3)), 64))
 
 
@@ -50,10 +50,10 @@ def reference(embedded):
     return run
 
 
-def decibels(own, wanted, prompt=PROMPT, **options):
+def decibels(own, expected, prompt=PROMPT, **options):
     *_, last = own.steps(prompt, num_inference_steps=STEPS, seed=0, **options)
-    found = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
-    return 10 * np.log10(1.0 / max(np.mean((found.astype(np.float64) - wanted) ** 2), 1e-12))
+    actual = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
+    return 10 * np.log10(1.0 / max(np.mean((actual.astype(np.float64) - expected) ** 2), 1e-12))
 
 
 SCHEDULERS = ("DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
@@ -68,29 +68,29 @@ pytestmark = [
 @pytest.mark.reference
 @pytest.mark.parametrize("strength", [0.35, 0.8, 1.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_image_to_image_is_the_references(pipe, reference, picture, name, strength):
+def test_image_to_image_is_the_references(pipe, reference, image_image, name, strength):
     own = pipe.with_scheduler(name)
-    options = {"image": picture, "strength": strength}
-    wanted = reference("StableDiffusionImg2ImgPipeline", own, prompt=PROMPT, **options)
-    assert decibels(own, wanted, **options) >= 50
+    options = {"image": image_image, "strength": strength}
+    expected = reference("StableDiffusionImg2ImgPipeline", own, prompt=PROMPT, **options)
+    assert decibels(own, expected, **options) >= 50
 
 
 @pytest.mark.sample(3)
 @pytest.mark.reference
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("name", SCHEDULERS[:2] + SCHEDULERS[3:4])
-def test_inpainting_is_the_references(pipe, reference, picture, mask, name, strength):
+def test_inpainting_is_the_references(pipe, reference, image_image, mask, name, strength):
     own = pipe.with_scheduler(name)
-    options = {"image": picture, "mask_image": mask, "strength": strength}
-    wanted = reference("StableDiffusionInpaintPipeline", own, prompt=PROMPT, **options)
-    assert decibels(own, wanted, **options) >= 50
+    options = {"image": image_image, "mask_image": mask, "strength": strength}
+    expected = reference("StableDiffusionInpaintPipeline", own, prompt=PROMPT, **options)
+    assert decibels(own, expected, **options) >= 50
 
 
-def test_inpainting_keeps_what_the_mask_keeps(pipe, picture, mask):
-    out = pipe(PROMPT, image=picture, mask_image=mask, strength=1.0, seed=0).images[0]
+def test_inpainting_keeps_what_the_mask_keeps(pipe, image_image, mask):
+    out = pipe(PROMPT, image=image_image, mask_image=mask, strength=1.0, seed=0).images[0]
     outside = np.ones((64, 64), bool)
     outside[0:56, 8:64] = False  # the decoder sees a little over the edge
-    difference = np.abs(np.asarray(out, int) - np.asarray(picture, int))
+    difference = np.abs(np.asarray(out, int) - np.asarray(image_image, int))
     assert difference[outside].mean() < 8 < difference[8:48, 16:56].mean()
 
 
@@ -107,8 +107,8 @@ def test_inpainting_keeps_what_the_mask_keeps(pipe, picture, mask):
     ids=lambda options: next(iter(options)),
 )
 def test_options_are_the_references(pipe, reference, options):
-    wanted = reference("StableDiffusionPipeline", pipe, prompt=PROMPT, **options)
-    assert decibels(pipe, wanted, **options) >= 50
+    expected = reference("StableDiffusionPipeline", pipe, prompt=PROMPT, **options)
+    assert decibels(pipe, expected, **options) >= 50
 
 
 @pytest.mark.reference
@@ -118,10 +118,10 @@ def test_embeddings_given_are_the_references(pipe, reference):
     rng = np.random.default_rng(0)
     both = [rng.normal(size=(1, 32, 128)).astype(np.float32) for _ in range(2)]
     names = ("prompt_embeds", "negative_prompt_embeds")
-    given = dict(zip(names, both, strict=True))
-    tensors = {name: torch.from_numpy(array) for name, array in given.items()}
-    wanted = reference("StableDiffusionPipeline", pipe, **tensors)
-    assert decibels(pipe, wanted, None, **given) >= 50
+    provided = dict(zip(names, both, strict=True))
+    tensors = {name: torch.from_numpy(array) for name, array in provided.items()}
+    expected = reference("StableDiffusionPipeline", pipe, **tensors)
+    assert decibels(pipe, expected, None, **provided) >= 50
 
 
 @pytest.mark.reference
@@ -129,14 +129,16 @@ def test_embeddings_given_are_the_references(pipe, reference):
 def test_a_callback_changes_the_latents_as_in_the_reference(pipe, reference, name):
     seen = []
 
-    def callback(pipeline, index, timestep, given):
+    def callback(pipeline, index, timestep, provided):
         seen.append((index, float(timestep)))
-        return {"latents": given["latents"] * (0.9 if index == 3 else 1.0)}
+        return {"latents": provided["latents"] * (0.9 if index == 3 else 1.0)}
 
     own = pipe.with_scheduler(name)
-    wanted = reference("StableDiffusionPipeline", own, prompt=PROMPT, callback_on_step_end=callback)
+    expected = reference(
+        "StableDiffusionPipeline", own, prompt=PROMPT, callback_on_step_end=callback
+    )
     theirs, seen[:] = list(seen), []
-    assert decibels(own, wanted, callback_on_step_end=callback) >= 50
+    assert decibels(own, expected, callback_on_step_end=callback) >= 50
     assert np.array(seen) == pytest.approx(np.array(theirs), rel=1e-6)
 
 
@@ -144,11 +146,11 @@ def test_latents_given_are_the_start(pipe):
     from sdrt.runtime import randn
 
     plain = pipe(PROMPT, num_inference_steps=4, seed=3).images[0]
-    given = pipe(PROMPT, num_inference_steps=4, latents=randn(3, (1, 4, 8, 8)), seed=9).images[0]
-    assert np.array_equal(np.asarray(plain), np.asarray(given))
+    provided = pipe(PROMPT, num_inference_steps=4, latents=randn(3, (1, 4, 8, 8)), seed=9).images[0]
+    assert np.array_equal(np.asarray(plain), np.asarray(provided))
 
 
-def test_fresh_noise_is_each_pictures_own(pipe):
+def test_fresh_noise_is_each_images_own(pipe):
     own = pipe.with_scheduler("Euler a")
     together = own([PROMPT, "a square", PROMPT], seed=[4, 5, 6], num_inference_steps=5).images
     alone = own(PROMPT, seed=6, num_inference_steps=5).images[0]
@@ -197,12 +199,12 @@ def test_outside_the_interval_the_unguided_row_is_not_computed(pipe):
     own = replace(pipe, engines={**pipe.engines, "unet": counted}).with_scheduler("DDIM")
     own(PROMPT, num_inference_steps=10, seed=0, guidance_interval=(0.2, 0.6))
     assert counted.rows == [1, 1, 2, 2, 2, 2, 1, 1, 1, 1]
-    whole = pipe(PROMPT, num_inference_steps=4, seed=0).images[0]
+    complete = pipe(PROMPT, num_inference_steps=4, seed=0).images[0]
     same = pipe(PROMPT, num_inference_steps=4, seed=0, guidance_interval=(0.0, 1.0)).images[0]
-    assert np.array_equal(np.asarray(whole), np.asarray(same))
+    assert np.array_equal(np.asarray(complete), np.asarray(same))
 
 
-def test_attention_changes_the_picture_and_one_does_not(pipe):
+def test_attention_changes_the_image_and_one_does_not(pipe):
     plain, same, more = (
         np.asarray(pipe(text, num_inference_steps=6, seed=0).images[0], int)
         for text in (PROMPT, PROMPT.replace("red", "(red:1.0)"), PROMPT.replace("red", "(red:1.6)"))
@@ -218,15 +220,15 @@ def test_prompts_of_unlike_length_are_made_in_batches_of_their_own(pipe):
     assert np.abs(np.asarray(out.images[1], int) - np.asarray(alone, int)).max() <= 1
 
 
-def test_pictures_come_as_they_are_finished(pipe):
+def test_images_come_as_they_are_finished(pipe):
     from sdrt.runtime import GenerationOptions
 
-    made = pipe.stream([PROMPT] * 6, GenerationOptions(num_inference_steps=1, seed=0))
-    assert next(made)[0].index == 0
-    assert len(list(made)) == 5
+    result = pipe.stream([PROMPT] * 6, GenerationOptions(num_inference_steps=1, seed=0))
+    assert next(result)[0].index == 0
+    assert len(list(result)) == 5
 
 
-def test_one_picture_without_numbers_does_not_take_the_others(pipe):
+def test_one_image_without_numbers_does_not_take_the_others(pipe):
     from dataclasses import replace
 
     from sdrt.errors import SdrtError
@@ -240,12 +242,12 @@ def test_one_picture_without_numbers_does_not_take_the_others(pipe):
 
     decoder = Second(pipe.engines["vae_decoder"])
     own = replace(pipe, engines={**pipe.engines, "vae_decoder": decoder})
-    made = own.stream([PROMPT] * 3, GenerationOptions(num_inference_steps=1, seed=5))
-    found = []
+    result = own.stream([PROMPT] * 3, GenerationOptions(num_inference_steps=1, seed=5))
+    actual = []
     with pytest.raises(SdrtError, match="seed 6: the image holds NaN"):
-        for request, _ in made:
-            found.append(request.seed)
-    assert found == [5, 7]
+        for request, _ in result:
+            actual.append(request.seed)
+    assert actual == [5, 7]
 
 
 def test_a_callback_that_raises_ends_the_run_with_its_own_error(pipe):
@@ -263,26 +265,28 @@ def rotated(image):
     return exif, image.rotate(90, expand=True)
 
 
-def test_pictures_of_every_kind_are_read(picture, tmp_path):
+def test_images_of_every_kind_are_read(image_image, tmp_path):
     from sdrt.runtime.images import image_to_array, open_image
 
-    wanted = image_to_array(picture, (64, 64))
-    exif, turned = rotated(picture)
+    expected = image_to_array(image_image, (64, 64))
+    exif, turned = rotated(image_image)
     turned.save(tmp_path / "turned.png", exif=exif)
-    clear = picture.convert("RGBA")
+    clear = image_image.convert("RGBA")
     clear.putalpha(0)
     clear.save(tmp_path / "clear.png")
-    picture.convert("CMYK").save(tmp_path / "cmyk.tiff")
-    deep = np.asarray(picture.convert("L"), np.uint16) * 257
+    image_image.convert("CMYK").save(tmp_path / "cmyk.tiff")
+    deep = np.asarray(image_image.convert("L"), np.uint16) * 257
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert np.array_equal(image_to_array(open_image(tmp_path / "turned.png"), (64, 64)), wanted)
+    assert np.array_equal(image_to_array(open_image(tmp_path / "turned.png"), (64, 64)), expected)
     assert (image_to_array(open_image(tmp_path / "clear.png"), (64, 64)) == 1.0).all()
-    assert np.abs(image_to_array(open_image(tmp_path / "cmyk.tiff"), (64, 64)) - wanted).max() < 0.2
-    grey = image_to_array(picture.convert("L"), (64, 64))
+    assert (
+        np.abs(image_to_array(open_image(tmp_path / "cmyk.tiff"), (64, 64)) - expected).max() < 0.2
+    )
+    grey = image_to_array(image_image.convert("L"), (64, 64))
     assert np.array_equal(image_to_array(open_image(tmp_path / "deep.png"), (64, 64)), grey)
 
 
-def test_pictures_that_cannot_be_read_are_refused(tmp_path):
+def test_images_that_cannot_be_read_are_refused(tmp_path):
     from sdrt.runtime.images import image_to_array, open_image
 
     (tmp_path / "text.png").write_text("no picture")
@@ -309,7 +313,7 @@ def test_pictures_that_cannot_be_read_are_refused(tmp_path):
         ({"timesteps": [900, 100]}, "strength decides"),
     ],
 )
-def test_pictures_that_do_not_fit_are_refused(pipe, options, message):
+def test_images_that_do_not_fit_are_refused(pipe, options, message):
     arguments = {"image": Image.new("RGB", (32, 32)), "num_inference_steps": 5, **options}
     with pytest.raises(UsageError, match=message):
         pipe(PROMPT, **arguments)

@@ -49,9 +49,9 @@ def reference(tiny_xl):
     def run(kind, own, seed=0, **arguments):
         config = own.scheduler_config
         scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-        made = getattr(diffusers, kind)(**parts, scheduler=scheduler, add_watermarker=False)
-        made.set_progress_bar_config(disable=True)
-        return made(
+        result = getattr(diffusers, kind)(**parts, scheduler=scheduler, add_watermarker=False)
+        result.set_progress_bar_config(disable=True)
+        return result(
             generator=torch.Generator("cpu").manual_seed(seed),
             num_inference_steps=STEPS,
             output_type="np",
@@ -62,13 +62,13 @@ def reference(tiny_xl):
     return run
 
 
-def decibels(own, wanted, prompt=PROMPT, **options):
+def decibels(own, expected, prompt=PROMPT, **options):
     *_, last = own.steps(prompt, **{"num_inference_steps": STEPS, "seed": 0, **options})
-    found = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
-    return 10 * np.log10(1.0 / max(np.mean((found.astype(np.float64) - wanted) ** 2), 1e-12))
+    actual = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
+    return 10 * np.log10(1.0 / max(np.mean((actual.astype(np.float64) - expected) ** 2), 1e-12))
 
 
-def picture(size=(SIDE, SIDE)):
+def image_image(size=(SIDE, SIDE)):
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8))
 
@@ -77,10 +77,10 @@ def picture(size=(SIDE, SIDE)):
     "name",
     ["EulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"],
 )
-def test_pictures_are_the_references(pipe, reference, name):
+def test_images_match_diffusers(pipe, reference, name):
     own = pipe.with_scheduler(name)
-    wanted = reference("StableDiffusionXLPipeline", own, prompt=PROMPT)
-    assert decibels(own, wanted) >= 50
+    expected = reference("StableDiffusionXLPipeline", own, prompt=PROMPT)
+    assert decibels(own, expected) >= 50
 
 
 CLIP = {"target_modules": ["q_proj", "out_proj", "fc1"], "init_lora_weights": False}
@@ -119,7 +119,7 @@ def save_loras(parts, path):
     )
 
 
-def test_a_lora_of_every_layer_of_every_part_makes_the_references_picture(
+def test_a_lora_of_every_layer_of_every_part_makes_the_references_image(
     pipe, reference, tmp_path, caplog
 ):
     """The first text encoder's last layer among them, which a bundle does not hold."""
@@ -128,9 +128,9 @@ def test_a_lora_of_every_layer_of_every_part_makes_the_references_picture(
     save_loras(reference.parts, tmp_path / "l.safetensors")
     caplog.set_level("INFO", "sdrt.runtime.lora.adapters")
     try:
-        wanted = reference("StableDiffusionXLPipeline", own, prompt=PROMPT)
+        expected = reference("StableDiffusionXLPipeline", own, prompt=PROMPT)
         own.set_lora({tmp_path / "l.safetensors": 1.0})
-        assert decibels(own, wanted) >= 50 > 30 > decibels(own, bare)
+        assert decibels(own, expected) >= 50 > 30 > decibels(own, bare)
         assert "nothing reads what comes of text_encoder." in caplog.text
     finally:
         own.set_lora({})
@@ -143,18 +143,18 @@ def test_a_lora_of_every_layer_of_every_part_makes_the_references_picture(
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_image_to_image_is_the_references(pipe, reference, name, strength):
-    own, options = pipe.with_scheduler(name), {"image": picture(), "strength": strength}
-    wanted = reference("StableDiffusionXLImg2ImgPipeline", own, prompt=PROMPT, **options)
-    assert decibels(own, wanted, **options) >= 50
+    own, options = pipe.with_scheduler(name), {"image": image_image(), "strength": strength}
+    expected = reference("StableDiffusionXLImg2ImgPipeline", own, prompt=PROMPT, **options)
+    assert decibels(own, expected, **options) >= 50
 
 
 def test_inpainting_is_the_references(pipe, reference):
     light = np.zeros((SIDE, SIDE), np.uint8)
     light[8:24, 0:16] = 255
-    options = {"image": picture(), "mask_image": Image.fromarray(light), "strength": 0.7}
+    options = {"image": image_image(), "mask_image": Image.fromarray(light), "strength": 0.7}
     own, side = pipe.with_scheduler("EulerDiscreteScheduler"), {"width": SIDE, "height": SIDE}
-    wanted = reference("StableDiffusionXLInpaintPipeline", own, prompt=PROMPT, **side, **options)
-    assert decibels(own, wanted, **options) >= 50
+    expected = reference("StableDiffusionXLInpaintPipeline", own, prompt=PROMPT, **side, **options)
+    assert decibels(own, expected, **options) >= 50
 
 
 SIZES = {"original_size": (512, 300), "crops_coords_top_left": (16, 4), "target_size": (64, 96)}
@@ -174,23 +174,23 @@ UNLIKE = {"negative_original_size": (100, 90), "negative_target_size": (1024, 10
     ids=lambda options: "+".join(options)[:40],
 )
 def test_options_are_the_references(pipe, reference, options):
-    wanted = reference("StableDiffusionXLPipeline", pipe, prompt=PROMPT, **options)
-    assert decibels(pipe, wanted, **options) >= 50
+    expected = reference("StableDiffusionXLPipeline", pipe, prompt=PROMPT, **options)
+    assert decibels(pipe, expected, **options) >= 50
 
 
-def test_sizes_of_a_picture_to_start_from_are_the_references(pipe, reference):
-    options = {"image": picture(), "strength": 0.8, **SIZES, **UNLIKE}
+def test_sizes_of_a_image_to_start_from_are_the_references(pipe, reference):
+    options = {"image": image_image(), "strength": 0.8, **SIZES, **UNLIKE}
     # The reference takes the crop of what is wanted for what is not.
     same = options | {"negative_crops_coords_top_left": SIZES["crops_coords_top_left"]}
     own = pipe.with_scheduler("EulerDiscreteScheduler")
-    wanted = reference("StableDiffusionXLImg2ImgPipeline", own, prompt=PROMPT, **options)
-    assert decibels(own, wanted, **same) >= 50
+    expected = reference("StableDiffusionXLImg2ImgPipeline", own, prompt=PROMPT, **options)
+    assert decibels(own, expected, **same) >= 50
 
 
 def test_every_size_tells_the_model_its_own(pipe, reference):
-    wanted = reference("StableDiffusionXLPipeline", pipe, prompt=PROMPT, width=48, height=32)
-    assert wanted.shape == (32, 48, 3)
-    assert decibels(pipe, wanted, size="48x32") >= 50
+    expected = reference("StableDiffusionXLPipeline", pipe, prompt=PROMPT, width=48, height=32)
+    assert expected.shape == (32, 48, 3)
+    assert decibels(pipe, expected, size="48x32") >= 50
 
 
 def embeddings():
@@ -204,20 +204,20 @@ def embeddings():
 
 
 def test_embeddings_given_are_the_references(pipe, reference):
-    given = embeddings()
-    tensors = {name: torch.from_numpy(array) for name, array in given.items()}
-    wanted = reference("StableDiffusionXLPipeline", pipe, **tensors)
-    assert decibels(pipe, wanted, None, **given) >= 50
+    inputs = embeddings()
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    expected = reference("StableDiffusionXLPipeline", pipe, **tensors)
+    assert decibels(pipe, expected, None, **inputs) >= 50
 
 
 def test_an_empty_negative_prompt_is_read_where_the_model_says_so(pipe, reference):
-    wanted = reference("StableDiffusionXLPipeline", pipe, prompt=PROMPT, negative_prompt="")
+    expected = reference("StableDiffusionXLPipeline", pipe, prompt=PROMPT, negative_prompt="")
     own = replace(pipe, manifest=replace(pipe.manifest, zero_empty_prompt=False))
     assert pipe.manifest.zero_empty_prompt
-    assert decibels(own, wanted) >= 50 > decibels(pipe, wanted)
+    assert decibels(own, expected) >= 50 > decibels(pipe, expected)
 
 
-def test_one_picture_is_the_same_whatever_is_in_its_batch(pipe):
+def test_one_image_is_the_same_whatever_is_in_its_batch(pipe):
     long = PROMPT + " BREAK " + NEGATIVE
     prompts = [PROMPT, NEGATIVE, long, PROMPT]
     together = pipe(prompts, seed=[1, 2, 3, 4], num_inference_steps=3).images
@@ -226,13 +226,16 @@ def test_one_picture_is_the_same_whatever_is_in_its_batch(pipe):
         assert np.abs(np.asarray(image, int) - np.asarray(alone, int)).max() <= 1
 
 
-def told(pipe, prompt, **options):
+def conditioning(pipe, prompt, **options):
     job = pipe.validate(prompt, parse_options({"seed": 0, "guidance_scale": 1.0, **options}))
     return pipe.encode_conditioning(job.requests, job.options, job.size)[0]
 
 
 def test_attention_weighs_both_contexts_and_leaves_the_whole(pipe):
-    plain, heavy = told(pipe, PROMPT), told(pipe, PROMPT.replace("red", "(red:1.5)"))
+    plain, heavy = (
+        conditioning(pipe, PROMPT),
+        conditioning(pipe, PROMPT.replace("red", "(red:1.5)")),
+    )
     assert plain["context"].shape == (1, 32, 40) and plain["time_ids"].tolist() == [
         [SIDE, SIDE, 0, 0, SIDE, SIDE]
     ]
@@ -244,8 +247,8 @@ def test_attention_weighs_both_contexts_and_leaves_the_whole(pipe):
     assert np.array_equal(plain["pooled"], heavy["pooled"])
 
 
-def test_a_long_prompt_is_known_as_a_whole_by_its_first_stretch(pipe):
-    first, both = told(pipe, PROMPT), told(pipe, PROMPT + " BREAK " + NEGATIVE)
+def test_a_long_prompt_is_known_as_a_whole_by_its_first_chunk(pipe):
+    first, both = conditioning(pipe, PROMPT), conditioning(pipe, PROMPT + " BREAK " + NEGATIVE)
     assert both["context"].shape == (1, 64, 40)
     assert np.array_equal(both["context"][:, :32], first["context"])
     assert np.array_equal(both["pooled"], first["pooled"])
@@ -253,9 +256,9 @@ def test_a_long_prompt_is_known_as_a_whole_by_its_first_stretch(pipe):
 
 def test_torch_draws_the_same(pipe, tiny_xl_bundle):
     options = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 0}
-    wanted = np.asarray(pipe(**options).images[0], int)
+    expected = np.asarray(pipe(**options).images[0], int)
     with sdrt.load(tiny_xl_bundle, backend="torch") as other:
-        assert np.abs(np.asarray(other(**options).images[0], int) - wanted).max() <= 1
+        assert np.abs(np.asarray(other(**options).images[0], int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -272,20 +275,20 @@ def test_options_that_do_not_fit_are_refused(pipe, options, message):
 
 
 def test_embeddings_that_do_not_fit_are_refused(pipe):
-    given = embeddings()
+    inputs = embeddings()
     for name in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
-        lacking = {key: value for key, value in given.items() if key != name}
+        lacking = {key: value for key, value in inputs.items() if key != name}
         with pytest.raises(UsageError, match=f"without {name}"):
             pipe(None, num_inference_steps=1, **lacking)
     with pytest.raises(UsageError, match="pooled embeddings"):
-        pipe(None, num_inference_steps=1, **given | {"pooled_prompt_embeds": np.zeros((1, 9))})
+        pipe(None, num_inference_steps=1, **inputs | {"pooled_prompt_embeds": np.zeros((1, 9))})
     with pytest.raises(UsageError, match="context is"):
         narrow = {"prompt_embeds": np.zeros((1, 32, 16)), "guidance_scale": 1.0}
-        pipe(None, num_inference_steps=1, **given | narrow)
+        pipe(None, num_inference_steps=1, **inputs | narrow)
 
 
 @pytest.mark.parametrize("option", ["original_size", "negative_pooled_prompt_embeds"])
-def test_what_another_model_is_told_is_refused(shapes, option):
+def test_what_another_model_is_reported_is_refused(shapes, option):
     value = (64, 64) if "size" in option else np.zeros((1, 20))
     with (
         sdrt.load(shapes, backend="onnxruntime") as other,

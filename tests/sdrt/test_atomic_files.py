@@ -75,11 +75,11 @@ def test_a_folder_replaced_under_a_kill_is_the_old_one_or_the_new(target, steps)
 def test_a_first_folder_under_a_kill_is_whole_or_not_there(target):
     points = points_of(lambda: publish(target.with_name("other"), NEW))
     folders = [target.with_name(f"b{point:02}") for point in range(len(points))]
-    whole = []
+    complete = []
     for point, folder in enumerate(folders):
         killed_at(point, partial(publish, folder, NEW))
         try:
-            whole.append(found_in(folder) == NEW)
+            complete.append(found_in(folder) == NEW)
         except BundleError:
             assert not [
                 b
@@ -88,7 +88,7 @@ def test_a_first_folder_under_a_kill_is_whole_or_not_there(target):
             ]
         publish(folder, NEW)
         assert found_in(folder) == NEW
-    assert all(whole) and 0 < len(whole) < len(points)
+    assert all(complete) and 0 < len(complete) < len(points)
     assert names_in(target.parent) == [*(folder.name for folder in folders), "other"]
 
 
@@ -106,27 +106,27 @@ def test_a_file_under_a_kill_is_the_old_one_or_the_new(tmp_path):
 
 def test_all_is_on_the_disk_before_it_has_its_name(target, monkeypatch):
     """A loss of power keeps what was told to be kept, so the order of the calls is what counts."""
-    told, fsync, swapped = [], os.fsync, atomic_files._exchange
+    reported, fsync, swapped = [], os.fsync, atomic_files._exchange
 
     def seen_fsync(file):
-        told.append(str(Path(f"/proc/self/fd/{file}").resolve()))
+        reported.append(str(Path(f"/proc/self/fd/{file}").resolve()))
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", seen_fsync)
     monkeypatch.setattr(
-        atomic_files, "_exchange", lambda *two: told.append("swap") or swapped(*two)
+        atomic_files, "_exchange", lambda *two: reported.append("swap") or swapped(*two)
     )
     publish(target, OLD)
-    told.clear()
+    reported.clear()
     publish(target, NEW)
     partial = sibling(target, "partial")
-    before, after = told[: told.index("swap")], told[told.index("swap") + 1 :]
+    before, after = reported[: reported.index("swap")], reported[reported.index("swap") + 1 :]
     names = ("", "/sdrt.json", "/unet", "/unet/model.onnx")
     assert {f"{partial}{name}" for name in names} == set(before)
     assert after == [str(target.parent)]
-    told.clear()
+    reported.clear()
     write_atomic(path := target.with_name("a.json"), NEW)
-    assert told == [str(sibling(path, "partial")), str(path.parent)]
+    assert reported == [str(sibling(path, "partial")), str(path.parent)]
 
 
 def test_many_who_make_the_same_come_one_after_the_other(target):
@@ -230,11 +230,11 @@ def test_a_full_or_read_only_disk_leaves_the_old_and_nothing_else(tmp_path):
     script.write_text(ON_A_SMALL_DISK.format(folder=folder))
     mount = f"mount -t tmpfs -o size=160k tmpfs {folder}"
     command = ["unshare", "-Urm", "sh", "-c", f"{mount} && exec {sys.executable} {script}"]
-    made = subprocess.run(command, capture_output=True, text=True)
-    if made.returncode and not made.stdout:
-        pytest.skip(f"no file system of its own: {made.stderr.strip()}")
-    lines = made.stdout.splitlines()
-    assert len(lines) == 2 * 14, made.stderr
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode and not result.stdout:
+        pytest.skip(f"no file system of its own: {result.stderr.strip()}")
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2 * 14, result.stderr
     full = f"SdrtError: no space left for {folder}/b OSError: [Errno 28] No space left on device"
     seen = set()
     for said, there in zip(lines[::2], lines[1::2], strict=True):
@@ -267,7 +267,7 @@ def test_killed_builds_end_with_the_same_bundle():
     """Every twentieth point of real builds; `make kill-points` has all of them."""
     script = Path(__file__).parents[2] / "benchmarks" / "kill_points.py"
     command = [sys.executable, script, "--every", "20", "--kills", "0"]
-    made = subprocess.run(command, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    found, of = made.stdout.rpartition(" points recovered")[0].split()[-3::2]
-    assert int(found) == int(of) >= 10
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    actual, of = result.stdout.rpartition(" points recovered")[0].split()[-3::2]
+    assert int(actual) == int(of) >= 10

@@ -90,9 +90,9 @@ def imported(module, path, known):
             base = parts[: len(parts) + 1 - node.level] if node.level else []
             name = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
-                whole = f"{name}.{alias.name}"
-                if whole in known and not binds(known.get(name), alias.name):
-                    yield whole
+                full = f"{name}.{alias.name}"
+                if full in known and not binds(known.get(name), alias.name):
+                    yield full
                 elif name in known:
                     yield name
 
@@ -116,12 +116,12 @@ def test_no_modules_import_each_other():
 
 def test_every_folder_is_in_the_wheel():
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    found = set()
+    actual = set()
     for package, folder in setup["package-dir"].items():
         for path in (ROOT / folder).rglob("__init__.py"):
             inside = path.parent.relative_to(ROOT / folder).parts
-            found.add(".".join([package, *inside]))
-    assert found == set(setup["packages"])
+            actual.add(".".join([package, *inside]))
+    assert actual == set(setup["packages"])
 
 
 def test_public_names_are_there():

@@ -65,5 +65,5 @@ def test_memory_of_a_process_that_is_gone_is_nothing():
 
 
 def test_this_process_is_within_its_peak():
-    found = memory()
-    assert 0 < found["resident"] <= found["peak"] and resident_bytes() > 1_000_000
+    actual = memory()
+    assert 0 < actual["resident"] <= actual["peak"] and resident_bytes() > 1_000_000

@@ -30,11 +30,11 @@ def alone():
 def inputs(name):
     """The kept ones, then others near them."""
     rng = random.Random(name)
-    kept = [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
-    yield from kept
+    cached = [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
+    yield from cached
     longest = fuzz_targets.TARGETS[name][2]
     for _ in range(EACH):
-        data = rng.choice(kept)
+        data = rng.choice(cached)
         for _ in range(rng.randint(1, 4)):
             data = mutated(data, rng, longest)
         yield data

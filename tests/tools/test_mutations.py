@@ -17,9 +17,11 @@ def functions(file):
     tree = ast.parse((ROOT / file).read_text("utf-8"))
     kinds = ast.FunctionDef | ast.AsyncFunctionDef
     names = {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
-    for made in ast.walk(tree):
-        if isinstance(made, ast.ClassDef):
-            names |= {f"{made.name}.{node.name}" for node in made.body if isinstance(node, kinds)}
+    for result in ast.walk(tree):
+        if isinstance(result, ast.ClassDef):
+            names |= {
+                f"{result.name}.{node.name}" for node in result.body if isinstance(node, kinds)
+            }
     return names
 
 
@@ -38,7 +40,7 @@ def test_every_row_has_its_check_and_its_test(mutation):
     assert name.partition("[")[0] in functions(file)
 
 
-def test_text_that_is_not_there_once_is_told():
+def test_text_that_is_not_there_once_is_reported():
     first = LISTED[0]
     for text in ("no such text", "\n"):
         odd = mutations.Mutation("b", "a", first.check, first.test, text, "")

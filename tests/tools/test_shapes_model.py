@@ -19,17 +19,17 @@ def scenes(count=CAPTIONS):
     return [scene_from_random(rng) for _ in range(count)]
 
 
-def verdicts_of(pipe, made, guidance_scale):
+def verdicts_of(pipe, result, guidance_scale):
     out = pipe(
-        [caption(scene) for scene in made],
+        [caption(scene) for scene in result],
         guidance_scale=guidance_scale,
         num_inference_steps=20,
         seed=0,
     )
-    return [verdict(np.asarray(i), s) for i, s in zip(out.images, made, strict=True)]
+    return [verdict(np.asarray(i), s) for i, s in zip(out.images, result, strict=True)]
 
 
-def shares(verdicts):
+def fractions(verdicts):
     """Of the captions, the share whose background, object colours and shapes are right."""
     return {
         "background": np.mean([v.background for v in verdicts]),
@@ -43,7 +43,7 @@ def guided(pipe, request):
     return verdicts_of(pipe, scenes(request.param), 7.5)
 
 
-def test_the_reader_reads_drawn_pictures():
+def test_the_reader_reads_drawn_images():
     for scene in scenes():
         read = verdict(draw(scene, 64), scene)
         assert read.background and read.colour and read.shape, caption(scene)
@@ -56,7 +56,7 @@ def test_the_reader_sees_what_is_wrong():
 
 
 def test_prompts_are_followed(guided):
-    right = shares(guided)
+    right = fractions(guided)
     assert right["background"] >= 0.95
     assert right["colour"] >= 0.95
     assert right["shape"] >= 0.85
@@ -64,7 +64,7 @@ def test_prompts_are_followed(guided):
 
 def test_guidance_helps(pipe, guided):
     unguided = verdicts_of(pipe, scenes(FEW), 1.0)
-    assert sum(shares(guided[:FEW]).values()) > sum(shares(unguided).values())
+    assert sum(fractions(guided[:FEW]).values()) > sum(fractions(unguided).values())
 
 
 @pytest.mark.rest
@@ -72,8 +72,8 @@ def test_a_negative_prompt_moves_away_from_what_it_names(pipe):
     """Left to itself the model paints any background; a colour that is named becomes rarer."""
     prompt, count = "a white circle", 30
     plain = pipe(prompt, num_images_per_prompt=count, seed=0, num_inference_steps=20).images
-    found = [frame_colour(image) for image in plain]
-    usual = max(NAMES, key=found.count)
+    actual = [frame_colour(image) for image in plain]
+    usual = max(NAMES, key=actual.count)
     negative = f"a white circle on {'an' if usual[0] in 'aeiou' else 'a'} {usual} background"
     moved = pipe(
         prompt,
@@ -82,7 +82,7 @@ def test_a_negative_prompt_moves_away_from_what_it_names(pipe):
         seed=0,
         num_inference_steps=20,
     ).images
-    assert [frame_colour(image) for image in moved].count(usual) < found.count(usual)
+    assert [frame_colour(image) for image in moved].count(usual) < actual.count(usual)
 
 
 def frame_colour(image):

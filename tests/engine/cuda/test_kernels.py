@@ -90,8 +90,8 @@ def kernel(request, tmp_path_factory):
     library = ctypes.CDLL(str(folder / "k.so"))
 
     def launch(name, threads, *values):
-        found = [v.ctypes.data if isinstance(v, np.ndarray) else v for v in values]
-        arguments = [kind(v) for kind, v in zip(kernels.kinds_of(name), found, strict=True)]
+        actual = [v.ctypes.data if isinstance(v, np.ndarray) else v for v in values]
+        arguments = [kind(v) for kind, v in zip(kernels.kinds_of(name), actual, strict=True)]
         getattr(library, f"launch_{name}")(ctypes.c_int(threads), *arguments)
 
     return launch, request.param
@@ -112,9 +112,9 @@ class Emulated:
         latents = columns[:, schedule.state_places[-1]]
         if decoder is None:
             return SamplingResult(latents)
-        made = [self.decoded(np.ascontiguousarray(each), decoder) for each in latents]
+        created = [self.decoded(np.ascontiguousarray(item), decoder) for item in latents]
         return SamplingResult(
-            latents, np.stack([p for p, _ in made]), [not bad[0] for _, bad in made]
+            latents, np.stack([p for p, _ in created]), [not bad[0] for _, bad in created]
         )
 
     def fed(self, schedule, used, encoder):
@@ -126,16 +126,16 @@ class Emulated:
 
     def context(self, read, used, encoder):
         ids, places = different(read)
-        made = np.ascontiguousarray(encoder({"input_ids": ids})["contexts"], self.dtype)
-        stretches, layers, tokens, width = made.shape
+        created = np.ascontiguousarray(encoder({"input_ids": ids})["contexts"], self.dtype)
+        chunks, layers, tokens, width = created.shape
         numbers = layers, layers - 1 - read.skip, tokens, width
-        sums = np.empty((stretches, tokens), np.float32)
-        self.launch("sum_tokens", sums.size, made, sums, stretches, *numbers)
-        pictures, rows, each, _ = read.ids.shape
-        context = np.empty((pictures * used, each * tokens, width), self.dtype)
-        counts = pictures, rows, used, each, *numbers
+        sums = np.empty((chunks, tokens), np.float32)
+        self.launch("sum_tokens", sums.size, created, sums, chunks, *numbers)
+        pictures, rows, item, _ = read.ids.shape
+        context = np.empty((pictures * used, item * tokens, width), self.dtype)
+        counts = pictures, rows, used, item, *numbers
         weights = np.ascontiguousarray(read.weights)
-        self.launch("write_context", context.size, made, sums, places, weights, context, *counts)
+        self.launch("write_context", context.size, created, sums, places, weights, context, *counts)
         return context
 
     def decoded(self, result, decoder):
@@ -153,8 +153,10 @@ class Emulated:
             after = fed[schedule.used[k]] if k < count else None
             if k:
                 feeds = fed[schedule.used[k - 1]]
-                made = self.unet({**feeds, "sample": feeds["sample"].astype(np.float32)})["output"]
-                output = np.ascontiguousarray(made, self.dtype)
+                created = self.unet({**feeds, "sample": feeds["sample"].astype(np.float32)})[
+                    "output"
+                ]
+                output = np.ascontiguousarray(created, self.dtype)
             self.launch(
                 "advance_pictures",
                 pictures * size,
@@ -193,7 +195,7 @@ def model(feeds):
     return {"output": np.tanh(sample[:, :4] * 0.3 + shift + 0.1 * sample[:, 4:].sum(1)[:, None])}
 
 
-def runs_of(scheduler, scales, pictures, beside=0, clip=False):
+def runs_of(scheduler, scales, pictures, extra_channels=0, clip=False):
     config = config_from_name(scheduler, {"_class_name": "DDIMScheduler", "clip_sample": clip})
     table = sampler_table(config, len(scales))
     scales = np.resize(scales, table.evaluations)
@@ -208,14 +210,14 @@ def runs_of(scheduler, scales, pictures, beside=0, clip=False):
             plan,
             [rng.normal(size=shape).astype(np.float32) for _ in range(1 + table.num_noises)],
             {"context": rng.normal(size=(guided, 7, 3)).astype(np.float32)},
-            rng.normal(size=(beside, *shape[1:])).astype(np.float32),
+            rng.normal(size=(extra_channels, *shape[1:])).astype(np.float32),
         )
         for _ in range(pictures)
     ]
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "scales", "pictures", "beside"),
+    ("scheduler", "scales", "pictures", "extra_channels"),
     [
         ("DDIMScheduler", [7.5] * 5, 1, 0),
         ("PNDMScheduler", [7.5] * 6, 3, 0),
@@ -225,12 +227,14 @@ def runs_of(scheduler, scales, pictures, beside=0, clip=False):
         ("LMSDiscreteScheduler", [7.5] * 9, 2, 0),
     ],
 )
-def test_a_whole_run_by_the_kernel_is_the_loops(kernel, scheduler, scales, pictures, beside):
-    arguments = scheduler, scales, pictures, beside
+def test_a_whole_run_by_the_kernel_is_the_loops(
+    kernel, scheduler, scales, pictures, extra_channels
+):
+    arguments = scheduler, scales, pictures, extra_channels
     *_, last = denoise({"unet": model}, runs_of(*arguments))
     engines = {"unet": Emulated(kernel, model)}
-    found = run_sampling_program(engines, runs_of(*arguments), decode=False).latents
-    error = np.abs(found - last.latents).max() / np.abs(last.latents).max()
+    actual = run_sampling_program(engines, runs_of(*arguments), decode=False).latents
+    error = np.abs(actual - last.latents).max() / np.abs(last.latents).max()
     assert error < (2e-2 if kernel[1] == "float16" else 1e-5)
 
 
@@ -274,8 +278,8 @@ CALLS = {
 }
 
 
-def whole(pipe, kernel):
-    """The pipeline with a UNet that runs whole pictures and nothing else."""
+def full(pipe, kernel):
+    """The pipeline with a UNet that runs whole images and nothing else."""
 
     class Whole(Emulated):
         inputs, outputs = pipe.engines["unet"].inputs, pipe.engines["unet"].outputs
@@ -293,22 +297,22 @@ def whole(pipe, kernel):
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_pictures_come_out_whole_where_the_engine_can(pipe, kernel, call):
+def test_images_come_out_whole_where_the_engine_can(pipe, kernel, call):
     if kernel[1] == "float16":
         pytest.skip("the embedded bundle is fp32")
-    other, handed = whole(pipe, kernel)
+    other, handed = full(pipe, kernel)
     options = {"num_inference_steps": 5, "seed": 3, **CALLS[call]}
-    wanted, found = pipe(PROMPT, **options).images, other(PROMPT, **options).images
+    expected, actual = pipe(PROMPT, **options).images, other(PROMPT, **options).images
     ((schedule, decoder),) = handed
     assert schedule.read is not None and "context" not in schedule.told and decoder is not None
-    for a, b in zip(wanted, found, strict=True):
+    for a, b in zip(expected, actual, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
 
 
 def test_what_the_engine_cannot_read_or_decode_is_done_around_it(pipe, kernel):
     if kernel[1] == "float16":
         pytest.skip("the embedded bundle is fp32")
-    other, handed = whole(pipe, kernel)
+    other, handed = full(pipe, kernel)
     given = np.random.default_rng(0).normal(size=(1, 32, 64)).astype(np.float32)
     width = {s.name: s.shape for s in pipe.engines["unet"].inputs}["context"][2]
     given = np.resize(given, (1, 32, width))
@@ -336,7 +340,7 @@ def test_a_decoder_that_overflows_is_not_believed(pipe, kernel):
         image = decoder(feeds)["image"]
         return {"image": np.full_like(image, np.inf) if len(calls) == 1 else image}
 
-    other, _ = whole(pipe, kernel)
+    other, _ = full(pipe, kernel)
     other = replace(other, engines={**other.engines, "vae_decoder": overflowing})
     options = {"num_inference_steps": 2, "seed": 3}
     assert other("a", **options).images == pipe("a", **options).images

@@ -1,4 +1,4 @@
-"""Optimised graphs are what is loaded, give the same pictures, and are done without where they
+"""Optimised graphs are what is loaded, give the same images, and are done without where they
 cannot be had.
 """
 
@@ -26,104 +26,104 @@ from sdrt.errors import BackendError
 
 pytestmark = pytest.mark.integration
 
-PICTURE = {"num_inference_steps": 4, "seed": 3}
+IMAGE = {"num_inference_steps": 4, "seed": 3}
 
 
 @pytest.fixture
-def kept(shapes, tmp_path, monkeypatch):
+def cached(shapes, tmp_path, monkeypatch):
     """A home without plans, where even the smallest model's are kept."""
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
     monkeypatch.setattr(kept_folder, "WORTH", 0)
     return open_bundle(shapes)
 
 
-def picture(bundle):
+def image(bundle):
     with sdrt.load(bundle.folder, backend="onnxruntime") as pipe:
-        return np.asarray(pipe("a red circle", **PICTURE).images[0])
+        return np.asarray(pipe("a red circle", **IMAGE).images[0])
 
 
-def made(bundle, name="unet"):
+def result(bundle, name="unet"):
     return onnxruntime_cache.optimised(bundle, name, session_options())
 
 
-def test_the_optimised_graph_gives_the_same_picture(kept, pipe, tmp_path, monkeypatch):
-    wanted = np.asarray(pipe("a red circle", **PICTURE).images[0])
-    first, second = picture(kept), picture(kept)
+def test_the_optimised_graph_gives_the_same_image(cached, pipe, tmp_path, monkeypatch):
+    expected = np.asarray(pipe("a red circle", **IMAGE).images[0])
+    first, second = image(cached), image(cached)
     assert np.array_equal(first, second)
     # Fused attention adds in another order: on some processors a value rounds to its neighbor.
-    assert np.abs(first.astype(int) - wanted).max() <= 1
+    assert np.abs(first.astype(int) - expected).max() <= 1
     graphs = sorted(path.parent.name.split("-")[0] for path in tmp_path.rglob("model.onnx"))
     assert graphs == ["text_encoder", "unet", "vae_decoder"]
     monkeypatch.setattr(
         onnxruntime_cache, "find_spec", lambda name: None
     )  # so that nothing is fused
     monkeypatch.setenv("SDRT_HOME", str(tmp_path / "unfused"))
-    assert np.array_equal(picture(kept), wanted)
+    assert np.array_equal(image(cached), expected)
 
 
-def test_it_is_made_once_and_is_what_is_loaded(kept):
-    graph = made(kept)
+def test_it_is_made_once_and_is_what_is_loaded(cached):
+    graph = result(cached)
     before = graph.stat().st_mtime_ns
-    assert made(kept) == graph and graph.stat().st_mtime_ns == before
-    with sdrt.load(kept.folder, backend="onnxruntime"):
+    assert result(cached) == graph and graph.stat().st_mtime_ns == before
+    with sdrt.load(cached.folder, backend="onnxruntime"):
         mapped = Path("/proc/self/maps").read_text()
     assert str(graph.with_name("model.data")) in mapped
 
 
-def test_a_damaged_one_is_made_again(kept, caplog):
-    wanted = picture(kept)
-    data = made(kept).with_name("model.data")
-    whole = data.read_bytes()
-    data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 0xFF]))
+def test_a_damaged_one_is_made_again(cached, caplog):
+    expected = image(cached)
+    data = result(cached).with_name("model.data")
+    full = data.read_bytes()
+    data.write_bytes(full[:-1] + bytes([full[-1] ^ 0xFF]))
     with caplog.at_level(logging.WARNING, "sdrt"):
-        assert np.array_equal(picture(kept), wanted)
-    assert "damaged" in caplog.text and data.read_bytes() == whole
+        assert np.array_equal(image(cached), expected)
+    assert "damaged" in caplog.text and data.read_bytes() == full
 
 
-def test_another_processor_has_its_own(kept, monkeypatch):
-    graph = made(kept)
+def test_another_processor_has_its_own(cached, monkeypatch):
+    graph = result(cached)
     monkeypatch.setattr(kept_folder, "cpu_fingerprint", lambda: "another")
-    assert made(kept).parent != graph.parent
+    assert result(cached).parent != graph.parent
 
 
 @pytest.mark.parametrize("why", ["small", "no room"])
-def test_without_one_the_bundles_graph_runs(kept, monkeypatch, tmp_path, why):
+def test_without_one_the_bundles_graph_runs(cached, monkeypatch, tmp_path, why):
     if why == "small":
         monkeypatch.setattr(kept_folder, "WORTH", 10**12)
     else:
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr(kept_folder.shutil, "disk_usage", lambda folder: usage)
-    assert made(kept) is None
+    assert result(cached) is None
     assert not list(tmp_path.rglob("model.onnx"))
 
 
-def test_other_weights_are_put_into_the_bundles_graph(kept):
-    with sdrt.load(kept.folder, backend="onnxruntime") as pipe:
-        draw = lambda: np.asarray(pipe("a red circle", **PICTURE).images[0])  # noqa: E731
+def test_other_weights_are_put_into_the_bundles_graph(cached):
+    with sdrt.load(cached.folder, backend="onnxruntime") as pipe:
+        draw = lambda: np.asarray(pipe("a red circle", **IMAGE).images[0])  # noqa: E731
         before = draw()
-        shape = Tensors(kept.folder / "unet" / "model.safetensors").shape("conv_in.weight")
+        shape = Tensors(cached.folder / "unet" / "model.safetensors").shape("conv_in.weight")
         pipe.engines["unet"].refit({"conv_in.weight": np.zeros(shape, np.float32)})
         assert not np.array_equal(draw(), before)
         pipe.engines["unet"].refit({})
         assert np.array_equal(draw(), before)
 
 
-def test_attention_is_fused_with_other_weights_too(kept):
-    graph = made(kept)
+def test_attention_is_fused_with_other_weights_too(cached):
+    graph = result(cached)
     fused = onnx.load(graph.with_name("fused.onnx"), load_external_data=False).graph.node
-    assert "Attention" in {n.op_type for n in onnx.load(kept.graph("unet")).graph.node}
+    assert "Attention" in {n.op_type for n in onnx.load(cached.graph("unet")).graph.node}
     assert "Attention" not in {n.op_type for n in fused}
-    component = kept.manifest.components["unet"]
-    engines = [OrtEngine("unet", kept.graph("unet"), component, path) for path in (graph, None)]
+    component = cached.manifest.components["unet"]
+    engines = [OrtEngine("unet", cached.graph("unet"), component, path) for path in (graph, None)]
     lengths = {"rows": 2, "tokens": 32, "latent_height": 8, "latent_width": 12}
     shapes = {s.name: tuple(lengths.get(a, a) for a in s.shape) for s in component.inputs}
     feeds = {s.name: sample_input(s.dtype, shapes[s.name]) for s in component.inputs}
-    shape = Tensors(kept.folder / "unet" / "model.safetensors").shape("conv_in.bias")
+    shape = Tensors(cached.folder / "unet" / "model.safetensors").shape("conv_in.bias")
     weights = {"conv_in.bias": np.ones(shape, np.float32)}
     for engine in engines:
         engine.refit(weights)
-    found, wanted = (engine(feeds)["output"] for engine in engines)
-    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+    actual, expected = (engine(feeds)["output"] for engine in engines)
+    assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
     graph.with_name("fused.onnx").write_bytes(b"none")
     with pytest.raises(BackendError, match="cannot load"):  # so that is what was read
         engines[0].refit(weights)
@@ -150,14 +150,14 @@ def test_a_decoders_activations_are_given_back(shapes):
     engine.close()
 
 
-def test_gc_shows_what_no_bundle_has_and_what_another_version_made(kept, tmp_path):
-    graph = made(kept)
-    shutil.copytree(kept.folder, tmp_path / "bundles" / "shapes")
+def test_gc_shows_what_no_bundle_has_and_what_another_version_made(cached, tmp_path):
+    graph = result(cached)
+    shutil.copytree(cached.folder, tmp_path / "bundles" / "shapes")
     shutil.copytree(graph.parent, tmp_path / "plans" / "cpu-onnxruntime0.1" / graph.parent.name)
-    found = {each.path: each.reason for each in leftovers(GpuInventory(unavailable_reason="none"))}
-    assert [path.parent.name for path in found] == ["cpu-onnxruntime0.1"]
-    assert "ONNX Runtime 0.1" in next(iter(found.values()))
+    actual = {item.path: item.reason for item in leftovers(GpuInventory(unavailable_reason="none"))}
+    assert [path.parent.name for path in actual] == ["cpu-onnxruntime0.1"]
+    assert "ONNX Runtime 0.1" in next(iter(actual.values()))
     mark = graph.with_name(kept_folder.MARK)
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "of": ["0" * 64]}))
-    found = {each.path: each.reason for each in leftovers(GpuInventory(unavailable_reason="none"))}
-    assert found[graph.parent] == "of a graph or weights that no bundle has"
+    actual = {item.path: item.reason for item in leftovers(GpuInventory(unavailable_reason="none"))}
+    assert actual[graph.parent] == "of a graph or weights that no bundle has"

@@ -54,12 +54,12 @@ def test_fused_attention_is_loaded_from_the_cache_and_computes_the_same(bundle, 
     component = bundle.manifest.components[name]
     feeds = feeds_of(component)
     exact = OrtEngine(name, bundle.graph(name), component)
-    wanted = exact(feeds)[OUTPUTS[name]].copy()
+    expected = exact(feeds)[OUTPUTS[name]].copy()
     with caplog.at_level(logging.WARNING, logger="sdrt"):
         for _ in range(2):  # made, then found
             engine = load_engine(bundle, name, GPU, place="cpu")
-            found = engine(feeds)[OUTPUTS[name]]
-            assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+            actual = engine(feeds)[OUTPUTS[name]]
+            assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
             engine.close()
     assert not caplog.records
     (plan,) = bundle.folder.glob(f"plans/nvidia-l4-sm_89-ort*/{name}-*.plan")
@@ -92,20 +92,20 @@ def test_what_computes_something_else_is_left_with_a_warning(bundle, monkeypatch
     engine.close()
 
 
-def group_norm(given, attributes):
+def group_norm(provided, attributes):
     """`com.microsoft.GroupNorm` as ONNX Runtime documents it."""
     assert attributes["channels_last"] == 1
-    x, scale, bias = given
+    x, scale, bias = provided
     assert scale.dtype == torch.float32
     first = x.permute(0, 3, 1, 2)
-    made = F.group_norm(first, attributes["groups"], scale, bias, attributes["epsilon"])
-    made = F.silu(made) if attributes["activation"] else made
-    return made.permute(0, 2, 3, 1)
+    result = F.group_norm(first, attributes["groups"], scale, bias, attributes["epsilon"])
+    result = F.silu(result) if attributes["activation"] else result
+    return result.permute(0, 2, 3, 1)
 
 
-def attention(given, attributes):
+def attention(provided, attributes):
     """`com.microsoft.MultiHeadAttention`."""
-    heads = [x.reshape(*x.shape[:2], attributes["num_heads"], -1).transpose(1, 2) for x in given]
+    heads = [x.reshape(*x.shape[:2], attributes["num_heads"], -1).transpose(1, 2) for x in provided]
     return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
@@ -119,9 +119,9 @@ def test_fused_norms_by_torch_compute_the_same(bundle, name, monkeypatch):
     assert counted(graph) == FUSED[name]
     feeds = feeds_of(component)
     graphs = bundle.graph(name), graph
-    plain, fused = (torch_engine.TorchEngine(name, each, component, "cpu") for each in graphs)
-    wanted, found = (engine(feeds)[OUTPUTS[name]] for engine in (plain, fused))
-    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+    plain, fused = (torch_engine.TorchEngine(name, item, component, "cpu") for item in graphs)
+    expected, actual = (engine(feeds)[OUTPUTS[name]] for engine in (plain, fused))
+    assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
     # Its types and attributes are those that ONNX Runtime knows: only a kernel is missing here.
     with pytest.raises(BackendError, match="Could not find an implementation for GroupNorm"):
         session(name, graph, session_options(), "CPUExecutionProvider", {})

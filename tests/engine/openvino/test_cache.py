@@ -36,11 +36,11 @@ def compiled(bundle, tmp_path, monkeypatch):
     return lambda name, precision: compiled(bundle, name, precision)
 
 
-def opened(bundle, name, precision, kept):
+def opened(bundle, name, precision, cached):
     from sdrt.engine.openvino.engine import OpenVinoEngine
 
     component = bundle.manifest.components[name]
-    return OpenVinoEngine(name, bundle.graph(name), component, precision, kept)
+    return OpenVinoEngine(name, bundle.graph(name), component, precision, cached)
 
 
 def outcome(engine):
@@ -57,17 +57,17 @@ def is_mapped(path):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder"])
 def test_a_kept_model_gives_the_same_numbers(bundle, compiled, name, precision, tmp_path):
-    kept = compiled(name, precision)
-    written = kept.stat().st_mtime_ns
-    assert compiled(name, precision) == kept and kept.stat().st_mtime_ns == written
-    assert kept.is_relative_to(tmp_path)
+    cached = compiled(name, precision)
+    written = cached.stat().st_mtime_ns
+    assert compiled(name, precision) == cached and cached.stat().st_mtime_ns == written
+    assert cached.is_relative_to(tmp_path)
     weights = bundle.folder / name / "model.safetensors"
-    assert kept.stat().st_size < 0.2 * weights.stat().st_size + 1_000_000
-    engine = opened(bundle, name, precision, kept)
-    assert is_mapped(kept.with_name("model.bin"))
-    found, plain = outcome(engine), outcome(opened(bundle, name, precision, None))
+    assert cached.stat().st_size < 0.2 * weights.stat().st_size + 1_000_000
+    engine = opened(bundle, name, precision, cached)
+    assert is_mapped(cached.with_name("model.bin"))
+    actual, plain = outcome(engine), outcome(opened(bundle, name, precision, None))
     assert np.abs(plain).max() > 0.1
-    np.testing.assert_allclose(found, plain, atol=1e-5 * np.abs(plain).max())
+    np.testing.assert_allclose(actual, plain, atol=1e-5 * np.abs(plain).max())
     engine.close()
 
 
@@ -96,15 +96,15 @@ def stored_turned(model):
 
 
 def test_other_weights_come_and_go(bundle, compiled):
-    both = [opened(bundle, "unet", "f32", kept) for kept in (None, compiled("unet", "f32"))]
+    both = [opened(bundle, "unet", "f32", cached) for cached in (None, compiled("unet", "f32"))]
     before = outcome(both[0])
     weights = Tensors(bundle.folder / "unet" / "model.safetensors")
     name = next(n for n in sorted(weights) if n.endswith(".T"))
     for engine in both:
         engine.refit({name: 2 * weights[name]})
-    plain, found = map(outcome, both)
+    plain, actual = map(outcome, both)
     assert np.abs(plain - before).max() > 1e-3
-    np.testing.assert_allclose(found, plain, atol=1e-5 * np.abs(plain).max())
+    np.testing.assert_allclose(actual, plain, atol=1e-5 * np.abs(plain).max())
     for engine in both:
         engine.refit({})
         np.testing.assert_allclose(outcome(engine), before, atol=1e-5 * np.abs(before).max())
@@ -115,23 +115,23 @@ def test_what_was_just_made_is_not_hashed_again(compiled, monkeypatch):
     compiled("text_encoder", "f32")
     read, seen = bundles.hash_file, []
     monkeypatch.setattr(bundles, "sha256_of", lambda path: seen.append(path) or read(path))
-    kept = compiled("text_encoder", "f32")
+    cached = compiled("text_encoder", "f32")
     assert seen == []
-    weights = kept.with_name("model.bin")
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert compiled("text_encoder", "f32") == kept and weights in seen
-    assert weights.read_bytes() == whole
+    weights = cached.with_name("model.bin")
+    full = weights.read_bytes()
+    weights.write_bytes(full[:-1] + bytes([full[-1] ^ 1]))
+    assert compiled("text_encoder", "f32") == cached and weights in seen
+    assert weights.read_bytes() == full
 
 
 def test_a_kept_model_that_does_not_open_is_compiled(bundle, compiled, caplog):
-    kept = compiled("text_encoder", "f32")
-    kept.write_bytes(b"none")
+    cached = compiled("text_encoder", "f32")
+    cached.write_bytes(b"none")
     with caplog.at_level(logging.WARNING, "sdrt"):
-        engine = opened(bundle, "text_encoder", "f32", kept)
+        engine = opened(bundle, "text_encoder", "f32", cached)
     assert "does not open" in caplog.text
     np.testing.assert_array_equal(
         outcome(engine), outcome(opened(bundle, "text_encoder", "f32", None))
     )
-    assert not is_mapped(kept.with_name("model.bin"))
+    assert not is_mapped(cached.with_name("model.bin"))
     engine.close()

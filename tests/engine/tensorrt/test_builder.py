@@ -82,16 +82,16 @@ def build(folder, component, graph, profile, targets=("sm_89",)):
 
 
 def unet_inputs(config, tokens=7, side=8):
-    told = {
+    reported = {
         "sample": torch.randn(2, config.in_channels, side, side),
         "timestep": torch.tensor([3.0, 700.0]),
         "context": torch.randn(2, tokens, config.cross_attention_dim),
     }
     if config.pooled_width:
-        told |= {"pooled": torch.randn(2, config.pooled_width), "time_ids": torch.rand(2, 6)}
+        reported |= {"pooled": torch.randn(2, config.pooled_width), "time_ids": torch.rand(2, 6)}
     if config.time_cond_proj_dim:
-        told["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim)
-    return told
+        reported["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim)
+    return reported
 
 
 SMALL = {
@@ -169,8 +169,8 @@ def test_a_unet_of_full_width_has_a_fused_kernel_for_every_attention(tmp_path):
     )
     graph = exported(tmp_path, "unet", Unet(config), unet_inputs(config, tokens=77))
     network, *_ = parsed(graph)
-    found = [attention.decomposable for attention in attentions(network)]
-    assert len(found) == 14 and not any(found)
+    actual = [attention.decomposable for attention in attentions(network)]
+    assert len(actual) == 14 and not any(actual)
     profile = {
         "sample": tuple((rows, 4, 64, 64) for rows in (1, 2, 8)),
         "timestep": tuple((rows,) for rows in (1, 2, 8)),
@@ -221,8 +221,8 @@ def test_inspect_says_what_must_be_fused(planned, capsys):
     if detect_gpus().gpus:
         pytest.skip("there is a GPU")
     assert main(["inspect", "--bundle", str(planned), "--layers", "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)
-    unet = found["components"]["unet"]["layers"]
+    (actual,) = json.loads(capsys.readouterr().out)
+    unet = actual["components"]["unet"]["layers"]
     assert {what: len(nodes) for what, nodes in unet["nodes"].items()} == {
         "attention": 0,
         "attention, decomposed": 8,  # single precision has no fused kernel
@@ -239,10 +239,10 @@ def test_layers_are_found_by_the_nodes_that_they_name(planned):
 
     network, *_ = parsed(open_bundle(planned).graph("unet"))
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    told = [{"Name": layer.name, "Metadata": layer.metadata} for layer in layers]
-    found = layers_of(["node_group_norm", "node_scaled_dot_product_attention", "none"], told)
-    assert found["node_group_norm"] == ["node_group_norm"] and found["none"] == []
-    assert found["node_scaled_dot_product_attention"]
+    reported = [{"Name": layer.name, "Metadata": layer.metadata} for layer in layers]
+    actual = layers_of(["node_group_norm", "node_scaled_dot_product_attention", "none"], reported)
+    assert actual["node_group_norm"] == ["node_group_norm"] and actual["none"] == []
+    assert actual["node_scaled_dot_product_attention"]
 
 
 def test_one_plan_serves_every_target(planned):

@@ -43,7 +43,7 @@ def test_a_plan_is_compared_on_what_a_model_is_really_fed():
     assert noise.dtype == np.float16 and 0.9 < noise.std() < 1.1
 
 
-def test_rows_are_laid_out_picture_by_picture():
+def test_rows_are_laid_out_image_by_image():
     schedule = SamplingProgram(
         columns=np.zeros((2, 5, 4, 3, 3), np.float32),
         rows=np.zeros((2, 2, 5), np.float32),
@@ -114,8 +114,8 @@ def test_pipelines_that_share_a_plan_get_their_own_answers():
 
     def call(i):
         fed = [np.full((2, 3), 100 * i + k, np.float32) for k in range(20)]
-        return [(each, engines[i % 2]({"sample": each})["output"]) for each in fed]
+        return [(item, engines[i % 2]({"sample": item})["output"]) for item in fed]
 
     with ThreadPoolExecutor(4) as pool:
-        made = [pair for pairs in pool.map(call, range(4)) for pair in pairs]
-    assert all(np.array_equal(answer, 2 * fed) for fed, answer in made)
+        result = [pair for pairs in pool.map(call, range(4)) for pair in pairs]
+    assert all(np.array_equal(answer, 2 * fed) for fed, answer in result)

@@ -11,18 +11,18 @@ from tensorrt_usage import CLASSES, OWN, ROOT, used, used_names
 
 def test_tensorrt_for_rtx_has_every_attribute_that_is_used():
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    found = set(used())
-    assert len(found) > 55, sorted(found)
-    assert {kind for kind, _ in found} == {"", *CLASSES.values(), *OWN.values()}
-    for kind, name in found:
+    actual = set(used())
+    assert len(actual) > 55, sorted(actual)
+    assert {kind for kind, _ in actual} == {"", *CLASSES.values(), *OWN.values()}
+    for kind, name in actual:
         where = getattr(trt, kind) if kind else trt
         assert reduce(lambda at, part: getattr(at, part, None), name.split("."), where) is not None
     assert hasattr(trt.IAttentionInputLayer, "attention")
 
 
 def test_other_versions_have_every_attribute_that_is_used():
-    kept = json.loads((ROOT / "tests" / "engine" / "tensorrt" / "names.json").read_text())
-    assert {version.split(".")[0] for version in kept} == {"10", "11"}
-    for version, names in kept.items():
+    cached = json.loads((ROOT / "tests" / "engine" / "tensorrt" / "names.json").read_text())
+    assert {version.split(".")[0] for version in cached} == {"10", "11"}
+    for version, names in cached.items():
         missing = {name for _, name in used_names()} - set(names)
         assert not missing, f"{version} lacks {missing}, or run tools/tensorrt_names.py anew"

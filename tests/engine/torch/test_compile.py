@@ -59,15 +59,17 @@ def graph(tmp_path_factory):
     for tensor in initializers[: len(weights)]:
         onnx.external_data_helper.set_external_data(tensor, "model.safetensors")
         tensor.ClearField("raw_data")
-    nodes = [helper.make_node(kind, read, [made], **more) for kind, read, made, more in NODES]
-    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("sample", "output")]
-    made = helper.make_graph(nodes, "graph", ends[:1], ends[1:], initializers)
-    onnx.save(helper.make_model(made), folder / "model.onnx")
+    nodes = [helper.make_node(kind, read, [result], **more) for kind, read, result, more in NODES]
+    bounds = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("sample", "output")
+    ]
+    result = helper.make_graph(nodes, "graph", bounds[:1], bounds[1:], initializers)
+    onnx.save(helper.make_model(result), folder / "model.onnx")
     return folder / "model.onnx"
 
 
-def near(found, wanted):
-    return np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+def near(actual, expected):
+    return np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_what_is_compiled_computes_the_same_with_any_weights(graph):
@@ -75,7 +77,7 @@ def test_what_is_compiled_computes_the_same_with_any_weights(graph):
     feeds = {"sample": sample_input("float32", (2, 4, 6, 8))}
     before = quick(feeds)["output"]
     assert near(before, plain(feeds)["output"])
-    kept = list(quick._compiled.values())
+    cached = list(quick._compiled.values())
     other = {"linear.weight": np.eye(4, dtype=np.float32)}
     for engine in (plain, quick):
         engine.refit(other)
@@ -83,7 +85,7 @@ def test_what_is_compiled_computes_the_same_with_any_weights(graph):
     assert near(changed, plain(feeds)["output"]) and not near(changed, before)
     quick.refit({})
     assert np.array_equal(quick(feeds)["output"], before)
-    assert list(quick._compiled.values()) == kept  # nothing was compiled again
+    assert list(quick._compiled.values()) == cached  # nothing was compiled again
     quick.close()
     with pytest.raises(BackendError, match="closed"):
         quick(feeds)
@@ -101,20 +103,22 @@ def test_the_shape_that_was_used_least_recently_goes(graph, monkeypatch):
 
 def test_what_shapes_alone_decide_is_not_computed_again(graph):
     engine = TorchEngine("unet", graph, COMPONENT, "cpu", compile=True)
-    given = {"sample": torch.zeros(2, 4, 6, 8)} | {n: engine._values[n] for n in engine._weights}
+    inputs = {"sample": torch.zeros(2, 4, 6, 8)} | {n: engine._values[n] for n in engine._weights}
     constants = {name: torch.from_numpy(value) for name, value in CONSTANTS.items()}
-    left, read = straightened(engine._nodes, engine._kinds, given, constants)
+    left, read = straightened(engine._nodes, engine._kinds, inputs, constants)
     gone = ("Shape", "Gather", "Cast", "Concat")
-    assert [made for _, _, (made,), _ in left] == [m for kind, _, m, _ in NODES if kind not in gone]
-    assert [sources[1] for _, sources, (made,), _ in left if made == "flat"] == [[2, 4, -1]]
+    assert [result for _, _, (result,), _ in left] == [
+        m for kind, _, m, _ in NODES if kind not in gone
+    ]
+    assert [sources[1] for _, sources, (result,), _ in left if result == "flat"] == [[2, 4, -1]]
     assert {name: value.item() for name, value in read.items()} == {"wide": 8.0}
 
 
 def test_a_shape_that_depends_on_values_is_refused():
-    given = {"x": torch.zeros(4), "target": torch.tensor([2, 2])}
+    inputs = {"x": torch.zeros(4), "target": torch.tensor([2, 2])}
     nodes = [(ops.OPERATIONS["Reshape"], ["x", "target"], ["y"], {})]
     with pytest.raises(BackendError, match=r"Reshape .* run without compiling"):
-        straightened(nodes, ["Reshape"], given, {})
+        straightened(nodes, ["Reshape"], inputs, {})
 
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime", "tensorrt"])
@@ -125,12 +129,12 @@ def test_other_backends_are_not_compiled(backend):
 
 @pytest.mark.slow
 def test_the_embedded_model_compiled_draws_the_same(shapes, caplog):
-    made = []
+    result = []
     for compile in (False, True):
         with sdrt.load(shapes, backend="torch", compile=compile) as pipe:
             out = pipe("a red circle on a blue background", num_inference_steps=4, seed=0)
-            made.append(np.asarray(out.images[0], np.int16))
-    assert np.abs(made[0] - made[1]).max() <= 1
+            result.append(np.asarray(out.images[0], np.int16))
+    assert np.abs(result[0] - result[1]).max() <= 1
     assert "takes a minute" in caplog.text
 
 

@@ -1,6 +1,6 @@
 """Single files in the original layout: names, values and configuration against the published ones.
 
-The way into the layout is written here on its own, and the reference library's conversion agrees.
+The way into the layout is written here on its own, and diffusers' conversion agrees.
 """
 
 import dataclasses
@@ -76,22 +76,22 @@ def test_there_and_back_is_the_same(case, written, vocabulary):
     checkpoint = find_checkpoint(str(written(single_file(family, parts))))
     assert set(checkpoint.parts) == set(parts)
     for part, (config, weights) in parts.items():
-        found = checkpoint.weights(part)
-        assert found.keys() == weights.keys()
-        assert all(torch.equal(found[name], weights[name]) for name in weights)
-        told = checkpoint.config(part)
+        actual = checkpoint.weights(part)
+        assert actual.keys() == weights.keys()
+        assert all(torch.equal(actual[name], weights[name]) for name in weights)
+        reported = checkpoint.config(part)
         if part == "unet":
-            own, wanted = UnetConfig.from_json(told), UnetConfig(**config)
-            if family == "1.x" or isinstance(wanted.transformer_layers_per_block, int):
-                wanted = dataclasses.replace(wanted, transformer_layers_per_block=(1, 1))
-            assert own == wanted
+            own, expected = UnetConfig.from_json(reported), UnetConfig(**config)
+            if family == "1.x" or isinstance(expected.transformer_layers_per_block, int):
+                expected = dataclasses.replace(expected, transformer_layers_per_block=(1, 1))
+            assert own == expected
         elif part == "vae":
-            assert VaeConfig.from_json(told) == VaeConfig.from_json(config)
+            assert VaeConfig.from_json(reported) == VaeConfig.from_json(config)
         else:
-            assert {key: told[key] for key in config} == config
+            assert {key: reported[key] for key in config} == config
         getattr(modules, part)(checkpoint)
     modules.check_fit(checkpoint)
-    pads = [each.roles["pad_token"] for each in checkpoint.tokenizers().values()]
+    pads = [item.roles["pad_token"] for item in checkpoint.tokenizers().values()]
     assert pads == {"1.x": [END], "2.x": ["!"], "XL": [END, "!"]}[family]
 
 
@@ -117,7 +117,7 @@ def test_a_build_from_a_file_is_that_from_the_folder(written, vocabulary, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("case", "metadata", "marks", "wanted"),
+    ("case", "metadata", "marks", "expected"),
     [
         ("1.x", None, (), "epsilon"),
         ("2.x", None, (), "v_prediction"),
@@ -127,13 +127,13 @@ def test_a_build_from_a_file_is_that_from_the_folder(written, vocabulary, tmp_pa
     ],
 )
 def test_what_a_file_says_of_its_prediction(
-    case, metadata, marks, wanted, written, vocabulary, monkeypatch
+    case, metadata, marks, expected, written, vocabulary, monkeypatch
 ):
     family, parts = tiny_parts(case, vocabulary)
     tensors = single_file(family, parts) | {mark: torch.zeros(1) for mark in marks}
     checkpoint = find_checkpoint(str(written(tensors, metadata=metadata)))
     scheduler = checkpoint.scheduler_config()
-    assert scheduler["prediction_type"] == wanted
+    assert scheduler["prediction_type"] == expected
     assert scheduler.get("rescale_betas_zero_snr", False) == bool(marks)
     if case == "2.x":
         assert checkpoint.config("unet")["sample_size"] == (64 if metadata else 96)
@@ -151,11 +151,11 @@ def test_the_references_conversion_agrees(case, vocabulary):
     model = type("Model", (), {"config": None})()
     model.config = type("Config", (), {"hidden_size": parts[part][0]["hidden_size"]})()
     # It takes the width of the fused projection from that of the prompt as a whole.
-    kept = {k: v for k, v in tensors.items() if not k.endswith("text_projection")}
-    wanted = utilities.convert_open_clip_checkpoint(model, kept, prefix=prefix)
-    found = {n: t for n, t in own[part].items() if not n.startswith("text_projection")}
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    cached = {k: v for k, v in tensors.items() if not k.endswith("text_projection")}
+    expected = utilities.convert_open_clip_checkpoint(model, cached, prefix=prefix)
+    actual = {n: t for n, t in own[part].items() if not n.startswith("text_projection")}
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     vae = utilities.convert_ldm_vae_checkpoint(
         dict(tensors), {"down_block_types": [0] * 4, "up_block_types": [0] * 4}
     )
@@ -185,10 +185,10 @@ def test_every_name_of_the_published_xl_is_the_references():
     tensors = {original_unet_name(name, published): t for name, t in published.items()}
     assert len(tensors) == len(published) == 1680
     file = {PREFIX["unet"] + name: tensor for name, tensor in tensors.items()}
-    wanted = utilities.convert_ldm_unet_checkpoint(dict(file), {"layers_per_block": 2, **XL})
-    found = {unet_name(name): tensor for name, tensor in tensors.items()}
-    assert found.keys() == wanted.keys() == published.keys()
-    assert all(found[name] is wanted[name] is published[name] for name in published)
+    expected = utilities.convert_ldm_unet_checkpoint(dict(file), {"layers_per_block": 2, **XL})
+    actual = {unet_name(name): tensor for name, tensor in tensors.items()}
+    assert actual.keys() == expected.keys() == published.keys()
+    assert all(actual[name] is expected[name] is published[name] for name in published)
 
 
 def test_lora_files_may_name_modules_as_in_the_original_layout():
@@ -208,8 +208,8 @@ def test_lora_files_may_change_every_weight_and_bias_of_the_original_layout_of_1
         published = unet_name(name).rpartition(".")[0].replace(".", "_")
         diff, end, shape = ("diff_b", ".bias", 1) if kind == "bias" else ("diff", "", (1, 1))
         for head in (f"lora_unet_{module.replace('.', '_')}", f"diffusion_model.{module}"):
-            found = changes_from_tensors({f"{head}.{diff}": np.zeros(shape)}, {})
-            assert list(found) == [("unet", published + end)]
+            actual = changes_from_tensors({f"{head}.{diff}": np.zeros(shape)}, {})
+            assert list(actual) == [("unet", published + end)]
 
 
 def test_a_file_of_another_make_is_refused(tmp_path):

@@ -69,10 +69,10 @@ def test_scaled_weights_are_multiplied_by_their_scales(layout, dtype, tensors, w
     else:
         added |= {f"{LAYER}.weight_scale": scale, f"{LAYER}.input_scale": torch.tensor(3.0)}
         added[f"{LAYER}.comfy_quant"] = described_as(str(dtype).removeprefix("torch."))
-    found = unet_weight(written({**tensors, **added}))
-    wanted = stored.float() * (scale.reshape(-1, 1, 1, 1) if scale.ndim else scale)
-    assert torch.equal(found, wanted)
-    assert torch.allclose(found, weight, atol=float(rows.max()) * 16)
+    actual = unet_weight(written({**tensors, **added}))
+    expected = stored.float() * (scale.reshape(-1, 1, 1, 1) if scale.ndim else scale)
+    assert torch.equal(actual, expected)
+    assert torch.allclose(actual, weight, atol=float(rows.max()) * 16)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_a_scale_is_never_dropped_from_a_folder(tiny, tmp_path):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights = dict(modules.unet(find_checkpoint(str(tiny))).state_dict())
     weights["conv_in.weight"] = weights["conv_in.weight"].to(torch.float8_e5m2)
-    wanted = weights["conv_in.weight"].float() * 3
+    expected = weights["conv_in.weight"].float() * 3
     save_file({**weights, "conv_in.weight_scale": torch.tensor(3.0)}, file)
-    assert torch.equal(unet_weight(folder, "conv_in.weight"), wanted)
+    assert torch.equal(unet_weight(folder, "conv_in.weight"), expected)
 
 
 NOTHING = {
@@ -151,9 +151,9 @@ def test_what_shapes_nothing_is_passed_over_and_said_in_one_line(tensors, writte
     plain = find_checkpoint(str(written(tensors, "plain.safetensors")))
     more = find_checkpoint(str(written({**tensors, **NOTHING}, "more.safetensors")))
     for part in plain.parts:
-        wanted, found = plain.weights(part), more.weights(part)
-        assert wanted.keys() == found.keys()
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        expected, actual = plain.weights(part), more.weights(part)
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
         getattr(modules, part)(more)
     caplog.set_level(logging.DEBUG, "sdrt.build")
     _announce(more, BuildPlan("more"), written(tensors).parent / "bundle")

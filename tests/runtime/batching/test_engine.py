@@ -1,4 +1,4 @@
-"""Pictures in flight, on the embedded model: who shares a call, and that nobody notices."""
+"""Images in flight, on the embedded model: who shares a call, and that nobody notices."""
 
 import gc
 import threading
@@ -67,7 +67,7 @@ def result(ticket):
 
 
 def held(engine, unet, **options):
-    """A long picture whose next evaluation waits until `unet.open` is set again."""
+    """A long image whose next evaluation waits until `unet.open` is set again."""
     unet.entered.clear()
     unet.open.clear()
     (ticket,) = engine.submit(PROMPT, {"num_inference_steps": 30, "seed": 0, **options})
@@ -82,16 +82,16 @@ def wait_for(condition):
         time.sleep(0.002)
 
 
-def test_pictures_of_other_samplers_steps_and_guidance_share_calls_and_keep_their_bytes(watched):
+def test_images_of_other_samplers_steps_and_guidance_share_calls_and_keep_their_bytes(watched):
     pipe, unet = watched
-    drawing = Image.new("RGB", (64, 64), "orange")
+    sketch = Image.new("RGB", (64, 64), "orange")
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (0, 0, 32, 64))
     jobs = [
         (PROMPT, {"num_inference_steps": 12, "guidance_scale": 7.5}, "DPM++ 2M Karras"),
         ("a white cross", {"num_inference_steps": 20, "guidance_scale": 1.0}, "Euler a"),
         ("a square", {"num_inference_steps": 5, "guidance_interval": (0.2, 0.8)}, "Heun"),
-        ("a black ring", {"num_inference_steps": 9, "image": drawing, "mask_image": mask}, None),
+        ("a black ring", {"num_inference_steps": 9, "image": sketch, "mask_image": mask}, None),
         (PROMPT, {"num_inference_steps": 6, "guidance_rescale": 0.7, "rng": "cuda"}, "UniPC"),
     ]
     with started(pipe) as engine:
@@ -102,26 +102,26 @@ def test_pictures_of_other_samplers_steps_and_guidance_share_calls_and_keep_thei
         ]
         wait_for(lambda: all(ticket.state == "running" for ticket in tickets))
         unet.open.set()
-        made = [result(ticket) for ticket in tickets]
+        output = [result(ticket) for ticket in tickets]
         result(first)
     shared = [set(call) for call in unet.calls if len(call) >= 8]
     assert max(len(timesteps) for timesteps in shared) >= 5  # each at a timestep of its own
     for i, (prompt, options, sampler) in enumerate(jobs):
         alone = (pipe.with_scheduler(sampler) if sampler else pipe)(prompt, **options, seed=i)
-        assert (pixels(made[i].image) == pixels(alone.images[0])).all(), sampler
-        assert made[i].parameters == alone.parameters[0]
+        assert (pixels(output[i].image) == pixels(alone.images[0])).all(), sampler
+        assert output[i].parameters == alone.parameters[0]
 
 
-def test_one_call_makes_all_its_pictures(pipe):
+def test_one_call_makes_all_its_images(pipe):
     with started(pipe) as engine:
         prompts = [PROMPT, "a white cross"]
         options = {"num_images_per_prompt": 2, "num_inference_steps": 3, "seed": 5}
         tickets = engine.submit(prompts, options)
-        made = [result(ticket) for ticket in tickets]
-    wanted = pipe(prompts, **options)
-    assert [each.seed for each in made] == wanted.seeds == [5, 6, 7, 8]
-    for each, image in zip(made, wanted.images, strict=True):
-        assert (pixels(each.image) == pixels(image)).all()
+        output = [result(ticket) for ticket in tickets]
+    expected = pipe(prompts, **options)
+    assert [item.seed for item in output] == expected.seeds == [5, 6, 7, 8]
+    for item, image in zip(output, expected.images, strict=True):
+        assert (pixels(item.image) == pixels(image)).all()
 
 
 def test_a_newcomer_joins_at_the_next_evaluation_and_leaves_after_its_last(watched):
@@ -139,7 +139,7 @@ def test_a_newcomer_joins_at_the_next_evaluation_and_leaves_after_its_last(watch
     assert rows[0] == 2 and rows[1:3] == [3, 3] and set(rows[3:]) == {2}
 
 
-def test_the_loop_goes_on_while_a_picture_is_decoded(pipe, watched):
+def test_the_loop_goes_on_while_a_image_is_decoded(pipe, watched):
     own, _ = watched
     gate = threading.Event()
 
@@ -159,7 +159,7 @@ def test_the_loop_goes_on_while_a_picture_is_decoded(pipe, watched):
         assert result(short) and result(long)
 
 
-def test_a_cancelled_picture_gives_its_slot_back(watched):
+def test_a_cancelled_image_gives_its_slot_back(watched):
     pipe, unet = watched
     with started(pipe, slots=1) as engine:
         long = held(engine, unet)
@@ -177,7 +177,7 @@ def test_a_cancelled_picture_gives_its_slot_back(watched):
         assert long.done_evaluations <= 1 and engine.tickets() == []
 
 
-def test_pictures_that_are_cancelled_at_any_moment_stop_nothing(pipe):
+def test_images_that_are_cancelled_at_any_moment_stop_nothing(pipe):
     rng = np.random.default_rng(0)
     with started(pipe, slots=4, waiting=1000) as engine:
         tickets = []
@@ -213,7 +213,7 @@ def test_a_mistake_of_the_engine_ends_it_for_all_to_see(pipe, monkeypatch):
         assert engine.state == "closed"
 
 
-def test_an_engine_error_ends_the_pictures_of_its_call_only(watched):
+def test_an_engine_error_ends_the_images_of_its_call_only(watched):
     pipe, unet = watched
     with started(pipe, rows=2) as engine:
         failed = held(engine, unet)
@@ -223,13 +223,13 @@ def test_an_engine_error_ends_the_pictures_of_its_call_only(watched):
         unet.open.set()
         with pytest.raises(BackendError, match="the device is lost"):
             result(failed)
-        made = result(other)
+        output = result(other)
         assert engine.state == "ready"
     alone = pipe("a square", num_inference_steps=3, seed=3).images[0]
-    assert (pixels(made.image) == pixels(alone)).all()
+    assert (pixels(output.image) == pixels(alone)).all()
 
 
-def test_a_broken_device_is_loaded_anew_and_the_others_go_on(watched, pipe):
+def test_a_broken_device_is_loaded_again_and_the_others_go_on(watched, pipe):
     own, unet = watched
     loads = []
 
@@ -248,11 +248,11 @@ def test_a_broken_device_is_loaded_anew_and_the_others_go_on(watched, pipe):
         with pytest.raises(BackendError):
             result(failed)
         wait_for(lambda: engine.state == "broken" or loads)
-        made = result(other)
+        output = result(other)
         assert engine.state == "ready" and len(loads) == 2
         engine._reloaded = False  # its other engines are the session's
     alone = pipe("a square", num_inference_steps=3, seed=3).images[0]
-    assert (pixels(made.image) == pixels(alone)).all()
+    assert (pixels(output.image) == pixels(alone)).all()
 
 
 def test_while_the_device_is_broken_nothing_is_accepted(watched):
@@ -270,10 +270,10 @@ def test_while_the_device_is_broken_nothing_is_accepted(watched):
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyError("x"), UsageError("no")])
-def test_an_error_of_a_callback_touches_its_own_picture_only(watched, error):
+def test_an_error_of_a_callback_touches_its_own_image_only(watched, error):
     pipe, unet = watched
 
-    def callback(pipeline, index, timestep, kept):
+    def callback(pipeline, index, timestep, cached):
         raise error
 
     with started(pipe) as engine:
@@ -290,20 +290,20 @@ def test_an_error_of_a_callback_touches_its_own_picture_only(watched, error):
         assert result(other) and engine.state == "ready"
 
 
-def test_a_picture_without_numbers_fails_alone(pipe):
-    def spoil(pipeline, index, timestep, kept):
-        return {"latents": np.full_like(kept["latents"], np.nan)}
+def test_a_image_without_numbers_fails_alone(pipe):
+    def spoil(pipeline, index, timestep, cached):
+        return {"latents": np.full_like(cached["latents"], np.nan)}
 
     with started(pipe) as engine:
         options = {"num_inference_steps": 2, "seed": 0}
         (spoiled,) = engine.submit(PROMPT, {**options, "callback_on_step_end": spoil})
-        (whole,) = engine.submit(PROMPT, options)
+        (full,) = engine.submit(PROMPT, options)
         with pytest.raises(SdrtError, match="NaN"):
             result(spoiled)
-        assert result(whole)
+        assert result(full)
 
 
-def test_steps_are_told(pipe):
+def test_steps_are_reported(pipe):
     seen = []
     with started(pipe) as engine:
         (ticket,) = engine.submit(
@@ -312,10 +312,10 @@ def test_steps_are_told(pipe):
             on_step=lambda ticket, step: seen.append((ticket, step)),
         )
         result(ticket)
-    wanted = list(pipe.steps(PROMPT, num_inference_steps=4, seed=0))
-    assert [step.index for _, step in seen] == [step.index for step in wanted]
-    for (told, step), other in zip(seen, wanted, strict=True):
-        assert told is ticket and (step.latents == other.latents).all()
+    expected = list(pipe.steps(PROMPT, num_inference_steps=4, seed=0))
+    assert [step.index for _, step in seen] == [step.index for step in expected]
+    for (conditioning, step), other in zip(seen, expected, strict=True):
+        assert conditioning is ticket and (step.latents == other.latents).all()
     times = ticket.times
     assert times.submitted <= times.began <= times.prepared <= times.denoised <= times.decoded
 
@@ -344,12 +344,12 @@ def test_what_cannot_be_in_time_is_refused_at_once(watched):
 
     with started(pipe, observer=Told()) as engine:
         seconds = engine.costs.sizes[64, 64].seconds(2)
-        (kept,) = engine.submit(PROMPT, {"num_inference_steps": 5}, deadline=20.0)
+        (cached,) = engine.submit(PROMPT, {"num_inference_steps": 5}, deadline=20.0)
         with pytest.raises(RequestRejected, match="too late") as refused:
             engine.submit(PROMPT, {"num_inference_steps": 900}, deadline=100 * seconds)
         assert refused.value.cause == "deadline" and refusals == ["deadline"]
-        result(kept)
-        assert kept.times.decoded - kept.times.submitted < 20.0
+        result(cached)
+        assert cached.times.decoded - cached.times.submitted < 20.0
 
 
 def test_an_accepted_promise_is_not_broken_for_a_later_one(watched):
@@ -404,8 +404,8 @@ def test_a_size_that_was_not_measured_costs_by_its_area(pipe):
             for size in sizes
         ]
         for ticket, size in zip(tickets, sizes, strict=True):
-            wanted = pipe(PROMPT, seed=1, num_inference_steps=4, size=size).images[0]
-            assert np.array_equal(ticket.future.result().image, wanted)
+            expected = pipe(PROMPT, seed=1, num_inference_steps=4, size=size).images[0]
+            assert np.array_equal(ticket.future.result().image, expected)
         known = engine.costs.sizes[64, 64]
         assert list(engine.costs.sizes) == [(64, 64)]
         large, small = engine.costs.of_size((1024, 1024)), engine.costs.of_size((32, 32))
@@ -447,23 +447,23 @@ def test_two_sizes_are_made_side_by_side(tiny_bundle):
             for i in range(4)
             for size in ("32x32", "48x32")
         ]
-        made = [result(ticket).image for ticket in tickets]
-        assert {image.size for image in made} == {(32, 32), (48, 32)}
+        output = [result(ticket).image for ticket in tickets]
+        assert {image.size for image in output} == {(32, 32), (48, 32)}
         alone = pipe("a", num_inference_steps=10, size="48x32", seed=1).images[0]
-        assert (pixels(made[3]) == pixels(alone)).all()
+        assert (pixels(output[3]) == pixels(alone)).all()
 
 
-def test_pictures_that_are_done_are_let_go_whatever_was_told_of_them(pipe):
-    """Prompts of one to four stretches, each of which is fed in a shape of its own."""
+def test_images_that_are_done_are_let_go_whatever_was_given_of_them(pipe):
+    """Prompts of one to four chunks, each of which is fed in a shape of its own."""
 
     def runs():
         gc.collect()
-        return sum(type(each) is DenoisingState for each in gc.get_objects())
+        return sum(type(item) is DenoisingState for item in gc.get_objects())
 
     before = runs()
     with started(pipe) as engine:
-        for stretches in range(1, 5):
-            prompt = " BREAK ".join([PROMPT] * stretches)
+        for chunks in range(1, 5):
+            prompt = " BREAK ".join([PROMPT] * chunks)
             result(engine.submit(prompt, {"num_inference_steps": 1})[0])
         assert runs() <= before + 1  # the last call's
 
@@ -486,13 +486,13 @@ def test_deterministic_calls_are_all_of_one_shape(shapes):
 
 
 def test_measured_costs_are_kept_and_read_again(pipe, tmp_path, caplog):
-    kept = tmp_path / "plans"
-    first = costs_module.costs_of(pipe, 4, kept)
-    (path,) = kept.iterdir()
-    again = costs_module.costs_of(pipe, 4, kept)
+    cached = tmp_path / "plans"
+    first = costs_module.costs_of(pipe, 4, cached)
+    (path,) = cached.iterdir()
+    again = costs_module.costs_of(pipe, 4, cached)
     assert again.sizes == first.sizes and again.encode == first.encode
     path.write_text("{")
-    assert costs_module.costs_of(pipe, 4, kept).sizes.keys() == first.sizes.keys()
+    assert costs_module.costs_of(pipe, 4, cached).sizes.keys() == first.sizes.keys()
     assert "measuring again" in caplog.text
 
 

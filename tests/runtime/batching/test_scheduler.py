@@ -16,9 +16,9 @@ RATES = Rates(
 
 
 def turn(left, submitted=0.0, rows=2, group=(1,), **more):
-    made = Turn(group, rows, left, submitted, 0.0, **more)
-    made.due = RATES.due(made)
-    return made
+    result = Turn(group, rows, left, submitted, 0.0, **more)
+    result.due = RATES.due(result)
+    return result
 
 
 def simulated(turns, slots, arrivals=()):
@@ -37,12 +37,12 @@ def simulated(turns, slots, arrivals=()):
         inside.sort(key=lambda t: t.key(clock))
         chosen = sharing(inside, RATES.most)
         clock += RATES.call(chosen[0].group, sum(t.rows for t in chosen))
-        for each in chosen:
-            each.left -= 1
-            if each.left == 0:
-                inside.remove(each)
-                decoder = max(decoder, clock) + RATES.after(each.group)
-                done[id(each)] = decoder
+        for item in chosen:
+            item.left -= 1
+            if item.left == 0:
+                inside.remove(item)
+                decoder = max(decoder, clock) + RATES.after(item.group)
+                done[id(item)] = decoder
     return done
 
 
@@ -56,9 +56,9 @@ def test_a_forecast_is_what_evaluation_by_evaluation_comes_to(seed):
         for _ in range(rng.integers(1, 30))
     ]
     slots = int(rng.integers(1, 9))
-    found = forecast(turns, 0.0, RATES, slots)
-    wanted = simulated(turns, slots)
-    assert found == pytest.approx([wanted[id(t)] for t in turns])
+    actual = forecast(turns, 0.0, RATES, slots)
+    expected = simulated(turns, slots)
+    assert actual == pytest.approx([expected[id(t)] for t in turns])
 
 
 def test_shallow_evaluations_cost_what_they_cost():
@@ -102,14 +102,14 @@ def test_short_ones_do_not_starve_a_long_one():
 def test_two_sizes_wait_alike_for_what_they_cost():
     """At 80 % load, neither the cheaper nor the dearer size is slowed down much more."""
     rng = np.random.default_rng(0)
-    each = {1: RATES.alone(turn(20)), 2: RATES.alone(turn(20, group=(2,)))}
+    item = {1: RATES.alone(turn(20)), 2: RATES.alone(turn(20, group=(2,)))}
     clock, stream = 0.0, []
     for i in range(400):
-        clock += rng.exponential(sum(each.values()) / 2 / 1.6)
+        clock += rng.exponential(sum(item.values()) / 2 / 1.6)
         stream.append((clock, turn(20, submitted=clock, group=(1 + i % 2,))))
     done = simulated([], 8, stream)
     slowed = [
-        np.mean([(done[id(t)] - at) / each[size] for at, t in stream if t.group == (size,)])
+        np.mean([(done[id(t)] - at) / item[size] for at, t in stream if t.group == (size,)])
         for size in (1, 2)
     ]
     assert max(slowed) < 2.0 * min(slowed) and max(slowed) < 8.0

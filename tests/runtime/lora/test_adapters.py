@@ -1,4 +1,4 @@
-"""LoRA files of every layout against the reference library's own loading of them."""
+"""LoRA files of every layout against diffusers' own loading of them."""
 
 import diffusers
 import numpy as np
@@ -59,11 +59,11 @@ def test_fused_weights_are_the_references(tiny, weights, tmp_path, layout, weigh
     kind.load_lora_into_unet(state, alphas, unet)
     unet.fuse_lora(lora_scale=weight)
     unet.unload_lora()
-    wanted = unet.state_dict()
-    found = find_checkpoint(str(tiny)).with_loras([f"{path}:{weight}"]).weights("unet")
+    expected = unet.state_dict()
+    actual = find_checkpoint(str(tiny)).with_loras([f"{path}:{weight}"]).weights("unet")
     changed = 0
-    for name, tensor in found.items():
-        assert torch.allclose(tensor, wanted[name], atol=1e-5), name
+    for name, tensor in actual.items():
+        assert torch.allclose(tensor, expected[name], atol=1e-5), name
         changed += not torch.equal(tensor, weights[name])
     assert changed == 3
 
@@ -92,13 +92,13 @@ def test_files_that_the_reference_saves_are_fused_as_it_fuses_them(
         tmp_path, unet_lora_layers=state, **_collate_lora_metadata({"unet": unet})
     )
     unet.fuse_lora(lora_scale=weight)
-    wanted = {key.replace(".base_layer", ""): tensor for key, tensor in unet.state_dict().items()}
+    expected = {key.replace(".base_layer", ""): tensor for key, tensor in unet.state_dict().items()}
     path = tmp_path / "pytorch_lora_weights.safetensors"
-    found = find_checkpoint(str(tiny)).with_loras([f"{path}:{weight}"]).weights("unet")
-    for key, tensor in found.items():
-        scale = float(wanted[key].abs().max())
-        assert torch.allclose(tensor, wanted[key], atol=1e-5 * scale), key
-    changed = {key for key in found if not torch.equal(found[key], weights[key])}
+    actual = find_checkpoint(str(tiny)).with_loras([f"{path}:{weight}"]).weights("unet")
+    for key, tensor in actual.items():
+        scale = float(expected[key].abs().max())
+        assert torch.allclose(tensor, expected[key], atol=1e-5 * scale), key
+    changed = {key for key in actual if not torch.equal(actual[key], weights[key])}
     assert len(changed) > 5 and all(key.endswith(".weight") for key in changed)
 
 
@@ -129,16 +129,16 @@ def test_the_text_encoder_and_a_middle_factor(tiny, weights, tmp_path):
     path = tmp_path / "l.safetensors"
     save_file(saved, path)
     checkpoint = find_checkpoint(str(tiny)).with_loras([str(path)])
-    found = checkpoint.weights("text_encoder")[name]
-    assert torch.allclose(found, text[name] + up @ down, atol=1e-5)
+    actual = checkpoint.weights("text_encoder")[name]
+    assert torch.allclose(actual, text[name] + up @ down, atol=1e-5)
     change = checkpoint.weights("unet")[f"{CONV}.weight"] - weights[f"{CONV}.weight"]
     a, b, m = (mid[k].numpy() for k in ("lora_up", "lora_down", "lora_mid"))
-    wanted = np.zeros(change.shape)
+    expected = np.zeros(change.shape)
     for o, i in np.ndindex(out, inside):  # two 1x1 convolutions around a 3x3 one, written out
-        wanted[o, i] = sum(
+        expected[o, i] = sum(
             a[o, r, 0, 0] * m[r, s] * b[s, i, 0, 0] for r in range(3) for s in range(3)
         )
-    np.testing.assert_allclose(change, wanted, atol=1e-4)
+    np.testing.assert_allclose(change, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

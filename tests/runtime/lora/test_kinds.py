@@ -80,14 +80,14 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("weight", [1.0, 0.6, -0.5])
 def test_merged_weights_are_pefts(tmp_path, name, weight):
-    wanted = saved_by_peft(CONFIGS[name], tmp_path, weight)
-    found = merged(tmp_path / "adapter_model.safetensors", weight)
-    assert set(found) == set(wanted)
-    changed = {key for key in wanted if not np.array_equal(found[key], weights()[key])}
+    expected = saved_by_peft(CONFIGS[name], tmp_path, weight)
+    actual = merged(tmp_path / "adapter_model.safetensors", weight)
+    assert set(actual) == set(expected)
+    changed = {key for key in expected if not np.array_equal(actual[key], weights()[key])}
     biases = {f"{key}.bias" for key in (LINEAR, POINT, CONV)} if name == "biases" else set()
     assert changed == {f"{key}.weight" for key in (LINEAR, POINT, CONV)} | biases
-    for key, array in wanted.items():
-        np.testing.assert_allclose(found[key], array, atol=1e-5 * np.abs(array).max(), err_msg=key)
+    for key, array in expected.items():
+        np.testing.assert_allclose(actual[key], array, atol=1e-5 * np.abs(array).max(), err_msg=key)
 
 
 def random_(*shape):
@@ -181,24 +181,24 @@ def test_lycoris_files_make_its_weights(tmp_path, name, weight):
     stem = "lora_unet_" + module.replace(".", "_")
     save_file({f"{stem}.{k}": t.contiguous() for k, t in tensors.items()}, tmp_path / "l")
     base = torch.from_numpy(weights()[f"{module}.weight"])
-    wanted = (base + weight * (formula(base) - base)).numpy()
-    found = merged(tmp_path / "l", weight)[f"{module}.weight"]
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
-    assert np.array_equal(found, base) == (weight == 0)
+    expected = (base + weight * (formula(base) - base)).numpy()
+    actual = merged(tmp_path / "l", weight)[f"{module}.weight"]
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
+    assert np.array_equal(actual, base) == (weight == 0)
     if base.ndim == 2:
         rest = {f"{module}.weight.T": np.ascontiguousarray(base.numpy().T)}
         turned = merged(tmp_path / "l", weight, rest)[f"{module}.weight.T"]
-        np.testing.assert_allclose(turned.T, wanted, atol=1e-5 * np.abs(wanted).max())
+        np.testing.assert_allclose(turned.T, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_biases_are_changed(tmp_path):
     names = {"lora_unet_mid_block_to_q.diff_b": 16, "lora_unet_mid_block_norm1.b_norm": 8}
     save_file({name: random_(size) for name, size in names.items()}, tmp_path / "l")
-    found, base = merged(tmp_path / "l", 0.5), weights()
+    actual, base = merged(tmp_path / "l", 0.5), weights()
     for module, size in (("to_q", 16), ("norm1", 8)):
         name = f"mid_block.{module}.bias"
-        np.testing.assert_allclose(found[name], base[name] + random_(size).numpy() / 2, atol=1e-6)
-    assert sum(not np.array_equal(found[name], base[name]) for name in base) == 2
+        np.testing.assert_allclose(actual[name], base[name] + random_(size).numpy() / 2, atol=1e-6)
+    assert sum(not np.array_equal(actual[name], base[name]) for name in base) == 2
 
 
 @pytest.mark.parametrize("down_axes", [2, 4])
@@ -213,9 +213,9 @@ def test_linear_layers_and_1x1_convolutions_are_one(tmp_path, module, down_axes,
         f"{stem}.lora_B.weight": up.reshape(-1, 3, *[1] * (up_axes - 2)),
     }
     save_file(saved, tmp_path / "l")
-    found = merged(tmp_path / "l")[f"{module}.weight"]
-    wanted = layer.weight.detach() + (up @ down).reshape(layer.weight.shape)
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    actual = merged(tmp_path / "l")[f"{module}.weight"]
+    expected = layer.weight.detach() + (up @ down).reshape(layer.weight.shape)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
@@ -225,5 +225,5 @@ def test_numbers_of_every_width(tmp_path, dtype, alpha):
     down, up = DOWN.to(dtype), UP.double()
     saved = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": alpha}
     save_file(saved, tmp_path / "l")
-    wanted = weights()[f"{LINEAR}.weight"] + (UP @ down.float()).numpy() * 4 / 3
-    np.testing.assert_allclose(merged(tmp_path / "l")[f"{LINEAR}.weight"], wanted, atol=1e-5)
+    expected = weights()[f"{LINEAR}.weight"] + (UP @ down.float()).numpy() * 4 / 3
+    np.testing.assert_allclose(merged(tmp_path / "l")[f"{LINEAR}.weight"], expected, atol=1e-5)

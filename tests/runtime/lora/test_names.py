@@ -62,8 +62,8 @@ def deltas_of(tensors, tmp_path, part, *modules):
 )
 def test_a_module_under_every_name(tmp_path, part, module, name, pair):
     tensors = {f"{name}.{pair[0]}": DOWN, f"{name}.{pair[1]}": UP}
-    found = deltas_of(tensors, tmp_path, part, module)
-    np.testing.assert_array_equal(found[f"{module}.weight"], UP @ DOWN)
+    actual = deltas_of(tensors, tmp_path, part, module)
+    np.testing.assert_array_equal(actual[f"{module}.weight"], UP @ DOWN)
 
 
 @pytest.mark.parametrize("prefix", ["", "unet."])
@@ -77,9 +77,9 @@ def test_the_processors_of_old(tmp_path, prefix):
         }
     tensors[f"{stem}_q_lora.alpha"] = torch.tensor(1.0)
     out = Q.replace("to_q", "to_out.0")
-    found = deltas_of(tensors, tmp_path, "unet", Q, out)
-    np.testing.assert_array_equal(found[f"{Q}.weight"], UP @ DOWN / 2)
-    np.testing.assert_array_equal(found[f"{out}.weight"], UP @ DOWN)
+    actual = deltas_of(tensors, tmp_path, "unet", Q, out)
+    np.testing.assert_array_equal(actual[f"{Q}.weight"], UP @ DOWN / 2)
+    np.testing.assert_array_equal(actual[f"{out}.weight"], UP @ DOWN)
 
 
 def test_one_layer_for_queries_keys_and_values(tmp_path):
@@ -88,8 +88,8 @@ def test_one_layer_for_queries_keys_and_values(tmp_path):
     stem = "lora_te_transformer_resblocks_7_attn_in_proj"
     tensors = {f"{stem}.lora_down.weight": DOWN, f"{stem}.lora_up.weight": up}
     names = [f"text_model.encoder.layers.7.self_attn.{letter}_proj" for letter in "qkv"]
-    found = deltas_of(tensors, tmp_path, "text_encoder", *names)
-    rows = np.concatenate([found[f"{name}.weight"] for name in names])
+    actual = deltas_of(tensors, tmp_path, "text_encoder", *names)
+    rows = np.concatenate([actual[f"{name}.weight"] for name in names])
     np.testing.assert_array_equal(rows, up @ DOWN)
     tensors[f"{stem}.dora_scale"] = torch.ones(12, 1)
     with pytest.raises(CheckpointError, match="dora_scale, which is not supported for queries"):
@@ -153,8 +153,8 @@ def test_what_changes_nothing_is_said(tmp_path, caplog):
         "bundle_emb.mystyle.string_to_param.*": torch.ones(2, 768),
         "bundle_emb.other.emb_params": torch.ones(1, 768),
     }
-    found = deltas_of(LORA | more, tmp_path, "unet", "conv_in")
-    assert list(found) == ["conv_in.weight"]
+    actual = deltas_of(LORA | more, tmp_path, "unet", "conv_in")
+    assert list(actual) == ["conv_in.weight"]
     assert "layers_99_mlp_fc1 has an alpha alone" in caplog.text
     (warned,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
     assert "'mystyle', 'other'" in warned

@@ -24,9 +24,9 @@ def test_a_pattern_matches_what_pefts_does():
             re.compile(pattern)
         except re.error:
             continue
-        found = Patterns({pattern: 1.0}).get(name, None) is not None
-        assert found == (get_pattern_key([pattern], name) == pattern), (pattern, name)
-        matched += found
+        actual = Patterns({pattern: 1.0}).get(name, None) is not None
+        assert actual == (get_pattern_key([pattern], name) == pattern), (pattern, name)
+        matched += actual
     assert matched > 300
 
 

@@ -1,4 +1,4 @@
-"""LoRA files put on and taken off between pictures, against diffusers' pictures and builds."""
+"""LoRA files put on and taken off between images, against diffusers' images and builds."""
 
 import json
 import shutil
@@ -45,26 +45,26 @@ def files(tmp_path_factory, embedded):
 
 @pytest.fixture(scope="module")
 def reference(embedded):
-    def made():
+    def result():
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(embedded).to(dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    return made
+    return result
 
 
-def their_picture(pipe, steps=6, guidance_scale=7.5):
-    found = pipe(
+def their_image(pipe, steps=6, guidance_scale=7.5):
+    actual = pipe(
         PROMPT,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         generator=torch.Generator("cpu").manual_seed(0),
         output_type="np",
     ).images[0]
-    return found.astype(np.float64)
+    return actual.astype(np.float64)
 
 
-def our_picture(pipe, steps=6, **options):
+def our_image(pipe, steps=6, **options):
     *_, last = pipe.steps(PROMPT, num_inference_steps=steps, seed=0, **options)
     return np.clip(pipe.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
 
@@ -81,17 +81,17 @@ def psnr(a, b):
         {"kohya": 0.5, "peft": -0.6},
     ],
 )
-def test_pictures_are_the_references(shapes, files, reference, chosen):
+def test_images_match_diffusers(shapes, files, reference, chosen):
     theirs = reference()
     for name in chosen:
         theirs.load_lora_weights(str(files[name]), adapter_name=name)
     theirs.set_adapters(list(chosen), list(chosen.values()))
-    wanted = their_picture(theirs)
-    assert psnr(their_picture(reference()), wanted) < 25  # the files do something
+    expected = their_image(theirs)
+    assert psnr(their_image(reference()), expected) < 25  # the files do something
     for backend in BACKENDS:
         with sdrt.load(shapes, backend=backend, precision="exact") as pipe:
             pipe.set_lora({files[name]: weight for name, weight in chosen.items()})
-            assert psnr(our_picture(pipe), wanted) >= 50, backend
+            assert psnr(our_image(pipe), expected) >= 50, backend
 
 
 def test_a_weight_for_the_text_encoder_and_one_for_the_unet(shapes, files, reference):
@@ -100,11 +100,11 @@ def test_a_weight_for_the_text_encoder_and_one_for_the_unet(shapes, files, refer
     theirs.set_adapters(["kohya"], [{"text_encoder": 1.0, "unet": 0.4}])
     with sdrt.load(shapes, backend="onnxruntime", precision="exact") as pipe:
         pipe.set_lora({files["kohya"]: LoraWeight(text_encoder=1.0, unet=0.4)})
-        assert psnr(our_picture(pipe), their_picture(theirs)) >= 50
+        assert psnr(our_image(pipe), their_image(theirs)) >= 50
         (text,) = pipe(PROMPT, num_inference_steps=1, seed=0).parameters
         assert text.startswith(f"{PROMPT} <lora:first:1:0.4>\n")
         pipe.set_lora({files["kohya"]: 0.4})
-        assert psnr(our_picture(pipe), their_picture(theirs)) < 40
+        assert psnr(our_image(pipe), their_image(theirs)) < 40
 
 
 @pytest.mark.parametrize("backend", SAMPLE)
@@ -160,26 +160,26 @@ def every_kind(path, checkpoint):
     return path
 
 
-def test_every_kind_makes_the_references_picture_and_leaves_nothing(
+def test_every_kind_makes_the_references_image_and_leaves_nothing(
     shapes, files, reference, embedded, tmp_path
 ):
     path = every_kind(tmp_path / "l.safetensors", embedded)
     theirs = reference()
     built = find_checkpoint("shapes").with_loras([f"{path}:0.8"]).weights("unet")
     assert not theirs.unet.load_state_dict(built).missing_keys
-    wanted = their_picture(theirs, 3)
-    assert psnr(their_picture(reference(), 3), wanted) < 30
+    expected = their_image(theirs, 3)
+    assert psnr(their_image(reference(), 3), expected) < 30
     for backend in BACKENDS:
         with sdrt.load(shapes, backend=backend, precision="exact") as pipe:
-            bare = our_picture(pipe, 3)
+            bare = our_image(pipe, 3)
             pipe.set_lora({path: 0.8})
-            first = our_picture(pipe, 3)
-            assert psnr(first, wanted) >= 50, backend
+            first = our_image(pipe, 3)
+            assert psnr(first, expected) >= 50, backend
             pipe.set_lora({files["peft"]: 0.7, path: 1.0})
             pipe.set_lora({path: 0.8})
-            assert np.array_equal(our_picture(pipe, 3), first), backend
+            assert np.array_equal(our_image(pipe, 3), first), backend
             pipe.set_lora({})
-            assert np.array_equal(our_picture(pipe, 3), bare), backend
+            assert np.array_equal(our_image(pipe, 3), bare), backend
 
 
 @pytest.mark.parametrize("backend", SAMPLE)
@@ -194,26 +194,26 @@ def test_the_shallow_part_carries_them_too(shapes, files, backend):
         unet, shallow = (pipe.engines[name] for name in ("unet", "unet_shallow"))
         bare = unet(feeds)["output"].copy()
         pipe.set_lora({files["kohya"]: 0.8})
-        found = {name: array.copy() for name, array in unet(feeds).items()}
-        again = shallow({**feeds, "feature": found["feature"]})["output"]
-        assert np.abs(again - found["output"]).max() < 1e-5 < np.abs(bare - again).max()
+        actual = {name: array.copy() for name, array in unet(feeds).items()}
+        again = shallow({**feeds, "feature": actual["feature"]})["output"]
+        assert np.abs(again - actual["output"]).max() < 1e-5 < np.abs(bare - again).max()
         pipe.set_lora({})
         feature = unet(feeds)["feature"].copy()
         assert np.abs(shallow({**feeds, "feature": feature})["output"] - bare).max() < 1e-5
 
 
 @pytest.mark.slow
-def test_the_picture_of_a_build_with_the_file(tiny, tiny_bundle, tmp_path):
+def test_the_image_of_a_build_with_the_file(tiny, tiny_bundle, tmp_path):
     path = lora_file(tmp_path / "l.safetensors", tiny, "kohya")
     built = build_bundle(
         BuildPlan(str(tiny), tmp_path / "fused", sizes=((32, 32),), loras=(f"{path}:0.8",))
     )
     with sdrt.load(built, backend="onnxruntime") as pipe:
-        wanted = our_picture(pipe)
+        expected = our_image(pipe)
     with sdrt.load(tiny_bundle, backend="onnxruntime") as pipe:
-        assert psnr(our_picture(pipe), wanted) < 40
+        assert psnr(our_image(pipe), expected) < 40
         pipe.set_lora({path: 0.8})
-        assert psnr(our_picture(pipe), wanted) >= 50
+        assert psnr(our_image(pipe), expected) >= 50
 
 
 def test_an_lcm_lora_makes_a_pipeline_of_few_steps(shapes, files, reference):
@@ -221,11 +221,11 @@ def test_an_lcm_lora_makes_a_pipeline_of_few_steps(shapes, files, reference):
     theirs.scheduler = diffusers.LCMScheduler.from_config(theirs.scheduler.config)
     theirs.load_lora_weights(str(files["kohya"]))
     theirs.fuse_lora()
-    wanted = their_picture(theirs, steps=4, guidance_scale=1.0)
+    expected = their_image(theirs, steps=4, guidance_scale=1.0)
     with sdrt.load(shapes, backend="onnxruntime") as pipe:
         pipe.set_lora({files["kohya"]: 1.0})
-        found = our_picture(pipe.with_scheduler("LCM"), steps=4, guidance_scale=1.0)
-    assert psnr(found, wanted) >= 50
+        actual = our_image(pipe.with_scheduler("LCM"), steps=4, guidance_scale=1.0)
+    assert psnr(actual, expected) >= 50
 
 
 def test_alphas_that_peft_keeps_beside_the_tensors(embedded, reference, tmp_path):
@@ -244,11 +244,11 @@ def test_alphas_that_peft_keeps_beside_the_tensors(embedded, reference, tmp_path
         unet_lora_layers=get_peft_model_state_dict(theirs.unet),
         unet_lora_adapter_metadata=config.to_dict() | {"target_modules": ["to_q", "to_v"]},
     )
-    wanted = reference()
-    wanted.load_lora_weights(tmp_path)
-    wanted.fuse_lora()
+    expected = reference()
+    expected.load_lora_weights(tmp_path)
+    expected.fuse_lora()
     changes = read_lora(tmp_path / "pytorch_lora_weights.safetensors", 1.0).changes
-    state, base = wanted.unet.state_dict(), reference().unet.state_dict()
+    state, base = expected.unet.state_dict(), reference().unet.state_dict()
     for (_, module), change in changes.items():
         name = next(n for n in base if n.replace(".", "_") == f"{module}_weight")
         fused = state[name.replace(".weight", ".base_layer.weight")].numpy()
@@ -260,11 +260,11 @@ def test_alphas_that_peft_keeps_beside_the_tensors(embedded, reference, tmp_path
 def test_bfloat16_files_are_read(files, embedded, tmp_path):
     half = {n: t.bfloat16() for n, t in load_file(files["kohya"]).items()}
     save_file(half, tmp_path / "half.safetensors")
-    found = read_lora(tmp_path / "half.safetensors", 1.0).changes
+    actual = read_lora(tmp_path / "half.safetensors", 1.0).changes
     for place, change in read_lora(files["kohya"], 1.0).changes.items():
         for kind, factor in change.factors.items():
-            wanted = torch.from_numpy(np.array(factor)).bfloat16().float().numpy()
-            assert np.array_equal(found[place].factors[kind], wanted)
+            expected = torch.from_numpy(np.array(factor)).bfloat16().float().numpy()
+            assert np.array_equal(actual[place].factors[kind], expected)
 
 
 def test_files_for_another_model_are_refused_and_change_nothing(pipe, tmp_path, files):

@@ -72,15 +72,15 @@ SETS = {
 
 
 @pytest.fixture(scope="module")
-def wanted(loaded):
+def expected(loaded):
     """The image of every set alone."""
-    made = {tags: alone(loaded, loras) for tags, loras in SETS.items()}
-    assert len(set(made.values())) == len(SETS)
-    return made
+    output = {tags: alone(loaded, loras) for tags, loras in SETS.items()}
+    assert len(set(output.values())) == len(SETS)
+    return output
 
 
 @pytest.mark.slow
-def test_a_stream_of_several_sets_from_several_threads(lora_pipe, wanted):
+def test_a_stream_of_several_sets_from_several_threads(lora_pipe, expected):
     jobs = [*SETS] * 3
 
     def ask(tags):
@@ -88,19 +88,19 @@ def test_a_stream_of_several_sets_from_several_threads(lora_pipe, wanted):
         return result(ticket)
 
     with InflightBatcher(lora_pipe, rows=16) as engine, ThreadPoolExecutor(6) as pool:
-        for tags, made in zip(jobs, pool.map(ask, jobs), strict=True):
-            assert made.image.tobytes() == wanted[tags], tags
-            assert made.parameters.splitlines()[0] == PROMPT + tags
+        for tags, output in zip(jobs, pool.map(ask, jobs), strict=True):
+            assert output.image.tobytes() == expected[tags], tags
+            assert output.parameters.splitlines()[0] == PROMPT + tags
 
 
-def test_prompts_of_one_call_have_each_its_own(lora_pipe, wanted):
+def test_prompts_of_one_call_have_each_its_own(lora_pipe, expected):
     prompts = [PROMPT + tags for tags in [*SETS][:4]]
     with InflightBatcher(lora_pipe, rows=16) as engine:
         tickets = engine.submit(prompts, {**OPTIONS, "seed": [0] * len(prompts)})
-        made = [result(ticket) for ticket in tickets]
-    for prompt, tags, each in zip(prompts, SETS, made, strict=False):
-        assert each.image.tobytes() == wanted[tags], prompt
-        assert each.parameters.splitlines()[0] == prompt
+        output = [result(ticket) for ticket in tickets]
+    for prompt, tags, item in zip(prompts, SETS, output, strict=False):
+        assert item.image.tobytes() == expected[tags], prompt
+        assert item.parameters.splitlines()[0] == prompt
 
 
 def test_files_beside_the_prompt_and_those_that_the_pipeline_carries(lora_pipe, folder):
@@ -108,15 +108,15 @@ def test_files_beside_the_prompt_and_those_that_the_pipeline_carries(lora_pipe, 
     lora_pipe.set_lora({"first": 0.5})
     with InflightBatcher(lora_pipe, rows=16) as engine:
         (ticket,) = engine.submit(f"{PROMPT} <lora:first:0.25>", OPTIONS, loras={"second": 0.5})
-        made = result(ticket)
+        output = result(ticket)
         (ticket,) = engine.submit(PROMPT, OPTIONS)
         bare = result(ticket)
         path = folder / "second.safetensors"
         (ticket,) = engine.submit(f"{PROMPT} <lora:first:-0.5>", OPTIONS, loras={path: 1.0})
         other = result(ticket)
-    assert made.image.tobytes() == together
+    assert output.image.tobytes() == together
     text = f"{PROMPT} <lora:first:0.25> <lora:second:0.5> <lora:first:0.5>"
-    assert made.parameters.splitlines()[0] == text
+    assert output.parameters.splitlines()[0] == text
     assert bare.image.tobytes() == alone(lora_pipe, {"first": 0.5})
     assert bare.parameters.splitlines()[0] == f"{PROMPT} <lora:first:0.5>"
     assert other.image.tobytes() == alone(lora_pipe, {"second": 1.0})
@@ -205,13 +205,13 @@ def test_a_set_that_does_not_fit_fails_its_own_images_only(held):
         prompts = [f"{PROMPT} <lora:misfit:1>", f"{PROMPT} <lora:first:1>"] * 2
         tickets = engine.submit(prompts, {**OPTIONS, "seed": [0] * 4})
         unet.open.set()
-        wanted = result(first).image.tobytes()
+        expected = result(first).image.tobytes()
         for ticket in tickets[::2]:
             with pytest.raises(UsageError, match="made for another architecture"):
                 result(ticket)
         for ticket in tickets[1::2]:
-            assert result(ticket).image.tobytes() == wanted
-    assert wanted == alone(pipe, {"first": 1.0})
+            assert result(ticket).image.tobytes() == expected
+    assert expected == alone(pipe, {"first": 1.0})
 
 
 def test_a_backend_that_takes_no_other_weights_refuses_by_name(lora_pipe, monkeypatch):
@@ -225,15 +225,15 @@ def test_a_backend_that_takes_no_other_weights_refuses_by_name(lora_pipe, monkey
         with pytest.raises(UsageError, match="takes no other weights"):
             result(ticket)
         (ticket,) = engine.submit(PROMPT, OPTIONS)
-        made = result(ticket).image.tobytes()
+        output = result(ticket).image.tobytes()
     monkeypatch.undo()
-    assert made == alone(lora_pipe, {})
+    assert output == alone(lora_pipe, {})
 
 
 @pytest.mark.rest
-def test_a_pipeline_that_is_loaded_anew_carries_the_set(shapes, lora_pipe):
+def test_a_pipeline_that_is_loaded_again_carries_the_set(shapes, lora_pipe):
     """The device breaks in the middle of an image, which goes on with the weights that it had."""
-    wanted = alone(lora_pipe, {"first": 1.0}, num_inference_steps=20)
+    expected = alone(lora_pipe, {"first": 1.0}, num_inference_steps=20)
     broken = threading.Event()
 
     class Breaking(Held):
@@ -244,11 +244,11 @@ def test_a_pipeline_that_is_loaded_anew_carries_the_set(shapes, lora_pipe):
 
     unet = Breaking(lora_pipe.engines["unet"])
     pipe = replace(lora_pipe, engines={**lora_pipe.engines, "unet": unet})
-    made = []
+    output = []
 
     def reload():
-        made.append(sdrt.load(shapes, backend="onnxruntime"))
-        return made[-1]
+        output.append(sdrt.load(shapes, backend="onnxruntime"))
+        return output[-1]
 
     with InflightBatcher(pipe, rows=2, reload=reload) as engine:  # one image a call
         options = {**OPTIONS, "num_inference_steps": 20}
@@ -263,21 +263,21 @@ def test_a_pipeline_that_is_loaded_anew_carries_the_set(shapes, lora_pipe):
             except BackendError:
                 results.append(None)
         (again,) = engine.submit(f"{PROMPT} <lora:first:1>", options)
-        assert result(again).image.tobytes() == wanted
-        assert made[-1].adapters.chosen
-    assert sorted(results, key=bool) == [None, wanted]
+        assert result(again).image.tobytes() == expected
+        assert output[-1].adapters.chosen
+    assert sorted(results, key=bool) == [None, expected]
 
 
 def test_a_file_that_was_written_again_is_read_again(lora_pipe, folder, embedded):
     path = folder / "trained.safetensors"
     with InflightBatcher(lora_pipe, rows=16) as engine:
-        made = []
+        output = []
         for seed in range(2):
             lora_file(path, embedded, "kohya", seed=seed, rank=4 + seed)
             (ticket,) = engine.submit(f"{PROMPT} <lora:trained:1>", OPTIONS)
-            made.append(result(ticket).image.tobytes())
-        assert made[1] != made[0]
-    assert made[1] == alone(lora_pipe, {"trained": 1.0})
+            output.append(result(ticket).image.tobytes())
+        assert output[1] != output[0]
+    assert output[1] == alone(lora_pipe, {"trained": 1.0})
 
 
 @pytest.mark.rest
@@ -294,9 +294,9 @@ def test_what_others_make_the_pipeline_carry_meanwhile_stays(lora_pipe):
 def test_tags_are_text_where_the_weighting_syntax_is_off(lora_pipe):
     prompt, options = f"{PROMPT} <lora:nothere:1>", {**OPTIONS, "weighting": False}
     with InflightBatcher(lora_pipe, rows=16) as engine:
-        made = result(engine.submit(prompt, options)[0])
-    assert made.image.tobytes() == alone(lora_pipe, {}, prompt, weighting=False)
-    assert made.parameters.splitlines()[0] == prompt
+        output = result(engine.submit(prompt, options)[0])
+    assert output.image.tobytes() == alone(lora_pipe, {}, prompt, weighting=False)
+    assert output.parameters.splitlines()[0] == prompt
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def expected_sigmas(label, n, xl=False):
 
     def sigma(t):
         below = int(min(math.floor(t), 998))
-        share = t - below
-        return math.exp((1 - share) * sigmas[below].log() + share * sigmas[below + 1].log())
+        fraction = t - below
+        return math.exp((1 - fraction) * sigmas[below].log() + fraction * sigmas[below + 1].log())
 
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     if label in ("Uniform", "Normal"):
@@ -78,7 +78,7 @@ def expected_sigmas(label, n, xl=False):
 
 
 def sampled_sigmas(name, n, xl=False):
-    """What a sampler's table is made of: the ratio of noise to picture before each evaluation."""
+    """What a sampler's table is made of: the ratio of noise to image before each evaluation."""
     alphas_sigmas = sampler_table(config_from_name(name, BASE, xl=xl), n).alphas_sigmas
     return alphas_sigmas[:-1, 1] / alphas_sigmas[:-1, 0]
 
@@ -90,9 +90,9 @@ def test_sigma_schedules_match_the_published_formulas(label, n):
         n = 2  # its formula gives the lowest sigma for one step, from which nothing can be made
     for title in ("Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE"):
         expected = expected_sigmas(label, n)[:-1]
-        found = sampled_sigmas(f"{title} {label}", n)
+        actual = sampled_sigmas(f"{title} {label}", n)
         # The torch ramps of the schedules by timestep are float32, as their users' are.
-        assert found == pytest.approx(expected, rel=2e-6), title
+        assert actual == pytest.approx(expected, rel=2e-6), title
 
 
 def test_sdxl_has_its_own_align_your_steps():
@@ -174,5 +174,5 @@ def test_ancestral_samplers_match_a_textbook_implementation(name, by_hand, eta):
         grown = x * math.hypot(sigma, 1.0)
         return (grown - denoise(grown, sigma)) / sigma
 
-    found = sample(table, epsilon, start, noises)
-    assert found == pytest.approx(by_hand(sigmas, start * sigmas[0], noises, eta), abs=2e-5)
+    actual = sample(table, epsilon, start, noises)
+    assert actual == pytest.approx(by_hand(sigmas, start * sigmas[0], noises, eta), abs=2e-5)

@@ -1,4 +1,4 @@
-"""Sampler tables against the reference library's schedulers, matrix against matrix."""
+"""Sampler tables against diffusers' schedulers, matrix against matrix."""
 
 import contextlib
 import itertools
@@ -51,10 +51,10 @@ def reference_differs(config, steps):
     return third_order_sde(config) or ends_where_it_begins or no_such_order
 
 
-def relative_difference(found, expected):
+def relative_difference(actual, expected):
     """The largest difference, relative to the largest entry of its row."""
-    assert found.shape == expected.shape
-    return (np.abs(found - expected) / np.abs(expected).max(axis=1, keepdims=True)).max()
+    assert actual.shape == expected.shape
+    return (np.abs(actual - expected) / np.abs(expected).max(axis=1, keepdims=True)).max()
 
 
 def reference(config, steps, double):
@@ -70,7 +70,7 @@ def reference(config, steps, double):
 # The reference takes minutes to step all of these.
 LONG = ("KDPM2", "LMS")
 SHARES = [(name, 0.01 if name.startswith(LONG) else 0.1) for name in SAMPLERS]
-GRIDS = [pytest.param(name, share, id=f"{name}, some") for name, share in SHARES]
+GRIDS = [pytest.param(name, fraction, id=f"{name}, some") for name, fraction in SHARES]
 GRIDS += [
     pytest.param(
         name,
@@ -82,15 +82,15 @@ GRIDS += [
 ]
 
 
-@pytest.mark.parametrize(("name", "share"), GRIDS)
-def test_tables_match_the_reference_in_float64(name, share, monkeypatch):
+@pytest.mark.parametrize(("name", "fraction"), GRIDS)
+def test_tables_match_the_reference_in_float64(name, fraction, monkeypatch):
     # What its float32 cuts off another test compares.
     monkeypatch.setattr(
         spacing, "truncate_timesteps", lambda schedule, timesteps: np.trunc(timesteps)
     )
     tables._cached_table.cache_clear()
     compared, asked = 0, 0
-    for config, steps in cases(name, share):
+    for config, steps in cases(name, fraction):
         case = (config, steps)
         expected = reference(config, steps, double=True)
         if reference_differs(*case):
@@ -128,8 +128,8 @@ def test_integer_timesteps_match_the_reference_in_float32(name):
         scheduler = getattr(diffusers, name).from_config(config)
         for steps in (1, 3, 8, 20):
             scheduler.set_timesteps(steps)
-            found = sampler_table(config, steps).timesteps
-            assert found.tolist() == scheduler.timesteps.tolist(), (config, steps)
+            actual = sampler_table(config, steps).timesteps
+            assert actual.tolist() == scheduler.timesteps.tolist(), (config, steps)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,9 @@ def test_third_order_sde_integrates_quadratics():
         step = exponential.exponential_step(schedule, sigma, sigma_next)
         h = np.log(sigma / sigma_next)
         nodes, weights = np.polynomial.legendre.leggauss(40)
-        share = 0.5 * (nodes + 1.0)
-        kernel = 2.0 * h * np.exp(-2.0 * h * (1.0 - share)) * 0.5 * weights
-        expected = [kernel.sum(), (kernel * share).sum(), (kernel * share**2 / 2.0).sum()]
+        fraction = 0.5 * (nodes + 1.0)
+        kernel = 2.0 * h * np.exp(-2.0 * h * (1.0 - fraction)) * 0.5 * weights
+        expected = [kernel.sum(), (kernel * fraction).sum(), (kernel * fraction**2 / 2.0).sum()]
         np.testing.assert_allclose([step.phi_1, step.phi_2, step.phi_3], expected, rtol=1e-12)
 
 
@@ -184,7 +184,7 @@ def test_bh1_reaches_a_sigma_of_zero_unlike_the_reference():
     assert np.isfinite(sampler_table(config, 10).matrix).all()
 
 
-# The sums that the reference library's own scheduler tests publish: ten steps of a dummy model
+# The sums that diffusers' own scheduler tests publish: ten steps of a dummy model
 # from a dummy sample, without clipping.
 FULL_LOOPS = {
     ("PNDMScheduler", "plain"): 198.1318,
@@ -318,8 +318,10 @@ def test_custom_timesteps_and_sigmas():
 
 def test_beta_ppf_matches_scipy():
     scipy = pytest.importorskip("scipy.stats")
-    shares = np.linspace(0, 1, 101)
-    np.testing.assert_allclose(beta_ppf(shares, 0.6), scipy.beta.ppf(shares, 0.6, 0.6), atol=1e-12)
+    fractions = np.linspace(0, 1, 101)
+    np.testing.assert_allclose(
+        beta_ppf(fractions, 0.6), scipy.beta.ppf(fractions, 0.6, 0.6), atol=1e-12
+    )
 
 
 def test_guidance_splits_each_output_into_two_columns():
@@ -384,7 +386,7 @@ CLIPPING = ("DDIMScheduler", "DDPMScheduler", "LCMScheduler")
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("name", CLIPPING)
 def test_clipping_matches_the_reference(name, prediction):
-    """Pictures of pixels: the clean one that an evaluation foretells is kept within bounds."""
+    """Images of pixels: the clean one that an evaluation predicts is kept within bounds."""
     config = {**BASE, "_class_name": name, "prediction_type": prediction}
     config |= {"clip_sample": True, "clip_sample_range": 0.8}
     eta = {"eta": 0.5} if name == "DDIMScheduler" else {}
@@ -404,10 +406,10 @@ def test_clipping_matches_the_reference(name, prediction):
         x = reference.step(output, t, x, generator=stream, **eta).prev_sample
     noise_source = CpuNoise(1)
     noise = [noise_source.randn(init.shape) for _ in range(table.num_noises)]
-    found = sample(table, model, init, noise)
-    assert np.abs(found - x.numpy()).max() <= 2e-5 * np.abs(x.numpy()).max()
+    actual = sample(table, model, init, noise)
+    assert np.abs(actual - x.numpy()).max() <= 2e-5 * np.abs(x.numpy()).max()
     plain = sample(sampler_table({**config, **eta, "clip_sample": False}, 7), model, init, noise)
-    assert np.abs(found - plain).max() > 0.05
+    assert np.abs(actual - plain).max() > 0.05
 
 
 def test_a_named_sampler_keeps_clip_sample():

@@ -42,9 +42,9 @@ def tokenizer(embedded):
     ],
 )
 def test_brackets(prompt, parts):
-    found = list(parse_prompt_attention(prompt))
-    assert [text for text, _ in found] == [text for text, _ in parts]
-    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in parts])
+    actual = list(parse_prompt_attention(prompt))
+    assert [text for text, _ in actual] == [text for text, _ in parts]
+    assert [weight for _, weight in actual] == pytest.approx([weight for _, weight in parts])
 
 
 @pytest.mark.parametrize("prompt", ["(a:99)", "(a:-1)"])
@@ -69,7 +69,7 @@ def test_weights_stand_at_their_tokens(tokenizer):
     np.testing.assert_array_equal(literal.ids, tokenizer(["a (red:1.5) circle"]))
 
 
-def test_long_prompts_go_on_in_another_stretch(tokenizer):
+def test_long_prompts_go_on_in_another_chunk(tokenizer):
     ids = tokenizer.ids("red") * 70
     chunks = chunks_from_prompt("red " * 70, tokenizer)
     assert chunks.ids.shape == (-(-len(ids) // 30), 32)
@@ -79,7 +79,7 @@ def test_long_prompts_go_on_in_another_stretch(tokenizer):
     assert (inside[len(ids) :] == tokenizer.vocab[END]).all()
 
 
-def test_break_begins_a_stretch(tokenizer):
+def test_break_begins_a_chunk(tokenizer):
     chunks = chunks_from_prompt("red BREAK blue", tokenizer)
     np.testing.assert_array_equal(chunks.ids, tokenizer(["red", "blue"]))
     assert len(chunks_from_prompt("BREAKFAST break", tokenizer)) == 1
@@ -104,9 +104,9 @@ def test_weighing_keeps_the_mean():
     weights = np.ones(8, np.float32)
     assert apply_weights(context, weights) is context
     weights[3] = 1.5
-    found = apply_weights(context, weights)
-    assert found.mean() == pytest.approx(context.mean(), rel=1e-5)
-    ratio = found[3] / found[2] * context[2] / context[3]
+    actual = apply_weights(context, weights)
+    assert actual.mean() == pytest.approx(context.mean(), rel=1e-5)
+    ratio = actual[3] / actual[2] * context[2] / context[3]
     np.testing.assert_allclose(ratio, 1.5, rtol=1e-4)
 
 

@@ -33,7 +33,7 @@ def both(embedded):
     return Tokenizer.from_folder(folder, 32), reference
 
 
-def wanted(reference, texts):
+def target(reference, texts):
     padded = reference(texts, padding="max_length", max_length=32, truncation=True)
     return padded["input_ids"]
 
@@ -42,7 +42,7 @@ def wanted(reference, texts):
 @pytest.mark.parametrize("text", CASES)
 def test_ids_are_the_references(both, text):
     own, reference = both
-    assert own([text]).tolist() == wanted(reference, [text])
+    assert own([text]).tolist() == target(reference, [text])
 
 
 @pytest.mark.reference
@@ -66,8 +66,8 @@ def test_random_text_has_the_references_ids(both):
     ]
     pieces += [" ", "\t", "A", "ß", "İ", "ǅ", "\x85", "\x1f", "-", "<|endoftext|>", "½", "\u0300"]
     texts = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(2000)]
-    found, expected = own(texts).tolist(), wanted(reference, texts)
-    wrong = [t for t, a, b in zip(texts, found, expected, strict=True) if a != b]
+    actual, expected = own(texts).tolist(), target(reference, texts)
+    wrong = [t for t, a, b in zip(texts, actual, expected, strict=True) if a != b]
     assert not wrong
 
 

@@ -15,10 +15,10 @@ def compared(both, count):
     """Differences that are ours, and how many are another Unicode's."""
     others = 0
     for seed in range(0, count, AT_ONCE):
-        for found in differences(*both, list(prompts(seed, AT_ONCE))):
-            others += of_another_unicode(found[0])
-            if not of_another_unicode(found[0]):
-                return [found], others
+        for actual in differences(*both, list(prompts(seed, AT_ONCE))):
+            others += of_another_unicode(actual[0])
+            if not of_another_unicode(actual[0]):
+                return [actual], others
     return [], others
 
 
@@ -26,8 +26,8 @@ def compared(both, count):
 @pytest.mark.reference
 @pytest.mark.parametrize("count", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_prompts_have_the_references_ids(both, count):
-    found, others = compared(both, count)
-    assert not found
+    actual, others = compared(both, count)
+    assert not actual
     assert others < 0.002 * count
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def report(shapes, tmp_path_factory):
-    """Two engines, two rounds, with a plot beside it."""
+    """Two engines, two rounds, with a plot next to it."""
     folder = tmp_path_factory.mktemp("bench")
     path = folder / "report.json"
     command = [sys.executable, "-m", "sdrt", "bench", "--bundle", str(shapes), "--rounds", "2"]
@@ -37,22 +37,22 @@ def report(shapes, tmp_path_factory):
 
 @pytest.mark.reference
 def test_a_run_has_every_part_of_every_engine(report):
-    found = json.loads(report.read_text())
-    assert [each["name"] for each in found["engines"]] == ["reference fp32", "onnxruntime on cpu"]
-    assert "openvino on cpu" not in found["left_out"]  # here, but not asked for
-    for engine in found["engines"]:
+    actual = json.loads(report.read_text())
+    assert [item["name"] for item in actual["engines"]] == ["reference fp32", "onnxruntime on cpu"]
+    assert "openvino on cpu" not in actual["left_out"]  # here, but not asked for
+    for engine in actual["engines"]:
         parts = engine["parts"]
         assert set(parts) == {"text", "unet", "decode", "picture, 1 steps", "picture, 3 steps"}
         assert 0 < parts["unet"]["p50"] <= parts["unet"]["p99"]
         assert parts["unet"]["of_limit"] > 0
         assert engine["cold_start_seconds"] > engine["load_seconds"] > 0
-        kept = engine["memory"]
-        assert 10_000_000 < kept["anonymous"] < kept["resident"] <= kept["peak"]
-        shares = parts["picture, 3 steps"]["parts"]
-        assert set(shares) == {"text", "unet", "decode", "PNG", "own"}
-        assert shares["unet"] > parts["picture, 1 steps"]["parts"]["unet"]
-    assert found["engines"][0]["parts"]["unet"]["times_faster"] == 1.0
-    slow, fast = (engine["parts"]["picture, 3 steps"] for engine in found["engines"])
+        cached = engine["memory"]
+        assert 10_000_000 < cached["anonymous"] < cached["resident"] <= cached["peak"]
+        fractions = parts["picture, 3 steps"]["parts"]
+        assert set(fractions) == {"text", "unet", "decode", "PNG", "own"}
+        assert fractions["unet"] > parts["picture, 1 steps"]["parts"]["unet"]
+    assert actual["engines"][0]["parts"]["unet"]["times_faster"] == 1.0
+    slow, fast = (engine["parts"]["picture, 3 steps"] for engine in actual["engines"])
     assert 0.2 < fast["times_faster"] * fast["p50"] / slow["p50"] < 5.0  # a median of pairs
 
 
@@ -64,26 +64,26 @@ def test_the_plot_has_a_bar_for_each_and_the_limit(report):
     said = {"bundle": "b", "size": "64x64", "machine": "m", "date": "d", "limits": limits}
     pixels = np.asarray(plot.plotted({**said, "engines": [{**engine, "parts": parts}]}))
     blue = (pixels == (0x44, 0x77, 0xAA)).all(-1)
-    whole = plot.WIDTH - plot.NAMES - 4 * plot.MARGIN
-    lengths = {int(row[: plot.NAMES + whole - 4].sum()) for row in blue[3 * plot.MARGIN :]}
-    assert lengths == {0, whole // 2 + 1, whole // 4 + 1}
-    assert blue[:, plot.NAMES + whole].sum() > 2 * plot.BAR
+    full = plot.WIDTH - plot.NAMES - 4 * plot.MARGIN
+    lengths = {int(row[: plot.NAMES + full - 4].sum()) for row in blue[3 * plot.MARGIN :]}
+    assert lengths == {0, full // 2 + 1, full // 4 + 1}
+    assert blue[:, plot.NAMES + full].sum() > 2 * plot.BAR
 
 
 @pytest.mark.reference
 def test_a_run_compared_with_itself_has_no_regressions(report, tmp_path):
-    found = json.loads(report.read_text())
-    assert compare.regressions(found, found) == []
+    actual = json.loads(report.read_text())
+    assert compare.regressions(actual, actual) == []
     other = tmp_path / "other.json"
-    other.write_text(json.dumps({**found, "size": "32x32"}))
+    other.write_text(json.dumps({**actual, "size": "32x32"}))
     with pytest.raises(compare.UsageError, match="of shapes at 32x32"):
         compare.old_report(other, "shapes", compare.Run("64x64", (1,), 2))
     with pytest.raises(compare.UsageError, match="2 rounds against the 2 of"):
         compare.old_report(report, "shapes", compare.Run("64x64", (1,), 2))
-    for engine in found["engines"]:
+    for engine in actual["engines"]:
         engine["parts"] = {"picture, 1 steps": engine["parts"]["picture, 1 steps"]}
-    other.write_text(json.dumps(found))  # as with --parts picture
-    assert compare.old_report(other, "shapes", compare.Run("64x64", (1,), 20)) == found
+    other.write_text(json.dumps(actual))  # as with --parts image
+    assert compare.old_report(other, "shapes", compare.Run("64x64", (1,), 20)) == actual
 
 
 def turns(seconds, limit=100e9):
@@ -93,7 +93,7 @@ def turns(seconds, limit=100e9):
     ]
 
 
-def test_slower_is_told_from_noise_and_from_a_slow_machine():
+def test_slower_is_reported_from_noise_and_from_a_slow_machine():
     old = turns([1.0, 1.02, 0.99, 1.01, 1.0, 1.03, 0.98])
     assert compare.times_slower(old, turns([1.2] * 8)) == pytest.approx(1.2, rel=0.03)
     assert compare.times_slower(old, turns([1.05, 0.97, 1.0, 1.1, 0.96, 1.0, 1.01])) is None
@@ -127,11 +127,11 @@ def test_operations_are_those_that_torch_counts(shapes, embedded):
     from sdrt.export.unet import Unet, UnetConfig
     from sdrt.export.vae import AutoencoderKL, VaeConfig
 
-    def made(kind, config, part):
+    def result(kind, config, part):
         return kind(config.from_json(json.loads((embedded / part / "config.json").read_text())))
 
     bundle = open_bundle(shapes)
-    unet, vae = made(Unet, UnetConfig, "unet"), made(AutoencoderKL, VaeConfig, "vae")
+    unet, vae = result(Unet, UnetConfig, "unet"), result(AutoencoderKL, VaeConfig, "vae")
     width = {spec.name: spec.shape for spec in bundle.manifest.components["unet"].inputs}["context"]
     context = torch.zeros(2, bundle.manifest.max_tokens, int(width[2]))
     latents = torch.zeros(2, bundle.manifest.latent_channels, 8, 16)
@@ -171,7 +171,7 @@ def test_others_on_the_processor_are_seen():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_memory_is_told_apart(tmp_path):
+def test_memory_is_reported_apart(tmp_path):
     """A process with 64 MB of its own and 32 MB mapped from a file."""
     (tmp_path / "file").write_bytes(bytes(32 << 20))
     script = f"""
@@ -186,10 +186,10 @@ sys.stdin.read()
     command = [sys.executable, "-c", script]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
-    found = memory(process.pid)
+    actual = memory(process.pid)
     process.communicate()
-    assert 64e6 < found["anonymous"] < 160e6
-    assert 32e6 < found["mapped"] < 64e6
-    assert found["anonymous"] + found["mapped"] <= found["resident"] * 1.01
-    assert found["shared_out"] <= found["resident"] <= found["peak"]
+    assert 64e6 < actual["anonymous"] < 160e6
+    assert 32e6 < actual["mapped"] < 64e6
+    assert actual["anonymous"] + actual["mapped"] <= actual["resident"] * 1.01
+    assert actual["shared_out"] <= actual["resident"] <= actual["peak"]
     assert memory(process.pid) == {} and peak_bytes(process.pid) == 0  # it is gone

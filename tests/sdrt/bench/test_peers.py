@@ -17,12 +17,12 @@ def test_what_stable_diffusion_cpp_reads_has_the_older_names(shapes, tmp_path):
     bundle = open_bundle(shapes)
     bench_peers.prepare("stable-diffusion.cpp", bundle, tmp_path)
     source = load_file(checkpoint_folder(bundle) / "text_encoder" / "model.safetensors")
-    found = load_file(tmp_path / "text_encoder" / "model.safetensors")
-    assert "text_model.embeddings.token_embedding.weight" in found
-    assert found.keys() == {f"text_model.{n.removeprefix('text_model.')}" for n in source}
+    actual = load_file(tmp_path / "text_encoder" / "model.safetensors")
+    assert "text_model.embeddings.token_embedding.weight" in actual
+    assert actual.keys() == {f"text_model.{n.removeprefix('text_model.')}" for n in source}
     for name, tensor in source.items():
         np.testing.assert_array_equal(
-            found[f"text_model.{name.removeprefix('text_model.')}"], tensor
+            actual[f"text_model.{name.removeprefix('text_model.')}"], tensor
         )
     for part in ("unet", "vae"):
         assert load_file(tmp_path / part / "diffusion_pytorch_model.safetensors")
@@ -32,7 +32,7 @@ def test_a_model_that_stable_diffusion_cpp_cannot_hold_is_left_out(shapes):
     assert "published widths" in peers(open_bundle(shapes), False)["stable-diffusion.cpp"][2]
 
 
-def test_what_stable_diffusion_cpp_says_is_told_apart():
+def test_what_stable_diffusion_cpp_says_is_reported_apart():
     lines = (
         b"stable-diffusion.cpp:3168 - get_learned_condition completed, taking 0.28s\n",
         b"stable-diffusion.cpp:3432 - sampling completed, taking 9.34s\n",
@@ -52,17 +52,17 @@ def test_openvino_genai_draws_the_prompt_and_tells_its_parts(shapes, tmp_path):
     pytest.importorskip("openvino_tokenizers")
     bench_peers.prepare("openvino-genai", open_bundle(shapes), tmp_path)
     pipe = genai.Text2ImagePipeline(tmp_path, "CPU")
-    given = {"width": 64, "height": 64, "guidance_scale": sdcpp.GUIDANCE, "rng_seed": 1}
-    pixels = pipe.generate(PROMPT, num_inference_steps=20, **given).data[0].astype(int)
+    inputs = {"width": 64, "height": 64, "guidance_scale": sdcpp.GUIDANCE, "rng_seed": 1}
+    pixels = pipe.generate(PROMPT, num_inference_steps=20, **inputs).data[0].astype(int)
     middle, corner = pixels[24:40, 24:40].mean((0, 1)), pixels[:8, :8].mean((0, 1))
     assert middle[0] > middle[2] + 100  # red
     assert corner[2] > corner[0] + 100  # blue
 
     spent = collections.defaultdict(float)
-    wanted = {"made": str(tmp_path), "size": "64x64", "steps": [2], "scheduler": "DPM++ 2M"}
-    parts = openvino_genai.openvino_genai(wanted, spent)
+    expected = {"made": str(tmp_path), "size": "64x64", "steps": [2], "scheduler": "DPM++ 2M"}
+    parts = openvino_genai.openvino_genai(expected, spent)
     parts["picture, 2 steps"]()
     assert set(spent) == {"text", "unet", "decode", "PNG"}
     assert all(seconds > 0 for seconds in spent.values())
     with pytest.raises(BackendError, match="it has no sampler Heun"):
-        openvino_genai.openvino_genai({**wanted, "scheduler": "Heun"}, spent)
+        openvino_genai.openvino_genai({**expected, "scheduler": "Heun"}, spent)

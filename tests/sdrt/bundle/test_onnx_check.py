@@ -217,13 +217,13 @@ def facts(model):
 
 def facts_here(data):
     def inside(fields, number, kind):
-        return [onnx_check.parse_message(each, kind, "it") for each in fields.get(number, ())]
+        return [onnx_check.parse_message(item, kind, "it") for item in fields.get(number, ())]
 
-    (found,) = inside(onnx_check.parse_message(data, onnx_check.MODEL, "it"), 7, onnx_check.GRAPH)
-    tensors = inside(found, 5, onnx_check.TENSOR)
+    (actual,) = inside(onnx_check.parse_message(data, onnx_check.MODEL, "it"), 7, onnx_check.GRAPH)
+    tensors = inside(actual, 5, onnx_check.TENSOR)
     entries = [[entry[2][0].decode() for entry in inside(t, 13, onnx_check.ENTRY)] for t in tensors]
     return [
-        [node[4][0].decode() for node in inside(found, 1, onnx_check.NODE)],
+        [node[4][0].decode() for node in inside(actual, 1, onnx_check.NODE)],
         [
             (tensor[8][0].decode(), tensor.get(1, []), values)
             for tensor, values in zip(tensors, entries, strict=True)

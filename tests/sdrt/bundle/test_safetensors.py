@@ -86,10 +86,10 @@ def test_whole_files_are_read(tmp_path):
     arrays = {"b": np.eye(3, dtype=np.float16), "a": np.zeros((0, 7), np.int64), "c": np.ones(())}
     path = tmp_path / "a.safetensors"
     path.write_bytes(save(arrays, {"who": "x" * 5000}))
-    found = Tensors(path)
-    assert found.metadata == {"who": "x" * 5000} and set(found) == set(arrays)
+    actual = Tensors(path)
+    assert actual.metadata == {"who": "x" * 5000} and set(actual) == set(arrays)
     for name, array in arrays.items():
-        assert found[name].dtype == array.dtype and np.array_equal(found[name], array)
+        assert actual[name].dtype == array.dtype and np.array_equal(actual[name], array)
     path.write_bytes(safetensors_bytes(b"{}   "))
     assert not len(Tensors(path))
 
@@ -100,10 +100,10 @@ def test_float8_is_as_torch_reads_it(tmp_path):
     kinds = {"a": torch.float8_e4m3fn, "b": torch.float8_e5m2}
     saved = {name: codes.view(kind).clone() for name, kind in kinds.items()}
     save_torch(saved, tmp_path / "a.safetensors")
-    found = Tensors(tmp_path / "a.safetensors")
+    actual = Tensors(tmp_path / "a.safetensors")
     for name, kind in kinds.items():
-        assert found[name].dtype == np.float32
-        np.testing.assert_array_equal(found[name], codes.view(kind).float().numpy())
+        assert actual[name].dtype == np.float32
+        np.testing.assert_array_equal(actual[name], codes.view(kind).float().numpy())
 
 
 def accepted_there(path):

@@ -55,8 +55,8 @@ def collected(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-def names(told):
-    return [each["path"].rpartition("/")[2] for each in told["leftovers"]]
+def names(reported):
+    return [item["path"].rpartition("/")[2] for item in reported["leftovers"]]
 
 
 def test_what_a_killed_build_left_is_shown_and_freed(place, building, capsys):
@@ -64,19 +64,19 @@ def test_what_a_killed_build_left_is_shown_and_freed(place, building, capsys):
     assert (place / "bundles" / ".b.partial" / "weights").exists()
     os.kill(building.pid, signal.SIGKILL)
     building.wait()
-    told = collected(capsys)
-    assert names(told) == [".b.lock", ".b.partial"] and told["bytes"] == 1000
-    assert not told["freed"] and names(collected(capsys)) == names(told)  # only shown
+    reported = collected(capsys)
+    assert names(reported) == [".b.lock", ".b.partial"] and reported["bytes"] == 1000
+    assert not reported["freed"] and names(collected(capsys)) == names(reported)  # only shown
     assert collected(capsys, "--yes")["freed"]
     assert list((place / "bundles").iterdir()) == [] and names(collected(capsys)) == []
 
 
 def test_what_is_begun_again_meanwhile_is_left(place):
     (place / "bundles" / ".b.partial").mkdir(parents=True)
-    (found,) = leftovers(GpuInventory())
-    with locked(found.target), pytest.raises(BlockingIOError):
-        found.free()
-    assert found.path.exists()
+    (actual,) = leftovers(GpuInventory())
+    with locked(actual.target), pytest.raises(BlockingIOError):
+        actual.free()
+    assert actual.path.exists()
 
 
 def test_an_old_bundle_without_a_new_one_is_put_back_and_never_freed(place, capsys):
@@ -135,9 +135,9 @@ GPU = Gpu(0, "NVIDIA Test", "sm_89", 8 * 10**9)
 )
 def test_plans_that_nothing_here_can_use_are_freed(place, plans, change, reason):
     fits, plan = plans(level=5), plans(**change)
-    found = list(leftovers(GpuInventory(gpus=(GPU,))))
-    assert [leftover.path for leftover in found] == ([plan.path] if reason else [])
-    for leftover in found:
+    actual = list(leftovers(GpuInventory(gpus=(GPU,))))
+    assert [leftover.path for leftover in actual] == ([plan.path] if reason else [])
+    for leftover in actual:
         assert reason in leftover.reason
         leftover.free()
     assert plan.path.exists() == plan.path.with_suffix(".json").exists() == (reason is None)
@@ -153,27 +153,27 @@ def test_plans_of_another_version_are_freed(plans, monkeypatch):
     monkeypatch.setitem(MODULES, "tensorrt", "numpy")  # a package that is here
     plan = plans(kind="tensorrt", version="0.1")
     plans(kind="tensorrt", version=numpy.__version__)
-    (found,) = leftovers(GpuInventory())
-    assert found.path == plan.path and found.reason.startswith("of tensorrt 0.1, here is")
+    (actual,) = leftovers(GpuInventory())
+    assert actual.path == plan.path and actual.reason.startswith("of tensorrt 0.1, here is")
 
 
 def test_halves_of_plans_are_freed(plans):
     one, two = plans(level=1), plans(level=2)
     one.path.unlink()
     two.path.with_suffix(".json").unlink()
-    found = {leftover.path: leftover for leftover in leftovers(GpuInventory())}
-    assert found[one.path].reason == "a sidecar whose plan is gone"
-    assert found[two.path].reason == "a plan without its sidecar"
-    for leftover in found.values():
+    actual = {leftover.path: leftover for leftover in leftovers(GpuInventory())}
+    assert actual[one.path].reason == "a sidecar whose plan is gone"
+    assert actual[two.path].reason == "a plan without its sidecar"
+    for leftover in actual.values():
         leftover.free()
     assert not one.path.with_suffix(".json").exists() and not two.path.exists()
 
 
 def test_what_is_remembered_of_files_that_are_gone_is_forgotten(place, capsys):
     (path := place / "kept").write_text("kept")
-    kept = {str(path): f"{file_identity(path.stat())}:hash"}
+    cached = {str(path): f"{file_identity(path.stat())}:hash"}
     memory = place / "verified.json"
-    memory.write_text(json.dumps({**kept, "/nowhere": "1:2", str(place): "0:0"}))
+    memory.write_text(json.dumps({**cached, "/nowhere": "1:2", str(place): "0:0"}))
     (stale,) = collected(capsys, "--yes")["leftovers"]
     assert stale["reason"] == "2 remembered files are gone or changed"
-    assert json.loads(memory.read_text()) == kept
+    assert json.loads(memory.read_text()) == cached

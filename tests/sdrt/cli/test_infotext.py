@@ -58,12 +58,12 @@ def loaded(pipe, monkeypatch):
 @pytest.fixture
 def files(tmp_path):
     rng = np.random.default_rng(0)
-    made = {"image": tmp_path / "image.jpg", "mask": tmp_path / "mask.png"}
-    Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(made["image"])
+    result = {"image": tmp_path / "image.jpg", "mask": tmp_path / "mask.png"}
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(result["image"])
     light = np.zeros((64, 64), np.uint8)
     light[16:] = 255
-    Image.fromarray(light).save(made["mask"])
-    return made
+    Image.fromarray(light).save(result["mask"])
+    return result
 
 
 def pixels(image):
@@ -85,9 +85,9 @@ def again(path, *arguments):
 
 
 def assert_again(path, *arguments):
-    made = again(path, *arguments)
-    assert np.array_equal(pixels(made), pixels(Image.open(path)))
-    texts = (image.text["parameters"].strip() for image in (made, Image.open(path)))
+    result = again(path, *arguments)
+    assert np.array_equal(pixels(result), pixels(Image.open(path)))
+    texts = (image.text["parameters"].strip() for image in (result, Image.open(path)))
     assert len({re.sub(r"\s+", " ", text) for text in texts}) == 1
 
 
@@ -106,8 +106,8 @@ def test_options_come_back(pipe, tmp_path, options):
 
 @pytest.mark.parametrize("options", IMAGES, ids=name_of)
 def test_options_of_images_come_back_with_the_images(pipe, tmp_path, files, options):
-    given = {name: files.get(value, value) for name, value in options.items()}
-    path = saved(pipe, tmp_path / "a.png", **given)
+    inputs = {name: files.get(value, value) for name, value in options.items()}
+    path = saved(pipe, tmp_path / "a.png", **inputs)
     typed = ["--image", str(files["image"])]
     typed += ["--mask", str(files["mask"])] if "mask_image" in options else []
     assert_again(path, *typed)
@@ -221,16 +221,16 @@ def test_every_image_of_a_call_comes_back(pipe, tmp_path):
     out = pipe([PROMPT, "a square"], num_images_per_prompt=2, negative_prompt=["a", "b"], **USUAL)
     for i, (image, text) in enumerate(zip(out.images, out.parameters, strict=True)):
         save_png(image, tmp_path / f"{i}.png", text)
-        found = pixels(again(tmp_path / f"{i}.png")).astype(int)
-        assert np.abs(found - pixels(image)).max() <= 1  # rounds otherwise in a batch of its own
+        actual = pixels(again(tmp_path / f"{i}.png")).astype(int)
+        assert np.abs(actual - pixels(image)).max() <= 1  # rounds otherwise in a batch of its own
 
 
 def test_a_grid_comes_back(pipe, tmp_path):
     path = tmp_path / "grid.png"
-    made = ["--num-images", "2", "--steps", "2", "--seed", "5", "-q", "--grid"]
-    assert main(["run", PROMPT, "a, square", *made, "--output", str(path)]) == 0
+    result = ["--num-images", "2", "--steps", "2", "--seed", "5", "-q", "--grid"]
+    assert main(["run", PROMPT, "a, square", *result, "--output", str(path)]) == 0
     assert_again(path)
-    assert main(["run", PROMPT, *made, "--output", str(path)]) == 0
+    assert main(["run", PROMPT, *result, "--output", str(path)]) == 0
     assert_again(path)
 
 
@@ -260,9 +260,9 @@ A1111 = "Steps: 5, Sampler: DPM++ 2M, Schedule type: Automatic, CFG scale: 7, Se
 def test_texts_of_the_web_ui_are_used(pipe, tmp_path, kind):
     last = f"{A1111}, Model hash: 6ce0161689, Model: v1-5, Clip skip: 2, Version: v1.10.1"
     path = theirs(tmp_path / "a", last, kind=kind)
-    made = again(path)
+    result = again(path)
     own = pipe.with_scheduler("DPM++ 2M Karras")
-    wanted = own(
+    expected = own(
         "a red circle",
         negative_prompt="green",
         num_inference_steps=5,
@@ -271,7 +271,7 @@ def test_texts_of_the_web_ui_are_used(pipe, tmp_path, kind):
         rng="cuda",  # what the web UI draws where it says nothing
         clip_skip=1,
     )
-    assert np.array_equal(pixels(made), pixels(wanted.images[0]))
+    assert np.array_equal(pixels(result), pixels(expected.images[0]))
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ sys.exit(cli.entry())
     assert done.returncode == 130 and "interrupted" in done.stderr
 
 
-def test_from_a_picture_with_everything(shapes, tmp_path, capsys):
+def test_from_a_image_with_everything(shapes, tmp_path, capsys):
     first, second = tmp_path / "a.png", tmp_path / "b.png"
     Image.new("RGB", (64, 64), "red").save(first)
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
@@ -174,8 +174,8 @@ def test_the_preview_is_replaced_at_every_step(shapes, tmp_path, monkeypatch):
     assert red[0] > red[2] and blue[2] > blue[0]
 
 
-def test_a_file_is_written_while_the_next_picture_is_made(shapes, tmp_path, capsys, monkeypatch):
-    """The first file waits until the decoder works on the second picture."""
+def test_a_file_is_written_while_the_next_image_is_made(shapes, tmp_path, capsys, monkeypatch):
+    """The first file waits until the decoder works on the second image."""
     import threading
     from dataclasses import replace
 

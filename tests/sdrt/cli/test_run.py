@@ -82,7 +82,7 @@ def test_names_are_each_taken_once(tmp_path, monkeypatch, links):
     with ThreadPoolExecutor(8) as pool:
         contents = [str(i).encode() for i in range(24)]
         paths = list(
-            pool.map(lambda each: atomic_files.write_numbered(tmp_path / "a.txt", each), contents)
+            pool.map(lambda item: atomic_files.write_numbered(tmp_path / "a.txt", item), contents)
         )
     assert len({*paths}) == 24 and [path.read_bytes() for path in paths] == contents
     assert len(names(tmp_path)) == 24

@@ -1,4 +1,4 @@
-"""A bundle proven again: what passes on a machine that has not built it, and what is noticed."""
+"""A bundle validated again: what passes on a machine that has not built it, and what is noticed."""
 
 import json
 import shutil
@@ -44,15 +44,15 @@ def admit(folder, change=lambda manifest: None):
 def verified(folder, capsys):
     """The exit code, what was missed, and what was said."""
     code = main(["verify", "--json", "--quiet", "--bundle", str(folder)])
-    told = capsys.readouterr()
-    checks = json.loads(told.out)["checks"] if told.out else []
-    return code, [check["what"] for check in checks if not check["passed"]], told.err
+    reported = capsys.readouterr()
+    checks = json.loads(reported.out)["checks"] if reported.out else []
+    return code, [check["what"] for check in checks if not check["passed"]], reported.err
 
 
-def test_a_bundle_is_proven_without_torch(tiny_bundle):
+def test_a_bundle_is_validated_without_torch(tiny_bundle):
     command = [sys.executable, "-c", WITHOUT_TORCH, str(tiny_bundle)]
-    told = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    checks = {check["what"]: check["passed"] for check in told["checks"]}
+    reported = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    checks = {check["what"]: check["passed"] for check in reported["checks"]}
     assert all(checks.values())
     parts = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
     again = ("the same seed again", "the seed in company")
@@ -115,10 +115,10 @@ def test_answers_that_are_none_are_refused(copy, capsys, text):
 
 
 def test_answers_of_another_shape_are_a_miss(copy, capsys):
-    kept = json.loads((copy / "proof.json").read_text())
-    kept["components"]["unet"]["output"].pop()
-    del kept["components"]["vae_encoder"]["std"]
-    (copy / "proof.json").write_text(json.dumps(kept))
+    cached = json.loads((copy / "proof.json").read_text())
+    cached["components"]["unet"]["output"].pop()
+    del cached["components"]["vae_encoder"]["std"]
+    (copy / "proof.json").write_text(json.dumps(cached))
     admit(copy)
     code, missed, _ = verified(copy, capsys)
     assert code == 6 and missed == ["unet, float32", "vae_encoder, float32"]
