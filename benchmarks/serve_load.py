@@ -32,11 +32,11 @@ from sdrt.engine import Engine, Feeds
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.checkpoint import embedded_checkpoint
 from sdrt.runtime import Pipeline
+from sdrt.runtime.arguments import parse_options
 from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.batching.request import RequestRejected
 from sdrt.runtime.batching.scheduler import Rates
 from sdrt.runtime.denoising import BatchBuilder
-from sdrt.runtime.options import parse_options
 
 PROMPT = "a red circle on a blue background"
 SIZES = ((64, 64), (96, 96))

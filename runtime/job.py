@@ -16,7 +16,10 @@ from sdrt.errors import UsageError
 from .denoising import Guidance
 from .options import GenerationOptions
 from .requests import Request
+from .samplers.registry import sampler_name
 from .samplers.table import SamplerTable, sampler_table
+
+ETA_SCHEDULERS = ("DDIMScheduler", "TCDScheduler")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,22 @@ def parse_output_size(manifest: Manifest, options: GenerationOptions) -> tuple[i
             hint=f"pass one of these, or multiples of {multiple}",
         )
     return size
+
+
+def apply_eta(scheduler_config: Mapping[str, Any], options: GenerationOptions) -> Mapping[str, Any]:
+    """The scheduler's configuration with a call's eta.
+
+    diffusers passes eta to the schedulers that read it, and ignores it for others.
+
+    Raises:
+        UsageError: For an eta above 0 that the scheduler does not read.
+    """
+    name = sampler_name(scheduler_config)
+    if name in ETA_SCHEDULERS and options.eta is not None:
+        return {**scheduler_config, "eta": options.eta}
+    if options.eta:
+        raise UsageError(f"eta is unsupported by {name}", hint=f"use {' or '.join(ETA_SCHEDULERS)}")
+    return scheduler_config
 
 
 def build_table(scheduler_config: Mapping[str, Any], options: GenerationOptions) -> SamplerTable:

@@ -1,6 +1,8 @@
-"""What a call of the pipeline may be asked for, and what of it is refused."""
+"""The options of a call, their values and which go together.
 
-import difflib
+Knows values; not models, which decide further.
+"""
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,7 +19,6 @@ from .parsing import (
     choice_parser,
     float_parser,
     int_parser,
-    invalid_argument,
     parse_array,
     parse_callable,
     parse_depth_map,
@@ -43,7 +44,7 @@ SIZES_IN_TEXT = {
     for side in ("", "negative")
     for name, option in zip(("original size", "crop", "target size"), SIZE_OPTIONS, strict=True)
 }
-GIVEN_IN_TEXT = {
+PASSED_IN_TEXT = {
     "Mask": "mask_image",
     "Depth map": "depth_map",
     "Latents": "latents",
@@ -56,47 +57,57 @@ Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """The named arguments of a call, under the reference library's names where it has them.
+    """The options of a call, under diffusers' names where it has them.
 
-    None is an option's default. Numbers may be NumPy's, or floats where a whole number is meant
-    (20.0); arrays may be tensors of other libraries. Raises UsageError for a value that does not
-    fit, with the option's name, what was found and what was expected.
+    None is an option's default. Numbers may be NumPy's, or floats where an integer is meant (20.0).
+    Arrays may be tensors of other libraries. Images may be PIL images of any mode, paths or arrays:
+    [H, W], [H, W, C] or, as tensors, [C, H, W], integers from 0 to 255 or floats from 0 to 1.
 
-    negative_prompt: what the images are steered away from; of a list, one for each prompt
-    num_inference_steps: steps of the sampler; some cost two evaluations
-    guidance_scale: to 100; there is no guidance from 0 to 1
-    guidance_rescale: 0 to 1, Lin et al. 2023 (arXiv:2305.08891), eq. 16
-    guidance_interval: shares of the run within which guidance acts; outside it the unguided row is
-        not computed (Kynkaanniemi et al. 2024, arXiv:2404.07724)
-    feature_reuse: every so many evaluations run the whole model, the others its shallow part with
-        what the deep one made last; 1 is all (Ma et al. 2023, arXiv:2312.00858). For bundles built
-        for it
-    seed: of the first picture, the next ones count on from it; or one each; None draws one
-    rng: whose noise a seed gives, torch's on "cpu" or on "cuda"
-    num_images_per_prompt: pictures of every prompt
-    size: "WIDTHxHEIGHT" or (width, height); None is the bundle's first. Others than the bundle's
-        are unproven, and what is larger than those goes through the autoencoder in tiles
-    image, strength: an image to start from, and the share of the run that it goes through; None
-        is 0.8, with a mask 1. At 0 the image itself comes back, in the size asked for
-    mask_image: light where the image is to be made new, of the image's size
-    depth_map: for models that take one: near is light
-        All three are PIL images of any mode, paths, or arrays: [H, W], [H, W, C] or, as tensors,
-        [C, H, W], integers from 0 to 255 or floats from 0 to 1 (depth: any floats)
-    latents: [B, C, H/8, W/8] starting noise of unit variance instead of the seeds'
-    prompt_embeds, negative_prompt_embeds: [B or 1, tokens, width] instead of prompts
-    pooled_prompt_embeds, negative_pooled_prompt_embeds: [B or 1, width] with them, for models that
-        are told of the prompt as a whole
-    original_size, crops_coords_top_left, target_size: (height, width), (top, left), (height, width)
-        for models that are told of sizes: the picture's before it was cut, what was cut, and the
-        wanted one's; None is the size made, (0, 0) and the size made
-    negative_original_size, negative_crops_coords_top_left, negative_target_size: the same for what
-        is steered away from; None is as above
-    timesteps, sigmas: rungs instead of the scheduler's own
-    clip_skip: layers of the text encoder left out, from its end
-    long_prompts: "chunk" reads on in another stretch, "cut" stops and warns
-    weighting: whether brackets in prompts mean attention
-    callback_on_step_end: called as (pipeline, evaluation, timestep, {"latents": ..}) after every
-        evaluation; latents in a returned mapping replace the batch's
+    Attributes:
+        negative_prompt: What the images are steered away from; a list has one for each prompt.
+        num_inference_steps: Steps of the sampler; some samplers evaluate the model twice a step.
+        guidance_scale: 0 to 100; from 0 to 1 there is no guidance.
+        guidance_rescale: 0 to 1; Lin et al. 2023 (arXiv:2305.08891), eq. 16.
+        guidance_interval: The part of the run with guidance, from 0 to 1. Outside it the negative
+            row is not computed; Kynkaanniemi et al. 2024 (arXiv:2404.07724).
+        feature_reuse: One of so many evaluations runs the full model, the others its shallow layers
+            with the last deep feature; Ma et al. 2023 (arXiv:2312.00858). Needs a bundle that was
+            built for it.
+        seed: Of the first image, the next ones count on; or one for each image. None is random.
+        rng: Whose noise a seed has: torch's on "cpu" or on "cuda".
+        num_images_per_prompt: Images of every prompt.
+        size: "WIDTHxHEIGHT" or (width, height); None is the bundle's first. Others than the
+            bundle's are not validated, and larger ones go through the autoencoder in tiles.
+        image: The image to start from.
+        strength: How far the run changes `image`, 0 to 1; None is 0.8, with a mask 1. At 0 the
+            image itself is returned, in the call's size.
+        mask_image: Light in the area to replace, in the size of `image`.
+        depth_map: For depth models; near is light, floats have any range.
+        latents: [B, C, H/8, W/8] starting noise of unit variance, instead of the seeds'.
+        prompt_embeds: [B or 1, tokens, width], instead of prompts.
+        negative_prompt_embeds: The same, instead of negative prompts.
+        pooled_prompt_embeds: [B or 1, width], with `prompt_embeds` for models such as SDXL.
+        negative_pooled_prompt_embeds: The same, with `negative_prompt_embeds`.
+        original_size: (height, width) of the image before it was cropped, for models such as SDXL;
+            None is the image's size.
+        crops_coords_top_left: (top, left) of the crop; None is (0, 0).
+        target_size: (height, width) of the target; None is the image's size.
+        negative_original_size: The same for what is steered away from; None is as above.
+        negative_crops_coords_top_left: The same.
+        negative_target_size: The same.
+        timesteps: Instead of the scheduler's.
+        sigmas: Instead of the scheduler's.
+        eta: Noise of the samplers that diffusers passes it to, 0 (DDIM) to 1 (DDPM); None is the
+            scheduler configuration's.
+        clip_skip: Layers to leave out at the text encoder's end.
+        long_prompts: "chunk" goes on in another chunk of 75 tokens, "cut" cuts off and warns.
+        weighting: Whether brackets in prompts are weights.
+        callback_on_step_end: Called as (pipeline, index, timestep, {"latents": ...}) after every
+            evaluation; latents in a returned mapping replace the batch's.
+
+    Raises:
+        UsageError: For a value that does not fit, with the option's name, what was found and what
+            was expected.
     """
 
     negative_prompt: str | Sequence[str] = ""
@@ -126,13 +137,14 @@ class GenerationOptions:
     negative_target_size: Pair = None
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None
+    eta: float | None = None
     clip_skip: int = 0
     long_prompts: str = "chunk"
     weighting: bool = True
     callback_on_step_end: Callback | None = None
 
     def __post_init__(self) -> None:
-        """Every value in its own type; raises UsageError for one that does not fit."""
+        """Parse every value; raises UsageError for one that does not fit."""
         for name, parse in PARSERS.items():
             value = getattr(self, name)
             parsed = DEFAULTS[name] if value is None else parse(name, value)
@@ -145,7 +157,7 @@ class GenerationOptions:
 
     @property
     def num_skipped_steps(self) -> int:
-        """Steps that a picture to start from leaves out, as the reference library counts them."""
+        """Steps that a run from an image skips, as diffusers counts them."""
         if self.image is None:
             return 0
         if self.returns_image:
@@ -154,23 +166,23 @@ class GenerationOptions:
 
     @property
     def effective_strength(self) -> float:
-        """The share of the run that a picture to start from goes through."""
+        """How far the run changes the image that it starts from."""
         if self.strength is not None:
             return self.strength
         return 0.8 if self.mask_image is None else 1.0
 
     @property
     def returns_image(self) -> bool:
-        """Whether the given image comes back as it is: nothing of it is changed."""
+        """Whether the image to start from is the result, unchanged."""
         return self.image is not None and self.effective_strength == 0.0
 
     @property
     def nondefault_settings(self) -> dict[str, str]:
-        """What an image's text says only where it was asked for, under the names of other tools
-        where they have one. Of what a text cannot hold it says that it was given.
+        """Options that are not at their defaults, for an image's text, under other tools' names
+        where they have one. Arrays and images are only named.
         """
         low, high = self.guidance_interval
-        asked = {
+        values = {
             "Denoising strength": self.image is not None and format_number(self.effective_strength),
             "Clip skip": self.clip_skip and self.clip_skip + 1,  # others count the last layer too
             "CFG rescale": self.guidance_rescale and format_number(self.guidance_rescale),
@@ -179,49 +191,30 @@ class GenerationOptions:
             "Feature reuse": self.feature_reuse > 1 and self.feature_reuse,
             "Long prompts": self.long_prompts != "chunk" and self.long_prompts,
             "Emphasis": not self.weighting and "None",
-            **{name: _across(getattr(self, option)) for name, option in SIZES_IN_TEXT.items()},
-            **{name: _row(getattr(self, name.lower())) for name in ("Timesteps", "Sigmas")},
+            **{name: _format_size(getattr(self, option)) for name, option in SIZES_IN_TEXT.items()},
+            **{name: _format_row(getattr(self, name.lower())) for name in ("Timesteps", "Sigmas")},
         }
-        given = {
+        passed = {
             name: "given"
-            for name, option in GIVEN_IN_TEXT.items()
+            for name, option in PASSED_IN_TEXT.items()
             if getattr(self, option) is not None
         }
-        return {name: str(value) for name, value in asked.items() if value} | given
+        return {name: str(value) for name, value in values.items() if value} | passed
 
 
 def format_number(value: float) -> str:
-    """A number with no more digits than give it again."""
+    """A number with the fewest digits that parse to it again."""
     short = f"{value:g}"
     return short if float(short) == value else repr(float(value))
 
 
-def _across(pair: Pair) -> str:
-    """(down, across) -> "ACROSSxDOWN", as sizes are written; nothing for None."""
+def _format_size(pair: Pair) -> str:
+    """(height, width) -> "WIDTHxHEIGHT"; empty for None."""
     return f"{pair[1]}x{pair[0]}" if pair else ""
 
 
-def _row(values: Sequence[float] | None) -> str:
+def _format_row(values: Sequence[float] | None) -> str:
     return " ".join(format_number(value) for value in values or ())
-
-
-def parse_options(arguments: Mapping[str, Any]) -> GenerationOptions:
-    """Checked options; raises UsageError for an unknown name or a value that does not fit."""
-    if not isinstance(arguments, Mapping):
-        raise invalid_argument("options", arguments, 'a mapping such as {"seed": 3}')
-    for name in arguments:
-        if name not in PARSERS:
-            raise UsageError(f"a call takes no {name!r}{_hint(str(name))}")
-    return GenerationOptions(**arguments)
-
-
-def _hint(name: str) -> str:
-    """What to write instead of a name that is not an option's."""
-    if name in INSTEAD:
-        return f"; {INSTEAD[name]}"
-    near = difflib.get_close_matches(name, PARSERS, n=1)
-    wanted = ALIASES.get(name.casefold()) or (near[0] if near else None)
-    return f"; did you mean {wanted}?" if wanted else f"; one of {', '.join(PARSERS)}"
 
 
 def _check_together(options: GenerationOptions) -> None:
@@ -247,8 +240,8 @@ def _check_together(options: GenerationOptions) -> None:
             )
 
 
-PAIR = sequence_parser(int_parser(0, MAX_SIDE), f"two whole numbers from 0 to {MAX_SIDE}", length=2)
-RUNGS = sequence_parser(float_parser(0.0, 1e6), "a list of numbers that fall")
+PAIR = sequence_parser(int_parser(0, MAX_SIDE), f"two integers from 0 to {MAX_SIDE}", length=2)
+TIMESTEP_LIST = sequence_parser(float_parser(0.0, 1e6), "a list of descending numbers")
 PARSERS: dict[str, Parser[Any]] = {
     "negative_prompt": parse_texts,
     "num_inference_steps": int_parser(1, MAX_STEPS),
@@ -270,37 +263,12 @@ PARSERS: dict[str, Parser[Any]] = {
     "pooled_prompt_embeds": parse_array,
     "negative_pooled_prompt_embeds": parse_array,
     **dict.fromkeys((*SIZE_OPTIONS, *(f"negative_{name}" for name in SIZE_OPTIONS)), PAIR),
-    "timesteps": RUNGS,
-    "sigmas": RUNGS,
+    "timesteps": TIMESTEP_LIST,
+    "sigmas": TIMESTEP_LIST,
+    "eta": float_parser(0.0, 1.0),
     "clip_skip": int_parser(0, 100),
     "long_prompts": choice_parser(*LONG_PROMPTS),
     "weighting": parse_flag,
     "callback_on_step_end": parse_callable,
 }
-DEFAULTS = {each.name: each.default for each in fields(GenerationOptions)}
-# Names that other tools use for an option.
-ALIASES = {
-    **dict.fromkeys(("steps", "num_steps", "n_steps"), "num_inference_steps"),
-    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "scale"), "guidance_scale"),
-    **dict.fromkeys(("width", "height", "resolution", "image_size"), "size"),
-    **dict.fromkeys(("mask", "inpaint_mask"), "mask_image"),
-    **dict.fromkeys(("num_images", "n", "n_iter", "batch_size"), "num_images_per_prompt"),
-    **dict.fromkeys(("init_image", "input_image", "img"), "image"),
-    **dict.fromkeys(("denoising_strength", "denoise"), "strength"),
-    **dict.fromkeys(("negative", "neg_prompt", "uncond_prompt"), "negative_prompt"),
-    **dict.fromkeys(("callback", "callback_steps"), "callback_on_step_end"),
-    **dict.fromkeys(("cfg_rescale", "rescale"), "guidance_rescale"),
-    **dict.fromkeys(("seeds", "manual_seed"), "seed"),
-    **dict.fromkeys(("reuse", "deepcache"), "feature_reuse"),
-    **dict.fromkeys(("depth", "depth_image"), "depth_map"),
-}
-# Names of the reference library that have no option here, and what to do instead.
-SAMPLER = 'use pipe.with_scheduler("DPM++ 2M Karras")'
-INSTEAD = {
-    "generator": "use seed=3, or a list with one seed for each image",
-    "output_type": "leave it out: the result's images are PIL images",
-    "return_dict": "leave it out: the result has images, seeds and parameters",
-    "eta": 'use pipe.with_scheduler({**pipe.scheduler_config, "eta": 0.5})',
-    **dict.fromkeys(("scheduler", "sampler", "sampler_name"), SAMPLER),
-    **dict.fromkeys(("lora", "loras"), 'use pipe.set_lora({"name": 0.8})'),
-}
+DEFAULTS = {option.name: option.default for option in fields(GenerationOptions)}

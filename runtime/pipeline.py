@@ -18,6 +18,7 @@ from sdrt.engine import Engine, SamplingResult
 from sdrt.engine.memory_estimator import MemoryEstimator
 from sdrt.errors import SdrtError, UsageError
 
+from .arguments import parse_options
 from .batch import Batch, build_latent_edit, build_states
 from .deepcache import check_feature_reuse, with_feature_reuse
 from .denoising import DenoisingState, LatentEdit, Step, denoise
@@ -29,12 +30,12 @@ from .embedded_guidance import (
 )
 from .images import image_to_array, images_from_decoded
 from .initial_latents import build_initial_state, check_task, encode_image_inputs
-from .job import GenerationJob, build_guidance, build_table, parse_output_size
+from .job import GenerationJob, apply_eta, build_guidance, build_table, parse_output_size
 from .leases import LeasedIterator, Leases
 from .lora.adapters import Adapters
 from .lora.sets import refuse_negative_tags, refuse_tags
 from .lora.tags import LoraWeight
-from .options import GenerationOptions, parse_options
+from .options import GenerationOptions
 from .output import Output
 from .parameters import describe_grid, describe_image
 from .parsing import parse_callable, parse_lora_weights, parse_scheduler_config
@@ -207,13 +208,14 @@ class Pipeline:
         width = self.guidance_embedding_width
         if width:
             check_guidance(options)
-        table = build_table(self.scheduler_config, options)
+        config = apply_eta(self.scheduler_config, options)
+        table = build_table(config, options)
         has_negative_row = self.accepts_prompt and not width
         guidance = build_guidance(options, table.evaluations, has_negative_row=has_negative_row)
         if options.feature_reuse > 1:
             check_feature_reuse(manifest, self.engines, self.backend)
             table = with_feature_reuse(table, options.feature_reuse, 1 + (guidance.scales != 1.0))
-        config, max_batch = self.scheduler_config, manifest.batch[2]
+        max_batch = manifest.batch[2]
         return GenerationJob(requests, options, config, table, guidance, size, max_batch)
 
     def _max_batch(self, job: GenerationJob) -> int:

@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from sdrt.runtime.arguments import parse_options
 from sdrt.runtime.denoising import BatchBuilder, DenoisingState, LatentEdit, build_step
 from sdrt.runtime.lora.sets import Named, requests_by_set
 from sdrt.runtime.lora.switch import LoraSwitch
-from sdrt.runtime.options import parse_options
 from sdrt.runtime.parsing import float_parser, int_parser, parse_callable
 from sdrt.runtime.pipeline import Pipeline, Prompt
 from sdrt.runtime.requests import Request

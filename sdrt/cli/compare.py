@@ -10,9 +10,9 @@ import time
 from dataclasses import replace
 
 from sdrt.errors import UsageError
+from sdrt.runtime.arguments import parse_options
 from sdrt.runtime.images import make_labelled_grid, save_png
 from sdrt.runtime.lora.switch import apply_tags
-from sdrt.runtime.options import parse_options
 
 from .run import open_pipeline
 from .schedulers import all_titles

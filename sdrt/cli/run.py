@@ -20,6 +20,7 @@ from sdrt import load
 from sdrt.bundle import open_bundle
 from sdrt.errors import UsageError
 from sdrt.runtime import GenerationOptions, Pipeline, Preview, Step
+from sdrt.runtime.arguments import parse_options
 from sdrt.runtime.images import make_grid, open_image, save_png
 from sdrt.runtime.job import GenerationJob
 from sdrt.runtime.loading import unloaded_pipeline
@@ -27,7 +28,6 @@ from sdrt.runtime.lora.adapters import find_lora, parse_lora
 from sdrt.runtime.lora.sets import LoraSet, added, checked, requests_by_set
 from sdrt.runtime.lora.switch import pictures_by_set
 from sdrt.runtime.lora.tags import weight_from
-from sdrt.runtime.options import parse_options
 from sdrt.runtime.requests import Request
 from sdrt.runtime.safety_checker import is_flagged, is_flat
 

@@ -11,9 +11,10 @@ from PIL import Image
 import sdrt
 from sdrt.errors import SdrtError, UsageError
 from sdrt.runtime import GenerationOptions
+from sdrt.runtime.arguments import parse_options
 from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.images import image_to_array
-from sdrt.runtime.options import PARSERS, parse_options
+from sdrt.runtime.options import PARSERS
 
 PROMPT = "a red circle on a blue background"
 STEPS = {"num_inference_steps": 1, "seed": 0}
@@ -136,24 +137,24 @@ def test_values_that_do_not_fit_are_refused_by_name(name, value):
         ("steps", "num_inference_steps"),
         ("cfg", "guidance_scale"),
         ("cfg_scale", "guidance_scale"),
-        ("width", "size"),
-        ("height", "size"),
+        ("resolution", "size"),
         ("mask", "mask_image"),
         ("num_images", "num_images_per_prompt"),
-        ("generator", "seed="),
         ("output_type", "PIL images"),
+        ("cross_attention_kwargs", "set_lora"),
         ("scheduler", "with_scheduler"),
         ("guidence_scale", "guidance_scale"),
         ("num_inference_step", "num_inference_steps"),
     ],
 )
 def test_names_of_other_tools_get_the_right_hint(name, hint):
-    with pytest.raises(UsageError, match=f"no {name!r}; .*{hint}"):
+    with pytest.raises(UsageError, match=f"unknown option {name!r}") as caught:
         parse_options({name: 1})
+    assert hint in caught.value.hint
 
 
 def test_names_of_hints_are_no_options():
-    from sdrt.runtime.options import ALIASES, INSTEAD
+    from sdrt.runtime.arguments import ALIASES, INSTEAD
 
     assert not {*ALIASES, *INSTEAD} & {*PARSERS} and {*ALIASES.values()} <= {*PARSERS}
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 import sdrt
 from sdrt.engine import ExclusiveSlot, LazyEngine
 from sdrt.errors import BackendError, UsageError
-from sdrt.runtime import options as options_module
+from sdrt.runtime.arguments import parse_options
 from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.images import image_to_array
 
@@ -272,7 +272,7 @@ def test_a_change_waits_for_calls_and_calls_for_it(tiny_bundle, lora, method):
 def test_after_close_everything_raises_in_words(tiny_bundle):
     pipe = sdrt.load(tiny_bundle, backend="onnxruntime")
     pipe.close()
-    options = options_module.parse_options({})
+    options = parse_options({})
     for use in (
         lambda: pipe(PROMPT),
         lambda: pipe.with_scheduler("Euler")(PROMPT),

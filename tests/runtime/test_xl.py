@@ -11,7 +11,7 @@ from PIL import Image
 
 import sdrt
 from sdrt.errors import UsageError
-from sdrt.runtime.options import parse_options
+from sdrt.runtime.arguments import parse_options
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -1,0 +1,170 @@
+"""The named arguments of a call: their types, those that only diffusers has, and hints for others.
+
+Knows names; what an option's values may be is decided in `options.py`.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL.Image import Image
+
+from sdrt.errors import UsageError
+
+from .generators import GeneratorLike, seed_from_generator
+from .options import PARSERS, Callback, GenerationOptions
+from .parsing import int_parser, invalid_argument
+
+ImageLike = Image | str | os.PathLike[str] | ArrayLike
+Pair = Sequence[int] | None
+
+
+class GenerationKwargs(TypedDict, total=False):
+    """The named arguments of a call; see `GenerationOptions` for what they mean.
+
+    `height`, `width`, `generator` and `callback_on_step_end_tensor_inputs` are diffusers' names for
+    `size`, `seed` and what the callback gets.
+    """
+
+    negative_prompt: str | Sequence[str] | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    guidance_rescale: float | None
+    guidance_interval: Sequence[float] | None
+    feature_reuse: int | None
+    seed: int | Sequence[int] | np.ndarray | None
+    rng: str | None
+    num_images_per_prompt: int | None
+    size: str | Sequence[int] | None
+    image: ImageLike | None
+    strength: float | None
+    mask_image: ImageLike | None
+    depth_map: ImageLike | None
+    latents: ArrayLike | None
+    prompt_embeds: ArrayLike | None
+    negative_prompt_embeds: ArrayLike | None
+    pooled_prompt_embeds: ArrayLike | None
+    negative_pooled_prompt_embeds: ArrayLike | None
+    original_size: Pair
+    crops_coords_top_left: Pair
+    target_size: Pair
+    negative_original_size: Pair
+    negative_crops_coords_top_left: Pair
+    negative_target_size: Pair
+    timesteps: Sequence[float] | np.ndarray | None
+    sigmas: Sequence[float] | np.ndarray | None
+    eta: float | None
+    clip_skip: int | None
+    long_prompts: str | None
+    weighting: bool | None
+    callback_on_step_end: Callback | None
+    height: int | None
+    width: int | None
+    generator: GeneratorLike | Sequence[GeneratorLike] | None
+    callback_on_step_end_tensor_inputs: Sequence[str] | None
+
+
+# Names that diffusers has and that become options.
+DIFFUSERS = ("height", "width", "generator", "callback_on_step_end_tensor_inputs")
+# Names that other tools use for an option.
+ALIASES = {
+    **dict.fromkeys(("steps", "num_steps", "n_steps"), "num_inference_steps"),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "scale"), "guidance_scale"),
+    **dict.fromkeys(("resolution", "image_size"), "size"),
+    **dict.fromkeys(("mask", "inpaint_mask"), "mask_image"),
+    **dict.fromkeys(("num_images", "n", "n_iter", "batch_size"), "num_images_per_prompt"),
+    **dict.fromkeys(("init_image", "input_image", "img"), "image"),
+    **dict.fromkeys(("denoising_strength", "denoise"), "strength"),
+    **dict.fromkeys(("negative", "neg_prompt", "uncond_prompt"), "negative_prompt"),
+    **dict.fromkeys(("callback", "callback_steps"), "callback_on_step_end"),
+    **dict.fromkeys(("cfg_rescale", "rescale"), "guidance_rescale"),
+    **dict.fromkeys(("seeds", "manual_seed"), "seed"),
+    **dict.fromkeys(("reuse", "deepcache"), "feature_reuse"),
+    **dict.fromkeys(("depth", "depth_image"), "depth_map"),
+}
+# Names of diffusers and others that are not options, and what to do.
+_SCHEDULER = 'use pipe.with_scheduler("DPM++ 2M Karras")'
+_LORA = 'use pipe.set_lora({"name": 0.8})'
+_IP_ADAPTER = "IP-Adapter is unsupported"
+_PROMPT = "both text encoders of a model get the same prompt"
+INSTEAD = {
+    "output_type": "pass it to pipe(...); elsewhere images are PIL images",
+    "return_dict": "pass it to pipe(...)",
+    "progress": "pass it to pipe(...)",
+    "prompt_2": _PROMPT,
+    "negative_prompt_2": _PROMPT,
+    "ip_adapter_image": _IP_ADAPTER,
+    "ip_adapter_image_embeds": _IP_ADAPTER,
+    "denoising_start": "a run starts from an image with image=... and strength=...",
+    "denoising_end": "a run is stopped with pipe.steps(...)",
+    "padding_mask_crop": "crop image and mask_image before the call",
+    **dict.fromkeys(("scheduler", "sampler", "sampler_name"), _SCHEDULER),
+    **dict.fromkeys(("lora", "loras", "cross_attention_kwargs"), _LORA),
+}
+CALLBACK_TENSORS = ("latents",)
+
+
+def parse_options(arguments: Mapping[str, Any]) -> GenerationOptions:
+    """Validate the named arguments of a call.
+
+    Raises:
+        UsageError: For a name that is unknown, or a value that does not fit.
+    """
+    if not isinstance(arguments, Mapping):
+        raise invalid_argument("options", arguments, 'a mapping such as {"seed": 3}')
+    for name in arguments:
+        if name not in PARSERS and name not in DIFFUSERS:
+            raise UsageError(f"unknown option {name!r}", hint=_suggest(str(name)))
+    passed = {name: value for name, value in arguments.items() if value is not None}
+    diffusers = {name: passed.pop(name) for name in DIFFUSERS if name in passed}
+    _check_callback_tensors(diffusers.pop("callback_on_step_end_tensor_inputs", None))
+    passed |= _size_from_sides(diffusers, passed)
+    generator = diffusers.get("generator")
+    if generator is None:
+        return GenerationOptions(**passed)
+    if "seed" in passed:
+        raise UsageError("both seed and generator", hint="pass one of them")
+    options = GenerationOptions(**passed)  # validated before the generator is advanced
+    seed, rng = seed_from_generator(generator)
+    if rng and passed.get("rng", rng) != rng:
+        raise UsageError(f"rng is {options.rng}, but generator is on {rng}", hint="leave rng out")
+    return replace(options, seed=seed, rng=rng or options.rng)
+
+
+def _suggest(name: str) -> str:
+    """What to write instead of a name that is not an option."""
+    if name in INSTEAD:
+        return INSTEAD[name]
+    names = [*PARSERS, *DIFFUSERS]
+    similar = difflib.get_close_matches(name, names, n=1)
+    suggestion = ALIASES.get(name.casefold()) or (similar[0] if similar else None)
+    return f"did you mean {suggestion}?" if suggestion else f"one of {', '.join(names)}"
+
+
+def _size_from_sides(sides: Mapping[str, Any], passed: Mapping[str, Any]) -> dict[str, Any]:
+    """The option `size` of `height` and `width`."""
+    names = [name for name in ("height", "width") if name in sides]
+    if not names:
+        return {}
+    if "size" in passed:
+        raise UsageError(f"both size and {names[0]}", hint="pass one of them")
+    if len(names) == 1:
+        raise UsageError(f"{names[0]} alone", hint="pass both height and width")
+    return {"size": [int_parser(1, 99_999)(name, sides[name]) for name in ("width", "height")]}
+
+
+def _check_callback_tensors(names: object) -> None:
+    """Raise UsageError for tensors that a callback does not get."""
+    if names is None:
+        return
+    if not isinstance(names, list | tuple) or not {*map(str, names)} <= {*CALLBACK_TENSORS}:
+        raise invalid_argument(
+            "callback_on_step_end_tensor_inputs",
+            names,
+            '["latents"]',
+            "a callback gets the latents alone",
+        )
