@@ -42,7 +42,7 @@ IMAGES = [
     {"image": "image", "mask_image": "mask", "strength": 0.6},
 ]
 # These have tests of their own, below or where a model takes them.
-ELSEWHERE = {"num_images_per_prompt", "long_prompts", "weighting", "depth_map"}
+ELSEWHERE = {"eta", "num_images_per_prompt", "long_prompts", "weighting", "depth_map"}
 SIZES = {name for name in PARSERS if "_size" in name or "crops" in name}
 
 
