@@ -141,8 +141,8 @@ def test_the_loop_in_one_launch_is_the_loop_step_by_step(bundle, planned, schedu
 
 CALLS = {
     "an attention's weights": {"prompt": "a (red:1.4) circle on a [blue] background"},
-    "two stretches": {"prompt": "a red circle BREAK on a blue background", "negative_prompt": "x"},
-    "sixteen stretches": {"prompt": "a BREAK " * 15 + "b"},
+    "two chunks": {"prompt": "a red circle BREAK on a blue background", "negative_prompt": "x"},
+    "sixteen chunks": {"prompt": "a BREAK " * 15 + "b"},
     "unguided": {"guidance_scale": 1.0},
     "embeddings": {"prompt": None},
     "clip skip": {"clip_skip": 1},
@@ -151,7 +151,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_image_in_one_launch_is_that_of_its_steps(bundle, planned, call):
+def test_an_image_in_one_launch_is_that_of_its_steps(bundle, planned, call):
     """Text encoder, loop and decoder in one graph, against each called for itself."""
     options = {"prompt": PROMPT, "num_images_per_prompt": 2, **OPTIONS, **CALLS[call]}
     with loaded(bundle, planned) as pipe:

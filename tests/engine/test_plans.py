@@ -167,7 +167,7 @@ def test_two_processes_build_one_plan_once(tmp_path):
     assert len(result) == 1
 
 
-def test_a_proof_is_kept_with_the_plan(tmp_path):
+def test_the_validation_is_stored_with_the_plan(tmp_path):
     plan_of(tmp_path, KEY, build).with_parity({"cosine": 1.0})
     assert plan_of(tmp_path, KEY, refuse).parity == {"cosine": 1.0}
 
@@ -192,7 +192,7 @@ def manifest(**values):
     )
 
 
-def test_one_profile_a_size_with_two_rows_a_image():
+def test_one_profile_a_size_with_two_rows_an_image():
     m = manifest()
     first, second = profiles_of(m, "unet", m.components["unet"].inputs)
     assert first["sample"] == ((1, 4, 64, 64), (4, 4, 64, 64), (8, 4, 64, 64))
@@ -241,8 +241,8 @@ def test_sidecars_are_plain_json(tmp_path):
 
 
 def elsewhere(folder, monkeypatch, tmp_path):
-    """What a stranger built, in a home of its own."""
-    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "stranger"))
+    """What another user built, in another home."""
+    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "other"))
     result = plan_of(folder, KEY, build)
     monkeypatch.setenv("SDRT_HOME", str(tmp_path / "mine"))
     return result
@@ -297,7 +297,7 @@ def test_a_key_that_others_may_read_is_made_again(tmp_path, monkeypatch):
 
 def test_kernels_from_elsewhere_are_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.kernels"
-    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "stranger"))
+    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "other"))
     write_ours(path, b"native code")
     assert read_ours(path) == b"native code"
     monkeypatch.setenv("SDRT_HOME", str(tmp_path / "mine"))

@@ -44,7 +44,7 @@ extern "C" void launch_{name}(int threads{declared}) {{
     blockDim.x = 256;
     for (blockIdx.x = 0; blockIdx.x * 256 < threads; blockIdx.x++)
         for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x++)
-            {name}({given});
+            {name}({passed});
 }}
 """
 
@@ -53,8 +53,8 @@ def launcher_of(name):
     """A function of the host that calls a kernel for every thread."""
     addresses, numbers = kernels.PARAMETERS[name]
     declared = [f", void* p{i}" for i in range(addresses)] + [f", int n{i}" for i in range(numbers)]
-    given = [f"(Any)p{i}" for i in range(addresses)] + [f"n{i}" for i in range(numbers)]
-    return LAUNCH.format(name=name, declared="".join(declared), given=", ".join(given))
+    passed = [f"(Any)p{i}" for i in range(addresses)] + [f"n{i}" for i in range(numbers)]
+    return LAUNCH.format(name=name, declared="".join(declared), passed=", ".join(passed))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -131,9 +131,9 @@ class Emulated:
         numbers = layers, layers - 1 - read.skip, tokens, width
         sums = np.empty((chunks, tokens), np.float32)
         self.launch("sum_tokens", sums.size, created, sums, chunks, *numbers)
-        pictures, rows, item, _ = read.ids.shape
-        context = np.empty((pictures * used, item * tokens, width), self.dtype)
-        counts = pictures, rows, used, item, *numbers
+        num_images, rows, item, _ = read.ids.shape
+        context = np.empty((num_images * used, item * tokens, width), self.dtype)
+        counts = num_images, rows, used, item, *numbers
         weights = np.ascontiguousarray(read.weights)
         self.launch("write_context", context.size, created, sums, places, weights, context, *counts)
         return context
@@ -144,7 +144,7 @@ class Emulated:
         return pixels_by_kernel(self.launch, decoder({"latents": fed})["image"], self.dtype, bad)
 
     def evaluated(self, schedule, fed):
-        pictures, places, *shape = schedule.columns.shape
+        num_images, places, *shape = schedule.columns.shape
         size, count = int(np.prod(shape)), len(schedule.used)
         columns, rows = schedule.columns.copy(), np.ascontiguousarray(schedule.rows)
         timesteps = np.ascontiguousarray(schedule.timesteps)
@@ -159,14 +159,14 @@ class Emulated:
                 output = np.ascontiguousarray(created, self.dtype)
             self.launch(
                 "advance_pictures",
-                pictures * size,
+                num_images * size,
                 rows[k],
                 timesteps[min(k, count - 1)],
                 columns,
                 output if k else 0,
                 after["sample"] if after else 0,
                 after["timestep"] if after else 0,
-                *(pictures, places, size),
+                *(num_images, places, size),
                 int(np.prod(after["sample"].shape[1:])) if after else size,
                 schedule.used[k - 1] if k else 1,
                 schedule.used[k] if after else 1,
@@ -195,7 +195,7 @@ def model(feeds):
     return {"output": np.tanh(sample[:, :4] * 0.3 + shift + 0.1 * sample[:, 4:].sum(1)[:, None])}
 
 
-def runs_of(scheduler, scales, pictures, extra_channels=0, clip=False):
+def runs_of(scheduler, scales, num_images, extra_channels=0, clip=False):
     config = config_from_name(scheduler, {"_class_name": "DDIMScheduler", "clip_sample": clip})
     table = sampler_table(config, len(scales))
     scales = np.resize(scales, table.evaluations)
@@ -212,12 +212,12 @@ def runs_of(scheduler, scales, pictures, extra_channels=0, clip=False):
             {"context": rng.normal(size=(guided, 7, 3)).astype(np.float32)},
             rng.normal(size=(extra_channels, *shape[1:])).astype(np.float32),
         )
-        for _ in range(pictures)
+        for _ in range(num_images)
     ]
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "scales", "pictures", "extra_channels"),
+    ("scheduler", "scales", "num_images", "extra_channels"),
     [
         ("DDIMScheduler", [7.5] * 5, 1, 0),
         ("PNDMScheduler", [7.5] * 6, 3, 0),
@@ -228,9 +228,9 @@ def runs_of(scheduler, scales, pictures, extra_channels=0, clip=False):
     ],
 )
 def test_a_whole_run_by_the_kernel_is_the_loops(
-    kernel, scheduler, scales, pictures, extra_channels
+    kernel, scheduler, scales, num_images, extra_channels
 ):
-    arguments = scheduler, scales, pictures, extra_channels
+    arguments = scheduler, scales, num_images, extra_channels
     *_, last = denoise({"unet": model}, runs_of(*arguments))
     engines = {"unet": Emulated(kernel, model)}
     actual = run_sampling_program(engines, runs_of(*arguments), decode=False).latents
@@ -272,7 +272,7 @@ def test_pixels_are_those_of_the_host_to_the_last_bit(kernel):
 PROMPT = "a (red:1.4) circle on a [blue] background"
 CALLS = {
     "guided for a while": {"num_images_per_prompt": 2, "guidance_interval": (0.0, 0.5)},
-    "two texts in stretches": {"negative_prompt": "a square BREAK (green:1.2) BREAK flat"},
+    "two texts in chunks": {"negative_prompt": "a square BREAK (green:1.2) BREAK flat"},
     "unguided": {"guidance_scale": 1.0},
     "an image": {"image": Image.new("RGB", (64, 64), "red"), "strength": 0.7},
 }
@@ -281,7 +281,7 @@ CALLS = {
 def full(pipe, kernel):
     """The pipeline with a UNet that runs whole images and nothing else."""
 
-    class Whole(Emulated):
+    class Single(Emulated):
         inputs, outputs = pipe.engines["unet"].inputs, pipe.engines["unet"].outputs
         handed: ClassVar = []
 
@@ -292,7 +292,7 @@ def full(pipe, kernel):
             self.handed.append((schedule, decoder))
             return super().run_program(schedule, encoder, decoder)
 
-    unet = Whole(kernel, pipe.engines["unet"])
+    unet = Single(kernel, pipe.engines["unet"])
     return replace(pipe, engines={**pipe.engines, "unet": unet}), unet.handed
 
 
@@ -313,10 +313,10 @@ def test_what_the_engine_cannot_read_or_decode_is_done_around_it(pipe, kernel):
     if kernel[1] == "float16":
         pytest.skip("the embedded bundle is fp32")
     other, handed = full(pipe, kernel)
-    given = np.random.default_rng(0).normal(size=(1, 32, 64)).astype(np.float32)
+    embeds = np.random.default_rng(0).normal(size=(1, 32, 64)).astype(np.float32)
     width = {s.name: s.shape for s in pipe.engines["unet"].inputs}["context"][2]
-    given = np.resize(given, (1, 32, width))
-    options = {"num_inference_steps": 2, "seed": 3, "prompt_embeds": given}
+    embeds = np.resize(embeds, (1, 32, width))
+    options = {"num_inference_steps": 2, "seed": 3, "prompt_embeds": embeds}
     assert other(**options).images == pipe(**options).images
     assert handed[-1][0].read is None and handed[-1][1] is not None
     parts = pipe.manifest.components

@@ -16,7 +16,7 @@ import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
 from sdrt.cli.gc import leftovers
-from sdrt.engine import compile_cache as kept_folder
+from sdrt.engine import compile_cache as cache_module
 from sdrt.engine.gpu import GpuInventory
 from sdrt.engine.onnxruntime import cache as onnxruntime_cache
 from sdrt.engine.onnxruntime.cpu import OrtEngine
@@ -33,7 +33,7 @@ IMAGE = {"num_inference_steps": 4, "seed": 3}
 def cached(shapes, tmp_path, monkeypatch):
     """A home without plans, where even the smallest model's are kept."""
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
-    monkeypatch.setattr(kept_folder, "WORTH", 0)
+    monkeypatch.setattr(cache_module, "WORTH", 0)
     return open_bundle(shapes)
 
 
@@ -82,17 +82,17 @@ def test_a_damaged_one_is_made_again(cached, caplog):
 
 def test_another_processor_has_its_own(cached, monkeypatch):
     graph = result(cached)
-    monkeypatch.setattr(kept_folder, "cpu_fingerprint", lambda: "another")
+    monkeypatch.setattr(cache_module, "cpu_fingerprint", lambda: "another")
     assert result(cached).parent != graph.parent
 
 
 @pytest.mark.parametrize("why", ["small", "no room"])
 def test_without_one_the_bundles_graph_runs(cached, monkeypatch, tmp_path, why):
     if why == "small":
-        monkeypatch.setattr(kept_folder, "WORTH", 10**12)
+        monkeypatch.setattr(cache_module, "WORTH", 10**12)
     else:
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-        monkeypatch.setattr(kept_folder.shutil, "disk_usage", lambda folder: usage)
+        monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: usage)
     assert result(cached) is None
     assert not list(tmp_path.rglob("model.onnx"))
 
@@ -157,7 +157,7 @@ def test_gc_shows_what_no_bundle_has_and_what_another_version_made(cached, tmp_p
     actual = {item.path: item.reason for item in leftovers(GpuInventory(unavailable_reason="none"))}
     assert [path.parent.name for path in actual] == ["cpu-onnxruntime0.1"]
     assert "ONNX Runtime 0.1" in next(iter(actual.values()))
-    mark = graph.with_name(kept_folder.MARK)
+    mark = graph.with_name(cache_module.MARK)
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "of": ["0" * 64]}))
     actual = {item.path: item.reason for item in leftovers(GpuInventory(unavailable_reason="none"))}
     assert actual[graph.parent] == "of a graph or weights that no bundle has"

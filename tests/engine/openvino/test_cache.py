@@ -9,7 +9,7 @@ import pytest
 from sdrt.bundle import integrity as bundles
 from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
-from sdrt.engine import compile_cache as kept_folder
+from sdrt.engine import compile_cache as cache_module
 from sdrt.engine.cpu import has_bf16
 from sdrt.engine.parity import sample_input
 
@@ -32,7 +32,7 @@ def compiled(bundle, tmp_path, monkeypatch):
     from sdrt.engine.openvino.cache import compiled
 
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
-    monkeypatch.setattr(kept_folder, "WORTH", 0)
+    monkeypatch.setattr(cache_module, "WORTH", 0)
     return lambda name, precision: compiled(bundle, name, precision)
 
 

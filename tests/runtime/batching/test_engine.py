@@ -24,8 +24,8 @@ SECONDS = 60
 
 
 class Watched:
-    """The real UNet, which tells what it was fed, waits when it is told to, and fails when it is
-    told to.
+    """The real UNet, which records what it was fed, and waits or fails on
+    request.
     """
 
     def __init__(self, engine):
@@ -139,7 +139,7 @@ def test_a_newcomer_joins_at_the_next_evaluation_and_leaves_after_its_last(watch
     assert rows[0] == 2 and rows[1:3] == [3, 3] and set(rows[3:]) == {2}
 
 
-def test_the_loop_goes_on_while_a_image_is_decoded(pipe, watched):
+def test_the_loop_goes_on_while_an_image_is_decoded(pipe, watched):
     own, _ = watched
     gate = threading.Event()
 
@@ -290,7 +290,7 @@ def test_an_error_of_a_callback_touches_its_own_image_only(watched, error):
         assert result(other) and engine.state == "ready"
 
 
-def test_a_image_without_numbers_fails_alone(pipe):
+def test_an_image_without_numbers_fails_alone(pipe):
     def spoil(pipeline, index, timestep, cached):
         return {"latents": np.full_like(cached["latents"], np.nan)}
 
@@ -336,13 +336,13 @@ def test_what_cannot_be_in_time_is_refused_at_once(watched):
     pipe, _ = watched
     refusals = []
 
-    class Told:
+    class Recorder:
         def called(self, rows, seconds): ...
         def finished(self, ticket): ...
         def refused(self, cause):
             refusals.append(cause)
 
-    with started(pipe, observer=Told()) as engine:
+    with started(pipe, observer=Recorder()) as engine:
         seconds = engine.costs.sizes[64, 64].seconds(2)
         (cached,) = engine.submit(PROMPT, {"num_inference_steps": 5}, deadline=20.0)
         with pytest.raises(RequestRejected, match="too late") as refused:
