@@ -264,7 +264,7 @@ def test_while_the_device_is_broken_nothing_is_accepted(watched):
         with pytest.raises(BackendError):
             result(failed)
         wait_for(lambda: engine.state == "broken")
-        with pytest.raises(RequestRejected, match="device failed") as refused:
+        with pytest.raises(RequestRejected, match="device error") as refused:
             engine.submit(PROMPT, {})
         assert refused.value.cause == "broken"
 
