@@ -27,7 +27,7 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 CLOSE = 0.999  # least cosine between ONNX Runtime's answer and torch's, in half precision
 
 
-def module_of(component: str) -> Any:
+def load_module(component: str) -> Any:
     """The component with random half-precision weights that keep activations tame."""
     import torch
     import transformers
@@ -85,7 +85,7 @@ def export(component: str, folder: Path) -> dict[str, Any]:
 
     recipe = next(item for item in RECIPES if item.name == component)
     outputs = recipe.outputs
-    module, feeds = module_of(component), feeds_of(component)
+    module, feeds = load_module(component), feeds_of(component)
     with torch.no_grad():
         answer = module(**feeds)
     answers = answer if isinstance(answer, tuple) else (answer,)

@@ -22,16 +22,16 @@ sys.setswitchinterval(1e-6)
 import sdrt
 from sdrt.engine import compile_cache
 from sdrt.runtime import loading
-kept.WORTH = 0
+compile_cache.MIN_WEIGHT_BYTES = 0
 if sys.argv[2] == "openvino":
     from sdrt.engine.openvino import cache
-    turned = openvino_plans._turn_products
+    turned = openvino_plans._transpose_weights
     components = sdrt.bundle.open_bundle(sys.argv[1]).manifest.components
     together = threading.Barrier(len(set(loading.EAGER) & set(components)))
     def turned_together(model):
         together.wait()
         turned(model)
-    openvino_plans._turn_products = turned_together
+    openvino_plans._transpose_weights = turned_together
 with sdrt.load(sys.argv[1], backend=sys.argv[2]) as pipe:
     pipe("a red circle", num_inference_steps=1, seed=0)
 """

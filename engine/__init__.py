@@ -1,11 +1,12 @@
-"""One compiled component on one backend: ONNX Runtime or torch. See `protocol.py`."""
+"""Compiled components on ONNX Runtime, OpenVINO, TensorRT and PyTorch; see `protocol.py`."""
 
 from .gpu import GpuInventory
 from .history import History, NumpyHistory
 from .lazy import ExclusiveSlot, LazyEngine
+from .load_options import LoadOptions
 from .protocol import Engine, Feeds
 from .sampling import ProgramEngine, SamplingProgram, SamplingResult, TextInput
-from .selection import BACKENDS, PRECISIONS, Candidate, list_backends, select_backend
+from .selection import BACKENDS, PRECISIONS, Candidate, list_backends, log_selection, select_backend
 
 __all__ = [
     "BACKENDS",
@@ -17,11 +18,13 @@ __all__ = [
     "GpuInventory",
     "History",
     "LazyEngine",
+    "LoadOptions",
     "NumpyHistory",
     "ProgramEngine",
     "SamplingProgram",
     "SamplingResult",
     "TextInput",
     "list_backends",
+    "log_selection",
     "select_backend",
 ]

@@ -1,7 +1,8 @@
-"""What an engine makes of a component once and reads from then on, kept in the user's folder.
+"""On-disk compile cache: what a backend compiles from a component once, stored per user.
 
-Never kept in the bundle, which may come from elsewhere. A cache: where none can be kept, or none
-pays, the caller does without. Knows the folder and what it was made of; not what is in it.
+It is never stored in the bundle, which may come from elsewhere. It is a cache: where nothing can be
+stored, or it would not pay, the caller works without it. Knows the folder and what its content was
+compiled from; not the content.
 """
 
 import hashlib
@@ -27,93 +28,103 @@ from sdrt.json_validation import read_json
 from .cpu import cpu_fingerprint
 
 log = logging.getLogger(__name__)
-MARK = "plan.json"
-# Each maker's name, and the packages that it may come in.
-MAKERS = {
+METADATA = "plan.json"
+# Every compiler's title, and the packages that it may come in.
+COMPILERS = {
     "onnxruntime": ("ONNX Runtime", ("onnxruntime", "onnxruntime-gpu")),
     "openvino": ("OpenVINO", ("openvino",)),
 }
-WORTH = 100_000_000  # bytes of weights; smaller ones are made in a moment
-ROOM = 3  # times the weights must be free on the disk
+MIN_WEIGHT_BYTES = 100_000_000  # smaller components compile in a moment
+DISK_FACTOR = 3  # times the weights' size that must be free on the disk
 
 
-def kept(
+def get_or_compile(
     bundle: Bundle,
     component: str,
-    maker: str,
-    make: Callable[[Path], object],
-    wanted: set[str],
+    compiler: str,
+    compile_into: Callable[[Path], object],
+    files: set[str],
     depends: Sequence[str] = (),
 ) -> Path | None:
-    """The folder of what is made of a component; None where it does not pay or cannot be had.
+    """The folder of a compiled component, compiled now if it is not in the cache.
 
-    maker: one of `MAKERS`; make: writes the `wanted` files, and others, into the folder it is given
-    depends: what decides about the outcome besides graph, weights, maker and processor
+    Args:
+        bundle: The bundle.
+        component: The component's name.
+        compiler: A name of `COMPILERS`.
+        compile_into: Writes `files`, and possibly others, into the folder that it is passed.
+        files: What the folder must contain.
+        depends: What decides about the result besides graph, weights, compiler and processor.
+
+    Returns:
+        The folder; None where caching does not pay or is not possible.
     """
     weights = bundle.manifest.files.get(f"{component}/{WEIGHTS}")
-    if weights is None or weights.size < WORTH:
+    if weights is None or weights.size < MIN_WEIGHT_BYTES:
         return None
-    folder = home() / "plans" / f"cpu-{maker}{_installed(maker)}"
-    made_of = _made_of(bundle, component)
-    parts = (*made_of, cpu_fingerprint(), *depends)
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    target = folder / f"{component}-{key}"
+    folder = home() / "plans" / f"cpu-{compiler}{_installed_version(compiler)}"
+    sources = _source_hashes(bundle, component)
+    key = hashlib.sha256("\n".join((*sources, cpu_fingerprint(), *depends)).encode())
+    target = folder / f"{component}-{key.hexdigest()[:16]}"
     try:
-        if target.exists() and not _is_whole(target, wanted):
-            log.warning("%s is damaged, so it is made again", target)
+        if target.exists() and not _is_intact(target, files):
+            log.warning("%s is damaged; compiling it again", target)
             shutil.rmtree(target)
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(folder).free < ROOM * weights.size:
-                log.info("%s: no room in %s to keep what is made of it", component, folder)
+            if shutil.disk_usage(folder).free < DISK_FACTOR * weights.size:
+                log.info("%s: not enough space in %s for the compile cache", component, folder)
                 return None
-            log.info("%s: made ready once for this processor, kept in %s", component, folder)
-            hashed: dict[str, FileRecord] = {}
-            build_once(target, partial(_make, make, made_of, hashed))
-            mark_verified(target, hashed)  # nothing where another process made it
+            log.info("%s: compiling for this processor, once, into %s", component, folder)
+            records: dict[str, FileRecord] = {}
+            build_once(target, partial(_fill, compile_into, sources, records))
+            mark_verified(target, records)  # empty if another process compiled it
     except (OSError, SdrtError) as error:
-        log.warning("%s: what is made of it cannot be kept: %s", component, error)
+        log.warning("%s cannot be stored in the compile cache: %s", component, error)
         return None
     return target
 
 
-def other_version(folder: str) -> str | None:
-    """Why what is in a folder of this name is of no use here: another version of its maker made it;
+def explain_stale(folder: str) -> str | None:
+    """Why a cache folder of this name is useless here: another version of its compiler filled it.
     None if that is not so.
     """
-    for maker, (title, _) in MAKERS.items():
-        made_by = folder.removeprefix(f"cpu-{maker}")
-        if made_by != folder and (here := _installed(maker)) and made_by != here:
-            return f"of {title} {made_by}, here is {here}"
+    for compiler, (title, _) in COMPILERS.items():
+        cached = folder.removeprefix(f"cpu-{compiler}")
+        if cached != folder and (installed := _installed_version(compiler)) != cached:
+            return f"of {title} {cached}, here is {installed}" if installed else None
     return None
 
 
-def _installed(maker: str) -> str | None:
-    for package in MAKERS[maker][1]:
+def _installed_version(compiler: str) -> str | None:
+    for package in COMPILERS[compiler][1]:
         with suppress(PackageNotFoundError):
             return version(package)
     return None
 
 
-def _made_of(bundle: Bundle, component: str) -> list[str]:
+def _source_hashes(bundle: Bundle, component: str) -> list[str]:
     """sha256 of the graph and of the weights."""
     names = (graph_name(component, bundle.graph_file), f"{component}/{WEIGHTS}")
     return [bundle.manifest.files[name].sha256 for name in names]
 
 
-def _make(
-    make: Callable[[Path], object], made_of: list[str], hashed: dict[str, FileRecord], folder: Path
+def _fill(
+    compile_into: Callable[[Path], object],
+    sources: list[str],
+    records: dict[str, FileRecord],
+    folder: Path,
 ) -> None:
-    make(folder)
-    hashed |= describe_files(folder)
-    records = {name: asdict(record) for name, record in hashed.items()}
-    (folder / MARK).write_text(json.dumps({"of": made_of, "files": records}, indent=2) + "\n")
+    compile_into(folder)
+    records |= describe_files(folder)
+    files = {name: asdict(record) for name, record in records.items()}
+    (folder / METADATA).write_text(json.dumps({"of": sources, "files": files}, indent=2) + "\n")
 
 
-def _is_whole(folder: Path, wanted: set[str]) -> bool:
+def _is_intact(folder: Path, files: set[str]) -> bool:
     try:
-        records = read_json(folder / MARK)["files"]
+        records = read_json(folder / METADATA)["files"]
         check_files(folder, {name: FileRecord(**record) for name, record in records.items()})
     except (SdrtError, KeyError, TypeError, AttributeError):
         return False
-    return wanted <= set(records)
+    return files <= set(records)

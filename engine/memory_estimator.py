@@ -5,20 +5,17 @@ activations of a graph grow with the pixels; where a backend has no fused kernel
 are whole in memory and grow with the square of that: heads x tokens x tokens.
 """
 
-import ast
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.manifest import Manifest
 from sdrt.bundle.onnx_check import graph_values
 from sdrt.errors import UsageError
 from sdrt.process_stats import resident_bytes
 
+from .axes import axis_lengths, evaluate_axis
 from .gpu import Gpu
 from .memory_budget import activation_bytes, free_bytes
 
@@ -27,12 +24,6 @@ SCORE_BYTES = 4  # of one score: processors compute in float32
 # What a call adds to the process, in times of the activations that the manifest counts: measured at
 # 256, 512, 640 and 768 pixels a side, within 25 %. Others are not measured: a lower bound.
 OVERHEAD = {"onnxruntime on cpu": 3.0, "torch on cpu": 1.8, "openvino on cpu": 1.2}
-OPERATORS: dict[type[ast.operator], Any] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-}
 
 
 @dataclass(slots=True)
@@ -117,36 +108,9 @@ def _attention_shapes(graph: Path) -> Iterator[tuple[int, str | int, str | int]]
                 yield query[1], query[2], key[2]
 
 
-def axis_lengths(manifest: Manifest, size: Size) -> dict[str, int]:
-    """Of the axes of one row of a size (width, height)."""
-    width, height = size
-    scale = manifest.downscale
-    latent = {"latent_width": width // scale, "latent_height": height // scale}
-    return {"rows": 1, "tokens": manifest.max_tokens, "width": width, "height": height, **latent}
-
-
 def _axis_length(axis: str | int, lengths: Mapping[str, int]) -> int:
     """1 for an axis that is not known: the estimate stays a lower bound."""
     try:
         return axis if isinstance(axis, int) else evaluate_axis(axis, lengths)
     except ValueError:
         return 1
-
-
-def evaluate_axis(expression: str, lengths: Mapping[str, int]) -> int:
-    """An axis such as `8*((latent_height - 1)//8) + 8`; raises ValueError for what is none."""
-
-    def value(node: ast.expr) -> int:
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            found: int = OPERATORS[type(node.op)](value(node.left), value(node.right))
-            return found
-        if isinstance(node, ast.Name) and node.id in lengths:
-            return lengths[node.id]
-        if isinstance(node, ast.Constant) and isinstance(node.value, int):
-            return node.value
-        raise ValueError(f"the axis {expression!r} is not known")
-
-    try:
-        return value(ast.parse(expression, mode="eval").body)
-    except (SyntaxError, ZeroDivisionError, RecursionError) as error:
-        raise ValueError(f"the axis {expression!r} is not known") from error

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-DONT_NEED = 4  # MADV_DONTNEED
+MADV_DONTNEED = 4  # MADV_DONTNEED
 
 
-class Users:
+class MappedFileUsers:
     """Who uses mapped files of this process now. What is dropped must not be unmapped meanwhile:
     whatever the system puts in its place would lose its bytes.
     """
@@ -29,33 +29,33 @@ class Users:
         with self._lock:
             self._count -= 1
 
-    def let_go(self, path: Path) -> bool:
-        """As `let_go`, if nobody uses any now; whether it was done."""
+    def drop_pages(self, path: Path) -> bool:
+        """As `drop_pages`, if nobody uses any now; whether it was done."""
         with self._lock:
             if not self._count:
-                let_go(path)
+                drop_pages(path)
             return not self._count
 
 
-def let_go(path: Path) -> None:
+def drop_pages(path: Path) -> None:
     """Drop this process's pages of a file that is mapped to be read. Their bytes stay in the
     system's cache, which all processes share, and are found again when they are touched.
     """
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for low, high in _read_only(path):
-        if libc.madvise(low, high - low, DONT_NEED):
+    for low, high in _read_only_mappings(path):
+        if libc.madvise(low, high - low, MADV_DONTNEED):
             log.debug("pages of %s stay resident", path)
 
 
-def trim() -> None:
+def trim_heap() -> None:
     """Have the C library's heap give back what was freed in it."""
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if give_back is not None:
         give_back(0)
 
 
-def _read_only(path: Path) -> Iterator[tuple[int, int]]:
+def _read_only_mappings(path: Path) -> Iterator[tuple[int, int]]:
     """Where the file is mapped; never where it may be written, which would lose what was."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()

@@ -1,9 +1,10 @@
-"""Plans, as compiled engines are called: where they lie, when one may be used, how one appears.
+"""Plans, TensorRT's name for compiled engines: where they are stored, which may be used, and how
+one is published.
 
-Knows files, keys and hashes; not TensorRT. A plan is native code tied to what it was built from and
-for, so it lies beside a sidecar that names all of that, and its bytes are compared with the
-sidecar's sha256 before anything reads them. A sidecar carries the mark of who built here: one
-without it came with a bundle from elsewhere, and its plan is left alone.
+Knows files, keys and hashes; not TensorRT. A plan is native code tied to its sources and its GPU.
+Its sidecar, a JSON file of the same name, records both, the plan's sha256, which is checked before
+anything reads the plan, and this user's signature. A plan without that signature came with a
+bundle from elsewhere and is not loaded.
 """
 
 import contextlib
@@ -27,28 +28,62 @@ from sdrt.bundle.store import home
 from sdrt.errors import BackendError, BundleError
 from sdrt.json_validation import json_object, read_bytes, shorten
 
-from .plan_signing import VARIABLE, is_ours, mark_of, named
+from .axes import axis_lengths
+from .plan_signing import TRUST_VARIABLE, is_signature_valid, sign, trusted_hashes
 
 log = logging.getLogger(__name__)
-PICTURE_ROWS = 1  # the runtime decodes and encodes one picture at a time
+VAE_ROWS = 1  # the runtime decodes and encodes one image at a time
 MAX_SIDECAR = 1_000_000  # bytes
-MAX_STRETCHES = 16  # of a prompt, each of the text encoder's length: all that are read
-# Files whose sha256 this process has compared, so that gigabytes are not hashed twice in a load.
-_unchanged: set[tuple[object, ...]] = set()
+MAX_CHUNKS = 16  # of a prompt, each of the text encoder's length
 Shape = tuple[int, ...]
-Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # for each input: least, usual, most
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # for each input: minimum, optimum, maximum
+
+
+class HashedPlans:
+    """Plan files whose sha256 this process has checked, so that gigabytes are hashed once."""
+
+    def __init__(self) -> None:
+        self._files: set[tuple[object, ...]] = set()
+
+    def is_intact(self, content: mmap.mmap, sha256: str, file: tuple[object, ...]) -> bool:
+        """Whether the content has this sha256; hashed once while the file stays the same."""
+        if file not in self._files and hashlib.sha256(content).hexdigest() != sha256:
+            return False
+        self._files.add(file)
+        return True
+
+
+HASHED_PLANS = HashedPlans()
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSettings:
+    """What a plan is built with and for, whatever the component; see `PlanKey`."""
+
+    kind: str
+    version: str
+    targets: tuple[str, ...]
+    gpu: str = ""
+    level: int = 3
+    workspace: int = 0
+    stripped: bool = False
+    streamed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PlanKey:
-    """Everything that a plan depends on; another value of any makes another plan.
+    """Everything that a plan depends on; a plan with another key is another plan.
 
-    targets: the compute capabilities that it runs on, such as sm_89
-    gpu: the GPU's name, empty where one plan serves every GPU of its targets
-    level: builder optimisation, 0 to 5. workspace: bytes of scratch memory, 0 for any
-    stripped: whether the weights are left out, to be filled in from the bundle
-    streamed: whether the weights can stay with the host
-    graph, weights: sha256 of both files
+    Attributes:
+        kind, version: The compiler.
+        targets: The compute capabilities that the plan runs on, such as sm_89.
+        gpu: The GPU's name; empty where one plan serves every GPU of its targets.
+        profiles: The ranges of input shapes.
+        level: The builder's optimisation level, 0 to 5.
+        workspace: Bytes of scratch memory, 0 for unlimited.
+        stripped: Whether the weights are left out, to be refitted from the bundle.
+        graph, weights: sha256 of both files.
+        streamed: Whether weights can stay in host memory.
     """
 
     component: str
@@ -73,20 +108,21 @@ class PlanKey:
     @property
     def path(self) -> Path:
         """Below a plans folder."""
-        whom = self.gpu or self.kind
-        targets = self.targets if len(self.targets) == 1 else ("portable",)
-        made_by = f"{'trt' if self.kind.startswith('tensorrt') else 'ort'}{self.version}"
-        folder = re.sub(r"[^a-z0-9_.]+", "-", f"{whom}-{targets[0]}-{made_by}".lower())
+        gpu = self.gpu or self.kind
+        target = self.targets[0] if len(self.targets) == 1 else "portable"
+        compiler = f"{'trt' if self.kind.startswith('tensorrt') else 'ort'}{self.version}"
+        folder = re.sub(r"[^a-z0-9_.]+", "-", f"{gpu}-{target}-{compiler}".lower())
         return Path(folder) / f"{self.component}-{self.digest}.plan"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A plan's file and its sidecar.
+    """A plan's file and the content of its sidecar.
 
-    seconds, peak_bytes: what building it took
-    parity: how it compared with the bundle's graph on its GPU; None until it has run
-    mark: this user's, on all of that
+    Attributes:
+        seconds, peak_bytes: The time and the memory that building it took.
+        parity: How it compared with the bundle's graph on its GPU; None until it has run.
+        mark: This user's signature of all of that.
     """
 
     path: Path
@@ -99,38 +135,40 @@ class Plan:
     mark: str = ""
 
     @property
-    def trusted(self) -> bool:
-        """Whether it was built here, or the operator vouches for it."""
-        return is_ours(self._sealed(), self.mark) or str(self.sha256) in named()
+    def is_trusted(self) -> bool:
+        """Whether this user built it, or the operator trusts it."""
+        return (
+            is_signature_valid(self._signed_content(), self.mark)
+            or str(self.sha256) in trusted_hashes()
+        )
 
-    def marked(self) -> "Plan":
-        return replace(self, mark=mark_of(self._sealed()))
+    def signed(self) -> "Plan":
+        return replace(self, mark=sign(self._signed_content()))
 
-    def _sealed(self) -> bytes:
+    def _signed_content(self) -> bytes:
         values = {name: value for name, value in asdict(self).items() if name != "mark"}
         return json.dumps({**values, "path": self.path.name}, sort_keys=True).encode()
 
     @contextlib.contextmanager
     def verified(self) -> Iterator[mmap.mmap]:
-        """The plan's bytes; raises BackendError if they are not those that were written."""
+        """The plan's bytes; raises BackendError if they are not the bytes that were written."""
         try:
             with self.path.open("rb") as file:
                 stat = os.fstat(file.fileno())
-                mark = (self.path, self.sha256, file_identity(stat))
+                file_id = (self.path, self.sha256, file_identity(stat))
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise BackendError(f"{self.path} cannot be read: {error}") from error
         with content:
-            if reason := self._damage(content, mark):
-                raise BackendError(f"{reason}; delete it, it is built again")
+            if reason := self._damage(content, file_id):
+                raise BackendError(reason, hint="delete the file; it is built again")
             yield content
 
-    def _damage(self, content: mmap.mmap, mark: tuple[object, ...]) -> str | None:
+    def _damage(self, content: mmap.mmap, file_id: tuple[object, ...]) -> str | None:
         if len(content) != self.size:
             return f"{self.path} has {len(content)} bytes, {self.size} were written"
-        if mark not in _unchanged and hashlib.sha256(content).hexdigest() != self.sha256:
+        if not HASHED_PLANS.is_intact(content, self.sha256, file_id):
             return f"{self.path} is damaged: its sha256 is not that of the plan that was written"
-        _unchanged.add(mark)
         return None
 
     def damage(self) -> str | None:
@@ -139,19 +177,19 @@ class Plan:
             with self.verified():
                 return None
         except BackendError as error:
-            return str(error)
+            return error.message
 
     def with_parity(self, parity: Mapping[str, float]) -> "Plan":
-        """The same plan, proven; the sidecar is written anew where that is allowed."""
-        proven = replace(self, parity=dict(parity))
+        """The same plan, validated; the sidecar is updated where it can be written."""
+        validated = replace(self, parity=dict(parity))
         with contextlib.suppress(OSError):
-            proven = proven.marked()
-            _write_sidecar(proven)
-        return proven
+            validated = validated.signed()
+            _write_sidecar(validated)
+        return validated
 
 
 def plans_folder(bundle: Bundle) -> Path:
-    """The bundle's own, or one in the user's folder where the bundle cannot be written."""
+    """The bundle's own folder, or one in the user's home where the bundle is read-only."""
     own = bundle.folder / "plans"
     if os.access(own if own.exists() else bundle.folder, os.W_OK):
         return own
@@ -159,64 +197,40 @@ def plans_folder(bundle: Bundle) -> Path:
     return home() / "plans" / f"{bundle.manifest.name}-{mark}"
 
 
-def key_of(
-    bundle: Bundle,
-    component: str,
-    *,
-    kind: str,
-    version: str,
-    targets: tuple[str, ...],
-    gpu: str = "",
-    level: int = 3,
-    workspace: int = 0,
-    stripped: bool = False,
-    streamed: bool = False,
-) -> PlanKey:
+def plan_key(bundle: Bundle, component: str, settings: BuildSettings) -> PlanKey:
     """The key of the plan that a component of a bundle needs."""
     inputs = bundle.manifest.components[component].inputs
     return PlanKey(
+        **asdict(settings),
         component=component,
-        kind=kind,
-        version=version,
-        targets=targets,
-        gpu=gpu,
         system=f"{platform.system()}-{platform.machine()}".lower(),
-        profiles=profiles_of(bundle.manifest, component, inputs),
-        level=level,
-        workspace=workspace,
-        stripped=stripped,
-        streamed=streamed,
+        profiles=create_profiles(bundle.manifest, component, inputs),
         graph=_sha256(bundle, component, bundle.graph_file),
         weights=_sha256(bundle, component, "model.safetensors"),
     )
 
 
 def _sha256(bundle: Bundle, component: str, name: str) -> str:
-    """From the manifest, or of the file while the bundle is being made."""
+    """From the manifest, or of the file while the bundle is being built."""
     record = bundle.manifest.files.get(f"{component}/{name}")
     return record.sha256 if record else hash_file(bundle.folder / component / name)
 
 
-def profiles_of(
+def create_profiles(
     manifest: Manifest, component: str, inputs: tuple[TensorSpec, ...]
 ) -> tuple[Profile, ...]:
-    """One profile for each declared size, in which only rows and a prompt's length may vary.
+    """One profile per declared size, in which only rows and the prompt's length may vary.
 
-    A guided picture is two rows, so the most rows are twice the batch; decoders and encoders of
-    pictures take one. Raises BackendError for a dynamic axis of another name.
+    A guided image is two rows, so the maximum is twice the batch; the VAE runs one image at a time.
+    Raises BackendError for an unknown dynamic axis.
     """
     low, usual, high = manifest.batch
-    rows = (PICTURE_ROWS,) * 3 if component.startswith("vae") else (low, 2 * usual, 2 * high)
+    rows = (VAE_ROWS,) * 3 if component.startswith("vae") else (low, 2 * usual, 2 * high)
     tokens = manifest.max_tokens
     profiles = []
-    for width, height in manifest.sizes:
-        down = manifest.downscale
-        lengths = {
-            "rows": rows,
-            "tokens": (tokens, tokens, MAX_STRETCHES * tokens),
-            **{"width": (width,) * 3, "height": (height,) * 3},
-            **{"latent_width": (width // down,) * 3, "latent_height": (height // down,) * 3},
-        }
+    for size in manifest.sizes:
+        fixed = {name: (length,) * 3 for name, length in axis_lengths(manifest, size).items()}
+        lengths = {**fixed, "rows": rows, "tokens": (tokens, tokens, MAX_CHUNKS * tokens)}
         profile = {spec.name: _range(component, spec, lengths) for spec in inputs}
         if profile not in profiles:
             profiles.append(profile)
@@ -238,66 +252,68 @@ def _range(
     return shape(0), shape(1), shape(2)
 
 
-def differences(found: PlanKey, wanted: PlanKey, ignored: Sequence[str] = ()) -> list[str]:
-    """What keeps a plan from being used, in words; empty if nothing does."""
+def key_differences(key: PlanKey, required: PlanKey, ignored: Sequence[str] = ()) -> list[str]:
+    """Why a plan cannot be used, in words; empty if it can."""
     titles = {
-        "kind": "it is for {found}, not {wanted}",
-        "version": "version {found} built it, here is {wanted}",
-        "gpu": "it is for {found}, here is {wanted}",
-        "system": "it is for {found}, this is {wanted}",
-        "profiles": "its sizes, batch or prompt length are others",
-        "level": "its optimisation level is {found}, not {wanted}",
-        "workspace": "its scratch memory is limited otherwise",
-        "streamed": "weights stay with the host: {found}, wanted {wanted}",
+        "kind": "it is for {0}, not {1}",
+        "version": "version {0} built it, here is {1}",
+        "gpu": "it is for {0}, here is {1}",
+        "system": "it is for {0}, this is {1}",
+        "profiles": "its sizes, batch or prompt length differ",
+        "level": "its optimisation level is {0}, not {1}",
+        "workspace": "its workspace limit differs",
+        "streamed": "weight streaming is {0}, not {1}",
         "graph": "the graph has changed",
         "weights": "the weights have changed",
     }
-    texts = []
+    reasons = []
     for name, title in titles.items():
-        values = getattr(found, name), getattr(wanted, name)
+        values = getattr(key, name), getattr(required, name)
         if values[0] != values[1] and name not in ignored:
-            texts.append(title.format(found=values[0], wanted=values[1]))
-    if missing := sorted(set(wanted.targets) - set(found.targets)):
-        texts.append(f"it is for {', '.join(found.targets)}, not {', '.join(missing)}")
-    return texts
+            reasons.append(title.format(*values))
+    if missing := sorted(set(required.targets) - set(key.targets)):
+        reasons.append(f"it is for {', '.join(key.targets)}, not {', '.join(missing)}")
+    return reasons
 
 
 def find_plan(
-    folder: Path, wanted: PlanKey, ignored: Sequence[str] = ()
+    folder: Path, required: PlanKey, ignored: Sequence[str] = ()
 ) -> tuple[Plan | None, str]:
-    """A plan that may be used, the one for the fewest other GPUs, or None and the reason: the
-    nearest plan and how it differs.
+    """A plan that may be used, preferring the one for the fewest targets; or None, and how the
+    nearest plan differs.
 
-    ignored: parts of the key that may differ
+    ignored: fields of the key that may differ
     """
     nearest: tuple[int, str] | None = None
-    for plan in sorted(_plans(folder, wanted.component), key=lambda plan: len(plan.key.targets)):
-        texts = differences(plan.key, wanted, ignored) if plan.trusted else [_foreign(plan)]
-        if not texts and (damage := plan.damage()) is None:
+    plans = sorted(_read_plans(folder, required.component), key=lambda plan: len(plan.key.targets))
+    for plan in plans:
+        differences = key_differences(plan.key, required, ignored)
+        reasons = differences if plan.is_trusted else [_explain_untrusted(plan)]
+        if not reasons and (damage := plan.damage()) is None:
             return plan, ""
-        reason = "; ".join(texts) or str(damage)
-        if nearest is None or len(texts) < nearest[0]:
-            nearest = len(texts), f"the plan {plan.path.name} cannot be used: {reason}"
+        reason = "; ".join(reasons) or str(damage)
+        if nearest is None or len(reasons) < nearest[0]:
+            nearest = len(reasons), f"the plan {plan.path.name} cannot be used: {reason}"
     return None, nearest[1] if nearest else "there is no plan yet"
 
 
-def _foreign(plan: Plan) -> str:
+def _explain_untrusted(plan: Plan) -> str:
     return (
-        "it was not built here, and a plan is native code; if you trust who built it, "
-        f"set {VARIABLE} to its sha256, which its sidecar says is {shorten(plan.sha256)}"
+        "it was not built here, and a plan is native code; if you trust its builder, "
+        f"set {TRUST_VARIABLE} to its sha256, by its sidecar {shorten(plan.sha256)}"
     )
 
 
-def _plans(folder: Path, component: str) -> Iterator[Plan]:
+def _read_plans(folder: Path, component: str) -> Iterator[Plan]:
     for sidecar in sorted(folder.glob(f"*/{component}-*.json")):
         try:
             yield plan_from_json(sidecar)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is no sidecar of a plan and is left alone: %s", sidecar, error)
+            log.warning("%s is not a plan's sidecar and is ignored: %s", sidecar, error)
 
 
 def plan_from_json(sidecar: Path) -> Plan:
-    """Raises OSError, ValueError, KeyError or TypeError for a file that is no sidecar."""
+    """Read a sidecar; raises OSError, ValueError, KeyError or TypeError if it is invalid."""
     raw = json_object(read_bytes(sidecar, MAX_SIDECAR))
     key = dict(raw.pop("key"))
     key["targets"] = tuple(key["targets"])
@@ -319,39 +335,46 @@ def _write_sidecar(plan: Plan) -> None:
     write_atomic(plan.path.with_suffix(".json"), text.encode())
 
 
-def plan_of(
+def get_or_build_plan(
     folder: Path,
-    wanted: PlanKey,
+    required: PlanKey,
     build: Callable[[Path], tuple[float, int]],
     ignored: Sequence[str] = (),
 ) -> Plan:
-    """The plan of a key, built where there is none that may be used.
+    """The plan of a key, built if there is none that may be used.
 
-    ignored: see `find_plan`
-    build: writes the plan's file; returns the seconds and the peak memory in bytes that it took
-    Two processes that want one plan wait for each other; a killed build leaves nothing in the way.
-    Raises BundleError if the folder cannot be written, and whatever `build` raises.
+    Processes that need the same plan wait for each other, and a killed build leaves nothing in the
+    way.
+
+    Args:
+        folder: Where plans are stored.
+        required: The key.
+        build: Writes the plan's file; returns the seconds and the peak memory that it took.
+        ignored: See `find_plan`.
+
+    Raises:
+        BundleError: The folder cannot be written. What `build` raises is passed on.
     """
-    found, _ = find_plan(folder, wanted, ignored)
-    if found:
-        return found
-    path = folder / wanted.path
+    plan, _ = find_plan(folder, required, ignored)
+    if plan:
+        return plan
+    path = folder / required.path
     try:
-        with locked(path.with_name(wanted.component)):
-            found, reason = find_plan(folder, wanted, ignored)
-            mark_of(b"")  # what cannot be marked is not built for minutes first
-            return found or _built(path, wanted, reason, build)
+        with locked(path.with_name(required.component)):
+            plan, reason = find_plan(folder, required, ignored)
+            sign(b"")  # fails now, not after minutes of building, if the key cannot be stored
+            return plan or _build(path, required, reason, build)
     except OSError as error:
-        raise BundleError(f"cannot write {path}: {error}; name another SDRT_HOME") from error
+        raise BundleError(f"cannot write {path}: {error}", hint="set another SDRT_HOME") from error
 
 
-def _built(
+def _build(
     path: Path, key: PlanKey, reason: str, build: Callable[[Path], tuple[float, int]]
 ) -> Plan:
     log.info("%s: building a plan for %s (%s)", key.component, ", ".join(key.targets), reason)
     with atomic_file(path) as partial:
         seconds, peak = build(partial)
-        plan = Plan(path, key, hash_file(partial), partial.stat().st_size, seconds, peak).marked()
+        plan = Plan(path, key, hash_file(partial), partial.stat().st_size, seconds, peak).signed()
     _write_sidecar(plan)
     log.info(
         "%s: %.0f MB in %.1f s, peak memory %.2f GB",
@@ -360,13 +383,13 @@ def _built(
         seconds,
         peak / 1e9,
     )
-    _drop_outdated(plan)
+    _delete_outdated(plan)
     return plan
 
 
-def _drop_outdated(plan: Plan) -> None:
-    """Plans of the same folder with weights that this bundle no longer has."""
-    for other in list(_plans(plan.path.parent.parent, plan.key.component)):
+def _delete_outdated(plan: Plan) -> None:
+    """Delete plans of the same folder whose weights this bundle no longer has."""
+    for other in list(_read_plans(plan.path.parent.parent, plan.key.component)):
         same = other.path.parent == plan.path.parent
         if same and other.key.weights != plan.key.weights:
             other.path.with_suffix(".json").unlink(missing_ok=True)

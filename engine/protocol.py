@@ -1,11 +1,10 @@
-"""What a backend is: an `Engine` that runs a component and a `History` that combines latents.
+"""The engine protocol: one compiled component, called with numpy arrays.
 
-Knows numpy. Everything that crosses this line is a numpy array; where the bytes live meanwhile
-is the backend's own business.
+Knows numpy. Where the bytes are between calls is the backend's business.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,43 +24,62 @@ class Engine(Protocol):
     def outputs(self) -> tuple[TensorSpec, ...]: ...
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        """Run once; any number of threads may call at the same time. The arrays returned are the
-        caller's own: no other call writes to them.
+        """Run once.
+
+        Any number of threads may call at the same time. The returned arrays belong to the caller:
+        no other call writes to them.
         """
         ...
 
     def refit(self, weights: Feeds) -> None:
-        """Compute with these in place of the stored weights of these names, of their shapes and
-        dtypes, and with the stored ones for all others, whatever was given before.
+        """Replace the stored weights of these names; all others are the stored ones again,
+        whatever earlier calls replaced.
 
-        Raises BackendError if the backend does not take them.
+        Args:
+            weights: Arrays of the stored shapes and dtypes, by name.
+
+        Raises:
+            BackendError: The backend cannot replace weights.
         """
         ...
 
     def close(self) -> None:
-        """Give the memory back; the engine cannot be called again."""
+        """Release the memory; the engine cannot be called again."""
+        ...
+
+
+@runtime_checkable
+class UnfusedAttention(Protocol):
+    """An engine that may keep attention's score matrices in memory. Test with `isinstance`."""
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether it does, for want of a fused kernel."""
         ...
 
 
 def check_feeds(name: str, specs: tuple[TensorSpec, ...], feeds: Feeds) -> dict[str, np.ndarray]:
-    """The feeds as contiguous arrays of the declared dtypes; raises UsageError where they misfit.
+    """Return the feeds as contiguous arrays of the declared dtypes.
 
-    A named axis must have one length in all inputs of the call.
+    A named axis must have one length in all inputs of a call.
+
+    Raises:
+        UsageError: An input is missing, unknown or of another shape.
     """
-    axes: dict[str, int] = {}
-    ready = {}
+    lengths: dict[str, int] = {}
+    arrays = {}
     if unknown := set(feeds) - {spec.name for spec in specs}:
         raise UsageError(f"{name} has no input {', '.join(sorted(unknown))}")
     for spec in specs:
         if spec.name not in feeds:
-            raise UsageError(f"{name} was not given its input {spec.name}")
+            raise UsageError(f"{name}: input {spec.name} is missing")
         array = feeds[spec.name]
         if len(array.shape) != len(spec.shape) or not all(
-            length == (axes.setdefault(axis, length) if isinstance(axis, str) else axis)
+            length == (lengths.setdefault(axis, length) if isinstance(axis, str) else axis)
             for axis, length in zip(spec.shape, array.shape, strict=True)
         ):
             raise UsageError(
                 f"{name}: {spec.name} is {list(array.shape)}, expected {list(spec.shape)}"
             )
-        ready[spec.name] = np.ascontiguousarray(array, dtype=spec.dtype)
-    return ready
+        arrays[spec.name] = np.ascontiguousarray(array, dtype=spec.dtype)
+    return arrays

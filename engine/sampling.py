@@ -1,11 +1,11 @@
-"""A whole sampling run as one call of a backend: what it is given and what becomes of it.
+"""A complete sampling run as one call of an engine: the program and its result.
 
-Knows numpy and the engine protocol.
+Knows numpy and the engine protocol; not samplers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,74 +14,82 @@ from .protocol import Engine, Feeds
 
 @dataclass(frozen=True, slots=True)
 class TextInput:
-    """Text that a text encoder reads in the same run, in place of the UNet's input `context`.
+    """Text that the text encoder reads in the same call, in place of the UNet's input `context`.
 
-    ids: [B, 2 or 1, stretches, tokens] int32; weights: alike, float32, of every token
-    skip: layers left out at the end
+    Attributes:
+        ids: [B, 2 or 1, chunks, tokens] int32.
+        weights: Every token's weight, of the shape of `ids`, float32.
+        clip_skip: How many of the encoder's last layers are skipped.
     """
 
     ids: np.ndarray
     weights: np.ndarray
-    skip: int
+    clip_skip: int
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingResult:
-    """What becomes of a schedule.
+    """The result of a program.
 
-    latents: [B, C, H/8, W/8] float32
-    pixels: [B, H, W, 3] uint8, where it was decoded too
-    good: of each, whether all of the decoder's numbers were finite
+    Attributes:
+        latents: [B, C, H/8, W/8] float32.
+        pixels: [B, H, W, 3] uint8, where the decoder took part.
+        finite: For every image, whether all values of the decoder's output were finite.
     """
 
     latents: np.ndarray
     pixels: np.ndarray | None = None
-    good: Sequence[bool] = ()
+    finite: Sequence[bool] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingProgram:
-    """A whole run of B pictures in N evaluations, all numbers known: what a backend that decides
-    nothing in between needs. Rows of the model are laid out picture by picture.
+    """A sampling run of B images in N evaluations in which every number is known in advance, so
+    that nothing is decided between evaluations. Rows of the UNet's batch are ordered by image.
 
-    columns: [B, places, C, H/8, W/8] float32, with the starting noise and whatever is given
-    rows: [N + 1, B, places] float32, how every input and the result are mixed
-    timesteps: [N, B] float32
-    used: rows of a picture in every evaluation, 2 where it is guided
-    per: places of one evaluation's output; the last is the prompt's
-    output_places [N], state_places [N + 1]: where outputs and mixtures are kept
-    told: [B, 2 or 1, ..] of every other input; the last row is the prompt's
-    beside: [B, E, H/8, W/8] channels beside the latents
-    read: what the text encoder reads first, if it does
+    Attributes:
+        history: [B, columns, C, H/8, W/8] float32; holds the initial noise and all other inputs.
+        coefficients: [N + 1, B, columns] float32; how each evaluation's input, and the result, is
+            mixed from the history.
+        timesteps: [N, B] float32.
+        rows_per_image: For every evaluation, 2 where it is guided and else 1.
+        columns_per_output: Columns of one evaluation's output; the last is the prompt's.
+        output_columns: [N], where outputs are stored.
+        state_columns: [N + 1], where mixtures are stored.
+        conditioning: [B, 2 or 1, ...] of every other input; the last row is the prompt's.
+        extra_channels: [B, E, H/8, W/8], concatenated to the latents.
+        text: What the text encoder reads first, if it takes part.
     """
 
-    columns: np.ndarray
-    rows: np.ndarray
+    history: np.ndarray
+    coefficients: np.ndarray
     timesteps: np.ndarray
-    used: tuple[int, ...]
-    per: int
-    output_places: tuple[int, ...]
-    state_places: tuple[int, ...]
-    told: Feeds
-    beside: np.ndarray
-    read: TextInput | None = None
+    rows_per_image: tuple[int, ...]
+    columns_per_output: int
+    output_columns: tuple[int, ...]
+    state_columns: tuple[int, ...]
+    conditioning: Feeds
+    extra_channels: np.ndarray
+    text: TextInput | None = None
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What two schedules share that one CUDA graph serves."""
-        shapes = tuple(value.shape for value in self.told.values())
-        places = self.used, self.per, self.output_places, self.state_places
-        read = self.read and (self.read.ids.shape, self.read.skip)
-        return self.columns.shape, self.rows.shape, self.beside.shape, shapes, places, read
+        """Equal for programs that can share one CUDA graph."""
+        shapes = tuple(value.shape for value in self.conditioning.values())
+        columns = self.columns_per_output, self.output_columns, self.state_columns
+        text = self.text and (self.text.ids.shape, self.text.clip_skip)
+        arrays = self.history.shape, self.coefficients.shape, self.extra_channels.shape
+        return *arrays, shapes, self.rows_per_image, *columns, text
 
 
+@runtime_checkable
 class ProgramEngine(Protocol):
-    """A UNet's engine that also runs a whole schedule."""
+    """A UNet's engine that also runs complete programs. Test for it with `isinstance`."""
 
     def run_program(
-        self, schedule: SamplingProgram, encoder: Engine | None, decoder: Engine | None
+        self, program: SamplingProgram, encoder: Engine | None, decoder: Engine | None
     ) -> SamplingResult:
-        """Run it, after the text encoder where the schedule has text, before the decoder where one
-        is given; both are engines of the same backend.
+        """Run a program: first the text encoder where the program has text, last the decoder where
+        one is passed. Both are engines of the same backend.
         """
         ...

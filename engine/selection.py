@@ -1,8 +1,12 @@
-"""Which backend runs: what was asked for, or the first that works here, with the reason."""
+"""Backend selection: the backend that was asked for, or the first one that works on this machine.
+
+Knows every backend's name and what it needs; imports a backend only when an engine is loaded.
+"""
 
 import importlib.util
+import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,39 +15,66 @@ from sdrt.errors import BackendError, UsageError
 
 from .cpu import has_bf16
 from .gpu import Gpu, GpuInventory, detect_gpus
+from .load_options import LoadOptions
 from .protocol import Engine
-from .tensorrt.variants import FULL, RTX, why_not
+from .tensorrt.variants import FULL, RTX, explain_unavailable
 
+log = logging.getLogger(__name__)
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
 PRECISIONS = ("auto", "exact")
-OPENVINO_MIN_BYTES = 500_000_000  # bytes of a bundle that OpenVINO's longer start does not pay for
+OPENVINO_MIN_BYTES = 500_000_000  # smaller bundles do not make up for OpenVINO's start-up time
+LABELS = {
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT for RTX",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "torch": "PyTorch",
+}
+PRECISION_LABELS = {"float32": "fp32", "float16": "fp16"}
+OPENVINO_BF16 = "openvino-bf16"
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to run a bundle.
+    """One backend on one device.
 
-    why_not: None if it works here, else the reason in words a person can act on
-    load: opens one component of a bundle
-    reduced: the name of its lower precision, used for the bundles that admit it; None if it has
-        none here
-    streams: whether it can leave weights with the host
-    gpu: the NVIDIA GPU that it runs on, if it does
-    because: why this one was chosen, filled in by `select_backend`
+    Attributes:
+        backend: A name of `BACKENDS`.
+        device: `cpu`, `mps`, or `cuda` with the GPU's index where it is not the first.
+        unavailable_reason: Why the backend cannot run here; None if it can.
+        load: Loads one component of a bundle.
+        reduced_precision: The name of a lower precision, used for bundles that were validated with
+            it; None if there is none on this machine.
+        streams_weights: Whether weights can stay in host memory.
+        gpu: The NVIDIA GPU, if the backend runs on one.
+        skipped: Backends that come earlier and were skipped, each with the reason; set by
+            `select_backend`.
     """
 
     backend: str
     device: str
     unavailable_reason: str | None
     load: Callable[[Bundle, str], Engine] | None = None
-    because: str = ""
     reduced_precision: str | None = None
     streams_weights: bool = False
     gpu: Gpu | None = None
+    skipped: tuple[tuple[str, str], ...] = ()
 
     @property
     def title(self) -> str:
         return f"{self.backend} on {self.device}"
+
+    @property
+    def label(self) -> str:
+        """For people: `ONNX Runtime (CPU)`."""
+        return f"{LABELS.get(self.backend, self.backend)} ({self.device.upper()})"
+
+    def precision_label(self, bundle: Bundle) -> str:
+        """What the UNet computes in: `fp32`, `fp16` or `bf16`."""
+        if self.reduced_precision in bundle.manifest.admitted:
+            return str(self.reduced_precision).rpartition("-")[2]
+        dtype = bundle.manifest.components["unet"].dtype
+        return PRECISION_LABELS.get(dtype, dtype)
 
 
 def is_installed(module: str) -> bool:
@@ -51,187 +82,188 @@ def is_installed(module: str) -> bool:
 
 
 def list_backends(
-    machine: GpuInventory | None = None,
-    device: int = 0,
-    stream: int = 0,
-    low_memory: bool = False,
-    compile: bool = False,
+    options: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
+    gpus: GpuInventory | None = None,
 ) -> list[Candidate]:
-    """Every backend in the order in which `auto` tries them.
+    """List every backend in the order in which `auto` tries them.
 
-    machine: its NVIDIA GPUs, asked from the driver by default
-    device: which of them to use. Raises UsageError if there is no such GPU.
-    stream: the address of the caller's CUDA stream to work in, where there is one
-    low_memory: weights stay with the host where a backend can stream them
-    compile: the torch backend's engines are compiled
+    Args:
+        options: The device, stream and memory options that engines are loaded with.
+        gpus: The NVIDIA GPUs of the machine; by default the driver is asked.
+
+    Raises:
+        UsageError: The machine has no GPU `options.device`.
     """
-    machine = detect_gpus() if machine is None else machine
-    if device and not 0 <= device < len(machine.gpus):
-        have = ", ".join(f"{gpu.index} {gpu.name}" for gpu in machine.gpus)
-        raise UsageError(f"device {device}; here is {have or machine.unavailable_reason}")
+    gpus = detect_gpus() if gpus is None else gpus
+    if options.device and not 0 <= options.device < len(gpus.gpus):
+        available = ", ".join(f"{gpu.index} {gpu.name}" for gpu in gpus.gpus)
+        raise UsageError(
+            f"there is no GPU {options.device}; available: {available or gpus.unavailable_reason}",
+            hint="run `sdrt doctor` to list the GPUs",
+        )
     with_stream = [
-        _tensorrt(FULL, machine, device, stream, low_memory),
-        _tensorrt(RTX, machine, device, stream, low_memory),
-        _ort_cuda(machine, device, stream),
+        _tensorrt(FULL, gpus, options),
+        _tensorrt(RTX, gpus, options),
+        _onnxruntime_cuda(gpus, options),
     ]
     others = [
-        *(_torch(kind, machine, device, compile) for kind in ("cuda", "mps")),
+        *(_torch(kind, gpus, options) for kind in ("cuda", "mps")),
         _openvino(),
-        _ort_cpu(),
-        _torch("cpu", machine, device, compile),
+        _onnxruntime_cpu(),
+        _torch("cpu", gpus, options),
     ]
-    if stream:
-        none = "it takes no CUDA stream of the caller's"
+    if options.cuda_stream:
+        reason = "it cannot run in the caller's CUDA stream"
         others = [
-            replace(other, unavailable_reason=other.unavailable_reason or none) for other in others
+            replace(other, unavailable_reason=other.unavailable_reason or reason)
+            for other in others
         ]
     return with_stream + others
 
 
-def _gpu(machine: GpuInventory, device: int) -> Gpu | None:
-    return machine.gpus[device] if machine.gpus else None
+def _gpu(gpus: GpuInventory, options: LoadOptions) -> Gpu | None:
+    return gpus.gpus[options.device] if gpus.gpus else None
 
 
-def _cuda(device: int) -> str:
-    return f"cuda:{device}" if device else "cuda"
+def _cuda(options: LoadOptions) -> str:
+    return f"cuda:{options.device}" if options.device else "cuda"
 
 
-def _tensorrt(
-    kind: str, machine: GpuInventory, device: int, stream: int, low_memory: bool
-) -> Candidate:
+def _tensorrt(kind: str, gpus: GpuInventory, options: LoadOptions) -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
         from .tensorrt.load import load_engine
 
-        return load_engine(bundle, name, kind, machine.gpus[device], stream, streamed=low_memory)
+        return load_engine(bundle, name, kind, gpus.gpus[options.device], options)
 
-    reason = why_not(kind, machine, device)
-    gpu = _gpu(machine, device)
-    return Candidate(kind, _cuda(device), reason, load, streams_weights=True, gpu=gpu)
+    reason = explain_unavailable(kind, gpus, options.device)
+    gpu = _gpu(gpus, options)
+    return Candidate(kind, _cuda(options), reason, load, streams_weights=True, gpu=gpu)
 
 
-def _ort_cuda(machine: GpuInventory, device: int, stream: int) -> Candidate:
+def _onnxruntime_cuda(gpus: GpuInventory, options: LoadOptions) -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
         from .onnxruntime.cpu import initialise
         from .onnxruntime.cuda import load_engine
 
         initialise()
-        return load_engine(bundle, name, machine.gpus[device], stream)
+        return load_engine(bundle, name, gpus.gpus[options.device], options.cuda_stream)
 
-    reason = machine.unavailable_reason
+    reason = gpus.unavailable_reason
     if not is_installed("onnxruntime"):
         reason = "onnxruntime is not installed; pip install 'sdrt[gpu]'"
     elif reason is None:
-        from .onnxruntime.session import available
+        from .onnxruntime.session import explain_missing_provider
 
-        reason = available("CUDAExecutionProvider")
-    gpu = _gpu(machine, device)
-    return Candidate("onnxruntime", _cuda(device), reason, load, gpu=gpu)
+        reason = explain_missing_provider("CUDAExecutionProvider")
+    return Candidate("onnxruntime", _cuda(options), reason, load, gpu=_gpu(gpus, options))
 
 
-def _ort_cpu() -> Candidate:
+def _onnxruntime_cpu() -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
-        from .onnxruntime.cache import optimised
+        from .onnxruntime.cache import load_optimised
         from .onnxruntime.cpu import OrtEngine, initialise
         from .onnxruntime.session import session_options
 
         initialise()
-        kept = optimised(bundle, name, session_options())
-        return OrtEngine(name, bundle.graph(name), bundle.manifest.components[name], kept)
+        optimised = load_optimised(bundle, name, session_options())
+        return OrtEngine(name, bundle.graph(name), bundle.manifest.components[name], optimised)
 
     missing = "onnxruntime is not installed; pip install 'sdrt[cpu]'"
     return Candidate("onnxruntime", "cpu", None if is_installed("onnxruntime") else missing, load)
 
 
 def _openvino() -> Candidate:
-    reduced_precision = "openvino-bf16" if has_bf16() else None
+    reduced = OPENVINO_BF16 if has_bf16() else None
 
     def load(bundle: Bundle, name: str) -> Engine:
-        from .openvino.cache import compiled, initialise
+        from .openvino.cache import initialise, load_compiled
         from .openvino.engine import OpenVinoEngine
 
         initialise()
-        precision = (
-            "bf16" if reduced_precision and reduced_precision in bundle.manifest.admitted else "f32"
-        )
-        kept = compiled(bundle, name, precision)
+        precision = "bf16" if reduced and reduced in bundle.manifest.admitted else "f32"
+        cached = load_compiled(bundle, name, precision)
         component = bundle.manifest.components[name]
-        return OpenVinoEngine(name, bundle.graph(name), component, precision, kept)
+        return OpenVinoEngine(name, bundle.graph(name), component, precision, cached)
 
-    missing = (
-        None if is_installed("openvino") else "openvino is not installed; pip install openvino"
-    )
-    return Candidate("openvino", "cpu", missing, load, reduced_precision=reduced_precision)
+    missing = "openvino is not installed; pip install openvino"
+    reason = None if is_installed("openvino") else missing
+    return Candidate("openvino", "cpu", reason, load, reduced_precision=reduced)
 
 
-def _torch(kind: str, machine: GpuInventory, device: int, compile: bool) -> Candidate:
-    """kind: cuda (which is AMD's GPUs too), mps or cpu"""
-    where = _cuda(device) if kind == "cuda" else kind
+def _torch(kind: str, gpus: GpuInventory, options: LoadOptions) -> Candidate:
+    """kind: cuda (which includes AMD GPUs), mps or cpu"""
+    device = _cuda(options) if kind == "cuda" else kind
 
     def load(bundle: Bundle, name: str) -> Engine:
         from .torch.engine import TorchEngine, initialise
 
         initialise()
         component = bundle.manifest.components[name]
-        return TorchEngine(name, bundle.graph(name), component, where, compile)
+        return TorchEngine(name, bundle.graph(name), component, device, options.torch_compile)
 
-    gpu = _gpu(machine, device) if kind == "cuda" else None
-    return Candidate("torch", where, _torch_reason(kind, machine), load, gpu=gpu)
+    gpu = _gpu(gpus, options) if kind == "cuda" else None
+    return Candidate("torch", device, _torch_reason(kind, gpus), load, gpu=gpu)
 
 
-def _torch_reason(kind: str, machine: GpuInventory) -> str | None:
+def _torch_reason(kind: str, gpus: GpuInventory) -> str | None:
     for module in ("torch", "onnx"):
         if not is_installed(module):
             return f"{module} is not installed; pip install 'sdrt[build]'"
-    if kind == "cuda" and machine.unavailable_reason and not Path("/dev/kfd").exists():
-        return f"{machine.unavailable_reason}, and no AMD one"
+    if kind == "cuda" and gpus.unavailable_reason and not Path("/dev/kfd").exists():
+        return f"{gpus.unavailable_reason}, and no AMD GPU"
     if kind == "mps" and sys.platform != "darwin":
         return "not a Mac"
     if kind == "cpu":
         return None
-    from .torch.engine import available
+    from .torch.engine import explain_missing_device
 
-    return available(kind)
+    return explain_missing_device(kind)
 
 
 def select_backend(
     backend: str = "auto",
     size: int = OPENVINO_MIN_BYTES,
+    options: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
     *,
-    machine: GpuInventory | None = None,
-    device: int = 0,
-    stream: int = 0,
-    low_memory: bool = False,
-    compile: bool = False,
+    gpus: GpuInventory | None = None,
     failed: Mapping[str, str] | None = None,
 ) -> Candidate:
-    """The candidate to use for a bundle of so many bytes; raises BackendError with every reason if
-    none fits.
+    """Select the backend for a bundle.
 
-    machine, device, stream, low_memory, compile: see `list_backends`
-    failed: why those that were tried before, by their titles, did not load
+    Args:
+        backend: A name of `BACKENDS`; `auto` takes the first one that works.
+        size: The bundle's size in bytes.
+        options: See `list_backends`.
+        gpus: See `list_backends`.
+        failed: Candidates that failed to load, by title, each with the error.
+
+    Raises:
+        UsageError: The backend is unknown, or the options do not fit it.
+        BackendError: No backend works; the message has every reason.
     """
     if backend not in BACKENDS:
-        raise UsageError(f"backend {backend!r} is unknown; one of: {', '.join(BACKENDS)}")
-    if compile and backend != "torch":
+        raise UsageError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if options.torch_compile and backend != "torch":
         raise UsageError(
-            f"compile is for the torch backend alone, not for {backend}: the others compile by "
-            "themselves; leave it out, or type --backend torch --compile"
+            f"compile is only for the torch backend, not {backend}: the others always compile",
+            hint="leave it out, or pass --backend torch --compile",
         )
-    refused: dict[str, list[str]] = {}
-    for candidate in list_backends(machine, device, stream, low_memory, compile):
+    skipped: list[tuple[str, str]] = []
+    for candidate in list_backends(options, gpus):
         if backend not in ("auto", candidate.backend):
             continue
+        reason = candidate.unavailable_reason or (failed or {}).get(candidate.title)
         if backend == "auto" and candidate.backend == "openvino" and size < OPENVINO_MIN_BYTES:
-            reason = "its longer start pays for large models only"
-            refused.setdefault(reason, []).append(candidate.title)
-            continue
-        why = candidate.unavailable_reason or (failed or {}).get(candidate.title)
-        if why is None:
-            return replace(candidate, because=_reasons(refused) or "the first choice")
-        refused.setdefault(why, []).append(candidate.title)
-    raise BackendError(f"no backend can run here: {_reasons(refused)}; type sdrt doctor")
+            reason = f"slower to start; chosen for bundles over {OPENVINO_MIN_BYTES / 1e6:.0f} MB"
+        if reason is None:
+            return replace(candidate, skipped=tuple(skipped))
+        skipped.append((candidate.title, reason))
+    reasons = "; ".join(f"{title}: {reason}" for title, reason in skipped)
+    raise BackendError(f"no backend can run here: {reasons}", hint="run `sdrt doctor`")
 
 
-def _reasons(refused: Mapping[str, Sequence[str]]) -> str:
-    """Each reason once, with the backends that it rules out."""
-    return "; ".join(f"{why}, so not {', '.join(titles)}" for why, titles in refused.items())
+def log_selection(candidate: Candidate, precision: str) -> None:
+    """Log the backend in one line; the skipped ones and their reasons at the debug level."""
+    log.info("Using %s, %s", candidate.label, precision)
+    for title, reason in candidate.skipped:
+        log.debug("skipped %s: %s", title, reason)

@@ -17,7 +17,7 @@ import onnx
 from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import Manifest, TensorSpec
 from sdrt.engine import Candidate, memory_budget
-from sdrt.engine.memory_estimator import axis_lengths, evaluate_axis
+from sdrt.engine.axes import axis_lengths, evaluate_axis
 from sdrt.errors import BackendError
 
 log = logging.getLogger("sdrt.build")

@@ -68,9 +68,9 @@ def build_bundle(plan: BuildPlan) -> Path:
     """
     # The CPU unless asked otherwise, so that a bundle does not depend on the GPU at hand; and there
     # ONNX Runtime, which needs the least memory.
-    machine = GpuInventory(unavailable_reason="bundles are validated on the CPU")
+    no_gpus = GpuInventory(unavailable_reason="bundles are validated on the CPU")
     automatic = plan.backend == "auto"
-    candidate = select_backend(plan.backend, size=0, machine=machine if automatic else None)
+    candidate = select_backend(plan.backend, size=0, gpus=no_gpus if automatic else None)
     checkpoint = _find_checkpoint(plan)
     spec = read_model_spec(checkpoint)
     check_feature_reuse(spec, plan.feature_reuse)
@@ -78,7 +78,7 @@ def build_bundle(plan: BuildPlan) -> Path:
     with publish_folder(target, MANIFEST, plan.force) as folder:
         began = time.monotonic()
         _announce(checkpoint, spec, plan, target)
-        log.info("validating on %s (%s)", candidate.title, candidate.because)
+        log.info("validating on %s", candidate.label)
         manifest = _build(checkpoint, spec, plan, candidate, folder)
     size = sum(record.size for record in manifest.files.values())
     log.info("done in %.0f s, %.1f MB", time.monotonic() - began, size / 1e6)

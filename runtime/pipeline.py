@@ -16,6 +16,7 @@ from PIL.Image import Image, fromarray
 from sdrt.bundle.manifest import Manifest
 from sdrt.engine import Engine, SamplingResult
 from sdrt.engine.memory_estimator import MemoryEstimator
+from sdrt.engine.protocol import UnfusedAttention
 from sdrt.errors import SdrtError, UsageError
 
 from .arguments import parse_options
@@ -227,7 +228,8 @@ class Pipeline:
         ):  # checked when it was loaded
             return job.max_batch
         rows = 2 if job.options.guided and self.accepts_prompt else 1
-        keeps_scores = bool(getattr(self.engines["unet"], "keeps_scores", False))
+        unet = self.engines["unet"]
+        keeps_scores = isinstance(unet, UnfusedAttention) and unet.keeps_scores
         return self.memory_estimator.max_images(job.size, rows, job.max_batch, keeps_scores)
 
     @property
@@ -372,7 +374,7 @@ class Pipeline:
 
     def _decode_result(self, result: SamplingResult, i: int) -> Image:
         """One image of a batch; raises as `decode`."""
-        if result.pixels is None or not result.good[i]:
+        if result.pixels is None or not result.finite[i]:
             return self.decode(result.latents[i : i + 1])[0]
         return self._check_safety([fromarray(result.pixels[i])])[0]
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from sdrt.bundle.manifest import Manifest
-from sdrt.engine import Engine, SamplingProgram, SamplingResult, TextInput
+from sdrt.engine import Engine, ProgramEngine, SamplingProgram, SamplingResult, TextInput
 
 from .denoising import DenoisingState, Guidance
 from .options import GenerationOptions
@@ -44,7 +44,7 @@ def can_encode_text(
         options.callback_on_step_end,
     )
     return (
-        hasattr(engines["unet"], "run_program")
+        isinstance(engines["unet"], ProgramEngine)
         and input_names == {"sample", "timestep", "context"}
         and encoder is not None
         and encoder.dtype == unet.dtype  # its kernel reads and writes one type
@@ -73,12 +73,13 @@ def run_sampling_program(
     Returns:
         The result, or None where the engine or the states cannot be run as a program.
     """
-    run_program = getattr(engines["unet"], "run_program", None)
-    if run_program is None or (program := build_sampling_program(states, clip_skip)) is None:
+    unet = engines["unet"]
+    if not isinstance(unet, ProgramEngine):
+        return None
+    if (program := build_sampling_program(states, clip_skip)) is None:
         return None
     decoder = engines.get("vae_decoder") if decode else None
-    result: SamplingResult = run_program(program, engines.get("text_encoder"), decoder)
-    return result
+    return unet.run_program(program, engines.get("text_encoder"), decoder)
 
 
 def build_sampling_program(
@@ -101,17 +102,17 @@ def build_sampling_program(
         for name in first.conditioning
     }
     program = SamplingProgram(
-        columns=np.stack(columns),  # [B, places, C, H/8, W/8]
-        rows=np.repeat(layout.rows[:, None], batch, axis=1),  # [N + 1, B, places]
+        history=np.stack(columns),  # [B, columns, C, H/8, W/8]
+        coefficients=np.repeat(layout.rows[:, None], batch, axis=1),  # [N + 1, B, columns]
         timesteps=np.repeat(timesteps[:, None], batch, axis=1),  # [N, B]
-        used=tuple(2 if scale != 1.0 else 1 for scale in guidance.scales),
-        per=layout.outputs_per_evaluation,
-        output_places=tuple(layout.output_place(k) for k in range(count)),
-        state_places=tuple(layout.state_place(k) for k in (count - 1, *range(count))),
-        told=conditioning,
-        beside=np.stack([state.extra_channels for state in states]),  # [B, E, H/8, W/8]
+        rows_per_image=tuple(2 if scale != 1.0 else 1 for scale in guidance.scales),
+        columns_per_output=layout.outputs_per_evaluation,
+        output_columns=tuple(layout.output_place(k) for k in range(count)),
+        state_columns=tuple(layout.state_place(k) for k in (count - 1, *range(count))),
+        conditioning=conditioning,
+        extra_channels=np.stack([state.extra_channels for state in states]),  # [B, E, H/8, W/8]
     )
     if INPUT_IDS not in conditioning:
         return program
     text = TextInput(conditioning.pop(INPUT_IDS), conditioning.pop(TOKEN_WEIGHTS), clip_skip)
-    return replace(program, read=text)
+    return replace(program, text=text)

@@ -23,6 +23,8 @@ from .errors import (
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .engine import LoadOptions
     from .runtime import Pipeline
 
 __all__ = [
@@ -68,10 +70,8 @@ def load(
     from dataclasses import replace
 
     from .bundle import open_bundle
-    from .engine import PRECISIONS, select_backend
-    from .engine.memory_budget import check_memory
+    from .engine import PRECISIONS, LoadOptions
     from .progress import log_progress
-    from .runtime import load_pipeline
     from .runtime.parsing import int_parser, invalid_argument, parse_flag, parse_text
 
     device = int_parser(0, 1023, "the number of a GPU; backend= chooses CPU or GPU")(
@@ -82,37 +82,32 @@ def load(
     backend, precision = parse_text("backend", backend), parse_text("precision", precision)
     if not isinstance(bundle, str | os.PathLike | None):
         raise invalid_argument("bundle", bundle, "a bundle's name or folder")
-    log = logging.getLogger(__name__)
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
     with log_progress(lambda: "checking the bundle's files"):
         opened = open_bundle(bundle)
     if precision == "exact":
         opened = replace(opened, manifest=replace(opened.manifest, admitted={}))
+    return _load_on_backend(opened, backend, LoadOptions(device, stream, low_memory, compile))
+
+
+def _load_on_backend(bundle: Bundle, backend: str, options: LoadOptions) -> Pipeline:
+    """A pipeline on the first backend that loads."""
+    from .engine import log_selection, select_backend
+    from .engine.memory_budget import check_memory
+    from .runtime import load_pipeline
+
+    log, low_memory = logging.getLogger(__name__), options.low_memory
     failed: dict[str, str] = {}
     while True:
-        candidate = select_backend(
-            backend,
-            opened.bytes,
-            device=device,
-            stream=stream,
-            low_memory=low_memory,
-            compile=compile,
-            failed=failed,
-        )
-        lower = (
-            candidate.reduced_precision
-            if candidate.reduced_precision in opened.manifest.admitted
-            else "exact"
-        )
-        log.info("backend: %s, %s (%s)", candidate.title, lower, candidate.because)
-        if compile:
-            log.warning("torch.compile: the first picture of a size and batch takes a minute or so")
+        candidate = select_backend(backend, bundle.bytes, options, failed=failed)
+        log_selection(candidate, candidate.precision_label(bundle))
+        if options.torch_compile:
+            log.warning("torch.compile: the first image of a size and batch takes a minute or so")
         try:
-            check_memory(
-                opened, candidate.gpu, low_memory, low_memory and candidate.streams_weights
-            )
-            return load_pipeline(opened, candidate, low_memory)
+            streamed = low_memory and candidate.streams_weights
+            check_memory(bundle, candidate.gpu, low_memory, streamed)
+            return load_pipeline(bundle, candidate, low_memory)
         except (BackendError, ParityError) as error:
-            log.warning("%s does not serve: %s", candidate.title, error)
+            log.warning("%s failed to load: %s", candidate.label, error)
             failed[candidate.title] = str(error)

@@ -17,7 +17,7 @@ from sdrt.bundle import open_bundle
 from sdrt.engine import list_backends, parity
 from sdrt.engine.gpu import detect_gpus, free_memory
 from sdrt.engine.onnxruntime.cpu import OrtEngine
-from sdrt.engine.tensorrt.plans import PlanOptions, trt_plan
+from sdrt.engine.tensorrt.plans import PlanOptions, get_plan
 from sdrt.engine.tensorrt.variants import FULL, RTX
 from sdrt.errors import BackendError
 from sdrt.runtime import load_pipeline
@@ -116,7 +116,7 @@ def test_components_are_those_of_the_cpu_at_every_number_of_rows(bundle, backend
     exact.close()
 
 
-def test_images_are_those_of_the_cpu(bundle, backend):
+def test_images_equal_those_of_the_cpu(bundle, backend):
     with loaded(bundle, backend) as own:
         actual = own(PROMPT, num_images_per_prompt=3, **OPTIONS).images
     cpu = next(c for c in list_backends() if c.title == "onnxruntime on cpu")
@@ -128,21 +128,21 @@ def test_images_are_those_of_the_cpu(bundle, backend):
 
 @pytest.mark.parametrize("scheduler", ["DDIM", "Euler a", "UniPC", "DPM++ 2M Karras", "Heun"])
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.6)])
-def test_the_loop_in_one_launch_is_the_loop_step_by_step(bundle, planned, scheduler, interval):
+def test_the_loop_in_one_launch_equals_the_loop_step_by_step(bundle, planned, scheduler, interval):
     with loaded(bundle, planned) as pipe:
         own = pipe.with_scheduler(scheduler)
         options = {**OPTIONS, "guidance_interval": interval, "num_images_per_prompt": 2}
         for _ in range(2):  # captured, then replayed
-            complete = own(PROMPT, **options).images
+            whole = own(PROMPT, **options).images
         steps = own(PROMPT, on_step=lambda step: None, **options).images
-        for a, b in zip(complete, steps, strict=True):
+        for a, b in zip(whole, steps, strict=True):
             assert psnr(a, b) >= 40
 
 
 CALLS = {
     "an attention's weights": {"prompt": "a (red:1.4) circle on a [blue] background"},
-    "two chunks": {"prompt": "a red circle BREAK on a blue background", "negative_prompt": "x"},
-    "sixteen chunks": {"prompt": "a BREAK " * 15 + "b"},
+    "two stretches": {"prompt": "a red circle BREAK on a blue background", "negative_prompt": "x"},
+    "sixteen stretches": {"prompt": "a BREAK " * 15 + "b"},
     "unguided": {"guidance_scale": 1.0},
     "embeddings": {"prompt": None},
     "clip skip": {"clip_skip": 1},
@@ -151,7 +151,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_an_image_in_one_launch_is_that_of_its_steps(bundle, planned, call):
+def test_an_image_in_one_launch_equals_its_steps(bundle, planned, call):
     """Text encoder, loop and decoder in one graph, against each called for itself."""
     options = {"prompt": PROMPT, "num_images_per_prompt": 2, **OPTIONS, **CALLS[call]}
     with loaded(bundle, planned) as pipe:
@@ -159,9 +159,9 @@ def test_an_image_in_one_launch_is_that_of_its_steps(bundle, planned, call):
             width = {s.name: s.shape for s in pipe.engines["unet"].inputs}["context"][2]
             options["prompt_embeds"] = np.random.default_rng(0).normal(size=(1, 32, width))
         for _ in range(2):  # captured, then replayed
-            complete = pipe(**options).images
+            whole = pipe(**options).images
         steps = pipe(on_step=lambda step: None, **options).images
-        for a, b in zip(complete, steps, strict=True):
+        for a, b in zip(whole, steps, strict=True):
             assert psnr(a, b) >= 40
 
 
@@ -176,9 +176,9 @@ def test_texts_take_turns_in_one_graph(bundle, planned):
 def test_a_stream_of_the_callers_is_worked_in(bundle, planned):
     from cuda.bindings import driver
 
-    from sdrt.engine.cuda.driver import device_of
+    from sdrt.engine.cuda.driver import get_device
 
-    device = device_of(0)
+    device = get_device(0)
     with device.use():
         stream = device.ask(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
     with loaded(bundle, planned) as pipe:
@@ -232,7 +232,7 @@ def test_attention_is_fused_as_the_inspector_tells(bundle, planned, capsys):
     opened = open_bundle(bundle)
     nodes = nodes_of(planned, opened.graph("unet"))
     engine = candidate_of(planned).load(opened, "unet")
-    layers = engine.loaded.layers()
+    layers = engine.plan.layers()
     engine.close()
     actual = layers_of(nodes[ATTENTION], layers)
     assert actual and all(len(into) == 1 for into in actual.values()), (actual, layers[:5])
@@ -267,8 +267,8 @@ def test_layouts_take_turns_without_mixing_their_graphs(bundle, planned):
 
 def test_two_pipelines_share_plans_and_arena(bundle, planned):
     one, two = loaded(bundle, planned), loaded(bundle, planned)
-    assert one.engines["unet"].loaded is two.engines["unet"].loaded
-    assert one.engines["unet"].loaded.device is one.engines["vae_decoder"].loaded.device
+    assert one.engines["unet"].plan is two.engines["unet"].plan
+    assert one.engines["unet"].plan.device is one.engines["vae_decoder"].plan.device
     expected = np.asarray(one(PROMPT, **OPTIONS).images[0])
     one.close()
     assert (np.asarray(two(PROMPT, **OPTIONS).images[0]) == expected).all()
@@ -290,7 +290,7 @@ def test_memory_comes_back_when_a_pipeline_is_closed(bundle, planned, gpu):
 def test_a_stripped_plan_filled_in_computes_what_a_full_one_does(bundle, planned, tmp_path, gpu):
     from functools import partial
 
-    from sdrt.engine.cuda.driver import device_of
+    from sdrt.engine.cuda.driver import get_device
     from sdrt.engine.plans import plan_of, plans_folder
     from sdrt.engine.tensorrt.builder import build_plan
     from sdrt.engine.tensorrt.engine import TrtEngine
@@ -298,7 +298,7 @@ def test_a_stripped_plan_filled_in_computes_what_a_full_one_does(bundle, planned
 
     opened = open_bundle(bundle)
     component, graph = opened.manifest.components["unet"], opened.graph("unet")
-    stripped = trt_plan(opened, "unet", planned, gpu, PlanOptions())
+    stripped = get_plan(opened, "unet", planned, gpu, PlanOptions())
     assert stripped.key.stripped and plans_folder(opened) in stripped.path.parents
     key = replace(stripped.key, stripped=False)
     full = plan_of(tmp_path, key, partial(build_plan, key, graph))
@@ -306,7 +306,7 @@ def test_a_stripped_plan_filled_in_computes_what_a_full_one_does(bundle, planned
     feeds = feeds_of(component, {"rows": 2, "tokens": 32, "latent_height": 8, "latent_width": 8})
     actual = []
     for plan in (stripped, full):
-        engine = TrtEngine("unet", component, Loaded(plan, component, graph, device_of(0)))
+        engine = TrtEngine("unet", component, Loaded(plan, component, graph, get_device(0)))
         actual.append(engine(feeds)["output"].copy())
         engine.close()
     parity.check("stripped", parity.measure(*actual, is_image=False), component.dtype)
@@ -341,9 +341,9 @@ def test_a_plan_that_computes_something_else_is_left_for_the_next_backend(bundle
 
 
 def test_without_memory_it_says_so_and_stays_usable(bundle, planned, gpu):
-    from sdrt.engine.cuda.driver import device_of
+    from sdrt.engine.cuda.driver import get_device
 
-    device, taken = device_of(0), []
+    device, taken = get_device(0), []
     with device.use():
         try:
             while True:

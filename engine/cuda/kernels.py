@@ -1,7 +1,7 @@
-"""The kernels of a run that is one launch, as CUDA source, and how they are launched.
+"""The CUDA kernels of a sampling program: their source, and how they are launched.
 
-Knows CUDA's driver interface. Compiled at run time for the GPU at hand; the tests compile the same
-source for every GPU, and run it on the CPU. Never run on a GPU yet.
+Knows CUDA's driver API. The source is compiled at run time for the GPU at hand; the tests compile
+it for every supported GPU, and run it on the CPU. Not yet run on a GPU.
 """
 
 import ctypes
@@ -9,7 +9,7 @@ from typing import Any
 
 from cuda.bindings import driver
 
-from .driver import Device, compiled
+from .driver import Device, compile_cuda
 
 THREADS = 256
 HALF = """
@@ -30,108 +30,108 @@ typedef float REAL;
 __device__ float to_float(REAL f) { return f; }
 __device__ REAL from_float(float f) { return f; }
 """
-# One thread for one number of one picture's latents: it keeps what the model made of it, mixes its
-# columns by the evaluation's row, and writes what the model is fed next.
+# One thread per element of an image's latents: it stores the model's output, mixes the image's
+# columns by the evaluation's coefficients, and writes the model's next input.
 ADVANCE = """
-extern "C" __global__ void advance_pictures(
-    const float* rows,       // [pictures, places] of this mixture
-    const float* timesteps,  // [pictures] of the next evaluation
-    float* columns,          // [pictures, places, size]
-    const REAL* output,      // [pictures, used, size]; null before the first evaluation
-    REAL* sample,            // [pictures, next, stride]; null after the last
-    float* timestep,         // [pictures, next]
-    int pictures, int places, int size, int stride,
-    int used, int next, int per, int output_place, int state_place)
+extern "C" __global__ void advance_images(
+    const float* coefficients,  // [images, columns] of this mixture
+    const float* timesteps,     // [images] of the next evaluation
+    float* history,             // [images, columns, size]
+    const REAL* output,         // [images, rows, size]; null before the first evaluation
+    REAL* sample,               // [images, next_rows, stride]; null after the last
+    float* timestep,            // [images, next_rows]
+    int images, int columns, int size, int stride,
+    int rows, int next_rows, int columns_per_output, int output_column, int state_column)
 {
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= (long long)pictures * size) return;
-    int picture = (int)(at / size), element = (int)(at % size);
-    float* own = columns + (long long)picture * places * size + element;
+    if (at >= (long long)images * size) return;
+    int image = (int)(at / size), element = (int)(at % size);
+    float* own = history + (long long)image * columns * size + element;
     if (output) {
-        const REAL* made = output + (long long)picture * used * size + element;
-        if (per == 2 && used == 2) own[(long long)output_place * size] = to_float(made[0]);
-        own[(long long)(output_place + per - 1) * size] = to_float(made[(long long)(used - 1) * size]);
+        const REAL* value = output + (long long)image * rows * size + element;
+        if (columns_per_output == 2 && rows == 2) own[(long long)output_column * size] = to_float(value[0]);
+        own[(long long)(output_column + columns_per_output - 1) * size] = to_float(value[(long long)(rows - 1) * size]);
     }
-    const float* row = rows + (long long)picture * places;
+    const float* coefficient = coefficients + (long long)image * columns;
     float sum = 0.0f;
-    for (int place = 0; place < places; place++)
-        if (row[place] != 0.0f) sum += row[place] * own[(long long)place * size];
-    own[(long long)state_place * size] = sum;
+    for (int column = 0; column < columns; column++)
+        if (coefficient[column] != 0.0f) sum += coefficient[column] * own[(long long)column * size];
+    own[(long long)state_column * size] = sum;
     if (!sample) return;
-    for (int i = 0; i < next; i++) {
-        long long line = (long long)picture * next + i;
-        sample[line * stride + element] = from_float(sum);
-        if (element == 0) timestep[line] = timesteps[picture];
+    for (int i = 0; i < next_rows; i++) {
+        long long row = (long long)image * next_rows + i;
+        sample[row * stride + element] = from_float(sum);
+        if (element == 0) timestep[row] = timesteps[image];
     }
 }
 """  # noqa: E501
-# The mean of a prompt's context is kept when its tokens are weighed, so it is summed up first: one
-# thread for one token.
+# Weighting tokens preserves the mean of a prompt's context, which is summed up first: one thread
+# per token.
 SUM_TOKENS = """
 extern "C" __global__ void sum_tokens(
-    const REAL* contexts,    // [stretches, layers, tokens, width]
-    float* sums,             // [stretches, tokens]
-    int stretches, int layers, int layer, int tokens, int width)
+    const REAL* contexts,    // [chunks, layers, tokens, width]
+    float* sums,             // [chunks, tokens]
+    int chunks, int layers, int layer, int tokens, int width)
 {
     int at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= stretches * tokens) return;
-    int stretch = at / tokens, token = at % tokens;
-    const REAL* from = contexts + (((long long)stretch * layers + layer) * tokens + token) * width;
+    if (at >= chunks * tokens) return;
+    int chunk = at / tokens, token = at % tokens;
+    const REAL* from = contexts + (((long long)chunk * layers + layer) * tokens + token) * width;
     float sum = 0.0f;
     for (int i = 0; i < width; i++) sum += to_float(from[i]);
     sums[at] = sum;
 }
 """
-# One thread for one number of the context that the model is fed.
+# One thread per element of the context that the model reads.
 WRITE_CONTEXT = """
 extern "C" __global__ void write_context(
-    const REAL* contexts,    // [all, layers, tokens, width], of every different stretch
-    const float* sums,       // [all, tokens]
-    const int* places,       // [pictures, rows, stretches], which stretch is where
-    const float* weights,    // [pictures, rows, stretches, tokens]
-    REAL* context,           // [pictures, used, stretches * tokens, width]; the last rows
-    int pictures, int rows, int used, int stretches, int layers, int layer, int tokens, int width)
+    const REAL* contexts,    // [unique chunks, layers, tokens, width]
+    const float* sums,       // [unique chunks, tokens]
+    const int* indices,      // [images, stored_rows, chunks], into the unique chunks
+    const float* weights,    // [images, stored_rows, chunks, tokens]
+    REAL* context,           // [images, rows, chunks * tokens, width]; the last rows
+    int images, int stored_rows, int rows, int chunks, int layers, int layer, int tokens, int width)
 {
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= (long long)pictures * used * stretches * tokens * width) return;
+    if (at >= (long long)images * rows * chunks * tokens * width) return;
     int element = (int)(at % width), token = (int)(at / width % tokens);
-    int stretch = (int)(at / width / tokens % stretches);
-    int line = (int)(at / width / tokens / stretches);
-    int place = (line / used * rows + rows - used + line % used) * stretches + stretch;
-    const float* weight = weights + (long long)place * tokens;
-    const float* sum = sums + (long long)places[place] * tokens;
-    float plain = 0.0f, heavier = 0.0f;
-    for (int i = 0; i < tokens; i++) { plain += sum[i]; heavier += weight[i] * sum[i]; }
-    float kept = heavier != 0.0f ? plain / heavier : 1.0f;
-    long long from = (((long long)places[place] * layers + layer) * tokens + token) * width + element;
-    context[at] = from_float(to_float(contexts[from]) * weight[token] * kept);
+    int chunk = (int)(at / width / tokens % chunks);
+    int row = (int)(at / width / tokens / chunks);
+    int stored = (row / rows * stored_rows + stored_rows - rows + row % rows) * chunks + chunk;
+    const float* weight = weights + (long long)stored * tokens;
+    const float* sum = sums + (long long)indices[stored] * tokens;
+    float plain = 0.0f, weighted = 0.0f;
+    for (int i = 0; i < tokens; i++) { plain += sum[i]; weighted += weight[i] * sum[i]; }
+    float scale = weighted != 0.0f ? plain / weighted : 1.0f;
+    long long from = (((long long)indices[stored] * layers + layer) * tokens + token) * width + element;
+    context[at] = from_float(to_float(contexts[from]) * weight[token] * scale);
 }
 """  # noqa: E501
 WRITE_LATENTS = """
 extern "C" __global__ void write_latents(
     const float* result,     // [size]
     REAL* latents,           // [size]
-    int* bad,                // set to 0
+    int* not_finite,         // set to 0
     int size)
 {
     int at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at == 0) *bad = 0;
+    if (at == 0) *not_finite = 0;
     if (at < size) latents[at] = from_float(result[at]);
 }
 """
-# One thread for one pixel. What is no number is counted, since it must not become black.
+# One thread per pixel. NaN and infinity are reported, for they must not become black.
 WRITE_PIXELS = """
 extern "C" __global__ void write_pixels(
     const REAL* image,       // [3, size] about [-1, 1]
     unsigned char* pixels,   // [size, 3]
-    int* bad,
+    int* not_finite,
     int size)
 {
     int at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= size) return;
     for (int c = 0; c < 3; c++) {
         float value = to_float(image[(long long)c * size + at]);
-        if (value - value != 0.0f) *bad = 1;
+        if (value - value != 0.0f) *not_finite = 1;
         float unit = fminf(fmaxf(value * 0.5f + 0.5f, 0.0f), 1.0f);
         pixels[(long long)at * 3 + c] = (unsigned char)rintf(unit * 255.0f);
     }
@@ -139,9 +139,9 @@ extern "C" __global__ void write_pixels(
 """
 PREFIXES = {"float16": HALF, "float32": SINGLE}
 BODY = ADVANCE + SUM_TOKENS + WRITE_CONTEXT + WRITE_LATENTS + WRITE_PIXELS
-# Of every kernel: how many of its parameters are addresses, and how many numbers follow.
+# Every kernel: how many of its parameters are addresses, and how many are integers after them.
 PARAMETERS = {
-    "advance_pictures": (6, 9),
+    "advance_images": (6, 9),
     "sum_tokens": (2, 5),
     "write_context": (5, 8),
     "write_latents": (3, 1),
@@ -149,32 +149,34 @@ PARAMETERS = {
 }
 
 
-def kinds_of(name: str) -> tuple[Any, ...]:
+def parameter_types(name: str) -> tuple[Any, ...]:
     """The C types of a kernel's parameters."""
-    addresses, numbers = PARAMETERS[name]
-    return (*(ctypes.c_void_p,) * addresses, *(ctypes.c_int,) * numbers)
+    addresses, integers = PARAMETERS[name]
+    return (*(ctypes.c_void_p,) * addresses, *(ctypes.c_int,) * integers)
 
 
-def source_of(dtype: str) -> str:
-    """The kernels for a model that takes and makes this dtype."""
+def kernel_source(dtype: str) -> str:
+    """The kernels for a model whose inputs and outputs have this dtype."""
     return PREFIXES[dtype] + BODY
 
 
 class Kernels:
-    """All of them, loaded on a GPU."""
+    """All kernels, loaded on a GPU."""
 
     def __init__(self, device: Device, target: str, dtype: str) -> None:
         self._device = device
-        self._module = device.ask(driver.cuModuleLoadData(compiled(source_of(dtype), target)))
+        self._module = device.check(
+            driver.cuModuleLoadData(compile_cuda(kernel_source(dtype), target))
+        )
         self._functions = {
-            name: device.ask(driver.cuModuleGetFunction(self._module, name.encode()))
+            name: device.check(driver.cuModuleGetFunction(self._module, name.encode()))
             for name in PARAMETERS
         }
 
     def __call__(self, name: str, threads: int, *values: Any) -> None:
-        """Put one into the stream; values: its parameters, in its order."""
+        """Launch one; values: its parameters, in order"""
         blocks, stream = -(-threads // THREADS), self._device.stream
-        function, arguments = self._functions[name], (tuple(values), kinds_of(name))
-        self._device.ask(
+        function, arguments = self._functions[name], (tuple(values), parameter_types(name))
+        self._device.check(
             driver.cuLaunchKernel(function, blocks, 1, 1, THREADS, 1, 1, 0, stream, arguments, 0)
         )

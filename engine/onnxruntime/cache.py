@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt.bundle import Bundle
-from sdrt.engine.compile_cache import kept
-from sdrt.engine.page_cache import trim
+from sdrt.engine.compile_cache import get_or_compile
+from sdrt.engine.page_cache import trim_heap
 
-from .session import session
+from .session import create_session
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -24,24 +24,24 @@ GRAPH, WEIGHTS = "model.onnx", "model.data"
 FUSED = "fused.onnx"  # what they were made of, for other weights
 
 
-def optimised(bundle: Bundle, component: str, options: "ort.SessionOptions") -> Path | None:
+def load_optimised(bundle: Bundle, component: str, options: "ort.SessionOptions") -> Path | None:
     """The optimised graph of a component, made where there is none yet; None where the bundle's
     own is to be used.
     """
     fuses = find_spec("onnx") is not None
-    make = partial(_make, bundle, component, options, fuses)
-    found = kept(bundle, component, "onnxruntime", make, {GRAPH, WEIGHTS}, (str(fuses),))
+    make = partial(_optimise, bundle, component, options, fuses)
+    found = get_or_compile(bundle, component, "onnxruntime", make, {GRAPH, WEIGHTS}, (str(fuses),))
     return found and found / GRAPH
 
 
-def _make(
+def _optimise(
     bundle: Bundle, component: str, options: "ort.SessionOptions", fuses: bool, folder: Path
 ) -> None:
     graph, fused = bundle.graph(component), None
     if fuses:
-        from .fusion import write_fused
+        from .fusion import write_fused_graph
 
-        write_fused(graph, folder / FUSED, norms=False)
+        write_fused_graph(graph, folder / FUSED, norms=False)
         fused = (folder / FUSED).read_bytes()
     options.optimized_model_filepath = str(folder / GRAPH)
     for name, value in (
@@ -50,5 +50,5 @@ def _make(
         ("session.save_external_prepacked_constant_initializers", "1"),
     ):
         options.add_session_config_entry(name, value)
-    session(component, graph, options, "CPUExecutionProvider", {}, fused)
-    trim()
+    create_session(component, graph, options, "CPUExecutionProvider", {}, fused)
+    trim_heap()

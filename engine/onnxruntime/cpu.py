@@ -12,7 +12,7 @@ from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.errors import BackendError
 
 from .cache import FUSED
-from .session import options_with, session
+from .session import create_session, options_with
 
 log = logging.getLogger(__name__)
 GIVE_BACK = "memory.enable_memory_arena_shrinkage"
@@ -47,7 +47,7 @@ class OrtEngine:
             graph = self._optimised
         elif self._optimised and (path := self._optimised.with_name(FUSED)).exists():
             fused = path.read_bytes()
-        self._session: ort.InferenceSession | None = session(
+        self._session: ort.InferenceSession | None = create_session(
             self.name, graph, options, "CPUExecutionProvider", {}, fused
         )
         self._run_options = ort.RunOptions()

@@ -63,7 +63,7 @@ class Graph:
         self.graph.node.extend(reversed(alive))
 
 
-def write_fused(graph: Path, out: Path, *, norms: bool = True) -> tuple[float, int]:
+def write_fused_graph(graph: Path, out: Path, *, norms: bool = True) -> tuple[float, int]:
     """Write the graph with fused operators; its weights are those beside the first one. Returns the
     seconds that it took, and 0 for the memory, which is little.
 

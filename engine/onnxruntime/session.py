@@ -1,6 +1,6 @@
-"""Sessions of ONNX Runtime and their options, whatever runs in them.
+"""Sessions of ONNX Runtime and their options.
 
-Knows onnxruntime; imported only when this backend is chosen.
+Imports onnxruntime, so import it only where this backend is used.
 """
 
 from pathlib import Path
@@ -14,33 +14,33 @@ from sdrt.process_stats import cpu_count
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-def available(provider: str) -> str | None:
-    """None if the provider can be used, else why not."""
+def explain_missing_provider(provider: str) -> str | None:
+    """Why an execution provider cannot be used; None if it can."""
     if provider in ort.get_available_providers():
         return None
     have = ", ".join(ort.get_available_providers())
-    return f"this onnxruntime has no {provider} (it has {have}); pip install onnxruntime-gpu"
+    return f"this onnxruntime has no {provider} (only {have}); pip install onnxruntime-gpu"
 
 
 def session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = cpu_count()
-    # Spinning workers burn a core between calls; evaluations are long enough to wake them.
+    # Spinning threads burn a core between calls; evaluations are long enough to wake them.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 
 def options_with(weights: Feeds) -> ort.SessionOptions:
-    """Options for a session with other weights, by name, than those of the file."""
+    """Options for a session in which these weights replace those of the file, by name."""
     options = session_options()
-    if weights:  # read before the graph is optimised
+    if weights:  # ONNX Runtime reads them before it optimises the graph
         values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
         options.add_external_initializers(list(weights), values)
     return options
 
 
-def session(
+def create_session(
     name: str,
     graph: Path,
     options: ort.SessionOptions,
@@ -48,19 +48,19 @@ def session(
     settings: dict[str, str],
     derived: bytes | None = None,
 ) -> ort.InferenceSession:
-    """A session that really uses the provider; raises BackendError else.
+    """Create a session; raises BackendError if it does not use the provider.
 
-    derived: another graph over the weights beside the first
+    derived: another graph over the weights in the first one's folder
     """
     if derived is not None:
         options.add_session_config_entry(WEIGHTS_FOLDER, str(graph.parent))
     try:
-        made = ort.InferenceSession(
+        session = ort.InferenceSession(
             derived or str(graph), options, providers=[(provider, settings)]
         )
-    except Exception as error:  # as above
-        raise BackendError(f"ONNX Runtime cannot load {graph}: {error}") from error
-    if provider not in made.get_providers():
-        have = ", ".join(made.get_providers())
+    except Exception as error:  # onnxruntime raises its own, undocumented classes
+        raise BackendError(f"ONNX Runtime failed to load {graph}: {error}") from error
+    if provider not in session.get_providers():
+        have = ", ".join(session.get_providers())
         raise BackendError(f"ONNX Runtime fell back from {provider} to {have} for {name}")
-    return made
+    return session

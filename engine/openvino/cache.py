@@ -18,9 +18,9 @@ from openvino.preprocess import PrePostProcessor
 from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import TRANSPOSED
 from sdrt.engine.call_once import call_once
-from sdrt.engine.compile_cache import kept
+from sdrt.engine.compile_cache import get_or_compile
 from sdrt.engine.cpu import has_bf16
-from sdrt.engine.page_cache import trim
+from sdrt.engine.page_cache import trim_heap
 from sdrt.errors import BackendError
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
@@ -38,58 +38,60 @@ def initialise() -> None:
         constant.data.copy()
 
 
-def compiled(bundle: Bundle, component: str, precision: str) -> Path | None:
+def load_compiled(bundle: Bundle, component: str, precision: str) -> Path | None:
     """The compiled model of a component, beside its `WEIGHTS`; made where there is none yet, None
     if there is to be none.
 
     precision: f32 or, where the processor has it, bf16; both are made at once, of the same weights
     """
     precisions = ("f32", "bf16") if has_bf16() else ("f32",)
-    make = partial(_make, bundle.graph(component), precisions)
-    wanted = {WEIGHTS, *map(_named, precisions)}
-    found = kept(bundle, component, "openvino", make, wanted)
-    return found and found / _named(precision)
+    make = partial(_compile_all, bundle.graph(component), precisions)
+    wanted = {WEIGHTS, *map(_blob_name, precisions)}
+    found = get_or_compile(bundle, component, "openvino", make, wanted)
+    return found and found / _blob_name(precision)
 
 
-def settings(precision: str) -> dict[str, str]:
+def compile_settings(precision: str) -> dict[str, str]:
     """What is computed in fp32 or bf16; the graph itself stays as it is stored."""
     return {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
 
 
-def imported(file: Path, precision: str) -> ov.CompiledModel:
+def import_compiled(file: Path, precision: str) -> ov.CompiledModel:
     """A compiled model whose weights are mapped; raises RuntimeError."""
     weights = {"WEIGHTS_PATH": str(file.with_name(WEIGHTS))}
-    return ov.Core().import_model(file.read_bytes(), "CPU", _without(precision) | weights)
+    return ov.Core().import_model(
+        file.read_bytes(), "CPU", _weightless_settings(precision) | weights
+    )
 
 
-def _without(precision: str) -> dict[str, str]:
+def _weightless_settings(precision: str) -> dict[str, str]:
     """Settings of a compiled model that names its weights and does not hold them."""
-    return settings(precision) | {"ENABLE_WEIGHTLESS": "YES", "CACHE_MODE": "OPTIMIZE_SIZE"}
+    return compile_settings(precision) | {"ENABLE_WEIGHTLESS": "YES", "CACHE_MODE": "OPTIMIZE_SIZE"}
 
 
-def _named(precision: str) -> str:
+def _blob_name(precision: str) -> str:
     return f"{precision}.blob"
 
 
-def _make(graph: Path, precisions: tuple[str, ...], folder: Path) -> None:
+def _compile_all(graph: Path, precisions: tuple[str, ...], folder: Path) -> None:
     core = ov.Core()
     try:
-        model = _in_single(core.read_model(str(graph)))
-        _turn_products(model)
+        model = _to_float32(core.read_model(str(graph)))
+        _transpose_weights(model)
         # Only what is read from such a file has weights that a compiled model can name.
         ov.serialize(model, str(folder / GRAPH), str(folder / WEIGHTS))
         del model
         for precision in precisions:
             model = core.read_model(str(folder / GRAPH))
-            made = core.compile_model(model, "CPU", _without(precision)).export_model()
-            (folder / _named(precision)).write_bytes(made.getbuffer())
+            made = core.compile_model(model, "CPU", _weightless_settings(precision)).export_model()
+            (folder / _blob_name(precision)).write_bytes(made.getbuffer())
     except RuntimeError as error:
         raise BackendError(f"OpenVINO cannot compile {graph}: {error}") from error
     (folder / GRAPH).unlink()
-    trim()
+    trim_heap()
 
 
-def _in_single(model: ov.Model) -> ov.Model:
+def _to_float32(model: ov.Model) -> ov.Model:
     """The model with float32 wherever it had float16, but for its inputs and outputs."""
     half = ov.Type.f16
     if not any(node.get_element_type() == half for node in _constants(model)):
@@ -114,7 +116,7 @@ def _in_single(model: ov.Model) -> ov.Model:
     return edges.build()
 
 
-def _turn_products(model: ov.Model) -> None:
+def _transpose_weights(model: ov.Model) -> None:
     """Have products read weights of float32 as [out, in] that are stored as [in, out]."""
     for node in model.get_ops():
         if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_b"]:

@@ -9,18 +9,18 @@ import numpy as np
 import openvino as ov
 
 from sdrt.bundle.manifest import WEIGHTS, Component
-from sdrt.engine.page_cache import Users, trim
+from sdrt.engine.page_cache import MappedFileUsers, trim_heap
 from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.errors import BackendError
 
 from . import cache as openvino_cache
 
 log = logging.getLogger(__name__)
-USERS = Users()
+MAPPED_FILES = MappedFileUsers()
 LARGE = 512 * 512 * 3 * 4  # bytes of a picture whose activations are given back
 
 
-class Requests:
+class InferRequestPool:
     """A compiled model and the infer requests that no call uses now; more are created on demand,
     as many as there are calls at once.
     """
@@ -54,29 +54,31 @@ class OpenVinoEngine:
         graph: Path,
         component: Component,
         precision: str,
-        kept: Path | None = None,
+        cached: Path | None = None,
     ) -> None:
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
-        self._graph, self._kept, self._precision = graph, kept, precision
+        self._graph, self._kept, self._precision = graph, cached, precision
         self._refitted = False
         # What OpenVINO has packed it packs by shape, and reads from the mapped file to do so.
         self._packed: set[tuple[tuple[int, ...], ...]] = set()
         self._open({})
 
     def _open(self, weights: Feeds) -> None:
-        with USERS:
-            kept = None if weights else self._imported()
-            self._requests: Requests | None = Requests(kept or self._compile(weights))
+        with MAPPED_FILES:
+            cached = None if weights else self._imported()
+            self._requests: InferRequestPool | None = InferRequestPool(
+                cached or self._compile(weights)
+            )
         self._packed.clear()
-        USERS.let_go(self._mapped)
+        MAPPED_FILES.drop_pages(self._mapped)
 
     def _imported(self) -> ov.CompiledModel | None:
         if self._kept is None:
             return None
         self._mapped = self._kept.with_name(openvino_cache.WEIGHTS)
         try:
-            return openvino_cache.imported(self._kept, self._precision)
+            return openvino_cache.import_compiled(self._kept, self._precision)
         except RuntimeError as error:
             log.warning("%s: %s does not open, so it is compiled: %s", self.name, self._kept, error)
             return None
@@ -90,7 +92,9 @@ class OpenVinoEngine:
                 if node.get_type_name() == "Constant" and node.get_friendly_name() in weights:
                     new = ov.op.Constant(weights[node.get_friendly_name()])
                     node.output(0).replace(new.output(0))
-            return core.compile_model(model, "CPU", openvino_cache.settings(self._precision))
+            return core.compile_model(
+                model, "CPU", openvino_cache.compile_settings(self._precision)
+            )
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {self._graph}: {error}") from error
 
@@ -103,10 +107,10 @@ class OpenVinoEngine:
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
         ready = check_feeds(self.name, self.inputs, feeds)
-        with USERS:
+        with MAPPED_FILES:
             made = self._infer(ready)
         shapes = tuple(array.shape for array in ready.values())
-        if shapes not in self._packed and USERS.let_go(self._mapped):
+        if shapes not in self._packed and MAPPED_FILES.drop_pages(self._mapped):
             self._packed.add(shapes)
         return made
 
@@ -121,9 +125,9 @@ class OpenVinoEngine:
         if self.name.startswith("vae") and most >= LARGE:
             # Once a picture: its activations dwarf all else, and are made again in a moment.
             requests.compiled.release_memory()
-            trim()
+            trim_heap()
         return made
 
     def close(self) -> None:
-        with USERS:
+        with MAPPED_FILES:
             self._requests = None

@@ -19,38 +19,47 @@ from sdrt.engine.plans import PlanKey
 from sdrt.errors import BackendError
 from sdrt.process_stats import forget_peak, peak_bytes
 
-from .progress import Progress, interruptible, monitor_of
-from .variants import RTX, logger_of, module_of
+from .progress import Progress, create_monitor, interruptible
+from .variants import RTX, get_logger, load_module
 
 log = logging.getLogger(__name__)
 
 
-def parsed_network(trt: Any, builder: Any, graph: Path) -> tuple[Any, Any]:
+def parse_network(trt: Any, builder: Any, graph: Path) -> tuple[Any, Any]:
     """The graph as TensorRT's network, and the parser, which holds its weights.
 
     Raises BackendError naming every node that TensorRT does not take.
     """
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
-    parser = trt.OnnxParser(network, logger_of(trt))
+    parser = trt.OnnxParser(network, get_logger(trt))
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         texts = [
             f"{error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors
         ]
         raise BackendError(f"TensorRT does not take {graph}: {'; '.join(texts)}")
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # as the bindings have one cast down
-            attention = layer.attention
-            attention.decomposable = not has_kernel(trt, attention.get_input(0))
+    for _, attention in attention_layers(trt, network):
+        attention.decomposable = not has_fused_kernel(trt, attention.get_input(0))
     return network, parser
 
 
-def has_kernel(trt: Any, query: Any) -> bool:
-    """Whether fused attention serves this query [B, heads, N, width]; the rest is decomposed into
-    products and a softmax, which TensorRT does only where it is told to.
+def attention_layers(trt: Any, network: Any) -> Iterator[tuple[str, Any]]:
+    """The name of every attention in a network, and its `IAttention`.
+
+    `get_layer` returns the base class, and TensorRT's Python bindings have no cast. Assigning
+    `__class__` is how the bindings' own helpers downcast.
+    """
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            yield layer.name.removesuffix("_AttentionInput"), layer.attention
+
+
+def has_fused_kernel(trt: Any, query: Any) -> bool:
+    """Whether a fused kernel supports this query [B, heads, N, width]. Other attention must be
+    marked as decomposable into matrix products and a softmax.
     """
     width = query.shape[-1]
     return query.dtype in (trt.float16, trt.bfloat16) and 16 <= width <= 256 and width % 8 == 0
@@ -61,7 +70,7 @@ def build_plan(key: PlanKey, graph: Path, out: Path) -> tuple[float, int]:
 
     Raises BackendError if TensorRT refuses, with what it said.
     """
-    trt = module_of(key.kind)
+    trt = load_module(key.kind)
     began = time.monotonic()
     forget_peak()
     with contextlib.closing(Progress(key.component, sys.stderr.isatty())) as progress:
@@ -71,12 +80,12 @@ def build_plan(key: PlanKey, graph: Path, out: Path) -> tuple[float, int]:
 
 
 def _serialized(trt: Any, key: PlanKey, graph: Path, progress: Progress) -> Any:
-    logger = logger_of(trt)
+    logger = get_logger(trt)
     logger.errors = []
     builder = trt.Builder(logger)
-    network, parser = parsed_network(trt, builder, graph)
+    network, parser = parse_network(trt, builder, graph)
     config = builder.create_builder_config()
-    monitor = monitor_of(trt, progress)
+    monitor = create_monitor(trt, progress)
     config.progress_monitor = monitor
     _configure(trt, builder, config, key)
     with _timing_cache(config, key), interruptible(progress):

@@ -10,34 +10,32 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .builder import parsed_network
-from .variants import logger_of, module_of
+from .builder import attention_layers, parse_network
+from .variants import get_logger, load_module
 
 ATTENTION, NORMALISATION, DECOMPOSED = "attention", "normalisation", "attention, decomposed"
 
 
-def nodes_of(kind: str, graph: Path) -> dict[str, list[str]]:
+def group_nodes(kind: str, graph: Path) -> dict[str, list[str]]:
     """The graph's nodes by what TensorRT makes of them: attention that must have a fused kernel,
     attention that is decomposed into products and a softmax, and normalisation.
 
     Raises BackendError where this TensorRT is missing or does not take the graph.
     """
-    trt = module_of(kind)
-    builder = trt.Builder(logger_of(trt))
-    network, _parser = parsed_network(trt, builder, graph)
-    found: dict[str, list[str]] = {ATTENTION: [], DECOMPOSED: [], NORMALISATION: []}
+    trt = load_module(kind)
+    builder = trt.Builder(get_logger(trt))
+    network, _parser = parse_network(trt, builder, graph)
+    groups: dict[str, list[str]] = {ATTENTION: [], DECOMPOSED: [], NORMALISATION: []}
+    for name, attention in attention_layers(trt, network):
+        groups[DECOMPOSED if attention.decomposable else ATTENTION].append(name)
     for i in range(network.num_layers):
         layer = network.get_layer(i)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            name = layer.name.removesuffix("_AttentionInput")
-            layer.__class__ = trt.IAttentionInputLayer
-            found[DECOMPOSED if layer.attention.decomposable else ATTENTION].append(name)
-        elif layer.type == trt.LayerType.NORMALIZATION:
-            found[NORMALISATION].append(layer.name)
-    return found
+        if layer.type == trt.LayerType.NORMALIZATION:
+            groups[NORMALISATION].append(layer.name)
+    return groups
 
 
-def inspected(trt: Any, engine: Any) -> list[Mapping[str, Any]]:
+def inspect_layers(trt: Any, engine: Any) -> list[Mapping[str, Any]]:
     """The layers of a built engine, as its inspector tells them."""
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
@@ -45,7 +43,9 @@ def inspected(trt: Any, engine: Any) -> list[Mapping[str, Any]]:
     return layers
 
 
-def layers_of(nodes: Iterable[str], layers: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+def layers_by_node(
+    nodes: Iterable[str], layers: Iterable[Mapping[str, Any]]
+) -> dict[str, list[str]]:
     """Of every node, the names of the engine's layers that it went into. A layer names the nodes
     that it computes as `[ONNX Layer: NAME]`.
     """

@@ -1,36 +1,38 @@
-"""From a bundle to a component on TensorRT: its plan found or built, loaded or shared, and proven.
+"""From a bundle to a component on TensorRT: find or build its plan, load or share it, validate it.
 
-Knows plans and loaded plans; not what is run with them. Never run on a GPU yet.
+Knows plans and loaded plans; not what is run with them. Not yet run on a GPU.
 """
 
 from sdrt.bundle import Bundle
-from sdrt.engine.cuda.driver import device_of
+from sdrt.engine.cuda.driver import get_device
 from sdrt.engine.gpu import Gpu
+from sdrt.engine.load_options import LoadOptions
 from sdrt.engine.parity import validate_plan
 
 from .engine import TrtEngine, TrtUnet
-from .loaded_plan import Loaded, loaded_plans, loading
-from .plans import PlanOptions, trt_plan
+from .loaded_plan import LoadedPlan, loaded_plans
+from .plans import PlanOptions, get_plan
+from .sampling_graph import SamplingGraphCache
 
 
-def load_engine(
-    bundle: Bundle, name: str, kind: str, gpu: Gpu, stream: int = 0, *, streamed: bool = False
-) -> TrtEngine:
-    """A component on a GPU: its plan found or built, loaded or shared, and proven once.
+def load_engine(bundle: Bundle, name: str, kind: str, gpu: Gpu, options: LoadOptions) -> TrtEngine:
+    """Load a component on a GPU; its plan is built if none fits, and validated once.
 
-    stream: the caller's own, by its address; 0 for the device's
-
-    Raises BackendError, and ParityError if it computes something else than the bundle's graph.
+    Raises:
+        BackendError: The plan cannot be built or loaded.
+        ParityError: It computes something else than the bundle's graph.
     """
     component = bundle.manifest.components[name]
-    plan = trt_plan(bundle, name, kind, gpu, PlanOptions(streamed=streamed))
-    mark = (str(plan.path), plan.sha256, gpu.index)
-    with loading:
-        if mark not in loaded_plans:
-            loaded_plans[mark] = Loaded(plan, component, bundle.graph(name), device_of(gpu.index))
+    plan = get_plan(bundle, name, kind, gpu, PlanOptions(streamed=options.low_memory))
+
+    def load() -> LoadedPlan:
+        loaded = LoadedPlan(plan, component, bundle.graph(name), get_device(gpu.index))
         if name == "unet":
-            engine: TrtEngine = TrtUnet(name, component, loaded_plans[mark], gpu.sm, stream)
-        else:
-            engine = TrtEngine(name, component, loaded_plans[mark], stream)
+            loaded.sampling_graphs = SamplingGraphCache(loaded, gpu.sm)
+        return loaded
+
+    loaded = loaded_plans.acquire((str(plan.path), plan.sha256, gpu.index), load)
+    create = TrtUnet if name == "unet" else TrtEngine
+    engine = create(name, component, loaded, options.cuda_stream)
     validate_plan(bundle, name, engine, plan)
     return engine

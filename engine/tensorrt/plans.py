@@ -8,11 +8,18 @@ from functools import partial
 
 from sdrt.bundle import Bundle
 from sdrt.engine.gpu import Gpu
-from sdrt.engine.plans import Plan, PlanKey, key_of, plan_of, plans_folder
+from sdrt.engine.plans import (
+    BuildSettings,
+    Plan,
+    PlanKey,
+    get_or_build_plan,
+    plan_key,
+    plans_folder,
+)
 from sdrt.errors import BackendError, UsageError
 
 from .builder import build_plan
-from .variants import FULL, PORTABLE, RTX, RTX_TARGETS, module_of
+from .variants import FULL, PORTABLE, RTX, RTX_TARGETS, load_module
 
 LEVEL = 3
 
@@ -33,7 +40,7 @@ class PlanOptions:
     streamed: bool = False
 
 
-def wanted_key(
+def required_key(
     bundle: Bundle, component: str, kind: str, gpu: Gpu | None, options: PlanOptions
 ) -> PlanKey:
     """The key of the plan to use or build; gpu: the one at hand, if any.
@@ -41,12 +48,10 @@ def wanted_key(
     Raises BackendError where the kind cannot build, UsageError for a target that it lacks.
     """
     streamed = options.streamed and component == "unet"
-    return key_of(
-        bundle,
-        component,
+    settings = BuildSettings(
         kind=kind,
-        version=str(module_of(kind).__version__),
-        targets=targets_of(kind, gpu, options.targets),
+        version=str(load_module(kind).__version__),
+        targets=select_targets(kind, gpu, options.targets),
         gpu=gpu.name if gpu and kind == FULL else "",
         level=LEVEL if options.level is None else options.level,
         workspace=options.workspace or 0,
@@ -54,10 +59,11 @@ def wanted_key(
         stripped=gpu is not None and gpu.sm in (options.targets or (gpu.sm,)) and not streamed,
         streamed=streamed,
     )
+    return plan_key(bundle, component, settings)
 
 
-def targets_of(kind: str, gpu: Gpu | None, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """The compute capabilities to build for; raises as `wanted_key`."""
+def select_targets(kind: str, gpu: Gpu | None, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The compute capabilities to build for; raises as `required_key`."""
     known = RTX_TARGETS if kind == RTX else (gpu.sm,) if gpu else ()
     usual = (gpu.sm,) if gpu else PORTABLE
     if not known:
@@ -73,11 +79,11 @@ def targets_of(kind: str, gpu: Gpu | None, asked: tuple[str, ...]) -> tuple[str,
     return tuple(sorted(set(asked or usual), key=known.index))
 
 
-def trt_plan(
+def get_plan(
     bundle: Bundle, component: str, kind: str, gpu: Gpu | None, options: PlanOptions
 ) -> Plan:
     """The plan of a component, built where there is none that fits."""
-    key = wanted_key(bundle, component, kind, gpu, options)
+    key = required_key(bundle, component, kind, gpu, options)
     ignored = [name for name in ("level", "workspace") if getattr(options, name) is None]
     build = partial(build_plan, key, bundle.graph(component))
-    return plan_of(plans_folder(bundle), key, build, ignored)
+    return get_or_build_plan(plans_folder(bundle), key, build, ignored)

@@ -40,7 +40,7 @@ class Progress:
         self._bar.close()
 
 
-def monitor_of(trt: Any, progress: Progress) -> Any:
+def create_monitor(trt: Any, progress: Progress) -> Any:
     """What TensorRT calls with its progress."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""Whole pictures as one CUDA graph: text encoder, every evaluation with the mixing in between,
-decoder, and the copies from and to pinned memory.
+"""Complete sampling programs as one CUDA graph: text encoder, every evaluation with the mixing in
+between, decoder, and the copies from and to pinned memory.
 
-Knows loaded plans, the device and schedules; not samplers. Never run on a GPU yet.
+Knows loaded plans, the device and programs; not samplers. Not yet run on a GPU.
 """
 
 import logging
@@ -12,227 +12,239 @@ from typing import Any
 
 import numpy as np
 
-from sdrt.engine.cuda.driver import Graph, Mirrored
+from sdrt.engine.cuda.driver import CudaGraph, MirroredBuffer
 from sdrt.engine.cuda.kernels import Kernels
 from sdrt.engine.protocol import check_feeds
 from sdrt.engine.sampling import SamplingProgram, SamplingResult, TextInput
 from sdrt.errors import BackendError
 
-from .loaded_plan import Bound, Loaded
+from .loaded_plan import LoadedPlan, ShapeBinding
 
 log = logging.getLogger(__name__)
-MAX_LOOPS = 4
+MAX_GRAPHS = 4
+PROGRAM_BUFFERS = ("history", "coefficients", "timesteps")
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """What a loop runs, and how each is put into the stream: the UNet by rows of a picture, and
-    the text encoder and the decoder of one picture where they take part.
+class ProgramBindings:
+    """The bindings that a program runs: the UNet's by rows per image, and those of the text encoder
+    and of the decoder, which takes one image, where they take part.
     """
 
-    unet: dict[int, Bound]
-    encoder: Bound | None
-    decoder: Bound | None
+    unet: dict[int, ShapeBinding]
+    encoder: ShapeBinding | None
+    decoder: ShapeBinding | None
 
     @property
-    def all(self) -> list[Bound]:
-        return [bound for bound in (*self.unet.values(), self.encoder, self.decoder) if bound]
+    def all(self) -> list[ShapeBinding]:
+        bindings = (*self.unet.values(), self.encoder, self.decoder)
+        return [binding for binding in bindings if binding]
 
 
-class Loop:
-    """Buffers and the graph of one layout of schedules."""
+class SamplingGraph:
+    """Buffers and the CUDA graph of one layout of programs."""
 
     def __init__(
         self,
-        parts: "Parts",
+        plans: "ProgramPlans",
         kernels: Mapping[str, Kernels],
-        schedule: SamplingProgram,
-        some: Bounds,
+        program: SamplingProgram,
+        bindings: ProgramBindings,
     ) -> None:
-        """kernels: by dtype; the decoder may be in another than the UNet"""
-        self._parts, self._device = parts, parts.unet.device
-        self._kernels = kernels[dtype_of(parts.unet, "sample")]
-        self._ends = kernels[dtype_of(parts.decoder, "image")] if parts.decoder else self._kernels
-        self._graph: Graph | None = None
+        """kernels: by dtype; the decoder's may differ from the UNet's"""
+        self._plans, self._device = plans, plans.unet.device
+        self._kernels = kernels[tensor_dtype(plans.unet, "sample")]
+        self._decoder_kernels = (
+            kernels[tensor_dtype(plans.decoder, "image")] if plans.decoder else self._kernels
+        )
+        self._graph: CudaGraph | None = None
         self._arena, self._capturable = 0, True
-        self._bounds = some
-        self._held: dict[str, Mirrored] = {}
+        self._bindings = bindings
+        self._buffers: dict[str, MirroredBuffer] = {}
         try:
-            for name, (shape, dtype) in self._buffers(schedule).items():
-                self._held[name] = Mirrored(self._device, shape, dtype)
+            for name, (shape, dtype) in self._buffer_specs(program).items():
+                self._buffers[name] = MirroredBuffer(self._device, shape, dtype)
         except BackendError:
             self.close()
             raise
 
-    def _buffers(self, schedule: SamplingProgram) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of what belongs to this loop alone."""
-        pictures, _, *shape = schedule.columns.shape
-        buffers = {
-            name: (getattr(schedule, name).shape, "float32")
-            for name in ("columns", "rows", "timesteps")
+    def _buffer_specs(self, program: SamplingProgram) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of the buffers that belong to this graph alone."""
+        images, _, *shape = program.history.shape
+        arrays = {
+            "history": program.history,
+            "coefficients": program.coefficients,
+            "timesteps": program.timesteps,
         }
-        buffers["latents"] = (pictures, *shape), "float32"
-        if schedule.read and self._bounds.encoder:
-            ids = schedule.read.ids.shape
-            buffers |= {"weights": (ids, "float32"), "places": (ids[:-1], "int32")}
-            buffers["sums"] = self._bounds.encoder.tensors["input_ids"].array.shape, "float32"
-        if self._bounds.decoder:
-            _, colours, *sides = self._bounds.decoder.tensors["image"].array.shape
-            buffers["pixels"] = (pictures, *sides, colours), "uint8"
-            buffers["bad"] = (pictures,), "int32"
-        return buffers
+        specs = {name: (array.shape, "float32") for name, array in arrays.items()}
+        specs["latents"] = (images, *shape), "float32"
+        if program.text and self._bindings.encoder:
+            ids = program.text.ids.shape
+            specs |= {"weights": (ids, "float32"), "chunk_indices": (ids[:-1], "int32")}
+            specs["sums"] = self._bindings.encoder.tensors["input_ids"].array.shape, "float32"
+        if self._bindings.decoder:
+            _, channels, *sides = self._bindings.decoder.tensors["image"].array.shape
+            specs["pixels"] = (images, *sides, channels), "uint8"
+            specs["not_finite"] = (images,), "int32"
+        return specs
 
-    def run(self, schedule: SamplingProgram, bounds: Bounds) -> SamplingResult:
-        """See `ProgramEngine.run_program`; bounds: of this schedule's shapes."""
-        moved = [a is not b for a, b in zip(bounds.all, self._bounds.all, strict=True)]
-        self._bounds = bounds
-        self._fill(schedule)
-        if self._graph is None or self._arena != self._device.arena or any(moved):
-            self._prepare(schedule)
+    def run(self, program: SamplingProgram, bindings: ProgramBindings) -> SamplingResult:
+        """See `ProgramEngine.run_program`; bindings: for this program's shapes"""
+        pairs = zip(bindings.all, self._bindings.all, strict=True)
+        rebound = any(new is not old for new, old in pairs)
+        self._bindings = bindings
+        self._fill(program)
+        if self._graph is None or self._arena != self._device.arena or rebound:
+            self._prepare(program)
         if self._graph is None:
-            self._everything(schedule)
+            self._enqueue_all(program)
         else:
             self._graph.launch()
         self._device.synchronize()
-        latents, pixels = self._held["latents"].array.copy(), self._held.get("pixels")
+        latents, pixels = self._buffers["latents"].array.copy(), self._buffers.get("pixels")
         if pixels is None:
             return SamplingResult(latents)
-        return SamplingResult(
-            latents, pixels.array.copy(), [not bad for bad in self._held["bad"].array]
-        )
+        finite = [not count for count in self._buffers["not_finite"].array]
+        return SamplingResult(latents, pixels.array.copy(), finite)
 
-    def _fill(self, schedule: SamplingProgram) -> None:
-        """What this run is told, into pinned memory."""
-        for name in ("columns", "rows", "timesteps"):
-            self._held[name].array[...] = getattr(schedule, name)
-        if schedule.read and self._bounds.encoder:
-            ids, places = different(schedule.read)
-            self._bounds.encoder.tensors["input_ids"].array[...] = ids
-            self._held["places"].array[...] = places
-            self._held["weights"].array[...] = schedule.read.weights
-        for used, bound in self._bounds.unet.items():
-            for name, value in feeds_of(schedule, used).items():
-                bound.tensors[name].array[...] = value
+    def _fill(self, program: SamplingProgram) -> None:
+        """Copy the program's inputs into pinned memory."""
+        self._buffers["history"].array[...] = program.history
+        self._buffers["coefficients"].array[...] = program.coefficients
+        self._buffers["timesteps"].array[...] = program.timesteps
+        if program.text and self._bindings.encoder:
+            ids, indices = unique_chunks(program.text)
+            self._bindings.encoder.tensors["input_ids"].array[...] = ids
+            self._buffers["chunk_indices"].array[...] = indices
+            self._buffers["weights"].array[...] = program.text.weights
+        for rows, binding in self._bindings.unet.items():
+            for name, value in unet_feeds(program, rows).items():
+                binding.tensors[name].array[...] = value
 
-    def _prepare(self, schedule: SamplingProgram) -> None:
+    def _prepare(self, program: SamplingProgram) -> None:
         """Capture the graph; without one, kernels are launched one by one."""
-        while not all([loaded.ready(bound) for loaded, bound in self._parts.of(self._bounds)]):
+        pairs = self._plans.pairs(self._bindings)
+        while not all([plan.prepare(binding) for plan, binding in pairs]):
             continue  # one of them moved the arena under another
         self.close_graph()
         self._arena = self._device.arena
         if not self._capturable:
             return
-        self._upload(schedule)  # an encoder must not see ids that are none
-        for loaded, bound in self._parts.of(self._bounds):
-            loaded.enqueue(bound)  # TensorRT prepares what a capture may not
+        self._upload(program)  # the text encoder must not see ids out of its range
+        for plan, binding in pairs:
+            plan.enqueue(binding)  # TensorRT sets up what a capture must not contain
         self._device.synchronize()
         try:
-            with self._device.capturing() as graph:
-                self._everything(schedule)
+            with self._device.capture() as graph:
+                self._enqueue_all(program)
         except BackendError as error:
-            if self._device.broken:
+            if self._device.fatal_error:
                 raise
-            log.warning("the loop is launched kernel by kernel, without a CUDA graph: %s", error)
+            log.warning("Sampling runs without a CUDA graph, kernel by kernel: %s", error)
             self._capturable = False
             return
         self._graph = graph
 
-    def _everything(self, schedule: SamplingProgram) -> None:
-        """The whole run, put into the stream."""
-        self._upload(schedule)
-        if schedule.read:
-            self._read(schedule.read)
-        self._evaluations(schedule)
-        self._results(schedule)
+    def _enqueue_all(self, program: SamplingProgram) -> None:
+        """Put the complete program into the stream."""
+        self._upload(program)
+        if program.text:
+            self._enqueue_text(program.text)
+        self._enqueue_evaluations(program)
+        self._enqueue_results(program)
 
-    def _upload(self, schedule: SamplingProgram) -> None:
-        """What this run is told, to the GPU."""
-        for name in ("columns", "rows", "timesteps", "places", "weights"):
-            if name in self._held:
-                self._held[name].upload()
-        if self._bounds.encoder:
-            self._bounds.encoder.tensors["input_ids"].upload()
-        for used, bound in self._bounds.unet.items():
-            for name in feeds_of(schedule, used):
-                bound.tensors[name].upload()
+    def _upload(self, program: SamplingProgram) -> None:
+        """Copy the program's inputs to the GPU."""
+        for name in (*PROGRAM_BUFFERS, "chunk_indices", "weights"):
+            if name in self._buffers:
+                self._buffers[name].upload()
+        if self._bindings.encoder:
+            self._bindings.encoder.tensors["input_ids"].upload()
+        for rows, binding in self._bindings.unet.items():
+            for name in unet_feeds(program, rows):
+                binding.tensors[name].upload()
 
-    def _read(self, read: TextInput) -> None:
-        """The text through its encoder, into every context that the UNet is fed."""
-        encoder, held = self._bounds.encoder, self._held
-        assert encoder is not None and self._parts.encoder is not None
-        self._parts.encoder.enqueue(encoder)
-        made, sums = encoder.tensors["contexts"], held["sums"].address
-        stretches, layers, tokens, width = made.array.shape
-        numbers = layers, layers - 1 - read.skip, tokens, width
-        self._kernels("sum_tokens", stretches * tokens, made.address, sums, stretches, *numbers)
-        pictures, rows, each, _ = read.ids.shape
-        for used, bound in self._bounds.unet.items():
-            context = bound.tensors["context"]
+    def _enqueue_text(self, text: TextInput) -> None:
+        """Encode the text, and write it into every context that the UNet reads."""
+        encoder, buffers = self._bindings.encoder, self._buffers
+        assert encoder is not None and self._plans.encoder is not None
+        self._plans.encoder.enqueue(encoder)
+        contexts, sums = encoder.tensors["contexts"], buffers["sums"].address
+        unique, layers, tokens, width = contexts.array.shape
+        sizes = layers, layers - 1 - text.clip_skip, tokens, width
+        self._kernels("sum_tokens", unique * tokens, contexts.address, sums, unique, *sizes)
+        images, stored_rows, chunks, _ = text.ids.shape
+        for rows, binding in self._bindings.unet.items():
+            context = binding.tensors["context"]
             self._kernels(
                 "write_context",
                 context.array.size,
-                *(made.address, sums, held["places"].address, held["weights"].address),
-                *(context.address, pictures, rows, used, each, *numbers),
+                contexts.address,
+                sums,
+                buffers["chunk_indices"].address,
+                buffers["weights"].address,
+                context.address,
+                *(images, stored_rows, rows, chunks, *sizes),
             )
 
-    def _evaluations(self, schedule: SamplingProgram) -> None:
-        pictures, _, *shape = schedule.columns.shape
-        for k in range(len(schedule.used) + 1):
+    def _enqueue_evaluations(self, program: SamplingProgram) -> None:
+        images, _, *shape = program.history.shape
+        for k in range(len(program.rows_per_image) + 1):
             if k:
-                self._parts.unet.enqueue(self._bounds.unet[schedule.used[k - 1]])
-            values = self._parameters(schedule, k)
-            self._kernels("advance_pictures", pictures * int(np.prod(shape)), *values)
+                binding = self._bindings.unet[program.rows_per_image[k - 1]]
+                self._plans.unet.enqueue(binding)
+            arguments = self._advance_arguments(program, k)
+            self._kernels("advance_images", images * int(np.prod(shape)), *arguments)
 
-    def _parameters(self, schedule: SamplingProgram, k: int) -> tuple[Any, ...]:
-        """Of the kernel after k evaluations."""
-        columns, rows, timesteps = (
-            self._held[name].address for name in ("columns", "rows", "timesteps")
-        )
-        count = len(schedule.used)
-        pictures, places, *shape = schedule.columns.shape
-        before = self._bounds.unet[schedule.used[k - 1]].tensors if k else {}
-        after = self._bounds.unet[schedule.used[k]].tensors if k < count else {}
+    def _advance_arguments(self, program: SamplingProgram, k: int) -> tuple[Any, ...]:
+        """Arguments of `advance_images` after k evaluations."""
+        history, coefficients, timesteps = (self._buffers[name] for name in PROGRAM_BUFFERS)
+        count = len(program.rows_per_image)
+        images, columns, *shape = program.history.shape
+        before = self._bindings.unet[program.rows_per_image[k - 1]].tensors if k else {}
+        after = self._bindings.unet[program.rows_per_image[k]].tensors if k < count else {}
         size = int(np.prod(shape))
         return (
-            rows + k * self._held["rows"].array[0].nbytes,
-            timesteps + min(k, count - 1) * self._held["timesteps"].array[0].nbytes,
-            columns,
+            coefficients.address + k * coefficients.array[0].nbytes,
+            timesteps.address + min(k, count - 1) * timesteps.array[0].nbytes,
+            history.address,
             before["output"].address if before else 0,
             after["sample"].address if after else 0,
             after["timestep"].address if after else 0,
-            pictures,
-            places,
+            images,
+            columns,
             size,
             after["sample"].array[0].size if after else size,
-            schedule.used[k - 1] if before else 1,
-            schedule.used[k] if after else 1,
-            schedule.per,
-            schedule.output_places[k - 1] if before else 0,
-            schedule.state_places[k],
+            program.rows_per_image[k - 1] if before else 1,
+            program.rows_per_image[k] if after else 1,
+            program.columns_per_output,
+            program.output_columns[k - 1] if before else 0,
+            program.state_columns[k],
         )
 
-    def _results(self, schedule: SamplingProgram) -> None:
-        """Every picture's latents, and its pixels where there is a decoder, to the host."""
-        held, decoder, loaded = self._held, self._bounds.decoder, self._parts.decoder
-        pictures, places = schedule.columns.shape[:2]
-        latents = held["latents"].array
-        for i in range(pictures):
-            place = i * places + schedule.state_places[-1]
-            result = held["columns"].address + place * latents[i].nbytes
+    def _enqueue_results(self, program: SamplingProgram) -> None:
+        """Copy every image's latents, and its pixels where there is a decoder, to the host."""
+        buffers, decoder, plan = self._buffers, self._bindings.decoder, self._plans.decoder
+        images, columns = program.history.shape[:2]
+        latents = buffers["latents"].array
+        for i in range(images):
+            column = i * columns + program.state_columns[-1]
+            result = buffers["history"].address + column * latents[i].nbytes
             self._device.download(latents[i], result)
-            if decoder is None or loaded is None:
+            if decoder is None or plan is None:
                 continue
-            size, pixels = latents[i].size, held["pixels"]
-            bad = held["bad"].address + 4 * i
-            fed, made = decoder.tensors["latents"].address, decoder.tensors["image"].address
-            self._ends("write_latents", size, result, fed, bad, size)
-            loaded.enqueue(decoder)
-            each = pixels.array[i].size // 3
-            to = pixels.address + i * pixels.array[i].nbytes
-            self._ends("write_pixels", each, made, to, bad, each)
-        for name in ("pixels", "bad"):
-            if name in held:
-                held[name].download()
+            size, pixels = latents[i].size, buffers["pixels"]
+            not_finite = buffers["not_finite"].address + 4 * i
+            source = decoder.tensors["latents"].address
+            image = decoder.tensors["image"].address
+            self._decoder_kernels("write_latents", size, result, source, not_finite, size)
+            plan.enqueue(decoder)
+            count = pixels.array[i].size // 3
+            target = pixels.address + i * pixels.array[i].nbytes
+            self._decoder_kernels("write_pixels", count, image, target, not_finite, count)
+        for name in ("pixels", "not_finite"):
+            if name in buffers:
+                buffers[name].download()
 
     def close_graph(self) -> None:
         if self._graph:
@@ -241,101 +253,108 @@ class Loop:
 
     def close(self) -> None:
         self.close_graph()
-        for held in self._held.values():
-            held.close()
-        self._held.clear()
+        for buffer in self._buffers.values():
+            buffer.close()
+        self._buffers.clear()
 
 
-def feeds_of(schedule: SamplingProgram, used: int) -> dict[str, np.ndarray]:
-    """The UNet's inputs at the start, for evaluations of so many rows a picture, but a context that
-    is read in the run.
+def unet_feeds(program: SamplingProgram, rows: int) -> dict[str, np.ndarray]:
+    """The UNet's inputs before the first evaluation, at this many rows per image; without a context
+    that the text encoder writes.
     """
-    pictures, _, channels, *sides = schedule.columns.shape
-    sample = np.zeros((pictures, used, channels + schedule.beside.shape[1], *sides), np.float32)
-    sample[:, :, channels:] = schedule.beside[:, None]
-    told = {
-        name: value[:, -used:].reshape(-1, *value.shape[2:])
-        for name, value in schedule.told.items()
+    images, _, channels, *sides = program.history.shape
+    extra = program.extra_channels
+    sample = np.zeros((images, rows, channels + extra.shape[1], *sides), np.float32)
+    sample[:, :, channels:] = extra[:, None]
+    conditioning = {
+        name: value[:, -rows:].reshape(-1, *value.shape[2:])
+        for name, value in program.conditioning.items()
     }
-    timestep = np.zeros(pictures * used, np.float32)
-    return {"sample": sample.reshape(-1, *sample.shape[2:]), "timestep": timestep, **told}
+    timestep = np.zeros(images * rows, np.float32)
+    return {"sample": sample.reshape(-1, *sample.shape[2:]), "timestep": timestep, **conditioning}
 
 
-def different(read: TextInput) -> tuple[np.ndarray, np.ndarray]:
-    """The different stretches [R, tokens] int32, and which of them each is [B, rows, stretches]."""
-    *shape, tokens = read.ids.shape
-    ids, places = np.unique(read.ids.reshape(-1, tokens), axis=0, return_inverse=True)
-    return ids.astype(np.int32), places.reshape(shape).astype(np.int32)
+def unique_chunks(text: TextInput) -> tuple[np.ndarray, np.ndarray]:
+    """The different chunks [U, tokens] int32, and the index of each chunk [B, rows, chunks]."""
+    *shape, tokens = text.ids.shape
+    ids, indices = np.unique(text.ids.reshape(-1, tokens), axis=0, return_inverse=True)
+    return ids.astype(np.int32), indices.reshape(shape).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """The loaded plans of a run."""
+class ProgramPlans:
+    """The loaded plans that a program runs."""
 
-    unet: Loaded
-    encoder: Loaded | None
-    decoder: Loaded | None
+    unet: LoadedPlan
+    encoder: LoadedPlan | None
+    decoder: LoadedPlan | None
 
-    def of(self, bounds: Bounds) -> list[tuple[Loaded, Bound]]:
-        pairs = [(self.encoder, bounds.encoder), (self.decoder, bounds.decoder)]
-        other = [(loaded, bound) for loaded, bound in pairs if loaded and bound]
-        return [*((self.unet, bound) for bound in bounds.unet.values()), *other]
+    def pairs(self, bindings: ProgramBindings) -> list[tuple[LoadedPlan, ShapeBinding]]:
+        """Every binding with its plan."""
+        unet = [(self.unet, binding) for binding in bindings.unet.values()]
+        others = [(self.encoder, bindings.encoder), (self.decoder, bindings.decoder)]
+        return [*unet, *((plan, binding) for plan, binding in others if plan and binding)]
 
-    def bounds(self, schedule: SamplingProgram) -> Bounds:
-        """What runs a schedule's shapes; raises BackendError where a plan has no profile for them,
-        UsageError for what misfits.
+    def bind(self, program: SamplingProgram) -> ProgramBindings:
+        """The bindings for a program's shapes.
+
+        Raises:
+            BackendError: A plan has no profile for them.
+            UsageError: An input does not fit the UNet.
         """
         encoder = decoder = None
-        unet = {used: self._unet_bound(schedule, used) for used in sorted(set(schedule.used))}
-        if schedule.read and self.encoder:
-            encoder = self.encoder.bound({"input_ids": different(schedule.read)[0].shape})
+        unet = {
+            rows: self._bind_unet(program, rows) for rows in sorted(set(program.rows_per_image))
+        }
+        if program.text and self.encoder:
+            encoder = self.encoder.bind({"input_ids": unique_chunks(program.text)[0].shape})
         if self.decoder:
-            decoder = self.decoder.bound({"latents": (1, *schedule.columns.shape[2:])})
-        return Bounds(unet, encoder, decoder)
+            decoder = self.decoder.bind({"latents": (1, *program.history.shape[2:])})
+        return ProgramBindings(unet, encoder, decoder)
 
-    def _unet_bound(self, schedule: SamplingProgram, used: int) -> Bound:
-        inputs, feeds = self.unet.component.inputs, feeds_of(schedule, used)
-        if schedule.read:
+    def _bind_unet(self, program: SamplingProgram, rows: int) -> ShapeBinding:
+        inputs, feeds = self.unet.component.inputs, unet_feeds(program, rows)
+        if program.text:
             width = {spec.name: spec.shape for spec in inputs}["context"][-1]
-            pictures, _, stretches, tokens = schedule.read.ids.shape
-            feeds["context"] = np.zeros((pictures * used, stretches * tokens, int(width)), np.int8)
+            images, _, chunks, tokens = program.text.ids.shape
+            feeds["context"] = np.zeros((images * rows, chunks * tokens, int(width)), np.int8)
         feeds = check_feeds("unet", inputs, feeds)
-        return self.unet.bound({name: value.shape for name, value in feeds.items()})
+        return self.unet.bind({name: value.shape for name, value in feeds.items()})
 
 
-class Loops:
-    """The loops of one loaded UNet; the least recently used are dropped."""
+class SamplingGraphCache:
+    """The sampling graphs of one loaded UNet; the least recently used are evicted."""
 
-    def __init__(self, loaded: Loaded, target: str) -> None:
-        self._loaded, self._target = loaded, target
+    def __init__(self, plan: LoadedPlan, target: str) -> None:
+        self._plan, self._target = plan, target
         self._kernels: dict[str, Kernels] = {}
-        self._loops: OrderedDict[tuple[object, ...], Loop] = OrderedDict()
+        self._graphs: OrderedDict[tuple[object, ...], SamplingGraph] = OrderedDict()
 
     def run(
-        self, schedule: SamplingProgram, encoder: Loaded | None, decoder: Loaded | None
+        self, program: SamplingProgram, encoder: LoadedPlan | None, decoder: LoadedPlan | None
     ) -> SamplingResult:
-        """See `ProgramEngine.run_program`; the device is in use."""
-        parts = Parts(self._loaded, encoder, decoder)
-        for loaded, name in ((self._loaded, "sample"), (decoder, "image")):
-            if loaded and (dtype := dtype_of(loaded, name)) not in self._kernels:
-                self._kernels[dtype] = Kernels(loaded.device, self._target, dtype)
-        bounds = parts.bounds(schedule)
-        rows = bounds.encoder.tensors["input_ids"].array.shape if bounds.encoder else None
-        layout = (schedule.layout, rows, encoder, decoder)
-        if layout not in self._loops:
-            self._loops[layout] = Loop(parts, self._kernels, schedule, bounds)
-        self._loops.move_to_end(layout)
-        while len(self._loops) > MAX_LOOPS:
-            self._loops.popitem(last=False)[1].close()
-        return self._loops[layout].run(schedule, bounds)
+        """See `ProgramEngine.run_program`; the caller holds the device."""
+        plans = ProgramPlans(self._plan, encoder, decoder)
+        for plan, name in ((self._plan, "sample"), (decoder, "image")):
+            if plan and (dtype := tensor_dtype(plan, name)) not in self._kernels:
+                self._kernels[dtype] = Kernels(plan.device, self._target, dtype)
+        bindings = plans.bind(program)
+        ids = bindings.encoder.tensors["input_ids"].array.shape if bindings.encoder else None
+        layout = (program.layout, ids, encoder, decoder)
+        if layout not in self._graphs:
+            self._graphs[layout] = SamplingGraph(plans, self._kernels, program, bindings)
+        self._graphs.move_to_end(layout)
+        while len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)[1].close()
+        return self._graphs[layout].run(program, bindings)
 
     def close(self) -> None:
-        for loop in self._loops.values():
-            loop.close()
-        self._loops.clear()
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
 
 
-def dtype_of(loaded: Loaded, name: str) -> str:
-    """Of one of a plan's tensors."""
-    specs = (*loaded.component.inputs, *loaded.component.outputs)
+def tensor_dtype(plan: LoadedPlan, name: str) -> str:
+    """The dtype of one of a plan's inputs or outputs."""
+    specs = (*plan.component.inputs, *plan.component.outputs)
     return {spec.name: spec.dtype for spec in specs}[name]

@@ -24,36 +24,36 @@ OLDEST = 75  # compute capability that TensorRT 10.14 and later serve
 log = logging.getLogger(__name__)
 
 
-def why_not(kind: str, machine: GpuInventory, index: int = 0) -> str | None:
-    """None if a kind of TensorRT can run on a GPU of the machine, else why not."""
-    if machine.unavailable_reason:
-        return machine.unavailable_reason
+def explain_unavailable(kind: str, gpus: GpuInventory, index: int = 0) -> str | None:
+    """Why a kind of TensorRT cannot run on a GPU of the machine; None if it can."""
+    if gpus.unavailable_reason:
+        return gpus.unavailable_reason
     for module in (MODULES[kind], "cuda.bindings"):
-        if not _installed(module):
+        if not _is_installed(module):
             return f"{module} is not installed; {INSTALL[kind]}"
-    gpu, wanted = machine.gpus[index], needed_cuda(kind)
+    gpu, wanted = gpus.gpus[index], required_cuda(kind)
     number = int(gpu.sm.removeprefix("sm_"))
     if kind == RTX and gpu.sm not in RTX_TARGETS:
         return f"TensorRT for RTX serves {', '.join(RTX_TARGETS)}; {gpu.name} is {gpu.sm}"
     if number < OLDEST:
         return f"TensorRT serves sm_{OLDEST} and later; {gpu.name} is {gpu.sm}"
-    if wanted and machine.cuda_version and machine.cuda_version[0] < wanted:
-        served = ".".join(map(str, machine.cuda_version))
+    if wanted and gpus.cuda_version and gpus.cuda_version[0] < wanted:
+        served = ".".join(map(str, gpus.cuda_version))
         return (
-            f"the driver {machine.driver_version or ''} serves CUDA {served}, "
+            f"the driver {gpus.driver_version or ''} serves CUDA {served}, "
             f"this {kind} needs {wanted}.0; update the NVIDIA driver"
         )
     return None
 
 
-def _installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of a package's part, when the package is missing
         return False
 
 
-def needed_cuda(kind: str) -> int | None:
+def required_cuda(kind: str) -> int | None:
     """The major version of CUDA that the installed package was made for, by its wheels' names."""
     for major in (13, 12):
         try:
@@ -64,7 +64,7 @@ def needed_cuda(kind: str) -> int | None:
     return None
 
 
-def module_of(kind: str) -> ModuleType:
+def load_module(kind: str) -> ModuleType:
     """The Python module of a kind; raises BackendError if it does not import."""
     try:
         return importlib.import_module(MODULES[kind])
@@ -73,7 +73,7 @@ def module_of(kind: str) -> ModuleType:
 
 
 @functools.cache
-def logger_of(trt: Any) -> Any:
+def get_logger(trt: Any) -> Any:
     """TensorRT's messages go to `logging`; the latest errors are kept. One for the whole process,
     since TensorRT wants it to outlive everything else.
     """

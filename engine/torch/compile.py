@@ -25,7 +25,7 @@ Compiled = Callable[[Sequence[Tensor]], list[Tensor]]
 ON_HOST = {"Expand": 1, "Reshape": 1, "Resize": 2, "Split": 1, "Squeeze": 1, "Unsqueeze": 1}
 
 
-def straightened(
+def fold_constants(
     nodes: Sequence[Node],
     kinds: Sequence[str],
     given: Mapping[str, Tensor],
@@ -85,7 +85,15 @@ def compiled(steps: Sequence[Step], names: Sequence[str], outputs: Sequence[str]
                 values[target] = value
         return [values[name] for name in outputs]
 
-    # What torch compiles it keeps with the code, and no more than eight of one code: a code each,
-    # which goes with its function.
-    own = FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return torch.compile(_copy_function(run), fullgraph=True, dynamic=False)
+
+
+def _copy_function(function: Callable[..., Any]) -> FunctionType:
+    """A function with a code object of its own.
+
+    TorchDynamo caches what it compiles on the code object, at most `recompile_limit` (8) entries,
+    which all closures of one `def` share. With its own code object each compiled graph has its own
+    cache, which is freed with the function.
+    """
+    code = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)

@@ -25,7 +25,7 @@ from sdrt.engine.gpu import GPU_LOCK
 from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.errors import BackendError
 
-from .compile import Compiled, compiled, straightened
+from .compile import Compiled, compiled, fold_constants
 from .ops import OPERATIONS, Attributes
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ def initialise() -> None:
     torch.from_numpy(np.zeros(1, np.float32)).numpy()
 
 
-def available(device: str) -> str | None:
-    """None if torch can compute on the device, else why not."""
+def explain_missing_device(device: str) -> str | None:
+    """Why torch cannot compute on a device; None if it can."""
     if device == "mps":
         return None if torch.backends.mps.is_available() else "this torch has no Metal support"
     if torch.cuda.is_available():
@@ -141,7 +141,7 @@ class TorchEngine:
         """For these shapes: a function, and the weights and constants that follow its inputs."""
         weights = {name: stored[name] for name in self._weights}
         others = {n: value for n, value in stored.items() if n not in weights}
-        steps, read = straightened(self._nodes, self._kinds, fed | weights, others)
+        steps, read = fold_constants(self._nodes, self._kinds, fed | weights, others)
         outputs = [spec.name for spec in self.outputs]
         run = compiled(steps, [*fed, *weights, *read], outputs)
         return run, list(weights), [value.to(self.device) for value in read.values()]

@@ -4,21 +4,15 @@ Knows the file's encoding and the few operators that do the work; needs no packa
 as a runtime has none. The sizes of all tensors stand in the file, as arithmetic over named axes.
 """
 
-import ast
 import math
-import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdrt.engine.axes import evaluate_axis
+
 Shape = tuple[int, ...]
 Axes = Mapping[str, int]
-OPERATORS: Mapping[type, Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,18 +101,7 @@ def _dim(message: bytes, axes: Axes) -> int:
     if 1 in found:
         return int.from_bytes(found[1], "little")
     text = found.get(2, b"0").decode()
-    return _value(ast.parse(text, mode="eval").body, axes)
-
-
-def _value(tree: ast.expr, axes: Axes) -> int:
-    match tree:
-        case ast.Constant(value=int(number)):
-            return number
-        case ast.Name(id=name):
-            return axes[name]
-        case ast.BinOp(left=left, op=op, right=right):
-            return OPERATORS[type(op)](_value(left, axes), _value(right, axes))
-    raise ValueError(f"an axis is {ast.unparse(tree)}; expected +, -, * and // over names")
+    return evaluate_axis(text, axes)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.bundle import Bundle, parse_size
+from sdrt.engine.axes import axis_lengths
 from sdrt.process_stats import cpu_count
 
 from .flops import flops
@@ -124,14 +125,12 @@ def versions() -> dict[str, str]:
 
 def _flops(bundle: Bundle, names: tuple[str, ...], size: str) -> int | None:
     """Of one call as it is timed: two rows, or one picture; None for a graph that does not say."""
-    width, height = parse_size(size)
-    down = bundle.manifest.downscale
-    axes = {"latent_height": height // down, "latent_width": width // down}
-    axes |= {"rows": 1 if "vae_decoder" in names else 2, "tokens": bundle.manifest.max_tokens}
+    rows = 1 if "vae_decoder" in names else 2
+    axes = axis_lengths(bundle.manifest, parse_size(size), rows)
     held = [name for name in names if name in bundle.manifest.components]
     try:
         return sum(flops(bundle.graph(name), axes) for name in held)
-    except KeyError:
+    except ValueError:
         return None
 
 

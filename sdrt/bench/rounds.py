@@ -18,7 +18,7 @@ from sdrt.engine.gpu import detect_gpus, free_memory
 from sdrt.errors import BackendError, UsageError
 from sdrt.progress import log_progress
 
-from .peers import peers, prepare
+from .peers import list_peers, prepare
 from .report import Contestant, Run
 
 log = logging.getLogger("sdrt.bench")
@@ -31,7 +31,7 @@ WORKER = "from sdrt.bench.worker import main; main()"
 def contestants(bundle: Bundle, compiled: bool) -> tuple[list[Contestant], dict[str, str]]:
     """Those that can run, the reference library first, and why others are left out."""
     found, left_out = [], {}
-    for name, (backend, precision, why_not) in peers(bundle, compiled).items():
+    for name, (backend, precision, why_not) in list_peers(bundle, compiled).items():
         dtype = PEER_DTYPES.get(precision)
         if why_not is None:
             found.append(Contestant(name, backend, precision, dtype))

@@ -1,9 +1,10 @@
-"""One contestant in a process of its own: it loads, draws a picture, then times what it is asked.
+"""One contestant in a process of its own: it loads, generates an image, then measures what it is
+asked to.
 
-It is told, as JSON in its only argument: backend, precision, folder, size, steps, scheduler, and
-the folder of what was made for it. It speaks JSON, a line each way: first what it can time and how
-long loading took; then, for every name of a part that it reads, a turn; at last, for `end`, its
-memory. A turn is calls of one part until a fifth of a second is filled, at least one.
+Its only argument is JSON: backend, precision, folder, size, steps, scheduler, and the folder that
+`peers.prepare` filled. It answers in JSON, a line each: first the parts that it can time and how
+long loading took; then a measurement for every name of a part that it reads; for `end`, its memory.
+A measurement repeats one part until a fifth of a second is filled, at least once.
 """
 
 import io
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TextIO
@@ -18,117 +20,131 @@ from typing import Any, TextIO
 import numpy as np
 
 from sdrt.bundle import parse_size
+from sdrt.engine import Feeds
+from sdrt.engine.axes import axis_lengths
 from sdrt.process_stats import Others, memory
 from sdrt.runtime import Pipeline
 
-from .timing import PROMPT, Part, Spent, Timed, picture_of
+from .timing import PROMPT, Part, Seconds, image_part, time_engine, timed
 
-FILLED = 0.2  # seconds of a turn, see `process_stats.Others`
-MOST = 100  # calls of a turn
+MIN_SECONDS = 0.2  # of a measurement, see `process_stats.Others`
+MAX_CALLS = 100  # of a measurement
 
 
-def own(pipe: Pipeline, size: str, steps: list[int], spent: Spent) -> dict[str, Part]:
-    """What can be timed of one of this project's pipelines.
+def sdrt_parts(pipe: Pipeline, size: str, steps: list[int], seconds: Seconds) -> dict[str, Part]:
+    """The parts of one of this project's pipelines.
 
-    spent: where the parts of a picture add their seconds
+    seconds: where the parts of an image add their time
     """
-    width, height = parse_size(size)
-    down, specs = pipe.manifest.downscale, pipe.manifest.components["unet"].inputs
-    shapes = {spec.name: spec.shape for spec in specs}
-    rng = np.random.default_rng(0)
-    rows = (2, int(shapes["sample"][1]), height // down, width // down)
-    sample = rng.normal(size=rows).astype(np.float32)
-    context = rng.normal(size=(2, pipe.manifest.max_tokens, int(shapes["context"][2])))
-    feeds = {
-        "sample": sample,
-        "timestep": np.full(2, 500, np.float32),
-        "context": context.astype(np.float32),
-    }
-    for name in set(shapes) - set(feeds):
-        feeds[name] = np.ones((2, int(shapes[name][1])), np.float32)
-    latents = {"latents": sample[:1, : pipe.manifest.latent_channels]}
+    feeds = unet_feeds(pipe, size)
+    latents = {"latents": feeds["sample"][:1, : pipe.manifest.latent_channels]}
     texts = [(e.engine, {"input_ids": e.tokenizer(["", PROMPT])}) for e in pipe.text_encoders]
-    names = {encoder.name: "text" for encoder in pipe.text_encoders} | {"vae_decoder": "decode"}
+    titles = {encoder.name: "text" for encoder in pipe.text_encoders} | {"vae_decoder": "decode"}
     engines = {
-        name: Timed(engine, names.get(name, name), spent) for name, engine in pipe.engines.items()
+        name: time_engine(engine, titles.get(name, name), seconds)
+        for name, engine in pipe.engines.items()
     }
-    watched = replace(pipe, engines=engines, chunk_cache={})
+    timed_pipe = replace(pipe, engines=engines, chunk_cache={})
 
-    def picture(count: int) -> None:
-        watched.chunk_cache.clear()
-        image = watched(PROMPT, num_inference_steps=count, size=size, seed=0).images[0]
-        Timed(image.save, "PNG", spent)(io.BytesIO(), "PNG")
+    def image(count: int) -> None:
+        timed_pipe.chunk_cache.clear()
+        image = timed_pipe(PROMPT, num_inference_steps=count, size=size, seed=0).images[0]
+        with timed("PNG", seconds):
+            image.save(io.BytesIO(), "PNG")
 
     parts: dict[str, Part] = {
         "text": lambda: [encoder(ids) for encoder, ids in texts],
         "unet": lambda: pipe.engines["unet"](feeds),
         "decode": lambda: pipe.engines["vae_decoder"](latents),
     }
-    if rows[1] == pipe.manifest.latent_channels:
-        parts |= {picture_of(count): partial(picture, count) for count in steps}
+    if feeds["sample"].shape[1] == pipe.manifest.latent_channels:
+        parts |= {image_part(count): partial(image, count) for count in steps}
     return parts
 
 
-def opened(wanted: dict[str, Any], spent: Spent) -> dict[str, Part]:
-    """The parts of a contestant, loaded."""
-    backend, precision, folder = wanted["backend"], wanted["precision"], wanted["folder"]
+def unet_feeds(pipe: Pipeline, size: str) -> Feeds:
+    """Inputs of the UNet for a guided image: noise, a timestep in the middle, and ones."""
+    lengths = axis_lengths(pipe.manifest, parse_size(size), rows=2)
+    rng = np.random.default_rng(0)
+    feeds: dict[str, np.ndarray] = {}
+    for spec in pipe.manifest.components["unet"].inputs:
+        shape = tuple(lengths[axis] if isinstance(axis, str) else axis for axis in spec.shape)
+        if spec.name in ("sample", "context"):
+            feeds[spec.name] = rng.normal(size=shape).astype(np.float32)
+        else:
+            value = 500 if spec.name == "timestep" else 1
+            feeds[spec.name] = np.full(shape, value, np.float32)
+    return feeds
+
+
+def load_parts(job: dict[str, Any], seconds: Seconds) -> dict[str, Part]:
+    """Load a contestant; returns its parts."""
+    backend, folder = job["backend"], job["folder"]
     if backend == "limit":
         from .roofline import products
 
         return {f"{dtype} {library}": part for dtype, (library, part) in products().items()}
+    if (load_peer := _peer_loader(backend)) is not None:
+        return load_peer(job, seconds)
+    from sdrt import load
+
+    pipe = load(folder, backend=backend, precision=job["precision"])
+    if job["scheduler"]:
+        pipe = pipe.with_scheduler(job["scheduler"])
+    return sdrt_parts(pipe, job["size"], job["steps"], seconds)
+
+
+def _peer_loader(backend: str) -> Callable[[dict[str, Any], Seconds], dict[str, Part]] | None:
+    """What loads a peer; None for a backend of this project. A peer's package is imported here."""
     if backend in ("reference", "optimum"):
         from .peers import diffusers, optimum
 
-        kind = diffusers.reference if backend == "reference" else optimum.optimum
-        return kind(folder, wanted, spent)
-    if backend in ("stable-diffusion.cpp", "openvino-genai"):
+        return diffusers.load if backend == "reference" else optimum.load
+    if backend == "openvino-genai":
         from .peers import openvino_genai
-        from .peers import sdcpp as cpp
 
-        one = backend == "openvino-genai"
-        return (openvino_genai.openvino_genai if one else cpp.stable_diffusion_cpp)(wanted, spent)
-    from sdrt import load
+        return openvino_genai.load
+    if backend == "stable-diffusion.cpp":
+        from .peers import sdcpp
 
-    pipe = load(folder, backend=backend, precision=precision)
-    if wanted["scheduler"]:
-        pipe = pipe.with_scheduler(wanted["scheduler"])
-    return own(pipe, wanted["size"], wanted["steps"], spent)
+        return sdcpp.load
+    return None
 
 
-def turn(part: Part, spent: Spent, whole: bool) -> dict[str, Any]:
-    """Calls of a part until a turn is filled: the seconds of each, what the parts of a whole
-    picture took of them, and the share of the processor that others took.
+def measure(part: Part, seconds: Seconds, has_parts: bool) -> dict[str, Any]:
+    """Call a part until a measurement is filled: the seconds of every call, those that the parts of
+    an image took of them, and the share of the processor that other processes took.
     """
-    spent.clear()
-    others, seconds = Others(), list[float]()
-    while sum(seconds) < FILLED and len(seconds) < MOST:
+    seconds.clear()
+    others, calls = Others(), list[float]()
+    while sum(calls) < MIN_SECONDS and len(calls) < MAX_CALLS:
         began = time.perf_counter()
         part()
-        seconds.append(time.perf_counter() - began)
-    parts = {name: value / len(seconds) for name, value in spent.items()} if whole else {}
-    return {"seconds": seconds, "others": others.share(), "parts": parts}
+        calls.append(time.perf_counter() - began)
+    parts = {name: value / len(calls) for name, value in seconds.items()} if has_parts else {}
+    return {"seconds": calls, "others": others.share(), "parts": parts}
 
 
-def work(wanted: dict[str, Any], channel: TextIO) -> None:
-    began, spent = time.perf_counter(), Spent(float)
-    parts = opened(wanted, spent)
-    loaded = time.perf_counter() - began
-    # The first picture is the end of a cold start; whoever draws none warms every part.
-    pictures = [name for name in parts if name.startswith("picture")]
-    for name in pictures[:1] or parts:
+def work(job: dict[str, Any], channel: TextIO) -> None:
+    began, seconds = time.perf_counter(), Seconds(float)
+    parts = load_parts(job, seconds)
+    load_seconds = time.perf_counter() - began
+    # A cold start includes the first image; without images every part is called once.
+    image_parts = [name for name in parts if name.startswith("picture")]
+    for name in image_parts[:1] or parts:
         parts[name]()
-    say = partial(print, file=channel, flush=True)
-    say(json.dumps({"load_seconds": loaded, "parts": list(parts)}))
+    answer = partial(print, file=channel, flush=True)
+    answer(json.dumps({"load_seconds": load_seconds, "parts": list(parts)}))
     for line in sys.stdin:
         if line.strip() == "end":
-            say(json.dumps(memory()))
+            answer(json.dumps(memory()))
             return
         name = line.strip()
-        say(json.dumps(turn(parts[name], spent, name in pictures)))
+        answer(json.dumps(measure(parts[name], seconds, name in image_parts)))
 
 
 def main() -> None:
-    # What libraries print must not come between the answers.
+    # What libraries print must not mix with the answers.
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     work(json.loads(sys.argv[1]), channel)

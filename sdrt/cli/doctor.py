@@ -30,7 +30,8 @@ def diagnose() -> dict[str, Any]:
     machine = detect_gpus()
     try:
         chosen = select_backend()
-        taken, because = chosen.title, chosen.because
+        taken = chosen.title
+        because = "; ".join(f"skipped {title}: {reason}" for title, reason in chosen.skipped)
     except BackendError as error:
         taken, because = None, str(error)
     return {

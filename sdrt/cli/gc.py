@@ -18,11 +18,10 @@ from typing import Any
 
 from sdrt.atomic_files import is_locked, locked
 from sdrt.bundle import Bundle
-from sdrt.bundle.embedded import embedded_folder, embedded_names
 from sdrt.bundle.integrity import forget_verified, stale_entries
 from sdrt.bundle.manifest import MANIFEST, MAX_MANIFEST, manifest_from_json
-from sdrt.bundle.store import bundles_folder, home, list_bundles
-from sdrt.engine.compile_cache import MARK, other_version
+from sdrt.bundle.store import bundles_folder, embedded_path, home, list_bundles
+from sdrt.engine.compile_cache import METADATA, explain_stale
 from sdrt.engine.gpu import GpuInventory, detect_gpus
 from sdrt.engine.plans import Plan, plan_from_json, plans_folder
 from sdrt.engine.tensorrt.variants import MODULES
@@ -113,21 +112,13 @@ def leftovers(machine: GpuInventory) -> Iterator[Leftover]:
     """All that is left over; machine: whose GPUs plans are for."""
     bundles = dict(_bundles())
     plans = {*bundles, *_subfolders(home() / "plans")}
-    places = [home(), bundles_folder(), home() / "converted", *_subfolders(home() / "embedded")]
+    places = [home(), bundles_folder(), embedded_path("x").parent, home() / "converted"]
     places += [home() / "timing", *plans, *(folder for of in plans for folder in _subfolders(of))]
     for place in places:
         yield from _unfinished(place)
     for folder in sorted(plans):
         yield from _useless_plans(folder, bundles.get(folder), machine)
     yield from _useless_graphs(list(bundles.values()))
-    yield from _outdated_embedded_models()
-
-
-def _outdated_embedded_models() -> Iterator[Leftover]:
-    current = {embedded_folder(name, home()).parent for name in embedded_names()}
-    for folder in _subfolders(home() / "embedded"):
-        if folder not in current:
-            yield Leftover(folder, "the embedded model of another version of sdrt")
 
 
 def _bundles() -> Iterator[tuple[Path, Bundle]]:
@@ -178,12 +169,12 @@ def _useless_plans(
 def _useless_graphs(bundles: list[Bundle]) -> Iterator[Leftover]:
     """What another version of an engine made, or what was made of what no bundle has."""
     known = {record.sha256 for bundle in bundles for record in bundle.manifest.files.values()}
-    for mark in sorted((home() / "plans").glob(f"cpu-*/*/{MARK}")):
+    for mark in sorted((home() / "plans").glob(f"cpu-*/*/{METADATA}")):
         try:
             wanted = set(read_json(mark).get("of", ()))
         except BundleError:
             continue
-        if reason := other_version(mark.parent.parent.name):
+        if reason := explain_stale(mark.parent.parent.name):
             yield Leftover(mark.parent, reason)
         elif not wanted <= known:
             yield Leftover(mark.parent, "of a graph or weights that no bundle has")

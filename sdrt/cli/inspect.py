@@ -47,11 +47,11 @@ def _layers(bundle: Bundle, name: str) -> dict[str, Any]:
     """
     from sdrt.engine import select_backend
     from sdrt.engine.selection import is_installed
-    from sdrt.engine.tensorrt.inspector import layers_of, nodes_of
+    from sdrt.engine.tensorrt.inspector import group_nodes, layers_by_node
     from sdrt.engine.tensorrt.variants import FULL, MODULES, RTX
 
     kind = next((kind for kind in (FULL, RTX) if is_installed(MODULES[kind])), RTX)
-    found: dict[str, Any] = {"nodes": nodes_of(kind, bundle.graph(name))}
+    found: dict[str, Any] = {"nodes": group_nodes(kind, bundle.graph(name))}
     try:
         candidate = select_backend(kind)
     except BackendError as error:
@@ -59,7 +59,7 @@ def _layers(bundle: Bundle, name: str) -> dict[str, Any]:
     assert candidate.load is not None
     engine: Any = candidate.load(bundle, name)
     nodes = [node for of in found["nodes"].values() for node in of]
-    found["engine"] = layers_of(nodes, engine.loaded.layers())
+    found["engine"] = layers_by_node(nodes, engine.plan.layers())
     engine.close()
     return found
 

@@ -41,7 +41,7 @@ def plan_kind(args: argparse.Namespace) -> str | None:
     Raises UsageError for what does not fit, before any work.
     """
     from sdrt.engine import select_backend
-    from sdrt.engine.tensorrt.plans import targets_of
+    from sdrt.engine.tensorrt.plans import select_targets
 
     if args.backend not in KINDS:
         if args.target or args.bundle:
@@ -53,7 +53,7 @@ def plan_kind(args: argparse.Namespace) -> str | None:
     for name, most in (("optimization_level", 5), ("workspace", 1_000_000)):
         if (value := getattr(args, name)) is not None and not 0 <= value <= most:
             raise UsageError(f"--{name.replace('_', '-')} {value}; expected 0 to {most}")
-    targets_of(args.backend, _gpu(), tuple(args.target))
+    select_targets(args.backend, _gpu(), tuple(args.target))
     return str(args.backend)
 
 
@@ -82,7 +82,7 @@ def build_plans(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
 
 
 def _build(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
-    from sdrt.engine.tensorrt.plans import PlanOptions, trt_plan
+    from sdrt.engine.tensorrt.plans import PlanOptions, get_plan
 
     workspace = None if args.workspace is None else args.workspace * 1_000_000
     options = PlanOptions(
@@ -92,7 +92,7 @@ def _build(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
     graphs = [(bundle, name) for name in bundle.manifest.components if name != SHALLOW]
     if exact := bundle.in_float32("vae_decoder"):
         graphs.append((exact, "vae_decoder"))
-    plans = [trt_plan(of, name, kind, _gpu(), options) for of, name in graphs]
+    plans = [get_plan(of, name, kind, _gpu(), options) for of, name in graphs]
     log.info(
         "%d plans for %s, %.0f MB, in %s",
         len(plans),

@@ -14,7 +14,15 @@ from sdrt.bundle import Bundle, open_bundle
 from sdrt.bundle.bundle import list_graphs
 from sdrt.bundle.integrity import check_files
 from sdrt.bundle.manifest import Manifest
-from sdrt.engine import Candidate, Feeds, parity, select_backend
+from sdrt.engine import (
+    Candidate,
+    Feeds,
+    LoadOptions,
+    log_selection,
+    parity,
+    select_backend,
+)
+from sdrt.engine.axes import axis_lengths
 from sdrt.errors import BackendError, ParityError, SdrtError
 from sdrt.runtime import Pipeline, load_pipeline
 from sdrt.runtime.reference_outputs import (
@@ -47,8 +55,8 @@ def verify(args: argparse.Namespace) -> None:
     """
     bundle = open_bundle(args.bundle)
     check_files(bundle.folder, bundle.manifest.files, list_graphs(bundle.manifest), rehash=True)
-    candidate = select_backend(args.backend, bundle.bytes, device=args.device)
-    log.info("backend: %s (%s)", candidate.title, candidate.because)
+    candidate = select_backend(args.backend, bundle.bytes, LoadOptions(args.device))
+    log_selection(candidate, candidate.precision_label(bundle))
     checks = [Check("files", f"{len(bundle.manifest.files)} of the sha256 built", "all", True)]
     for check in run_checks(bundle, candidate):
         checks.append(check)
@@ -124,9 +132,7 @@ def _check_component(pipe: Pipeline, name: str, answers: ReferenceOutputs) -> Ch
 
 def _shapes(manifest: Manifest, part: str) -> dict[str, tuple[int, ...]]:
     """Of a component's inputs, for one picture of the first size."""
-    (width, height), down = manifest.sizes[0], manifest.downscale
-    lengths = {"rows": 1, "tokens": manifest.max_tokens, "width": width, "height": height}
-    lengths |= {"latent_width": width // down, "latent_height": height // down}
+    lengths = axis_lengths(manifest, manifest.sizes[0])
     return {
         spec.name: tuple(lengths[axis] if isinstance(axis, str) else axis for axis in spec.shape)
         for spec in manifest.components[part].inputs

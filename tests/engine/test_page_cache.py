@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sdrt
-from sdrt.engine.page_cache import Users, let_go, trim
+from sdrt.engine.page_cache import MappedFileUsers, drop_pages, trim_heap
 
 pytestmark = pytest.mark.integration
 
@@ -33,7 +33,7 @@ def test_pages_go_and_come_again(tmp_path):
     path.write_bytes(content.tobytes())
     mapped = np.memmap(path, np.uint8, "r")
     assert mapped.sum() == content.sum() and resident(path) == SIZE
-    let_go(path)
+    drop_pages(path)
     assert resident(path) == 0
     assert np.array_equal(mapped, content)
 
@@ -43,7 +43,7 @@ def test_what_was_written_to_a_private_mapping_stays(tmp_path):
     path.write_bytes(bytes(SIZE))
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
         mapped[0] = 7
-        let_go(path)
+        drop_pages(path)
         assert mapped[0] == 7
 
 
@@ -55,7 +55,7 @@ def test_of_what_is_not_mapped_or_not_there_nothing_else_goes(tmp_path):
     alone = tmp_path / "weights.old"
     alone.write_bytes(b"not mapped")
     for other in (alone, tmp_path / "away", tmp_path):
-        let_go(other)
+        drop_pages(other)
     assert resident(mapped) == mmap.PAGESIZE
 
 
@@ -68,7 +68,7 @@ def test_the_heap_gives_back_what_was_freed():
         cached.append(bytearray(5_000))
     del cached[:-1]
     before = resident_bytes()
-    trim()
+    trim_heap()
     assert resident_bytes() < before - 10_000_000
 
 
@@ -81,11 +81,11 @@ def test_a_decoder_that_gives_back_draws_the_same(shapes, monkeypatch):
         assert [draw().images[0].tobytes() for _ in range(3)] == [expected] * 3
 
 
-def test_nothing_is_let_go_while_somebody_uses_a_file(tmp_path, monkeypatch):
-    dropped, users = [], Users()
-    monkeypatch.setattr("sdrt.engine.page_cache.let_go", dropped.append)
+def test_no_pages_are_dropped_while_somebody_uses_a_file(tmp_path, monkeypatch):
+    dropped, users = [], MappedFileUsers()
+    monkeypatch.setattr("sdrt.engine.page_cache.drop_pages", dropped.append)
     with users:
         with users:
-            assert not users.let_go(tmp_path)
-        assert not users.let_go(tmp_path)
-    assert users.let_go(tmp_path) and dropped == [tmp_path]
+            assert not users.drop_pages(tmp_path)
+        assert not users.drop_pages(tmp_path)
+    assert users.drop_pages(tmp_path) and dropped == [tmp_path]

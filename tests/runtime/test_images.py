@@ -1,4 +1,4 @@
-"""Untrusted metadata in image files."""
+"""What strangers write into images' files."""
 
 from pathlib import Path
 

@@ -33,7 +33,7 @@ def checkpoint_folder(bundle: Bundle) -> Path | None:
     return None
 
 
-def peers(bundle: Bundle, compiled: bool) -> dict[str, tuple[str, str, str | None]]:
+def list_peers(bundle: Bundle, compiled: bool) -> dict[str, tuple[str, str, str | None]]:
     """Every peer's name: its backend and precision, and why it is left out, or None."""
     found = checkpoint_folder(bundle)
     away = None if found else f"its checkpoint {bundle.manifest.source} is away"

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI: an image is one call, and the library tells what its parts took.
+"""OpenVINO GenAI: an image is one call, and the library reports what its parts took.
 
 Knows the package's interface; the package is imported in a worker only.
 """
@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdrt.bench.timing import PROMPT, Part, Spent, Timed, picture_of
+from sdrt.bench.timing import PROMPT, Part, Seconds, image_part, timed
 from sdrt.bundle import parse_size
 
-from .sdcpp import GUIDANCE, method_of
+from .sdcpp import GUIDANCE, get_method
 
 GENAI_METHODS = {
-    "DPM++ 2M": "EULER_DISCRETE",  # which it has not
+    "DPM++ 2M": "EULER_DISCRETE",  # not available there
     "Euler": "EULER_DISCRETE",
     "Euler a": "EULER_ANCESTRAL_DISCRETE",
     "DDIM": "DDIM",
@@ -24,28 +24,29 @@ GENAI_METHODS = {
 }
 
 
-def openvino_genai(wanted: Mapping[str, Any], spent: Spent) -> dict[str, Part]:
-    """OpenVINO GenAI as it comes: it computes in what it prefers on this processor.
+def load(job: Mapping[str, Any], seconds: Seconds) -> dict[str, Part]:
+    """OpenVINO GenAI by default, which computes in the precision it prefers on this processor.
 
-    It tells what each evaluation took. Raises BackendError for a sampler it has not.
+    It reports what each evaluation took. Raises BackendError for a sampler that it lacks.
     """
     import openvino_genai as library
     from PIL import Image
 
-    pipe = library.Text2ImagePipeline(wanted["made"], "CPU")
-    if wanted["scheduler"]:
-        kind = getattr(library.Scheduler.Type, method_of(wanted["scheduler"], GENAI_METHODS))
-        config = Path(wanted["made"]) / "scheduler" / "scheduler_config.json"
+    pipe = library.Text2ImagePipeline(job["made"], "CPU")
+    if job["scheduler"]:
+        kind = getattr(library.Scheduler.Type, get_method(job["scheduler"], GENAI_METHODS))
+        config = Path(job["made"]) / "scheduler" / "scheduler_config.json"
         pipe.set_scheduler(library.Scheduler.from_config(config, kind))
-    width, height = parse_size(wanted["size"])
-    given = {"width": width, "height": height, "guidance_scale": GUIDANCE}
+    width, height = parse_size(job["size"])
+    options = {"width": width, "height": height, "guidance_scale": GUIDANCE}
 
-    def picture(count: int) -> None:
-        pixels = pipe.generate(PROMPT, num_inference_steps=count, **given).data[0]
-        told = pipe.get_performance_metrics()
-        spent["text"] += sum(told.get_text_encoder_infer_duration().values()) / 1e3
-        spent["unet"] += sum(told.raw_metrics.unet_inference_durations) / 1e6
-        spent["decode"] += told.get_vae_decoder_infer_duration() / 1e3
-        Timed(Image.fromarray(pixels).save, "PNG", spent)(io.BytesIO(), "PNG")
+    def image(count: int) -> None:
+        pixels = pipe.generate(PROMPT, num_inference_steps=count, **options).data[0]
+        metrics = pipe.get_performance_metrics()
+        seconds["text"] += sum(metrics.get_text_encoder_infer_duration().values()) / 1e3
+        seconds["unet"] += sum(metrics.raw_metrics.unet_inference_durations) / 1e6
+        seconds["decode"] += metrics.get_vae_decoder_infer_duration() / 1e3
+        with timed("PNG", seconds):
+            Image.fromarray(pixels).save(io.BytesIO(), "PNG")
 
-    return {picture_of(count): partial(picture, count) for count in wanted["steps"]}
+    return {image_part(count): partial(image, count) for count in job["steps"]}

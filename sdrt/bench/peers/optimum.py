@@ -3,15 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sdrt.bench.timing import Part, Spent
+from sdrt.bench.timing import Part, Seconds
 
-from .diffusers import checkpoint_of, parts_of
+from .diffusers import find_checkpoint, pipeline_parts
 
 
-def optimum(folder: str, wanted: Mapping[str, Any], spent: Spent) -> dict[str, Part]:
+def load(job: Mapping[str, Any], seconds: Seconds) -> dict[str, Part]:
     """Optimum's pipeline over ONNX Runtime, of its own export."""
     import torch
     from optimum.onnxruntime import ORTPipelineForText2Image
 
-    pipe = ORTPipelineForText2Image.from_pretrained(str(checkpoint_of(folder)), export=True)
-    return parts_of(pipe, torch.float32, wanted, spent)
+    pipe = ORTPipelineForText2Image.from_pretrained(
+        str(find_checkpoint(job["folder"])), export=True
+    )
+    return pipeline_parts(pipe, torch.float32, job, seconds)

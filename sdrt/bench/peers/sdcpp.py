@@ -1,4 +1,4 @@
-"""stable-diffusion.cpp: an image is one call, and the library tells what its parts took.
+"""stable-diffusion.cpp: an image is one call, and the library logs what its parts took.
 
 Knows the package's interface and what it reads; the package is imported in a worker only.
 """
@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from sdrt.bench.timing import PROMPT, Part, Spent, Timed, picture_of
+from sdrt.bench.timing import PROMPT, Part, Seconds, image_part, timed
 from sdrt.bundle import parse_size
 from sdrt.errors import BackendError
 from sdrt.process_stats import cpu_count
 
 GUIDANCE = 7.5
-SAID = re.compile(
+LOG_LINE = re.compile(
     rb"(get_learned_condition|sampling|decode_first_stage) completed, taking ([\d.]+)s"
 )
 PARTS = {b"get_learned_condition": "text", b"sampling": "unet", b"decode_first_stage": "decode"}
-# Samplers by this project's names. An evaluation a step costs the same by whichever sampler.
+# By this project's sampler names. A step costs one evaluation with any of them.
 CPP_METHODS = {
     "DPM++ 2M": "dpm++2m",
     "Euler": "euler",
@@ -30,37 +30,38 @@ CPP_METHODS = {
 }
 
 
-def stable_diffusion_cpp(wanted: Mapping[str, Any], spent: Spent) -> dict[str, Part]:
-    """stable-diffusion.cpp as it comes, on all processors; by DPM++ 2M where no sampler is named.
+def load(job: Mapping[str, Any], seconds: Seconds) -> dict[str, Part]:
+    """stable-diffusion.cpp by default, on all processors; with DPM++ 2M if no sampler is named.
 
-    It says what it spent in hundredths of a second; what it calls sampling is the UNet's
-    evaluations and the arithmetic between them. Raises BackendError for a sampler it has not.
+    It reports hundredths of a second; its "sampling" is the UNet's evaluations and the arithmetic
+    between them. Raises BackendError for a sampler that it lacks.
     """
     import stable_diffusion_cpp as library
 
-    method = method_of(wanted["scheduler"] or "DPM++ 2M", CPP_METHODS)
+    method = get_method(job["scheduler"] or "DPM++ 2M", CPP_METHODS)
     processors = cpu_count()
     pipe = library.StableDiffusion(
-        model_path=wanted["made"], vae_decode_only=True, n_threads=processors, verbose=False
+        model_path=job["made"], vae_decode_only=True, n_threads=processors, verbose=False
     )
 
-    def listen(_level: int, text: bytes, _data: object) -> None:
-        if said := SAID.search(text):
-            spent[PARTS[said[1]]] += float(said[2])
+    def read_log(_level: int, text: bytes, _data: object) -> None:
+        if match := LOG_LINE.search(text):
+            seconds[PARTS[match[1]]] += float(match[2])
 
-    heard = library.sd_log_callback(listen)
-    library.sd_set_log_callback(heard, None)
-    width, height = parse_size(wanted["size"])
-    given = {"width": width, "height": height, "cfg_scale": GUIDANCE, "sample_method": method}
+    callback = library.sd_log_callback(read_log)
+    library.sd_set_log_callback(callback, None)
+    width, height = parse_size(job["size"])
+    options = {"width": width, "height": height, "cfg_scale": GUIDANCE, "sample_method": method}
 
-    def picture(count: int, _kept: object = heard) -> None:
-        image = pipe.generate_image(prompt=PROMPT, sample_steps=count, **given)[0]
-        Timed(image.save, "PNG", spent)(io.BytesIO(), "PNG")
+    def image(count: int, _referenced: object = callback) -> None:
+        image = pipe.generate_image(prompt=PROMPT, sample_steps=count, **options)[0]
+        with timed("PNG", seconds):
+            image.save(io.BytesIO(), "PNG")
 
-    return {picture_of(count): partial(picture, count) for count in wanted["steps"]}
+    return {image_part(count): partial(image, count) for count in job["steps"]}
 
 
-def method_of(name: str, methods: Mapping[str, str]) -> str:
+def get_method(name: str, methods: Mapping[str, str]) -> str:
     if name not in methods:
-        raise BackendError(f"it has no sampler {name}; it is measured with {', '.join(methods)}")
+        raise BackendError(f"no sampler {name} there; measured with {', '.join(methods)}")
     return methods[name]

@@ -25,7 +25,7 @@ from sdrt.runtime.sampling_program import build_sampling_program, run_sampling_p
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from sdrt.engine.cuda import driver as cuda_driver
 from sdrt.engine.cuda import kernels
-from sdrt.engine.tensorrt.sampling_graph import different, feeds_of
+from sdrt.engine.tensorrt.sampling_graph import unet_feeds, unique_chunks
 
 SHIM = """
 #include <cmath>
@@ -44,7 +44,7 @@ extern "C" void launch_{name}(int threads{declared}) {{
     blockDim.x = 256;
     for (blockIdx.x = 0; blockIdx.x * 256 < threads; blockIdx.x++)
         for (threadIdx.x = 0; threadIdx.x < 256; threadIdx.x++)
-            {name}({passed});
+            {name}({inputs});
 }}
 """
 
@@ -53,21 +53,21 @@ def launcher_of(name):
     """A function of the host that calls a kernel for every thread."""
     addresses, numbers = kernels.PARAMETERS[name]
     declared = [f", void* p{i}" for i in range(addresses)] + [f", int n{i}" for i in range(numbers)]
-    passed = [f"(Any)p{i}" for i in range(addresses)] + [f"n{i}" for i in range(numbers)]
-    return LAUNCH.format(name=name, declared="".join(declared), passed=", ".join(passed))
+    inputs = [f"(Any)p{i}" for i in range(addresses)] + [f"n{i}" for i in range(numbers)]
+    return LAUNCH.format(name=name, declared="".join(declared), inputs=", ".join(inputs))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120"])
-def test_it_compiles_for_every_gpu(target, dtype):
-    code = cuda_driver.compiled(kernels.source_of(dtype), target)
+def test_the_kernels_compile_for_every_gpu(target, dtype):
+    code = cuda_driver.compile_cuda(kernels.kernel_source(dtype), target)
     assert code.startswith(b"\x7fELF")
     assert all(name.encode() in code for name in kernels.PARAMETERS)
 
 
-def test_what_the_compiler_says_is_in_the_error():
+def test_the_compilers_log_is_in_the_error():
     with pytest.raises(BackendError, match=r"sdrt\.cu\(1\).*undefined"):
-        cuda_driver.compiled("__global__ void k() { x = 1; }", "sm_90")
+        cuda_driver.compile_cuda("__global__ void k() { x = 1; }", "sm_90")
 
 
 @pytest.fixture(scope="module", params=["float32", "float16"])
@@ -91,90 +91,90 @@ def kernel(request, tmp_path_factory):
 
     def launch(name, threads, *values):
         actual = [v.ctypes.data if isinstance(v, np.ndarray) else v for v in values]
-        arguments = [kind(v) for kind, v in zip(kernels.kinds_of(name), actual, strict=True)]
+        arguments = [kind(v) for kind, v in zip(kernels.parameter_types(name), actual, strict=True)]
         getattr(library, f"launch_{name}")(ctypes.c_int(threads), *arguments)
 
     return launch, request.param
 
 
 class Emulated:
-    """A whole run as the GPU's loop does it: the same kernels with the same parameters around the
-    model, on the host. What it cannot show is that the launches are right on a GPU.
+    """A program as the GPU runs it: the same kernels with the same parameters around the model, on
+    the host. What it cannot show is that the launches are right on a GPU.
     """
 
     def __init__(self, kernel, unet):
         self.launch, self.dtype = kernel
         self.unet = unet
 
-    def run_program(self, schedule, encoder, decoder):
-        fed = {used: self.fed(schedule, used, encoder) for used in set(schedule.used)}
-        columns = self.evaluated(schedule, fed)
-        latents = columns[:, schedule.state_places[-1]]
+    def run_program(self, program, encoder, decoder):
+        feeds = {rows: self.feeds(program, rows, encoder) for rows in set(program.rows_per_image)}
+        history = self.evaluate(program, feeds)
+        latents = history[:, program.state_columns[-1]]
         if decoder is None:
             return SamplingResult(latents)
-        created = [self.decoded(np.ascontiguousarray(item), decoder) for item in latents]
-        return SamplingResult(
-            latents, np.stack([p for p, _ in created]), [not bad[0] for _, bad in created]
-        )
+        decoded = [self.decode(np.ascontiguousarray(result), decoder) for result in latents]
+        pixels = np.stack([pixels for pixels, _ in decoded])
+        return SamplingResult(latents, pixels, [not bad[0] for _, bad in decoded])
 
-    def fed(self, schedule, used, encoder):
-        feeds = feeds_of(schedule, used)
-        if schedule.read:
-            feeds["context"] = self.context(schedule.read, used, encoder)
+    def feeds(self, program, rows, encoder):
+        feeds = unet_feeds(program, rows)
+        if program.text:
+            feeds["context"] = self.context(program.text, rows, encoder)
         half = {name: self.dtype for name in ("sample", "context")}
         return {n: np.ascontiguousarray(v, half.get(n, v.dtype)) for n, v in feeds.items()}
 
-    def context(self, read, used, encoder):
-        ids, places = different(read)
-        created = np.ascontiguousarray(encoder({"input_ids": ids})["contexts"], self.dtype)
-        chunks, layers, tokens, width = created.shape
-        numbers = layers, layers - 1 - read.skip, tokens, width
-        sums = np.empty((chunks, tokens), np.float32)
-        self.launch("sum_tokens", sums.size, created, sums, chunks, *numbers)
-        num_images, rows, item, _ = read.ids.shape
-        context = np.empty((num_images * used, item * tokens, width), self.dtype)
-        counts = num_images, rows, used, item, *numbers
-        weights = np.ascontiguousarray(read.weights)
-        self.launch("write_context", context.size, created, sums, places, weights, context, *counts)
+    def context(self, text, rows, encoder):
+        ids, indices = unique_chunks(text)
+        contexts = np.ascontiguousarray(encoder({"input_ids": ids})["contexts"], self.dtype)
+        unique, layers, tokens, width = contexts.shape
+        sizes = layers, layers - 1 - text.clip_skip, tokens, width
+        sums = np.empty((unique, tokens), np.float32)
+        self.launch("sum_tokens", sums.size, contexts, sums, unique, *sizes)
+        images, stored_rows, chunks, _ = text.ids.shape
+        context = np.empty((images * rows, chunks * tokens, width), self.dtype)
+        counts = images, stored_rows, rows, chunks, *sizes
+        weights = np.ascontiguousarray(text.weights)
+        arrays = contexts, sums, indices, weights, context
+        self.launch("write_context", context.size, *arrays, *counts)
         return context
 
-    def decoded(self, result, decoder):
-        fed, bad = np.empty((1, *result.shape), self.dtype), np.ones(1, np.int32)
-        self.launch("write_latents", result.size, result, fed, bad, result.size)
-        return pixels_by_kernel(self.launch, decoder({"latents": fed})["image"], self.dtype, bad)
+    def decode(self, result, decoder):
+        latents, bad = np.empty((1, *result.shape), self.dtype), np.ones(1, np.int32)
+        self.launch("write_latents", result.size, result, latents, bad, result.size)
+        image = decoder({"latents": latents})["image"]
+        return pixels_by_kernel(self.launch, image, self.dtype, bad)
 
-    def evaluated(self, schedule, fed):
-        num_images, places, *shape = schedule.columns.shape
-        size, count = int(np.prod(shape)), len(schedule.used)
-        columns, rows = schedule.columns.copy(), np.ascontiguousarray(schedule.rows)
-        timesteps = np.ascontiguousarray(schedule.timesteps)
+    def evaluate(self, program, feeds):
+        images, columns, *shape = program.history.shape
+        size, count = int(np.prod(shape)), len(program.rows_per_image)
+        history = program.history.copy()
+        coefficients = np.ascontiguousarray(program.coefficients)
+        timesteps = np.ascontiguousarray(program.timesteps)
         output = None
         for k in range(count + 1):
-            after = fed[schedule.used[k]] if k < count else None
+            after = feeds[program.rows_per_image[k]] if k < count else None
             if k:
-                feeds = fed[schedule.used[k - 1]]
-                created = self.unet({**feeds, "sample": feeds["sample"].astype(np.float32)})[
-                    "output"
-                ]
-                output = np.ascontiguousarray(created, self.dtype)
+                before = feeds[program.rows_per_image[k - 1]]
+                single = {**before, "sample": before["sample"].astype(np.float32)}
+                output = np.ascontiguousarray(self.unet(single)["output"], self.dtype)
             self.launch(
-                "advance_pictures",
-                num_images * size,
-                rows[k],
+                "advance_images",
+                images * size,
+                coefficients[k],
                 timesteps[min(k, count - 1)],
-                columns,
+                history,
                 output if k else 0,
                 after["sample"] if after else 0,
                 after["timestep"] if after else 0,
-                *(num_images, places, size),
+                *(images, columns, size),
                 int(np.prod(after["sample"].shape[1:])) if after else size,
-                schedule.used[k - 1] if k else 1,
-                schedule.used[k] if after else 1,
-                schedule.per,
-                schedule.output_places[k - 1] if k else 0,
-                schedule.state_places[k],
+                program.rows_per_image[k - 1] if k else 1,
+                program.rows_per_image[k] if after else 1,
+                program.columns_per_output,
+                program.output_columns[k - 1] if k else 0,
+                program.state_columns[k],
             )
-        return columns
+        return history
 
 
 def pixels_by_kernel(launch, image, dtype, bad):
@@ -195,7 +195,7 @@ def model(feeds):
     return {"output": np.tanh(sample[:, :4] * 0.3 + shift + 0.1 * sample[:, 4:].sum(1)[:, None])}
 
 
-def runs_of(scheduler, scales, num_images, extra_channels=0, clip=False):
+def runs_of(scheduler, scales, pictures, beside=0, clip=False):
     config = config_from_name(scheduler, {"_class_name": "DDIMScheduler", "clip_sample": clip})
     table = sampler_table(config, len(scales))
     scales = np.resize(scales, table.evaluations)
@@ -210,14 +210,14 @@ def runs_of(scheduler, scales, num_images, extra_channels=0, clip=False):
             plan,
             [rng.normal(size=shape).astype(np.float32) for _ in range(1 + table.num_noises)],
             {"context": rng.normal(size=(guided, 7, 3)).astype(np.float32)},
-            rng.normal(size=(extra_channels, *shape[1:])).astype(np.float32),
+            rng.normal(size=(beside, *shape[1:])).astype(np.float32),
         )
-        for _ in range(num_images)
+        for _ in range(pictures)
     ]
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "scales", "num_images", "extra_channels"),
+    ("scheduler", "scales", "pictures", "beside"),
     [
         ("DDIMScheduler", [7.5] * 5, 1, 0),
         ("PNDMScheduler", [7.5] * 6, 3, 0),
@@ -227,10 +227,8 @@ def runs_of(scheduler, scales, num_images, extra_channels=0, clip=False):
         ("LMSDiscreteScheduler", [7.5] * 9, 2, 0),
     ],
 )
-def test_a_whole_run_by_the_kernel_is_the_loops(
-    kernel, scheduler, scales, num_images, extra_channels
-):
-    arguments = scheduler, scales, num_images, extra_channels
+def test_a_program_run_by_the_kernels_equals_the_loop(kernel, scheduler, scales, pictures, beside):
+    arguments = scheduler, scales, pictures, beside
     *_, last = denoise({"unet": model}, runs_of(*arguments))
     engines = {"unet": Emulated(kernel, model)}
     actual = run_sampling_program(engines, runs_of(*arguments), decode=False).latents
@@ -238,7 +236,7 @@ def test_a_whole_run_by_the_kernel_is_the_loops(
     assert error < (2e-2 if kernel[1] == "float16" else 1e-5)
 
 
-def test_runs_that_are_no_table_or_begun_are_not_handed_over():
+def test_runs_that_are_not_linear_or_have_begun_are_no_program():
     runs = runs_of("DDIMScheduler", [7.5] * 3, 2)
     assert build_sampling_program(runs) is not None
     other = runs_of("DDIMScheduler", [7.5] * 3, 1)
@@ -249,13 +247,11 @@ def test_runs_that_are_no_table_or_begun_are_not_handed_over():
     assert build_sampling_program(runs_of("DDIMScheduler", [7.5] * 3, 1, clip=True)) is None
     next(iter(denoise({"unet": model}, runs)))
     assert build_sampling_program(runs) is None
-    assert (
-        run_sampling_program({"unet": model}, runs_of("DDIMScheduler", [7.5] * 3, 1), decode=True)
-        is None
-    )
+    runs = runs_of("DDIMScheduler", [7.5] * 3, 1)
+    assert run_sampling_program({"unet": model}, runs, decode=True) is None
 
 
-def test_pixels_are_those_of_the_host_to_the_last_bit(kernel):
+def test_pixels_equal_those_of_the_host_bit_for_bit(kernel):
     launch, dtype = kernel
     rng = np.random.default_rng(0)
     image = rng.uniform(-1.2, 1.2, (1, 3, 64, 33))
@@ -278,59 +274,60 @@ CALLS = {
 }
 
 
-def full(pipe, kernel):
-    """The pipeline with a UNet that runs whole images and nothing else."""
+def whole(pipe, kernel):
+    """The pipeline with a UNet that runs whole pictures and nothing else."""
 
-    class Single(Emulated):
+    class Whole(Emulated):
         inputs, outputs = pipe.engines["unet"].inputs, pipe.engines["unet"].outputs
         handed: ClassVar = []
 
         def __call__(self, feeds):
             raise AssertionError("nobody looked, so no step was wanted")
 
-        def run_program(self, schedule, encoder, decoder):
-            self.handed.append((schedule, decoder))
-            return super().run_program(schedule, encoder, decoder)
+        def run_program(self, program, encoder, decoder):
+            self.handed.append((program, decoder))
+            return super().run_program(program, encoder, decoder)
 
-    unet = Single(kernel, pipe.engines["unet"])
+    unet = Whole(kernel, pipe.engines["unet"])
     return replace(pipe, engines={**pipe.engines, "unet": unet}), unet.handed
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_images_come_out_whole_where_the_engine_can(pipe, kernel, call):
+def test_an_engine_that_runs_programs_generates_the_same_images(pipe, kernel, call):
     if kernel[1] == "float16":
         pytest.skip("the embedded bundle is fp32")
-    other, handed = full(pipe, kernel)
+    other, handed = whole(pipe, kernel)
     options = {"num_inference_steps": 5, "seed": 3, **CALLS[call]}
     expected, actual = pipe(PROMPT, **options).images, other(PROMPT, **options).images
-    ((schedule, decoder),) = handed
-    assert schedule.read is not None and "context" not in schedule.told and decoder is not None
+    ((program, decoder),) = handed
+    assert program.text is not None and "context" not in program.conditioning
+    assert decoder is not None
     for a, b in zip(expected, actual, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
 
 
-def test_what_the_engine_cannot_read_or_decode_is_done_around_it(pipe, kernel):
+def test_what_a_program_cannot_contain_runs_outside_it(pipe, kernel):
     if kernel[1] == "float16":
         pytest.skip("the embedded bundle is fp32")
-    other, handed = full(pipe, kernel)
-    embeds = np.random.default_rng(0).normal(size=(1, 32, 64)).astype(np.float32)
+    other, handed = whole(pipe, kernel)
+    inputs = np.random.default_rng(0).normal(size=(1, 32, 64)).astype(np.float32)
     width = {s.name: s.shape for s in pipe.engines["unet"].inputs}["context"][2]
-    embeds = np.resize(embeds, (1, 32, width))
-    options = {"num_inference_steps": 2, "seed": 3, "prompt_embeds": embeds}
+    inputs = np.resize(inputs, (1, 32, width))
+    options = {"num_inference_steps": 2, "seed": 3, "prompt_embeds": inputs}
     assert other(**options).images == pipe(**options).images
-    assert handed[-1][0].read is None and handed[-1][1] is not None
+    assert handed[-1][0].text is None and handed[-1][1] is not None
     parts = pipe.manifest.components
     half = {**parts, "text_encoder": replace(parts["text_encoder"], dtype="float16")}
     mixed = replace(other, manifest=replace(pipe.manifest, components=half))
     mixed(PROMPT, num_inference_steps=1)
-    assert handed[-1][0].read is None
+    assert handed[-1][0].text is None
     other(PROMPT, num_inference_steps=1, size="128x64")
-    assert handed[-1][0].read is not None and handed[-1][1] is None
+    assert handed[-1][0].text is not None and handed[-1][1] is None
     with pytest.raises(UsageError, match="clip_skip"):
         other(PROMPT, clip_skip=50)
 
 
-def test_a_decoder_that_overflows_is_not_believed(pipe, kernel):
+def test_an_overflowing_decoder_runs_again_in_float32(pipe, kernel):
     if kernel[1] == "float16":
         pytest.skip("the embedded bundle is fp32")
     decoder, calls = pipe.engines["vae_decoder"], []
@@ -340,7 +337,7 @@ def test_a_decoder_that_overflows_is_not_believed(pipe, kernel):
         image = decoder(feeds)["image"]
         return {"image": np.full_like(image, np.inf) if len(calls) == 1 else image}
 
-    other, _ = full(pipe, kernel)
+    other, _ = whole(pipe, kernel)
     other = replace(other, engines={**other.engines, "vae_decoder": overflowing})
     options = {"num_inference_steps": 2, "seed": 3}
     assert other("a", **options).images == pipe("a", **options).images
@@ -354,7 +351,7 @@ def attributes(path, base):
             yield node.attr
 
 
-def test_every_function_of_the_driver_is_there():
+def test_every_driver_function_exists():
     engine = Path(cuda_driver.__file__).parent
     for base in ("driver", "nvrtc"):
         module = getattr(cuda_driver, base)

@@ -1,4 +1,4 @@
-"""Optimised graphs are what is loaded, give the same images, and are done without where they
+"""Optimised graphs are what is loaded, give the same pictures, and are done without where they
 cannot be had.
 """
 
@@ -16,7 +16,7 @@ import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
 from sdrt.cli.gc import leftovers
-from sdrt.engine import compile_cache as cache_module
+from sdrt.engine import compile_cache
 from sdrt.engine.gpu import GpuInventory
 from sdrt.engine.onnxruntime import cache as onnxruntime_cache
 from sdrt.engine.onnxruntime.cpu import OrtEngine
@@ -26,29 +26,29 @@ from sdrt.errors import BackendError
 
 pytestmark = pytest.mark.integration
 
-IMAGE = {"num_inference_steps": 4, "seed": 3}
+PICTURE = {"num_inference_steps": 4, "seed": 3}
 
 
 @pytest.fixture
 def cached(shapes, tmp_path, monkeypatch):
     """A home without plans, where even the smallest model's are kept."""
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
-    monkeypatch.setattr(cache_module, "WORTH", 0)
+    monkeypatch.setattr(compile_cache, "MIN_WEIGHT_BYTES", 0)
     return open_bundle(shapes)
 
 
-def image(bundle):
+def picture(bundle):
     with sdrt.load(bundle.folder, backend="onnxruntime") as pipe:
-        return np.asarray(pipe("a red circle", **IMAGE).images[0])
+        return np.asarray(pipe("a red circle", **PICTURE).images[0])
 
 
-def result(bundle, name="unet"):
-    return onnxruntime_cache.optimised(bundle, name, session_options())
+def created(bundle, name="unet"):
+    return onnxruntime_cache.load_optimised(bundle, name, session_options())
 
 
-def test_the_optimised_graph_gives_the_same_image(cached, pipe, tmp_path, monkeypatch):
-    expected = np.asarray(pipe("a red circle", **IMAGE).images[0])
-    first, second = image(cached), image(cached)
+def test_the_optimised_graph_generates_the_same_image(cached, pipe, tmp_path, monkeypatch):
+    expected = np.asarray(pipe("a red circle", **PICTURE).images[0])
+    first, second = picture(cached), picture(cached)
     assert np.array_equal(first, second)
     # Fused attention adds in another order: on some processors a value rounds to its neighbor.
     assert np.abs(first.astype(int) - expected).max() <= 1
@@ -58,48 +58,48 @@ def test_the_optimised_graph_gives_the_same_image(cached, pipe, tmp_path, monkey
         onnxruntime_cache, "find_spec", lambda name: None
     )  # so that nothing is fused
     monkeypatch.setenv("SDRT_HOME", str(tmp_path / "unfused"))
-    assert np.array_equal(image(cached), expected)
+    assert np.array_equal(picture(cached), expected)
 
 
 def test_it_is_made_once_and_is_what_is_loaded(cached):
-    graph = result(cached)
+    graph = created(cached)
     before = graph.stat().st_mtime_ns
-    assert result(cached) == graph and graph.stat().st_mtime_ns == before
+    assert created(cached) == graph and graph.stat().st_mtime_ns == before
     with sdrt.load(cached.folder, backend="onnxruntime"):
         mapped = Path("/proc/self/maps").read_text()
     assert str(graph.with_name("model.data")) in mapped
 
 
 def test_a_damaged_one_is_made_again(cached, caplog):
-    expected = image(cached)
-    data = result(cached).with_name("model.data")
-    full = data.read_bytes()
-    data.write_bytes(full[:-1] + bytes([full[-1] ^ 0xFF]))
+    expected = picture(cached)
+    data = created(cached).with_name("model.data")
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 0xFF]))
     with caplog.at_level(logging.WARNING, "sdrt"):
-        assert np.array_equal(image(cached), expected)
-    assert "damaged" in caplog.text and data.read_bytes() == full
+        assert np.array_equal(picture(cached), expected)
+    assert "damaged" in caplog.text and data.read_bytes() == whole
 
 
 def test_another_processor_has_its_own(cached, monkeypatch):
-    graph = result(cached)
-    monkeypatch.setattr(cache_module, "cpu_fingerprint", lambda: "another")
-    assert result(cached).parent != graph.parent
+    graph = created(cached)
+    monkeypatch.setattr(compile_cache, "cpu_fingerprint", lambda: "another")
+    assert created(cached).parent != graph.parent
 
 
 @pytest.mark.parametrize("why", ["small", "no room"])
 def test_without_one_the_bundles_graph_runs(cached, monkeypatch, tmp_path, why):
     if why == "small":
-        monkeypatch.setattr(cache_module, "WORTH", 10**12)
+        monkeypatch.setattr(compile_cache, "MIN_WEIGHT_BYTES", 10**12)
     else:
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-        monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: usage)
-    assert result(cached) is None
+        monkeypatch.setattr(compile_cache.shutil, "disk_usage", lambda folder: usage)
+    assert created(cached) is None
     assert not list(tmp_path.rglob("model.onnx"))
 
 
 def test_other_weights_are_put_into_the_bundles_graph(cached):
     with sdrt.load(cached.folder, backend="onnxruntime") as pipe:
-        draw = lambda: np.asarray(pipe("a red circle", **IMAGE).images[0])  # noqa: E731
+        draw = lambda: np.asarray(pipe("a red circle", **PICTURE).images[0])  # noqa: E731
         before = draw()
         shape = Tensors(cached.folder / "unet" / "model.safetensors").shape("conv_in.weight")
         pipe.engines["unet"].refit({"conv_in.weight": np.zeros(shape, np.float32)})
@@ -109,7 +109,7 @@ def test_other_weights_are_put_into_the_bundles_graph(cached):
 
 
 def test_attention_is_fused_with_other_weights_too(cached):
-    graph = result(cached)
+    graph = created(cached)
     fused = onnx.load(graph.with_name("fused.onnx"), load_external_data=False).graph.node
     assert "Attention" in {n.op_type for n in onnx.load(cached.graph("unet")).graph.node}
     assert "Attention" not in {n.op_type for n in fused}
@@ -151,13 +151,13 @@ def test_a_decoders_activations_are_given_back(shapes):
 
 
 def test_gc_shows_what_no_bundle_has_and_what_another_version_made(cached, tmp_path):
-    graph = result(cached)
+    graph = created(cached)
     shutil.copytree(cached.folder, tmp_path / "bundles" / "shapes")
     shutil.copytree(graph.parent, tmp_path / "plans" / "cpu-onnxruntime0.1" / graph.parent.name)
     actual = {item.path: item.reason for item in leftovers(GpuInventory(unavailable_reason="none"))}
     assert [path.parent.name for path in actual] == ["cpu-onnxruntime0.1"]
     assert "ONNX Runtime 0.1" in next(iter(actual.values()))
-    mark = graph.with_name(cache_module.MARK)
+    mark = graph.with_name(compile_cache.METADATA)
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "of": ["0" * 64]}))
     actual = {item.path: item.reason for item in leftovers(GpuInventory(unavailable_reason="none"))}
     assert actual[graph.parent] == "of a graph or weights that no bundle has"

@@ -16,8 +16,8 @@ from sdrt.bundle import open_bundle
 from sdrt.engine.gpu import Gpu
 from sdrt.engine.onnxruntime.cpu import OrtEngine
 from sdrt.engine.onnxruntime.cuda import load_engine
-from sdrt.engine.onnxruntime.fusion import write_fused
-from sdrt.engine.onnxruntime.session import session, session_options
+from sdrt.engine.onnxruntime.fusion import write_fused_graph
+from sdrt.engine.onnxruntime.session import create_session, session_options
 from sdrt.engine.parity import sample_input
 from sdrt.engine.torch import engine as torch_engine
 from sdrt.engine.torch import ops
@@ -57,7 +57,7 @@ def test_fused_attention_is_loaded_from_the_cache_and_computes_the_same(bundle, 
     expected = exact(feeds)[OUTPUTS[name]].copy()
     with caplog.at_level(logging.WARNING, logger="sdrt"):
         for _ in range(2):  # made, then found
-            engine = load_engine(bundle, name, GPU, place="cpu")
+            engine = load_engine(bundle, name, GPU, kind="cpu")
             actual = engine(feeds)[OUTPUTS[name]]
             assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
             engine.close()
@@ -70,7 +70,7 @@ def test_fused_attention_is_loaded_from_the_cache_and_computes_the_same(bundle, 
 def test_other_weights_are_for_fused_graphs_too(bundle):
     component = bundle.manifest.components["unet"]
     feeds = feeds_of(component)
-    engine = load_engine(bundle, "unet", GPU, place="cpu")
+    engine = load_engine(bundle, "unet", GPU, kind="cpu")
     before = engine(feeds)["output"].copy()
     from sdrt.bundle.safetensors import Tensors
 
@@ -87,25 +87,25 @@ def test_what_computes_something_else_is_left_with_a_warning(bundle, monkeypatch
     monkeypatch.setattr(
         "sdrt.engine.parity.compare_with_cpu", lambda *_: {"cosine": 0.5, "error": 1.0}
     )
-    engine = load_engine(bundle, "vae_encoder", GPU, place="cpu")
+    engine = load_engine(bundle, "vae_encoder", GPU, kind="cpu")
     assert engine._derived is None and "without fused operators" in caplog.text
     engine.close()
 
 
-def group_norm(provided, attributes):
+def group_norm(inputs, attributes):
     """`com.microsoft.GroupNorm` as ONNX Runtime documents it."""
     assert attributes["channels_last"] == 1
-    x, scale, bias = provided
+    x, scale, bias = inputs
     assert scale.dtype == torch.float32
     first = x.permute(0, 3, 1, 2)
-    result = F.group_norm(first, attributes["groups"], scale, bias, attributes["epsilon"])
-    result = F.silu(result) if attributes["activation"] else result
-    return result.permute(0, 2, 3, 1)
+    created = F.group_norm(first, attributes["groups"], scale, bias, attributes["epsilon"])
+    created = F.silu(created) if attributes["activation"] else created
+    return created.permute(0, 2, 3, 1)
 
 
-def attention(provided, attributes):
+def attention(inputs, attributes):
     """`com.microsoft.MultiHeadAttention`."""
-    heads = [x.reshape(*x.shape[:2], attributes["num_heads"], -1).transpose(1, 2) for x in provided]
+    heads = [x.reshape(*x.shape[:2], attributes["num_heads"], -1).transpose(1, 2) for x in inputs]
     return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
@@ -115,7 +115,7 @@ def test_fused_norms_by_torch_compute_the_same(bundle, name, monkeypatch):
     monkeypatch.setitem(ops.OPERATIONS, "MultiHeadAttention", attention)
     component = bundle.manifest.components[name]
     graph = bundle.graph(name).with_name("fused.onnx")
-    write_fused(bundle.graph(name), graph)
+    write_fused_graph(bundle.graph(name), graph)
     assert counted(graph) == FUSED[name]
     feeds = feeds_of(component)
     graphs = bundle.graph(name), graph
@@ -124,5 +124,5 @@ def test_fused_norms_by_torch_compute_the_same(bundle, name, monkeypatch):
     assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
     # Its types and attributes are those that ONNX Runtime knows: only a kernel is missing here.
     with pytest.raises(BackendError, match="Could not find an implementation for GroupNorm"):
-        session(name, graph, session_options(), "CPUExecutionProvider", {})
+        create_session(name, graph, session_options(), "CPUExecutionProvider", {})
     graph.unlink()

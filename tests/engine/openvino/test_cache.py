@@ -9,7 +9,7 @@ import pytest
 from sdrt.bundle import integrity as bundles
 from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
-from sdrt.engine import compile_cache as cache_module
+from sdrt.engine import compile_cache
 from sdrt.engine.cpu import has_bf16
 from sdrt.engine.parity import sample_input
 
@@ -27,13 +27,13 @@ def bundle(shapes):
 
 
 @pytest.fixture
-def compiled(bundle, tmp_path, monkeypatch):
+def load_compiled(bundle, tmp_path, monkeypatch):
     """Makes a component's model in a home where even the smallest is kept."""
-    from sdrt.engine.openvino.cache import compiled
+    from sdrt.engine.openvino.cache import load_compiled
 
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
-    monkeypatch.setattr(cache_module, "WORTH", 0)
-    return lambda name, precision: compiled(bundle, name, precision)
+    monkeypatch.setattr(compile_cache, "MIN_WEIGHT_BYTES", 0)
+    return lambda name, precision: load_compiled(bundle, name, precision)
 
 
 def opened(bundle, name, precision, cached):
@@ -56,10 +56,10 @@ def is_mapped(path):
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder"])
-def test_a_kept_model_gives_the_same_numbers(bundle, compiled, name, precision, tmp_path):
-    cached = compiled(name, precision)
+def test_a_kept_model_gives_the_same_numbers(bundle, load_compiled, name, precision, tmp_path):
+    cached = load_compiled(name, precision)
     written = cached.stat().st_mtime_ns
-    assert compiled(name, precision) == cached and cached.stat().st_mtime_ns == written
+    assert load_compiled(name, precision) == cached and cached.stat().st_mtime_ns == written
     assert cached.is_relative_to(tmp_path)
     weights = bundle.folder / name / "model.safetensors"
     assert cached.stat().st_size < 0.2 * weights.stat().st_size + 1_000_000
@@ -95,8 +95,10 @@ def stored_turned(model):
     }
 
 
-def test_other_weights_come_and_go(bundle, compiled):
-    both = [opened(bundle, "unet", "f32", cached) for cached in (None, compiled("unet", "f32"))]
+def test_other_weights_come_and_go(bundle, load_compiled):
+    both = [
+        opened(bundle, "unet", "f32", cached) for cached in (None, load_compiled("unet", "f32"))
+    ]
     before = outcome(both[0])
     weights = Tensors(bundle.folder / "unet" / "model.safetensors")
     name = next(n for n in sorted(weights) if n.endswith(".T"))
@@ -111,21 +113,21 @@ def test_other_weights_come_and_go(bundle, compiled):
         engine.close()
 
 
-def test_what_was_just_made_is_not_hashed_again(compiled, monkeypatch):
-    compiled("text_encoder", "f32")
+def test_what_was_just_made_is_not_hashed_again(load_compiled, monkeypatch):
+    load_compiled("text_encoder", "f32")
     read, seen = bundles.hash_file, []
-    monkeypatch.setattr(bundles, "sha256_of", lambda path: seen.append(path) or read(path))
-    cached = compiled("text_encoder", "f32")
+    monkeypatch.setattr(bundles, "hash_file", lambda path: seen.append(path) or read(path))
+    cached = load_compiled("text_encoder", "f32")
     assert seen == []
     weights = cached.with_name("model.bin")
-    full = weights.read_bytes()
-    weights.write_bytes(full[:-1] + bytes([full[-1] ^ 1]))
-    assert compiled("text_encoder", "f32") == cached and weights in seen
-    assert weights.read_bytes() == full
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert load_compiled("text_encoder", "f32") == cached and weights in seen
+    assert weights.read_bytes() == whole
 
 
-def test_a_kept_model_that_does_not_open_is_compiled(bundle, compiled, caplog):
-    cached = compiled("text_encoder", "f32")
+def test_a_kept_model_that_does_not_open_is_compiled(bundle, load_compiled, caplog):
+    cached = load_compiled("text_encoder", "f32")
     cached.write_bytes(b"none")
     with caplog.at_level(logging.WARNING, "sdrt"):
         engine = opened(bundle, "text_encoder", "f32", cached)

@@ -21,7 +21,7 @@ from sdrt.engine.plans import PlanKey
 from sdrt.engine.tensorrt import builder as tensorrt_builder
 from sdrt.engine.tensorrt import progress as tensorrt_progress
 from sdrt.engine.tensorrt import variants
-from sdrt.engine.tensorrt.plans import PlanOptions, trt_plan
+from sdrt.engine.tensorrt.plans import PlanOptions, get_plan
 from sdrt.engine.tensorrt.variants import PORTABLE, RTX, RTX_TARGETS
 from sdrt.errors import BackendError
 from sdrt.export import modules
@@ -82,16 +82,16 @@ def build(folder, component, graph, profile, targets=("sm_89",)):
 
 
 def unet_inputs(config, tokens=7, side=8):
-    reported = {
+    told = {
         "sample": torch.randn(2, config.in_channels, side, side),
         "timestep": torch.tensor([3.0, 700.0]),
         "context": torch.randn(2, tokens, config.cross_attention_dim),
     }
     if config.pooled_width:
-        reported |= {"pooled": torch.randn(2, config.pooled_width), "time_ids": torch.rand(2, 6)}
+        told |= {"pooled": torch.randn(2, config.pooled_width), "time_ids": torch.rand(2, 6)}
     if config.time_cond_proj_dim:
-        reported["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim)
-    return reported
+        told["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim)
+    return told
 
 
 SMALL = {
@@ -207,11 +207,11 @@ def test_the_embedded_model_has_plans_without_a_gpu(planned, capsys):
 
 def test_weights_may_stay_with_the_host(planned):
     options = PlanOptions(("sm_89",), streamed=True)
-    plan = trt_plan(open_bundle(planned), "unet", RTX, None, options)
+    plan = get_plan(open_bundle(planned), "unet", RTX, None, options)
     assert plan.key.streamed and not plan.key.stripped
-    usual = trt_plan(open_bundle(planned), "unet", RTX, None, PlanOptions(("sm_89",)))
+    usual = get_plan(open_bundle(planned), "unet", RTX, None, PlanOptions(("sm_89",)))
     assert usual.path != plan.path and not usual.key.streamed
-    other = trt_plan(open_bundle(planned), "text_encoder", RTX, None, options)
+    other = get_plan(open_bundle(planned), "text_encoder", RTX, None, options)
     assert not other.key.streamed
 
 
@@ -235,18 +235,18 @@ def test_inspect_says_what_must_be_fused(planned, capsys):
 
 def test_layers_are_found_by_the_nodes_that_they_name(planned):
     """By the marks that the parser really puts into a network, which the inspector repeats."""
-    from sdrt.engine.tensorrt.inspector import layers_of
+    from sdrt.engine.tensorrt.inspector import layers_by_node
 
     network, *_ = parsed(open_bundle(planned).graph("unet"))
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    reported = [{"Name": layer.name, "Metadata": layer.metadata} for layer in layers]
-    actual = layers_of(["node_group_norm", "node_scaled_dot_product_attention", "none"], reported)
+    told = [{"Name": layer.name, "Metadata": layer.metadata} for layer in layers]
+    actual = layers_by_node(["node_group_norm", "node_scaled_dot_product_attention", "none"], told)
     assert actual["node_group_norm"] == ["node_group_norm"] and actual["none"] == []
     assert actual["node_scaled_dot_product_attention"]
 
 
 def test_one_plan_serves_every_target(planned):
-    plan = trt_plan(open_bundle(planned), "text_encoder", RTX, None, PlanOptions())
+    plan = get_plan(open_bundle(planned), "text_encoder", RTX, None, PlanOptions())
     assert plan.key.targets == PORTABLE and "portable" in str(plan.path)
     named = {f"sm_{int(c)}" for c in trt.ComputeCapability.__members__.values() if int(c) > 1}
     assert set(RTX_TARGETS) == named
@@ -254,13 +254,13 @@ def test_one_plan_serves_every_target(planned):
 
 def test_turing_takes_no_single_precision(planned):
     with pytest.raises(BackendError, match="Turing"):
-        trt_plan(open_bundle(planned), "text_encoder", RTX, None, PlanOptions(("sm_75",)))
+        get_plan(open_bundle(planned), "text_encoder", RTX, None, PlanOptions(("sm_75",)))
 
 
 def test_what_tensorrt_says_is_in_the_error(planned):
     options = PlanOptions(("sm_89",), workspace=1)
     with pytest.raises(BackendError, match="within workspace limit"):
-        trt_plan(open_bundle(planned), "text_encoder", RTX, None, options)
+        get_plan(open_bundle(planned), "text_encoder", RTX, None, options)
     assert not list(planned.rglob("*.partial"))
 
 

@@ -12,12 +12,12 @@ import pytest
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from sdrt.bundle.manifest import Component, TensorSpec
 from sdrt.engine import SamplingProgram
-from sdrt.engine.cuda.driver import device_of
+from sdrt.engine.cuda.driver import get_device
 from sdrt.engine.gpu import detect_gpus
 from sdrt.engine.parity import sample_input
 from sdrt.engine.tensorrt.engine import TrtEngine
-from sdrt.engine.tensorrt.loaded_plan import profile_index
-from sdrt.engine.tensorrt.sampling_graph import feeds_of
+from sdrt.engine.tensorrt.loaded_plan import find_profile
+from sdrt.engine.tensorrt.sampling_graph import unet_feeds
 from sdrt.errors import BackendError
 
 SMALL = {"sample": ((1, 4, 8, 8), (2, 4, 8, 8), (8, 4, 8, 8)), "timestep": ((1,), (2,), (8,))}
@@ -29,11 +29,11 @@ def shapes(rows, width):
 
 
 def test_a_profile_is_found_by_its_size():
-    assert profile_index("unet", (SMALL, WIDE), shapes(1, 8)) == 0
-    assert profile_index("unet", (SMALL, WIDE), shapes(8, 12)) == 1
+    assert find_profile("unet", (SMALL, WIDE), shapes(1, 8)) == 0
+    assert find_profile("unet", (SMALL, WIDE), shapes(8, 12)) == 1
     for wrong in (shapes(9, 8), shapes(2, 16), shapes(0, 8)):
         with pytest.raises(BackendError, match="--batch or --size"):
-            profile_index("unet", (SMALL, WIDE), wrong)
+            find_profile("unet", (SMALL, WIDE), wrong)
 
 
 def test_a_plan_is_compared_on_what_a_model_is_really_fed():
@@ -43,19 +43,19 @@ def test_a_plan_is_compared_on_what_a_model_is_really_fed():
     assert noise.dtype == np.float16 and 0.9 < noise.std() < 1.1
 
 
-def test_rows_are_laid_out_image_by_image():
-    schedule = SamplingProgram(
-        columns=np.zeros((2, 5, 4, 3, 3), np.float32),
-        rows=np.zeros((2, 2, 5), np.float32),
+def test_rows_are_ordered_by_image():
+    program = SamplingProgram(
+        history=np.zeros((2, 5, 4, 3, 3), np.float32),
+        coefficients=np.zeros((2, 2, 5), np.float32),
         timesteps=np.zeros((1, 2), np.float32),
-        used=(2,),
-        per=2,
-        output_places=(1,),
-        state_places=(4, 4),
-        told={"context": np.arange(4).reshape(2, 2, 1, 1)},
-        beside=np.stack([np.full((1, 3, 3), 7.0), np.full((1, 3, 3), 8.0)]),
+        rows_per_image=(2,),
+        columns_per_output=2,
+        output_columns=(1,),
+        state_columns=(4, 4),
+        conditioning={"context": np.arange(4).reshape(2, 2, 1, 1)},
+        extra_channels=np.stack([np.full((1, 3, 3), 7.0), np.full((1, 3, 3), 8.0)]),
     )
-    both, prompted = feeds_of(schedule, 2), feeds_of(schedule, 1)
+    both, prompted = unet_feeds(program, 2), unet_feeds(program, 1)
     assert both["context"].ravel().tolist() == [0, 1, 2, 3]
     assert prompted["context"].ravel().tolist() == [1, 3]
     assert both["sample"].shape == (4, 5, 3, 3) and prompted["timestep"].shape == (2,)
@@ -67,7 +67,7 @@ def test_without_a_gpu_there_is_no_device():
     if detect_gpus().gpus:
         pytest.skip("there is a GPU")
     with pytest.raises(BackendError, match="NVIDIA"):
-        device_of(0)
+        get_device(0)
 
 
 class Mirror:
@@ -86,7 +86,7 @@ class Plan:
     """A loaded plan that doubles its input, with one set of arrays for everybody."""
 
     def __init__(self):
-        self.users, lock = 0, threading.RLock()
+        lock = threading.RLock()
 
         @contextlib.contextmanager
         def use(stream=0):
@@ -97,12 +97,12 @@ class Plan:
         tensors = {"sample": Mirror((2, 3)), "output": Mirror((2, 3))}
         self._bound = SimpleNamespace(tensors=tensors)
 
-    def bound(self, shapes):
+    def bind(self, shapes):
         return self._bound
 
-    def run(self, bound):
+    def run(self, binding):
         time.sleep(0.0005)
-        bound.tensors["output"].array[...] = 2 * bound.tensors["sample"].array
+        binding.tensors["output"].array[...] = 2 * binding.tensors["sample"].array
 
 
 def test_pipelines_that_share_a_plan_get_their_own_answers():
@@ -117,5 +117,5 @@ def test_pipelines_that_share_a_plan_get_their_own_answers():
         return [(item, engines[i % 2]({"sample": item})["output"]) for item in fed]
 
     with ThreadPoolExecutor(4) as pool:
-        result = [pair for pairs in pool.map(call, range(4)) for pair in pairs]
-    assert all(np.array_equal(answer, 2 * fed) for fed, answer in result)
+        created = [pair for pairs in pool.map(call, range(4)) for pair in pairs]
+    assert all(np.array_equal(answer, 2 * fed) for fed, answer in created)

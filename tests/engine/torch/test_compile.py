@@ -10,11 +10,12 @@ from safetensors.numpy import save_file
 import sdrt
 from sdrt.bundle.manifest import Component, TensorSpec
 from sdrt.cli.main import main
+from sdrt.engine.load_options import LoadOptions
 from sdrt.engine.parity import sample_input
 from sdrt.engine.selection import select_backend
 from sdrt.engine.torch import engine as torch_engine
 from sdrt.engine.torch import ops
-from sdrt.engine.torch.compile import straightened
+from sdrt.engine.torch.compile import fold_constants
 from sdrt.engine.torch.engine import TorchEngine
 from sdrt.errors import BackendError, UsageError
 
@@ -40,8 +41,8 @@ NODES = [
     ("MatMul", ["tokens", "linear.weight"], "mixed", {}),
     ("Unsqueeze", ["mixed", "one"], "heads", {}),
     ("Attention", ["heads", "heads", "heads"], "attended", {}),
-    ("Squeeze", ["attended", "one"], "squeezed", {}),
-    ("Transpose", ["squeezed"], "back", {"perm": [0, 2, 1]}),
+    ("Squeeze", ["attended", "one"], "told", {}),
+    ("Transpose", ["told"], "back", {"perm": [0, 2, 1]}),
     ("Reshape", ["back", "shape"], "image", {}),
     ("Add", ["image", "c"], "output", {}),
 ]
@@ -59,12 +60,10 @@ def graph(tmp_path_factory):
     for tensor in initializers[: len(weights)]:
         onnx.external_data_helper.set_external_data(tensor, "model.safetensors")
         tensor.ClearField("raw_data")
-    nodes = [helper.make_node(kind, read, [result], **more) for kind, read, result, more in NODES]
-    bounds = [
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("sample", "output")
-    ]
-    result = helper.make_graph(nodes, "graph", bounds[:1], bounds[1:], initializers)
-    onnx.save(helper.make_model(result), folder / "model.onnx")
+    nodes = [helper.make_node(kind, read, [created], **more) for kind, read, created, more in NODES]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("sample", "output")]
+    created = helper.make_graph(nodes, "graph", ends[:1], ends[1:], initializers)
+    onnx.save(helper.make_model(created), folder / "model.onnx")
     return folder / "model.onnx"
 
 
@@ -105,12 +104,12 @@ def test_what_shapes_alone_decide_is_not_computed_again(graph):
     engine = TorchEngine("unet", graph, COMPONENT, "cpu", compile=True)
     inputs = {"sample": torch.zeros(2, 4, 6, 8)} | {n: engine._values[n] for n in engine._weights}
     constants = {name: torch.from_numpy(value) for name, value in CONSTANTS.items()}
-    left, read = straightened(engine._nodes, engine._kinds, inputs, constants)
+    left, read = fold_constants(engine._nodes, engine._kinds, inputs, constants)
     gone = ("Shape", "Gather", "Cast", "Concat")
-    assert [result for _, _, (result,), _ in left] == [
+    assert [created for _, _, (created,), _ in left] == [
         m for kind, _, m, _ in NODES if kind not in gone
     ]
-    assert [sources[1] for _, sources, (result,), _ in left if result == "flat"] == [[2, 4, -1]]
+    assert [sources[1] for _, sources, (created,), _ in left if created == "flat"] == [[2, 4, -1]]
     assert {name: value.item() for name, value in read.items()} == {"wide": 8.0}
 
 
@@ -118,23 +117,23 @@ def test_a_shape_that_depends_on_values_is_refused():
     inputs = {"x": torch.zeros(4), "target": torch.tensor([2, 2])}
     nodes = [(ops.OPERATIONS["Reshape"], ["x", "target"], ["y"], {})]
     with pytest.raises(BackendError, match=r"Reshape .* run without compiling"):
-        straightened(nodes, ["Reshape"], inputs, {})
+        fold_constants(nodes, ["Reshape"], inputs, {})
 
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime", "tensorrt"])
 def test_other_backends_are_not_compiled(backend):
     with pytest.raises(UsageError, match="--backend torch --compile"):
-        select_backend(backend, compile=True)
+        select_backend(backend, options=LoadOptions(torch_compile=True))
 
 
 @pytest.mark.slow
 def test_the_embedded_model_compiled_draws_the_same(shapes, caplog):
-    result = []
+    created = []
     for compile in (False, True):
         with sdrt.load(shapes, backend="torch", compile=compile) as pipe:
             out = pipe("a red circle on a blue background", num_inference_steps=4, seed=0)
-            result.append(np.asarray(out.images[0], np.int16))
-    assert np.abs(result[0] - result[1]).max() <= 1
+            created.append(np.asarray(out.images[0], np.int16))
+    assert np.abs(created[0] - created[1]).max() <= 1
     assert "takes a minute" in caplog.text
 
 

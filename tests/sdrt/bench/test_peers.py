@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from sdrt.bench import peers as bench_peers
-from sdrt.bench.peers import checkpoint_folder, openvino_genai, peers, sdcpp
+from sdrt.bench.peers import checkpoint_folder, list_peers, openvino_genai, sdcpp
 from sdrt.bench.timing import PROMPT
 from sdrt.bundle import open_bundle
 from sdrt.errors import BackendError
@@ -29,10 +29,10 @@ def test_what_stable_diffusion_cpp_reads_has_the_older_names(shapes, tmp_path):
 
 
 def test_a_model_that_stable_diffusion_cpp_cannot_hold_is_left_out(shapes):
-    assert "published widths" in peers(open_bundle(shapes), False)["stable-diffusion.cpp"][2]
+    assert "published widths" in list_peers(open_bundle(shapes), False)["stable-diffusion.cpp"][2]
 
 
-def test_what_stable_diffusion_cpp_says_is_reported_apart():
+def test_the_log_of_stable_diffusion_cpp_is_parsed():
     lines = (
         b"stable-diffusion.cpp:3168 - get_learned_condition completed, taking 0.28s\n",
         b"stable-diffusion.cpp:3432 - sampling completed, taking 9.34s\n",
@@ -40,10 +40,10 @@ def test_what_stable_diffusion_cpp_says_is_reported_apart():
         b"stable-diffusion.cpp:3212 - decode_first_stage completed, taking 10.21s\n",
         b"stable-diffusion.cpp:3591 - generate_image completed in 19.84s\n",
     )
-    said = [match for line in lines if (match := sdcpp.SAID.search(line))]
-    spent = {sdcpp.PARTS[match[1]]: float(match[2]) for match in said}
+    said = [match for line in lines if (match := sdcpp.LOG_LINE.search(line))]
+    seconds = {sdcpp.PARTS[match[1]]: float(match[2]) for match in said}
     assert len(said) == 3
-    assert spent == {"text": 0.28, "unet": 9.34, "decode": 10.21}
+    assert seconds == {"text": 0.28, "unet": 9.34, "decode": 10.21}
 
 
 @pytest.mark.reference
@@ -58,11 +58,11 @@ def test_openvino_genai_draws_the_prompt_and_tells_its_parts(shapes, tmp_path):
     assert middle[0] > middle[2] + 100  # red
     assert corner[2] > corner[0] + 100  # blue
 
-    spent = collections.defaultdict(float)
+    seconds = collections.defaultdict(float)
     expected = {"made": str(tmp_path), "size": "64x64", "steps": [2], "scheduler": "DPM++ 2M"}
-    parts = openvino_genai.openvino_genai(expected, spent)
+    parts = openvino_genai.load(expected, seconds)
     parts["picture, 2 steps"]()
-    assert set(spent) == {"text", "unet", "decode", "PNG"}
-    assert all(seconds > 0 for seconds in spent.values())
-    with pytest.raises(BackendError, match="it has no sampler Heun"):
-        openvino_genai.openvino_genai({**expected, "scheduler": "Heun"}, spent)
+    assert set(seconds) == {"text", "unet", "decode", "PNG"}
+    assert all(value > 0 for value in seconds.values())
+    with pytest.raises(BackendError, match="no sampler Heun"):
+        openvino_genai.load({**expected, "scheduler": "Heun"}, seconds)

@@ -17,7 +17,7 @@ from sdrt.bundle.manifest import Manifest, json_from_manifest
 from sdrt.cli.gc import leftovers
 from sdrt.cli.main import main
 from sdrt.engine.gpu import Gpu, GpuInventory
-from sdrt.engine.plans import plan_of
+from sdrt.engine.plans import get_or_build_plan
 from sdrt.engine.tensorrt.variants import MODULES
 
 HOLD = """
@@ -34,6 +34,8 @@ with publish_folder(Path(sys.argv[1]), "sdrt.json", force=True) as folder:
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
+    monkeypatch.setattr("sdrt.bundle.store.embedded_path", lambda name: tmp_path / "shipped" / name)
+    monkeypatch.setattr("sdrt.cli.gc.embedded_path", lambda name: tmp_path / "shipped" / name)
     return tmp_path
 
 
@@ -115,7 +117,9 @@ def plans(place):
     (folder.parent / "sdrt.json").write_text(json_from_manifest(manifest))
     hashes = dict(zip(("graph", "weights"), (r.sha256 for r in files.values()), strict=True))
     key = replace(KEY, kind="none", system="linux-x86_64", gpu="", targets=("sm_89",), **hashes)
-    return lambda **change: plan_of(folder.parent / "plans", replace(key, **change), build)
+    return lambda **change: get_or_build_plan(
+        folder.parent / "plans", replace(key, **change), build
+    )
 
 
 GPU = Gpu(0, "NVIDIA Test", "sm_89", 8 * 10**9)

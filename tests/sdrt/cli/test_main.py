@@ -23,7 +23,7 @@ def test_run_prints_only_the_path(shapes, tmp_path):
     done = sdrt("run", PROMPT, "--steps", "4", "--seed", "0", "--output", "a.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "a.png\n"
-    assert "backend: onnxruntime on cpu" in done.stderr
+    assert "Using ONNX Runtime (CPU), fp32" in done.stderr
     assert Image.open(tmp_path / "a.png").size == (64, 64)
 
 
@@ -128,7 +128,7 @@ sys.exit(cli.entry())
     assert done.returncode == 130 and "interrupted" in done.stderr
 
 
-def test_from_an_image_with_everything(shapes, tmp_path, capsys):
+def test_from_a_image_with_everything(shapes, tmp_path, capsys):
     first, second = tmp_path / "a.png", tmp_path / "b.png"
     Image.new("RGB", (64, 64), "red").save(first)
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")

@@ -1,0 +1,58 @@
+"""The named axes of a bundle's graphs: their lengths at an image size, and arithmetic over them.
+
+Knows manifests and the axes' names; not what computes with them.
+"""
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+
+from sdrt.bundle.manifest import Manifest
+
+OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def axis_lengths(manifest: Manifest, size: tuple[int, int], rows: int = 1) -> dict[str, int]:
+    """The length of every named axis.
+
+    Args:
+        manifest: The bundle's manifest.
+        size: (width, height) of an image in pixels.
+        rows: Rows of the batch.
+    """
+    width, height = size
+    return {
+        "rows": rows,
+        "tokens": manifest.max_tokens,
+        "width": width,
+        "height": height,
+        "latent_width": width // manifest.downscale,
+        "latent_height": height // manifest.downscale,
+    }
+
+
+def evaluate_axis(expression: str, lengths: Mapping[str, int]) -> int:
+    """Evaluate an axis such as `8*((latent_height - 1)//8) + 8`.
+
+    Raises:
+        ValueError: It is not +, -, * and // over integers and known names.
+    """
+
+    def evaluate(node: ast.expr) -> int:
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](evaluate(node.left), evaluate(node.right))
+        if isinstance(node, ast.Name) and node.id in lengths:
+            return lengths[node.id]
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        raise ValueError(f"unknown axis {expression!r}")
+
+    try:
+        return evaluate(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, ZeroDivisionError, RecursionError) as error:
+        raise ValueError(f"unknown axis {expression!r}") from error

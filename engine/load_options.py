@@ -1,0 +1,21 @@
+"""How a bundle's engines are loaded, as the caller asked for it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """Options of `sdrt.load` that backends read.
+
+    Attributes:
+        device: The index of an NVIDIA GPU, as CUDA numbers them.
+        cuda_stream: The address of the caller's CUDA stream; 0 for a stream of the backend's own.
+        low_memory: Components are loaded one at a time, and weights stay in host memory where the
+            backend can stream them.
+        torch_compile: The torch backend compiles with `torch.compile`.
+    """
+
+    device: int = 0
+    cuda_stream: int = 0
+    low_memory: bool = False
+    torch_compile: bool = False
