@@ -3,7 +3,7 @@
     python benchmarks/build.py [--fp32] [--size 512x512] [--divisor 1] [--work FOLDER] [--save]
 
 Weights are random, made first (in FOLDER, where they and the bundle stay for other benchmarks);
-2 GB of disk in fp16, 5 GB with the checkpoint. Stages are told apart by the lines that a build
+2 GB of disk in fp16, 5 GB with the checkpoint. Stages are recognized by the lines that a build
 says; the peak of each is the kernel's, set back at its beginning. Linux; takes minutes, with
 `--divisor 4` a sixteenth of that.
 """
@@ -53,7 +53,7 @@ def beginning(line: str, stage: str) -> str:
     """The stage that goes on after a line of a build."""
     if line.startswith("["):
         return line.split("] ")[1].split(":")[0]
-    # Each component's proof is its last line; after the last one's come whole images.
+    # Each component's validation is its last line; complete images follow the last one.
     if line.startswith("  ") and stage == "vae_encoder":
         return "end-to-end check"
     return "end" if line.startswith("done in") else stage

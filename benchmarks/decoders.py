@@ -29,7 +29,7 @@ from sdrt.process_stats import forget_peak, peak_bytes, resident_bytes
 from sdrt.runtime import randn
 from sdrt.runtime.vae import Tiling, decode_latents, tile_spans
 
-LEVELS = (1, 3, 4, 6, 9)  # of PNG's compression
+COMPRESSION = (1, 3, 4, 6, 9)  # of PNG's compression
 
 
 def with_tiny(bundle: Bundle, folder: Path) -> Bundle:
@@ -68,7 +68,7 @@ def work(args: argparse.Namespace) -> None:
         decode = partial(decode_latents, {"vae_decoder": engine}, tiling, latents)
         before = resident_bytes()
         forget_peak()  # that of loading
-        np.save(args.picture, decode())
+        np.save(args.image, decode())
         print(before / 1e9, peak_bytes() / 1e9, flush=True)
         for _ in sys.stdin:
             began = time.perf_counter()
@@ -81,7 +81,7 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, obje
     workers, actual = {}, {}
     for name in ("whole", "tiled", "tiny"):
         command = [sys.executable, *sys.argv, "--worker", name]
-        command += ["--picture", str(folder / f"{name}.npy")]
+        command += ["--image", str(folder / f"{name}.npy")]
         workers[name] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
@@ -125,7 +125,7 @@ def files(side: int, rounds: int) -> dict[str, dict[str, float]]:
     pixels = np.clip(127.5 + 45 * noise / noise.std(), 0, 255).astype(np.uint8)
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     actual: dict[str, dict[str, float]] = {}
-    for level in LEVELS:
+    for level in COMPRESSION:
         times = []
         for _ in range(rounds):
             buffer, began = BytesIO(), time.perf_counter()
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="keep the figures for the README")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--picture", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--image", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args)

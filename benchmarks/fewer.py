@@ -5,7 +5,7 @@
 Without `--work` the embedded model: many captions and seeds, their images against those of the
 full run, and what a reader of shapes makes of them. With it full-size Stable Diffusion 1.5 of
 random weights, made and built in FOLDER (7 GB; kept there): whole images of 20 steps in turns
-with diffusers', in fp32 and bf16. Random weights say nothing of how good a image is,
+with diffusers', in fp32 and bf16. Random weights say nothing of how good an image is,
 only how far it is from the same run in full.
 """
 
@@ -76,15 +76,15 @@ def embedded(count: int, rounds: int) -> dict[str, dict[str, float]]:
         expected: list[np.ndarray] = []
         for name, options in WAYS.items():
             out = pipe(captions, num_inference_steps=STEPS, seed=0, **options)
-            pictures = [np.asarray(image) for image in out.images]
-            expected = expected or pictures
-            read = [verdict(p, s) for p, s in zip(pictures, scenes, strict=True)]
+            arrays = [np.asarray(image) for image in out.images]
+            expected = expected or arrays
+            read = [verdict(p, s) for p, s in zip(arrays, scenes, strict=True)]
             right = {
                 part: float(np.mean([getattr(item, part) for item in read]))
                 for part in ("background", "colour", "shape")
             }
             actual[name] = {
-                **distance(pictures, expected),
+                **distance(arrays, expected),
                 **right,
                 "seconds": statistics.median(times[name]),
                 "times_faster": paired(times["full"], times[name]),
@@ -137,7 +137,7 @@ OWN = ("full", "reuse 2", "reuse 3", *list(WAYS)[-2:])
 
 
 def work(name: str, folder: Path, size: tuple[int, int]) -> None:
-    """A worker: loads, makes a image for every line, prints the seconds; the image it saves."""
+    """A worker: loads, makes an image for every line, prints the seconds; the image it saves."""
     draw = reference(folder / "model", REFERENCES[name], size) if name in REFERENCES else None
     draw = draw or own(folder / "bundle", size)
     draw("reuse 2", 2)  # sets things up
@@ -145,9 +145,9 @@ def work(name: str, folder: Path, size: tuple[int, int]) -> None:
     for line in sys.stdin:
         way, path = line.strip().split("\t")
         began = time.perf_counter()
-        image_image = draw(way, STEPS)
+        source = draw(way, STEPS)
         print(time.perf_counter() - began, flush=True)
-        np.save(path, image_image)
+        np.save(path, source)
 
 
 def own(bundle: Path, size: tuple[int, int]):
@@ -187,7 +187,7 @@ def full_size(folder: Path, size: str, rounds: int) -> dict[str, dict[str, objec
     workers = {name: started(name, folder, size) for name in (*REFERENCES, "own")}
     turns = [(name, name, "full") for name in REFERENCES] + [(way, "own", way) for way in OWN]
     seconds: dict[str, list[float]] = {name: [] for name, _, _ in turns}
-    pictures: dict[str, np.ndarray] = {}
+    images: dict[str, np.ndarray] = {}
     for _ in range(rounds):
         for name, worker, way in turns:
             path = folder / f"{name}.npy"
@@ -197,14 +197,14 @@ def full_size(folder: Path, size: str, rounds: int) -> dict[str, dict[str, objec
         worker.stdin.close()
         worker.wait()
     for name in seconds:
-        pictures[name] = np.load(folder / f"{name}.npy")
+        images[name] = np.load(folder / f"{name}.npy")
         (folder / f"{name}.npy").unlink()
     return {
         name: {
             "seconds": taken,
             "times_fp32": paired(seconds["reference fp32"], taken),
             "times_bf16": paired(seconds["reference bf16"], taken),
-            **distance([pictures[name]], [pictures["full"]]),
+            **distance([images[name]], [images["full"]]),
         }
         for name, taken in seconds.items()
     }

@@ -166,7 +166,7 @@ def work(args: argparse.Namespace) -> None:
     loaded = time.perf_counter() - began
     parts[f"picture {sizes[0]}, {steps[0]} steps"]()
     first = time.perf_counter() - began
-    print(json.dumps({"load": loaded, "first picture": first, "parts": list(parts)}), flush=True)
+    print(json.dumps({"load": loaded, "first image": first, "parts": list(parts)}), flush=True)
     for line in sys.stdin:
         began = time.perf_counter()
         parts[line.strip()]()

@@ -124,7 +124,7 @@ class Trial:
         self.seconds = time.monotonic() - began
         assert digests(work / "timed") == digests(self.new)
         self.states: set[str] = set()
-        self.wanted = {"old": digests(self.old), "new": digests(self.new)}
+        self.expected = {"old": digests(self.old), "new": digests(self.new)}
 
     def build(self, target: Path | None = None, batch: tuple[int, int, int] = (1, 1, 4)) -> None:
         from sdrt.export.build import BuildPlan, build_bundle
@@ -159,12 +159,12 @@ class Trial:
             assert not replacing and not listed and "no bundle called" in str(error), error
             actual = {}
         assert not actual or listed == [self.target]
-        kind = next((k for k, wanted in self.wanted.items() if wanted == actual), "nothing")
+        kind = next((k for k, state in self.expected.items() if state == actual), "nothing")
         assert kind != "nothing" or not actual, "a bundle that opens and is neither"
         if known and distinct:
             return kind
         assert in_child(self.build) == 0
-        assert digests(self.target) == self.wanted["new"], "another bundle"
+        assert digests(self.target) == self.expected["new"], "another bundle"
         assert [path.name for path in self.target.parent.iterdir()] == ["b"], "something is left"
         return kind
 
@@ -191,15 +191,15 @@ def command_killed(work: Path, kills: int, longest: float) -> None:
     once, target, chance = work / "shapes-once", work / "shapes", random.Random(0)
     command = [sys.executable, "-m", "sdrt", "build", "--quiet", "--model", "shapes", "--force"]
     subprocess.run([*command, "--output", once], check=True)
-    wanted = digests(once)
+    expected = digests(once)
     for _ in range(kills):
         process = subprocess.Popen([*command, "--output", target])
         time.sleep(chance.uniform(0.0, longest))
         process.kill()
         process.wait()
-        assert not target.exists() or digests(target) == wanted
+        assert not target.exists() or digests(target) == expected
     subprocess.run([*command, "--output", target], check=True)
-    assert digests(target) == wanted, "another bundle"
+    assert digests(target) == expected, "another bundle"
 
 
 def main() -> None:

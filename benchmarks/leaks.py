@@ -27,7 +27,7 @@ from results import save
 import sdrt
 from sdrt.bundle import open_bundle
 
-STRETCHES = 10
+SEGMENTS = 10
 T_95 = 2.306  # Student's, of 8 degrees of freedom
 SAMPLES = 200
 LEAST = 10.0  # bytes a repetition
@@ -85,12 +85,12 @@ def growth(count: int, repeat: Callable[[int], object]) -> Growth:
 
 def line_through(at: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     """Slope and half its 95 % interval, through the means of ten chunks."""
-    x = np.array([part.mean() for part in np.array_split(at, STRETCHES)])
-    y = np.array([part.mean() for part in np.array_split(sizes, STRETCHES)])
+    x = np.array([part.mean() for part in np.array_split(at, SEGMENTS)])
+    y = np.array([part.mean() for part in np.array_split(sizes, SEGMENTS)])
     x -= x.mean()
     slope = float(x @ y / (x @ x))
     residual = y - y.mean() - slope * x
-    error = float(np.sqrt(residual @ residual / (STRETCHES - 2) / (x @ x)))
+    error = float(np.sqrt(residual @ residual / (SEGMENTS - 2) / (x @ x)))
     return slope, T_95 * error
 
 
@@ -106,8 +106,8 @@ def measured(args: argparse.Namespace) -> dict[str, Growth]:
             opened("a red circle", num_inference_steps=1, seed=i)
 
     with sdrt.load(folder, backend=args.backend) as pipe:
-        actual["pictures"] = growth(args.pictures, image)
-        print(f"pictures: {actual['pictures']}", flush=True)
+        actual["images"] = growth(args.images, image)
+        print(f"images: {actual['images']}", flush=True)
         with tempfile.TemporaryDirectory() as work:
             files = [Path(work) / "a.safetensors", Path(work) / "b.safetensors"]
             for seed, file in enumerate(files):
@@ -122,7 +122,7 @@ def measured(args: argparse.Namespace) -> dict[str, Growth]:
 
 
 NAMES = {
-    "pictures": "{:,} images in one process",
+    "images": "{:,} images in one process",
     "switches": "{:,} switches of LoRA files",
     "cycles": "{:,} pipelines loaded, used and closed",
 }
@@ -134,7 +134,7 @@ def main() -> None:
     )
     parser.add_argument("--bundle", default="shapes")
     parser.add_argument("--backend", default="onnxruntime")
-    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--cycles", type=int, default=1_000)
     parser.add_argument("--switches", type=int, default=500)
     parser.add_argument("--save", action="store_true", help="keep the figures for the README")

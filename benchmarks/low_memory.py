@@ -1,4 +1,4 @@
-"""How much less memory a image takes when components are loaded in turn.
+"""How much less memory an image takes when components are loaded in turn.
 
     python benchmarks/low_memory.py [--bundle shapes] [--size WxH] [--steps 2] [--backend B]
         [--save]
@@ -63,7 +63,7 @@ def main() -> None:
             f"{actual[way]['peak_bytes'] / 1e9:.2f} GB in {actual[way]['seconds']:.0f} s"
             for way in ("low", "usual")
         )
-        what = f"peak memory of a {size} picture, {args.backend}, components in turn"
+        what = f"peak memory of a {size} image, {args.backend}, components in turn"
         claims = {what: f"{low}, else {usual}; {'the same' if same else 'other'} bytes"}
         save(f"low_memory_{args.backend}", claims, {**actual, "counted_bytes": needed})
 

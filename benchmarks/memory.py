@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--size 512x512] [--work FOLDER] [--engines A,B] [--one] [--save]
 
-Each engine alone: two processes load one bundle, each draws a image of one step, then both are
+Each engine alone: two processes load one bundle, each draws an image of one step, then both are
 asked: resident and peak, of the resident what is its own and what is mapped from files, and the
 proportional share (PSS), which counts what both map once. `--one`: one process, for machines
 without room for two. diffusers has one. Linux. See latency.py for FOLDER.
@@ -24,7 +24,7 @@ from sdrt.process_stats import memory
 
 
 def held(item: Contestant, bundle: Bundle, run: Run, count: int) -> list[dict[str, int]]:
-    """What every one of so many processes of an engine holds when all have drawn a image."""
+    """What every one of so many processes of an engine holds when all have drawn an image."""
     workers: list[Worker] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -65,7 +65,7 @@ def main() -> None:
             print(item.name, json.dumps(actual[item.name]), flush=True)
     base = actual["reference fp32"][0] if "reference fp32" in actual else None
     claims: dict[str, Any] = {
-        f"memory at full size after a picture, {args.size}, {name}": said_of(item, base)
+        f"memory at full size after one image, {args.size}, {name}": said_of(item, base)
         for name, item in actual.items()
     }
     print(json.dumps(claims, indent=2, ensure_ascii=False))

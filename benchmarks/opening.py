@@ -3,7 +3,7 @@
     python benchmarks/opening.py [--size 256x256] [--rounds 5] [--work FOLDER] [--engines A,B]
         [--save]
 
-A process opens the bundle, draws a image of one step and ends; then the next engine's does. Said
+A process opens the bundle, draws an image of one step and ends; then the next engine's does. Said
 are the medians: `sdrt.load`, or diffusers' loading of the checkpoint, and from the
 process's start to the image. The first round only warms: it hashes files, and makes what an
 engine keeps of a bundle. See latency.py for FOLDER.

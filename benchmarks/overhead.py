@@ -1,10 +1,10 @@
-"""What does a image cost next to the engines, next to diffusers' own pipeline?
+"""What does an image cost next to the engines, next to diffusers' own pipeline?
 
     python benchmarks/overhead.py [--save]
 
 Text encoder, UNet and decoder are replaced by ones that return at once, here and there; what is
 left is each one's own: the time from one evaluation to the next at batch 1 with guidance and
-latents of 4x64x64, and what a image of 512x512 takes besides (reading the prompt, noise, the
+latents of 4x64x64, and what an image of 512x512 takes besides (reading the prompt, noise, the
 sampler's table, pixels). Also the time to write a sampler's table, and what guidance on a part of
 the run saves.
 """
@@ -35,12 +35,12 @@ SIDE, LATENT = 512, (4, 64, 64)
 class Nothing:
     """An engine of no work: the same arrays every time."""
 
-    def __init__(self, real: Engine, **made: np.ndarray) -> None:
-        self.made, self.inputs, self.outputs = made, real.inputs, real.outputs
+    def __init__(self, real: Engine, **arrays: np.ndarray) -> None:
+        self.arrays, self.inputs, self.outputs = arrays, real.inputs, real.outputs
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = len(next(iter(feeds.values())))
-        return {name: array[:rows] for name, array in self.made.items()}
+        return {name: array[:rows] for name, array in self.arrays.items()}
 
     def close(self) -> None:
         pass
@@ -51,18 +51,18 @@ def idle(pipe: Pipeline) -> Pipeline:
     manifest = replace(pipe.manifest, sizes=((SIDE, SIDE),))
     ids = np.zeros((2, manifest.max_tokens), np.int64)
     encoded = pipe.engines["text_encoder"]({"input_ids": ids})
-    made = {
+    constant = {
         "text_encoder": {name: np.array(array) for name, array in encoded.items()},
         "unet": {"output": np.zeros((2, *LATENT), np.float32)},
-        # Not of one colour, which a image is warned of.
+        # Not of a single colour, which causes a warning.
         "vae_decoder": {"image": randn(0, (1, 3, SIDE, SIDE))},
     }
-    nothing = {name: Nothing(pipe.engines[name], **outputs) for name, outputs in made.items()}
+    nothing = {name: Nothing(pipe.engines[name], **outputs) for name, outputs in constant.items()}
     return replace(pipe, manifest=manifest, engines={**pipe.engines, **nothing}, chunk_cache={})
 
 
 def own_costs(pipe: Pipeline) -> tuple[float, float]:
-    """Microseconds of an evaluation, and milliseconds of a image besides."""
+    """Microseconds of an evaluation, and milliseconds of an image besides."""
     marks = [now()]
     began = marks[0]
     pipe.chunk_cache.clear()
@@ -146,7 +146,7 @@ def main() -> None:
             kind = getattr(diffusers, name)
             reference.scheduler = kind.from_config(reference.scheduler.config)
             pairs = [(*own_costs(own), *reference_costs(reference)) for _ in range(15)]
-            keys = ("own_us", "own_picture_ms", "reference_us", "reference_picture_ms")
+            keys = ("own_us", "own_image_ms", "reference_us", "reference_image_ms")
             values = (statistics.median(side) for side in zip(*pairs, strict=True))
             costs[name] = {k: round(float(v), 2) for k, v in zip(keys, values, strict=True)}
             print(name, costs[name])
@@ -163,8 +163,8 @@ def main() -> None:
         claims = {
             "runtime overhead per UNet evaluation, 4×64×64 latents, guided": f"{spans['own_us']} "
             f"µs; diffusers {spans['reference_us']} µs",
-            "other overhead per image, 512x512": f"{spans['own_picture_ms']} ms; "
-            f"diffusers {spans['reference_picture_ms']} ms",
+            "other overhead per image, 512x512": f"{spans['own_image_ms']} ms; "
+            f"diffusers {spans['reference_image_ms']} ms",
             f"sampler table of {STEPS} steps, slowest of {len(writing)} samplers": (
                 f"{writing[slowest]:.1f} ms"
             ),

@@ -41,7 +41,7 @@ PROMPTS = "a red circle on a blue background", "an orange triangle above a black
 Ranges = dict[str, tuple[float, float]]
 ENGINES = {"int8": ("onnxruntime", "openvino"), "fp8": ("onnxruntime",)}
 FP8 = ml_dtypes.float8_e4m3fn
-MOST = {"int8": 127, "fp8": float(ml_dtypes.finfo(FP8).max)}  # of a weight over its scale
+MAX_VALUE = {"int8": 127, "fp8": float(ml_dtypes.finfo(FP8).max)}  # of a weight over its scale
 
 
 def quantized_inputs(model: Any, kind: Kind) -> dict[str, str]:
@@ -99,7 +99,7 @@ def opened(model: Any, graph: Path, folder: Path) -> ort.InferenceSession:
 def input_marks(form: str, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point of an input of this range; TensorRT takes FP8 about zero only."""
     if form == "fp8":
-        scale = max(-low, high, 1e-6) / MOST[form]
+        scale = max(-low, high, 1e-6) / MAX_VALUE[form]
         return np.array(scale, np.float32), np.array(0, FP8)
     scale = np.float32(max(high - low, 1e-6) / 255)
     return np.array(scale), np.array(np.uint8(np.clip(np.rint(-low / scale), 0, 255)))
@@ -108,8 +108,8 @@ def input_marks(form: str, low: float, high: float) -> tuple[np.ndarray, np.ndar
 def rounded(form: str, scaled: np.ndarray) -> np.ndarray:
     """Weights over their scales, in 8 bits."""
     if form == "fp8":
-        return scaled.clip(-MOST[form], MOST[form]).astype(FP8)
-    return np.rint(scaled).clip(-MOST[form], MOST[form]).astype(np.int8)
+        return scaled.clip(-MAX_VALUE[form], MAX_VALUE[form]).astype(FP8)
+    return np.rint(scaled).clip(-MAX_VALUE[form], MAX_VALUE[form]).astype(np.int8)
 
 
 def quantized(graph: Path, kind: Kind, form: str, ranges: Ranges, out: Path) -> Path:
@@ -146,7 +146,7 @@ def quantized(graph: Path, kind: Kind, form: str, ranges: Ranges, out: Path) -> 
             axis = 0 if node.op_type == "Conv" or transposed else weight.ndim - 1
             others = tuple(i for i in range(weight.ndim) if i != axis)
             item = np.maximum(np.abs(weight).max(others), 1e-8).astype(np.float32)
-            item /= np.float32(MOST[form])
+            item /= np.float32(MAX_VALUE[form])
             zeros = rounded(form, np.zeros(len(item), np.float32))
             node.input[0] = q(node.input[0], *input_marks(form, *ranges[node.input[0]]), None)
             node.input[1] = q(node.input[1], item, zeros, axis)
@@ -192,7 +192,7 @@ class Quantized:
         return self._call(feeds)
 
 
-def pictures(pipe: Any, count: int, unet: Any = None, first: int = 100) -> np.ndarray:
+def generate(pipe: Any, count: int, unet: Any = None, first: int = 100) -> np.ndarray:
     """[N, H, W, 3] of as many seeds, with guidance, by the usual or another UNet."""
     other = replace(pipe, engines={**pipe.engines, "unet": unet}) if unet else pipe
     seeds = list(range(first, first + count // len(PROMPTS)))
@@ -214,7 +214,7 @@ def calibrated_by_images(pipe: Any, graph: Path, folder: Path) -> Ranges:
             inputs, outputs = pipe.engines["unet"].inputs, pipe.engines["unet"].outputs
             __call__ = staticmethod(call)
 
-        pictures(pipe, 2 * len(PROMPTS), Unet(), first=0)
+        generate(pipe, 2 * len(PROMPTS), Unet(), first=0)
 
     return calibrated(graph, folder, run)
 
@@ -225,12 +225,12 @@ def quality(folder: Path, count: int, form: str) -> dict[str, dict[str, Any]]:
     with sdrt.load("shapes", backend="onnxruntime", precision="exact") as pipe:
         graph = open_bundle("shapes").graph("unet")
         ranges = calibrated_by_images(pipe, graph, folder)
-        expected = pictures(pipe, count)
+        expected = generate(pipe, count)
         for title, kind in KINDS.items():
             path = quantized(graph, kind, form, ranges, folder / f"{len(actual)}.onnx")
             for engine in ENGINES[form]:
                 unet = Quantized(pipe.engines["unet"], path, engine, form)
-                item = psnrs(pictures(pipe, count, unet), expected)
+                item = psnrs(generate(pipe, count, unet), expected)
                 actual[f"{engine}, {title}"] = {"psnr_db": item, "least": min(item)}
                 print(f"{engine}, {title}: PSNR {min(item):.1f} to {max(item):.1f} dB", flush=True)
     return actual

@@ -153,7 +153,7 @@ def in_flight(jobs: Sequence[Job], engine: InflightBatcher) -> None:
         left.acquire()
 
 
-def by_batches(pipe: Pipeline, jobs: Sequence[Job], most: int) -> None:
+def by_batches(pipe: Pipeline, jobs: Sequence[Job], max_batch: int) -> None:
     """One worker; see the module."""
     queue: list[Job] = []
     changed = threading.Condition()
@@ -170,9 +170,9 @@ def by_batches(pipe: Pipeline, jobs: Sequence[Job], most: int) -> None:
                 return
             with changed:
                 changed.wait_for(lambda: queue)
-            time.sleep(WAIT if len(queue) < most else 0.0)
+            time.sleep(WAIT if len(queue) < max_batch else 0.0)
             with changed:
-                batch = [job for job in queue if job.size == queue[0].size][:most]
+                batch = [job for job in queue if job.size == queue[0].size][:max_batch]
                 for job in batch:
                     queue.remove(job)
             run_batch(pipe, batch, lambda: time.perf_counter() - began)
@@ -241,7 +241,7 @@ def figures_of(jobs: Sequence[Job], alone: Callable[[Job], float]) -> dict[str, 
     short = [job.done - job.at for job in cached if job.steps <= SHORT]
     slowed = every / np.array([alone(job) for job in cached])
     values = {
-        "pictures_per_second": len(cached) / max(job.done for job in cached),
+        "images_per_second": len(cached) / max(job.done for job in cached),
         **{f"p{q}": float(np.percentile(every, q)) for q in (50, 95, 99)},
         "short_p95": float(np.percentile(short, 95)),
         "first_step_p50": float(np.nanmedian([job.first - job.at for job in cached])),
@@ -259,7 +259,7 @@ def fresh(jobs: Sequence[Job]) -> list[Job]:
 def measured(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     with InflightBatcher(pipe, waiting=10_000) as engine:
         rates = engine.rates
-        most = max(size.most for size in engine.costs.sizes.values())
+        max_batch = max(size.most for size in engine.costs.sizes.values())
 
         def alone(job: Job) -> float:
             group = (job.size,)
@@ -279,7 +279,7 @@ def measured(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
         batches = fresh(burst)
         by_batches(pipe, batches, args.batch)
         actual: dict[str, Any] = {
-            "rows_of_a_call": most,
+            "rows_of_a_call": max_batch,
             "capacity": round(capacity, 3),
             "capacity_by_batches": round(len(burst) / max(job.done for job in batches), 3),
         }
@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument(
         "--loads", type=lambda t: [float(p) for p in t.split(",")], default="0.3,0.6,0.9"
     )
-    parser.add_argument("--batch", type=int, default=8, help="pictures of a whole batch")
+    parser.add_argument("--batch", type=int, default=8, help="images of a static batch")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

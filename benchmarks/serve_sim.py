@@ -27,7 +27,7 @@ MIX = ((4, 1), (8, 2), (20, 2), (20, 1), (30, 2), (50, 2))  # evaluations and ro
 def gpu_rates(two: float, gain: float, decode: float) -> Rates:
     """A curve through one published figure.
 
-    two: seconds of a call of two rows. gain: how much more of a image a second large calls make
+    two: seconds of a call of two rows. gain: how much more of an image a second large calls make
     decode: of one image. A single row is taken to cost 0.6 of two, as nothing is published
     """
 
@@ -56,7 +56,7 @@ GPUS: dict[str, tuple[str, Rates]] = {
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What comes in: at a second, a image of evaluations of rows; `group` is its size."""
+    """What comes in: at a second, an image of evaluations of rows; `group` is its size."""
 
     at: float
     evaluations: int
@@ -95,7 +95,7 @@ class Replica:
         while self.waiting and len(self.inside) < self.slots:
             self.inside.append(self.waiting.pop(0))
         self.inside.sort(key=lambda item: item[0].key(self.clock))
-        chosen = {id(t) for t in sharing([turn for turn, _ in self.inside], self.rates.most)}
+        chosen = {id(t) for t in sharing([turn for turn, _ in self.inside], self.rates.max_rate)}
         going = [item for item in self.inside if id(item[0]) in chosen]
         group = going[0][0].group
         self.clock += self.rates.call(group, sum(turn.rows for turn, _ in going))
@@ -189,21 +189,21 @@ def main() -> None:
     claims = {}
     for gpu in args.gpu or GPUS:
         source, rates = GPUS[gpu]
-        most = capacity(rates, args.slots)
+        max_rate = capacity(rates, args.slots)
         rows = {}
         for replicas in (int(part) for part in args.replicas.split(",")):
             requests = poisson(
-                200 * min(replicas, 100) + 1000, args.load * most * replicas, mixed, 2
+                200 * min(replicas, 100) + 1000, args.load * max_rate * replicas, mixed, 2
             )
             simulated(requests, rates, replicas, args.slots)
             rows[str(replicas)] = percentiles(requests)
             print(
-                f"{gpu:6} {replicas:5} replicas {args.load * most * replicas:9.1f} pictures/s  ",
+                f"{gpu:6} {replicas:5} replicas {args.load * max_rate * replicas:9.1f} images/s  ",
                 "  ".join(f"{k} {v:.3f} s" for k, v in rows[str(replicas)].items()),
             )
-        figures[gpu] = {"source": source, "pictures_per_second": most, "latency": rows}
+        figures[gpu] = {"source": source, "images_per_second": max_rate, "latency": rows}
         first, last = next(iter(rows)), list(rows)[-1]
-        claims[f"simulated fleet, {gpu}: {most:.2f} images/s per replica at saturation"] = (
+        claims[f"simulated fleet, {gpu}: {max_rate:.2f} images/s per replica at saturation"] = (
             f"p95 {rows[first]['p95']:.2f} s with {first} of them, {rows[last]['p95']:.2f} s with "
             f"{last}, at {args.load:.0%} load"
         )

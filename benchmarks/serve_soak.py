@@ -34,7 +34,7 @@ from sdrt.process_stats import resident_bytes
 
 SAMPLERS = ("Euler", "DPM++ 2M Karras", "UniPC", "Euler a")
 KINDS = ("plain", "stream", "cut", "wrong", "hopeless")
-SHARES = (0.7, 0.15, 0.07, 0.05, 0.03)
+FRACTIONS = (0.7, 0.15, 0.07, 0.05, 0.03)
 CROWD = 400  # requests at once before the measuring begins
 
 
@@ -57,7 +57,7 @@ def body(rng: random.Random) -> dict[str, Any]:
 
 async def asked(client: httpx.AsyncClient, rng: random.Random, counts: collections.Counter) -> None:
     """One request of some kind; counts how it ended."""
-    kind = rng.choices(KINDS, SHARES)[0]
+    kind = rng.choices(KINDS, FRACTIONS)[0]
     sent = body(rng)
     if kind == "wrong":
         sent["num_inference_steps"] = rng.choice((0, -1, 2**63, "7", True))
@@ -82,7 +82,7 @@ def outcome(answer: httpx.Response, n: int) -> str:
     data = answer.json()["data"]
     for item in data:
         Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))).load()
-    return "picture" if len(data) == n else f"lost: {len(data)} of {n} pictures"
+    return "image" if len(data) == n else f"lost: {len(data)} of {n} images"
 
 
 async def streamed(client: httpx.AsyncClient, sent: dict[str, Any]) -> str:
@@ -95,7 +95,7 @@ async def streamed(client: httpx.AsyncClient, sent: dict[str, Any]) -> str:
                 return "typed error"
         if answer.status_code != 200:
             return str(answer.status_code)
-    return "picture" if completed == 1 else "lost: no last event"
+    return "image" if completed == 1 else "lost: no last event"
 
 
 async def cut(client: httpx.AsyncClient, sent: dict[str, Any], after: float) -> str:

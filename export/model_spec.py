@@ -128,15 +128,15 @@ def _check_fit(spec: ModelSpec, checkpoint: Checkpoint) -> None:
             hint=hint,
         )
     pooled = spec.pooled_width if unet.pooled_width else 0
-    for what, found, expected in (
+    for what, actual, expected in (
         ("context", spec.context_width, unet.cross_attention_dim),
         ("pooled prompt", pooled, unet.pooled_width),
         ("latent", spec.latent_channels, unet.out_channels),
     ):
-        if found != expected:
+        if actual != expected:
             raise CheckpointError(
                 f"the UNet expects a {what} of {expected} channels, the other components have "
-                f"{found}: one of them is of another model family",
+                f"{actual}: one of them is of another model family",
                 hint=hint,
             )
 

@@ -136,6 +136,15 @@ def test_every_model_has_a_command_and_a_test(row):
     assert name in {f.name for f in functions if isinstance(f, ast.FunctionDef)}
 
 
+def test_every_page_is_in_the_navigation():
+    listed = set(
+        re.findall(r"[ :-] ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)
+    )
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
+    generated = {page for page in listed - pages if Path(page).name in GENERATED}
+    assert listed - generated == pages
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 180
 

@@ -43,7 +43,7 @@ def read_terms(column: int) -> dict[str, str]:
 
 
 ANYWHERE, AS_A_NAME = read_terms(2), read_terms(3)
-ALLOWED = [[cell.strip(" `") for cell in row[:2]] for row in read_table("allowed")]
+ALLOWED = [[cell.strip("`") for cell in row[:2]] for row in read_table("allowed")]
 BANNED = re.compile(
     r"(?<![a-z])("
     + "|".join(map(re.escape, sorted(ANYWHERE, key=len, reverse=True)))
@@ -84,13 +84,13 @@ def defined_names(node: ast.AST) -> Iterator[str]:
             yield str(node.asname)
 
 
-def find_in_python(text: str) -> Iterator[tuple[int, str, str]]:
+def find_in_python(text: str, allowed: Iterable[str] = ()) -> Iterator[tuple[int, str, str]]:
     for node in ast.walk(ast.parse(text)):
         for name in defined_names(node):
             for term, better in find_in_name(name):
                 yield node.lineno, term, better  # type: ignore[attr-defined]
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            for number, line in enumerate(node.value.splitlines()):
+            for number, line in enumerate(remove_allowed(node.value, allowed).splitlines()):
                 for term, better in find_in_text(line):
                     yield node.lineno + number, term, better
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -99,15 +99,25 @@ def find_in_python(text: str) -> Iterator[tuple[int, str, str]]:
                 yield token.start[0], term, better
 
 
+def remove_allowed(value: str, allowed: Iterable[str]) -> str:
+    """A string without allowed texts; one in quotes is the string's beginning, or all of it."""
+    for text in allowed:
+        if not text.startswith('"'):
+            value = value.replace(text, "")
+        elif f'"{value}"' == text or (not text.endswith('"') and value.startswith(text[1:])):
+            return ""
+    return value
+
+
 def find_in_file(path: Path) -> list[tuple[int, str, str]]:
-    """Line, banned term and our word of each one in a file."""
+    """Line, banned term and our word of each use in a file."""
     name = str(path.relative_to(ROOT))
+    allowed = [text for text, where in ALLOWED if fnmatch(name, where)]
     text = path.read_text("utf-8")
-    for allowed, where in ALLOWED:
-        if fnmatch(name, where):
-            text = text.replace(allowed, '""' if allowed.startswith('"') else "")
     if path.suffix == ".py":
-        return sorted(set(find_in_python(text)))
+        return sorted(set(find_in_python(text, allowed)))
+    for words in allowed:
+        text = text.replace(words, "")
     lines = enumerate(text.splitlines(), 1)
     return [(number, *hit) for number, line in lines for hit in find_in_text(line)]
 
@@ -126,16 +136,12 @@ def list_files(places: Iterable[str] = ()) -> list[Path]:
 
 # How many are left in each folder. These numbers may only fall.
 DEBT: dict[str, int] = {
-    ".": 51,
-    "benchmarks": 236,
-    "docs": 8,
-    "engine": 205,
-    "export": 170,
-    "runtime": 420,
-    "sdrt": 239,
-    "serve": 11,
-    "tests": 862,
-    "tools": 110,
+    "engine": 201,
+    "export": 122,
+    "runtime": 119,
+    "sdrt": 210,
+    "tests": 8,
+    "tools": 1,
 }
 
 

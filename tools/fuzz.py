@@ -1,4 +1,4 @@
-"""`make fuzz`: coverage-guided executions of everything that reads what strangers send.
+"""`make fuzz`: coverage-guided executions of the parsers of untrusted input.
 
     python tools/fuzz.py [TARGET ..] [--executions 10_000_000] [--save]
 
@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "tests" / "corpus"
 HANG = 5  # seconds
 CONSTANT = 64  # MB above what a process has taken after its first inputs; the fuzzer's own is in it
-LARGEST = {"image": 8192 * 8192 * 4 / 1e6}  # MB more: a image of the most pixels that are read
+LARGEST = {"image": 8192 * 8192 * 4 / 1e6}  # MB more: an image of the most pixels that are read
 # Executions of one process: the inputs that the fuzzer finds new stay in its memory.
 PIECE = 200_000
-FOUND = ("crash-*", "timeout-*", "oom-*")
+FINDINGS = ("crash-*", "timeout-*", "oom-*")
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class Result:
     executions: int
     seconds: float
     grown: float
-    found: list[str]
+    findings: list[str]
 
     @property
     def failed(self) -> bool:
@@ -93,13 +93,14 @@ def fuzzed(name: str, longest: int, runs: int, work: Path) -> Result:
             result.executions += int(match[1])
         if code:
             print(printed[-1500:], file=sys.stderr)
-            result.found = sorted(found_in(cached) - before) or [f"the process ended with {code}"]
+            new = sorted(found_in(cached) - before)
+            result.findings = new or [f"exit code {code}"]
             break
     return result
 
 
 def found_in(folder: Path) -> set[str]:
-    return {path.name for pattern in FOUND for path in folder.glob(pattern)}
+    return {path.name for pattern in FINDINGS for path in folder.glob(pattern)}
 
 
 def ran(name: str, options: list[str], corpora: list[Path], work: Path) -> tuple[int, str, int]:
@@ -124,7 +125,7 @@ def keep(results: list[Result]) -> None:
     new = {result.target for result in results}
     every = [Result(**item) for item in cached if item["target"] not in new] + results
     total, seconds = sum(r.executions for r in every), sum(r.seconds for r in every)
-    failed = sum(len(r.found) or r.failed for r in every)
+    failed = sum(len(r.findings) or r.failed for r in every)
     claim = f"{total:,} executions of {len(every)} targets in {seconds / 60:.0f} minutes: "
     claim += f"{failed} crashes, hangs or memory beyond bounds"
     save(

@@ -1,4 +1,4 @@
-"""Whatever reads what strangers send, each as a function of bytes, for tools/fuzz.py and the tests.
+"""The parsers of untrusted input, each as a function of bytes, for tools/fuzz.py and the tests.
 
 A target may return or raise an SdrtError, or where a server stands behind it what that answers
 with a 4xx; all else is a crash. Knows no fuzzer.
@@ -142,9 +142,9 @@ def tokenizer_files(data: bytes) -> None:
 
 
 def image(data: bytes) -> None:
-    image_image = image_from_bytes(data, MAX_PIXELS)
-    image_to_array(image_image, (64, 64))
-    parse_parameters(read_parameters(image_image))
+    source = image_from_bytes(data, MAX_PIXELS)
+    image_to_array(source, (64, 64))
+    parse_parameters(read_parameters(source))
 
 
 def parameters(data: bytes) -> None:

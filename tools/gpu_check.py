@@ -18,7 +18,7 @@ from sdrt.cli.doctor import diagnose
 from sdrt.engine.gpu import detect_gpus
 
 ROOT = Path(__file__).parent.parent
-ENDS = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 
 
 def run_tests(folder: Path) -> int:

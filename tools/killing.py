@@ -1,6 +1,6 @@
 """Processes that kill themselves at a chosen point of their work, to see what they leave behind.
 
-A point is what changes the disk, told by Python's audit events: a file opened to be written, a
+A point is what changes the disk, reported by Python's audit events: a file opened to be written, a
 name made, moved or taken away, a lock taken; and each fsync, which has no event. SIGKILL comes
 before it, and the last comes after all.
 """

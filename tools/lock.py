@@ -30,10 +30,10 @@ BELOW = f"""
 """
 
 
-def resolved(*wanted: str) -> dict[str, str]:
+def resolved(*requirements: str) -> dict[str, str]:
     """Name -> version of all that pip would install into an empty environment."""
     ask = ["install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
-    command = [sys.executable, "-m", "pip", *ask, "--constraint", "/dev/stdin", *wanted]
+    command = [sys.executable, "-m", "pip", *ask, "--constraint", "/dev/stdin", *requirements]
     done = subprocess.run(
         command, input=ABOVE, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
     )

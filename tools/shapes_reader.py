@@ -1,4 +1,4 @@
-"""Reads a image of the `shapes` world back: colours and shapes by plain image analysis.
+"""Reads an image of the `shapes` world back: colours and shapes by plain image analysis.
 
 Knows numpy and the palette; no model. `verdict` says which of a scene's words hold.
 """
@@ -60,7 +60,7 @@ def shape_name(mask: np.ndarray) -> str:
 
 
 def verdict(image: np.ndarray, scene: Scene) -> Verdict:
-    """Compare a image [H, W, 3] with the scene that its caption names."""
+    """Compare an image [H, W, 3] with the scene that its caption names."""
     pixels = image.astype(np.float32)
     parts = [pixels]
     if len(scene.things) == 2:

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-KEPT = ROOT / "tests" / "engine" / "tensorrt" / "names.json"
+STORED = ROOT / "tests" / "engine" / "tensorrt" / "names.json"
 
 
 def names_in(wheel: Path, expected: set[str]) -> list[str]:
@@ -32,10 +32,10 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from tensorrt_usage import used_names
 
-    cached = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    cached = json.loads(STORED.read_text()) if STORED.exists() else {}
     for wheel in map(Path, sys.argv[1:]):
         cached[wheel.name.split("-")[1]] = names_in(wheel, {name for _, name in used_names()})
-    KEPT.write_text(json.dumps(cached, indent=2, sort_keys=True) + "\n")
+    STORED.write_text(json.dumps(cached, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ class InflightBatcher:
 
     def _check_open(self) -> None:
         if self.state == "broken":
-            raise RequestRejected("broken", "the device failed and is brought back", LONGEST_PAUSE)
+            raise RequestRejected("broken", "device error; the engine is restarting", LONGEST_PAUSE)
         if self.state != "ready":
             raise RequestRejected("draining", f"the engine is {self.state}", LONGEST_PAUSE)
 
@@ -170,13 +170,15 @@ class InflightBatcher:
         self._check_open()
         turn = tickets[0].turn
         if missing := self.costs.missing_bytes(turn.group[0], turn.rows):  # type: ignore[index]
-            raise RequestRejected("memory", f"{missing / 1e6:.0f} MB of memory are missing", 10.0)
+            raise RequestRejected(
+                "memory", f"not enough memory: {missing / 1e6:.0f} MB missing", 10.0
+            )
         others = [other.turn for other in (*self._inside, *self._waiting)]
         if len(self._waiting) + len(tickets) > self.most_waiting:
             done = forecast(others, now, self.rates, self.slots)
             raise RequestRejected(
                 "queue",
-                f"{len(self._waiting)} pictures wait, at most {self.most_waiting} may",
+                f"the queue is full: {len(self._waiting)} of {self.most_waiting} images waiting",
                 min(done, default=now) - now,
             )
         turns = [*others, *(ticket.turn for ticket in tickets)]
@@ -184,12 +186,14 @@ class InflightBatcher:
             return
         late = lateness(turns, now, self.rates, self.slots)
         if turn.promised and (new := max(late[len(others) :])) > 0.0:
-            raise RequestRejected("deadline", f"it would be done {new:.2g} s too late", new)
+            raise RequestRejected(
+                "deadline", f"the deadline cannot be met: estimated {new:.2g} s late", new
+            )
         if any(other.promised and by > 0.0 for other, by in zip(others, late, strict=False)):
             then = lateness(others, now, self.rates, self.slots)
             for other, by, before in zip(others, late, then, strict=False):
                 if other.promised and before <= 0.0 < by:
-                    message = "a picture that was promised earlier would come too late"
+                    message = "accepting this request would miss the deadline of an earlier one"
                     raise RequestRejected("deadline", message, other.due - now)
 
     def tickets(self) -> list[RequestHandle]:

@@ -18,9 +18,10 @@ from typing import Any
 
 from sdrt.atomic_files import is_locked, locked
 from sdrt.bundle import Bundle
+from sdrt.bundle.embedded import embedded_folder, embedded_names
 from sdrt.bundle.integrity import forget_verified, stale_entries
 from sdrt.bundle.manifest import MANIFEST, MAX_MANIFEST, manifest_from_json
-from sdrt.bundle.store import bundles_folder, embedded_path, home, list_bundles
+from sdrt.bundle.store import bundles_folder, home, list_bundles
 from sdrt.engine.compile_cache import METADATA, explain_stale
 from sdrt.engine.gpu import GpuInventory, detect_gpus
 from sdrt.engine.plans import Plan, plan_from_json, plans_folder
@@ -112,13 +113,21 @@ def leftovers(machine: GpuInventory) -> Iterator[Leftover]:
     """All that is left over; machine: whose GPUs plans are for."""
     bundles = dict(_bundles())
     plans = {*bundles, *_subfolders(home() / "plans")}
-    places = [home(), bundles_folder(), embedded_path("x").parent, home() / "converted"]
+    places = [home(), bundles_folder(), home() / "converted", *_subfolders(home() / "embedded")]
     places += [home() / "timing", *plans, *(folder for of in plans for folder in _subfolders(of))]
     for place in places:
         yield from _unfinished(place)
     for folder in sorted(plans):
         yield from _useless_plans(folder, bundles.get(folder), machine)
     yield from _useless_graphs(list(bundles.values()))
+    yield from _outdated_embedded_models()
+
+
+def _outdated_embedded_models() -> Iterator[Leftover]:
+    current = {embedded_folder(name, home()).parent for name in embedded_names()}
+    for folder in _subfolders(home() / "embedded"):
+        if folder not in current:
+            yield Leftover(folder, "the embedded model of another version of sdrt")
 
 
 def _bundles() -> Iterator[tuple[Path, Bundle]]:

@@ -208,9 +208,7 @@ def inspect(args: argparse.Namespace) -> None:
     from . import inspect as cli_inspect
 
     folders = [args.bundle] if args.bundle else list_bundles()
-    if not folders:
-        open_bundle(None)
-    bundles = [open_bundle(folder) for folder in folders]
+    bundles = [open_bundle(folder) for folder in folders] or [open_bundle()]
     described = [cli_inspect.describe(bundle, layers=args.layers) for bundle in bundles]
     print(
         json.dumps(described, indent=2) if args.json else cli_inspect.text_from_bundles(described)

@@ -1,4 +1,4 @@
-"""`sdrt serve`: from arguments to a running server. Imported by the command line when it runs."""
+"""`sdrt serve`: starts a server from parsed arguments. Imported only when the command runs."""
 
 import argparse
 
@@ -8,15 +8,18 @@ from .arguments import settings_from_arguments, sources_from_arguments
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Serve until told to end; raises UsageError, BundleError or BackendError before it listens or
-    while it loads.
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        UsageError, BundleError, BackendError: Invalid arguments, or a model failed to load.
     """
     try:
         from sdrt.serve.logs import configure_logging
         from sdrt.serve.server import serve
     except ImportError as error:
         raise SdrtError(
-            f"serving needs {error.name}, which is not installed; pip install 'sdrt[serve]'"
+            f"`sdrt serve` requires {error.name}, which is not installed",
+            hint="run `pip install 'sdrt[serve]'`",
         ) from error
     configure_logging(args.log_format)
     if args.ray:

@@ -79,11 +79,11 @@ def test_stages_are_those_of_a_build(scripts):
     """The lines of one, as it says them."""
     import build
 
-    lines = ["safety checker: off", "building a from b", "proving on onnxruntime on cpu"]
-    lines += ["[1/4] text_encoder: read, export, prove", "      cosine 1  error 1e-07"]
-    lines += ["[2/4] unet: read, export, prove", "      cosine 1  error 1e-07"]
-    lines += ["[4/4] vae_encoder: read, export, prove", "      cosine 1", "end to end: cosine 1"]
-    lines += ["openvino-bf16: psnr 36.6, admitted", "done in 37 s, 23.6 MB"]
+    lines = ["safety checker: off", "building a from b", "validating on onnxruntime on cpu"]
+    lines += ["[1/4] text_encoder: load, export, validate", "      cosine 1  error 1e-07"]
+    lines += ["[2/4] unet: load, export, validate", "      cosine 1  error 1e-07"]
+    lines += ["[4/4] vae_encoder: load, export, validate", "      cosine 1", "end to end: cosine 1"]
+    lines += ["openvino-bf16: psnr 36.6, allowed", "done in 37 s, 23.6 MB"]
     stage, seen = "start", []
     for line in lines:
         stage = build.beginning(line, stage)

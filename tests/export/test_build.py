@@ -85,8 +85,8 @@ def test_openvino_draws_the_same_exactly_and_nearly_in_bf16(shapes, tmp_path):
     manifest = json.loads((copied / "sdrt.json").read_text())
     options = {"prompt": "a red circle on a blue background", "num_inference_steps": 6, "seed": 0}
 
-    def generated(backend, admitted, precision="auto"):
-        (copied / "sdrt.json").write_text(json.dumps({**manifest, "admitted": admitted}))
+    def generated(backend, bf16, precision="auto"):
+        (copied / "sdrt.json").write_text(json.dumps({**manifest, "admitted": bf16}))
         with sdrt.load(copied, backend=backend, precision=precision) as pipe:
             return np.asarray(pipe(**options).images[0], np.float64)
 
@@ -170,7 +170,7 @@ def test_a_small_model_starts_sooner_on_onnxruntime():
     assert select_backend("auto", size=2_000_000_000).title == "openvino on cpu"
 
 
-def test_the_manifest_records_the_proof(tiny_bundle):
+def test_the_manifest_records_the_validation(tiny_bundle):
     manifest = open_bundle(tiny_bundle).manifest
     assert manifest.parity["psnr"] > 60
     for component in manifest.components.values():
@@ -192,8 +192,8 @@ def test_builds_are_reproducible(tiny, tiny_bundle, tmp_path, monkeypatch):
     assert bytes_of(again) == bytes_of(tiny_bundle)
 
 
-def unet_once(module, *given):
-    return (exported_once if isinstance(module, Unet) else export_graph)(module, *given)
+def unet_once(module, *inputs):
+    return (exported_once if isinstance(module, Unet) else export_graph)(module, *inputs)
 
 
 @pytest.mark.slow
@@ -230,12 +230,12 @@ def test_openvino_keeps_half_in_single(half, tmp_path, monkeypatch):
     pytest.importorskip("openvino")
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
     draw = {"prompt": "a", "num_inference_steps": 4, "seed": 0}
-    pictures = []
+    results = []
     for worth in (compile_cache.MIN_WEIGHT_BYTES, 0):
         monkeypatch.setattr(compile_cache, "MIN_WEIGHT_BYTES", worth)
         with sdrt.load(half, backend="openvino") as pipe:
-            pictures.append(np.asarray(pipe(**draw).images[0], np.int16))
-    assert np.ptp(pictures[0]) > 50 and np.abs(pictures[0] - pictures[1]).max() <= 2
+            results.append(np.asarray(pipe(**draw).images[0], np.int16))
+    assert np.ptp(results[0]) > 50 and np.abs(results[0] - results[1]).max() <= 2
     stored = Tensors(half / "unet" / "model.safetensors")
     different = {stored[name].tobytes() for name in stored if not name.startswith("__pad.")}
     (weights,) = (tmp_path / "plans").rglob("unet-*/model.bin")

@@ -160,7 +160,7 @@ def test_a_tiny_autoencoder_may_be_a_file(models, tmp_path):
         assert checkpoint.with_parts(full).config("vae") == models[family][2].config("vae")
 
 
-def test_a_file_in_the_hubs_layout_has_its_configuration_beside_it(tiny, tmp_path):
+def test_a_file_in_the_hubs_layout_has_its_configuration_next_to_it(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "model")
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     assert find_checkpoint(str(tiny), parts={"vae": str(file)}).part_folder("vae") == file.parent

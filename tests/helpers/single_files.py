@@ -45,7 +45,7 @@ PREFIX = {
     ("XL", "text_encoder"): "conditioner.embedders.0.transformer.",
     ("XL", "text_encoder_2"): "conditioner.embedders.1.model.",
 }
-ENDS = {
+SUFFIXES = {
     "time_embedding.linear_": "time_embed.",
     "time_embedding.cond_proj": "time_embed.cond_proj",
     "add_embedding.linear_": "label_emb.0.",
@@ -65,7 +65,7 @@ INNER = {
 
 def original_unet_name(name, names):
     """The other direction for two layers a block; names: all, to see which blocks attend."""
-    for new, old in ENDS.items():
+    for new, old in SUFFIXES.items():
         if name.startswith(new):
             stem, kind = name.rsplit(".", 1)
             last = str(2 * (int(stem[-1]) - 1)) if stem[-1].isdigit() else ""

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.integration
 PROMPT = "a red circle on a blue background"
 BACKENDS = ("onnxruntime", "openvino", "torch")
 STEPS = 10
-DRAWING = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+GRADIENT = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 MASK = Image.new("L", (64, 64), 0)
 MASK.paste(255, (8, 8, 56, 40))
 
@@ -95,12 +95,12 @@ def decibels(own, expected, **options):
     [
         ("DPMSolverMultistepScheduler", "StableDiffusionPipeline", 3, {}),
         ("HeunDiscreteScheduler", "StableDiffusionPipeline", 2, {"guidance_scale": 1.0}),
-        ("EulerDiscreteScheduler", "StableDiffusionImg2ImgPipeline", 2, {"image": DRAWING}),
+        ("EulerDiscreteScheduler", "StableDiffusionImg2ImgPipeline", 2, {"image": GRADIENT}),
         (
             "DDIMScheduler",
             "StableDiffusionInpaintPipeline",
             5,
-            {"image": DRAWING, "mask_image": MASK, "strength": 1.0},
+            {"image": GRADIENT, "mask_image": MASK, "strength": 1.0},
         ),
     ],
 )
@@ -237,7 +237,7 @@ def test_it_is_refused_where_it_cannot_be(pipe, tiny_bundle, shapes, capsys):
 @pytest.mark.slow
 def test_a_shallow_graph_that_is_not_torchs_is_not_published(tiny, tmp_path, monkeypatch):
     complete = Unet.shallow
-    monkeypatch.setattr(Unet, "shallow", lambda self, **given: 1.01 * complete(self, **given))
+    monkeypatch.setattr(Unet, "shallow", lambda self, **feeds: 1.01 * complete(self, **feeds))
     with pytest.raises(ParityError, match="unet_shallow differs from torch"):
         build_bundle(BuildPlan(str(tiny), tmp_path / "bundle", feature_reuse=0))
     assert not (tmp_path / "bundle").exists()

@@ -1,5 +1,5 @@
 """One seed is one image: again, in other processes, in other places of a batch. And images of
-one colour, which are told.
+one colour, which are reported.
 """
 
 import logging
@@ -64,6 +64,6 @@ def test_a_flat_image_is_reported(flat, caplog):
     assert "one colour all over" in caplog.text
 
 
-def test_a_image_is_not_flat(pipe, caplog):
+def test_an_image_is_not_flat(pipe, caplog):
     assert pipe(PROMPT, num_inference_steps=2, seed=0).flat == [False]
     assert "one colour" not in caplog.text

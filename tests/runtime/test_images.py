@@ -1,4 +1,4 @@
-"""What strangers write into images' files."""
+"""Untrusted metadata in image files."""
 
 from pathlib import Path
 

@@ -122,7 +122,7 @@ def slow(*_):
     time.sleep({seconds})
 OrtEngine.__init__ = slow
 """
-ENDS = {
+EXITS = {
     "the command line": (
         'sys.argv = ["sdrt", "run", "x", "--bundle", {bundle!r}, "--backend", "onnxruntime"]\n'
         "sys.exit(cli.entry())",
@@ -132,9 +132,9 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("program", ENDS)
+@pytest.mark.parametrize("program", EXITS)
 def test_ctrl_c_ends_a_load_at_once(shapes, tmp_path, program):
-    text, code = ENDS[program]
+    text, code = EXITS[program]
     script = SLOW.format(seconds=SECONDS) + text.format(bundle=str(shapes))
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -30,7 +30,7 @@ VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 VISION |= {"num_attention_heads": 2, "image_size": SIDE, "patch_size": 7}
 
 
-def pictures():
+def sample_images():
     rng = np.random.default_rng(0)
     for i in range(12):
         smooth = Image.fromarray(rng.integers(0, 255, (3, 4, 3), np.uint8))
@@ -47,7 +47,7 @@ def reference():
     for parameter in checker.parameters():
         parameter.data.normal_(0, 0.3)
     with torch.no_grad():  # thresholds between what the images score, so that some are flagged
-        every = torch.cat([torch.from_numpy(clip_pixels(p, SIDE)) for p in pictures()])
+        every = torch.cat([torch.from_numpy(clip_pixels(p, SIDE)) for p in sample_images()])
         embeds = checker.visual_projection(checker.vision_model(every)[1])
         for name in ("concept", "special_care"):
             cosines = torch.nn.functional.cosine_similarity(
@@ -65,11 +65,11 @@ def bundle(reference, tiny, tmp_path_factory, build_once):
     return build_once(str(folder), folder.parent / "bundle", safety_checker=True)
 
 
-def test_a_image_is_read_as_clip_reads_it():
+def test_an_image_is_read_as_clip_reads_it():
     theirs = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE)
-    for image_image in pictures():
-        expected = np.asarray(theirs(image_image, return_tensors="np").pixel_values)
-        assert np.abs(clip_pixels(image_image, SIDE) - expected).max() <= 0.02
+    for source in sample_images():
+        expected = np.asarray(theirs(source, return_tensors="np").pixel_values)
+        assert np.abs(clip_pixels(source, SIDE) - expected).max() <= 0.02
 
 
 def test_scores_and_decisions_are_the_references(reference, bundle):
@@ -77,8 +77,8 @@ def test_scores_and_decisions_are_the_references(reference, bundle):
 
     engine = select_backend("onnxruntime").load(open_bundle(bundle), "safety_checker")
     decided = []
-    for image_image in pictures():
-        pixels = clip_pixels(image_image, SIDE)
+    for source in sample_images():
+        pixels = clip_pixels(source, SIDE)
         actual = engine({"pixels": pixels})
         own = concept_scores(actual["special"][0], actual["concepts"][0])
         scores = {}
@@ -95,13 +95,13 @@ def test_scores_and_decisions_are_the_references(reference, bundle):
         finally:
             del module.round
         assert np.abs(own - np.array(list(scores.values())[3:])).max() <= 0.0011
-        assert is_flagged(apply_safety_checker(engine, [image_image])[0]) == flags[0]
+        assert is_flagged(apply_safety_checker(engine, [source])[0]) == flags[0]
         decided.append(flags[0])
     assert 0 < sum(decided) < len(decided)
     engine.close()
 
 
-def test_flagged_images_are_black_and_told(bundle, tmp_path, capsys):
+def test_flagged_images_are_black_and_reported(bundle, tmp_path, capsys):
     with sdrt.load(bundle, backend="onnxruntime") as pipe:
         out = pipe("a square", num_inference_steps=1, seed=0, num_images_per_prompt=8)
         assert len(out.flagged) == 8

@@ -178,12 +178,12 @@ class Counted:
     """An engine that counts what is loaded and called at one time."""
 
     inputs = outputs = ()
-    loaded, most_loaded, loads = 0, 0, 0
+    loaded, max_loaded, loads = 0, 0, 0
 
     def __init__(self):
         Counted.loaded += 1
         Counted.loads += 1
-        Counted.most_loaded = max(Counted.most_loaded, Counted.loaded)
+        Counted.max_loaded = max(Counted.max_loaded, Counted.loaded)
         time.sleep(0.01)
         self.open = True
 
@@ -201,7 +201,7 @@ class Counted:
 
 
 def test_an_engine_in_use_stays_loaded_and_is_loaded_once(monkeypatch):
-    for name in ("loaded", "most_loaded", "loads"):
+    for name in ("loaded", "max_loaded", "loads"):
         monkeypatch.setattr(Counted, name, 0)
     alone = LazyEngine(Counted, None)
     in_threads(THREADS, lambda i: alone({}))
@@ -209,9 +209,9 @@ def test_an_engine_in_use_stays_loaded_and_is_loaded_once(monkeypatch):
     alone.close()
     turn = ExclusiveSlot()
     engines = [LazyEngine(Counted, None, turn) for _ in range(3)]
-    monkeypatch.setattr(Counted, "most_loaded", 0)
+    monkeypatch.setattr(Counted, "max_loaded", 0)
     in_threads(THREADS, lambda i: [engines[(i + k // 4) % 3]({}) for k in range(12)])
-    assert Counted.most_loaded == 1
+    assert Counted.max_loaded == 1
 
 
 def test_whoever_waits_for_another_component_comes_in_turn(monkeypatch):
@@ -294,9 +294,9 @@ def test_a_change_inside_a_call_is_refused(one, method):
     def change(*_):
         getattr(one.with_scheduler("Euler"), method)(*arguments)
 
-    def in_callback(*given):
+    def in_callback(*arguments):
         change()
-        return given[-1]
+        return arguments[-1]
 
     for watched in ({"on_step": change}, {"callback_on_step_end": in_callback}):
         with pytest.raises(UsageError, match="finish"):
@@ -317,13 +317,13 @@ def test_loops_that_are_left_hold_nothing_up(tiny_bundle):
         next(cached)
         cached.close()
         pipe.set_lora({})
-        thread = threading.Thread(target=lambda: next(kept_by_none))
-        kept_by_none = pipe.steps(PROMPT)
+        thread = threading.Thread(target=lambda: next(unreferenced))
+        unreferenced = pipe.steps(PROMPT)
         thread.start()
         thread.join()
         pipe.set_lora({})  # its thread has ended
         with pytest.raises(UsageError, match="start the loop again"):
-            next(kept_by_none)
+            next(unreferenced)
         in_use = pipe.steps(PROMPT)
         next(in_use)
     with pytest.raises(BackendError, match="closed"):

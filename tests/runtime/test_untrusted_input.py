@@ -152,21 +152,21 @@ def saved(kind):
 
 
 BOMB = zlib.compress(b"x" * 100_000_000)
-PICTURES = {
+BAD_IMAGES = {
     "a text that unfolds to 100 MB": png(chunk(b"zTXt", b"a\0\0" + BOMB)),
     "the same in another chunk": png(chunk(b"iTXt", b"a\0\1\0\0\0" + BOMB)),
     "sides that are enormous": png(side=64)[:16] + struct.pack(">II", 2**30, 2**30) + png()[24:],
     "cut": png()[:-30],
-    "a picture in another format": saved("GIF"),
+    "an image in another format": saved("GIF"),
     "one in a format with a program in it": saved("EPS"),
     "a document": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
-    "a vector picture": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "a vector image": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     "text": b"no picture",
     "nothing": b"",
 }
 
 
-@pytest.mark.parametrize("data", PICTURES.values(), ids=PICTURES)
+@pytest.mark.parametrize("data", BAD_IMAGES.values(), ids=BAD_IMAGES)
 def test_images_that_do_not_hold(tmp_path, data):
     (tmp_path / "a.png").write_bytes(data)
     before = state_of(tmp_path)

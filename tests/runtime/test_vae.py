@@ -131,9 +131,9 @@ def test_what_has_no_neighbours_is_tiled_exactly():
         blocks = tile.reshape(1, 3, tile.shape[2] // 4, 4, tile.shape[3] // 4, 4)
         return blocks.mean(axis=(3, 5))
 
-    image_image = latents.repeat(4, axis=2).repeat(4, axis=3)
-    np.testing.assert_allclose(tiling.decode(grow, latents), image_image, atol=1e-6)
-    np.testing.assert_allclose(tiling.encode(shrink, image_image), latents, atol=1e-6)
+    source = latents.repeat(4, axis=2).repeat(4, axis=3)
+    np.testing.assert_allclose(tiling.decode(grow, latents), source, atol=1e-6)
+    np.testing.assert_allclose(tiling.encode(shrink, source), latents, atol=1e-6)
 
 
 def collage(pipe, width, height):
@@ -150,10 +150,10 @@ def collage(pipe, width, height):
 
 def test_seams_of_a_tiled_decode_are_not_seen(pipe):
     """A image twice the declared sides, encoded and decoded whole and in tiles."""
-    image_image = collage(pipe, 128, 128)
+    source = collage(pipe, 128, 128)
     complete, tiled = Tiling([(16, 16)], 8), Tiling([(8, 8)], 8)
-    mean, _ = encode_pixels(pipe.engines["vae_encoder"], complete, image_image)
-    parts, _ = encode_pixels(pipe.engines["vae_encoder"], tiled, image_image)
+    mean, _ = encode_pixels(pipe.engines["vae_encoder"], complete, source)
+    parts, _ = encode_pixels(pipe.engines["vae_encoder"], tiled, source)
     once = decode_latents(pipe.engines, complete, mean[None])
     again = decode_latents(pipe.engines, tiled, mean[None])
     assert np.sqrt(np.mean((parts - mean) ** 2)) <= 0.25 * mean.std()

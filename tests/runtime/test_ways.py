@@ -13,7 +13,7 @@ STEPS = 10
 
 
 @pytest.fixture(scope="module")
-def image_image():
+def source():
     return Image.fromarray(draw(scene_from_random(np.random.default_rng(3)), 64))
 
 
@@ -68,9 +68,9 @@ pytestmark = [
 @pytest.mark.reference
 @pytest.mark.parametrize("strength", [0.35, 0.8, 1.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_image_to_image_is_the_references(pipe, reference, image_image, name, strength):
+def test_image_to_image_is_the_references(pipe, reference, source, name, strength):
     own = pipe.with_scheduler(name)
-    options = {"image": image_image, "strength": strength}
+    options = {"image": source, "strength": strength}
     expected = reference("StableDiffusionImg2ImgPipeline", own, prompt=PROMPT, **options)
     assert decibels(own, expected, **options) >= 50
 
@@ -79,18 +79,18 @@ def test_image_to_image_is_the_references(pipe, reference, image_image, name, st
 @pytest.mark.reference
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("name", SCHEDULERS[:2] + SCHEDULERS[3:4])
-def test_inpainting_is_the_references(pipe, reference, image_image, mask, name, strength):
+def test_inpainting_is_the_references(pipe, reference, source, mask, name, strength):
     own = pipe.with_scheduler(name)
-    options = {"image": image_image, "mask_image": mask, "strength": strength}
+    options = {"image": source, "mask_image": mask, "strength": strength}
     expected = reference("StableDiffusionInpaintPipeline", own, prompt=PROMPT, **options)
     assert decibels(own, expected, **options) >= 50
 
 
-def test_inpainting_keeps_what_the_mask_keeps(pipe, image_image, mask):
-    out = pipe(PROMPT, image=image_image, mask_image=mask, strength=1.0, seed=0).images[0]
+def test_inpainting_keeps_what_the_mask_keeps(pipe, source, mask):
+    out = pipe(PROMPT, image=source, mask_image=mask, strength=1.0, seed=0).images[0]
     outside = np.ones((64, 64), bool)
     outside[0:56, 8:64] = False  # the decoder sees a little over the edge
-    difference = np.abs(np.asarray(out, int) - np.asarray(image_image, int))
+    difference = np.abs(np.asarray(out, int) - np.asarray(source, int))
     assert difference[outside].mean() < 8 < difference[8:48, 16:56].mean()
 
 
@@ -265,31 +265,31 @@ def rotated(image):
     return exif, image.rotate(90, expand=True)
 
 
-def test_images_of_every_kind_are_read(image_image, tmp_path):
+def test_images_of_every_kind_are_read(source, tmp_path):
     from sdrt.runtime.images import image_to_array, open_image
 
-    expected = image_to_array(image_image, (64, 64))
-    exif, turned = rotated(image_image)
+    expected = image_to_array(source, (64, 64))
+    exif, turned = rotated(source)
     turned.save(tmp_path / "turned.png", exif=exif)
-    clear = image_image.convert("RGBA")
+    clear = source.convert("RGBA")
     clear.putalpha(0)
     clear.save(tmp_path / "clear.png")
-    image_image.convert("CMYK").save(tmp_path / "cmyk.tiff")
-    deep = np.asarray(image_image.convert("L"), np.uint16) * 257
+    source.convert("CMYK").save(tmp_path / "cmyk.tiff")
+    deep = np.asarray(source.convert("L"), np.uint16) * 257
     Image.fromarray(deep).save(tmp_path / "deep.png")
     assert np.array_equal(image_to_array(open_image(tmp_path / "turned.png"), (64, 64)), expected)
     assert (image_to_array(open_image(tmp_path / "clear.png"), (64, 64)) == 1.0).all()
     assert (
         np.abs(image_to_array(open_image(tmp_path / "cmyk.tiff"), (64, 64)) - expected).max() < 0.2
     )
-    grey = image_to_array(image_image.convert("L"), (64, 64))
+    grey = image_to_array(source.convert("L"), (64, 64))
     assert np.array_equal(image_to_array(open_image(tmp_path / "deep.png"), (64, 64)), grey)
 
 
 def test_images_that_cannot_be_read_are_refused(tmp_path):
     from sdrt.runtime.images import image_to_array, open_image
 
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(UsageError, match="not a readable"):
         open_image(tmp_path / "text.png")
     with pytest.raises(UsageError, match="does not exist"):

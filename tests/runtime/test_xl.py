@@ -68,7 +68,7 @@ def decibels(own, expected, prompt=PROMPT, **options):
     return 10 * np.log10(1.0 / max(np.mean((actual.astype(np.float64) - expected) ** 2), 1e-12))
 
 
-def image_image(size=(SIDE, SIDE)):
+def source(size=(SIDE, SIDE)):
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8))
 
@@ -143,7 +143,7 @@ def test_a_lora_of_every_layer_of_every_part_makes_the_references_image(
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_image_to_image_is_the_references(pipe, reference, name, strength):
-    own, options = pipe.with_scheduler(name), {"image": image_image(), "strength": strength}
+    own, options = pipe.with_scheduler(name), {"image": source(), "strength": strength}
     expected = reference("StableDiffusionXLImg2ImgPipeline", own, prompt=PROMPT, **options)
     assert decibels(own, expected, **options) >= 50
 
@@ -151,7 +151,7 @@ def test_image_to_image_is_the_references(pipe, reference, name, strength):
 def test_inpainting_is_the_references(pipe, reference):
     light = np.zeros((SIDE, SIDE), np.uint8)
     light[8:24, 0:16] = 255
-    options = {"image": image_image(), "mask_image": Image.fromarray(light), "strength": 0.7}
+    options = {"image": source(), "mask_image": Image.fromarray(light), "strength": 0.7}
     own, side = pipe.with_scheduler("EulerDiscreteScheduler"), {"width": SIDE, "height": SIDE}
     expected = reference("StableDiffusionXLInpaintPipeline", own, prompt=PROMPT, **side, **options)
     assert decibels(own, expected, **options) >= 50
@@ -178,8 +178,8 @@ def test_options_are_the_references(pipe, reference, options):
     assert decibels(pipe, expected, **options) >= 50
 
 
-def test_sizes_of_a_image_to_start_from_are_the_references(pipe, reference):
-    options = {"image": image_image(), "strength": 0.8, **SIZES, **UNLIKE}
+def test_sizes_of_an_image_to_start_from_are_the_references(pipe, reference):
+    options = {"image": source(), "strength": 0.8, **SIZES, **UNLIKE}
     # The reference takes the crop of what is wanted for what is not.
     same = options | {"negative_crops_coords_top_left": SIZES["crops_coords_top_left"]}
     own = pipe.with_scheduler("EulerDiscreteScheduler")

@@ -105,7 +105,7 @@ def test_a_file_under_a_kill_is_the_old_one_or_the_new(tmp_path):
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(target, monkeypatch):
-    """A loss of power keeps what was told to be kept, so the order of the calls is what counts."""
+    """A loss of power keeps what was flushed, so the order of the calls is what counts."""
     reported, fsync, swapped = [], os.fsync, atomic_files._exchange
 
     def seen_fsync(file):

@@ -15,7 +15,7 @@ from mutating import mutated
 pytestmark = pytest.mark.integration
 
 CORPUS = Path(__file__).parent.parent / "corpus"
-EACH = 600
+RUNS = 600
 HANG = 5.0  # seconds on the processor, where milliseconds are usual
 MEMORY = 64e6  # bytes above twice the input
 
@@ -33,7 +33,7 @@ def inputs(name):
     cached = [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
     yield from cached
     longest = fuzz_targets.TARGETS[name][2]
-    for _ in range(EACH):
+    for _ in range(RUNS):
         data = rng.choice(cached)
         for _ in range(rng.randint(1, 4)):
             data = mutated(data, rng, longest)

@@ -25,4 +25,4 @@ def test_other_versions_have_every_attribute_that_is_used():
     assert {version.split(".")[0] for version in cached} == {"10", "11"}
     for version, names in cached.items():
         missing = {name for _, name in used_names()} - set(names)
-        assert not missing, f"{version} lacks {missing}, or run tools/tensorrt_names.py anew"
+        assert not missing, f"{version} lacks {missing}, or run tools/tensorrt_names.py again"

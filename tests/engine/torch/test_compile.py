@@ -41,8 +41,8 @@ NODES = [
     ("MatMul", ["tokens", "linear.weight"], "mixed", {}),
     ("Unsqueeze", ["mixed", "one"], "heads", {}),
     ("Attention", ["heads", "heads", "heads"], "attended", {}),
-    ("Squeeze", ["attended", "one"], "told", {}),
-    ("Transpose", ["told"], "back", {"perm": [0, 2, 1]}),
+    ("Squeeze", ["attended", "one"], "squeezed", {}),
+    ("Transpose", ["squeezed"], "back", {"perm": [0, 2, 1]}),
     ("Reshape", ["back", "shape"], "image", {}),
     ("Add", ["image", "c"], "output", {}),
 ]

@@ -1,4 +1,4 @@
-"""Kept figures of what calls cost: they lie in a bundle's folder, and may be a stranger's."""
+"""Stored costs of calls: they are in a bundle's folder, and may be untrusted."""
 
 import pytest
 

@@ -24,8 +24,8 @@ SECONDS = 60
 
 
 class Watched:
-    """The real UNet, which tells what it was fed, waits when it is told to, and fails when it is
-    told to.
+    """The real UNet, which records what it was fed, and waits or fails on
+    request.
     """
 
     def __init__(self, engine):
@@ -139,7 +139,7 @@ def test_a_newcomer_joins_at_the_next_evaluation_and_leaves_after_its_last(watch
     assert rows[0] == 2 and rows[1:3] == [3, 3] and set(rows[3:]) == {2}
 
 
-def test_the_loop_goes_on_while_a_image_is_decoded(pipe, watched):
+def test_the_loop_goes_on_while_an_image_is_decoded(pipe, watched):
     own, _ = watched
     gate = threading.Event()
 
@@ -264,7 +264,7 @@ def test_while_the_device_is_broken_nothing_is_accepted(watched):
         with pytest.raises(BackendError):
             result(failed)
         wait_for(lambda: engine.state == "broken")
-        with pytest.raises(RequestRejected, match="device failed") as refused:
+        with pytest.raises(RequestRejected, match="device error") as refused:
             engine.submit(PROMPT, {})
         assert refused.value.cause == "broken"
 
@@ -290,7 +290,7 @@ def test_an_error_of_a_callback_touches_its_own_image_only(watched, error):
         assert result(other) and engine.state == "ready"
 
 
-def test_a_image_without_numbers_fails_alone(pipe):
+def test_an_image_without_numbers_fails_alone(pipe):
     def spoil(pipeline, index, timestep, cached):
         return {"latents": np.full_like(cached["latents"], np.nan)}
 
@@ -336,16 +336,16 @@ def test_what_cannot_be_in_time_is_refused_at_once(watched):
     pipe, _ = watched
     refusals = []
 
-    class Told:
+    class Recorder:
         def called(self, rows, seconds): ...
         def finished(self, ticket): ...
         def refused(self, cause):
             refusals.append(cause)
 
-    with started(pipe, observer=Told()) as engine:
+    with started(pipe, observer=Recorder()) as engine:
         seconds = engine.costs.sizes[64, 64].seconds(2)
         (cached,) = engine.submit(PROMPT, {"num_inference_steps": 5}, deadline=20.0)
-        with pytest.raises(RequestRejected, match="too late") as refused:
+        with pytest.raises(RequestRejected, match="cannot be met") as refused:
             engine.submit(PROMPT, {"num_inference_steps": 900}, deadline=100 * seconds)
         assert refused.value.cause == "deadline" and refusals == ["deadline"]
         result(cached)
@@ -357,7 +357,7 @@ def test_an_accepted_promise_is_not_broken_for_a_later_one(watched):
     with started(pipe, rows=2) as engine:
         alone = engine.rates.alone(held(engine, unet, num_inference_steps=100).turn)
         engine.submit(PROMPT, {"num_inference_steps": 100}, deadline=3 * alone)
-        with pytest.raises(RequestRejected, match="promised earlier"):
+        with pytest.raises(RequestRejected, match="deadline of an earlier one"):
             engine.submit(PROMPT, {"num_inference_steps": 200}, deadline=2.9 * alone, priority=1)
         for ticket in engine.tickets():
             ticket.cancel()

@@ -228,7 +228,7 @@ def test_an_lcm_lora_makes_a_pipeline_of_few_steps(shapes, files, reference):
     assert psnr(actual, expected) >= 50
 
 
-def test_alphas_that_peft_keeps_beside_the_tensors(embedded, reference, tmp_path):
+def test_alphas_that_peft_stores_next_to_the_tensors(embedded, reference, tmp_path):
     theirs = reference()
     torch.manual_seed(0)
     config = LoraConfig(

@@ -103,7 +103,7 @@ def test_prompts_of_one_call_have_each_its_own(lora_pipe, expected):
         assert item.parameters.splitlines()[0] == prompt
 
 
-def test_files_beside_the_prompt_and_those_that_the_pipeline_carries(lora_pipe, folder):
+def test_files_passed_with_the_prompt_and_those_that_the_pipeline_carries(lora_pipe, folder):
     together = alone(lora_pipe, {"first": 0.75, "second": 0.5})
     lora_pipe.set_lora({"first": 0.5})
     with InflightBatcher(lora_pipe, rows=16) as engine:
@@ -315,7 +315,7 @@ def test_what_is_refused_is_refused_at_once(lora_pipe, prompt, options, message)
 
 
 def test_a_call_of_the_pipeline_says_what_to_do_instead(lora_pipe):
-    for call in (lora_pipe, lambda *given, **options: list(lora_pipe.steps(*given, **options))):
+    for call in (lora_pipe, lambda *prompts, **options: list(lora_pipe.steps(*prompts, **options))):
         with pytest.raises(UsageError, match=r"pipe.set_lora\(\{'first': 0.8\}\)"):
             call(f"{PROMPT} <lora:first:0.8>", **OPTIONS)
     with pytest.raises(UsageError, match="kind 'hypernet'"):

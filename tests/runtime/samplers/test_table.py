@@ -69,8 +69,8 @@ def reference(config, steps, double):
 
 # The reference takes minutes to step all of these.
 LONG = ("KDPM2", "LMS")
-SHARES = [(name, 0.01 if name.startswith(LONG) else 0.1) for name in SAMPLERS]
-GRIDS = [pytest.param(name, fraction, id=f"{name}, some") for name, fraction in SHARES]
+FRACTIONS = [(name, 0.01 if name.startswith(LONG) else 0.1) for name in SAMPLERS]
+GRIDS = [pytest.param(name, fraction, id=f"{name}, some") for name, fraction in FRACTIONS]
 GRIDS += [
     pytest.param(
         name,

@@ -158,16 +158,16 @@ def test_others_on_the_processor_are_seen():
     time.sleep(0.1)
     others = Others()
     time.sleep(0.5)
-    share = others.share()
+    fraction = others.share()
     for process in busy:
         process.wait()
     # On a machine that is full already, they get what is their due.
-    assert share > 0.3 * min(2, os.cpu_count()) / os.cpu_count()
+    assert fraction > 0.3 * min(2, os.cpu_count()) / os.cpu_count()
     alone = Others()
     end = time.perf_counter() + 0.4
     while time.perf_counter() < end:
         pass
-    assert alone.share() < share + 0.1
+    assert alone.share() < fraction + 0.1
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")

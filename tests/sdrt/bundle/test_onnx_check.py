@@ -153,18 +153,18 @@ def test_graphs_that_attack(tmp_path, model, message):
     refused(write_bundle(tmp_path / "b", model), message)
 
 
-WHOLE = graph().SerializeToString()
+COMPLETE = graph().SerializeToString()
 BYTES = {
     "nothing": (b"", "expected ONNX's own"),
-    "cut": (WHOLE[:-3], "ends too soon|is not known"),
-    "a number without end": (WHOLE + b"\xff" * 20, "does not end"),
-    "a number of 70 bits": (WHOLE + b"\x08" + b"\xff" * 9 + b"\x7f", "does not end"),
-    "a length beyond the end": (WHOLE + b"\x72\xff\xff\xff\xff\x0f", "ends too soon"),
-    "a field that is not ONNX's": (WHOLE + b"\xfa\x3f\x01x", "field 1023 of the model"),
-    "field 0": (WHOLE + b"\x02\x00", "field 0"),
-    "a group": (WHOLE + b"\x3b" * 1000, "of wire type 3|ends too soon"),
-    "a second graph": (WHOLE + b"\x3a\x02\x12\x00", "field 7 of the model comes twice"),
-    "a number for text": (WHOLE + b"\x10\x01", "wire type 0"),
+    "cut": (COMPLETE[:-3], "ends too soon|is not known"),
+    "a number without end": (COMPLETE + b"\xff" * 20, "does not end"),
+    "a number of 70 bits": (COMPLETE + b"\x08" + b"\xff" * 9 + b"\x7f", "does not end"),
+    "a length beyond the end": (COMPLETE + b"\x72\xff\xff\xff\xff\x0f", "ends too soon"),
+    "a field that is not ONNX's": (COMPLETE + b"\xfa\x3f\x01x", "field 1023 of the model"),
+    "field 0": (COMPLETE + b"\x02\x00", "field 0"),
+    "a group": (COMPLETE + b"\x3b" * 1000, "of wire type 3|ends too soon"),
+    "a second graph": (COMPLETE + b"\x3a\x02\x12\x00", "field 7 of the model comes twice"),
+    "a number for text": (COMPLETE + b"\x10\x01", "wire type 0"),
     "a page of the web": (b"<!DOCTYPE html>" * 100, "of wire type 4"),
 }
 
@@ -177,9 +177,9 @@ def test_bytes_that_are_no_graph(tmp_path, data, message):
 
 
 def test_a_graph_of_gigabytes_is_not_parsed(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_check, "MAX_GRAPH", len(WHOLE) - 1)
+    monkeypatch.setattr(onnx_check, "MAX_GRAPH", len(COMPLETE) - 1)
     refused(write_bundle(tmp_path / "b"), "more than")
-    monkeypatch.setattr(onnx_check, "MAX_GRAPH", len(WHOLE))
+    monkeypatch.setattr(onnx_check, "MAX_GRAPH", len(COMPLETE))
     open_bundle(tmp_path / "b")
 
 
@@ -249,7 +249,7 @@ def test_what_is_accepted_onnx_reads_alike(tmp_path):
     component = open_bundle(folder).manifest.components["unet"]
     rng, accepted = random.Random(0), 0
     for _ in range(2000):
-        data = bytearray(WHOLE)
+        data = bytearray(COMPLETE)
         for _ in range(rng.choice([1, 1, 2, 5])):
             data[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(data)

@@ -64,9 +64,9 @@ def test_a_manifest_that_is_not_json_is_refused(copy, text):
         open_bundle(copy)
 
 
-def test_nothing_built_yet_says_what_to_type(tmp_path, monkeypatch):
+def test_without_any_bundle_the_hint_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
-    monkeypatch.setattr("sdrt.bundle.store.embedded_path", lambda name: tmp_path / f"{name}.bundle")
+    monkeypatch.setattr("sdrt.bundle.embedded.MODELS", tmp_path)
     with pytest.raises(BundleError, match="sdrt build --model shapes"):
         open_bundle(None)
 

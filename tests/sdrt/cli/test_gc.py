@@ -34,8 +34,6 @@ with publish_folder(Path(sys.argv[1]), "sdrt.json", force=True) as folder:
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
-    monkeypatch.setattr("sdrt.bundle.store.embedded_path", lambda name: tmp_path / "shipped" / name)
-    monkeypatch.setattr("sdrt.cli.gc.embedded_path", lambda name: tmp_path / "shipped" / name)
     return tmp_path
 
 

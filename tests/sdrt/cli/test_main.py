@@ -128,7 +128,7 @@ sys.exit(cli.entry())
     assert done.returncode == 130 and "interrupted" in done.stderr
 
 
-def test_from_a_image_with_everything(shapes, tmp_path, capsys):
+def test_from_an_image_with_everything(shapes, tmp_path, capsys):
     first, second = tmp_path / "a.png", tmp_path / "b.png"
     Image.new("RGB", (64, 64), "red").save(first)
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")

@@ -165,7 +165,8 @@ def stored_mask(page):
                 request.onsuccess = () => done(request.result);
             });
             const database = await asked(indexedDB.open("sdrt"));
-            const store = database.transaction("pictures").objectStore("pictures");
+            const [name] = database.objectStoreNames;
+            const store = database.transaction(name).objectStore(name);
             const { settings } = (await asked(store.getAll())).at(-1);
             return [...new Uint8Array(await settings.mask.arrayBuffer())];
         }"""

@@ -278,7 +278,8 @@ def test_api_equals_that_of_a_single_server(deploy, shapes, tmp_path):
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (404, "model_not_found")
         wrong = http.post(PATH, json={"prompt": "x", "stesp": 3})
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "unknown_parameter")
-        assert http.post(PATH, content=b"{").status_code == 400
+        invalid = http.post(PATH, content=b"{", headers={"content-type": "application/json"})
+        assert invalid.status_code == 400
         assert http.post(PATH, content=b"x" * 40_000_000).status_code == 413
         late = http.post(PATH, json={"prompt": "x", "deadline_seconds": 1e-6})
         assert (late.status_code, late.json()["error"]["code"]) == (503, "deadline")
@@ -381,19 +382,16 @@ def test_replica_with_a_broken_engine_is_replaced(cluster, shapes, tmp_path):
     serve.delete("fleet")
 
 
-def test_command_serves_until_terminated(shapes):
+def test_command_serves_until_terminated(shapes, tmp_path):
     port = free_port()
     words = ["--bundle", shapes, "--backend", "onnxruntime", "--port", str(port)]
-    process = subprocess.Popen([sys.executable, "-m", "sdrt", "serve", "--ray", *words])
+    log_file = tmp_path / "log"
+    with log_file.open("w") as stderr:
+        command = [sys.executable, "-m", "sdrt", "serve", "--ray", *words]
+        process = subprocess.Popen(command, stderr=stderr)
     url, responses = f"http://127.0.0.1:{port}", []
-
-    def ready():
-        try:
-            return httpx.get(f"{url}/health/ready").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    until(ready)
+    until(lambda: "Listening on" in log_file.read_text())  # signals are handled from here on
+    assert httpx.get(f"{url}/health/ready").status_code == 200
     body = {"prompt": PROMPT, "num_inference_steps": 900}
     asking = threading.Thread(
         target=lambda: responses.append(httpx.post(f"{url}{PATH}", json=body, timeout=300))
