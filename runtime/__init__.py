@@ -3,20 +3,23 @@
 Knows numpy and engines.
 """
 
+from .arguments import GenerationKwargs
 from .denoising import Step
 from .loading import load_pipeline
 from .lora.tags import LoraWeight
 from .noise import CpuNoise, CudaNoise, noise_from_seed, randn
 from .options import GenerationOptions
-from .output import Output
+from .output import ArrayOutput, Output
 from .pipeline import Pipeline
 from .preview import Preview
 from .samplers.table import SamplerTable, sample, sampler_table
 from .text.tokenizer import Tokenizer
 
 __all__ = [
+    "ArrayOutput",
     "CpuNoise",
     "CudaNoise",
+    "GenerationKwargs",
     "GenerationOptions",
     "LoraWeight",
     "Output",

@@ -108,6 +108,23 @@ INSTEAD = {
 CALLBACK_TENSORS = ("latents",)
 
 
+def merge_arguments(
+    options: Mapping[str, Any] | None, arguments: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Options passed as a mapping and by name.
+
+    Raises:
+        UsageError: For a name that is in both.
+    """
+    if options is None or not arguments:
+        return arguments if options is None else options
+    if not isinstance(options, Mapping):
+        raise invalid_argument("options", options, 'a mapping such as {"seed": 3}')
+    if twice := sorted(options.keys() & arguments.keys()):
+        raise UsageError(f"{twice[0]} is passed twice", hint="pass it in options or by name")
+    return {**options, **arguments}
+
+
 def parse_options(arguments: Mapping[str, Any]) -> GenerationOptions:
     """Validate the named arguments of a call.
 

@@ -55,6 +55,9 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False
 
         return LazyEngine(open_engine, manifest.components.get(name), turn)
 
+    precision = candidate.reduced_precision or ""
+    if precision not in manifest.admitted:
+        precision = ""
     config = _scheduler_config(bundle)
     names = [name for name in EAGER if name in manifest.components]
     engines: dict[str, Engine] = {}
@@ -82,6 +85,7 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False
         adapters,
         second,
         bundle_config=config,
+        precision=precision,
         memory_estimator=MemoryEstimator(bundle, candidate.gpu, candidate.title, resident_bytes()),
     )
 

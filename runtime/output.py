@@ -1,13 +1,25 @@
 """What a call of the pipeline returns. Knows Pillow images; not how they are generated."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any, Literal
 
+import numpy as np
 from PIL.Image import Image
+
+from .denoising import Step
+from .images import make_grid
+
+OutputType = Literal["pil", "np", "latent"]
+OUTPUT_TYPES = ("pil", "np", "latent")
+StepCallback = Callable[[Step], None] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The images of a call, in the order of its prompts.
+    """The images of a call, in the order of its prompts. A notebook shows them.
 
     Attributes:
         images: RGB images.
@@ -22,3 +34,59 @@ class Output:
     parameters: list[str]
     flagged: list[bool] = field(default_factory=list)
     flat: list[bool] = field(default_factory=list)
+
+    def _repr_png_(self) -> bytes | None:
+        """All images in a grid, for notebooks."""
+        if not self.images:
+            return None
+        buffer = BytesIO()
+        make_grid(self.images).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ArrayOutput:
+    """The result of a call with `output_type` "np" or "latent"; as `Output` but for `images`.
+
+    Attributes:
+        images: [B, H, W, 3] float32 in [0, 1], or latents [B, C, H/8, W/8] float32.
+        seeds: Of each image.
+        parameters: Of each image, the text of its file.
+        flagged: Of each image, whether the safety checker zeroed it; empty for latents.
+        flat: Of each image, whether it is one colour all over; empty for latents.
+    """
+
+    images: np.ndarray
+    seeds: list[int]
+    parameters: list[str]
+    flagged: list[bool] = field(default_factory=list)
+    flat: list[bool] = field(default_factory=list)
+
+
+@contextmanager
+def show_progress(on_step: StepCallback, progress: bool) -> Iterator[StepCallback]:
+    """The caller's callback, with a progress bar of each batch if asked for."""
+    if not progress:
+        yield on_step
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(unit=" evaluations") as bar:
+
+        def update(step: Step) -> None:
+            if step.index == 1:
+                bar.reset(step.total)
+            bar.update(1)
+            if on_step:
+                on_step(step)
+
+        yield update
+
+
+def as_tuple(output: Output | ArrayOutput, xl: bool, has_checker: bool) -> tuple[Any, ...]:
+    """The tuple that diffusers returns for `return_dict=False`: the images and, but for SDXL,
+    whether each is flagged, or None without a safety checker.
+    """
+    if xl:
+        return (output.images,)
+    return output.images, output.flagged if has_checker and output.flagged else None

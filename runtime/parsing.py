@@ -192,6 +192,18 @@ def parse_size_option(name: str, value: object) -> str:
     return f"{width}x{height}"
 
 
+def parse_device(name: str, value: object) -> tuple[int, str | None]:
+    """A GPU's number, and the kind of device where a string such as "cpu" or "cuda:1" names it."""
+    if isinstance(value, str):
+        kind, colon, index = value.partition(":")
+        if kind == "cuda" and (index.isdecimal() if colon else True) and len(index) < 4:
+            return int(index or 0), kind
+        if value == "cpu":
+            return 0, value
+        raise invalid_argument(name, value, 'the number of a GPU, "cpu", "cuda" or "cuda:1"')
+    return int_parser(0, 1023, 'the number of a GPU, "cpu" or "cuda"')(name, value), None
+
+
 def parse_interval(name: str, value: object) -> tuple[float, float]:
     """The start and the end of a part of the run."""
     expected = "two numbers from 0 to 1 in ascending order"

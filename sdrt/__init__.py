@@ -1,16 +1,22 @@
-"""sdrt: a compiled inference runtime for Stable Diffusion.
+"""A compiled inference runtime for Stable Diffusion. Start with `load`:
 
     pipe = sdrt.load("shapes")
     images = pipe("a red circle on a blue background", seed=0).images
 
-`load` opens a bundle that `sdrt build` made. Everything raised on purpose is an `SdrtError`.
+    load(bundle=None, *, backend="auto", device=0, ...) -> Pipeline
+    Pipeline(prompt, **options) -> Output   the options are those of GenerationOptions
+    InflightBatcher(pipe)                   many calls in one batch
+
+`load` opens a bundle that `sdrt build` wrote. Every error that is raised on purpose is an
+`SdrtError`: UsageError, BundleError, CheckpointError, BackendError, ParityError.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import (
     BackendError,
@@ -25,18 +31,80 @@ from .version import __version__
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .engine import LoadOptions
-    from .runtime import Pipeline
+    from .runtime import (
+        ArrayOutput,
+        GenerationKwargs,
+        GenerationOptions,
+        LoraWeight,
+        Output,
+        Pipeline,
+        Preview,
+        Step,
+    )
+    from .runtime.batching.engine import InflightBatcher
+    from .runtime.batching.request import (
+        GeneratedImage,
+        RequestCancelled,
+        RequestHandle,
+        RequestRejected,
+    )
 
-__all__ = [
-    "BackendError",
-    "BundleError",
-    "CheckpointError",
-    "ParityError",
+__all__ = [  # noqa: RUF022 (what a reader needs first)
+    "load",
+    "Pipeline",
+    "GenerationOptions",
+    "GenerationKwargs",
+    "Output",
+    "ArrayOutput",
+    "Step",
+    "Preview",
+    "LoraWeight",
+    "InflightBatcher",
+    "RequestHandle",
+    "GeneratedImage",
+    "RequestCancelled",
+    "RequestRejected",
     "SdrtError",
     "UsageError",
+    "BundleError",
+    "CheckpointError",
+    "BackendError",
+    "ParityError",
     "__version__",
-    "load",
 ]
+# Where the names are that are imported when they are first used.
+_LAZY = {
+    **dict.fromkeys(
+        (
+            "ArrayOutput",
+            "GenerationKwargs",
+            "GenerationOptions",
+            "LoraWeight",
+            "Output",
+            "Pipeline",
+            "Preview",
+            "Step",
+        ),
+        "sdrt.runtime",
+    ),
+    "InflightBatcher": "sdrt.runtime.batching.engine",
+    **dict.fromkeys(
+        ("GeneratedImage", "RequestCancelled", "RequestHandle", "RequestRejected"),
+        "sdrt.runtime.batching.request",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def load(
@@ -44,39 +112,49 @@ def load(
     *,
     backend: str = "auto",
     precision: str = "auto",
-    device: int = 0,
+    device: int | str = 0,
     stream: int = 0,
     low_memory: bool = False,
     compile: bool = False,
 ) -> Pipeline:
-    """A pipeline over a bundle: its name, its folder, or None for the newest.
+    """Open a bundle and load its engines.
 
-    backend: auto, tensorrt, tensorrt-rtx, onnxruntime, openvino or torch.
-    precision: auto takes a lower one where the build admitted it, exact never does.
-    device: which NVIDIA GPU, as CUDA numbers them.
-    stream: the address of a CUDA stream of the caller's on it, in which all work is put; of a torch
-        stream that is `cuda_stream`. Backends that take none are not chosen.
-    low_memory: one component is loaded at a time, when it is needed; TensorRT leaves weights with
-        the host that have no room.
-    compile: by torch.compile, with backend torch only; the first picture of every size and batch
-        waits a minute or more for it.
-    A backend that does not load is left, with a warning, for the next that may be taken: auto tries
-    every one, a backend that was named is tried on every device it serves.
-    Any number of threads may use the pipeline at the same time; see `Pipeline` for what that costs.
-    A log line every few seconds names what is loading, and Ctrl-C ends it.
-    Raises BundleError if the bundle is missing or damaged, BackendError if nothing can run it,
-    UsageError for what does not go together.
+    auto tries every backend; a named backend is tried on every device it serves. One that fails to
+    load is skipped with a warning. Any number of threads may use the pipeline; see `Pipeline` for
+    what that costs. A log line every few seconds names what is loading, and Ctrl-C stops it.
+
+    Args:
+        bundle: Its name or folder; None is the newest.
+        backend: auto, tensorrt, tensorrt-rtx, onnxruntime, openvino or torch.
+        precision: auto uses a lower precision where the build allowed it, exact never does.
+        device: Which NVIDIA GPU, as CUDA numbers them; "cpu", "cuda" or "cuda:1" also exclude
+            backends on other devices.
+        stream: The address of a CUDA stream of the caller's on that device, for all work; of a
+            torch stream that is `cuda_stream`. Backends that accept none are skipped.
+        low_memory: Whether to load one component at a time, when it is used. TensorRT then leaves
+            weights that do not fit in the host's memory.
+        compile: Whether to use torch.compile, with backend torch only; the first image of every
+            size and batch takes a minute or more then.
+
+    Raises:
+        BundleError: If the bundle is missing or damaged.
+        BackendError: If no backend can run it.
+        UsageError: For arguments that do not fit together.
     """
     from dataclasses import replace
 
     from .bundle import open_bundle
     from .engine import PRECISIONS, LoadOptions
     from .progress import log_progress
-    from .runtime.parsing import int_parser, invalid_argument, parse_flag, parse_text
-
-    device = int_parser(0, 1023, "the number of a GPU; backend= chooses CPU or GPU")(
-        "device", device
+    from .runtime.parsing import (
+        int_parser,
+        invalid_argument,
+        parse_device,
+        parse_flag,
+        parse_text,
     )
+
+    index, kind = parse_device("device", device)
     stream = int_parser(0, 2**64 - 1)("stream", stream)
     low_memory, compile = parse_flag("low_memory", low_memory), parse_flag("compile", compile)
     backend, precision = parse_text("backend", backend), parse_text("precision", precision)
@@ -88,17 +166,25 @@ def load(
         opened = open_bundle(bundle)
     if precision == "exact":
         opened = replace(opened, manifest=replace(opened.manifest, admitted={}))
-    return _load_on_backend(opened, backend, LoadOptions(device, stream, low_memory, compile))
+    return _load_on_backend(opened, backend, LoadOptions(index, stream, low_memory, compile), kind)
 
 
-def _load_on_backend(bundle: Bundle, backend: str, options: LoadOptions) -> Pipeline:
-    """A pipeline on the first backend that loads."""
-    from .engine import log_selection, select_backend
+def _load_on_backend(
+    bundle: Bundle, backend: str, options: LoadOptions, kind: str | None
+) -> Pipeline:
+    """A pipeline on the first backend that loads; kind: of device, where one was asked for."""
+    from .engine import list_backends, log_selection, select_backend
     from .engine.memory_budget import check_memory
     from .runtime import load_pipeline
 
     log, low_memory = logging.getLogger(__name__), options.low_memory
     failed: dict[str, str] = {}
+    if kind:
+        failed = {
+            candidate.title: f"device={kind!r} excludes it"
+            for candidate in list_backends(options)
+            if candidate.device.partition(":")[0] != kind
+        }
     while True:
         candidate = select_backend(backend, bundle.bytes, options, failed=failed)
         log_selection(candidate, candidate.precision_label(bundle))

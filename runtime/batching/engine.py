@@ -15,15 +15,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
-from sdrt.runtime.arguments import parse_options
+from sdrt.runtime.arguments import GenerationKwargs, merge_arguments, parse_options
 from sdrt.runtime.denoising import BatchBuilder, DenoisingState, LatentEdit, build_step
 from sdrt.runtime.lora.sets import Named, requests_by_set
 from sdrt.runtime.lora.switch import LoraSwitch
 from sdrt.runtime.parsing import float_parser, int_parser, parse_callable
-from sdrt.runtime.pipeline import Pipeline, Prompt
+from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.requests import Request
+from sdrt.runtime.stages import Prompt
 
 from .cost_model import Costs, costs_of, works
 from .request import (
@@ -102,17 +103,19 @@ class InflightBatcher:
     def submit(
         self,
         prompt: Prompt,
-        options: Mapping[str, Any],
+        options: Mapping[str, Any] | None = None,
         *,
         scheduler: str | Mapping[str, Any] | None = None,
         priority: int = 0,
         deadline: float | None = None,
         on_step: OnStep | None = None,
         loras: Named | None = None,
+        **arguments: Unpack[GenerationKwargs],
     ) -> list[RequestHandle]:
         """One ticket for every picture of the call, all accepted or none.
 
-        options: the named arguments of `Options`. scheduler: as for `Pipeline.with_scheduler`
+        options, arguments: the fields of `GenerationOptions`, as a mapping or by name
+        scheduler: as for `Pipeline.with_scheduler`
         priority: -100 to 100, larger goes first. deadline: seconds from now
         on_step: called after each evaluation, in the engine's thread: it must be quick
         loras: LoRA files by name (a `str`, in the folder `loras`) or path (a `Path`), with their
@@ -124,7 +127,7 @@ class InflightBatcher:
         priority = PRIORITY("priority", priority)
         if on_step is not None:
             parse_callable("on_step", on_step)
-        chosen = parse_options(options)
+        chosen = parse_options(merge_arguments(options, arguments))
         self._check_open()
         pipe = self.pipe
         if scheduler is not None and not (isinstance(scheduler, str) and not scheduler):

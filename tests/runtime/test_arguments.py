@@ -399,8 +399,9 @@ def test_odd_values_of_the_other_functions_work_or_are_refused(pipe, tmp_path):
             inputs = {"backend": "none", name: value}
             assert not works_or_is_refused(sdrt.load, tmp_path, **inputs)
         assert not works_or_is_refused(sdrt.load, tmp_path, backend=value)
-    with pytest.raises(UsageError, match=r"device is .cuda. .*number of a GPU"):
-        sdrt.load(device="cuda")
+    for device in ("gpu", "cuda:", "cuda:x", "cpu:0", -1, 1.5):
+        with pytest.raises(UsageError, match=r"device is .*number of a GPU"):
+            sdrt.load(device=device)
     with pytest.raises(UsageError, match=r"bundle is 5.*name or folder"):
         sdrt.load(5)
     with pytest.raises(UsageError, match=r"loras is .*mapping"):

@@ -1,0 +1,368 @@
+"""The stages of a call: validate, condition, denoise, decode.
+
+Knows numpy, the engine protocol and the bundle's manifest; not which backend runs.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL.Image import Image, fromarray
+
+from sdrt.bundle.manifest import Manifest
+from sdrt.engine import Engine, SamplingResult
+from sdrt.engine.memory_estimator import MemoryEstimator
+from sdrt.engine.protocol import UnfusedAttention
+from sdrt.errors import SdrtError
+
+from .batch import Batch, build_latent_edit, build_states
+from .deepcache import check_feature_reuse, with_feature_reuse
+from .denoising import DenoisingState, LatentEdit, denoise
+from .embedded_guidance import (
+    add_guidance_embedding,
+    check_guidance,
+    guidance_embedding_width,
+    without_guidance,
+)
+from .images import image_to_array, images_from_decoded
+from .initial_latents import build_initial_state, check_task, encode_image_inputs
+from .job import GenerationJob, apply_eta, build_guidance, build_table, parse_output_size
+from .leases import Leases
+from .lora.adapters import Adapters
+from .lora.sets import refuse_negative_tags
+from .options import GenerationOptions
+from .output import (
+    StepCallback,
+)
+from .parameters import describe_grid, describe_image
+from .requests import Request, parse_requests, parse_unconditional_requests
+from .safety_checker import apply_safety_checker, is_flagged
+from .sampling_program import can_encode_text, is_linear, run_sampling_program
+from .text.conditioning import (
+    Conditioning,
+    EncodedChunkCache,
+    PromptEncoder,
+    build_conditioning,
+    group_by_length,
+    tokenize_requests,
+)
+from .text.tokenizer import Tokenizer
+from .vae import Tiling, decode_latents, encode_pixels
+
+log = logging.getLogger(__name__)
+Prompt = str | Sequence[str] | None
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStages:
+    """A bundle's engines, and the stages of a call with them.
+
+    Attributes:
+        manifest: Of the bundle.
+        tokenizer: Of the text encoder, if there is one.
+        engines: By component.
+        scheduler_config: Of the sampler.
+        backend: Its name and device.
+        adapters: The LoRA files in use.
+        tokenizer_2: Of the second text encoder, in models such as SDXL.
+        chunk_cache: Prompts encoded before.
+        bundle_config: The bundle's own scheduler configuration.
+        memory_estimator: Whether a size has room; None is not checked.
+        leases: Of the calls that run.
+        precision: That the backend computes in, where it is not the bundle's.
+    """
+
+    manifest: Manifest
+    tokenizer: Tokenizer | None
+    engines: Mapping[str, Engine]
+    scheduler_config: Mapping[str, Any]
+    backend: str
+    adapters: Adapters = field(repr=False, compare=False)
+    tokenizer_2: Tokenizer | None = None
+    chunk_cache: EncodedChunkCache = field(default_factory=dict, repr=False, compare=False)
+    bundle_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    memory_estimator: MemoryEstimator | None = field(default=None, repr=False, compare=False)
+    leases: Leases = field(default_factory=Leases, repr=False, compare=False)
+    precision: str = ""
+
+    # Validate
+
+    def create_job(self, prompt: Prompt, options: GenerationOptions) -> GenerationJob:
+        """Validate a call and see that memory has room for it.
+
+        Raises:
+            UsageError: For what does not fit the bundle, or this machine's memory.
+        """
+        job = self.validate(prompt, options)
+        job = replace(job, max_batch=self._max_batch(job))
+        if job.size not in self.manifest.sizes:
+            log.warning(
+                "%dx%d is not one of the sizes that this bundle was validated at (%s); what is "
+                "larger is decoded in tiles",
+                *job.size,
+                ", ".join(f"{width}x{height}" for width, height in self.manifest.sizes),
+            )
+        return job
+
+    def validate(self, prompt: Prompt, options: GenerationOptions) -> GenerationJob:
+        """Validate a call by the manifest alone: no engine need be loaded.
+
+        Raises:
+            UsageError: For what does not fit the bundle.
+        """
+        manifest = self.manifest
+        parse = parse_requests if self.accepts_prompt else parse_unconditional_requests
+        requests, size = parse(prompt, options), parse_output_size(manifest, options)
+        refuse_negative_tags(requests, options)
+        channels = manifest.latent_channels
+        check_task(options, self.in_channels - channels, channels)
+        width = self.guidance_embedding_width
+        if width:
+            check_guidance(options)
+        config = apply_eta(self.scheduler_config, options)
+        table = build_table(config, options)
+        has_negative_row = self.accepts_prompt and not width
+        guidance = build_guidance(options, table.evaluations, has_negative_row=has_negative_row)
+        if options.feature_reuse > 1:
+            check_feature_reuse(manifest, self.engines, self.backend)
+            table = with_feature_reuse(table, options.feature_reuse, 1 + (guidance.scales != 1.0))
+        max_batch = manifest.batch[2]
+        return GenerationJob(requests, options, config, table, guidance, size, max_batch)
+
+    def _max_batch(self, job: GenerationJob) -> int:
+        """How many images are generated together: what the bundle allows, as far as memory has
+        room; raises UsageError where it has none for one.
+        """
+        if (
+            self.memory_estimator is None or job.size == self.manifest.sizes[0]
+        ):  # checked when it was loaded
+            return job.max_batch
+        rows = 2 if job.options.guided and self.accepts_prompt else 1
+        unet = self.engines["unet"]
+        keeps_scores = isinstance(unet, UnfusedAttention) and unet.keeps_scores
+        return self.memory_estimator.max_images(job.size, rows, job.max_batch, keeps_scores)
+
+    @property
+    def accepts_prompt(self) -> bool:
+        """Whether there is a text encoder; an unconditional model has none."""
+        return "text_encoder" in self.manifest.components
+
+    @property
+    def guidance_embedding_width(self) -> int:
+        """Of the guidance scale's embedding, in models that read one; else 0."""
+        return guidance_embedding_width(self.manifest)
+
+    @property
+    def in_channels(self) -> int:
+        """Of the UNet: the latents and, for some models, extra channels."""
+        inputs = {spec.name: spec for spec in self.manifest.components["unet"].inputs}
+        return int(inputs["sample"].shape[1])
+
+    # Condition
+
+    @property
+    def text_encoders(self) -> list[PromptEncoder]:
+        """One, two in models such as SDXL, none in unconditional ones."""
+        tokenizers = {"text_encoder": self.tokenizer, "text_encoder_2": self.tokenizer_2}
+        max_rows = self.manifest.batch[2]
+        return [
+            PromptEncoder(name, self.engines[name], tokenizer, max_rows, self.chunk_cache)
+            for name, tokenizer in tokenizers.items()
+            if tokenizer is not None
+        ]
+
+    def encode_conditioning(
+        self, requests: Sequence[Request], options: GenerationOptions, size: tuple[int, int]
+    ) -> list[Conditioning]:
+        """Of every image, what the UNet reads besides latents and timestep.
+
+        Raises:
+            UsageError: For embeddings or options that the model does not accept.
+        """
+        if not self.accepts_prompt:
+            return [{} for _ in requests]
+        width = self.guidance_embedding_width
+        conditioning = build_conditioning(
+            self.text_encoders,
+            requests,
+            without_guidance(options) if width else options,
+            input_names=[spec.name for spec in self.manifest.components["unet"].inputs],
+            size=size,
+            zero_empty_prompt=self.manifest.zero_empty_prompt,
+        )
+        return add_guidance_embedding(conditioning, options, width) if width else conditioning
+
+    def _tokenize(self, job: GenerationJob) -> list[Conditioning] | None:
+        """Token ids of every image, where the engine encodes them as part of the run; else None."""
+        encodes_text = can_encode_text(self.manifest, self.engines, job.options)
+        if not (encodes_text and is_linear(job.table, job.guidance)):
+            return None
+        return tokenize_requests(self.text_encoders[0], job.requests, job.options)
+
+    def _prepare_batches(
+        self, job: GenerationJob, *, encode_text: bool = True, together: bool = True
+    ) -> Iterator[Batch]:
+        """Images whose conditioning has one length together, or each alone.
+
+        encode_text: now; else the engine may do it as part of the run
+        """
+        conditioning = None if encode_text else self._tokenize(job)
+        if not conditioning:
+            conditioning = self.encode_conditioning(job.requests, job.options, job.size)
+        by_request = dict(zip(job.requests, conditioning, strict=True))
+        shape = self._latent_shape(job)
+        encode = partial(encode_pixels, self.engines["vae_encoder"], self._tiling)
+        inputs = encode_image_inputs(encode, job, shape, self.in_channels)
+        groups = group_by_length(by_request, job.max_batch) if together else zip(job.requests)
+        for requests in groups:
+            states = [build_initial_state(request, job, shape, inputs) for request in requests]
+            yield Batch(requests, [by_request[request] for request in requests], states, inputs)
+
+    def prepare_states(
+        self, job: GenerationJob
+    ) -> Iterator[tuple[Request, DenoisingState, LatentEdit | None]]:
+        """Every image alone, at its beginning, with what edits its latents after each evaluation.
+
+        The caller holds a lease (`leases`) from here until each image is decoded.
+        """
+        for batch in self._prepare_batches(job, together=False):
+            (state,) = build_states(batch, job)
+            yield batch.requests[0], state, build_latent_edit(self, batch, job)
+
+    def _latent_shape(self, job: GenerationJob) -> tuple[int, int, int]:
+        """[C, H/8, W/8] of an image."""
+        width, height = job.size
+        scale = self.manifest.downscale
+        return self.manifest.latent_channels, height // scale, width // scale
+
+    # Denoise
+
+    def _generate(
+        self,
+        job: GenerationJob,
+        on_step: StepCallback,
+        read: Callable[[SamplingResult, int], T],
+        *,
+        decode: bool = True,
+    ) -> Iterator[tuple[Request, T]]:
+        """Each request with what `read` makes of its result and its place in the batch.
+
+        decode: whether the engine may decode as part of the run
+        """
+        if job.options.returns_image:
+            result = SamplingResult(np.zeros(0), np.asarray(self._resize_input(job))[None], [True])
+            yield from ((request, read(result, 0)) for request in job.requests)
+            return
+        failed = None
+        for batch in self._prepare_batches(job, encode_text=on_step is not None):
+            result = self._denoise(batch, job, on_step, decode)
+            for i, request in enumerate(batch.requests):
+                try:
+                    value = read(result, i)
+                except SdrtError as error:
+                    failed = SdrtError(f"seed {request.seed}: {error.message}", hint=error.hint)
+                    continue
+                yield request, value
+        if failed:
+            raise failed
+
+    def _denoise(
+        self, batch: Batch, job: GenerationJob, on_step: StepCallback, decode: bool
+    ) -> SamplingResult:
+        """A batch's result; as one program where nothing observes or edits the run."""
+        states, edit = build_states(batch, job), build_latent_edit(self, batch, job)
+        if on_step is None and edit is None:
+            decode = decode and job.size in self.manifest.sizes  # others are decoded in tiles
+            result = run_sampling_program(
+                self.engines, states, decode=decode, clip_skip=job.options.clip_skip
+            )
+            if result:
+                return result
+        for step in denoise(self.engines, states, edit):
+            if on_step:
+                on_step(step)
+        return SamplingResult(step.latents)
+
+    # Decode
+
+    def decode(self, latents: np.ndarray) -> list[Image]:
+        """Decode latents to images; one that the safety checker flags is black.
+
+        Args:
+            latents: [B, C, H/8, W/8] float32.
+
+        Raises:
+            SdrtError: For NaN or infinity.
+        """
+        with self.leases.call():
+            images = [images_from_decoded(pixels)[0] for pixels in self._decode_each(latents)]
+            return self._check_safety(images)
+
+    def decode_to_array(self, latents: np.ndarray) -> np.ndarray:
+        """Decode latents [B, C, H/8, W/8] to the decoder's output, [B, 3, H, W] about [-1, 1].
+
+        Raises:
+            SdrtError: For NaN or infinity.
+        """
+        with self.leases.call():
+            return np.concatenate(list(self._decode_each(latents)))
+
+    def input_image(self, job: GenerationJob) -> Image:
+        """The image to start from in the job's size, which is the result at strength 0."""
+        return self._check_safety([self._resize_input(job)])[0]
+
+    def _resize_input(self, job: GenerationJob) -> Image:
+        assert job.options.image is not None
+        return images_from_decoded(image_to_array(job.options.image, job.size))[0]
+
+    def _decode_result(self, result: SamplingResult, i: int) -> Image:
+        """One image of a batch; raises as `decode`."""
+        if result.pixels is None or not result.finite[i]:
+            return self.decode(result.latents[i : i + 1])[0]
+        return self._check_safety([fromarray(result.pixels[i])])[0]
+
+    def _decode_array(self, result: SamplingResult, i: int) -> tuple[np.ndarray, Image]:
+        """One image of a batch, [H, W, 3] float32 in [0, 1], and as the safety checker sees it."""
+        if result.pixels is None:
+            pixels = self.decode_to_array(result.latents[i : i + 1])[0].transpose(1, 2, 0)
+            array = np.clip(pixels * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
+        else:
+            array = result.pixels[i].astype(np.float32) / np.float32(255.0)
+        rounded = fromarray(np.rint(array * np.float32(255.0)).astype(np.uint8))
+        image = self._check_safety([rounded])[0]
+        return np.zeros_like(array) if is_flagged(image) else array, image
+
+    def _decode_each(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """[1, 3, H, W] of one image after the other: the decoder's activations dwarf all else, and
+        a batch gains nothing.
+        """
+        for i in range(len(latents)):
+            yield decode_latents(self.engines, self._tiling, latents[i : i + 1])
+
+    @property
+    def _tiling(self) -> Tiling:
+        scale = self.manifest.downscale
+        return Tiling([(h // scale, w // scale) for w, h in self.manifest.sizes], scale)
+
+    def _check_safety(self, images: list[Image]) -> list[Image]:
+        return apply_safety_checker(self.engines.get("safety_checker"), images)
+
+    def parameters_text(self, request: Request, job: GenerationJob) -> str:
+        """The settings of an image, for its file."""
+        return describe_image(request, job, self.manifest, self.adapters, self.bundle_config)
+
+    def grid_parameters_text(self, job: GenerationJob) -> str:
+        """The settings of all images of a job, for the file of their grid."""
+        return describe_grid(self.parameters_text(job.requests[0], job), job)
+
+
+def read_latents(result: SamplingResult, i: int) -> np.ndarray:
+    """[C, H/8, W/8] of one image; raises SdrtError for NaN and infinity."""
+    latents: np.ndarray = result.latents[i]
+    if not np.isfinite(latents).all():
+        raise SdrtError("the model's latents hold NaN or infinity")
+    return latents
