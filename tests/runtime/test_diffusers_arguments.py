@@ -64,7 +64,7 @@ def test_other_generators():
     assert parse_options({"generator": np.random.default_rng(3)}).seed == sampled
     assert parse_options({"generator": 7}).seed == 7
     for generator in ("x", True, [], object(), [torch.Generator(), "x"]):
-        with pytest.raises(UsageError, match="^generator is"):
+        with pytest.raises(UsageError, match=r"^generator is"):
             parse_options({"generator": generator})
     with pytest.raises(UsageError, match="both seed and generator"):
         parse_options({"generator": 7, "seed": 7})
@@ -75,7 +75,7 @@ def test_other_generators():
 def test_height_and_width(pipe):
     assert pipe(PROMPT, height=64, width=96, **STEPS).images[0].size == (96, 64)
     for arguments in ({"height": 64}, {"width": 64}, {"height": 64, "width": 64, "size": (64, 64)}):
-        with pytest.raises(UsageError, match="height|width"):
+        with pytest.raises(UsageError, match=r"height|width"):
             parse_options(arguments)
     assert parse_options({"height": None, "width": None}).size is None
 

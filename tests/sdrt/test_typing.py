@@ -50,6 +50,7 @@ def linked(tmp_path_factory):
     return folder
 
 
+@pytest.mark.integration
 def test_mypy_finds_wrong_arguments_and_no_others(linked):
     (linked / "script.py").write_text(SCRIPT)
     options = ["--follow-imports=silent", "--ignore-missing-imports", "--cache-dir=/dev/null"]
