@@ -83,8 +83,8 @@ class AddedTokens:
             if token is not None:
                 yield piece, self._ids[token.content]
                 continue
-            for part, found in self._normalized.split(normalize(piece)):
-                yield part, None if found is None else self._ids[found.content]
+            for part, match in self._normalized.split(normalize(piece)):
+                yield part, None if match is None else self._ids[match.content]
 
     def literal(self, prompt: str) -> list[range]:
         """Where a prompt has added tokens, if any of them could be mistaken for syntax."""
@@ -92,10 +92,10 @@ class AddedTokens:
             return []
         lower = [letter.lower() for letter in prompt]
         origin = [i for i, letters in enumerate(lower) for _ in letters] + [len(prompt)]
-        found = [range(start, stop) for start, stop, _ in self._as_written.spans(prompt)]
+        spans = [range(start, stop) for start, stop, _ in self._as_written.spans(prompt)]
         for start, stop, _ in self._normalized.spans("".join(lower)):
-            found.append(range(origin[start], origin[stop]))
-        return found
+            spans.append(range(origin[start], origin[stop]))
+        return spans
 
     def _all_vectors(self, name: str) -> str | None:
         """All vectors of a word that has several: `word`, `word_1`, `word_2` and so on."""
@@ -110,8 +110,8 @@ class AddedTokens:
         """
         if not any(name in prompt for name in self._vectors):
             return prompt
-        pieces = [found for _, found in self._find(prompt)]
-        for name in dict.fromkeys(token.content for token in pieces):
+        tokens = [token for _, token in self._find(prompt)]
+        for name in dict.fromkeys(token.content for token in tokens):
             if (vectors := self._vectors.get(name)) is None:
                 continue
             length = len(prompt) + prompt.count(name) * (len(vectors) - len(name))
@@ -126,7 +126,7 @@ class AddedTokens:
     def _find(self, prompt: str) -> Iterator[tuple[str, AddedToken]]:
         for piece, token in self._as_written.split(prompt):
             inner = [(piece, token)] if token else self._normalized.split(normalize(piece))
-            yield from ((part, found) for part, found in inner if found is not None)
+            yield from ((part, match) for part, match in inner if match is not None)
 
 
 class _Matcher:

@@ -74,7 +74,7 @@ def test_every_option_has_a_parser():
         ("rng", np.str_("cuda"), "cuda"),
     ],
 )
-def test_values_of_other_types_are_taken(name, value, parsed):
+def test_values_of_other_types_are_converted(name, value, parsed):
     actual = getattr(parse_options({name: value}), name)
     assert actual == parsed and type(actual) is type(parsed)
 
@@ -159,7 +159,7 @@ def test_names_of_hints_are_no_options():
     assert not {*ALIASES, *INSTEAD} & {*PARSERS} and {*ALIASES.values()} <= {*PARSERS}
 
 
-def test_guidance_from_0_to_1_is_none(pipe):
+def test_guidance_from_0_to_1_is_no_guidance(pipe):
     for scale in (0, 0.0, 0.5, np.float32(1.0)):
         assert same(pipe, {"guidance_scale": scale}, {"guidance_scale": 1.0})
     assert not same(pipe, {"guidance_scale": 2.0}, {"guidance_scale": 1.0})
@@ -214,7 +214,7 @@ def test_images_of_every_kind_are_the_same_image(noisy, tmp_path):
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "La", "P", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I"]
 )
-def test_images_of_every_mode_are_taken(pipe, noisy, mode):
+def test_images_of_every_mode_are_accepted(pipe, noisy, mode):
     try:
         inputs = noisy.convert(mode)
     except ValueError:

@@ -154,7 +154,7 @@ def counted(pipe):
     return replace(pipe, engines={**pipe.engines, **both}), calls
 
 
-def test_only_full_evaluations_run_the_whole_model(pipe):
+def test_only_full_evaluations_run_the_full_model(pipe):
     own, calls = counted(pipe.with_scheduler("DDIM"))
     own([PROMPT, "a square"], num_inference_steps=7, seed=0, feature_reuse=3)
     assert calls == [("unet" if k % 3 == 0 else SHALLOW, 4) for k in range(7)]
@@ -167,7 +167,7 @@ def test_only_full_evaluations_run_the_whole_model(pipe):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_backend_takes_the_feature_it_gave(shapes, backend):
+def test_every_backend_reuses_its_own_feature(shapes, backend):
     """With the feature of the same evaluation, the shallow part gives the whole model's output."""
     rng = np.random.default_rng(0)
     with sdrt.load(shapes, backend=backend, precision="exact") as pipe:

@@ -28,7 +28,7 @@ def flat(pipe):
     decoder.refit({})
 
 
-def test_processes_draw_the_same_bytes(shapes, tmp_path):
+def test_processes_generate_the_same_bytes(shapes, tmp_path):
     files = []
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
@@ -40,7 +40,7 @@ def test_processes_draw_the_same_bytes(shapes, tmp_path):
     assert len(files[0]) == 2 and files[0] == files[1]
 
 
-def test_places_of_a_batch_draw_the_same_bytes(pipe):
+def test_places_in_a_batch_generate_the_same_bytes(pipe):
     orders = [[5, 9, 7], [9, 7, 5], [7, 5, 9]]
     generated = [pipe([PROMPT] * 3, num_inference_steps=4, seed=order).images for order in orders]
     for seed in (5, 9, 7):

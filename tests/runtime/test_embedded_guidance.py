@@ -84,7 +84,7 @@ def test_one_row_is_computed(pipe):
     assert len(step.latents) == 1
 
 
-def test_a_negative_prompt_changes_nothing_and_is_said(pipe, caplog):
+def test_a_negative_prompt_changes_nothing_and_is_logged(pipe, caplog):
     options = {"seed": 0, "num_inference_steps": 2}
     with_one = pipe(PROMPT, negative_prompt="two", **options).images[0]
     assert "ignored" in caplog.text

@@ -28,7 +28,7 @@ def test_the_same_seed_is_the_same_image(pipe):
     assert (pixels(first) != pixels(other)).any()
 
 
-def test_seed_zero_is_a_seed_and_none_is_drawn(pipe):
+def test_seed_zero_is_a_seed_and_none_is_random(pipe):
     assert pipe(PROMPT, num_inference_steps=1, seed=0).seeds == [0]
     generated = {pipe(PROMPT, num_inference_steps=1).seeds[0] for _ in range(3)}
     assert len(generated) == 3
@@ -65,7 +65,7 @@ def test_a_batch_is_its_images_one_by_one(pipe):
         assert difference.max() <= 1
 
 
-def test_more_images_than_fit_are_made_in_turns(pipe):
+def test_more_images_than_fit_are_generated_in_batches(pipe):
     out = pipe(PROMPT, num_inference_steps=1, seed=3, num_images_per_prompt=6)
     assert len(out.images) == 6 and out.seeds == [3, 4, 5, 6, 7, 8]
 

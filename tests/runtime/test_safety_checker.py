@@ -117,7 +117,7 @@ def test_flagged_images_are_black_and_reported(bundle, tmp_path, capsys):
     assert said.err.count("safety checker flagged") == sum(out.flagged)
 
 
-def test_off_is_said(shapes, tiny, tmp_path, capsys):
+def test_a_missing_safety_checker_is_reported(shapes, tiny, tmp_path, capsys):
     assert main(["inspect", "--bundle", str(shapes)]) == 0
     assert "safety checker off" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="no safety_checker"):

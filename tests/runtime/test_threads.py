@@ -398,7 +398,7 @@ def test_an_engine_in_flight_can_be_closed_while_a_change_waits(tiny_bundle):
         assert all(ticket.future.done() for ticket in tickets)
 
 
-def test_what_was_read_is_kept_for_all_threads(one, monkeypatch):
+def test_encoded_prompts_are_cached_for_all_threads(one, monkeypatch):
     """More prompts than are kept, so that threads add and drop at the same time."""
     monkeypatch.setattr("sdrt.runtime.text.conditioning.MAX_CACHED_CHUNKS", 3)
     own = replace(one, chunk_cache={})

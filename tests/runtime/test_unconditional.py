@@ -101,7 +101,7 @@ def test_the_bundle_is_a_unet_alone(bundle, pixels):
     assert np.abs(np.asarray(alone, int) - np.asarray(out.images[3], int)).max() <= 1
 
 
-def test_the_command_draws_without_a_prompt(bundle, shapes, tmp_path, capsys):
+def test_the_command_generates_without_a_prompt(bundle, shapes, tmp_path, capsys):
     arguments = ["run", "--bundle", str(bundle), "--steps", "2", "--seed", "4", "--preview"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     path = capsys.readouterr().out.strip()
@@ -113,7 +113,7 @@ def test_the_command_draws_without_a_prompt(bundle, shapes, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", ["negative_prompt", "image", "clip_skip"])
-def test_what_cannot_be_given_is_refused(pixels, option):
+def test_unsupported_options_are_refused(pixels, option):
     value = {"negative_prompt": "a dog", "image": Image.new("RGB", (16, 16)), "clip_skip": 1}
     with pytest.raises(UsageError, match=f"{option} is unsupported"):
         pixels(num_inference_steps=2, **{option: value[option]})
@@ -159,7 +159,7 @@ def test_grey_images(tmp_path):
     assert generated.shape == (16, 16, 3) and (generated[..., 0] == generated[..., 2]).all()
 
 
-def test_a_model_given_of_classes_is_refused(model, tmp_path):
+def test_a_class_conditional_model_is_refused(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "classes")
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps({**config, "num_class_embeds": 10}))

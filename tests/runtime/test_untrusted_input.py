@@ -37,7 +37,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize(("vocab", "merges", "message"), TOKENIZERS.values(), ids=TOKENIZERS)
-def test_tokenizers_that_do_not_hold(tmp_path, vocab, merges, message):
+def test_malformed_tokenizers_are_refused(tmp_path, vocab, merges, message):
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     (tmp_path / "vocab.json").write_text(json.dumps(VOCAB))
     assert Tokenizer.from_folder(tmp_path, 8, 5).ids("ab")
@@ -50,7 +50,7 @@ def test_tokenizers_that_do_not_hold(tmp_path, vocab, merges, message):
 
 
 @pytest.mark.parametrize("pad", ['{"pad_token": {}}', '{"pad_token": "nowhere"}', "[", "7"])
-def test_a_padding_token_that_is_none(tmp_path, pad):
+def test_an_unknown_padding_token_is_refused(tmp_path, pad):
     (tmp_path / "merges.txt").write_text("")
     (tmp_path / "vocab.json").write_text(json.dumps(VOCAB))
     (tmp_path / "tokenizer_config.json").write_text(pad)
@@ -121,7 +121,7 @@ LORAS = {
 
 
 @pytest.mark.parametrize(("change", "metadata", "message"), LORAS.values(), ids=LORAS)
-def test_lora_files_that_do_not_hold(tmp_path, change, metadata, message):
+def test_malformed_lora_files_are_refused(tmp_path, change, metadata, message):
     path = tmp_path / "l.safetensors"
     shapes = {"a.weight": (8, 4), "b.weight": (8, 4)}
     base = np.ones((8, 4), np.float32)
@@ -167,7 +167,7 @@ BAD_IMAGES = {
 
 
 @pytest.mark.parametrize("data", BAD_IMAGES.values(), ids=BAD_IMAGES)
-def test_images_that_do_not_hold(tmp_path, data):
+def test_malformed_images_are_refused(tmp_path, data):
     (tmp_path / "a.png").write_bytes(data)
     before = state_of(tmp_path)
     with pytest.raises(UsageError):
@@ -204,7 +204,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize(("raw", "message"), CONFIGS.values(), ids=CONFIGS)
-def test_configurations_that_do_not_hold(tmp_path, raw, message):
+def test_malformed_configurations_are_refused(tmp_path, raw, message):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(raw))
     for kind in (BundleError, CheckpointError):

@@ -165,7 +165,7 @@ def test_seams_of_a_tiled_decode_are_not_seen(pipe):
     assert added[at].max() <= np.delete(added, at).max()
 
 
-def test_sizes_beyond_the_bundles_are_made_with_a_note(pipe, caplog):
+def test_other_sizes_are_generated_with_a_warning(pipe, caplog):
     options = {"num_inference_steps": 2, "seed": 0, "size": "160x96"}
     out = pipe("a red circle on a blue background", **options)
     assert out.images[0].size == (160, 96)

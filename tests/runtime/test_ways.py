@@ -112,7 +112,7 @@ def test_options_are_the_references(pipe, reference, options):
 
 
 @pytest.mark.reference
-def test_embeddings_given_are_the_references(pipe, reference):
+def test_embeddings_give_the_images_of_diffusers(pipe, reference):
     import torch
 
     rng = np.random.default_rng(0)
@@ -142,7 +142,7 @@ def test_a_callback_changes_the_latents_as_in_the_reference(pipe, reference, nam
     assert np.array(seen) == pytest.approx(np.array(theirs), rel=1e-6)
 
 
-def test_latents_given_are_the_start(pipe):
+def test_latents_are_the_starting_noise(pipe):
     from sdrt.runtime import randn
 
     plain = pipe(PROMPT, num_inference_steps=4, seed=3).images[0]
@@ -212,7 +212,7 @@ def test_attention_changes_the_image_and_one_does_not(pipe):
     assert np.array_equal(plain, same) and np.abs(plain - more).max() > 3
 
 
-def test_prompts_of_unlike_length_are_made_in_batches_of_their_own(pipe):
+def test_prompts_of_different_lengths_are_batched_apart(pipe):
     long = PROMPT + " BREAK a white cross on a green background"
     out = pipe([long, PROMPT, long], seed=[1, 2, 3], num_inference_steps=3)
     alone = pipe(PROMPT, seed=2, num_inference_steps=3).images[0]
@@ -228,7 +228,7 @@ def test_images_come_as_they_are_finished(pipe):
     assert len(list(result)) == 5
 
 
-def test_one_image_without_numbers_does_not_take_the_others(pipe):
+def test_one_image_with_nan_does_not_lose_the_others(pipe):
     from dataclasses import replace
 
     from sdrt.errors import SdrtError

@@ -203,7 +203,7 @@ def embeddings():
     }
 
 
-def test_embeddings_given_are_the_references(pipe, reference):
+def test_embeddings_give_the_images_of_diffusers(pipe, reference):
     inputs = embeddings()
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     expected = reference("StableDiffusionXLPipeline", pipe, **tensors)
@@ -231,7 +231,7 @@ def conditioning(pipe, prompt, **options):
     return pipe.encode_conditioning(job.requests, job.options, job.size)[0]
 
 
-def test_attention_weighs_both_contexts_and_leaves_the_whole(pipe):
+def test_weights_act_on_both_contexts_and_not_on_pooled(pipe):
     plain, heavy = (
         conditioning(pipe, PROMPT),
         conditioning(pipe, PROMPT.replace("red", "(red:1.5)")),
@@ -247,14 +247,14 @@ def test_attention_weighs_both_contexts_and_leaves_the_whole(pipe):
     assert np.array_equal(plain["pooled"], heavy["pooled"])
 
 
-def test_a_long_prompt_is_known_as_a_whole_by_its_first_chunk(pipe):
+def test_the_pooled_prompt_is_of_the_first_chunk(pipe):
     first, both = conditioning(pipe, PROMPT), conditioning(pipe, PROMPT + " BREAK " + NEGATIVE)
     assert both["context"].shape == (1, 64, 40)
     assert np.array_equal(both["context"][:, :32], first["context"])
     assert np.array_equal(both["pooled"], first["pooled"])
 
 
-def test_torch_draws_the_same(pipe, tiny_xl_bundle):
+def test_torch_generates_the_same_image(pipe, tiny_xl_bundle):
     options = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 0}
     expected = np.asarray(pipe(**options).images[0], int)
     with sdrt.load(tiny_xl_bundle, backend="torch") as other:
