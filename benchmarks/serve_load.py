@@ -35,7 +35,7 @@ from sdrt.runtime import Pipeline
 from sdrt.runtime.arguments import parse_options
 from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.batching.request import RequestRejected
-from sdrt.runtime.batching.scheduler import Rates
+from sdrt.runtime.batching.scheduler import CostEstimates
 from sdrt.runtime.denoising import BatchBuilder
 
 PROMPT = "a red circle on a blue background"
@@ -103,7 +103,7 @@ class Timed:
         return seen.get(rows) or float(max(start + slope * rows, min(seen.values())))
 
 
-def rates_of(pipe: Pipeline, rates: Rates) -> Rates:
+def rates_of(pipe: Pipeline, rates: CostEstimates) -> CostEstimates:
     """What the calls of a run really took, in place of what was expected of them."""
     unet, decoder = pipe.engines["unet"], pipe.engines["vae_decoder"]
     assert isinstance(unet, Timed) and isinstance(decoder, Timed)
@@ -113,8 +113,8 @@ def rates_of(pipe: Pipeline, rates: Rates) -> Rates:
 
     return replace(
         rates,
-        call=cache(lambda group, rows: unet.mean(side(group), rows)),
-        after=cache(lambda group: decoder.mean(side(group), 1)),
+        call_seconds=cache(lambda group, rows: unet.mean(side(group), rows)),
+        decode_seconds=cache(lambda group: decoder.mean(side(group), 1)),
     )
 
 
@@ -141,12 +141,12 @@ def in_flight(jobs: Sequence[Job], engine: InflightBatcher) -> None:
             left.release()
 
         try:
-            (ticket,) = engine.submit(PROMPT, job.options, scheduler=job.sampler, on_step=stepped)
+            (handle,) = engine.submit(PROMPT, job.options, scheduler=job.sampler, on_step=stepped)
         except RequestRejected:
             job.refused = True
             left.release()
         else:
-            ticket.future.add_done_callback(done)
+            handle.future.add_done_callback(done)
 
     began = played(jobs, send)
     for _ in jobs:
@@ -258,13 +258,15 @@ def fresh(jobs: Sequence[Job]) -> list[Job]:
 
 def measured(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     with InflightBatcher(pipe, waiting=10_000) as engine:
-        rates = engine.rates
-        max_batch = max(size.most for size in engine.costs.sizes.values())
+        rates = engine.estimates
+        max_batch = max(size.max_rows for size in engine.cost_model.sizes.values())
 
         def alone(job: Job) -> float:
             group = (job.size,)
             return (
-                rates.before(group) + job.steps * rates.call(group, job.rows) + rates.after(group)
+                rates.prepare_seconds(group)
+                + job.steps * rates.call_seconds(group, job.rows)
+                + rates.decode_seconds(group)
             )
 
         burst = poisson(args.requests, 1e6, random_job, 7)
@@ -296,7 +298,7 @@ def measured(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
                 show(load, name, rows[name])
                 if name == WAYS[0]:  # on what the calls of this very run took
                     jobs = fresh(arrivals)
-                    simulated(jobs, rates_of(pipe, engine.rates), 1, engine.slots)
+                    simulated(jobs, rates_of(pipe, engine.estimates), 1, engine.slots)
                     for job in jobs:
                         job.first = job.begun
                     rows["simulated"] = figures_of(jobs, alone)

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from results import save
 
-from sdrt.runtime.batching.scheduler import Rates, Turn, sharing
+from sdrt.runtime.batching.scheduler import CostEstimates, ScheduledRequest, select_batch
 
 MIX = ((4, 1), (8, 2), (20, 2), (20, 1), (30, 2), (50, 2))  # evaluations and rows, alike likely
 
 
-def gpu_rates(two: float, gain: float, decode: float) -> Rates:
+def gpu_rates(two: float, gain: float, decode: float) -> CostEstimates:
     """A curve through one published figure.
 
     two: seconds of a call of two rows. gain: how much more of an image a second large calls make
@@ -34,11 +34,11 @@ def gpu_rates(two: float, gain: float, decode: float) -> Rates:
     def call(_: object, rows: int) -> float:
         return 0.6 * two if rows == 1 else two + (rows - 2) * two / 2.0 / gain
 
-    return Rates(call, lambda _: 16, lambda _: two / 2.0, lambda _: decode)
+    return CostEstimates(call, lambda _: 16, lambda _: two / 2.0, lambda _: decode)
 
 
 # Stable Diffusion 1.5, 512x512, fp16. Decoding is taken to cost two guided evaluations.
-GPUS: dict[str, tuple[str, Rates]] = {
+GPUS: dict[str, tuple[str, CostEstimates]] = {
     "edge": (
         "assumed: the A100 slowed down by the ratio of memory rates, 1,935 to 205 GB/s (Orin)",
         gpu_rates(0.0166 * 9.4, 1.05, 2 * 0.0166 * 9.4),
@@ -70,51 +70,53 @@ class Request:
 class Replica:
     """One engine in flight. shared: whether decoding takes its time from the same processor."""
 
-    rates: Rates
+    rates: CostEstimates
     slots: int
     shared: bool = False
     clock: float = 0.0
     decoder: float = 0.0
-    waiting: list[tuple[Turn, Request]] = field(default_factory=list)
-    inside: list[tuple[Turn, Request]] = field(default_factory=list)
+    waiting: list[tuple[ScheduledRequest, Request]] = field(default_factory=list)
+    inside: list[tuple[ScheduledRequest, Request]] = field(default_factory=list)
 
     @property
     def laden(self) -> int:
-        return sum(turn.left for turn, _ in (*self.waiting, *self.inside))
+        return sum(turn.evaluations_left for turn, _ in (*self.waiting, *self.inside))
 
     def add(self, request: Request) -> None:
-        turn = Turn(request.group, request.rows, request.evaluations, request.at, 0.0)
-        turn.due = self.rates.due(turn)
+        turn = ScheduledRequest(request.group, request.rows, request.evaluations, request.at, 0.0)
+        turn.deadline = self.rates.default_deadline(turn)
         if not self.inside and not self.waiting:
-            self.clock = max(self.clock, request.at) + self.rates.before(request.group)
+            self.clock = max(self.clock, request.at) + self.rates.prepare_seconds(request.group)
         self.waiting.append((turn, request))
 
     def evaluate(self) -> None:
         """One call of the model."""
-        self.waiting.sort(key=lambda item: item[0].key(self.clock))
+        self.waiting.sort(key=lambda item: item[0].sort_key(self.clock))
         while self.waiting and len(self.inside) < self.slots:
             self.inside.append(self.waiting.pop(0))
-        self.inside.sort(key=lambda item: item[0].key(self.clock))
-        chosen = {id(t) for t in sharing([turn for turn, _ in self.inside], self.rates.max_rate)}
+        self.inside.sort(key=lambda item: item[0].sort_key(self.clock))
+        chosen = {
+            id(t) for t in select_batch([turn for turn, _ in self.inside], self.rates.max_rows)
+        }
         going = [item for item in self.inside if id(item[0]) in chosen]
-        group = going[0][0].group
-        self.clock += self.rates.call(group, sum(turn.rows for turn, _ in going))
+        group = going[0][0].batch_key
+        self.clock += self.rates.call_seconds(group, sum(turn.num_rows for turn, _ in going))
         for item in going:
             turn, request = item
-            turn.left -= 1
+            turn.evaluations_left -= 1
             if math.isnan(request.begun):
                 request.begun = self.clock
-            if turn.left == 0:
+            if turn.evaluations_left == 0:
                 self.inside.remove(item)
-                self.decoder = max(self.decoder, self.clock) + self.rates.after(group)
+                self.decoder = max(self.decoder, self.clock) + self.rates.decode_seconds(group)
                 request.done = self.decoder
                 if self.shared:
-                    self.clock += self.rates.after(group)
+                    self.clock += self.rates.decode_seconds(group)
 
 
 def simulated(
     requests: Sequence[Request],
-    rates: Rates,
+    rates: CostEstimates,
     replicas: int,
     slots: int,
     shared: bool = False,
@@ -160,7 +162,7 @@ def mixed(rng: np.random.Generator) -> Request:
     return Request(0.0, evaluations, rows)
 
 
-def capacity(rates: Rates, slots: int, shared: bool = False) -> float:
+def capacity(rates: CostEstimates, slots: int, shared: bool = False) -> float:
     """Images a second of one replica that is never idle."""
     requests = poisson(400, 1e9, mixed, 1)
     simulated(requests, rates, 1, slots, shared)

@@ -166,7 +166,7 @@ class _ImageEvents:
         """The queue position of each waiting image, if it has changed."""
         if not self.body.progress:
             return
-        waiting = [t for t in self.engine_request.model.engine.tickets() if t.state == "waiting"]
+        waiting = [t for t in self.engine_request.model.engine.unfinished() if t.state == "waiting"]
         for position, handle in enumerate(waiting):
             if handle in self.previews and self.positions.get(handle) != position:
                 self.positions[handle] = position

@@ -80,7 +80,7 @@ class _RequestGauges(Collector):
         running = GaugeMetricFamily("sdrt_running", "Images in progress", labels=["model"])
         waiting = GaugeMetricFamily("sdrt_waiting", "Queued images", labels=["model"])
         for name, engine in dict(self.engines).items():
-            states = [handle.state for handle in engine.tickets()]
+            states = [handle.state for handle in engine.unfinished()]
             running.add_metric([name], sum(state in RUNNING_STATES for state in states))
             waiting.add_metric([name], states.count("waiting"))
         yield running
@@ -93,14 +93,14 @@ class Observer:
     def __init__(self, metrics: Metrics, model: str) -> None:
         self.metrics, self.model = metrics, model
 
-    def called(self, rows: int, seconds: float) -> None:
+    def batch_evaluated(self, rows: int, seconds: float) -> None:
         self.metrics.rows_per_call.labels(self.model).observe(rows)
         self.metrics.call_seconds.labels(self.model).observe(seconds)
 
-    def finished(self, handle: Any) -> None:
+    def request_finished(self, handle: Any) -> None:
         self.metrics.finished_images.labels(self.model, handle.state).inc()
         times = handle.times
-        marks = (times.submitted, times.began, times.denoised, times.decoded)
+        marks = (times.submitted, times.started, times.denoised, times.decoded)
         for phase, begin, end in zip(
             ("queue", "denoise", "decode"), marks, marks[1:], strict=False
         ):
@@ -109,5 +109,5 @@ class Observer:
         if times.decoded is not None:
             self.metrics.wait_for_images.labels(self.model).observe(times.decoded - times.submitted)
 
-    def refused(self, cause: str) -> None:
+    def request_rejected(self, cause: str) -> None:
         self.metrics.refused.labels(self.model, cause).inc()

@@ -104,7 +104,7 @@ class ModelManager:
             deterministic=settings.deterministic,
             observer=self.metrics.observer(name),
             reload=source.load,
-            kept=source.cost_cache,
+            cost_cache=source.cost_cache,
         )
         engine.start()
         return LoadedModel(name, pipe, engine)

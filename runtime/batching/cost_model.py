@@ -1,6 +1,6 @@
-"""What calls of a pipeline's engines cost here: seconds and bytes, measured once and kept.
+"""What calls of a pipeline's engines cost on this machine, measured once and cached.
 
-Knows engines and their input specs; not what is made with them.
+Knows engines and their input specs; not what they generate.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from sdrt.process_stats import (
     total_bytes,
 )
 
-from .scheduler import Rates
+from .scheduler import CostEstimates
 
 if TYPE_CHECKING:
     from sdrt.runtime.pipeline import Pipeline
@@ -41,66 +41,76 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Size = tuple[int, int]
 REPEATS = 3
-MAX_KEPT = 1_000_000  # bytes of a file of figures, which may have come with a bundle
+MAX_FILE_BYTES = 1_000_000  # of a cached file, which may have come with an untrusted bundle
 SECONDS, ROWS, COUNT = number(0.0, 1e6), integer(1, 4096), integer(-(2**50), 2**50)
-GAIN = 1.05  # more rows in a call must make this much more of a picture a second
-LEARNED = 0.1  # share of a new measurement in the drift
-MEMORY_SHARE = 0.8  # of the memory that is free, for calls of the model
-MAX_ESTIMATED = 64  # sizes that are remembered without having been measured
+MIN_GAIN = 1.05  # in images per second, for more rows in a call to be worth it
+LEARNING_RATE = 0.1  # weight of a new measurement in the drift
+MEMORY_FRACTION = 0.8  # of the free memory, for calls of the model
+MAX_ESTIMATED = 64  # sizes that are cached without having been measured
 
 
 @dataclass(slots=True)
 class SizeCosts:
-    """One size. calls: seconds by rows. bytes: what calls of so many rows add to the process.
+    """The costs of one image size.
 
-    most: rows of one call; more of them make no more pictures a second
-    decode: seconds. drift: what calls take now, relative to `calls`
-    shallow: what one of the model's shallow part takes of one of the whole; learned when it is
-        first called, so that nobody loads what nobody asks for
+    Attributes:
+        call_seconds: Seconds of a call of the model by rows.
+        call_bytes: Memory that a call adds to the process, by rows.
+        max_rows: Rows of a call beyond which throughput does not grow.
+        decode_seconds: Seconds of decoding an image.
+        drift: What calls take now, relative to `call_seconds`.
+        shallow_ratio: A call of the shallow part relative to one of the full model; learned from
+            its calls, so that it is not loaded just to be measured.
     """
 
-    calls: dict[int, float]
-    bytes: dict[int, int]
-    most: int
-    decode: float
+    call_seconds: dict[int, float]
+    call_bytes: dict[int, int]
+    max_rows: int
+    decode_seconds: float
     drift: float = 1.0
-    shallow: float = 1.0
+    shallow_ratio: float = 1.0
 
     def seconds(self, rows: int) -> float:
-        """Of one call, between the measured ones by a line, beyond them in proportion."""
-        known = sorted(self.calls)
+        """Seconds of a call: interpolated between measured rows, proportional beyond them."""
+        known = sorted(self.call_seconds)
         if rows > known[-1]:
-            return self.drift * self.calls[known[-1]] * rows / known[-1]
-        return self.drift * float(np.interp(rows, known, [self.calls[k] for k in known]))
+            return self.drift * self.call_seconds[known[-1]] * rows / known[-1]
+        return self.drift * float(np.interp(rows, known, [self.call_seconds[k] for k in known]))
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Learn from a call, so that a forecast knows a machine that others use too."""
+        """Learn from a call, so that estimates follow the load of the machine."""
         ratio = self.drift * seconds / self.seconds(rows)
-        self.drift += LEARNED * (min(max(ratio, 0.1), 10.0) - self.drift)
+        self.drift += LEARNING_RATE * (min(max(ratio, 0.1), 10.0) - self.drift)
 
     def observe_shallow(self, rows: int, seconds: float) -> None:
-        """Learn from a call of the shallow part; it never takes more than the whole."""
-        self.shallow += LEARNED * (min(seconds / self.seconds(rows), 1.0) - self.shallow)
+        """Learn from a call of the shallow part, which never takes longer than a full one."""
+        ratio = min(seconds / self.seconds(rows), 1.0)
+        self.shallow_ratio += LEARNING_RATE * (ratio - self.shallow_ratio)
 
 
 @dataclass(slots=True)
-class Costs:
-    """All sizes of a bundle; encode: seconds of a prompt. Groups begin with their size."""
+class CostModel:
+    """The costs of all sizes of a bundle. A batch key begins with its size.
 
-    encode: float
+    Attributes:
+        encode_seconds: Seconds of encoding a prompt.
+        sizes: Measured sizes.
+        base_bytes: Memory of the process before the measurement.
+        estimated: Sizes estimated from measured ones.
+    """
+
+    encode_seconds: float
     sizes: dict[Size, SizeCosts]
-    base: int = 0
+    base_bytes: int = 0
     estimated: dict[Size, SizeCosts] = field(default_factory=dict, repr=False, compare=False)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def of(self, group: Hashable) -> SizeCosts:
-        assert isinstance(group, tuple)
-        return self.of_size(group[0])
+    def for_key(self, key: Hashable) -> SizeCosts:
+        assert isinstance(key, tuple)
+        return self.for_size(key[0])
 
-    def of_size(self, size: Size) -> SizeCosts:
-        """A measured size's; of another, those of the nearest measured one by their areas, which
-        learn from its calls.
-        """
+    def for_size(self, size: Size) -> SizeCosts:
+        """The costs of a size; if it was not measured, those of the nearest one scaled by area."""
         if size in self.sizes:
             return self.sizes[size]
         with self.lock:
@@ -113,89 +123,96 @@ class Costs:
     def _estimate(self, size: Size) -> SizeCosts:
         area = size[0] * size[1]
         near = min(self.sizes, key=lambda known: abs(math.log(area / (known[0] * known[1]))))
-        known, share = self.sizes[near], area / (near[0] * near[1])
-        calls = {rows: share * seconds for rows, seconds in known.calls.items()}
-        grown = {rows: round(share * count) for rows, count in known.bytes.items()}
-        most = max(1, min(known.most, round(known.most / share)))
-        return SizeCosts(calls, grown, most, share * known.decode, known.drift, known.shallow)
+        known, ratio = self.sizes[near], area / (near[0] * near[1])
+        calls = {rows: ratio * seconds for rows, seconds in known.call_seconds.items()}
+        call_bytes = {rows: round(ratio * count) for rows, count in known.call_bytes.items()}
+        max_rows = max(1, min(known.max_rows, round(known.max_rows / ratio)))
+        decode_seconds = ratio * known.decode_seconds
+        return SizeCosts(
+            calls, call_bytes, max_rows, decode_seconds, known.drift, known.shallow_ratio
+        )
 
-    def rates(self, most: int | None = None) -> Rates:
-        """most: rows of one call, instead of the measured ones."""
-        return Rates(
-            call=lambda group, rows: self.of(group).seconds(rows),
-            most=lambda group: most or self.of(group).most,
-            before=lambda group: self.encode,
-            after=lambda group: self.of(group).decode,
-            shallow=lambda group: self.of(group).shallow,
+    def estimates(self, max_rows: int | None = None) -> CostEstimates:
+        """The scheduler's estimates; max_rows replaces the measured rows of a call."""
+        return CostEstimates(
+            call_seconds=lambda key, rows: self.for_key(key).seconds(rows),
+            max_rows=lambda key: max_rows or self.for_key(key).max_rows,
+            prepare_seconds=lambda key: self.encode_seconds,
+            decode_seconds=lambda key: self.for_key(key).decode_seconds,
+            shallow_ratio=lambda key: self.for_key(key).shallow_ratio,
         )
 
     def missing_bytes(self, size: Size, rows: int) -> int:
-        """What a call would need beyond what this machine has free; 0 if it fits."""
-        known = self.of_size(size).bytes
+        """Memory that a call needs beyond what is free; 0 if it fits."""
+        known = self.for_size(size).call_bytes
         near = min((k for k in known if k >= rows), default=max(known))
-        needed = self.base + known[near] - resident_bytes()
+        needed = self.base_bytes + known[near] - resident_bytes()
         return max(0, needed - available_bytes())
 
 
-def costs_of(pipe: "Pipeline", most: int, kept: Path | None = None) -> Costs:
-    """Measure, or read what was measured here before.
+def load_cost_model(pipe: "Pipeline", max_rows: int, cache_folder: Path | None = None) -> CostModel:
+    """Read the costs measured here before, or measure them.
 
-    most: rows to try. kept: a folder for the figures, such as the bundle's `plans`.
+    Args:
+        pipe: The pipeline.
+        max_rows: Largest number of rows to try.
+        cache_folder: Where costs are cached, such as the bundle's `plans`.
     """
-    path = kept / f"costs-{_key(pipe, most)}.json" if kept else None
+    path = cache_folder / f"costs-{_cache_key(pipe, max_rows)}.json" if cache_folder else None
     if path and path.is_file():
         try:
-            return _costs_from_json(json_object(read_bytes(path, MAX_KEPT)))
+            return _costs_from_json(json_object(read_bytes(path, MAX_FILE_BYTES)))
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            log.warning("%s is not readable (%s); measuring again", path, error)
-    costs = measured(pipe, most)
+            log.warning("failed to read %s (%s); measuring again", path, error)
+    costs = measure_costs(pipe, max_rows)
     if path:
         try:
-            write_atomic(path, json.dumps(_json_from_costs(costs), indent=1).encode())
+            write_atomic(path, json.dumps(_costs_to_json(costs), indent=1).encode())
         except OSError as error:  # a read-only bundle is measured at every start
-            log.info("costs are not kept: %s", error)
+            log.info("measured costs are not cached: %s", error)
     return costs
 
 
-def measured(pipe: "Pipeline", most: int) -> Costs:
-    """Call every engine at every size, with more rows as long as that pays and fits."""
+def measure_costs(pipe: "Pipeline", max_rows: int) -> CostModel:
+    """Call every engine at every size, with more rows while throughput grows and memory fits."""
     base = resident_bytes()
     manifest = pipe.manifest
     sizes = {}
     for width, height in manifest.sizes:
         sides = height // manifest.downscale, width // manifest.downscale
-        sizes[width, height] = _size_costs(pipe, sides, most, base)
-    encode = sum(_seconds_of(pipe, name, (0, 0)) for name in ("text_encoder", "text_encoder_2"))
-    return Costs(encode, sizes, base)
+        sizes[width, height] = _size_costs(pipe, sides, max_rows, base)
+    encoders = ("text_encoder", "text_encoder_2")
+    encode = sum(_component_seconds(pipe, name, (0, 0)) for name in encoders)
+    return CostModel(encode, sizes, base)
 
 
-def _size_costs(pipe: "Pipeline", sides: tuple[int, int], most: int, base: int) -> SizeCosts:
-    calls, grown = {}, {}
+def _size_costs(pipe: "Pipeline", sides: tuple[int, int], max_rows: int, base: int) -> SizeCosts:
+    calls, call_bytes = {}, {}
     best, rows, unet = 0, 1, pipe.engines["unet"]
-    while rows <= most:
-        feeds = made_up(unet, rows, sides, pipe.manifest.max_tokens)
+    while rows <= max_rows:
+        feeds = zero_inputs(unet, rows, sides, pipe.manifest.max_tokens)
         forget_peak()
-        calls[rows] = _seconds(partial(unet, feeds))
-        grown[rows] = peak_bytes() - base
-        paid = best and calls[best] / best / (calls[rows] / rows) >= GAIN
-        if best and rows > 2 and not paid:
+        calls[rows] = _median_seconds(partial(unet, feeds))
+        call_bytes[rows] = peak_bytes() - base
+        faster = best and calls[best] / best / (calls[rows] / rows) >= MIN_GAIN
+        if best and rows > 2 and not faster:
             break
         best, rows = rows, rows * 2
-        if 2 * grown[best] > MEMORY_SHARE * (available_bytes() + grown[best]):
+        if 2 * call_bytes[best] > MEMORY_FRACTION * (available_bytes() + call_bytes[best]):
             break
-    return SizeCosts(calls, grown, best, _seconds_of(pipe, "vae_decoder", sides))
+    return SizeCosts(calls, call_bytes, best, _component_seconds(pipe, "vae_decoder", sides))
 
 
-def _seconds_of(pipe: "Pipeline", name: str, sides: tuple[int, int]) -> float:
-    """Of one call of a component; 0 where the model has none."""
+def _component_seconds(pipe: "Pipeline", name: str, sides: tuple[int, int]) -> float:
+    """Seconds of a call of a component; 0 if the model has none."""
     if name not in pipe.manifest.components:
         return 0.0
     engine = pipe.engines[name]
-    return _seconds(partial(engine, made_up(engine, 1, sides, pipe.manifest.max_tokens)))
+    return _median_seconds(partial(engine, zero_inputs(engine, 1, sides, pipe.manifest.max_tokens)))
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """The median; the first call, which sets things up, and repeats of long ones left out."""
+def _median_seconds(call: Callable[[], object]) -> float:
+    """The median without the first call, which sets things up; long calls are not repeated."""
     began = time.perf_counter()
     call()
     first = time.perf_counter() - began
@@ -207,65 +224,72 @@ def _seconds(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def memory_of_machine() -> dict[str, int]:
-    """Bytes: free, used by this process, in total; gpu: those of the first GPU, if there is one."""
-    found = {"free": available_bytes(), "used": resident_bytes(), "total": total_bytes()}
+def get_memory_info() -> dict[str, int]:
+    """Bytes: `free`, `used` by this process, `total`, and `gpu` of the first GPU if there is
+    one.
+    """
+    memory = {"free": available_bytes(), "used": resident_bytes(), "total": total_bytes()}
     gpus = detect_gpus().gpus
-    return found | ({"gpu": gpus[0].memory} if gpus else {})
+    return memory | ({"gpu": gpus[0].memory} if gpus else {})
 
 
-def works(pipe: "Pipeline") -> bool:
-    """Whether the model can be called at all."""
+def is_model_callable(pipe: "Pipeline") -> bool:
+    """Whether a call of the model succeeds."""
     manifest = pipe.manifest
     width, height = manifest.sizes[0]
     sides = height // manifest.downscale, width // manifest.downscale
     try:
         unet = pipe.engines["unet"]
-        unet(made_up(unet, 1, sides, manifest.max_tokens))
+        unet(zero_inputs(unet, 1, sides, manifest.max_tokens))
     except Exception:
-        log.exception("the model cannot be called")
+        log.exception("a call of the model failed")
         return False
     return True
 
 
-def made_up(engine: Engine, rows: int, sides: tuple[int, int], tokens: int) -> Feeds:
-    """Zeros for every input of an engine; sides: latent height and width."""
-    named = {"rows": rows, "tokens": tokens, "latent_height": sides[0], "latent_width": sides[1]}
+def zero_inputs(engine: Engine, rows: int, sides: tuple[int, int], tokens: int) -> Feeds:
+    """Zeros for every input of an engine; `sides` are the latent height and width."""
+    lengths = {"rows": rows, "tokens": tokens, "latent_height": sides[0], "latent_width": sides[1]}
 
     def zeros(spec: TensorSpec) -> np.ndarray:
-        shape = [axis if isinstance(axis, int) else named[axis] for axis in spec.shape]
+        shape = [axis if isinstance(axis, int) else lengths[axis] for axis in spec.shape]
         return np.zeros(shape, spec.dtype)
 
     return {spec.name: zeros(spec) for spec in engine.inputs}
 
 
-def _key(pipe: "Pipeline", most: int) -> str:
-    """What the figures depend on."""
+def _cache_key(pipe: "Pipeline", max_rows: int) -> str:
+    """What the costs depend on."""
     from sdrt.version import __version__
 
     files = sorted((name, record.sha256) for name, record in pipe.manifest.files.items())
-    cores = cpu_count()
-    known = [__version__, pipe.backend, most, files, platform.processor(), platform.node(), cores]
+    machine = [platform.processor(), platform.node(), cpu_count()]
+    known = [__version__, pipe.backend, max_rows, files, *machine]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 
-def _json_from_costs(costs: Costs) -> dict[str, Any]:
+def _costs_to_json(costs: CostModel) -> dict[str, Any]:
     sizes = {
-        f"{w}x{h}": {"calls": c.calls, "bytes": c.bytes, "most": c.most, "decode": c.decode}
-        for (w, h), c in costs.sizes.items()
+        f"{width}x{height}": {
+            "calls": size.call_seconds,
+            "bytes": size.call_bytes,
+            "most": size.max_rows,
+            "decode": size.decode_seconds,
+        }
+        for (width, height), size in costs.sizes.items()
     }
-    return {"encode": costs.encode, "base": costs.base, "sizes": sizes}
+    return {"encode": costs.encode_seconds, "base": costs.base_bytes, "sizes": sizes}
 
 
-def _costs_from_json(raw: dict[str, Any]) -> Costs:
-    """Raises ValueError, KeyError, TypeError or AttributeError for what are no figures."""
+def _costs_from_json(raw: dict[str, Any]) -> CostModel:
+    """Raises ValueError, KeyError, TypeError or AttributeError for invalid contents."""
     sizes = {}
-    for name, each in raw["sizes"].items():
+    for name, size in raw["sizes"].items():
         width, height = (int(side) for side in name.split("x"))
-        calls = {int(rows): SECONDS(seconds, "a call") for rows, seconds in each["calls"].items()}
-        grown = {int(rows): COUNT(count, "bytes") for rows, count in each["bytes"].items()}
-        most, decode = ROWS(each["most"], "most"), SECONDS(each["decode"], "a decode")
-        if not calls or not grown or min(*calls, *grown) < 1 or not all(calls.values()):
-            raise ValueError(f"no figures of {width}x{height}")
-        sizes[width, height] = SizeCosts(calls, grown, most, decode)
-    return Costs(SECONDS(raw["encode"], "encode"), sizes, resident_bytes())
+        calls = {int(rows): SECONDS(seconds, "a call") for rows, seconds in size["calls"].items()}
+        call_bytes = {int(rows): COUNT(count, "bytes") for rows, count in size["bytes"].items()}
+        max_rows, decode = ROWS(size["most"], "most"), SECONDS(size["decode"], "a decode")
+        if not calls or not call_bytes or min(*calls, *call_bytes) < 1 or not all(calls.values()):
+            raise ValueError(f"invalid costs of {width}x{height}")
+        sizes[width, height] = SizeCosts(calls, call_bytes, max_rows, decode)
+    return CostModel(SECONDS(raw["encode"], "encode"), sizes, resident_bytes())

@@ -1,12 +1,14 @@
-"""Pictures in flight: they join and leave between evaluations and share calls of the model.
+"""In-flight batching: requests join and leave between evaluations and share calls of the model.
 
-    with InflightBatcher(sdrt.load("shapes")) as engine:
-        tickets = engine.submit("a red circle", {"num_inference_steps": 20, "seed": 0})
-        tickets[0].future.result().image.save("circle.png")
+    with InflightBatcher(sdrt.load("shapes")) as batcher:
+        handles = batcher.submit("a red circle", {"num_inference_steps": 20, "seed": 0})
+        handles[0].future.result().image.save("circle.png")
 
-Knows pipelines and whose turn it is (`scheduler`); not requests over a network. Pictures need not
-agree on timestep, steps, sampler, guidance or seed. Three threads work: one prepares (prompts,
-given pictures), one evaluates, one decodes, so that a long decode does not stall the loop.
+Requests may differ in timestep, steps, sampler, guidance and seed. Three threads work: one prepares
+(prompts, input images), one evaluates the model, one decodes, so that a long decode does not stall
+the loop.
+
+Knows pipelines and the scheduler; not requests over a network.
 """
 
 import logging
@@ -26,29 +28,30 @@ from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.requests import Request
 from sdrt.runtime.stages import Prompt
 
-from .cost_model import Costs, costs_of, works
+from .admission import check_deadlines, check_memory_for, check_queue
+from .cost_model import CostModel, is_model_callable, load_cost_model
 from .request import (
     GeneratedImage,
     Observer,
     OnStep,
     RequestCancelled,
+    RequestGroup,
     RequestHandle,
     RequestRejected,
-    Submission,
-    Times,
-    typed,
+    RequestTimes,
+    as_sdrt_error,
 )
-from .scheduler import Turn, forecast, lateness, sharing
+from .scheduler import ScheduledRequest, select_batch
 
 log = logging.getLogger(__name__)
 MAX_DEADLINE = 86400.0
 DEADLINE = float_parser(1e-9, MAX_DEADLINE, f"seconds from now, at most {MAX_DEADLINE:g}")
 PRIORITY = int_parser(-100, 100)
-LONGEST_PAUSE = 30.0  # seconds between two tries to bring a broken engine back
+MAX_RECOVERY_PAUSE = 30.0  # seconds between attempts to recover a failed device
 
 
 class InflightBatcher:
-    """See the module. A context manager: `start` and `close`."""
+    """Batches requests in flight; a context manager, which calls `start` and `close`."""
 
     def __init__(
         self,
@@ -60,42 +63,50 @@ class InflightBatcher:
         deterministic: bool = False,
         observer: Observer | None = None,
         reload: Callable[[], Pipeline] | None = None,
-        kept: Path | None = None,
+        cost_cache: Path | None = None,
     ) -> None:
-        """slots: pictures that are begun and not finished. waiting: pictures that may wait for one
-        rows: of one call of the model at most; None takes what is measured to pay
-        deterministic: every call has that many rows, for backends whose sums depend on it
-        reload: gives the pipeline anew when its device broke
-        kept: where measured costs are kept, such as the bundle's `plans`
+        """Nothing runs before `start`.
+
+        Args:
+            pipe: The pipeline; it remains the caller's to close.
+            slots: Requests in flight at the same time; a request is one image.
+            waiting: Length of the waiting queue.
+            rows: Largest batch of a call of the model; by default as many as are measured to pay.
+            deterministic: Pad every call to that many rows, for backends whose results depend on
+                the batch size.
+            observer: Called with what happens, for metrics.
+            reload: Returns a new pipeline after the device failed.
+            cost_cache: Folder for measured costs, such as the bundle's `plans`.
         """
         count = int_parser(1, 10_000)
         rows = None if rows is None else count("rows", rows)
         self.pipe = pipe
-        self.slots, self.most_waiting = count("slots", slots), count("waiting", waiting)
+        self.slots, self.max_waiting = count("slots", slots), count("waiting", waiting)
         self.state: Literal["loading", "ready", "draining", "broken", "closed"] = "loading"
-        self.costs: Costs
+        self.cost_model: CostModel
         self._rows, self._deterministic = rows, deterministic
-        self._observer, self._reload, self._kept = observer, reload, kept
+        self._observer, self._reload, self._cost_cache = observer, reload, cost_cache
         self._changed = threading.Condition()
         self._waiting: list[RequestHandle] = []
-        self._inside: list[RequestHandle] = []
+        self._running: list[RequestHandle] = []
         self._decoding: list[RequestHandle] = []
-        self._gather = BatchBuilder()
+        self._batch_builder = BatchBuilder()
         self._threads: list[threading.Thread] = []
         self._reloaded = False
         self._loras = LoraSwitch(pipe)
 
     def start(self) -> None:
-        """Measure what calls cost, unless that is known, and begin to work."""
+        """Measure what calls cost, unless cached, and start the threads."""
         with self.pipe.leases.call():
-            self.costs = costs_of(self.pipe, self._rows or 2 * self.slots, self._kept)
+            max_rows = self._rows or 2 * self.slots
+            self.cost_model = load_cost_model(self.pipe, max_rows, self._cost_cache)
         if self._deterministic and self._rows is None:
-            self._rows = max(2, *(size.most for size in self.costs.sizes.values()))
-        self.rates = self.costs.rates(self._rows)
-        self._gather = BatchBuilder(self._rows or 0 if self._deterministic else 0)
+            self._rows = max(2, *(size.max_rows for size in self.cost_model.sizes.values()))
+        self.estimates = self.cost_model.estimates(self._rows)
+        self._batch_builder = BatchBuilder(self._rows or 0 if self._deterministic else 0)
         for work in (self._prepare, self._denoise, self._decode):
             name = f"sdrt{work.__name__}"
-            thread = threading.Thread(target=self._work, args=(work,), name=name, daemon=True)
+            thread = threading.Thread(target=self._run_thread, args=(work,), name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
         self.state = "ready"
@@ -112,15 +123,25 @@ class InflightBatcher:
         loras: Named | None = None,
         **arguments: Unpack[GenerationKwargs],
     ) -> list[RequestHandle]:
-        """One ticket for every picture of the call, all accepted or none.
+        """Submit the images of one call; all are accepted or none.
 
-        options, arguments: the fields of `GenerationOptions`, as a mapping or by name
-        scheduler: as for `Pipeline.with_scheduler`
-        priority: -100 to 100, larger goes first. deadline: seconds from now
-        on_step: called after each evaluation, in the engine's thread: it must be quick
-        loras: LoRA files by name (a `str`, in the folder `loras`) or path (a `Path`), with their
-            weights, beside those that tags in the prompts name
-        Raises UsageError for what does not fit, RequestRejected for what cannot be done in time.
+        Args:
+            prompt: One or several, or None for a model without a text encoder.
+            options: The keyword arguments of a `Pipeline` call, as a mapping.
+            scheduler: As for `Pipeline.with_scheduler`.
+            priority: -100 to 100; larger goes first.
+            deadline: Seconds from now.
+            on_step: Called after each evaluation in the batcher's thread; must return quickly.
+            loras: LoRA files by name (`str`, in the folder `loras`) or path (`Path`) with their
+                weights, in addition to those named by tags in the prompts.
+            **arguments: The same keyword arguments by name.
+
+        Returns:
+            One handle for each image, in order.
+
+        Raises:
+            UsageError: An argument is invalid.
+            RequestRejected: The queue is full, memory is missing, or a deadline cannot be met.
         """
         if deadline is not None:
             deadline = DEADLINE("deadline", deadline)
@@ -128,7 +149,7 @@ class InflightBatcher:
         if on_step is not None:
             parse_callable("on_step", on_step)
         chosen = parse_options(merge_arguments(options, arguments))
-        self._check_open()
+        self._check_ready()
         pipe = self.pipe
         if scheduler is not None and not (isinstance(scheduler, str) and not scheduler):
             pipe = pipe.with_scheduler(scheduler)
@@ -136,96 +157,91 @@ class InflightBatcher:
         table = job.table
         now = time.monotonic()
 
-        def ticket(request: Request, submission: Submission) -> RequestHandle:
-            turn = Turn(
-                (job.size, submission.loras), job.num_rows, table.evaluations, now, now, priority
+        def create_handle(request: Request, group: RequestGroup) -> RequestHandle:
+            scheduled = ScheduledRequest(
+                (job.size, group.loras), job.num_rows, table.evaluations, now, now, priority
             )
-            turn.promised, turn.full = deadline is not None, table.full_fraction
-            turn.due = self.rates.due(turn) if deadline is None else now + deadline
+            scheduled.full_fraction = table.full_fraction
+            scheduled.has_deadline = deadline is not None
+            default = self.estimates.default_deadline(scheduled)
+            scheduled.deadline = default if deadline is None else now + deadline
             return RequestHandle(
-                request, table.evaluations, Times(now), turn, submission, self._cancel
+                request, table.evaluations, RequestTimes(now), scheduled, group, self._cancel
             )
 
-        tickets = []
-        for own, part in requests_by_set(job.requests, chosen, self._loras.base, loras).items():
-            submission = Submission(replace(job, requests=part), on_step, own)
-            tickets += [ticket(request, submission) for request in part]
-        tickets.sort(key=lambda each: each.request.index)
+        handles = []
+        for lora_set, part in requests_by_set(
+            job.requests, chosen, self._loras.base, loras
+        ).items():
+            group = RequestGroup(replace(job, requests=part), on_step, lora_set)
+            handles += [create_handle(request, group) for request in part]
+        handles.sort(key=lambda handle: handle.request.index)
         with self._changed:
             try:
-                self._admit(tickets, now)
-            except RequestRejected as refused:
+                self._check_admission(handles, now)
+            except RequestRejected as rejected:
                 if self._observer:
-                    self._observer.refused(refused.cause)
+                    self._observer.request_rejected(rejected.cause)
                 raise
-            self._waiting += tickets
+            self._waiting += handles
             self._changed.notify_all()
-        return tickets
+        return handles
 
-    def _check_open(self) -> None:
+    def _check_ready(self) -> None:
         if self.state == "broken":
-            raise RequestRejected("broken", "device error; the engine is restarting", LONGEST_PAUSE)
+            message = "device error; the engine is restarting"
+            raise RequestRejected("broken", message, MAX_RECOVERY_PAUSE)
         if self.state != "ready":
-            raise RequestRejected("draining", f"the engine is {self.state}", LONGEST_PAUSE)
+            raise RequestRejected("draining", f"the engine is {self.state}", MAX_RECOVERY_PAUSE)
 
-    def _admit(self, tickets: Sequence[RequestHandle], now: float) -> None:
-        """Raise RequestRejected unless all of them can be accepted and every promise be kept."""
-        self._check_open()
-        turn = tickets[0].turn
-        if missing := self.costs.missing_bytes(turn.group[0], turn.rows):  # type: ignore[index]
-            raise RequestRejected(
-                "memory", f"not enough memory: {missing / 1e6:.0f} MB missing", 10.0
-            )
-        others = [other.turn for other in (*self._inside, *self._waiting)]
-        if len(self._waiting) + len(tickets) > self.most_waiting:
-            done = forecast(others, now, self.rates, self.slots)
-            raise RequestRejected(
-                "queue",
-                f"the queue is full: {len(self._waiting)} of {self.most_waiting} images waiting",
-                min(done, default=now) - now,
-            )
-        turns = [*others, *(ticket.turn for ticket in tickets)]
-        if not any(turn.promised for turn in turns):
-            return
-        late = lateness(turns, now, self.rates, self.slots)
-        if turn.promised and (new := max(late[len(others) :])) > 0.0:
-            raise RequestRejected(
-                "deadline", f"the deadline cannot be met: estimated {new:.2g} s late", new
-            )
-        if any(other.promised and by > 0.0 for other, by in zip(others, late, strict=False)):
-            then = lateness(others, now, self.rates, self.slots)
-            for other, by, before in zip(others, late, then, strict=False):
-                if other.promised and before <= 0.0 < by:
-                    message = "accepting this request would miss the deadline of an earlier one"
-                    raise RequestRejected("deadline", message, other.due - now)
+    def _check_admission(self, handles: Sequence[RequestHandle], now: float) -> None:
+        """Raise RequestRejected unless all can be accepted and every accepted deadline be met."""
+        self._check_ready()
+        new = [handle.scheduled for handle in handles]
+        others = [handle.scheduled for handle in (*self._running, *self._waiting)]
+        check_memory_for(new[0], self.cost_model)
+        check_queue(
+            len(new),
+            len(self._waiting),
+            self.max_waiting,
+            others,
+            now,
+            self.estimates,
+            self.slots,
+        )
+        check_deadlines(new, others, now, self.estimates, self.slots)
 
-    def tickets(self) -> list[RequestHandle]:
-        """Those that are not finished, in the order of their turns."""
+    def unfinished(self) -> list[RequestHandle]:
+        """Handles that are not finished, in the order in which the scheduler runs them."""
         now = time.monotonic()
         with self._changed:
-            ahead = [*self._decoding, *sorted(self._inside, key=lambda t: t.turn.key(now))]
-            return [*ahead, *sorted(self._waiting, key=lambda t: t.turn.key(now))]
+            ahead = [
+                *self._decoding,
+                *sorted(self._running, key=lambda t: t.scheduled.sort_key(now)),
+            ]
+            return [*ahead, *sorted(self._waiting, key=lambda t: t.scheduled.sort_key(now))]
 
     def drain(self, seconds: float) -> bool:
-        """Refuse what is new and wait for the rest; whether all were finished in time."""
+        """Reject new requests and wait for the others; returns whether all finished in time."""
         with self._changed:
             if self.state == "ready":
                 self.state = "draining"
-            return self._changed.wait_for(lambda: not self._unfinished(), timeout=seconds)
+            return self._changed.wait_for(lambda: not self._all_handles(), timeout=seconds)
 
     def close(self) -> None:
-        """End the threads; what is unfinished is cancelled. The pipeline stays the caller's."""
+        """Stop the threads and cancel unfinished requests. The pipeline stays open."""
         with self._changed:
             self.state = "closed"
             self._changed.notify_all()
         for thread in self._threads[1:]:
             thread.join()
-        for ticket in self._unfinished():  # the first may wait for a change that waits for these
-            ticket.let_go()
+        # The first thread may wait for a LoRA change that waits for these leases.
+        for handle in self._all_handles():
+            handle.release()
         for thread in self._threads[:1]:
             thread.join()
-        for ticket in self._unfinished():
-            self._end(ticket, RequestCancelled("the engine was closed"))
+        for handle in self._all_handles():
+            self._finish(handle, RequestCancelled("the batcher was closed"))
         if self._reloaded:
             self.pipe.close()
 
@@ -236,203 +252,208 @@ class InflightBatcher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _unfinished(self) -> list[RequestHandle]:
-        return [*self._waiting, *self._inside, *self._decoding]
+    def _all_handles(self) -> list[RequestHandle]:
+        return [*self._waiting, *self._running, *self._decoding]
 
-    def _cancel(self, ticket: RequestHandle) -> None:
+    def _cancel(self, handle: RequestHandle) -> None:
         with self._changed:
-            ticket.unwanted = True
-            if ticket.state == "waiting":
-                self._end(ticket, RequestCancelled("cancelled"))
+            handle.cancel_requested = True
+            if handle.state == "waiting":
+                self._finish(handle, RequestCancelled("cancelled"))
             self._changed.notify_all()
 
-    def _end(self, ticket: RequestHandle, result: GeneratedImage | Exception) -> None:
-        """The picture, or what went wrong, for whoever waits."""
+    def _finish(self, handle: RequestHandle, result: GeneratedImage | Exception) -> None:
+        """Set the result of a request, an image or an error, and free its slot."""
         with self._changed:
-            for place in (self._waiting, self._inside, self._decoding):
-                if ticket in place:
-                    place.remove(ticket)
-            ticket.run = ticket.edit = None
-            ticket.let_go()
+            for place in (self._waiting, self._running, self._decoding):
+                if handle in place:
+                    place.remove(handle)
+            handle.run = handle.edit = None
+            handle.release()
             if isinstance(result, GeneratedImage):
-                ticket.state = "done"
+                handle.state = "done"
             else:
-                ticket.state = "cancelled" if isinstance(result, RequestCancelled) else "failed"
+                handle.state = "cancelled" if isinstance(result, RequestCancelled) else "failed"
             self._changed.notify_all()
         if self._observer:
-            self._observer.finished(ticket)
+            self._observer.request_finished(handle)
         if isinstance(result, GeneratedImage):
-            ticket.future.set_result(result)
+            handle.future.set_result(result)
         else:
-            ticket.future.set_exception(result)
+            handle.future.set_exception(result)
 
-    def _next(self, tickets: Callable[[], list[RequestHandle]]) -> list[RequestHandle]:
-        """Wait until there are some, and give them in the order of their turns; none at the end.
-        The unwanted among them are cancelled.
+    def _next(self, candidates: Callable[[], list[RequestHandle]]) -> list[RequestHandle]:
+        """Wait for candidates and return them in the scheduler's order; none once closed. Those
+        that were cancelled are ended.
         """
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self.state == "closed" or (self.state != "broken" and tickets())
+                    lambda: self.state == "closed" or (self.state != "broken" and candidates())
                 )
-                found = [] if self.state == "closed" else list(tickets())
-                unwanted = [ticket for ticket in found if ticket.unwanted]
-            for ticket in unwanted:  # one that is cancelled from here on takes part once more
-                self._end(ticket, RequestCancelled("cancelled"))
-            if len(unwanted) < len(found) or not found:
+                ready = [] if self.state == "closed" else list(candidates())
+                cancelled = [handle for handle in ready if handle.cancel_requested]
+            for handle in cancelled:  # one cancelled from here on takes part once more
+                self._finish(handle, RequestCancelled("cancelled"))
+            if len(cancelled) < len(ready) or not ready:
                 now = time.monotonic()
-                wanted = (ticket for ticket in found if ticket not in unwanted)
-                return sorted(wanted, key=lambda ticket: ticket.turn.key(now))
+                remaining = (handle for handle in ready if handle not in cancelled)
+                return sorted(remaining, key=lambda handle: handle.scheduled.sort_key(now))
 
-    def _work(self, work: Callable[[], None]) -> None:
-        """A thread's whole life. A mistake of this module ends the engine for all to see."""
+    def _run_thread(self, work: Callable[[], None]) -> None:
+        """Run a thread. An unexpected error closes the batcher."""
         try:
             work()
         except Exception as error:
-            log.exception("the engine in flight ends")
+            log.exception("in-flight batching failed")
             self.state = "closed"
-            for ticket in self._unfinished():
-                self._end(ticket, typed(error))
+            for handle in self._all_handles():
+                self._finish(handle, as_sdrt_error(error))
 
     def _prepare(self) -> None:
-        """A thread: whoever gets a slot is encoded."""
+        """Thread: encode the prompts of requests that get a slot."""
 
         def candidates() -> list[RequestHandle]:
-            begun = len(self._inside) + len(self._decoding)
+            begun = len(self._running) + len(self._decoding)
             if begun >= self.slots:
                 return []
             return self._loras.eligible(self.pipe, self._waiting, begun > 0)
 
         while ordered := self._next(candidates):
-            ticket = ordered[0]
+            handle = ordered[0]
             with self._changed:
-                if ticket.state != "waiting":
+                if handle.state != "waiting":
                     continue
-                self._waiting.remove(ticket)
-                self._inside.append(ticket)
-                ticket.state, ticket.turn.started = "preparing", True
-            ticket.times.began = time.monotonic()
+                self._waiting.remove(handle)
+                self._running.append(handle)
+                handle.state, handle.scheduled.started = "preparing", True
+            handle.times.started = time.monotonic()
             try:
-                ticket.lease = self._loras.begin(self.pipe, ticket)
-                with ticket.lease.held():
-                    if ticket.submission.job.options.returns_image:
-                        self._return_image(ticket)
+                handle.lease = self._loras.begin(self.pipe, handle)
+                with handle.lease.held():
+                    if handle.group.job.options.returns_image:
+                        self._return_image(handle)
                         continue
-                    run, edit = self._prepared(ticket)
+                    run, edit = self._prepare_state(handle)
             except Exception as error:
-                self._end(ticket, typed(error))
+                self._finish(handle, as_sdrt_error(error))
                 continue
             shapes = tuple((name, value.shape[1:]) for name, value in run.conditioning.items())
             with self._changed:
-                ticket.turn.group = (*ticket.turn.group[:2], shapes)  # type: ignore[index]
-                ticket.turn.network = run.component
-                ticket.run, ticket.edit, ticket.state = run, edit, "running"
-                ticket.times.prepared = time.monotonic()
+                handle.scheduled.batch_key = (*handle.scheduled.batch_key[:2], shapes)  # type: ignore[index]
+                handle.scheduled.component = run.component
+                handle.run, handle.edit, handle.state = run, edit, "running"
+                handle.times.prepared = time.monotonic()
                 self._changed.notify_all()
 
-    def _return_image(self, ticket: RequestHandle) -> None:
-        """At strength 0 there is nothing to evaluate: the image to start from is the result."""
-        job = ticket.submission.job
+    def _return_image(self, handle: RequestHandle) -> None:
+        """At strength 0 the result is the input image."""
+        job = handle.group.job
         try:
             image = self.pipe.input_image(job)
-            text = self.pipe.parameters_text(ticket.request, job)
+            text = self.pipe.parameters_text(handle.request, job)
         except Exception as error:
-            self._end(ticket, typed(error))
+            self._finish(handle, as_sdrt_error(error))
             return
-        ticket.times.prepared = ticket.times.denoised = ticket.times.decoded = time.monotonic()
-        self._end(ticket, GeneratedImage(image, text, ticket.request.seed))
+        handle.times.prepared = handle.times.denoised = handle.times.decoded = time.monotonic()
+        self._finish(handle, GeneratedImage(image, text, handle.request.seed))
 
-    def _prepared(self, ticket: RequestHandle) -> tuple[DenoisingState, LatentEdit | None]:
-        shared = ticket.submission
-        if shared.failed:
-            raise shared.failed
+    def _prepare_state(self, handle: RequestHandle) -> tuple[DenoisingState, LatentEdit | None]:
+        group = handle.group
+        if group.failed:
+            raise group.failed
         weights = self.pipe.leases, self.pipe.leases.changes
-        if shared.prepared is None or shared.weights != weights:  # its texts are read anew
-            pipe = replace(self.pipe, scheduler_config=shared.job.scheduler_config)
-            shared.prepared = pipe.prepare_states(shared.job)
-            shared.weights = weights
+        if group.prepared is None or group.weights != weights:  # prompts are encoded again
+            pipe = replace(self.pipe, scheduler_config=group.job.scheduler_config)
+            group.prepared = pipe.prepare_states(group.job)
+            group.weights = weights
         try:
-            for request, run, edit in shared.prepared:  # in order, past the cancelled ones
-                if request is ticket.request:
+            for request, run, edit in group.prepared:  # in order; skips cancelled ones
+                if request is handle.request:
                     return run, edit
         except Exception as error:
-            shared.failed = error
+            group.failed = error
             raise
-        raise AssertionError("tickets of a submission are prepared in order")
+        raise AssertionError("requests of a group are prepared in order")
 
     def _denoise(self) -> None:
-        """A thread: the loop."""
+        """Thread: the denoising loop."""
 
         def candidates() -> list[RequestHandle]:
-            return [ticket for ticket in self._inside if ticket.state == "running"]
+            return [handle for handle in self._running if handle.state == "running"]
 
         while ordered := self._next(candidates):
-            turns = {id(ticket.turn): ticket for ticket in ordered}
-            chosen = sharing([ticket.turn for ticket in ordered], self.rates.most)
-            self._evaluate([turns[id(turn)] for turn in chosen])
+            handles = {id(handle.scheduled): handle for handle in ordered}
+            batch = select_batch([handle.scheduled for handle in ordered], self.estimates.max_rows)
+            self._evaluate([handles[id(scheduled)] for scheduled in batch])
 
-    def _evaluate(self, tickets: Sequence[RequestHandle]) -> None:
-        """One call of the model for all of these."""
-        runs = [ticket.run for ticket in tickets if ticket.run is not None]
-        group, rows = tickets[0].turn.group, sum(run.num_rows for run in runs)
+    def _evaluate(self, handles: Sequence[RequestHandle]) -> None:
+        """Evaluate the model once for a batch."""
+        runs = [handle.run for handle in handles if handle.run is not None]
+        batch_key, rows = handles[0].scheduled.batch_key, sum(run.num_rows for run in runs)
         began = time.monotonic()
         try:
-            self._gather.evaluate(self.pipe.engines, runs)
+            self._batch_builder.evaluate(self.pipe.engines, runs)
         except Exception as error:
-            for ticket in tickets:
-                self._end(ticket, typed(error))
-            if not works(self.pipe):
+            for handle in handles:
+                self._finish(handle, as_sdrt_error(error))
+            if not is_model_callable(self.pipe):
                 self._recover()
             return
         seconds = time.monotonic() - began
-        costs, whole = self.costs.of(group), tickets[0].turn.network == "unet"
-        (costs.observe if whole else costs.observe_shallow)(rows, seconds)
+        costs, is_full = (
+            self.cost_model.for_key(batch_key),
+            handles[0].scheduled.component == "unet",
+        )
+        (costs.observe if is_full else costs.observe_shallow)(rows, seconds)
         if self._observer:
-            self._observer.called(rows, seconds)
-        for ticket, run in zip(tickets, runs, strict=True):
-            self._stepped(ticket, run)
+            self._observer.batch_evaluated(rows, seconds)
+        for handle, run in zip(handles, runs, strict=True):
+            self._after_evaluation(handle, run)
 
-    def _stepped(self, ticket: RequestHandle, run: DenoisingState) -> None:
-        """After an evaluation: edits, news, and the way to the decoder."""
+    def _after_evaluation(self, handle: RequestHandle, run: DenoisingState) -> None:
+        """After an evaluation: apply edits, call `on_step`, hand finished latents to the
+        decoder.
+        """
         try:
-            with ticket.held():
-                if ticket.edit:
-                    run.replace_latents(ticket.edit(run.evaluations_done, run.latents[None])[0])
-                if ticket.submission.on_step:
+            with handle.lease_context():
+                if handle.edit:
+                    run.replace_latents(handle.edit(run.evaluations_done, run.latents[None])[0])
+                if handle.group.on_step:
                     step = build_step(run.table, run.evaluations_done, run.latents[None].copy())
-                    ticket.submission.on_step(ticket, step)
-        except Exception as error:  # of the caller's; it touches nobody else
-            self._end(ticket, typed(error))
+                    handle.group.on_step(handle, step)
+        except Exception as error:  # of the caller's callback; the others go on
+            self._finish(handle, as_sdrt_error(error))
             return
-        ticket.turn.left = run.num_evaluations - run.evaluations_done
+        handle.scheduled.evaluations_left = run.num_evaluations - run.evaluations_done
         if not run.finished:
-            ticket.turn.rows, ticket.turn.network = run.num_rows, run.component
+            handle.scheduled.num_rows, handle.scheduled.component = run.num_rows, run.component
             return
         with self._changed:
-            self._inside.remove(ticket)
-            self._decoding.append(ticket)
-            ticket.state, ticket.times.denoised = "decoding", time.monotonic()
+            self._running.remove(handle)
+            self._decoding.append(handle)
+            handle.state, handle.times.denoised = "decoding", time.monotonic()
             self._changed.notify_all()
 
     def _decode(self) -> None:
-        """A thread: latents to pictures."""
+        """Thread: decode latents to images."""
         while ordered := self._next(lambda: self._decoding):
-            ticket = ordered[0]
-            assert ticket.run is not None
-            shared = ticket.submission
-            pipe = replace(self.pipe, scheduler_config=shared.job.scheduler_config)
+            handle = ordered[0]
+            assert handle.run is not None
+            group = handle.group
+            pipe = replace(self.pipe, scheduler_config=group.job.scheduler_config)
             try:
-                with ticket.held():
-                    image = pipe.decode(ticket.run.latents[None])[0]
-                    text = pipe.parameters_text(ticket.request, shared.job)
+                with handle.lease_context():
+                    image = pipe.decode(handle.run.latents[None])[0]
+                    text = pipe.parameters_text(handle.request, group.job)
             except Exception as error:
-                self._end(ticket, typed(error))
+                self._finish(handle, as_sdrt_error(error))
                 continue
-            ticket.times.decoded = time.monotonic()
-            self._end(ticket, GeneratedImage(image, text, ticket.request.seed))
+            handle.times.decoded = time.monotonic()
+            self._finish(handle, GeneratedImage(image, text, handle.request.seed))
 
     def _recover(self) -> None:
-        """Until the model can be called again: try, load anew, wait longer every time. Pictures
+        """Reload the pipeline until a call of the model succeeds, with growing pauses. Requests
         that were not in the failed call keep their latents and go on.
         """
         with self._changed:
@@ -440,18 +461,18 @@ class InflightBatcher:
                 return
             before, self.state = self.state, "broken"
         pause = 0.1
-        while not works(self.pipe):
+        while not is_model_callable(self.pipe):
             with self._changed:
                 if self._changed.wait_for(lambda: self.state == "closed", timeout=pause):
                     return
-            pause = min(2 * pause, LONGEST_PAUSE)
+            pause = min(2 * pause, MAX_RECOVERY_PAUSE)
             if self._reload:
                 try:
                     pipe = self._reload()
                     self._loras.renew(self.pipe, pipe)
                     self.pipe, self._reloaded = pipe, True
                 except Exception:
-                    log.exception("the pipeline cannot be loaded anew")
+                    log.exception("failed to reload the pipeline")
         with self._changed:
             self.state = before
             self._changed.notify_all()

@@ -1,6 +1,6 @@
-"""What whoever asks for pictures in flight gets: tickets, and the errors that end one.
+"""What a caller of `InflightBatcher.submit` gets: request handles, and their errors.
 
-Knows nothing of how pictures are made.
+Knows nothing of how images are generated.
 """
 
 import logging
@@ -19,7 +19,7 @@ from sdrt.runtime.leases import Lease
 from sdrt.runtime.lora.sets import LoraSet
 from sdrt.runtime.requests import Request
 
-from .scheduler import Turn
+from .scheduler import ScheduledRequest
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,12 @@ Cause = Literal["queue", "deadline", "memory", "draining", "broken"]
 
 
 class RequestRejected(SdrtError):
-    """A request was not accepted. cause: why; retry_after: seconds until it may fit."""
+    """A request was not accepted.
+
+    Attributes:
+        cause: Why: queue, deadline, memory, draining or broken.
+        retry_after: Seconds after which it may be accepted.
+    """
 
     def __init__(self, cause: Cause, message: str, retry_after: float) -> None:
         super().__init__(message)
@@ -35,12 +40,12 @@ class RequestRejected(SdrtError):
 
 
 class RequestCancelled(SdrtError):
-    """Whoever asked for the picture does not want it any more, or the engine was closed."""
+    """The caller cancelled the request, or the batcher was closed."""
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedImage:
-    """A finished picture and the text that goes into its file."""
+    """A finished image, its generation parameters as text, and its seed."""
 
     image: Image
     parameters: str
@@ -48,14 +53,19 @@ class GeneratedImage:
 
 
 @dataclass(slots=True)
-class Times:
-    """Seconds on the clock of `time.monotonic`; None for what has not come yet.
+class RequestTimes:
+    """When a request reached each stage, in seconds of `time.monotonic`; None if not yet.
 
-    began: given a slot. prepared: ready for its first evaluation. denoised: after its last
+    Attributes:
+        submitted: Admitted to the waiting queue.
+        started: Got a slot.
+        prepared: Ready for its first evaluation.
+        denoised: After its last evaluation.
+        decoded: The image is finished.
     """
 
     submitted: float
-    began: float | None = None
+    started: float | None = None
     prepared: float | None = None
     denoised: float | None = None
     decoded: float | None = None
@@ -67,65 +77,65 @@ Prepared = Iterator[tuple[Request, DenoisingState, LatentEdit | None]]
 
 
 @dataclass(slots=True, eq=False)
-class Submission:
-    """What the pictures of one call of `submit` share."""
+class RequestGroup:
+    """What the requests of one call of `submit` with the same LoRA files share."""
 
     job: GenerationJob
     on_step: OnStep | None
-    loras: LoraSet | None = None  # which its images are made with; None: what is carried anyway
+    loras: LoraSet | None = None  # None: those that the pipeline has anyway
     prepared: Prepared | None = None
-    weights: object = None  # by which it was prepared
+    weights: object = None  # those it was prepared with
     failed: Exception | None = None
 
 
 @dataclass(slots=True, eq=False)
 class RequestHandle:
-    """One picture on its way. future: gives the `GeneratedImage`, or raises what went wrong."""
+    """One image in flight. `future` gives the `GeneratedImage`, or raises the error."""
 
     request: Request
-    evaluations: int
-    times: Times
-    turn: Turn
-    submission: Submission = field(repr=False)
+    num_evaluations: int
+    times: RequestTimes
+    scheduled: ScheduledRequest
+    group: RequestGroup = field(repr=False)
     on_cancel: Callable[["RequestHandle"], None] = field(repr=False)
     state: State = "waiting"
     future: "Future[GeneratedImage]" = field(default_factory=Future, repr=False)
     run: DenoisingState | None = field(default=None, repr=False)
     edit: LatentEdit | None = field(default=None, repr=False)
-    unwanted: bool = False
+    cancel_requested: bool = False
     lease: Lease | None = None
 
     @property
-    def done_evaluations(self) -> int:
-        return self.evaluations - self.turn.left
+    def evaluations_done(self) -> int:
+        return self.num_evaluations - self.scheduled.evaluations_left
 
-    def held(self) -> AbstractContextManager[None]:
-        """This thread works on the picture, for callbacks that must not wait for its end."""
+    def lease_context(self) -> AbstractContextManager[None]:
+        """Hold the request's lease in this thread, so that callbacks do not wait for it."""
         return self.lease.held() if self.lease else nullcontext()
 
-    def let_go(self) -> None:
-        """The picture needs the pipeline's weights no more."""
+    def release(self) -> None:
+        """Release the pipeline's weights."""
         if self.lease:
             self.lease.release()
 
     def cancel(self) -> None:
-        """Give the slot back at the next evaluation; a finished picture stays."""
+        """Free the slot before the next evaluation; a finished image is kept."""
         self.on_cancel(self)
 
 
 class Observer(Protocol):
-    """Told what happens, from the engine's threads; must be quick."""
+    """Called from the batcher's threads, for metrics; must return quickly."""
 
-    def called(self, rows: int, seconds: float) -> None: ...
+    def batch_evaluated(self, rows: int, seconds: float) -> None: ...
 
-    def finished(self, ticket: RequestHandle) -> None: ...
+    def request_finished(self, handle: RequestHandle) -> None: ...
 
-    def refused(self, cause: Cause) -> None: ...
+    def request_rejected(self, cause: Cause) -> None: ...
 
 
-def typed(error: Exception) -> SdrtError:
-    """An error of the tree, whatever went wrong."""
+def as_sdrt_error(error: Exception) -> SdrtError:
+    """The error as an `SdrtError`."""
     if isinstance(error, SdrtError):
         return error
-    log.error("a picture failed", exc_info=error)
+    log.error("a request failed", exc_info=error)
     return BackendError(f"{type(error).__name__}: {error}")

@@ -1,130 +1,153 @@
-"""Whose turn it is: which pictures in flight share the next call of the model.
+"""The scheduler: which requests in flight share the next call of the model.
 
-Knows numbers about pictures, not pictures: the same rules run the engine in flight, foretell when
-a picture will be done, and simulate fleets.
+- Within a priority the earliest deadline goes first. A request without a deadline gets one at
+  `DEFAULT_SLOWDOWN` times the seconds it would take alone, so short requests pass long ones and
+  nothing starves.
+- A request rises by one priority for every `PRIORITY_SECONDS` it has waited.
+- A request that is passed over keeps its latents and goes on later, at no cost.
 
-The earliest due goes first within a priority. What was given no deadline is due after `STRETCH`
-times the seconds that it would take alone, so the short ones pass the long ones, and the longest
-is due some time: nothing starves. Whoever has waited `PATIENCE` seconds rises by one priority.
-A picture that is passed over keeps its latents and goes on later; that costs nothing.
+Knows numbers about requests, not images: the same rules run the batcher, estimate finish times and
+simulate fleets.
 """
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-STRETCH = 4.0
-PATIENCE = 30.0
-MARGIN = 1.1  # what a forecast may be wrong by before a promise is refused
+DEFAULT_SLOWDOWN = 4.0
+PRIORITY_SECONDS = 30.0
+SAFETY_FACTOR = 1.1  # of an estimate, before a deadline is rejected
 
 
 @dataclass(slots=True, eq=False)
-class Turn:
-    """What the rules know of a picture.
+class ScheduledRequest:
+    """What the scheduler knows of a request, which is one image.
 
-    group: pictures of one group can share a call, while their next evaluations run one network
-    rows: rows of one evaluation; left: evaluations left
-    full: the share of its evaluations that run the whole model; the others run its shallow part
-    due: seconds on the caller's clock; promised: whether somebody was promised it
-    priority: larger goes first
-    started: whether it has a slot
+    Attributes:
+        batch_key: Requests with the same key can share a call if they also run the same component.
+        num_rows: Rows of its next evaluation in the model's batch.
+        evaluations_left: Model evaluations until it is denoised.
+        submitted: Seconds on the caller's clock.
+        deadline: Seconds on the caller's clock.
+        priority: Larger goes first.
+        has_deadline: Whether the caller set the deadline.
+        started: Whether it has a slot.
+        component: The network that its next evaluation runs.
+        full_fraction: Fraction of its evaluations that run the full model; the others run its
+            shallow part.
     """
 
-    group: Hashable
-    rows: int
-    left: int
+    batch_key: Hashable
+    num_rows: int
+    evaluations_left: int
     submitted: float
-    due: float
+    deadline: float
     priority: int = 0
-    promised: bool = False
+    has_deadline: bool = False
     started: bool = False
-    network: str = "unet"
-    full: float = 1.0
+    component: str = "unet"
+    full_fraction: float = 1.0
 
-    def key(self, now: float) -> tuple[float, float, float]:
+    def sort_key(self, now: float) -> tuple[float, float, float]:
         """The smallest goes first."""
-        risen = self.priority + max(0.0, now - self.submitted) // PATIENCE
-        return (-risen, self.due, self.submitted)
+        priority = self.priority + max(0.0, now - self.submitted) // PRIORITY_SECONDS
+        return (-priority, self.deadline, self.submitted)
 
 
-def sharing(ordered: Sequence[Turn], most: Callable[[Hashable], int]) -> list[Turn]:
-    """The first in order and, of those after it, whose rows fit into the same call.
+def select_batch(
+    ordered: Sequence[ScheduledRequest], max_rows: Callable[[Hashable], int]
+) -> list[ScheduledRequest]:
+    """The first request, and those after it that fit into the same call of the model.
 
-    most: rows of one call of a group
+    Args:
+        ordered: Requests that are ready for an evaluation, in order; at least one.
+        max_rows: The rows of a call, by batch key. A first request with more runs alone.
     """
     first = ordered[0]
-    room, chosen = max(most(first.group), first.rows), []
-    for turn in ordered:
-        alike = turn.group == first.group and turn.network == first.network
-        if alike and turn.rows <= room:
-            chosen.append(turn)
-            room -= turn.rows
-    return chosen
+    free, batch = max(max_rows(first.batch_key), first.num_rows), []
+    for request in ordered:
+        same = request.batch_key == first.batch_key and request.component == first.component
+        if same and request.num_rows <= free:
+            batch.append(request)
+            free -= request.num_rows
+    return batch
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
-    """What things cost, in seconds.
+class CostEstimates:
+    """Estimated costs by batch key, in seconds.
 
-    call: of one call of the model, by group and rows. most: rows of one call, by group
-    before, after: from a slot to the first evaluation, from the last one to the picture, by group
-    shallow: of a call of the model's shallow part, in units of the whole one's, by group
+    Attributes:
+        call_seconds: Of a call of the model, by batch key and rows.
+        max_rows: Rows of a call, by batch key.
+        prepare_seconds: From a slot to the first evaluation.
+        decode_seconds: From the last evaluation to the image.
+        shallow_ratio: A call of the model's shallow part relative to one of the full model.
     """
 
-    call: Callable[[Hashable, int], float]
-    most: Callable[[Hashable], int]
-    before: Callable[[Hashable], float]
-    after: Callable[[Hashable], float]
-    shallow: Callable[[Hashable], float] = lambda _: 1.0
+    call_seconds: Callable[[Hashable, int], float]
+    max_rows: Callable[[Hashable], int]
+    prepare_seconds: Callable[[Hashable], float]
+    decode_seconds: Callable[[Hashable], float]
+    shallow_ratio: Callable[[Hashable], float] = lambda _: 1.0
 
-    def evaluation(self, sharing: Sequence[Turn]) -> float:
-        """Seconds of a call that these share, on average over their evaluations."""
-        group, full = sharing[0].group, max(turn.full for turn in sharing)
-        seconds = self.call(group, sum(turn.rows for turn in sharing))
-        return seconds * (full + (1.0 - full) * self.shallow(group))
+    def evaluation_seconds(self, batch: Sequence[ScheduledRequest]) -> float:
+        """Seconds of a call that a batch shares, on average over its evaluations."""
+        key, full = batch[0].batch_key, max(request.full_fraction for request in batch)
+        seconds = self.call_seconds(key, sum(request.num_rows for request in batch))
+        return seconds * (full + (1.0 - full) * self.shallow_ratio(key))
 
-    def alone(self, turn: Turn) -> float:
-        """Seconds that a picture takes if nothing else runs."""
-        group = turn.group
-        return self.before(group) + turn.left * self.evaluation([turn]) + self.after(group)
+    def solo_seconds(self, request: ScheduledRequest) -> float:
+        """Seconds that a request takes if nothing else runs."""
+        key, evaluations = request.batch_key, request.evaluations_left
+        denoising = evaluations * self.evaluation_seconds([request])
+        return self.prepare_seconds(key) + denoising + self.decode_seconds(key)
 
-    def due(self, turn: Turn) -> float:
-        """When a picture is due that was given no deadline."""
-        return turn.submitted + STRETCH * self.alone(turn)
+    def default_deadline(self, request: ScheduledRequest) -> float:
+        """The deadline of a request whose caller set none."""
+        return request.submitted + DEFAULT_SLOWDOWN * self.solo_seconds(request)
 
 
-def forecast(turns: Sequence[Turn], now: float, rates: Rates, slots: int) -> list[float]:
-    """When each of the pictures will be done, by the caller's clock.
+def estimate_finish_times(
+    requests: Sequence[ScheduledRequest], now: float, estimates: CostEstimates, slots: int
+) -> list[float]:
+    """When each request will be finished, on the caller's clock.
 
-    From one departure to the next the same ones share every call, so the cost is that of a few
-    looks at the list, not of every evaluation.
+    Between two departures the same requests share every call, so the list is looked at once for
+    each departure and not for each evaluation.
     """
-    left = [turn.left for turn in turns]
-    done = [now] * len(turns)
-    ordered = sorted(range(len(turns)), key=lambda i: turns[i].key(now))
-    place = {id(turns[i]): i for i in ordered}
-    rank = {i: at for at, i in enumerate(ordered)}
-    inside = [i for i in ordered if turns[i].started]
-    waiting = [i for i in ordered if not turns[i].started]
-    idle = not inside and bool(waiting)
-    clock = decoder = now + (rates.before(turns[waiting[0]].group) if idle else 0.0)
-    while inside or waiting:
-        room = slots - len(inside)
-        inside = sorted([*inside, *waiting[:room]], key=rank.__getitem__)
-        waiting = waiting[room:]
-        chosen = [place[id(t)] for t in sharing([turns[i] for i in inside], rates.most)]
-        count = min(left[i] for i in chosen)
-        group = turns[chosen[0]].group
-        clock += count * rates.evaluation([turns[i] for i in chosen])
-        for i in chosen:
+    left = [request.evaluations_left for request in requests]
+    finished = [now] * len(requests)
+    ordered = sorted(range(len(requests)), key=lambda i: requests[i].sort_key(now))
+    index = {id(requests[i]): i for i in ordered}
+    rank = {i: position for position, i in enumerate(ordered)}
+    running = [i for i in ordered if requests[i].started]
+    waiting = [i for i in ordered if not requests[i].started]
+    clock = now
+    if waiting and not running:
+        clock += estimates.prepare_seconds(requests[waiting[0]].batch_key)
+    decoder = clock
+    while running or waiting:
+        free = slots - len(running)
+        running = sorted([*running, *waiting[:free]], key=rank.__getitem__)
+        waiting = waiting[free:]
+        batch = select_batch([requests[i] for i in running], estimates.max_rows)
+        count = min(left[index[id(request)]] for request in batch)
+        clock += count * estimates.evaluation_seconds(batch)
+        for i in [index[id(request)] for request in batch]:
             left[i] -= count
             if left[i] <= 0:
-                inside.remove(i)
-                decoder = max(decoder, clock) + rates.after(group)  # one picture after another
-                done[i] = decoder
-    return done
+                running.remove(i)  # the decoder decodes one image after another
+                decoder = max(decoder, clock) + estimates.decode_seconds(batch[0].batch_key)
+                finished[i] = decoder
+    return finished
 
 
-def lateness(turns: Sequence[Turn], now: float, rates: Rates, slots: int) -> list[float]:
-    """Seconds by which each of the pictures may come too late; negative where it comes in time."""
-    done = forecast(turns, now, rates, slots)
-    return [MARGIN * (at - now) - (turn.due - now) for turn, at in zip(turns, done, strict=True)]
+def estimate_lateness(
+    requests: Sequence[ScheduledRequest], now: float, estimates: CostEstimates, slots: int
+) -> list[float]:
+    """Seconds by which each request may miss its deadline; negative if it meets it."""
+    finished = estimate_finish_times(requests, now, estimates, slots)
+    return [
+        SAFETY_FACTOR * (at - now) - (request.deadline - now)
+        for request, at in zip(requests, finished, strict=True)
+    ]

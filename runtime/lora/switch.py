@@ -4,7 +4,7 @@ All images that are begun at the same time are made with one set, which is that 
 order. When the first of those that wait wants another, nothing more of the current set is begun,
 except what waited already when the engine changed to it, so that sets that take turns share calls
 of the model; whatever came later waits its turn, so nobody waits for ever. Without an engine
-in flight, `pictures_by_set` makes the images of one set after those of the other. Knows tickets and
+in flight, `pictures_by_set` makes the images of one set after those of the other. Knows handles and
 the pipeline; not how images are made.
 """
 
@@ -40,40 +40,41 @@ class LoraSwitch:
     def eligible(
         self, pipe: Pipeline, waiting: Sequence[RequestHandle], busy: bool
     ) -> list[RequestHandle]:
-        """Those of the waiting tickets that may begin now. busy: whether others are unfinished."""
+        """Those of the waiting handles that may begin now. busy: whether others are unfinished."""
         if not waiting:
             return []
         now = time.monotonic()
-        first = min(waiting, key=lambda ticket: ticket.turn.key(now))
+        first = min(waiting, key=lambda handle: handle.scheduled.sort_key(now))
         carried, wanted = pipe.adapters.chosen, self._wanted(pipe, first)
-        same = [ticket for ticket in waiting if self._wanted(pipe, ticket) == carried]
+        same = [handle for handle in waiting if self._wanted(pipe, handle) == carried]
         if pipe.adapters.is_outdated:
             same = []
         elif wanted == carried:
             return same
-        priority = first.turn.key(now)[0]
+        priority = first.scheduled.sort_key(now)[0]
         early = [
-            ticket
-            for ticket in same
-            if ticket.times.submitted <= self._changed_at and ticket.turn.key(now)[0] <= priority
+            handle
+            for handle in same
+            if handle.times.submitted <= self._changed_at
+            and handle.scheduled.sort_key(now)[0] <= priority
         ]
-        return early or ([] if busy and not first.submission.failed else [first])
+        return early or ([] if busy and not first.group.failed else [first])
 
-    def begin(self, pipe: Pipeline, ticket: RequestHandle) -> Lease:
-        """A lease of the pipeline while it carries the ticket's set, which it is made to carry
+    def begin(self, pipe: Pipeline, handle: RequestHandle) -> Lease:
+        """A lease of the pipeline while it carries the handle's set, which it is made to carry
         where it does not; nothing that was begun with another may be unfinished. Raises UsageError
-        for files that do not fit and a backend that takes none; the other tickets of the submission
+        for files that do not fit and a backend that takes none; the other handles of the submission
         fail with it.
         """
-        if ticket.submission.failed:
-            raise ticket.submission.failed
+        if handle.group.failed:
+            raise handle.group.failed
         while True:
-            wanted = self._wanted(pipe, ticket)
+            wanted = self._wanted(pipe, handle)
             if pipe.adapters.chosen != wanted or pipe.adapters.is_outdated:
                 try:
                     self._change(pipe, wanted)
                 except UsageError as error:
-                    ticket.submission.failed = error
+                    handle.group.failed = error
                     raise
             lease = pipe.leases.acquire()
             if pipe.adapters.chosen == wanted:
@@ -87,11 +88,11 @@ class LoraSwitch:
             if pipe.adapters.chosen != carried:
                 pipe.set_lora(dict(carried))
 
-    def _wanted(self, pipe: Pipeline, ticket: RequestHandle) -> LoraSet:
+    def _wanted(self, pipe: Pipeline, handle: RequestHandle) -> LoraSet:
         """The base is what others made the pipeline carry last."""
         if pipe.adapters.chosen != self._carried:
             self.base = self._carried = pipe.adapters.chosen
-        loras = ticket.submission.loras
+        loras = handle.group.loras
         return self.base if loras is None else loras
 
     def _change(self, pipe: Pipeline, wanted: LoraSet) -> None:

@@ -192,7 +192,7 @@ def sample_tcd(
     """
     prev_timesteps = (*grid.timesteps[1:], 0.0)
     for i, (t, t_prev) in enumerate(zip(grid.timesteps, prev_timesteps, strict=True)):
-        # In float32, as in the reference library: it decides which integer lies below.
+        # In float32, as in diffusers: it decides which integer lies below.
         t_s = float(np.floor(np.float32(1.0 - schedule.eta) * np.float32(t_prev)))
         alpha, sigma = alpha_sigma(schedule, t)
         output = context.model(x, t, alpha, sigma)

@@ -263,10 +263,10 @@ def sample_deis(
         if schedule.lower_order_final and grid.num_steps < FEW_STEPS:
             order = min(order, count - i)
         nodes = [math.log(sigmas[i - k]) for k in range(order)]
-        ends = nodes[0], math.log(sigmas[i + 1])
+        bounds = nodes[0], math.log(sigmas[i + 1])
         x = (1.0 / sigma_to_alpha_sigma(sigmas[i])[0]) * x
         for k in range(order):
-            x = x + exponential_integral(nodes, k, *ends) * outputs[k]
+            x = x + exponential_integral(nodes, k, *bounds) * outputs[k]
         x = context.callback(sigma_to_alpha_sigma(sigmas[i + 1])[0] * x)
     return x
 

@@ -216,7 +216,7 @@ def alphas_cumprod(schedule: NoiseSchedule) -> np.ndarray:
 def training_sigmas(schedule: NoiseSchedule) -> np.ndarray:
     """`sigma / alpha` of all training steps, ascending, [num_train_timesteps] float64."""
     cumulative = alphas_cumprod(schedule)
-    if schedule.rescale_betas_zero_snr:  # sigmas must be finite; the reference library's floor
+    if schedule.rescale_betas_zero_snr:  # sigmas must be finite; diffusers' floor
         cumulative = np.maximum(cumulative, 2.0**-24)
     sigmas = np.sqrt((1.0 - cumulative) / cumulative)
     sigmas.setflags(write=False)
@@ -224,7 +224,7 @@ def training_sigmas(schedule: NoiseSchedule) -> np.ndarray:
 
 
 def max_sigma_float32(schedule: NoiseSchedule) -> np.float32:
-    """The highest sigma as the reference library computes it in float32, to the last bit."""
+    """The highest sigma as diffusers computes it in float32, to the last bit."""
     one, low, high = np.float32(1.0), schedule.beta_start, schedule.beta_end
     count = schedule.num_train_timesteps
     if schedule.trained_betas is not None or schedule.beta_schedule == "squaredcos_cap_v2":

@@ -281,12 +281,12 @@ def parse_sampler_name(name: str) -> tuple[str, str]:
     """`"dpm++ 2m karras"` -> ("DPM++ 2M", "Karras"); without a schedule the label is "". Raises
     UsageError with the nearest names.
     """
-    wanted, titled = name.strip().casefold(), {title.casefold(): title for title in titles()}
-    if wanted in titled:
-        return titled[wanted], ""
+    requested, titled = name.strip().casefold(), {title.casefold(): title for title in titles()}
+    if requested in titled:
+        return titled[requested], ""
     for label in SCHEDULES:
-        bare = wanted.removesuffix(f" {label.casefold()}").strip()
-        if bare != wanted and bare in titled and supports_schedule(titled[bare], label):
+        bare = requested.removesuffix(f" {label.casefold()}").strip()
+        if bare != requested and bare in titled and supports_schedule(titled[bare], label):
             return titled[bare], label
     pairs = [(title, label) for title in titles() for label in SCHEDULES]
     combined = [f"{title} {label}" for title, label in pairs if supports_schedule(title, label)]
@@ -310,7 +310,7 @@ def _schedule_options(class_name: str, label: str, xl: bool) -> dict[str, Any]:
     sampler = SAMPLERS[class_name]
     if not label:
         return {}
-    # The reference library's own keys span the sigmas of the timestep spacing, which are all of the
+    # diffusers' own keys span the sigmas of the timestep spacing, which are all of the
     # model's only for exponential integrators.
     if sampler.family is exponential and (key := SIGMA_OPTIONS.get(label)) in sampler.options:
         return {str(key): True}

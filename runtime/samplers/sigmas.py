@@ -2,7 +2,7 @@
 
 - Each is a function of `sigmas`, those of all training steps, ascending, [T], and of `n` steps. It
   spans all of them, whatever timestep spacing a model was published with.
-- It returns descending sigmas; the last entry is the sigma at which the run ends.
+- It returns descending sigmas; the last entry is the sigma at which the run bounds.
 
 Knows the sigmas of the training steps; no solver and no configuration.
 """
@@ -25,8 +25,10 @@ def sigma_at(sigmas: np.ndarray, timesteps: np.ndarray) -> np.ndarray:
 
 def karras_sigmas(high: float, low: float, n: int) -> np.ndarray:
     """Karras et al. 2022 (arXiv:2206.00364), eq. 5, without the last zero."""
-    ends = high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO)
-    respaced: np.ndarray = (ends[0] + np.linspace(0, 1, n) * (ends[1] - ends[0])) ** KARRAS_RHO
+    bounds = high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO)
+    respaced: np.ndarray = (
+        bounds[0] + np.linspace(0, 1, n) * (bounds[1] - bounds[0])
+    ) ** KARRAS_RHO
     return respaced
 
 

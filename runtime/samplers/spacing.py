@@ -123,7 +123,7 @@ def dpm_multistep_grid(schedule: NoiseSchedule, steps: int) -> TimestepGrid:
 
 
 def truncate_timesteps(schedule: NoiseSchedule, timesteps: np.ndarray) -> np.ndarray:
-    """Timesteps truncated to integers. The reference library keeps its sigmas in float32; where
+    """Timesteps truncated to integers. diffusers keeps its sigmas in float32; where
     that rounds the logarithm of the highest sigma up, the highest sigma lies just below its own
     timestep, and the model gets the timestep before.
     """

@@ -40,7 +40,7 @@ class TritonPythonModel:
         self.pipe = sdrt.load(folder, backend=parameters["backend"])
         slots, waiting = int(parameters["slots"]), int(parameters["waiting"])
         self.engine = InflightBatcher(
-            self.pipe, slots=slots, waiting=waiting, kept=folder / "plans"
+            self.pipe, slots=slots, waiting=waiting, cost_cache=folder / "plans"
         )
         self.engine.start()
 

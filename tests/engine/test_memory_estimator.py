@@ -21,14 +21,14 @@ GB = 10**9
 # One call of the UNet in a process of its own; prints the bytes that it adds at its peak.
 CALL = """
 import sys, sdrt
-from sdrt.runtime.batching.cost_model import made_up
+from sdrt.runtime.batching.cost_model import zero_inputs
 from sdrt.process_stats import forget_peak, peak_bytes, resident_bytes
 pipe = sdrt.load(sys.argv[1], backend=sys.argv[2])
 unet, tokens = pipe.engines["unet"], pipe.manifest.max_tokens
-unet(made_up(unet, 2, (8, 8), tokens))
+unet(zero_inputs(unet, 2, (8, 8), tokens))
 base = resident_bytes()
 forget_peak()
-unet(made_up(unet, 2, (int(sys.argv[3]) // 8,) * 2, tokens))
+unet(zero_inputs(unet, 2, (int(sys.argv[3]) // 8,) * 2, tokens))
 print(peak_bytes() - base)
 """
 

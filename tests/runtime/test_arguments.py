@@ -286,8 +286,8 @@ def test_at_strength_0_the_image_comes_back(pipe, noisy):
     assert pipe(PROMPT, **STEPS, **inputs, size=(96, 64)).images[0].size == (96, 64)
     assert list(pipe.steps(PROMPT, **STEPS, **inputs)) == []
     with InflightBatcher(pipe) as engine:
-        (ticket,) = engine.submit(PROMPT, {**STEPS, **inputs})
-        output = ticket.future.result(timeout=60)
+        (handle,) = engine.submit(PROMPT, {**STEPS, **inputs})
+        output = handle.future.result(timeout=60)
     assert np.array_equal(np.asarray(output.image), np.asarray(noisy))
     assert "Denoising strength: 0," in output.parameters
     assert not np.array_equal(pixels(pipe, image=noisy, strength=1), np.asarray(noisy))
@@ -417,5 +417,5 @@ def test_odd_values_of_a_submission_work_or_are_refused(pipe):
             works_or_is_refused(engine.submit, PROMPT, {**STEPS, "strength": value})
             for name in ("slots", "waiting", "rows"):
                 works_or_is_refused(InflightBatcher, pipe, **{name: value})
-        for ticket in engine.tickets():
-            ticket.cancel()
+        for handle in engine.unfinished():
+            handle.cancel()

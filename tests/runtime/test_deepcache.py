@@ -207,11 +207,15 @@ def test_in_flight_with_and_without_it_keep_their_bytes(pipe, deterministic):
     jobs = [{"feature_reuse": every, "num_inference_steps": 6 + every} for every in (1, 2, 3, 2)]
     jobs[3] |= {"guidance_interval": (0.0, 0.5)}
     with InflightBatcher(pipe, rows=16, deterministic=deterministic) as engine:
-        tickets = [engine.submit(PROMPT, {**job, "seed": i})[0] for i, job in enumerate(jobs)]
-        output = [ticket.future.result(60) for ticket in tickets]
-        size = next(iter(engine.costs.sizes))
-        assert engine.rates.shallow((size,)) < 1.0  # forecasts have learned what they cost
-        assert tickets[2].turn.full == 0.4  # the first and every third of 10 evaluations
+        handles = [engine.submit(PROMPT, {**job, "seed": i})[0] for i, job in enumerate(jobs)]
+        output = [handle.future.result(60) for handle in handles]
+        size = next(iter(engine.cost_model.sizes))
+        assert (
+            engine.estimates.shallow_ratio((size,)) < 1.0
+        )  # forecasts have learned what they cost
+        assert (
+            handles[2].scheduled.full_fraction == 0.4
+        )  # the first and every third of 10 evaluations
     for i, (job, item) in enumerate(zip(jobs, output, strict=True)):
         alone = pipe(PROMPT, **job, seed=i)
         assert item.image.tobytes() == alone.images[0].tobytes(), job

@@ -71,8 +71,8 @@ def test_images_in_flight_share_calls_whatever_their_scale(pipe):
     ]
     with InflightBatcher(pipe) as engine:
         options = [{"num_inference_steps": 3, "guidance_scale": s, "seed": 0} for s in scales]
-        tickets = [engine.submit(PROMPT, item)[0] for item in options]
-        together = [ticket.future.result().image for ticket in tickets]
+        handles = [engine.submit(PROMPT, item)[0] for item in options]
+        together = [handle.future.result().image for handle in handles]
     assert all(psnr(a, b) >= 50.0 for a, b in zip(alone, together, strict=True))
     assert psnr(alone[0], alone[2]) < 45.0
 

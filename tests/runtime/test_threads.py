@@ -370,12 +370,12 @@ def test_images_in_flight_and_changes_do_not_mix(tiny_bundle, lora):
             alone.append([(i.tobytes(), t) for i, t in zip(output.images, texts, strict=True)])
         with InflightBatcher(pipe, slots=2, rows=2) as engine:
             for _ in range(2):
-                tickets = engine.submit(PROMPT, options)
+                handles = engine.submit(PROMPT, options)
                 pipe.set_lora({lora: 0.8})
-                tickets += engine.submit(PROMPT, options)
+                handles += engine.submit(PROMPT, options)
                 pipe.set_lora({})
-                for i, ticket in enumerate(tickets):
-                    actual = ticket.future.result(SECONDS)
+                for i, handle in enumerate(handles):
+                    actual = handle.future.result(SECONDS)
                     text = actual.parameters.split("\n")[0]
                     assert (actual.image.tobytes(), text) in [item[i % 4] for item in alone]
 
@@ -385,7 +385,7 @@ def test_an_engine_in_flight_can_be_closed_while_a_change_waits(tiny_bundle):
         engine = InflightBatcher(pipe, slots=1, rows=2)
         engine.start()
         reached = threading.Event()
-        tickets = engine.submit(
+        handles = engine.submit(
             [PROMPT] * 4,
             {"num_inference_steps": 500, "seed": 0},
             on_step=lambda *_: reached.set(),
@@ -395,7 +395,7 @@ def test_an_engine_in_flight_can_be_closed_while_a_change_waits(tiny_bundle):
             changing = pool.submit(pipe.set_lora, {})
             pool.submit(engine.close).result(SECONDS)
             changing.result(SECONDS)
-        assert all(ticket.future.done() for ticket in tickets)
+        assert all(handle.future.done() for handle in handles)
 
 
 def test_encoded_prompts_are_cached_for_all_threads(one, monkeypatch):

@@ -122,8 +122,8 @@ def test_unsupported_options_are_refused(pixels, option):
 def test_several_in_flight(pixels):
     expected = pixels(num_inference_steps=3, seed=5).images[0]
     with InflightBatcher(pixels) as engine:
-        tickets = engine.submit(None, {"num_inference_steps": 3, "seed": 5})
-        actual = tickets[0].future.result(timeout=60).image
+        handles = engine.submit(None, {"num_inference_steps": 3, "seed": 5})
+        actual = handles[0].future.result(timeout=60).image
     assert np.abs(np.asarray(actual, int) - np.asarray(expected, int)).max() <= 1
 
 

@@ -142,9 +142,9 @@ def test_disconnect_frees_slots(server, stream):
     body = json.dumps({**LONG, "n": 3, "stream": stream}).encode()
     with open_socket(server) as sock:
         sock.sendall(head(len(body)) + body)
-        wait_for(lambda: any(ticket.done_evaluations > 1 for ticket in engine.tickets()))
-        assert len(engine.tickets()) == 3
-    wait_for(lambda: not engine.tickets(), 2.0)
+        wait_for(lambda: any(ticket.evaluations_done > 1 for ticket in engine.unfinished()))
+        assert len(engine.unfinished()) == 3
+    wait_for(lambda: not engine.unfinished(), 2.0)
 
 
 @pytest.mark.rest
@@ -157,8 +157,8 @@ def test_unread_response_frees_slots(server):
     sock.connect(("127.0.0.1", server.port))
     with closing(sock):
         sock.sendall(head(len(body)) + body)
-        wait_for(lambda: engine.tickets())
-        wait_for(lambda: not engine.tickets(), 60.0)
+        wait_for(lambda: engine.unfinished())
+        wait_for(lambda: not engine.unfinished(), 60.0)
         states = scrape(server)["sdrt_pictures_total"]
         assert states[("shapes", "cancelled")] >= 1
 
@@ -321,7 +321,7 @@ def test_interrupt_is_limited_to_the_same_key(shapes):
         asking = threading.Thread(target=ask)
         asking.start()
         with client(server, headers=other) as http:
-            wait_for(lambda: get_engine(server).tickets())
+            wait_for(lambda: get_engine(server).unfinished())
             assert http.get("/sdapi/v1/progress").json()["progress"] == 0.0
             http.post("/sdapi/v1/interrupt")
         asking.join()

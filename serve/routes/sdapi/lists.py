@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sdrt.runtime.batching.cost_model import memory_of_machine
+from sdrt.runtime.batching.cost_model import get_memory_info
 from sdrt.runtime.lora.names import alias_of, list_loras
 from sdrt.serve.dependencies import get_context
 from sdrt.serve.errors import ApiError, json_response
@@ -96,7 +96,7 @@ async def cmd_flags(request: Request) -> Response:
 @router.get(f"{API}/memory")
 async def memory() -> Response:
     """Memory of this machine in bytes; `used` is that of this process."""
-    available = memory_of_machine()
+    available = get_memory_info()
     ram = {name: available[name] for name in ("free", "used", "total")}
     gpu = available.get("gpu")
     return json_response(

@@ -270,8 +270,8 @@ async def progress(request: Request, skip_current_image: bool = False) -> Respon
     if not running:
         return json_response(_progress(0.0, 0.0, _state(None, 0, 0), None))
     job = running[0]
-    total = sum(handle.evaluations for handle in job.handles)
-    done = sum(handle.done_evaluations for handle in job.handles)
+    total = sum(handle.num_evaluations for handle in job.handles)
+    done = sum(handle.evaluations_done for handle in job.handles)
     spent = time.monotonic() - job.started
     image = None
     if job.steps and not skip_current_image:

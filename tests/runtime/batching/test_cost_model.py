@@ -9,7 +9,9 @@ GOOD = {"calls": {"1": 0.5, "2": 0.7}, "bytes": {"1": 100}, "most": 2, "decode":
 
 def test_figures_are_read():
     costs = _costs_from_json({"encode": 0.1, "sizes": {"64x32": GOOD}})
-    assert costs.sizes[64, 32].calls == {1: 0.5, 2: 0.7} and costs.sizes[64, 32].most == 2
+    assert (
+        costs.sizes[64, 32].call_seconds == {1: 0.5, 2: 0.7} and costs.sizes[64, 32].max_rows == 2
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 
 import sdrt
 from sdrt.errors import BackendError, SdrtError, UsageError
-from sdrt.runtime.batching import cost_model as costs_module
+from sdrt.runtime.batching import cost_model
 from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.batching.request import RequestCancelled, RequestRejected
 from sdrt.runtime.denoising import DenoisingState
@@ -62,17 +62,17 @@ def pixels(image):
     return np.asarray(image)
 
 
-def result(ticket):
-    return ticket.future.result(SECONDS)
+def result(handle):
+    return handle.future.result(SECONDS)
 
 
 def held(engine, unet, **options):
     """A long image whose next evaluation waits until `unet.open` is set again."""
     unet.entered.clear()
     unet.open.clear()
-    (ticket,) = engine.submit(PROMPT, {"num_inference_steps": 30, "seed": 0, **options})
+    (handle,) = engine.submit(PROMPT, {"num_inference_steps": 30, "seed": 0, **options})
     assert unet.entered.wait(SECONDS)
-    return ticket
+    return handle
 
 
 def wait_for(condition):
@@ -96,13 +96,13 @@ def test_images_of_other_samplers_steps_and_guidance_share_calls_and_keep_their_
     ]
     with started(pipe) as engine:
         first = held(engine, unet)
-        tickets = [
+        handles = [
             engine.submit(prompt, {**options, "seed": i}, scheduler=sampler)[0]
             for i, (prompt, options, sampler) in enumerate(jobs)
         ]
-        wait_for(lambda: all(ticket.state == "running" for ticket in tickets))
+        wait_for(lambda: all(handle.state == "running" for handle in handles))
         unet.open.set()
-        output = [result(ticket) for ticket in tickets]
+        output = [result(handle) for handle in handles]
         result(first)
     shared = [set(call) for call in unet.calls if len(call) >= 8]
     assert max(len(timesteps) for timesteps in shared) >= 5  # each at a timestep of its own
@@ -116,8 +116,8 @@ def test_one_call_makes_all_its_images(pipe):
     with started(pipe) as engine:
         prompts = [PROMPT, "a white cross"]
         options = {"num_images_per_prompt": 2, "num_inference_steps": 3, "seed": 5}
-        tickets = engine.submit(prompts, options)
-        output = [result(ticket) for ticket in tickets]
+        handles = engine.submit(prompts, options)
+        output = [result(handle) for handle in handles]
     expected = pipe(prompts, **options)
     assert [item.seed for item in output] == expected.seeds == [5, 6, 7, 8]
     for item, image in zip(output, expected.images, strict=True):
@@ -171,24 +171,24 @@ def test_a_cancelled_image_gives_its_slot_back(watched):
         long.cancel()
         unet.open.set()
         assert result(other)
-        for ticket in (long, waiting):
+        for handle in (long, waiting):
             with pytest.raises(RequestCancelled):
-                result(ticket)
-        assert long.done_evaluations <= 1 and engine.tickets() == []
+                result(handle)
+        assert long.evaluations_done <= 1 and engine.unfinished() == []
 
 
 def test_images_that_are_cancelled_at_any_moment_stop_nothing(pipe):
     rng = np.random.default_rng(0)
     with started(pipe, slots=4, waiting=1000) as engine:
-        tickets = []
+        handles = []
         for seed in range(300):
-            tickets += engine.submit("a", {"num_inference_steps": 1, "seed": seed})
+            handles += engine.submit("a", {"num_inference_steps": 1, "seed": seed})
             for _ in range(2):
-                tickets[rng.integers(max(0, seed - 8), seed + 1)].cancel()
+                handles[rng.integers(max(0, seed - 8), seed + 1)].cancel()
             time.sleep(float(rng.uniform(0.0, 0.01)))
-        ended = [ticket.future.exception(SECONDS) for ticket in tickets]
+        ended = [handle.future.exception(SECONDS) for handle in handles]
         assert all(error is None or isinstance(error, RequestCancelled) for error in ended)
-        assert None in ended and engine.state == "ready" and engine.tickets() == []
+        assert None in ended and engine.state == "ready" and engine.unfinished() == []
 
 
 def test_a_slow_decoder_holds_the_newcomers_back(watched):
@@ -196,20 +196,20 @@ def test_a_slow_decoder_holds_the_newcomers_back(watched):
     decoder = Watched(own.engines["vae_decoder"])
     with started(replace(own, engines={**own.engines, "vae_decoder": decoder}), slots=2) as engine:
         decoder.open.clear()
-        tickets = engine.submit("a", {"num_inference_steps": 1, "num_images_per_prompt": 5})
-        wait_for(lambda: [t.state for t in tickets].count("decoding") == 2)
+        handles = engine.submit("a", {"num_inference_steps": 1, "num_images_per_prompt": 5})
+        wait_for(lambda: [t.state for t in handles].count("decoding") == 2)
         time.sleep(0.05)
-        assert [t.state for t in tickets].count("waiting") == 3
+        assert [t.state for t in handles].count("waiting") == 3
         decoder.open.set()
-        assert all(result(ticket) for ticket in tickets)
+        assert all(result(handle) for handle in handles)
 
 
 def test_a_mistake_of_the_engine_ends_it_for_all_to_see(pipe, monkeypatch):
     with started(pipe) as engine:
-        monkeypatch.setattr(engine, "_stepped", None)
-        (ticket,) = engine.submit("a", {"num_inference_steps": 2})
+        monkeypatch.setattr(engine, "_after_evaluation", None)
+        (handle,) = engine.submit("a", {"num_inference_steps": 2})
         with pytest.raises(BackendError):
-            result(ticket)
+            result(handle)
         assert engine.state == "closed"
 
 
@@ -284,9 +284,9 @@ def test_an_error_of_a_callback_touches_its_own_image_only(watched, error):
             PROMPT, {"num_inference_steps": 3}, on_step=lambda *_: callback(0, 0, 0, 0)
         )
         unet.open.set()
-        for ticket in (failing, spoken):
+        for handle in (failing, spoken):
             with pytest.raises(SdrtError):
-                result(ticket)
+                result(handle)
         assert result(other) and engine.state == "ready"
 
 
@@ -306,18 +306,18 @@ def test_an_image_without_numbers_fails_alone(pipe):
 def test_steps_are_reported(pipe):
     seen = []
     with started(pipe) as engine:
-        (ticket,) = engine.submit(
+        (handle,) = engine.submit(
             PROMPT,
             {"num_inference_steps": 4, "seed": 0},
-            on_step=lambda ticket, step: seen.append((ticket, step)),
+            on_step=lambda handle, step: seen.append((handle, step)),
         )
-        result(ticket)
+        result(handle)
     expected = list(pipe.steps(PROMPT, num_inference_steps=4, seed=0))
     assert [step.index for _, step in seen] == [step.index for step in expected]
     for (conditioning, step), other in zip(seen, expected, strict=True):
-        assert conditioning is ticket and (step.latents == other.latents).all()
-    times = ticket.times
-    assert times.submitted <= times.began <= times.prepared <= times.denoised <= times.decoded
+        assert conditioning is handle and (step.latents == other.latents).all()
+    times = handle.times
+    assert times.submitted <= times.started <= times.prepared <= times.denoised <= times.decoded
 
 
 def test_more_than_may_wait_are_refused_all_or_none(watched):
@@ -328,7 +328,7 @@ def test_more_than_may_wait_are_refused_all_or_none(watched):
         with pytest.raises(RequestRejected, match="wait") as refused:
             engine.submit(PROMPT, {"num_images_per_prompt": 3, "num_inference_steps": 1})
         assert refused.value.cause == "queue" and refused.value.retry_after >= 1.0
-        assert len(engine.tickets()) == 2
+        assert len(engine.unfinished()) == 2
         unet.open.set()
 
 
@@ -337,13 +337,13 @@ def test_what_cannot_be_in_time_is_refused_at_once(watched):
     refusals = []
 
     class Recorder:
-        def called(self, rows, seconds): ...
-        def finished(self, ticket): ...
-        def refused(self, cause):
+        def batch_evaluated(self, rows, seconds): ...
+        def request_finished(self, handle): ...
+        def request_rejected(self, cause):
             refusals.append(cause)
 
     with started(pipe, observer=Recorder()) as engine:
-        seconds = engine.costs.sizes[64, 64].seconds(2)
+        seconds = engine.cost_model.sizes[64, 64].seconds(2)
         (cached,) = engine.submit(PROMPT, {"num_inference_steps": 5}, deadline=20.0)
         with pytest.raises(RequestRejected, match="cannot be met") as refused:
             engine.submit(PROMPT, {"num_inference_steps": 900}, deadline=100 * seconds)
@@ -355,19 +355,19 @@ def test_what_cannot_be_in_time_is_refused_at_once(watched):
 def test_an_accepted_promise_is_not_broken_for_a_later_one(watched):
     pipe, unet = watched
     with started(pipe, rows=2) as engine:
-        alone = engine.rates.alone(held(engine, unet, num_inference_steps=100).turn)
+        alone = engine.estimates.solo_seconds(held(engine, unet, num_inference_steps=100).scheduled)
         engine.submit(PROMPT, {"num_inference_steps": 100}, deadline=3 * alone)
         with pytest.raises(RequestRejected, match="deadline of an earlier one"):
             engine.submit(PROMPT, {"num_inference_steps": 200}, deadline=2.9 * alone, priority=1)
-        for ticket in engine.tickets():
-            ticket.cancel()
+        for handle in engine.unfinished():
+            handle.cancel()
         unet.open.set()
 
 
 def test_too_little_memory_is_a_refusal(pipe):
     with started(pipe) as engine:
-        grown = engine.costs.sizes[64, 64].bytes
-        engine.costs.sizes[64, 64].bytes = {rows: 2**50 for rows in grown}
+        grown = engine.cost_model.sizes[64, 64].call_bytes
+        engine.cost_model.sizes[64, 64].call_bytes = {rows: 2**50 for rows in grown}
         with pytest.raises(RequestRejected, match="memory") as refused:
             engine.submit(PROMPT, {})
         assert refused.value.cause == "memory"
@@ -375,9 +375,9 @@ def test_too_little_memory_is_a_refusal(pipe):
 
 def test_draining_finishes_what_was_accepted(pipe):
     with started(pipe) as engine:
-        tickets = engine.submit(PROMPT, {"num_inference_steps": 5, "num_images_per_prompt": 3})
+        handles = engine.submit(PROMPT, {"num_inference_steps": 5, "num_images_per_prompt": 3})
         assert engine.drain(SECONDS)
-        assert all(ticket.future.done() for ticket in tickets)
+        assert all(handle.future.done() for handle in handles)
         with pytest.raises(RequestRejected) as refused:
             engine.submit(PROMPT, {})
         assert refused.value.cause == "draining"
@@ -387,33 +387,39 @@ def test_what_is_unfinished_at_the_end_is_cancelled(watched):
     pipe, unet = watched
     engine = started(pipe, slots=1)
     engine.start()
-    tickets = [held(engine, unet), *engine.submit(PROMPT, {"num_inference_steps": 5})]
+    handles = [held(engine, unet), *engine.submit(PROMPT, {"num_inference_steps": 5})]
     assert not engine.drain(0.01)
     unet.open.set()
     engine.close()
-    for ticket in tickets:
+    for handle in handles:
         with pytest.raises(RequestCancelled):
-            result(ticket)
+            result(handle)
 
 
 def test_a_size_that_was_not_measured_costs_by_its_area(pipe):
     with started(pipe) as engine:
         sizes = ("128x64", "48x32", "64x64")
-        tickets = [
+        handles = [
             engine.submit(PROMPT, {"seed": 1, "num_inference_steps": 4, "size": size})[0]
             for size in sizes
         ]
-        for ticket, size in zip(tickets, sizes, strict=True):
+        for handle, size in zip(handles, sizes, strict=True):
             expected = pipe(PROMPT, seed=1, num_inference_steps=4, size=size).images[0]
-            assert np.array_equal(ticket.future.result().image, expected)
-        known = engine.costs.sizes[64, 64]
-        assert list(engine.costs.sizes) == [(64, 64)]
-        large, small = engine.costs.of_size((1024, 1024)), engine.costs.of_size((32, 32))
-        assert large.decode == 256 * known.decode and small.decode == known.decode / 4
-        assert large.most <= known.most and small.most == known.most
+            assert np.array_equal(handle.future.result().image, expected)
+        known = engine.cost_model.sizes[64, 64]
+        assert list(engine.cost_model.sizes) == [(64, 64)]
+        large, small = (
+            engine.cost_model.for_size((1024, 1024)),
+            engine.cost_model.for_size((32, 32)),
+        )
+        assert (
+            large.decode_seconds == 256 * known.decode_seconds
+            and small.decode_seconds == known.decode_seconds / 4
+        )
+        assert large.max_rows <= known.max_rows and small.max_rows == known.max_rows
         for side in range(16, 8192, 16):
-            engine.costs.of_size((side, 64))
-        assert len(engine.costs.estimated) <= 64
+            engine.cost_model.for_size((side, 64))
+        assert len(engine.cost_model.estimated) <= 64
 
 
 @pytest.mark.parametrize(
@@ -437,17 +443,17 @@ def test_what_does_not_fit_is_refused_before_it_is_accepted(pipe, options):
         arguments = {"options": {}, **options}
         with pytest.raises(UsageError):
             engine.submit(PROMPT, arguments.pop("options"), **arguments)
-        assert engine.tickets() == []
+        assert engine.unfinished() == []
 
 
 def test_two_sizes_are_made_side_by_side(tiny_bundle):
     with sdrt.load(tiny_bundle, backend="onnxruntime") as pipe, started(pipe) as engine:
-        tickets = [
+        handles = [
             engine.submit("a", {"num_inference_steps": 10, "size": size, "seed": i})[0]
             for i in range(4)
             for size in ("32x32", "48x32")
         ]
-        output = [result(ticket).image for ticket in tickets]
+        output = [result(handle).image for handle in handles]
         assert {image.size for image in output} == {(32, 32), (48, 32)}
         alone = pipe("a", num_inference_steps=10, size="48x32", seed=1).images[0]
         assert (pixels(output[3]) == pixels(alone)).all()
@@ -487,12 +493,12 @@ def test_deterministic_calls_are_all_of_one_shape(shapes):
 
 def test_measured_costs_are_kept_and_read_again(pipe, tmp_path, caplog):
     cached = tmp_path / "plans"
-    first = costs_module.costs_of(pipe, 4, cached)
+    first = cost_model.load_cost_model(pipe, 4, cached)
     (path,) = cached.iterdir()
-    again = costs_module.costs_of(pipe, 4, cached)
-    assert again.sizes == first.sizes and again.encode == first.encode
+    again = cost_model.load_cost_model(pipe, 4, cached)
+    assert again.sizes == first.sizes and again.encode_seconds == first.encode_seconds
     path.write_text("{")
-    assert costs_module.costs_of(pipe, 4, cached).sizes.keys() == first.sizes.keys()
+    assert cost_model.load_cost_model(pipe, 4, cached).sizes.keys() == first.sizes.keys()
     assert "measuring again" in caplog.text
 
 
@@ -509,13 +515,13 @@ class Timed:
 
 def test_costs_are_of_the_real_calls(pipe, monkeypatch):
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
-    monkeypatch.setattr(costs_module, "time", clock)
+    monkeypatch.setattr(cost_model, "time", clock)
     engines = {name: Timed(engine, clock) for name, engine in pipe.engines.items()}
-    costs = costs_module.measured(replace(pipe, engines=engines), 8)
+    costs = cost_model.measure_costs(replace(pipe, engines=engines), 8)
     size = costs.sizes[64, 64]
     assert {rows: size.seconds(rows) for rows in (1, 2, 4, 8)} == {1: 1.5, 2: 2.0, 4: 3.0, 8: 5.0}
     assert size.seconds(64) == pytest.approx(8 * size.seconds(8))
-    assert size.decode == 1.5 and costs.encode == 1.5
+    assert size.decode_seconds == 1.5 and costs.encode_seconds == 1.5
     for _ in range(100):
         size.observe(2, 6.0)
     assert size.seconds(2) == pytest.approx(6.0, rel=0.01)

@@ -56,8 +56,8 @@ def alone(pipe, loras, prompt=PROMPT, **options):
     return image.tobytes()
 
 
-def result(ticket):
-    return ticket.future.result(SECONDS)
+def result(handle):
+    return handle.future.result(SECONDS)
 
 
 SETS = {
@@ -84,8 +84,8 @@ def test_a_stream_of_several_sets_from_several_threads(lora_pipe, expected):
     jobs = [*SETS] * 3
 
     def ask(tags):
-        (ticket,) = engine.submit(PROMPT + tags, OPTIONS)
-        return result(ticket)
+        (handle,) = engine.submit(PROMPT + tags, OPTIONS)
+        return result(handle)
 
     with InflightBatcher(lora_pipe, rows=16) as engine, ThreadPoolExecutor(6) as pool:
         for tags, output in zip(jobs, pool.map(ask, jobs), strict=True):
@@ -96,8 +96,8 @@ def test_a_stream_of_several_sets_from_several_threads(lora_pipe, expected):
 def test_prompts_of_one_call_have_each_its_own(lora_pipe, expected):
     prompts = [PROMPT + tags for tags in [*SETS][:4]]
     with InflightBatcher(lora_pipe, rows=16) as engine:
-        tickets = engine.submit(prompts, {**OPTIONS, "seed": [0] * len(prompts)})
-        output = [result(ticket) for ticket in tickets]
+        handles = engine.submit(prompts, {**OPTIONS, "seed": [0] * len(prompts)})
+        output = [result(handle) for handle in handles]
     for prompt, tags, item in zip(prompts, SETS, output, strict=False):
         assert item.image.tobytes() == expected[tags], prompt
         assert item.parameters.splitlines()[0] == prompt
@@ -107,13 +107,13 @@ def test_files_passed_with_the_prompt_and_those_that_the_pipeline_carries(lora_p
     together = alone(lora_pipe, {"first": 0.75, "second": 0.5})
     lora_pipe.set_lora({"first": 0.5})
     with InflightBatcher(lora_pipe, rows=16) as engine:
-        (ticket,) = engine.submit(f"{PROMPT} <lora:first:0.25>", OPTIONS, loras={"second": 0.5})
-        output = result(ticket)
-        (ticket,) = engine.submit(PROMPT, OPTIONS)
-        bare = result(ticket)
+        (handle,) = engine.submit(f"{PROMPT} <lora:first:0.25>", OPTIONS, loras={"second": 0.5})
+        output = result(handle)
+        (handle,) = engine.submit(PROMPT, OPTIONS)
+        bare = result(handle)
         path = folder / "second.safetensors"
-        (ticket,) = engine.submit(f"{PROMPT} <lora:first:-0.5>", OPTIONS, loras={path: 1.0})
-        other = result(ticket)
+        (handle,) = engine.submit(f"{PROMPT} <lora:first:-0.5>", OPTIONS, loras={path: 1.0})
+        other = result(handle)
     assert output.image.tobytes() == together
     text = f"{PROMPT} <lora:first:0.25> <lora:second:0.5> <lora:first:0.5>"
     assert output.parameters.splitlines()[0] == text
@@ -147,12 +147,12 @@ def held(lora_pipe):
 
 
 def busy(engine, unet, prompt=PROMPT):
-    """A ticket whose evaluation waits for `unet.open`."""
+    """A handle whose evaluation waits for `unet.open`."""
     unet.entered.clear()
     unet.open.clear()
-    (ticket,) = engine.submit(prompt, OPTIONS)
+    (handle,) = engine.submit(prompt, OPTIONS)
     assert unet.entered.wait(SECONDS)
-    return ticket
+    return handle
 
 
 def test_who_comes_later_does_not_pass_one_of_another_set(held):
@@ -161,12 +161,12 @@ def test_who_comes_later_does_not_pass_one_of_another_set(held):
         busy(engine, unet, f"{PROMPT} <lora:first:1>")
         (other,) = engine.submit(f"{PROMPT} <lora:second:1>", OPTIONS)
         later = [engine.submit(f"{PROMPT} <lora:first:1>", OPTIONS)[0] for _ in range(4)]
-        assert [ticket.state for ticket in (other, *later)] == ["waiting"] * 5
+        assert [handle.state for handle in (other, *later)] == ["waiting"] * 5
         unet.open.set()
         result(other)
-        for ticket in later:
-            result(ticket)
-            assert other.times.decoded <= ticket.times.began
+        for handle in later:
+            result(handle)
+            assert other.times.decoded <= handle.times.started
 
 
 def test_those_that_wait_for_one_set_take_one_change(held):
@@ -174,14 +174,14 @@ def test_those_that_wait_for_one_set_take_one_change(held):
     with InflightBatcher(pipe, rows=16) as engine:
         busy(engine, unet)
         before = pipe.leases.changes
-        tickets = [
+        handles = [
             engine.submit(f"{PROMPT} <lora:{name}:1>", OPTIONS)[0]
             for _ in range(4)
             for name in ("first", "second")
         ]
         unet.open.set()
-        for ticket in tickets:
-            result(ticket)
+        for handle in handles:
+            result(handle)
         assert pipe.leases.changes - before == 2
 
 
@@ -203,14 +203,14 @@ def test_a_set_that_does_not_fit_fails_its_own_images_only(held):
     with InflightBatcher(pipe, rows=16) as engine:
         first = busy(engine, unet, f"{PROMPT} <lora:first:1>")
         prompts = [f"{PROMPT} <lora:misfit:1>", f"{PROMPT} <lora:first:1>"] * 2
-        tickets = engine.submit(prompts, {**OPTIONS, "seed": [0] * 4})
+        handles = engine.submit(prompts, {**OPTIONS, "seed": [0] * 4})
         unet.open.set()
         expected = result(first).image.tobytes()
-        for ticket in tickets[::2]:
+        for handle in handles[::2]:
             with pytest.raises(UsageError, match="made for another architecture"):
-                result(ticket)
-        for ticket in tickets[1::2]:
-            assert result(ticket).image.tobytes() == expected
+                result(handle)
+        for handle in handles[1::2]:
+            assert result(handle).image.tobytes() == expected
     assert expected == alone(pipe, {"first": 1.0})
 
 
@@ -221,11 +221,11 @@ def test_a_backend_that_takes_no_other_weights_refuses_by_name(lora_pipe, monkey
 
     with InflightBatcher(lora_pipe, rows=16) as engine:
         monkeypatch.setattr(lora_pipe.engines["unet"], "refit", refit)
-        (ticket,) = engine.submit(f"{PROMPT} <lora:first:1>", OPTIONS)
+        (handle,) = engine.submit(f"{PROMPT} <lora:first:1>", OPTIONS)
         with pytest.raises(UsageError, match="takes no other weights"):
-            result(ticket)
-        (ticket,) = engine.submit(PROMPT, OPTIONS)
-        output = result(ticket).image.tobytes()
+            result(handle)
+        (handle,) = engine.submit(PROMPT, OPTIONS)
+        output = result(handle).image.tobytes()
     monkeypatch.undo()
     assert output == alone(lora_pipe, {})
 
@@ -252,14 +252,14 @@ def test_a_pipeline_that_is_loaded_again_carries_the_set(shapes, lora_pipe):
 
     with InflightBatcher(pipe, rows=2, reload=reload) as engine:  # one image a call
         options = {**OPTIONS, "num_inference_steps": 20}
-        tickets = [engine.submit(f"{PROMPT} <lora:first:1>", options)[0] for _ in range(2)]
-        while not all(ticket.state == "running" for ticket in tickets):
+        handles = [engine.submit(f"{PROMPT} <lora:first:1>", options)[0] for _ in range(2)]
+        while not all(handle.state == "running" for handle in handles):
             time.sleep(0.001)
         broken.set()
         results = []
-        for ticket in tickets:
+        for handle in handles:
             try:
-                results.append(result(ticket).image.tobytes())
+                results.append(result(handle).image.tobytes())
             except BackendError:
                 results.append(None)
         (again,) = engine.submit(f"{PROMPT} <lora:first:1>", options)
@@ -274,8 +274,8 @@ def test_a_file_that_was_written_again_is_read_again(lora_pipe, folder, embedded
         output = []
         for seed in range(2):
             lora_file(path, embedded, "kohya", seed=seed, rank=4 + seed)
-            (ticket,) = engine.submit(f"{PROMPT} <lora:trained:1>", OPTIONS)
-            output.append(result(ticket).image.tobytes())
+            (handle,) = engine.submit(f"{PROMPT} <lora:trained:1>", OPTIONS)
+            output.append(result(handle).image.tobytes())
         assert output[1] != output[0]
     assert output[1] == alone(lora_pipe, {"trained": 1.0})
 

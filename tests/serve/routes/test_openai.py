@@ -101,7 +101,7 @@ def test_stream_reports_queue_positions(shapes):
             )
             streams.append(response.iter_lines())
             first = _event(streams[-1])
-        wait_for(lambda: len(get_engine(server).tickets()) == 3)
+        wait_for(lambda: len(get_engine(server).unfinished()) == 3)
         assert (first["type"], first["position"]) == ("image_generation.queued", 1)
         assert next(line for line in streams[2] if line).startswith(":")  # nothing new, but alive
         post[0].close()

@@ -201,11 +201,11 @@ def test_cancelled_request_stops_early(model):
     request.sender.cancelled = True
     assert request.sender.response.error.text == "cancelled"
     assert request.sender.response.error.code == TritonError.CANCELLED
-    assert not model.engine.tickets()
+    assert not model.engine.unfinished()
 
 
 def test_full_queue_rejects_requests(model):
-    requests = [Request(prompt=PROMPT, steps=200) for _ in range(model.engine.most_waiting + 40)]
+    requests = [Request(prompt=PROMPT, steps=200) for _ in range(model.engine.max_waiting + 40)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda request: model.execute([request]), requests))
     for request in requests:

@@ -111,7 +111,7 @@ def test_progress_and_interrupt(api, server):
     api.interrupt()
     asking.join()
     assert responses[0].images == []
-    wait_for(lambda: not get_engine(server).tickets())
+    wait_for(lambda: not get_engine(server).unfinished())
     assert api.get_progress()["state"]["job_count"] == 0
 
 
