@@ -4,12 +4,13 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO := $(VENV)/.demo
 export SDRT_HOME ?= $(CURDIR)/build/sdrt
 
 .PHONY: demo test test-fast test-rest test-slow test-full test-fleet gpu-check check lint types mutations wheel bundle bench fuzz lock audit docs clean kill-points
 
-demo: $(READY)
-	$(BIN)/sdrt build --model shapes --feature-reuse --force
+# Takes what `make test` has set up, or the smallest install that makes an image.
+demo: $(if $(wildcard $(READY)),$(READY),$(DEMO))
 	$(BIN)/sdrt run "a red circle on a blue background" --seed 0 --output out/demo.png
 
 # A file stays on one worker; tests/conftest.py sorts them. Graphs that tests export are cached in
@@ -144,6 +145,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[build,cpu,serve,dev]" -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps open_clip_torch -c constraints.txt
+	touch $@
+
+$(DEMO): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[cpu]" -c constraints.txt
 	touch $@
 
 clean:

@@ -102,17 +102,12 @@ def handlers():
 
 
 @pytest.fixture(scope="session")
-def shapes(home):
-    """The bundle of the embedded model, built once; `$SDRT_TEST_SHAPES` keeps it between runs."""
-    from exports import built
+def shapes(home, tmp_path_factory):
+    """A copy of the embedded model's bundle, as if it had been built."""
+    from sdrt.bundle.embedded import materialize
 
-    cached = os.environ.get("SDRT_TEST_SHAPES")
-    if cached and Path(cached).is_dir():
-        return Path(shutil.copytree(cached, home / "bundles" / "shapes"))
-    bundle = built("shapes", feature_reuse=0)
-    if cached:
-        shutil.copytree(bundle, cached)
-    return bundle
+    bundle = materialize("shapes", tmp_path_factory.mktemp("embedded"))
+    return Path(shutil.copytree(bundle, home / "bundles" / "shapes"))
 
 
 @pytest.fixture(scope="session")

@@ -118,6 +118,7 @@ def sources(tmp_path):
 
 @pytest.mark.parametrize("name", ["export/graph.py", "export/unet.py", "sdrt/bundle/manifest.py"])
 def test_changed_sources_are_exported_again(sources, name):
+    exporter_hash.cache_clear()
     assert exporter_hash(sources) == exporter_hash(REPOSITORY)
     with (sources / name).open("a") as file:
         file.write("# changed\n")

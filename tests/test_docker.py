@@ -23,8 +23,8 @@ def image(request):
 
 
 def test_extras_exist(image):
-    (wanted,) = re.findall(r'"\.\[(.*?)\]"', image)
-    names = wanted.replace("${EXTRA}", "gpu,rtx").split(",")
+    (extras,) = re.findall(r'"\.\[(.*?)\]"', image)
+    names = extras.replace("${EXTRA}", "gpu,rtx").split(",")
     assert set(names) <= set(PROJECT["project"]["optional-dependencies"])
 
 

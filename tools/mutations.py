@@ -94,7 +94,6 @@ def outcome(root: Path, tests: Sequence[str], maximum: float | None) -> tuple[in
     environment = {**os.environ, "PYTHONPATH": str(root.parent / "installed")}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"  # times of files say nothing here
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    environment["SDRT_TEST_SHAPES"] = str(root.parent / "shapes")  # built once for all
     try:
         done = subprocess.run(
             command, cwd=root, env=environment, capture_output=True, text=True, timeout=maximum

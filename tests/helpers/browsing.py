@@ -17,7 +17,7 @@ from serving import PROMPT
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 expect = sync_api.expect
 
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=60_000)
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 
 
@@ -41,7 +41,7 @@ def open_page(browser, server, *, rejections=False, **options):
     own, errors = f"http://127.0.0.1:{server.port}/", []
     context = browser.new_context(**(DESKTOP | options))
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
     page.on("request", lambda sent: is_foreign(sent.url, own) and errors.append(sent.url))

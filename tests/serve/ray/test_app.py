@@ -291,7 +291,7 @@ def test_api_equals_that_of_a_single_server(deploy, shapes, tmp_path):
             lines = itertools.islice(response.iter_lines(), 1500)
             times = [time.monotonic() for _ in lines]
         assert times[-1] - times[0] > 0.1
-        until(lambda: all(value == 0 for _, value in _running(http)), 5.0)
+        until(lambda: all(value == 0 for _, value in _running(http)))
         ended = [(labels["state"], value) for labels, value in _of(http, "sdrt_pictures_total")]
         assert ("cancelled", 1.0) in ended
 
