@@ -26,6 +26,7 @@ from sdrt.serve.strict_json import StrictRoute
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
 IMAGE_FIELDS = ("image", "image[]")
+FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
 @router.get("/models")
@@ -81,7 +82,7 @@ EDIT_FORM = {
 async def edits(request: Request) -> Response:
     """Edit an image; the area to repaint is transparent in the mask."""
     context = get_context(request)
-    _require_multipart(request)
+    _require_form(request)
     try:
         async with request.form(max_files=4, max_fields=60) as form:
             body = _parse_edit_form(form)
@@ -96,9 +97,9 @@ async def edits(request: Request) -> Response:
     return await respond(request, body, build_openai_request(model, body, inputs), "image_edit")
 
 
-def _require_multipart(request: Request) -> None:
+def _require_form(request: Request) -> None:
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if content_type != "multipart/form-data":
+    if content_type not in FORM_TYPES:  # a form without files fails on the missing image
         message = f"expected Content-Type multipart/form-data, received {content_type or 'none'}"
         raise ApiError(415, message, code="invalid_type")
 
