@@ -1,5 +1,5 @@
 """How many bytes of a graph's values are alive at once, from the shapes that the exporter wrote,
-and how many pictures therefore fit.
+and how many images therefore fit.
 
 Knows ONNX and the engine protocol. What is alive is a lower bound of what running a graph needs
 besides its weights: no backend keeps less, most keep more.
@@ -30,13 +30,13 @@ def activations(graph: Path, lengths: Mapping[str, int]) -> int:
     sizes = {value.name: _bytes(value.type.tensor_type, lengths) for value in values}
     last = {name: i for i, node in enumerate(model.node) for name in node.input}
     alive: dict[str, int] = {}
-    most = 0
+    maximum = 0
     for i, node in enumerate(model.node):
         alive |= {name: sizes.get(name, 0) for name in node.output}
-        most = max(most, sum(alive.values()))
+        maximum = max(maximum, sum(alive.values()))
         for name in [name for name in alive if last.get(name) == i]:
             del alive[name]
-    return most
+    return maximum
 
 
 def _bytes(tensor: Any, lengths: Mapping[str, int]) -> int:
@@ -47,7 +47,7 @@ def _bytes(tensor: Any, lengths: Mapping[str, int]) -> int:
 
 
 def _length(expression: str, lengths: Mapping[str, int]) -> int:
-    """1 where the exporter named an axis anew, as it does after a padded halving: what is alive
+    """1 where the exporter named an axis again, as it does after a padded halving: what is alive
     stays a lower bound.
     """
     try:
@@ -62,28 +62,28 @@ def alive_bytes(graph: Path, manifest: Manifest) -> int:
 
 
 def max_batch_images(bundle: Bundle, candidate: Candidate) -> int:
-    """The most pictures at once, by calculation, confirmed by one evaluation of all of them; where
+    """The most images at once, by calculation, confirmed by one evaluation of all of them; where
     that fails it is half of them.
     """
     fraction = memory_budget.USABLE_FRACTION[bool(candidate.gpu)]
     free = int(fraction * (memory_budget.free_bytes(candidate.gpu) or 0))
     count = memory_budget.max_batch_images(bundle.manifest, free)
-    log.info("batch: %d pictures by calculation, %.0f MB may be used", count, free / 1e6)
+    log.info("batch: %d images by calculation, %.0f MB may be used", count, free / 1e6)
     while count > 1:
         try:
             _evaluate(bundle, candidate, count)
             return count
         except BackendError as error:
             count //= 2
-            log.info("batch: %s; so %d pictures", error, count)
+            log.info("batch: %s; so %d images", error, count)
     return count
 
 
-def _evaluate(bundle: Bundle, candidate: Candidate, pictures: int) -> None:
-    """One evaluation of so many guided pictures of the largest size."""
-    manifest = replace(bundle.manifest, batch=(1, 1, pictures))
+def _evaluate(bundle: Bundle, candidate: Candidate, images: int) -> None:
+    """One evaluation of so many guided images of the largest size."""
+    manifest = replace(bundle.manifest, batch=(1, 1, images))
     size = max(manifest.sizes, key=lambda sides: sides[0] * sides[1])
-    lengths = {**axis_lengths(manifest, size), "rows": 2 * pictures}
+    lengths = {**axis_lengths(manifest, size), "rows": 2 * images}
     assert candidate.load is not None
     engine = candidate.load(replace(bundle, manifest=manifest), "unet")
     try:

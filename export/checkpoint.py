@@ -74,9 +74,9 @@ class Checkpoint:
         """The same with its safety checker as a part; raises CheckpointError if it has none."""
         if not self.has_safety_checker:
             raise CheckpointError(f"{self.folder} has no safety_checker; build without it")
-        made = replace(self, safety_checker=True)
-        made.weight_files("safety_checker")
-        return made
+        result = replace(self, safety_checker=True)
+        result.weight_files("safety_checker")
+        return result
 
     @property
     def has_safety_checker(self) -> bool:
@@ -87,16 +87,16 @@ class Checkpoint:
 
         Raises CheckpointError.
         """
-        found = {
+        located = {
             part: find_part(part, where, self._known_of(part))
             for part, where in parts.items()
             if where
         }
-        said = "".join(f", {part} {parts[part]}" for part in found)
-        made = replace(self, source=self.source + said, others={**self.others, **found})
-        for part in found:
-            made.weight_files(part)
-        return made
+        said = "".join(f", {part} {parts[part]}" for part in located)
+        result = replace(self, source=self.source + said, others={**self.others, **located})
+        for part in located:
+            result.weight_files(part)
+        return result
 
     def with_loras(self, named: Sequence[str]) -> "Checkpoint":
         """The same with LoRA files added, each `NAME` or `NAME:WEIGHT`; raises CheckpointError."""
@@ -107,7 +107,7 @@ class Checkpoint:
 
     @property
     def unconditional(self) -> bool:
-        """Whether it draws pixels and is told nothing: a UNet is all there is."""
+        """Whether it is an unconditional pixel model: a UNet is all there is."""
         path = self.part_folder("unet") / "config.json"
         return path.is_file() and read_json(path).get("_class_name") == "UNet2DModel"
 
@@ -129,10 +129,10 @@ class Checkpoint:
         return self.others.get(part, self.folder / part)
 
     def config(self, part: str) -> dict[str, Any]:
-        found = read_config(self.part_folder(part) / "config.json")
+        config = read_config(self.part_folder(part) / "config.json")
         if part == "unet" and self.chosen and read_notes(self.folder).get("sizes_follow"):
-            found["sample_size"] = self.chosen.sample_size
-        return found
+            config["sample_size"] = self.chosen.sample_size
+        return config
 
     def _known_of(self, part: str) -> dict[str, Any]:
         """The configuration of a part that another stands for; without one, its family's. For a
@@ -167,10 +167,10 @@ class Checkpoint:
         unet = self.part_folder("unet")
         noted = [read_notes(folder).get("prediction") for folder in (unet, self.folder)]
         if "unet" in self.others and not noted[0]:
-            beside = unet.parent / "scheduler" / "scheduler_config.json"
-            if unet.name == "unet" and beside.is_file():  # that of the model which the UNet is from
-                return prediction_of_scheduler(read_config(beside))
-        return next((Prediction(**each) for each in noted if each), None)
+            local = unet.parent / "scheduler" / "scheduler_config.json"
+            if unet.name == "unet" and local.is_file():  # that of the model which the UNet is from
+                return prediction_of_scheduler(read_config(local))
+        return next((Prediction(**entry) for entry in noted if entry), None)
 
     def passed_over(self) -> list[str]:
         """The names in single files that shape nothing, a line for each file."""
@@ -183,9 +183,9 @@ class Checkpoint:
 
     def _stored_scheduler_config(self) -> dict[str, Any]:
         path = self.folder / "scheduler" / "scheduler_config.json"
-        beside = self.part_folder("unet") / path.name  # where there is one part, at the root
-        if beside.is_file():
-            return read_config(beside)
+        local = self.part_folder("unet") / path.name  # where there is one part, at the root
+        if local.is_file():
+            return read_config(local)
         stored = read_config(path)
         return scheduler_of_pipeline(stored) if self._corrects_scheduler else stored
 
@@ -202,21 +202,22 @@ class Checkpoint:
         """Every text encoder's tokenizer; raises CheckpointError."""
         path = self.folder / "model_index.json"
         index = read_json(path) if path.is_file() else {}
-        found = {}
+        tokenizers = {}
         for part in self.text_encoders:
             match index.get(TOKENIZERS[part]):
                 case [_, str(kind)]:
                     named: str | None = kind
                 case _:
                     named = None
-            found[part] = read_tokenizer(self.folder / TOKENIZERS[part], named)
-        return found
+            tokenizers[part] = read_tokenizer(self.folder / TOKENIZERS[part], named)
+        return tokenizers
 
     def zeroes_empty_prompt(self) -> bool:
-        """Whether an empty negative prompt is zeros: with two text encoders, unless told not to."""
+        """Whether an empty negative prompt is zeros: with two text encoders, unless the model
+        turns that off."""
         path = self.folder / "model_index.json"
-        told = read_json(path).get("force_zeros_for_empty_prompt", True) if path.is_file() else True
-        return len(self.text_encoders) > 1 and bool(told)
+        flag = read_json(path).get("force_zeros_for_empty_prompt", True) if path.is_file() else True
+        return len(self.text_encoders) > 1 and bool(flag)
 
     def weight_files(self, part: str) -> list[Path]:
         """The part's safetensors files, full precision preferred; raises CheckpointError."""
@@ -260,14 +261,14 @@ def find_checkpoint(
         CheckpointError: unknown name (with near matches), no network, a missing component, a
             pickle, an unreadable file.
     """
-    given = {part: where for part, where in (parts or {}).items() if where}
-    wanted = (*PARTS, "safety_checker") if safety_checker else PARTS
-    checkpoint = _checked(_found(model, revision, wanted, given))
+    replacements = {part: where for part, where in (parts or {}).items() if where}
+    required_parts = (*PARTS, "safety_checker") if safety_checker else PARTS
+    checkpoint = _checked(_actual(model, revision, required_parts, replacements))
     return checkpoint.with_safety_checker() if safety_checker else checkpoint
 
 
-def _found(
-    model: str, revision: str | None, parts: Sequence[str], given: Mapping[str, str]
+def _actual(
+    model: str, revision: str | None, parts: Sequence[str], replacements: Mapping[str, str]
 ) -> Checkpoint:
     path = Path(model).expanduser()
     if path.suffix.lower() in PICKLES:
@@ -277,15 +278,15 @@ def _found(
     if not here and model not in EMBEDDED and re.fullmatch(HUB_ID, repository):
         source = f"{repository}@{revision}" if revision else repository
         folder = fetched(repository, parts, revision)
-        return Checkpoint(model.split("/")[-1], source, folder).with_parts(given)
+        return Checkpoint(model.split("/")[-1], source, folder).with_parts(replacements)
     if revision:
         raise CheckpointError(f"revision {revision!r} of {model}: only models on the hub have any")
     if model in EMBEDDED:
-        return Checkpoint(model, model, embedded_checkpoint(model)).with_parts(given)
+        return Checkpoint(model, model, embedded_checkpoint(model)).with_parts(replacements)
     if path.is_dir():
-        return Checkpoint(path.resolve().name, model, path).with_parts(given)
+        return Checkpoint(path.resolve().name, model, path).with_parts(replacements)
     if single:
-        return _from_file(open_file(path), given)
+        return _from_file(open_file(path), replacements)
     near = difflib.get_close_matches(model, [*EMBEDDED, *KNOWN], n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise CheckpointError(
@@ -294,14 +295,16 @@ def _found(
     )
 
 
-def _from_file(file: SingleFile, given: Mapping[str, str]) -> Checkpoint:
+def _from_file(file: SingleFile, replacements: Mapping[str, str]) -> Checkpoint:
     others: dict[str, Path] = {}
-    for part in sorted(given, key=lambda each: each == "unet"):  # it depends on the text encoders
+    for part in sorted(
+        replacements, key=lambda entry: entry == "unet"
+    ):  # it depends on the text encoders
         known = file.known_of(part)
         if part == "unet" and (second := others.get("text_encoder_2")):
             known["projection_dim"] = read_config(second / "config.json").get("projection_dim", 512)
-        others[part] = find_part(part, given[part], known)
-    said = "".join(f", {part} {where}" for part, where in given.items())
+        others[part] = find_part(part, replacements[part], known)
+    said = "".join(f", {part} {where}" for part, where in replacements.items())
     folder = folder_from_file(file, others)
     return Checkpoint(file.path.stem, f"{file.path}{said}", folder, others)
 
@@ -330,7 +333,7 @@ def find_part(part: str, where: str, known: Mapping[str, Any] | None = None) -> 
 
 
 def _part_of_file(part: str, path: Path, known: Mapping[str, Any]) -> Path:
-    """A file's part; one of a folder in the hub's layout has its configuration beside it."""
+    """A file's part; one of a folder in the hub's layout has its configuration next to it."""
     config = path.parent / "config.json"
     if path.is_file() and path.name.split(".")[0] in STEMS and config.is_file():
         if weight_files(path.parent) == [path]:

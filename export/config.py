@@ -1,4 +1,4 @@
-"""Reading a component's `config.json`: what shapes the network, what is fixed, what is told apart.
+"""Reading a component's `config.json`: what shapes the network, what is fixed, what is ignored.
 
 A key that the network does not know is an error unless it holds the value that changes nothing:
 a checkpoint is never half understood.

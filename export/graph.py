@@ -1,4 +1,4 @@
-"""A torch module to `model.onnx` beside `model.safetensors`: one copy of the weights, each under
+"""A torch module to `model.onnx` next to `model.safetensors`: one copy of the weights, each under
 the name that it has in the module, followed by `.T` where it is stored transposed.
 
 Knows torch's exporter and the ONNX intermediate representation; not which network it is given.
@@ -66,8 +66,8 @@ def export_graph(
 
 
 def write_float32_graph(folder: Path) -> None:
-    """Beside a half-precision graph one that computes in float32 from the same stored weights, with
-    the same inputs and outputs: for what overflows once in many pictures.
+    """Write a float32 graph next to a half-precision one, over the same stored weights and with the
+    same inputs and outputs, for what overflows once in many images.
     """
     model = ir.load(folder / "model.onnx")
     graph = model.graph
@@ -94,19 +94,19 @@ def write_float32_graph(folder: Path) -> None:
 
 
 def write_shallow_graph(folder: Path, dtype: str) -> Component:
-    """Beside a UNet's graph with an output `feature` one with that as an input: what remains of the
-    network, from the same stored weights. Returns it, unproven.
+    """Write the graph that takes a UNet's output `feature` as an input, over the same stored weights:
+    what remains of the network. Returns it, not validated.
     """
     model = ir.load(folder / "model.onnx")
     graph = model.graph
-    output, made = graph.outputs
-    sample, deep = (list(value.shape or ()) for value in (graph.inputs[0], made))
+    output, produced = graph.outputs
+    sample, deep = (list(value.shape or ()) for value in (graph.inputs[0], produced))
     shape = ir.Shape([*sample[:1], *deep[1:2], *sample[2:]])  # as the sample names its sides
-    given = ir.Value(name=FEATURE, shape=shape, type=made.type)
-    made.name = f"{FEATURE}_made"
-    graph.outputs.remove(made)
-    made.replace_all_uses_with(given)
-    graph.inputs.append(given)
+    external = ir.Value(name=FEATURE, shape=shape, type=produced.type)
+    produced.name = f"{FEATURE}_made"
+    graph.outputs.remove(produced)
+    produced.replace_all_uses_with(external)
+    graph.inputs.append(external)
     RemoveUnusedNodesPass()(model)
     ir.save(model, folder / SHALLOW_GRAPH)
     values = graph.initializers.values()
@@ -116,10 +116,10 @@ def write_shallow_graph(folder: Path, dtype: str) -> Component:
 
 
 def _cast(value: ir.Value, to: ir.DataType) -> ir.Node:
-    made = ir.node("Cast", [value], {"to": to}, name=f"{value.name}_to_{to.name.lower()}")
-    made.outputs[0].name = f"{value.name}_{to.name.lower()}"
-    made.outputs[0].dtype, made.outputs[0].shape = to, value.shape
-    return made
+    produced = ir.node("Cast", [value], {"to": to}, name=f"{value.name}_to_{to.name.lower()}")
+    produced.outputs[0].name = f"{value.name}_{to.name.lower()}"
+    produced.outputs[0].dtype, produced.outputs[0].shape = to, value.shape
+    return produced
 
 
 def _exported(
@@ -149,13 +149,13 @@ def _exported(
 def _quiet() -> Iterator[None]:
     """The exporter narrates on standard output and warns about its own insides."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
+    saved_levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
-    for logger, level in zip(loggers, levels, strict=True):
+    for logger, level in zip(loggers, saved_levels, strict=True):
         logger.setLevel(level)
 
 
@@ -185,7 +185,7 @@ def _strip(model: ir.Model) -> None:
 def _name_weights(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
     """Give weights that the exporter stored transposed their name back, and the mark of it.
 
-    Two that share their first and last row cannot be told apart and keep the exporter's names.
+    Two that share their first and last row cannot be distinguished and keep the exporter's names.
     """
     originals: dict[Any, list[str]] = {}
     for name, weight in weights.items():

@@ -89,12 +89,12 @@ def needed_names(names: Collection[str], parts: Sequence[str]) -> list[str]:
 
 
 def _nothing_to_build(names: Collection[str], parts: Sequence[str]) -> str:
-    wanted = f"it has no {' or '.join(f'{part}/config.json' for part in parts)}"
+    message = f"it has no {' or '.join(f'{part}/config.json' for part in parts)}"
     single = sorted(name for name in names if name.endswith(".safetensors"))
     if single:
-        return f"{wanted}, but {single[0]}: fetch that file and type sdrt build --model FILE"
+        return f"{message}, but {single[0]}: download it and run `sdrt build --model FILE`"
     pickles = sorted(name for name in names if Path(name).suffix in PICKLES)
-    return f"{wanted}, only {pickles[0]}, a pickle: {TO_CONVERT}" if pickles else wanted
+    return f"{message}, only {pickles[0]}, a pickle: {TO_CONVERT}" if pickles else message
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def _sentence(error: Exception, repository: str, revision: str | None) -> str:
     offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
     first = str(error).strip().split("\n")[0][:200] or type(error).__name__
     return (
-        f"cannot fetch {repository} from the hub{offline}: {first}. Whole files are kept, so type "
-        "the command again. Without a network, copy the model's folder here, type sdrt build "
-        "--model FOLDER, and set HF_HUB_OFFLINE=1 to use only what the hub's cache holds"
+        f"cannot fetch {repository} from the hub{offline}: {first}. Complete files are cached, so "
+        "run the command again. Without a network, copy the model's folder here, run `sdrt build "
+        "--model FOLDER`, and set HF_HUB_OFFLINE=1 to use only what the hub's cache holds"
     )

@@ -1,4 +1,4 @@
-"""`UNet2DModel` as published for unconditional generation: it draws pixels, and is told nothing.
+"""`UNet2DModel` as published for unconditional generation: no prompt, no latents.
 
 Knows its configuration and torch. Stages attend over positions only, where the configuration has
 them do so.
@@ -26,7 +26,7 @@ class PixelUnetConfig:
     """What of `config.json` shapes the network.
 
     `attention_head_dim` is the channels of one head, None for a single head. `sample_size` is the
-    picture's side, or height and width.
+    image's side, or height and width.
     """
 
     in_channels: int = 3
@@ -195,8 +195,8 @@ class PixelUnet(nn.Module):
         x = self.conv_in(sample)
         skips = [x]
         for down in self.down_blocks:
-            x, made = down(x, time)
-            skips += made
+            x, outputs = down(x, time)
+            skips += outputs
         if self.mid_block is not None:
             x = self.mid_block(x, time)
         for up in self.up_blocks:

@@ -72,9 +72,9 @@ def prediction_from_marks(
     The marks are those of ComfyUI and the A1111 web UI (`v_pred`, `ztsnr`), of ModelSpec, of
     sd-scripts (`ss_*`), and the step by which diffusers knows the 2.1 model for 512 pixels.
     """
-    if found := [key for key in EDM if key in keys]:
+    if detected := [key for key in EDM if key in keys]:
         raise CheckpointError(
-            f"the file holds {', '.join(found)}: its model is parameterized as in EDM (such as "
+            f"the file holds {', '.join(detected)}: its model is parameterized as in EDM (such as "
             "Playground 2.5), which is not supported; expected a model that predicts epsilon, "
             "v_prediction or the sample on the schedule of Stable Diffusion"
         )
@@ -131,21 +131,22 @@ def prediction_of_scheduler(scheduler: Mapping[str, Any]) -> Prediction:
     return Prediction(kind, bool(scheduler.get("rescale_betas_zero_snr")), reason)
 
 
-def chosen_prediction(found: Prediction, kind: str | None, zero_snr: bool) -> Prediction:
+def chosen_prediction(detected: Prediction, kind: str | None, zero_snr: bool) -> Prediction:
     """What the options of a build make of it; raises UsageError for a pair that cannot be."""
     if kind is None and not zero_snr:
-        return found
+        return detected
     options = [f"--prediction-type {kind}"] if kind else []
     options += ["--zero-snr"] if zero_snr else []
-    reason, chosen = " ".join(options), kind or found.kind
+    reason, chosen = " ".join(options), kind or detected.kind
     if zero_snr and chosen == "epsilon":
         raise UsageError(
             "--zero-snr starts from pure noise, about which a model that predicts noise says "
-            f"nothing, and this one predicts {found}; add --prediction-type v_prediction or sample"
+            f"nothing, and this one predicts {detected}; add --prediction-type v_prediction or "
+            "sample"
         )
-    if kind and kind != found.kind:
-        reason += f", instead of {found}"
-    return Prediction(chosen, zero_snr or (found.zero_snr and chosen != "epsilon"), reason)
+    if kind and kind != detected.kind:
+        reason += f", instead of {detected}"
+    return Prediction(chosen, zero_snr or (detected.zero_snr and chosen != "epsilon"), reason)
 
 
 def scheduler_of_pipeline(scheduler: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The safety checker of Stable Diffusion 1.x as a component: how near a picture is to concepts.
+"""The safety checker of Stable Diffusion 1.x as a component: how near an image is to concepts.
 
 Knows transformers' CLIP vision tower and the published weights' names; what the distances decide is
 `runtime.safety_checker`'s.
@@ -15,7 +15,7 @@ CONCEPTS, SPECIAL = 17, 3
 
 class SafetyChecker(nn.Module):
     """pixels [B, 3, S, S], as CLIP reads them -> special [B, 3] and concepts [B, 17]: the cosine
-    between picture and concept less the concept's threshold.
+    between image and concept less the concept's threshold.
     """
 
     def __init__(self, config: Any) -> None:
@@ -45,10 +45,10 @@ def renamed(weights: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     """The weights under the module's names: transformers has had the tower with and without a
     prefix of its own.
     """
-    made = {}
+    result = {}
     for name, tensor in weights.items():
         bare = name.replace("vision_model.vision_model.", "vision_model.")
         nested = bare.replace("vision_model.", "vision_model.vision_model.", 1)
         if not name.endswith("position_ids"):
-            made[next((n for n in (name, bare, nested) if n in names), name)] = tensor
-    return made
+            result[next((n for n in (name, bare, nested) if n in names), name)] = tensor
+    return result

@@ -66,7 +66,7 @@ def _convolution(channels_in: int, channels_out: int, **options: Any) -> nn.Conv
 
 
 class TinyEncoder(nn.Module):
-    """Picture [B, 3, H, W] in [-1, 1] -> latents [B, C, H/8, W/8]."""
+    """Image [B, 3, H, W] in [-1, 1] -> latents [B, C, H/8, W/8]."""
 
     def __init__(self, config: TinyVaeConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class TinyEncoder(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Latents [B, C, H/8, W/8] -> picture [B, 3, H, W], about [-1, 1]."""
+    """Latents [B, C, H/8, W/8] -> image [B, 3, H, W], about [-1, 1]."""
 
     def __init__(self, config: TinyVaeConfig) -> None:
         super().__init__()

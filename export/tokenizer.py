@@ -21,7 +21,12 @@ from sdrt.runtime.text.tokenizer import END, MAX_TOKENS, ROLES, START
 from .weights import read_json
 
 log = logging.getLogger("sdrt.build")
-CONFIG, WHOLE, VOCAB, MERGES = "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt"
+CONFIG, TOKENIZER, VOCAB, MERGES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+)
 SMALL = ("added_tokens.json", "special_tokens_map.json")
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 # Settings that change ids, with the value that is supported.
@@ -71,7 +76,7 @@ class CheckpointTokenizer:
 
 def missing_files(folder: Path) -> list[str]:
     """The files that a tokenizer's folder needs and does not have."""
-    if (folder / WHOLE).is_file():
+    if (folder / TOKENIZER).is_file():
         return []
     return [name for name in (VOCAB, MERGES) if not (folder / name).is_file()]
 
@@ -109,10 +114,10 @@ def read_tokenizer(folder: Path, named: str | None = None) -> CheckpointTokenize
 
 def _check_class(folder: Path, config: Mapping[str, Any], named: str | None) -> None:
     kinds = [named, config.get("tokenizer_class")]
-    if (folder / WHOLE).is_file():
-        model = read_json(folder / WHOLE).get("model")
+    if (folder / TOKENIZER).is_file():
+        model = read_json(folder / TOKENIZER).get("model")
         kind = model.get("type") if isinstance(model, dict) else None
-        kinds.append(None if kind == "BPE" else f"{WHOLE} of type {kind}")
+        kinds.append(None if kind == "BPE" else f"{TOKENIZER} of type {kind}")
     for kind in kinds:
         if kind is not None and kind not in CLASSES:
             raise CheckpointError(
@@ -123,10 +128,10 @@ def _check_class(folder: Path, config: Mapping[str, Any], named: str | None) -> 
 def _copy_files(folder: Path, config: Mapping[str, Any], copy: Path) -> None:
     """Only what is known here: a configuration can name files elsewhere."""
     (copy / CONFIG).write_text(json.dumps(config))
-    for name in (WHOLE, VOCAB, *SMALL):
+    for name in (TOKENIZER, VOCAB, *SMALL):
         if (folder / name).is_file():
             read_json(folder / name)  # bounded, and no name twice
-    for name in (WHOLE, VOCAB, MERGES, *SMALL):
+    for name in (TOKENIZER, VOCAB, MERGES, *SMALL):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, copy / name)
 
@@ -146,8 +151,8 @@ def _read_by_transformers(folder: Path) -> CheckpointTokenizer:
         raise ValueError("a merge is not of two pieces without spaces")
     flags = ("special", "normalized", "lstrip", "rstrip", "single_word")
     added = {
-        each["id"]: AddedToken(each["content"], **{flag: each[flag] for flag in flags})
-        for each in state["added_tokens"]
+        item["id"]: AddedToken(item["content"], **{flag: item[flag] for flag in flags})
+        for item in state["added_tokens"]
     }
     if max(*model["vocab"].values(), *added) >= MAX_TOKENS:
         raise ValueError(f"an id is {MAX_TOKENS:,} or more")

@@ -27,12 +27,13 @@ class UnetConfig:
 
     `attention_head_dim` is the number of heads, one for all stages or each its own: a published
     misnomer that files keep. `sample_size` is the side of latents, or height and width, or not
-    known. `in_channels` is 4, 9 with a mask and what it leaves of a picture, 5
+    known. `in_channels` is 4, 9 with a mask and what it leaves of an image, 5
     with a depth map. `mid_block_type` is None in models distilled without one, and UNetMidBlock2D
     is a residual block alone. `transformer_layers_per_block` counts on the way down, and on the way
     up unless `reverse_transformer_layers_per_block` does. `addition_embed_type` is text_time in
-    models that are also told of the whole prompt and of sizes. `time_cond_proj_dim` is the width of
-    the guidance scale's embedding in models that take one, which are distilled from guided ones.
+    models that are also conditioned on the pooled prompt and on sizes. `time_cond_proj_dim` is the
+    width of the guidance scale's embedding in models that take one, which are distilled from guided
+    ones.
     """
 
     in_channels: int = 4
@@ -99,22 +100,22 @@ class UnetConfig:
         """Raise CheckpointError unless the added conditioning is none, or the pooled prompt and
         six numbers of sizes.
         """
-        kind, each = self.addition_embed_type, self.addition_time_embed_dim
+        kind, item = self.addition_embed_type, self.addition_time_embed_dim
         width = self.projection_class_embeddings_input_dim
-        if kind is None and each is None and width is None:
+        if kind is None and item is None and width is None:
             return
-        if kind != "text_time" or not each or not width or width <= TIME_IDS * each:
+        if kind != "text_time" or not item or not width or width <= TIME_IDS * item:
             raise CheckpointError(
-                f"UnetConfig: addition_embed_type={kind!r} with addition_time_embed_dim={each!r} "
+                f"UnetConfig: addition_embed_type={kind!r} with addition_time_embed_dim={item!r} "
                 f"and projection_class_embeddings_input_dim={width!r}; expected none of them, or "
                 f"text_time with a width beyond {TIME_IDS} times the second"
             )
 
     @property
     def pooled_width(self) -> int:
-        """Of the pooled prompt that the model is told of; 0 if it is told of none."""
-        each, width = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
-        return width - TIME_IDS * each if width and each else 0
+        """Width of the pooled prompt that the model is conditioned on; 0 if there is none."""
+        item, width = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        return width - TIME_IDS * item if width and item else 0
 
     @property
     def time_channels(self) -> int:
@@ -143,11 +144,11 @@ class UnetConfig:
 
     def depths(self, stage: int, count: int, *, up: bool = False) -> list[int]:
         """Blocks of each of a stage's transformers; stages are counted from the first way down."""
-        given, at = self.transformer_layers_per_block, stage
+        provided, at = self.transformer_layers_per_block, stage
         if up and self.reverse_transformer_layers_per_block is not None:
-            given = self.reverse_transformer_layers_per_block
+            provided = self.reverse_transformer_layers_per_block
             at = len(self.block_out_channels) - 1 - stage
-        own = _of_stage(given, at)
+        own = _of_stage(provided, at)
         depths = [own] * count if isinstance(own, int) else list(own)
         if len(depths) < count:
             raise CheckpointError(
@@ -184,13 +185,13 @@ class DownStage(nn.Module):
 
     def layers(self, x: Tensor, time: Tensor, context: Tensor, count: int) -> list[Tensor]:
         """What each of the first layers puts out."""
-        made = []
+        result = []
         for i, resnet in enumerate(self.resnets[:count]):
             x = resnet(x, time)
             if self.attentions:
                 x = self.attentions[i](x, context)
-            made.append(x)
-        return made
+            result.append(x)
+        return result
 
 
 class MidStage(nn.Module):
@@ -302,8 +303,8 @@ class Unet(nn.Module):
         x = self.conv_in(sample)
         skips = [x]
         for down in self.down_blocks:
-            x, made = down(x, time, context)
-            skips += made
+            x, result = down(x, time, context)
+            skips += result
         if self.mid_block is not None:
             x = self.mid_block(x, time, context)
         for up in self.up_blocks[:-1]:
@@ -345,13 +346,13 @@ class Unet(nn.Module):
         time_ids: Tensor | None,
         timestep_cond: Tensor | None,
     ) -> Tensor:
-        """What every residual block is told, [B, time_channels]."""
+        """The conditioning of every residual block, [B, time_channels]."""
         features = timestep_embedding(timestep, self.config.block_out_channels[0])
         time: Tensor = self.time_embedding(features.to(sample.dtype), timestep_cond)
         if self.add_embedding is not None and pooled is not None and time_ids is not None:
-            each = timestep_embedding(time_ids.flatten(), self.config.addition_time_embed_dim or 0)
-            told = each.unflatten(0, (-1, TIME_IDS)).flatten(1).to(sample.dtype)
-            time = time + self.add_embedding(torch.cat([pooled, told], dim=-1))
+            item = timestep_embedding(time_ids.flatten(), self.config.addition_time_embed_dim or 0)
+            reported = item.unflatten(0, (-1, TIME_IDS)).flatten(1).to(sample.dtype)
+            time = time + self.add_embedding(torch.cat([pooled, reported], dim=-1))
         return time
 
     def _out(self, x: Tensor) -> Tensor:

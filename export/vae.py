@@ -1,4 +1,4 @@
-"""`AutoencoderKL`: pictures to latents and back, as published for Stable Diffusion 1.x.
+"""`AutoencoderKL`: images to latents and back, as published for Stable Diffusion 1.x.
 
 Knows its configuration and torch. `VaeDecoder` and `VaeEncoder` are the two components of a bundle.
 """
@@ -96,7 +96,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Picture [B, 3, H, W] -> moments [B, 2 * latent_channels, H/8, W/8]."""
+    """Image [B, 3, H, W] -> moments [B, 2 * latent_channels, H/8, W/8]."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, latent_channels, H/8, W/8] -> picture [B, 3, H, W]."""
+    """Latents [B, latent_channels, H/8, W/8] -> image [B, 3, H, W]."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -163,18 +163,18 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
-    def moments(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] in [-1, 1] -> mean and log variance of the latents, unscaled."""
-        mean, log_variance = self.quant_conv(self.encoder(picture)).chunk(2, dim=1)
+        mean, log_variance = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Unscaled latents [B, C, H/8, W/8] -> picture [B, 3, H, W], about [-1, 1]."""
+        """Unscaled latents [B, C, H/8, W/8] -> image [B, 3, H, W], about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents))
 
 
 class VaeDecoder(nn.Module):
-    """The bundle's `vae_decoder`: scaled latents, as the sampler leaves them, to a picture."""
+    """The bundle's `vae_decoder`: scaled latents, as the sampler leaves them, to an image."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class VaeDecoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """The bundle's `vae_encoder`: a picture to mean and deviation of its scaled latents."""
+    """The bundle's `vae_encoder`: an image to mean and deviation of its scaled latents."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -206,9 +206,9 @@ def preview_projection(encoder: nn.Module, downscale: int) -> tuple[tuple[float,
     side = 16
     generator = torch.Generator().manual_seed(0)
     patches = torch.rand((1, 3, side // 2, side // 2), generator=generator) * 2.0 - 1.0
-    picture = nn.functional.interpolate(patches, scale_factor=2 * downscale, mode="bilinear")
-    mean, _ = encoder(picture)
-    colours = nn.functional.avg_pool2d(picture, downscale)
+    pixels = nn.functional.interpolate(patches, scale_factor=2 * downscale, mode="bilinear")
+    mean, _ = encoder(pixels)
+    colours = nn.functional.avg_pool2d(pixels, downscale)
     known = torch.cat([mean, torch.ones_like(mean[:, :1])], dim=1).flatten(2)[0].double()
     fitted = torch.linalg.lstsq(known.T, colours.flatten(2)[0].double().T).solution.T
     return tuple(tuple(round(float(value), 5) for value in row) for row in fitted)

@@ -33,13 +33,13 @@ def weight_names(names: Collection[str]) -> list[str]:
     """
     for stem in STEMS:
         for variant in VARIANTS:
-            whole, index = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
-            if whole in names:
-                return [whole]
+            full, index = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
+            if full in names:
+                return [full]
             if index in names:
                 pattern = re.escape(stem) + r"{0}-\d+-of-\d+{1}\.safetensors"
                 spellings = {pattern.format(variant, ""), pattern.format("", variant)}
-                shards = [n for n in names if any(re.fullmatch(each, n) for each in spellings)]
+                shards = [n for n in names if any(re.fullmatch(item, n) for item in spellings)]
                 return [index, *sorted(shards)]
     pickles = sorted(name for name in names if Path(name).suffix in PICKLES)
     if pickles:

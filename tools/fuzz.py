@@ -44,7 +44,7 @@ class Result:
 
     @property
     def failed(self) -> bool:
-        return bool(self.found) or self.grown > CONSTANT + LARGEST.get(self.target, 0)
+        return bool(self.findings) or self.grown > CONSTANT + LARGEST.get(self.target, 0)
 
 
 def worker(name: str, arguments: list[str]) -> None:

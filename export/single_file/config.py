@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdrt.errors import CheckpointError
 
-from .parts import LATER_TEXT, OPTIONS, Found, seems_to_be
+from .parts import LATER_TEXT, OPTIONS, PartLocation, seems_to_be
 
 Weights = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -85,7 +85,7 @@ FAMILIES = (
 )
 
 
-def family_of(shapes: Shapes, found: Mapping[str, Found]) -> Family:
+def family_of(shapes: Shapes, parts_found: Mapping[str, PartLocation]) -> Family:
     """The family of a file by its parts, or of a UNet alone.
 
     Args:
@@ -93,7 +93,7 @@ def family_of(shapes: Shapes, found: Mapping[str, Found]) -> Family:
         found: where the file has which part.
     """
     first, second, xl = FAMILIES
-    unet, text = found.get("unet"), found.get("text_encoder")
+    unet, text = parts_found.get("unet"), parts_found.get("text_encoder")
     names = [name for name in shapes if unet and name.startswith(unet.prefix)]
     added = (".label_emb.0.0.weight", ".add_embedding.linear_1.weight")
     # 2.x may be in the layout of XL: then that text encoder is all that it has there.
@@ -106,19 +106,21 @@ def family_of(shapes: Shapes, found: Mapping[str, Found]) -> Family:
     return second if linear else first
 
 
-def check_whole(family: Family, found: Mapping[str, Found], keys: Collection[str]) -> None:
+def check_whole(
+    family: Family, parts_found: Mapping[str, PartLocation], keys: Collection[str]
+) -> None:
     """Raise CheckpointError for the first part of the family that is neither found nor given,
     saying what was recognised and how to give it.
 
-    found: the parts in the file and those given beside it
+    parts_found: the parts in the file and those passed next to it
     """
-    lacking = [part for part in family.prefixes if part not in found]
+    lacking = [part for part in family.prefixes if part not in parts_found]
     if not lacking:
         return
-    have = [f"its {part} ({each.prefix}..)" for part, each in found.items()]
+    have = [f"its {part} ({location.prefix}..)" for part, location in parts_found.items()]
     prefix = family.prefixes[lacking[0]]
     if lacking[0] == "text_encoder" and family is FAMILIES[0]:
-        prefix = " or ".join(each.prefixes["text_encoder"] for each in FAMILIES)
+        prefix = " or ".join(family.prefixes["text_encoder"] for family in FAMILIES)
     begun = sorted({name.split(".")[0] for name in keys})[:5]
     advice = [f"{OPTIONS[part]} FILE" for part in lacking]
     what = seems_to_be(keys)
@@ -126,7 +128,7 @@ def check_whole(family: Family, found: Mapping[str, Found], keys: Collection[str
         f"this file has no {lacking[0]}: no key begins with {prefix}; recognised "
         f"{', '.join(have) or 'nothing'}, keys begin with {', '.join(begun) or 'nothing'}; "
         + (what or f"give what it lacks with {' '.join(advice)}, or a file of ")
-        + ("" if what else ", ".join(each.name for each in FAMILIES))
+        + ("" if what else ", ".join(family.name for family in FAMILIES))
     )
 
 
@@ -144,14 +146,14 @@ def configs_of(
         if part.startswith("text_encoder")
     }
     if "vae" in parts:
-        told = vae_config(parts["vae"])
-        tiny = told.get("_class_name") == "AutoencoderTiny"
-        configs["vae"] = told if tiny else {**told, **family.vae}
+        config_read = vae_config(parts["vae"])
+        tiny = config_read.get("_class_name") == "AutoencoderTiny"
+        configs["vae"] = config_read if tiny else {**config_read, **family.vae}
     if "unet" in parts:
-        told = unet_config(parts["unet"])
-        heads = [width // HEAD for width in told["block_out_channels"]]
-        configs["unet"] = {"attention_head_dim": heads, **told, **family.unet}
-        if added := told.get("projection_class_embeddings_input_dim"):
+        config_read = unet_config(parts["unet"])
+        heads = [width // HEAD for width in config_read["block_out_channels"]]
+        configs["unet"] = {"attention_head_dim": heads, **config_read, **family.unet}
+        if added := config_read.get("projection_class_embeddings_input_dim"):
             second = configs.get("text_encoder_2", {})
             configs["unet"] |= addition_config(added, second.get("projection_dim", pooled))
     return configs
@@ -164,10 +166,10 @@ def addition_config(width: int, pooled: int | None) -> dict[str, Any]:
         the UNet is not theirs for one that is refused for want of a text encoder
     """
     if pooled is None:
-        each = min(PUBLISHED_SIZE_WIDTH, (width - 1) // SIZES)
+        size_width = min(PUBLISHED_SIZE_WIDTH, (width - 1) // SIZES)
     else:
-        each = (width - pooled) // SIZES
-    return {"addition_embed_type": "text_time", "addition_time_embed_dim": each}
+        size_width = (width - pooled) // SIZES
+    return {"addition_embed_type": "text_time", "addition_time_embed_dim": size_width}
 
 
 def unet_config(weights: Weights) -> dict[str, Any]:
@@ -197,8 +199,8 @@ def unet_config(weights: Weights) -> dict[str, Any]:
     if (ways_up := [_one(depths) for depths in up]) != [_one(depths) for depths in down[::-1]]:
         config["reverse_transformer_layers_per_block"] = ways_up
     if not middle:
-        whole = any(name.startswith("mid_block.") for name in weights)
-        config["mid_block_type"] = "UNetMidBlock2D" if whole else None
+        full = any(name.startswith("mid_block.") for name in weights)
+        config["mid_block_type"] = "UNetMidBlock2D" if full else None
     if "add_embedding.linear_1.weight" in weights:
         width = _shape(weights, "add_embedding.linear_1.weight")[1]
         config["projection_class_embeddings_input_dim"] = width
@@ -268,8 +270,8 @@ def _stages(weights: Weights, pattern: str, first: str) -> int:
 
 def _count(weights: Weights, pattern: str) -> int:
     """One more than the largest number that a pattern finds at the beginning of a name."""
-    found = (re.match(pattern, name) for name in weights)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    matches = (re.match(pattern, name) for name in weights)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
 def _depths(weights: Weights, block: str) -> list[int]:

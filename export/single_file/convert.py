@@ -29,7 +29,7 @@ from .original_layout import copy_tokenizers, published_weights
 from .parts import (
     LATER_TEXT,
     OPTIONS,
-    Found,
+    PartLocation,
     described,
     find_part_in,
     find_parts,
@@ -45,7 +45,7 @@ VERSION = 2  # of what is made of a file: folders that an earlier one made are n
 NOTES = "notes.json"
 SCALE_TOLERANCE = 1e-4
 # What no shape tells, by part: it is taken from the model that a part is given to.
-UNTOLD = {
+INHERITED = {
     "unet": (
         "sample_size",
         "attention_head_dim",
@@ -73,7 +73,7 @@ class SingleFile:
 
     path: Path
     header: Header
-    found: Mapping[str, Found]
+    parts: Mapping[str, PartLocation]
     family: Family
     prediction: Prediction | None
 
@@ -91,7 +91,7 @@ class SingleFile:
             return {"hidden_act": "gelu" if part in self.family.open_clip else "quick_gelu"}
         if part == "vae":
             return dict(self.family.vae)
-        second = self.found.get("text_encoder_2")
+        second = self.parts.get("text_encoder_2")
         suffix = {"open_clip": "text_projection", "transformers": "text_projection.weight"}
         record = self.header.records.get(second.prefix + suffix[second.layout]) if second else None
         width = record.shape[-1 if second and second.layout == "open_clip" else 0] if record else 0
@@ -104,7 +104,7 @@ class SingleFile:
         """What its marks say, or else what models of the family mostly do."""
         if self.prediction:
             return self.prediction
-        text = self.found.get("text_encoder")
+        text = self.parts.get("text_encoder")
         if self.sizes_follow and text and text.prefix == LATER_TEXT:
             advice = "if images are noise, build with --prediction-type v_prediction"
             return Prediction(
@@ -120,7 +120,7 @@ class SingleFile:
     @property
     def sizes_follow(self) -> bool:
         """Whether its native size is known by what it predicts: 2.x that takes latents alone."""
-        unet = self.found.get("unet")
+        unet = self.parts.get("unet")
         name = {"original": "input_blocks.0.0.weight", "diffusers": "conv_in.weight"}
         record = self.header.records.get(unet.prefix + name[unet.layout]) if unet else None
         return self.family.name.endswith("2.x") and (not record or record.shape[1] == 4)
@@ -131,9 +131,9 @@ def open_file(path: Path) -> SingleFile:
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     header = read_header(path, CheckpointError)
-    found = find_parts(header.records)
+    parts = find_parts(header.records)
     shapes = {name: record.shape for name, record in header.records.items()}
-    family = family_of(shapes, found)
+    family = family_of(shapes, parts)
     step = None
     if "global_step" in header.records:
         with open_safetensors(path) as file:
@@ -141,17 +141,17 @@ def open_file(path: Path) -> SingleFile:
         step = float(values[0]) if values.numel() == 1 else None
     open_clip = family.name.endswith("2.x")
     prediction = prediction_from_marks(set(shapes), header.metadata, step, open_clip)
-    return SingleFile(path, header, found, family, prediction)
+    return SingleFile(path, header, parts, family, prediction)
 
 
 def folder_from_file(file: SingleFile, others: Mapping[str, Path]) -> Path:
     """A folder in the hub's layout with the parts of a model's file, kept in sdrt's home.
 
-    others: folders of the parts that are given beside the file, which it may lack
+    others: folders of the parts that are given next to the file, which it may lack
     Raises CheckpointError.
     """
-    given = {part: Found(part, "", "") for part in others}
-    check_whole(file.family, {**file.found, **given}, file.header.records)
+    external = {part: PartLocation(part, "", "") for part in others}
+    check_whole(file.family, {**file.parts, **external}, file.header.records)
     parts = [part for part in file.family.prefixes if part not in others]
     mark = f"{file.mark}:{parts}:{sorted(map(str, others.values()))}"
     return build_once(_place(mark), partial(_convert_model, file, parts, others))
@@ -170,17 +170,17 @@ def folder_from_part(path: Path, part: str, known: Mapping[str, Any]) -> Path:
         CheckpointError: the file does not hold the part, or is not fully understood.
     """
     file = open_file(path)
-    found = find_part_in(file.header.records, part)
-    if found is None:
+    location = find_part_in(file.header.records, part)
+    if location is None:
         what = seems_to_be(file.header.records) or (
-            f"it holds {', '.join(file.found) or 'nothing that is known'}"
+            f"it holds {', '.join(file.parts) or 'nothing that is known'}"
         )
         raise CheckpointError(
             f"{path} holds no {part}: {what}; expected for {OPTIONS[part]} a file with a {part} "
             "in the original layout, in that of diffusers or of transformers"
         )
     mark = f"{file.mark}:{part}:{json.dumps(known, sort_keys=True, default=str)}"
-    return build_once(_place(mark), partial(_convert_part, file, found, known))
+    return build_once(_place(mark), partial(_convert_part, file, location, known))
 
 
 def _place(mark: str) -> Path:
@@ -190,8 +190,8 @@ def _place(mark: str) -> Path:
 def _convert_model(
     file: SingleFile, parts: Collection[str], others: Mapping[str, Path], folder: Path
 ) -> None:
-    places = [file.found[part] for part in parts]
-    weights, passed = _read(file, places, whole=True)
+    places = [file.parts[part] for part in parts]
+    weights, passed = _read(file, places, full=True)
     second = others.get("text_encoder_2")
     pooled = read_json(second / "config.json").get("projection_dim", 512) if second else None
     configs = configs_of(file.family, {p: _tensors(w) for p, w in weights.items()}, pooled)
@@ -200,9 +200,9 @@ def _convert_model(
     if file.sizes_follow and "unet" in configs:
         configs["unet"]["sample_size"] = prediction.sample_size
     texts = [others[part].parent for part in others if part.startswith("text_encoder")]
-    beside = [place / "tokenizer" for place in (file.path.parent, *texts)]
-    found = next((each for each in beside if each.is_dir()), beside[0])
-    copy_tokenizers(file.family, found, folder)
+    folders = [place / "tokenizer" for place in (file.path.parent, *texts)]
+    tokenizers = next((entry for entry in folders if entry.is_dir()), folders[0])
+    copy_tokenizers(file.family, tokenizers, folder)
     (folder / "scheduler").mkdir(parents=True)
     scheduler = json.dumps(file.family.scheduler)
     (folder / "scheduler" / "scheduler_config.json").write_text(scheduler)
@@ -227,14 +227,19 @@ def _check_scale(file: SingleFile) -> None:
         )
 
 
-def _convert_part(file: SingleFile, place: Found, known: Mapping[str, Any], folder: Path) -> None:
-    weights, passed = _read(file, [place], whole=False)
+def _convert_part(
+    file: SingleFile, place: PartLocation, known: Mapping[str, Any], folder: Path
+) -> None:
+    weights, passed = _read(file, [place], full=False)
     tensors = _tensors(weights[place.part])
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     family = family_of(shapes, {place.part: replace(place, prefix="")})
     pooled = known.get("projection_dim") if place.part == "unet" else None
-    told = configs_of(family, {place.part: tensors}, pooled)[place.part]
-    channels, usual = told.get("latent_channels"), known.get("latent_channels", LATENT_CHANNELS)
+    own_config = configs_of(family, {place.part: tensors}, pooled)[place.part]
+    channels, usual = (
+        own_config.get("latent_channels"),
+        known.get("latent_channels", LATENT_CHANNELS),
+    )
     if place.part == "vae" and channels != usual:
         raise CheckpointError(
             f"{file.path}: its latents have {channels} channels, those of the model {usual}; it is "
@@ -242,8 +247,8 @@ def _convert_part(file: SingleFile, place: Found, known: Mapping[str, Any], fold
         )
     if place.part == "vae":
         _check_family(file, known)
-    config = {**told, **_untold(place.part, known, told)}
-    if "addition_time_embed_dim" in known and "addition_time_embed_dim" in told:
+    config = {**own_config, **_inherited(place.part, known, own_config)}
+    if "addition_time_embed_dim" in known and "addition_time_embed_dim" in own_config:
         config["addition_time_embed_dim"] = known["addition_time_embed_dim"]
     if place.part == "unet" and file.prediction and file.sizes_follow:
         config["sample_size"] = file.prediction.sample_size
@@ -257,25 +262,27 @@ def _check_family(file: SingleFile, known: Mapping[str, Any]) -> None:
     An autoencoder alone does not say whose it is: those of 1.x, 2.x and XL have the same shapes.
     """
     scales = {family.vae["scaling_factor"] for family in FAMILIES}
-    own, wanted = file.family.vae["scaling_factor"], known.get("scaling_factor")
-    if "unet" in file.found and wanted in scales - {own}:
+    own, expected = file.family.vae["scaling_factor"], known.get("scaling_factor")
+    if "unet" in file.parts and expected in scales - {own}:
         raise CheckpointError(
             f"{file.path} is a model of {file.family.name}, whose latents are scaled by {own}, "
-            f"those of the model by {wanted}: give --vae an autoencoder of the same family"
+            f"those of the model by {expected}: give --vae an autoencoder of the same family"
         )
 
 
-def _untold(part: str, known: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+def _inherited(
+    part: str, known: Mapping[str, Any], own_config: Mapping[str, Any]
+) -> dict[str, Any]:
     """What a part has in common with the one that it stands for, where its shapes do not tell."""
-    if told.get("_class_name") == "AutoencoderTiny":
+    if own_config.get("_class_name") == "AutoencoderTiny":
         return {}
-    kept = {key: known[key] for key in UNTOLD[part.split("_")[0]] if key in known}
-    if known.get("hidden_size") != told.get("hidden_size"):
-        kept.pop("num_attention_heads", None)
-    heads = kept.get("attention_head_dim")
-    if isinstance(heads, list | tuple) and len(heads) != len(told["block_out_channels"]):
-        del kept["attention_head_dim"]
-    return kept
+    inherited = {key: known[key] for key in INHERITED[part.split("_")[0]] if key in known}
+    if known.get("hidden_size") != own_config.get("hidden_size"):
+        inherited.pop("num_attention_heads", None)
+    heads = inherited.get("attention_head_dim")
+    if isinstance(heads, list | tuple) and len(heads) != len(own_config["block_out_channels"]):
+        del inherited["attention_head_dim"]
+    return inherited
 
 
 Named = dict[str, tuple[str, Tensor]]  # published name -> its name in the file, and the tensor
@@ -286,7 +293,7 @@ def _tensors(weights: Named) -> dict[str, Tensor]:
 
 
 def _read(
-    file: SingleFile, places: Iterable[Found], whole: bool
+    file: SingleFile, places: Iterable[PartLocation], full: bool
 ) -> tuple[dict[str, Named], list[str]]:
     """Every part's weights, and the names that were passed over.
 
@@ -300,15 +307,15 @@ def _read(
         left -= own
         read[place.part], ignored = _read_part(file, place, own)
         passed += ignored
-    if whole:
-        replaced = tuple(f.prefix for p, f in file.found.items() if p not in read and f.prefix)
+    if full:
+        replaced = tuple(f.prefix for p, f in file.parts.items() if p not in read and f.prefix)
         left = {key for key in left if not key.startswith(replaced)}
         passed += [key for key in left if shapes_nothing(key)]
         refuse_unknown(left.difference(passed) - {"scaled_fp8"}, str(file.path))
     return read, sorted(passed)
 
 
-def _read_part(file: SingleFile, place: Found, keys: set[str]) -> tuple[Named, list[str]]:
+def _read_part(file: SingleFile, place: PartLocation, keys: set[str]) -> tuple[Named, list[str]]:
     names = {key: key.removeprefix(place.prefix) for key in keys}
     unread = _last_layer_unread(file, place, names)
     ignored = {k for k, name in names.items() if shapes_nothing_of(place.part, name, unread)}
@@ -316,17 +323,17 @@ def _read_part(file: SingleFile, place: Found, keys: set[str]) -> tuple[Named, l
         stored = {key: opened.get_tensor(key) for key in sorted(keys - ignored)}
     plain = weights_without_scales(stored)
     check_used(plain.items(), str(file.path))
-    made: Named = {}
+    tensors_read: Named = {}
     unknown = []
     for key in list(plain):
         renamed = published_weights(place, names[key], plain.pop(key))
-        made |= {name: (key, tensor) for name, tensor in renamed.items()}
+        tensors_read |= {name: (key, tensor) for name, tensor in renamed.items()}
         unknown += [] if renamed else [key]
     refuse_unknown(unknown, str(file.path))
-    return made, sorted(ignored)
+    return tensors_read, sorted(ignored)
 
 
-def _last_layer_unread(file: SingleFile, place: Found, names: Mapping[str, str]) -> bool:
+def _last_layer_unread(file: SingleFile, place: PartLocation, names: Mapping[str, str]) -> bool:
     if place.part != "text_encoder":
         return False
     ending = "token_embedding.weight"
@@ -337,7 +344,7 @@ def _last_layer_unread(file: SingleFile, place: Found, names: Mapping[str, str])
 
 
 def _write(
-    file: SingleFile, place: Found, config: Mapping[str, Any], weights: Named, folder: Path
+    file: SingleFile, place: PartLocation, config: Mapping[str, Any], weights: Named, folder: Path
 ) -> None:
     """A part's folder; raises CheckpointError for weights that its network does not take."""
     taken = _names_taken(place.part, config, weights)

@@ -1,7 +1,7 @@
 """The names of Stable Diffusion 1.x, 2.x and XL in the original layout, and the published ones.
 
 Knows both layouts' names; `single_file_config.py` tells the families apart. The file holds weights
-only: the tokenizer comes from a `tokenizer` folder beside the file, or from the hub.
+only: the tokenizer comes from a `tokenizer` folder next to the file, or from the hub.
 """
 
 import json
@@ -17,7 +17,7 @@ from sdrt.export.tokenizer import missing_files
 from sdrt.export.weights import read_json
 
 from .config import Family, check_whole, family_of
-from .parts import LAYERS_READ, Found, find_parts, shapes_nothing_of
+from .parts import LAYERS_READ, PartLocation, find_parts, shapes_nothing_of
 
 TOKENIZER_SOURCE = "openai/clip-vit-large-patch14"
 RESNET = {
@@ -118,22 +118,22 @@ def open_clip_weights(tensors: Mapping[str, Tensor], projects: bool) -> dict[str
 
     projects: keep the projection of the prompt as a whole, and every layer
     """
-    made: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in OPEN_CLIP_ENDS:
-            made[f"text_model.{OPEN_CLIP_ENDS[name]}"] = tensor
+            result[f"text_model.{OPEN_CLIP_ENDS[name]}"] = tensor
         elif name == "text_projection" and projects:
-            made["text_projection.weight"] = tensor.T.contiguous()
+            result["text_projection.weight"] = tensor.T.contiguous()
         elif match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", name):
             layer = f"text_model.encoder.layers.{match[1]}"
             if int(match[1]) >= LAYERS_READ and not projects:
                 continue
             if match[2] == "attn.in_proj":
                 for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                    made[f"{layer}.self_attn.{letter}_proj.{match[3]}"] = part.clone()
+                    result[f"{layer}.self_attn.{letter}_proj.{match[3]}"] = part.clone()
             elif match[2] in OPEN_CLIP_LAYER:
-                made[f"{layer}.{OPEN_CLIP_LAYER[match[2]]}.{match[3]}"] = tensor
-    return made
+                result[f"{layer}.{OPEN_CLIP_LAYER[match[2]]}.{match[3]}"] = tensor
+    return result
 
 
 def modern_name(name: str) -> str:
@@ -145,33 +145,33 @@ def modern_name(name: str) -> str:
 
 def vae_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An autoencoder under published names, its attention's 1x1 convolutions as linear layers."""
-    made = {}
+    result = {}
     for key, tensor in tensors.items():
         if name := vae_name(key):
-            made[name] = _without_pixels(name, tensor)
-    return made
+            result[name] = _without_pixels(name, tensor)
+    return result
 
 
 def converted(tensors: Mapping[str, Tensor]) -> tuple[Family, dict[str, dict[str, Tensor]]]:
     """The family of a whole model's tensors, and its parts' weights under their published names;
     raises CheckpointError for another make.
     """
-    found = find_parts(tensors)
-    family = family_of({name: tuple(t.shape) for name, t in tensors.items()}, found)
-    check_whole(family, found, tensors)
+    actual = find_parts(tensors)
+    family = family_of({name: tuple(t.shape) for name, t in tensors.items()}, actual)
+    check_whole(family, actual, tensors)
 
-    def of(place: Found) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
+    def of(place: PartLocation) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
             name = key.removeprefix(place.prefix)
             if key.startswith(place.prefix) and not shapes_nothing_of(place.part, name, False):
-                made |= published_weights(place, name, tensor)
-        return made
+                result |= published_weights(place, name, tensor)
+        return result
 
-    return family, {part: of(found[part]) for part in family.prefixes}
+    return family, {part: of(actual[part]) for part in family.prefixes}
 
 
-def published_weights(place: Found, name: str, tensor: Tensor) -> dict[str, Tensor]:
+def published_weights(place: PartLocation, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """One tensor under its published names, of which it may have several; none if none is known.
 
     name: behind the part's prefix
@@ -185,8 +185,8 @@ def published_weights(place: Found, name: str, tensor: Tensor) -> dict[str, Tens
         return {modern_name(name): _without_pixels(name, tensor)}
     if place.layout == "open_clip":
         return open_clip_weights({name: tensor}, projects=place.part == "text_encoder_2")
-    whole = name.startswith(("text_model.", "text_projection."))
-    return {name if whole else f"text_model.{name}": tensor}
+    full = name.startswith(("text_model.", "text_projection."))
+    return {name if full else f"text_model.{name}": tensor}
 
 
 def _without_pixels(name: str, tensor: Tensor) -> Tensor:
@@ -195,25 +195,25 @@ def _without_pixels(name: str, tensor: Tensor) -> Tensor:
     return tensor[:, :, 0, 0].contiguous() if squeeze else tensor
 
 
-def copy_tokenizers(family: Family, beside: Path, folder: Path) -> None:
+def copy_tokenizers(family: Family, neighbour: Path, folder: Path) -> None:
     """The tokenizer of every text encoder: all read the same tokens, and pad with their own."""
     from sdrt.export.weights import TOKENIZERS
 
     for part, name in TOKENIZERS.items():
         if part in family.prefixes:
-            _copy_tokenizer(beside, folder / name)
+            _copy_tokenizer(neighbour, folder / name)
             if part in family.open_clip:
                 config = folder / name / "tokenizer_config.json"
                 settings = read_json(config) if config.is_file() else {}
                 config.write_text(json.dumps({**settings, "pad_token": "!"}))
 
 
-def _copy_tokenizer(beside: Path, target: Path) -> None:
+def _copy_tokenizer(neighbour: Path, target: Path) -> None:
     names = ("vocab.json", "merges.txt")
     target.mkdir(parents=True)
-    if not missing_files(beside):
+    if not missing_files(neighbour):
         more = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
-        for path in (beside / name for name in (*names, *more)):
+        for path in (neighbour / name for name in (*names, *more)):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
         return
@@ -226,5 +226,5 @@ def _copy_tokenizer(beside: Path, target: Path) -> None:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"a single file holds no tokenizer, and {TOKENIZER_SOURCE} cannot be fetched: put its "
-            f"tokenizer.json, or its vocab.json and merges.txt into {beside}"
+            f"tokenizer.json, or its vocab.json and merges.txt into {neighbour}"
         ) from error

@@ -85,7 +85,7 @@ _OTHERS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class PartLocation:
     """One part in a file: where its names begin, and in which layout it is."""
 
     part: str
@@ -93,26 +93,26 @@ class Found:
     layout: str
 
 
-def find_part_in(keys: Collection[str], part: str) -> Found | None:
+def find_part_in(keys: Collection[str], part: str) -> PartLocation | None:
     """Where a file of these names holds a part, or None if it does not."""
     for prefix in PREFIXES[part]:
         own = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
         for layout, sign in SIGNS[part].items():
             if any(sign.match(name) for name in own):
-                return Found(part, prefix, layout)
+                return PartLocation(part, prefix, layout)
     return None
 
 
-def find_parts(keys: Collection[str]) -> dict[str, Found]:
+def find_parts(keys: Collection[str]) -> dict[str, PartLocation]:
     """Every part that a file of these names holds.
 
     Text encoders without a prefix are the first: which of two they are, no name tells.
     """
-    found = {part: find_part_in(keys, part) for part in PREFIXES}
-    kept = {part: each for part, each in found.items() if each is not None}
-    if "text_encoder_2" in kept and not kept["text_encoder_2"].prefix:
-        del kept["text_encoder_2"]
-    return kept
+    actual = {part: find_part_in(keys, part) for part in PREFIXES}
+    cached = {part: item for part, item in actual.items() if item is not None}
+    if "text_encoder_2" in cached and not cached["text_encoder_2"].prefix:
+        del cached["text_encoder_2"]
+    return cached
 
 
 def shapes_nothing(key: str) -> bool:
@@ -144,8 +144,8 @@ def seems_to_be(keys: Collection[str]) -> str | None:
         if any(re.match(pattern, key) for key in telling):
             return f"it seems to be {what}" + (f": {hint}" if hint else ", which is not read here")
     names = {"unet": "a UNet", "vae": "an autoencoder", "text_encoder": "a text encoder"}
-    found = find_parts(keys)
-    if len(found) == 1 and (part := next(iter(found))) in names:
+    actual = find_parts(keys)
+    if len(actual) == 1 and (part := next(iter(actual))) in names:
         return f"it seems to be {names[part]} alone: type --model MODEL {OPTIONS[part]} FILE"
     return None
 
@@ -155,10 +155,10 @@ def described(keys: Iterable[str]) -> str:
     groups: Counter[str] = Counter()
     for key in keys:
         match = _SHAPES_NOTHING.fullmatch(key)
-        whole = match["group"] if match else None
+        full = match["group"] if match else None
         layer = re.match(r"(.*?\b(?:(?:resblocks|layers)\.\d+|vision_model|visual))\.", key)
-        whole = whole or (layer[1] if layer else None)
-        groups[f"{whole}.*" if whole else key] += 1
+        full = full or (layer[1] if layer else None)
+        groups[f"{full}.*" if full else key] += 1
     shown = [f"{name} ({n})" if n > 1 else name for name, n in groups.items()]
     more = f" (and {len(shown) - MAX_SHOWN} others)" if len(shown) > MAX_SHOWN else ""
     return ", ".join(shown[:MAX_SHOWN]) + more

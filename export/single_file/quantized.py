@@ -1,4 +1,4 @@
-"""Weights that are stored in 8 bits with a scale beside them, as plain float32 weights.
+"""Weights that are stored in 8 bits with a scale next to them, as plain float32 weights.
 
 Knows the names under which scales are published: ComfyUI's `scale_weight` and `weight_scale`, the
 latter also of other quantizers. A weight is never used without its scale: what is not understood
@@ -45,21 +45,22 @@ def weights_without_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         CheckpointError: a format or a shape of scales that is not understood, or a scale without
             its weight, by name.
     """
-    made = {name: t for name, t in tensors.items() if not _belongs_to_scales(name)}
+    result = {name: t for name, t in tensors.items() if not _belongs_to_scales(name)}
     for name, tensor in tensors.items():
         if name.endswith(FORMAT_OF_LAYER):
             _check_format(name, tensor)
     for name, scale in tensors.items():
         if weight_name := weight_of_scale(name):
-            if weight_name not in made:
+            if weight_name not in result:
                 raise CheckpointError(f"the scale {name} has no {weight_name} that it belongs to")
-            if not is_float8(made[weight_name].dtype):
+            if not is_float8(result[weight_name].dtype):
                 raise CheckpointError(
-                    f"{weight_name} has the scale {name} and is {_short(made[weight_name].dtype)}; "
+                    f"{weight_name} has the scale {name} and is "
+                    f"{_short(result[weight_name].dtype)}; "
                     "only scales of 8-bit floating-point weights are understood"
                 )
-            made[weight_name] = _scaled(weight_name, made[weight_name], name, scale)
-    return made
+            result[weight_name] = _scaled(weight_name, result[weight_name], name, scale)
+    return result
 
 
 def weight_of_scale(name: str) -> str | None:
