@@ -94,8 +94,8 @@ def write_float32_graph(folder: Path) -> None:
 
 
 def write_shallow_graph(folder: Path, dtype: str) -> Component:
-    """Write the graph that takes a UNet's output `feature` as an input, over the same stored weights:
-    what remains of the network. Returns it, not validated.
+    """Write the graph that takes a UNet's output `feature` as an input, over the same stored
+    weights: what remains of the network. Returns it, not validated.
     """
     model = ir.load(folder / "model.onnx")
     graph = model.graph

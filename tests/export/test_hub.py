@@ -213,7 +213,7 @@ def test_only_the_hub_has_revisions(tiny):
 def test_a_part_may_be_the_whole_repository():
     names = ["config.json", "diffusion_pytorch_model.safetensors", "README.md", "old.ckpt"]
     assert needed_names(names, ("vae",)) == sorted(names[:2])
-    with pytest.raises(CheckpointError, match=r"but model_full.safetensors: fetch that file"):
+    with pytest.raises(CheckpointError, match=r"but model_full.safetensors: download it"):
         needed_names(["model_full.safetensors"], ("vae",))
 
 
