@@ -2,7 +2,7 @@
 
 - Each is a function of `sigmas`, those of all training steps, ascending, [T], and of `n` steps. It
   spans all of them, whatever timestep spacing a model was published with.
-- It returns descending sigmas; the last entry is the sigma at which the run bounds.
+- It returns descending sigmas; the last entry is the sigma of the result.
 
 Knows the sigmas of the training steps; no solver and no configuration.
 """
