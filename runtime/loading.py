@@ -43,12 +43,6 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False
     manifest, slot = bundle.manifest, ExclusiveSlot() if sequential else None
     concurrent = candidate.device == "cpu"
 
-    def tokenizer(encoder: str, folder: str) -> Tokenizer | None:
-        if encoder not in manifest.components:
-            return None
-        rows = _count_embeddings(bundle.graph(encoder).with_name(WEIGHTS))
-        return Tokenizer.from_folder(bundle.folder / folder, manifest.max_tokens, rows)
-
     def lazy(of: Bundle, name: str, turn: ExclusiveSlot | None = slot) -> LazyEngine:
         def open_engine() -> Engine:
             return _load_engines(of, [name], load, concurrent)[name]
@@ -74,8 +68,8 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False
     if exact := bundle.in_float32("vae_decoder"):
         engines["vae_decoder_float32"] = lazy(exact, "vae_decoder")
     adapters = Adapters(bundle, engines)
-    first = tokenizer("text_encoder", "tokenizer")
-    second = tokenizer("text_encoder_2", "tokenizer_2")
+    first = _open_tokenizer(bundle, "text_encoder", "tokenizer")
+    second = _open_tokenizer(bundle, "text_encoder_2", "tokenizer_2")
     return Pipeline(
         manifest,
         first,
@@ -132,6 +126,14 @@ def _load_engines(
 def _scheduler_config(bundle: Bundle) -> dict[str, Any]:
     """The sampler's configuration, its values bounded as in all files of a bundle."""
     return read_config(bundle.folder / "scheduler" / "scheduler_config.json")
+
+
+def _open_tokenizer(bundle: Bundle, encoder: str, folder: str) -> Tokenizer | None:
+    """A text encoder's tokenizer; None where the bundle has no such encoder."""
+    if encoder not in bundle.manifest.components:
+        return None
+    rows = _count_embeddings(bundle.graph(encoder).with_name(WEIGHTS))
+    return Tokenizer.from_folder(bundle.folder / folder, bundle.manifest.max_tokens, rows)
 
 
 def _count_embeddings(weights: Path) -> int | None:
