@@ -133,16 +133,16 @@ def test_the_loop_in_one_launch_equals_the_loop_step_by_step(bundle, planned, sc
         own = pipe.with_scheduler(scheduler)
         options = {**OPTIONS, "guidance_interval": interval, "num_images_per_prompt": 2}
         for _ in range(2):  # captured, then replayed
-            whole = own(PROMPT, **options).images
+            complete = own(PROMPT, **options).images
         steps = own(PROMPT, on_step=lambda step: None, **options).images
-        for a, b in zip(whole, steps, strict=True):
+        for a, b in zip(complete, steps, strict=True):
             assert psnr(a, b) >= 40
 
 
 CALLS = {
     "an attention's weights": {"prompt": "a (red:1.4) circle on a [blue] background"},
-    "two stretches": {"prompt": "a red circle BREAK on a blue background", "negative_prompt": "x"},
-    "sixteen stretches": {"prompt": "a BREAK " * 15 + "b"},
+    "two chunks": {"prompt": "a red circle BREAK on a blue background", "negative_prompt": "x"},
+    "sixteen chunks": {"prompt": "a BREAK " * 15 + "b"},
     "unguided": {"guidance_scale": 1.0},
     "embeddings": {"prompt": None},
     "clip skip": {"clip_skip": 1},
@@ -159,9 +159,9 @@ def test_an_image_in_one_launch_equals_its_steps(bundle, planned, call):
             width = {s.name: s.shape for s in pipe.engines["unet"].inputs}["context"][2]
             options["prompt_embeds"] = np.random.default_rng(0).normal(size=(1, 32, width))
         for _ in range(2):  # captured, then replayed
-            whole = pipe(**options).images
+            complete = pipe(**options).images
         steps = pipe(on_step=lambda step: None, **options).images
-        for a, b in zip(whole, steps, strict=True):
+        for a, b in zip(complete, steps, strict=True):
             assert psnr(a, b) >= 40
 
 

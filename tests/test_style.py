@@ -87,6 +87,7 @@ def defined_names(node: ast.AST) -> Iterator[str]:
 def find_in_python(text: str, allowed: Iterable[str] = ()) -> Iterator[tuple[int, str, str]]:
     for node in ast.walk(ast.parse(text)):
         for name in defined_names(node):
+            name = remove_allowed(name, allowed)
             for term, better in find_in_name(name):
                 yield node.lineno, term, better  # type: ignore[attr-defined]
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -137,9 +138,9 @@ def list_files(places: Iterable[str] = ()) -> list[Path]:
 # How many are left in each folder. These numbers may only fall.
 DEBT: dict[str, int] = {
     "engine": 83,
-    "runtime": 43,
-    "sdrt": 172,
-    "tests": 33,
+    "runtime": 42,
+    "sdrt": 170,
+    "tests": 5,
     "tools": 1,
 }
 

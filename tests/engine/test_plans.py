@@ -136,9 +136,9 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
 def test_plans_of_weights_that_are_gone_go_too(tmp_path):
     old = get_or_build_plan(tmp_path, replace(KEY, weights="c" * 64), build)
     elsewhere = get_or_build_plan(tmp_path, replace(KEY, weights="c" * 64, version="2"), build)
-    beside = get_or_build_plan(tmp_path, replace(KEY, graph="d" * 64), build)
+    neighbour = get_or_build_plan(tmp_path, replace(KEY, graph="d" * 64), build)
     get_or_build_plan(tmp_path, KEY, build)
-    assert not old.path.exists() and elsewhere.path.exists() and beside.path.exists()
+    assert not old.path.exists() and elsewhere.path.exists() and neighbour.path.exists()
 
 
 def test_a_components_second_graph_has_a_plan_of_its_own(tmp_path):
@@ -174,7 +174,7 @@ def test_two_processes_build_one_plan_once(tmp_path):
     assert len(created) == 1
 
 
-def test_a_proof_is_kept_with_the_plan(tmp_path):
+def test_the_validation_is_stored_with_the_plan(tmp_path):
     get_or_build_plan(tmp_path, KEY, build).with_parity({"cosine": 1.0})
     assert get_or_build_plan(tmp_path, KEY, refuse).parity == {"cosine": 1.0}
 
@@ -250,8 +250,8 @@ def test_sidecars_are_plain_json(tmp_path):
 
 
 def elsewhere(folder, monkeypatch, tmp_path):
-    """What a stranger built, in a home of its own."""
-    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "stranger"))
+    """What another user built, in another home."""
+    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "other"))
     created = get_or_build_plan(folder, KEY, build)
     monkeypatch.setenv("SDRT_HOME", str(tmp_path / "mine"))
     return created
@@ -310,7 +310,7 @@ def test_a_key_that_others_may_read_is_made_again(tmp_path, monkeypatch):
 
 def test_kernels_from_elsewhere_are_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.kernels"
-    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "stranger"))
+    monkeypatch.setenv("SDRT_HOME", str(tmp_path / "other"))
     write_signed(path, b"native code")
     assert read_signed(path) == b"native code"
     monkeypatch.setenv("SDRT_HOME", str(tmp_path / "mine"))

@@ -195,7 +195,7 @@ def model(feeds):
     return {"output": np.tanh(sample[:, :4] * 0.3 + shift + 0.1 * sample[:, 4:].sum(1)[:, None])}
 
 
-def runs_of(scheduler, scales, pictures, beside=0, clip=False):
+def runs_of(scheduler, scales, num_images, extra_channels=0, clip=False):
     config = config_from_name(scheduler, {"_class_name": "DDIMScheduler", "clip_sample": clip})
     table = sampler_table(config, len(scales))
     scales = np.resize(scales, table.evaluations)
@@ -210,14 +210,14 @@ def runs_of(scheduler, scales, pictures, beside=0, clip=False):
             plan,
             [rng.normal(size=shape).astype(np.float32) for _ in range(1 + table.num_noises)],
             {"context": rng.normal(size=(guided, 7, 3)).astype(np.float32)},
-            rng.normal(size=(beside, *shape[1:])).astype(np.float32),
+            rng.normal(size=(extra_channels, *shape[1:])).astype(np.float32),
         )
-        for _ in range(pictures)
+        for _ in range(num_images)
     ]
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "scales", "pictures", "beside"),
+    ("scheduler", "scales", "num_images", "extra_channels"),
     [
         ("DDIMScheduler", [7.5] * 5, 1, 0),
         ("PNDMScheduler", [7.5] * 6, 3, 0),
@@ -227,8 +227,10 @@ def runs_of(scheduler, scales, pictures, beside=0, clip=False):
         ("LMSDiscreteScheduler", [7.5] * 9, 2, 0),
     ],
 )
-def test_a_program_run_by_the_kernels_equals_the_loop(kernel, scheduler, scales, pictures, beside):
-    arguments = scheduler, scales, pictures, beside
+def test_a_program_run_by_the_kernels_equals_the_loop(
+    kernel, scheduler, scales, num_images, extra_channels
+):
+    arguments = scheduler, scales, num_images, extra_channels
     *_, last = denoise({"unet": model}, runs_of(*arguments))
     engines = {"unet": Emulated(kernel, model)}
     actual = run_sampling_program(engines, runs_of(*arguments), decode=False).latents
@@ -274,10 +276,10 @@ CALLS = {
 }
 
 
-def whole(pipe, kernel):
-    """The pipeline with a UNet that runs whole pictures and nothing else."""
+def single_launch(pipe, kernel):
+    """The pipeline with a UNet that runs complete programs and nothing else."""
 
-    class Whole(Emulated):
+    class Single(Emulated):
         inputs, outputs = pipe.engines["unet"].inputs, pipe.engines["unet"].outputs
         handed: ClassVar = []
 
@@ -288,7 +290,7 @@ def whole(pipe, kernel):
             self.handed.append((program, decoder))
             return super().run_program(program, encoder, decoder)
 
-    unet = Whole(kernel, pipe.engines["unet"])
+    unet = Single(kernel, pipe.engines["unet"])
     return replace(pipe, engines={**pipe.engines, "unet": unet}), unet.handed
 
 
@@ -296,7 +298,7 @@ def whole(pipe, kernel):
 def test_an_engine_that_runs_programs_generates_the_same_images(pipe, kernel, call):
     if kernel[1] == "float16":
         pytest.skip("the embedded bundle is fp32")
-    other, handed = whole(pipe, kernel)
+    other, handed = single_launch(pipe, kernel)
     options = {"num_inference_steps": 5, "seed": 3, **CALLS[call]}
     expected, actual = pipe(PROMPT, **options).images, other(PROMPT, **options).images
     ((program, decoder),) = handed
@@ -309,7 +311,7 @@ def test_an_engine_that_runs_programs_generates_the_same_images(pipe, kernel, ca
 def test_what_a_program_cannot_contain_runs_outside_it(pipe, kernel):
     if kernel[1] == "float16":
         pytest.skip("the embedded bundle is fp32")
-    other, handed = whole(pipe, kernel)
+    other, handed = single_launch(pipe, kernel)
     inputs = np.random.default_rng(0).normal(size=(1, 32, 64)).astype(np.float32)
     width = {s.name: s.shape for s in pipe.engines["unet"].inputs}["context"][2]
     inputs = np.resize(inputs, (1, 32, width))
@@ -337,7 +339,7 @@ def test_an_overflowing_decoder_runs_again_in_float32(pipe, kernel):
         image = decoder(feeds)["image"]
         return {"image": np.full_like(image, np.inf) if len(calls) == 1 else image}
 
-    other, _ = whole(pipe, kernel)
+    other, _ = single_launch(pipe, kernel)
     other = replace(other, engines={**other.engines, "vae_decoder": overflowing})
     options = {"num_inference_steps": 2, "seed": 3}
     assert other("a", **options).images == pipe("a", **options).images

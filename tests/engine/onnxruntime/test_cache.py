@@ -1,4 +1,4 @@
-"""Optimised graphs are what is loaded, give the same pictures, and are done without where they
+"""Optimised graphs are what is loaded, give the same images, and are done without where they
 cannot be had.
 """
 
@@ -26,7 +26,7 @@ from sdrt.errors import BackendError
 
 pytestmark = pytest.mark.integration
 
-PICTURE = {"num_inference_steps": 4, "seed": 3}
+OPTIONS = {"num_inference_steps": 4, "seed": 3}
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def cached(shapes, tmp_path, monkeypatch):
     return open_bundle(shapes)
 
 
-def picture(bundle):
+def image(bundle):
     with sdrt.load(bundle.folder, backend="onnxruntime") as pipe:
-        return np.asarray(pipe("a red circle", **PICTURE).images[0])
+        return np.asarray(pipe("a red circle", **OPTIONS).images[0])
 
 
 def created(bundle, name="unet"):
@@ -47,8 +47,8 @@ def created(bundle, name="unet"):
 
 
 def test_the_optimised_graph_generates_the_same_image(cached, pipe, tmp_path, monkeypatch):
-    expected = np.asarray(pipe("a red circle", **PICTURE).images[0])
-    first, second = picture(cached), picture(cached)
+    expected = np.asarray(pipe("a red circle", **OPTIONS).images[0])
+    first, second = image(cached), image(cached)
     assert np.array_equal(first, second)
     # Fused attention adds in another order: on some processors a value rounds to its neighbor.
     assert np.abs(first.astype(int) - expected).max() <= 1
@@ -58,7 +58,7 @@ def test_the_optimised_graph_generates_the_same_image(cached, pipe, tmp_path, mo
         onnxruntime_cache, "find_spec", lambda name: None
     )  # so that nothing is fused
     monkeypatch.setenv("SDRT_HOME", str(tmp_path / "unfused"))
-    assert np.array_equal(picture(cached), expected)
+    assert np.array_equal(image(cached), expected)
 
 
 def test_it_is_made_once_and_is_what_is_loaded(cached):
@@ -71,13 +71,13 @@ def test_it_is_made_once_and_is_what_is_loaded(cached):
 
 
 def test_a_damaged_one_is_made_again(cached, caplog):
-    expected = picture(cached)
+    expected = image(cached)
     data = created(cached).with_name("model.data")
-    whole = data.read_bytes()
-    data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 0xFF]))
+    full = data.read_bytes()
+    data.write_bytes(full[:-1] + bytes([full[-1] ^ 0xFF]))
     with caplog.at_level(logging.WARNING, "sdrt"):
-        assert np.array_equal(picture(cached), expected)
-    assert "damaged" in caplog.text and data.read_bytes() == whole
+        assert np.array_equal(image(cached), expected)
+    assert "damaged" in caplog.text and data.read_bytes() == full
 
 
 def test_another_processor_has_its_own(cached, monkeypatch):
@@ -99,7 +99,7 @@ def test_without_one_the_bundles_graph_runs(cached, monkeypatch, tmp_path, why):
 
 def test_other_weights_are_put_into_the_bundles_graph(cached):
     with sdrt.load(cached.folder, backend="onnxruntime") as pipe:
-        draw = lambda: np.asarray(pipe("a red circle", **PICTURE).images[0])  # noqa: E731
+        draw = lambda: np.asarray(pipe("a red circle", **OPTIONS).images[0])  # noqa: E731
         before = draw()
         shape = Tensors(cached.folder / "unet" / "model.safetensors").shape("conv_in.weight")
         pipe.engines["unet"].refit({"conv_in.weight": np.zeros(shape, np.float32)})

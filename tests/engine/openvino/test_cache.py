@@ -120,10 +120,10 @@ def test_what_was_just_made_is_not_hashed_again(load_compiled, monkeypatch):
     cached = load_compiled("text_encoder", "f32")
     assert seen == []
     weights = cached.with_name("model.bin")
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    full = weights.read_bytes()
+    weights.write_bytes(full[:-1] + bytes([full[-1] ^ 1]))
     assert load_compiled("text_encoder", "f32") == cached and weights in seen
-    assert weights.read_bytes() == whole
+    assert weights.read_bytes() == full
 
 
 def test_a_kept_model_that_does_not_open_is_compiled(bundle, load_compiled, caplog):

@@ -82,16 +82,16 @@ def build(folder, component, graph, profile, targets=("sm_89",)):
 
 
 def unet_inputs(config, tokens=7, side=8):
-    told = {
+    extras = {
         "sample": torch.randn(2, config.in_channels, side, side),
         "timestep": torch.tensor([3.0, 700.0]),
         "context": torch.randn(2, tokens, config.cross_attention_dim),
     }
     if config.pooled_width:
-        told |= {"pooled": torch.randn(2, config.pooled_width), "time_ids": torch.rand(2, 6)}
+        extras |= {"pooled": torch.randn(2, config.pooled_width), "time_ids": torch.rand(2, 6)}
     if config.time_cond_proj_dim:
-        told["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim)
-    return told
+        extras["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim)
+    return extras
 
 
 SMALL = {
@@ -239,8 +239,10 @@ def test_layers_are_found_by_the_nodes_that_they_name(planned):
 
     network, *_ = parsed(open_bundle(planned).graph("unet"))
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    told = [{"Name": layer.name, "Metadata": layer.metadata} for layer in layers]
-    actual = layers_by_node(["node_group_norm", "node_scaled_dot_product_attention", "none"], told)
+    extras = [{"Name": layer.name, "Metadata": layer.metadata} for layer in layers]
+    actual = layers_by_node(
+        ["node_group_norm", "node_scaled_dot_product_attention", "none"], extras
+    )
     assert actual["node_group_norm"] == ["node_group_norm"] and actual["none"] == []
     assert actual["node_scaled_dot_product_attention"]
 

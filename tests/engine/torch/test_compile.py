@@ -61,8 +61,10 @@ def graph(tmp_path_factory):
         onnx.external_data_helper.set_external_data(tensor, "model.safetensors")
         tensor.ClearField("raw_data")
     nodes = [helper.make_node(kind, read, [created], **more) for kind, read, created, more in NODES]
-    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("sample", "output")]
-    created = helper.make_graph(nodes, "graph", ends[:1], ends[1:], initializers)
+    specs = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("sample", "output")
+    ]
+    created = helper.make_graph(nodes, "graph", specs[:1], specs[1:], initializers)
     onnx.save(helper.make_model(created), folder / "model.onnx")
     return folder / "model.onnx"
 
