@@ -1,8 +1,8 @@
-"""What a native library sets up when it is first used, set up by one thread.
+"""One-time initialisation of native libraries by a single thread.
 
-Bindings keep such things in C++ function-local statics, whose guard knows nothing of Python's lock:
-one thread waits for the guard with the lock in its hands, while the one inside the guard waits for
-the lock, for ever. So whatever several threads may use first is used here before, alone.
+Python bindings initialise C++ function-local statics on first use. The guard of such a static
+knows nothing of the GIL: one thread can wait for the guard while it holds the GIL, and the thread
+inside the guard for the GIL, a deadlock. So it is used once before, by one thread.
 """
 
 import threading
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 def call_once(initialise: Callable[[], None]) -> Callable[[], None]:
-    """The function, which runs when it is first called; other callers wait until it has."""
+    """Wrap a function so that its first call runs it, and concurrent callers wait for that."""
     lock, done = threading.Lock(), threading.Event()
 
     def initialised() -> None:

@@ -105,25 +105,25 @@ def _load_library(name: str) -> Any:
         return None
 
 
-def _query_nvml(ask: Callable[[Any], Any]) -> Any:
+def _query_nvml(query: Callable[[Any], Any]) -> Any:
     """An answer of NVIDIA's management library, or None where it has none."""
     nvml = _load_library("libnvidia-ml.so.1")
     if nvml is None or nvml.nvmlInit_v2():
         return None
     try:
-        return ask(nvml)
+        return query(nvml)
     finally:
         nvml.nvmlShutdown()
 
 
 def _query_driver_version() -> str | None:
-    def ask(nvml: Any) -> str | None:
+    def query(nvml: Any) -> str | None:
         text = ctypes.create_string_buffer(80)
         failed = nvml.nvmlSystemGetDriverVersion(text, len(text))
         return None if failed else text.value.decode()
 
-    found: str | None = _query_nvml(ask)
-    return found
+    answer: str | None = _query_nvml(query)
+    return answer
 
 
 class _NvmlMemory(ctypes.Structure):
@@ -136,11 +136,11 @@ class _NvmlMemory(ctypes.Structure):
 def free_memory(gpu: Gpu) -> int | None:
     """Bytes that nobody uses now, by the management library; None where it does not say."""
 
-    def ask(nvml: Any) -> int | None:
+    def query(nvml: Any) -> int | None:
         handle, memory = ctypes.c_void_p(), _NvmlMemory()
         if nvml.nvmlDeviceGetHandleByPciBusId_v2(gpu.pci_bus_id.encode(), ctypes.byref(handle)):
             return None
         return None if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) else memory.free
 
-    found: int | None = _query_nvml(ask)
-    return found
+    answer: int | None = _query_nvml(query)
+    return answer

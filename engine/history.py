@@ -1,4 +1,4 @@
-"""The columns of an image's sampling run, and the one operation on them.
+"""The history of an image's sampling run, and the one operation on it.
 
 Knows numpy.
 """
@@ -15,16 +15,16 @@ class History(Protocol):
     """
 
     def write(self, column: int, value: np.ndarray) -> None:
-        """Keep a [C, H/8, W/8] float32 array as a column."""
+        """Store a [C, H/8, W/8] float32 array as a column."""
         ...
 
     def combine(self, row: np.ndarray, column: int) -> np.ndarray:
-        """`row @ columns` -> [C, H/8, W/8] float32, kept as a column; row is [columns] float32."""
+        """Store `row @ columns` as a column; row [columns] float32 -> [C, H/8, W/8] float32."""
         ...
 
 
 class NumpyHistory:
-    """The history in host memory. Rows have few entries, most of them side by side."""
+    """The history in host memory. Rows have few nonzero entries, mostly adjacent."""
 
     def __init__(self, columns: int, shape: tuple[int, ...]) -> None:
         self.shape = shape
@@ -38,14 +38,14 @@ class NumpyHistory:
             row[low:high] @ self.columns[low:high]
             if high - low > 1
             else row[low] * self.columns[low]  # a product of one row is slow in BLAS
-            for low, high in _runs(np.flatnonzero(row).tolist())
+            for low, high in _consecutive_ranges(np.flatnonzero(row).tolist())
         ]
         self.columns[column] = sum(parts[1:], parts[0]) if parts else 0.0
         return self.columns[column].reshape(self.shape)
 
 
-def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
-    """Stretches [low, high) of indices that follow one another."""
+def _consecutive_ranges(indices: list[int]) -> Iterator[tuple[int, int]]:
+    """Ranges [low, high) of consecutive indices."""
     start = 0
     for i in range(1, len(indices) + 1):
         if i == len(indices) or indices[i] != indices[i - 1] + 1:

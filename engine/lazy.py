@@ -1,4 +1,4 @@
-"""Engines that load when they are first needed, and that make room for each other.
+"""Engines that load on first use, and of which only one may be loaded at a time.
 
 Knows the engine protocol; no backend.
 """
@@ -15,13 +15,13 @@ from sdrt.errors import BackendError
 
 from .protocol import Engine, Feeds
 
-PATIENCE = 5.0  # seconds that a caller waits for others of the engine that is loaded
+MAX_WAIT = 5.0  # seconds, before a waiting engine takes precedence
 
 
 class ExclusiveSlot:
-    """Engines that take turns: one of them is loaded, the others are not. It goes when another is
-    needed and nobody uses it; callers of the one that is loaded go before the others, which load
-    theirs less often for it, unless one of those has waited for `PATIENCE`.
+    """A slot for one loaded engine of several. It is unloaded when another is needed and no call
+    uses it. Calls of the loaded engine take precedence, which saves loads, unless another engine
+    has waited for `MAX_WAIT` seconds.
     """
 
     def __init__(self) -> None:
@@ -31,15 +31,15 @@ class ExclusiveSlot:
         self._waiting: list[tuple[LazyEngine, float]] = []
 
     @contextlib.contextmanager
-    def taken(self, engine: "LazyEngine") -> Iterator[None]:
-        """Wait until the engine may be loaded; it stays until this ends."""
-        mine = engine, time.monotonic()
+    def acquire(self, engine: "LazyEngine") -> Iterator[None]:
+        """Wait until the engine may be loaded; it stays loaded inside the block."""
+        request = engine, time.monotonic()
         with self._changed:
-            self._waiting.append(mine)
+            self._waiting.append(request)
             try:
-                self._changed.wait_for(lambda: self._may_have(*mine))
+                self._changed.wait_for(lambda: self._may_acquire(*request))
             finally:
-                self._waiting.remove(mine)
+                self._waiting.remove(request)
             if self.holder is not engine and self.holder is not None:
                 self.holder.unload()
             self.holder = engine
@@ -51,26 +51,24 @@ class ExclusiveSlot:
                 self._users -= 1
                 self._changed.notify_all()
 
-    def _may_have(self, engine: "LazyEngine", since: float) -> bool:
-        late = time.monotonic() - PATIENCE
+    def _may_acquire(self, engine: "LazyEngine", since: float) -> bool:
+        late = time.monotonic() - MAX_WAIT
         if any(o is not engine and then < min(since, late) for o, then in self._waiting):
             return False
         return self._users == 0 or self.holder is engine
 
 
 class LazyEngine:
-    """An engine that loads when it is first needed, and where it takes turns with others goes when
-    one of them is.
-    """
+    """An engine that loads on first use; with a slot, until another engine needs the slot."""
 
     def __init__(
         self,
         load: Callable[[], Engine],
         component: Component | None,
-        turn: ExclusiveSlot | None = None,
+        slot: ExclusiveSlot | None = None,
     ) -> None:
-        """component: None if there is none, which `load` says"""
-        self._load, self._component, self._turn = load, component, turn
+        """component: None if the bundle has none, which `load` then raises"""
+        self._load, self._component, self._slot = load, component, slot
         self._engine: Engine | None = None
         self._weights: Feeds = {}
         self._closed = False
@@ -85,21 +83,21 @@ class LazyEngine:
         return (self._component or self.loaded()).outputs
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        if self._turn is None:
+        if self._slot is None:
             return self.loaded()(feeds)
-        with self._turn.taken(self):
-            return self._loaded_once()(feeds)
+        with self._slot.acquire(self):
+            return self._get_or_load()(feeds)
 
     def loaded(self) -> Engine:
         """The engine itself; raises BackendError when closed, and whatever loading it raises."""
-        with self._turn.taken(self) if self._turn else contextlib.nullcontext():
-            return self._loaded_once()
+        with self._slot.acquire(self) if self._slot else contextlib.nullcontext():
+            return self._get_or_load()
 
-    def _loaded_once(self) -> Engine:
-        """As `loaded`, by whoever comes first; the others wait for it."""
+    def _get_or_load(self) -> Engine:
+        """Load unless it is loaded; concurrent callers wait."""
         with self._lock:
             if self._closed:
-                raise BackendError("the pipeline is closed; load it again with sdrt.load")
+                raise BackendError("the pipeline is closed", hint="load it again with sdrt.load")
             if self._engine is None:
                 engine = self._load()
                 try:
@@ -117,16 +115,16 @@ class LazyEngine:
                 self._engine.refit(weights)
 
     def unload(self) -> None:
-        """Give the memory back until it is needed again."""
+        """Release the memory until the engine is needed again."""
         with self._lock:
-            self._unloaded()
+            self._unload()
 
     def close(self) -> None:
         with self._lock:
-            self._unloaded()
+            self._unload()
             self._closed = True
 
-    def _unloaded(self) -> None:
+    def _unload(self) -> None:
         if self._engine is not None:
             self._engine.close()
         self._engine = None

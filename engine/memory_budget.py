@@ -1,7 +1,8 @@
-"""How much memory a bundle needs, by arithmetic over its manifest, before anything is loaded.
+"""The memory that a bundle needs, estimated from its manifest before anything is loaded.
 
-Knows manifests and how much memory is free; not backends. The numbers are lower bounds: a backend
-may keep weights twice while it loads, and pads what it computes with.
+Knows manifests and how much memory is free; not backends. The figures are lower bounds: a backend
+may hold weights twice while it loads, and pads its buffers. `memory_estimator` estimates single
+calls.
 """
 
 import logging
@@ -15,8 +16,8 @@ from sdrt.process_stats import available_bytes
 from .gpu import Gpu, free_memory
 
 log = logging.getLogger(__name__)
-ON_DEMAND = "vae_encoder"  # loaded when a picture is given
-MAX_IMAGES = 16  # at once; more are no faster anywhere
+ON_DEMAND = "vae_encoder"  # loaded for image-to-image and inpainting
+MAX_IMAGES = 16  # at once; larger batches are no faster
 USABLE_FRACTION = {
     True: 0.85,
     False: 0.5,
@@ -25,7 +26,7 @@ USABLE_FRACTION = {
 
 @dataclass(frozen=True, slots=True)
 class MemoryBudget:
-    """Bytes. scratch: what the largest component that runs has alive at once"""
+    """Bytes of the weights, and of the largest component's activations."""
 
     weights: int
     activations: int
@@ -43,10 +44,10 @@ def compute_budget(
     sequential: bool = False,
     streamed: bool = False,
 ) -> MemoryBudget:
-    """What pictures of a size (width, height) need whose evaluations have so many rows.
+    """The memory that images of a size (width, height) need, at this many rows per evaluation.
 
-    in_turn: one component is loaded at a time
-    streamed: the UNet's weights stay with the host
+    sequential: one component is loaded at a time
+    streamed: the UNet's weights stay in host memory
     """
     parts = [
         MemoryBudget(
@@ -69,20 +70,20 @@ def weight_bytes(manifest: Manifest, name: str) -> int:
 
 
 def activation_bytes(manifest: Manifest, name: str, size: tuple[int, int], rows: int) -> int:
-    """What a component has alive at once, from the bytes of one row of the first size. Pictures go
-    through the autoencoder one by one, those larger than the bundle's sizes in tiles.
+    """The largest memory that a component's activations take at once, scaled from one row of the
+    first size. The VAE runs one image at a time, and larger sizes than the bundle's in tiles.
     """
     (width, height), *_ = manifest.sizes
     pixels = size[0] * size[1]
     if name.startswith("vae"):
         rows, pixels = 1, min(pixels, max(w * h for w, h in manifest.sizes))
     if not name.startswith(("unet", "vae")):
-        pixels = width * height  # it sees none
+        pixels = width * height  # not on pixels
     return manifest.components[name].activations * rows * pixels // (width * height)
 
 
 def max_batch_images(manifest: Manifest, free: int) -> int:
-    """The most pictures of the largest size, guided, made at once in so many bytes; at least 1."""
+    """How many guided images of the largest size fit into this many bytes at once; at least 1."""
     largest = max(manifest.sizes, key=lambda size: size[0] * size[1])
     fitting = [
         count
@@ -93,32 +94,30 @@ def max_batch_images(manifest: Manifest, free: int) -> int:
 
 
 def free_bytes(gpu: Gpu | None) -> int | None:
-    """Bytes free on a GPU, or of the host's memory and that of its container; None where nobody
-    says.
-    """
+    """Free bytes of a GPU, or of the host and its container; None if unknown."""
     if gpu:
         return free_memory(gpu)
     return available_bytes()
 
 
 def check_memory(bundle: Bundle, gpu: Gpu | None, sequential: bool, streamed: bool = False) -> None:
-    """Say what one guided picture needs; raise BackendError with the numbers if it is not free."""
+    """Log what one guided image needs; raise BackendError if it is not free."""
     manifest, free = bundle.manifest, free_bytes(gpu)
     size = manifest.sizes[0]
     needed = compute_budget(manifest, size, 2, sequential=sequential, streamed=streamed)
     numbers = (
-        f"at least {needed.total / 1e6:,.0f} MB (weights {needed.weights / 1e6:,.0f}, scratch "
-        f"{needed.activations / 1e6:,.0f} for a picture of {size[0]}x{size[1]})"
+        f"at least {needed.total / 1e6:,.0f} MB (weights {needed.weights / 1e6:,.0f}, activations "
+        f"{needed.activations / 1e6:,.0f} for an image of {size[0]}x{size[1]})"
     )
     if free is None:
-        log.info("memory: %s", numbers)
+        log.info("Memory: %s", numbers)
         return
-    log.info("memory: %s; %s MB are free", numbers, f"{free / 1e6:,.0f}")
+    log.info("Memory: %s; %s MB free", numbers, f"{free / 1e6:,.0f}")
     if needed.total > free:
         less = compute_budget(manifest, size, 2, sequential=True, streamed=streamed).total
         fits = less < min(free, needed.total)
-        hint = f"; --low-memory needs {less / 1e6:,.0f} MB" if fits else ""
-        where = f"on GPU {gpu.index}" if gpu else "of the host's memory"
+        where = f"on GPU {gpu.index}" if gpu else "of host memory"
         raise BackendError(
-            f"{manifest.name} needs {numbers}, and {free / 1e6:,.0f} MB {where} are free{hint}"
+            f"{manifest.name} needs {numbers}; {free / 1e6:,.0f} MB {where} are free",
+            hint=f"--low-memory needs {less / 1e6:,.0f} MB" if fits else None,
         )

@@ -1,8 +1,8 @@
-"""Whether an image of a size has room in memory, estimated before anything runs.
+"""Whether images of a size fit into memory, estimated before anything runs.
 
-Knows the bundle's graphs and what backends keep of them; the figures come from measurement. The
-activations of a graph grow with the pixels; where a backend has no fused kernel, attention's scores
-are whole in memory and grow with the square of that: heads x tokens x tokens.
+Knows the bundle's graphs and measured overheads of backends. A graph's activations grow with the
+pixels. Where a backend has no fused kernel, attention's score matrix, heads x tokens x tokens, is
+in memory and grows with their square. `memory_budget` checks what loading needs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,20 +20,21 @@ from .gpu import Gpu
 from .memory_budget import activation_bytes, free_bytes
 
 Size = tuple[int, int]
-SCORE_BYTES = 4  # of one score: processors compute in float32
-# What a call adds to the process, in times of the activations that the manifest counts: measured at
-# 256, 512, 640 and 768 pixels a side, within 25 %. Others are not measured: a lower bound.
+SCORE_BYTES = 4  # of one score, float32 on CPUs
+# Memory that a call adds to the process, in multiples of the manifest's activations: measured at
+# 256, 512, 640 and 768 pixels a side, within 25 %. Other backends are not measured: a lower bound.
 OVERHEAD = {"onnxruntime on cpu": 3.0, "torch on cpu": 1.8, "openvino on cpu": 1.2}
 
 
 @dataclass(slots=True)
 class MemoryEstimator:
-    """The memory of a loaded bundle's backend.
+    """Estimates the memory of calls on a loaded bundle's backend.
 
-    gpu: the one that it runs on; None is the host
-    backend: its title, such as `onnxruntime on cpu`
-    base: bytes that the process held when it was loaded
-    reached: the largest need that had room on a GPU, whose memory backends keep
+    Attributes:
+        gpu: The GPU it runs on; None for the host.
+        backend: Its title, such as `onnxruntime on cpu`.
+        baseline_bytes: The process's memory after loading.
+        largest_fit: The largest need that fitted on a GPU, where backends do not return memory.
     """
 
     bundle: Bundle
@@ -43,9 +44,10 @@ class MemoryEstimator:
     largest_fit: int = 0
 
     def required_bytes(self, size: Size, rows: int, keeps_scores: bool) -> int:
-        """Bytes of evaluations of so many rows, or of the decoder if it takes more.
+        """Bytes of an evaluation at this many rows, or of the decoder if it needs more.
 
-        size: (width, height). keeps_scores: whether attention's scores are whole in memory
+        size: (width, height)
+        keeps_scores: whether attention's score matrices are in memory
         """
         manifest = self.bundle.manifest
         names = [name for name in manifest.components if name.startswith(("unet", "vae_decoder"))]
@@ -54,7 +56,7 @@ class MemoryEstimator:
         return int(OVERHEAD.get(self.backend, 1.0) * scratch) + scores
 
     def _score_bytes(self, size: Size) -> int:
-        """Bytes of one row's scores in the largest attention."""
+        """Bytes of one row's score matrix in the largest attention."""
         lengths = axis_lengths(self.bundle.manifest, size)
         shapes = attention_shapes(self.bundle.graph("unet"))
         counts = [
@@ -63,29 +65,30 @@ class MemoryEstimator:
         return SCORE_BYTES * max(counts, default=0)
 
     def free_bytes(self) -> int | None:
-        """Bytes that a call may take, what earlier ones left in the process included."""
+        """Free bytes, with those that earlier calls left in the process."""
         free = free_bytes(self.gpu)
         if free is None or self.gpu:
             return free
         return free + max(0, resident_bytes() - self.baseline_bytes)
 
-    def max_images(self, size: Size, rows: int, most: int, keeps_scores: bool) -> int:
-        """How many images of so many rows each have room at once, at most so many.
+    def max_images(self, size: Size, rows: int, limit: int, keeps_scores: bool) -> int:
+        """How many images of this many rows each fit at once, up to a limit.
 
         Raises:
-            UsageError: Where there is no room for one, with the bytes needed and free.
+            UsageError: Not even one fits.
         """
         free = self.free_bytes()
         if free is None:
-            return most
-        for count in range(most, 0, -1):
+            return limit
+        for count in range(limit, 0, -1):
             needed = self.required_bytes(size, count * rows, keeps_scores)
             if needed <= max(free, self.largest_fit):
                 self.largest_fit = max(self.largest_fit, needed if self.gpu else 0)
                 return count
         raise UsageError(
             f"{size[0]}x{size[1]} needs about {format_bytes(needed)} of memory on {self.backend} "
-            f"beside the weights, and {format_bytes(free)} are free; choose a smaller size"
+            f"in addition to the weights; {format_bytes(free)} are free",
+            hint="choose a smaller size",
         )
 
 
@@ -109,7 +112,7 @@ def _attention_shapes(graph: Path) -> Iterator[tuple[int, str | int, str | int]]
 
 
 def _axis_length(axis: str | int, lengths: Mapping[str, int]) -> int:
-    """1 for an axis that is not known: the estimate stays a lower bound."""
+    """1 for an unknown axis: the estimate stays a lower bound."""
     try:
         return axis if isinstance(axis, int) else evaluate_axis(axis, lengths)
     except ValueError:

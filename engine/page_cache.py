@@ -1,6 +1,6 @@
-"""Memory that nothing needs any more, given back to the system.
+"""Release memory that is no longer needed: pages of mapped files, and the C heap's free blocks.
 
-Knows Linux's /proc and madvise and the C library's heap; anywhere else it does nothing.
+Knows Linux's /proc and madvise, and malloc_trim; does nothing on other systems.
 """
 
 import ctypes
@@ -14,8 +14,8 @@ MADV_DONTNEED = 4  # MADV_DONTNEED
 
 
 class MappedFileUsers:
-    """Who uses mapped files of this process now. What is dropped must not be unmapped meanwhile:
-    whatever the system puts in its place would lose its bytes.
+    """Counts the current users of this process's mapped files. Pages must not be dropped while a
+    file may be unmapped: the address could belong to other memory by then.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class MappedFileUsers:
             self._count -= 1
 
     def drop_pages(self, path: Path) -> bool:
-        """As `drop_pages`, if nobody uses any now; whether it was done."""
+        """Call `drop_pages` if there is no user now; returns whether it did."""
         with self._lock:
             if not self._count:
                 drop_pages(path)
@@ -38,8 +38,8 @@ class MappedFileUsers:
 
 
 def drop_pages(path: Path) -> None:
-    """Drop this process's pages of a file that is mapped to be read. Their bytes stay in the
-    system's cache, which all processes share, and are found again when they are touched.
+    """Drop this process's pages of a file that is mapped read-only. They stay in the page cache,
+    which all processes share, and are mapped again on access.
     """
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -49,21 +49,21 @@ def drop_pages(path: Path) -> None:
 
 
 def trim_heap() -> None:
-    """Have the C library's heap give back what was freed in it."""
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if give_back is not None:
-        give_back(0)
+    """Return the C heap's free memory to the system (malloc_trim)."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def _read_only_mappings(path: Path) -> Iterator[tuple[int, int]]:
-    """Where the file is mapped; never where it may be written, which would lose what was."""
+    """Address ranges where the file is mapped read-only; dropping writable pages loses changes."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return
-    whole = str(path.resolve())
+    full = str(path.resolve())
     for line in lines:
-        fields = line.split(maxsplit=5)  # range, rights, offset, device, inode, path
-        if len(fields) == 6 and fields[5] == whole and "w" not in fields[1]:
+        fields = line.split(maxsplit=5)  # range, permissions, offset, device, inode, path
+        if len(fields) == 6 and fields[5] == full and "w" not in fields[1]:
             low, high = fields[0].split("-")
             yield int(low, 16), int(high, 16)

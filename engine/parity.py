@@ -1,7 +1,7 @@
-"""The gate: what an engine computes against what torch, or the bundle's own graph, computes.
+"""Parity: an engine's outputs compared with those of torch, or of the bundle's own graph.
 
-Knows floors, engines and profiles; not which backend compiled an engine. Below a floor nothing is
-published, and a plan is not used.
+Knows thresholds, engines and profiles; not which backend compiled an engine. What misses a
+threshold is not published, and a plan is not used.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,12 @@ from .plans import Plan, Profile
 
 @dataclass(frozen=True, slots=True)
 class ParityThresholds:
-    """The worst that is let through.
+    """The thresholds of one precision.
 
-    cosine: least cosine of the angle between both outputs
-    error: most absolute difference, as a share of the reference's largest value
-    psnr: least peak signal-to-noise ratio of pictures in [-1, 1], dB
+    Attributes:
+        cosine: Minimum cosine similarity of both outputs.
+        error: Maximum absolute difference, relative to the reference's largest value.
+        psnr: Minimum peak signal-to-noise ratio of images in [-1, 1], dB.
     """
 
     cosine: float
@@ -35,13 +36,13 @@ PARITY_THRESHOLDS = {
     "float16": ParityThresholds(cosine=0.999, error=5e-2, psnr=30.0),
 }
 
-# Least PSNR in dB of a guided picture in a lower precision against the exact one.
+# Minimum PSNR in dB of a guided image in a lower precision against the exact one.
 MIN_IMAGE_PSNR = 35.0
 
 
-def measure(found: np.ndarray, wanted: np.ndarray, *, is_image: bool) -> dict[str, float]:
-    """Cosine, largest relative error and, for pictures, PSNR; NaN anywhere makes them NaN."""
-    a, b = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+def measure(actual: np.ndarray, expected: np.ndarray, *, is_image: bool) -> dict[str, float]:
+    """Cosine, largest relative error and, for images, PSNR; NaN anywhere makes them NaN."""
+    a, b = actual.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
     scale = float(np.abs(b).max()) or 1.0
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     cosine = float(a @ b) / norms if norms else float(not a.any() and not b.any())
@@ -55,7 +56,7 @@ def measure(found: np.ndarray, wanted: np.ndarray, *, is_image: bool) -> dict[st
 
 
 def check(name: str, values: Mapping[str, float], dtype: str) -> None:
-    """Raise ParityError, naming component, measure, found and wanted, below the dtype's floor."""
+    """Raise ParityError, with measure, value and threshold, where a dtype's threshold is missed."""
     floor = PARITY_THRESHOLDS[dtype]
     good = {
         "cosine": (values["cosine"] >= floor.cosine, f"at least {floor.cosine}"),
@@ -63,10 +64,10 @@ def check(name: str, values: Mapping[str, float], dtype: str) -> None:
     }
     if "psnr" in values:
         good["psnr"] = (values["psnr"] >= floor.psnr, f"at least {floor.psnr} dB")
-    for measure, (passed, wanted) in good.items():
+    for measure, (passed, expected) in good.items():
         if not passed:
             raise ParityError(
-                f"{name} differs from torch: {measure} {values[measure]:.6g}, wanted {wanted}; "
+                f"{name} differs from torch: {measure} {values[measure]:.6g}, wanted {expected}; "
                 "nothing was published. "
                 + ("Build with --fp32." if dtype == "float16" else "Report this model.")
             )
@@ -82,7 +83,8 @@ def worst_case(every: list[dict[str, float]]) -> dict[str, float]:
 
 
 def validate_plan(bundle: Bundle, name: str, engine: Any, plan: Plan) -> None:
-    """Let a plan's engine pass, or close it. What was compared once is kept in the plan's sidecar.
+    """Validate a plan's engine, or close it. The result is stored in the plan's sidecar: a plan is
+    compared once.
 
     Raises ParityError if it computes something else than the bundle's graph, BackendError if it
     cannot be called.
@@ -99,7 +101,7 @@ def validate_plan(bundle: Bundle, name: str, engine: Any, plan: Plan) -> None:
 def compare_with_cpu(
     bundle: Bundle, name: str, engine: Any, profiles: tuple[Profile, ...]
 ) -> dict[str, float]:
-    """How an engine compares with ONNX Runtime on the CPU, at the usual shape of every profile."""
+    """Compare an engine with ONNX Runtime on the CPU, at the optimum shape of every profile."""
     from .onnxruntime.cpu import OrtEngine
 
     component = bundle.manifest.components[name]
@@ -109,9 +111,9 @@ def compare_with_cpu(
         feeds = {
             spec.name: sample_input(spec.dtype, profile[spec.name][1]) for spec in engine.inputs
         }
-        wanted, found = exact(feeds), engine(feeds)
+        expected, actual = exact(feeds), engine(feeds)
         every += [
-            measure(found[spec.name], wanted[spec.name], is_image=name == "vae_decoder")
+            measure(actual[spec.name], expected[spec.name], is_image=name == "vae_decoder")
             for spec in engine.outputs
         ]
     exact.close()
@@ -119,7 +121,7 @@ def compare_with_cpu(
 
 
 def sample_input(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Something to feed: small whole numbers, timesteps from 1 to 999, or normal noise."""
+    """An input: small integers, timesteps from 999 to 1, or normal noise."""
     rng = np.random.default_rng(0)
     if dtype.startswith("int"):
         return rng.integers(0, 16, shape).astype(dtype)

@@ -1,7 +1,7 @@
 """HMAC signatures for compiled plans and kernels: only what this user built is loaded.
 
-A plan is native code. A bundle from elsewhere brings its own sidecar, so the sha256 in it proves
-nothing about who built the plan. Knows a key of 32 random bytes in sdrt's home, which only its user
+A plan is native code. A bundle from elsewhere brings its own sidecar, so the sha256 in it does not
+show who built the plan. Knows a key of 32 random bytes in sdrt's home, which only its user
 may read; not what is signed.
 
 Plans that were built for this machine on another one are loaded if the operator lists their

@@ -1,9 +1,9 @@
-"""Graphs that ONNX Runtime has optimised for this processor, kept in the user's folder.
+"""Graphs that ONNX Runtime optimised for this processor, in the compile cache.
 
-Optimising a large UNet and packing its weights takes ten times as long as reading the outcome,
-which is mapped into memory: processes share it. Attention is fused first (`fusion`, if onnx is
-installed): its scores, gigabytes at 512x512, are then never whole. Where none is kept the bundle's
-own graph is what runs.
+Optimising a large UNet and packing its weights takes ten times as long as reading the result, which
+is mapped into memory and shared by processes. Attention is fused first (`fusion`, if onnx is
+installed): its score matrices, gigabytes at 512x512, are then never in memory. Without a cached
+graph the bundle's own runs.
 """
 
 from functools import partial
@@ -21,17 +21,15 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 GRAPH, WEIGHTS = "model.onnx", "model.data"
-FUSED = "fused.onnx"  # what they were made of, for other weights
+FUSED = "fused.onnx"  # their source, for sessions with other weights
 
 
 def load_optimised(bundle: Bundle, component: str, options: "ort.SessionOptions") -> Path | None:
-    """The optimised graph of a component, made where there is none yet; None where the bundle's
-    own is to be used.
-    """
+    """The optimised graph of a component, created if it is missing; None to use the bundle's."""
     fuses = find_spec("onnx") is not None
     make = partial(_optimise, bundle, component, options, fuses)
-    found = get_or_compile(bundle, component, "onnxruntime", make, {GRAPH, WEIGHTS}, (str(fuses),))
-    return found and found / GRAPH
+    folder = get_or_compile(bundle, component, "onnxruntime", make, {GRAPH, WEIGHTS}, (str(fuses),))
+    return folder and folder / GRAPH
 
 
 def _optimise(

@@ -1,4 +1,4 @@
-"""Components on ONNX Runtime. Knows onnxruntime; imported only when this backend is chosen."""
+"""Components on ONNX Runtime on the CPU. Imports onnxruntime: import only where it is used."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ from .cache import FUSED
 from .session import create_session, options_with
 
 log = logging.getLogger(__name__)
-GIVE_BACK = "memory.enable_memory_arena_shrinkage"
+ARENA_SHRINKAGE = "memory.enable_memory_arena_shrinkage"
 
 
 @call_once
@@ -28,7 +28,7 @@ def initialise() -> None:
 class OrtEngine:
     """One session on the CPU; inputs and outputs are bound, not copied.
 
-    optimised: the same graph as ONNX Runtime has optimised it, if it is kept (`cache`)
+    optimised: the graph as ONNX Runtime optimised it, if it is in the compile cache
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class OrtEngine:
         )
         self._run_options = ort.RunOptions()
         if self.name.startswith("vae"):
-            # Once a picture: its activations dwarf all else, and are made again in a moment.
-            self._run_options.add_run_config_entry(GIVE_BACK, "cpu:0")
+            # Runs once an image; its activations dwarf all else and are quickly allocated again.
+            self._run_options.add_run_config_entry(ARENA_SHRINKAGE, "cpu:0")
 
     @property
     def keeps_scores(self) -> bool:
-        """Whether attention's scores are whole in memory, for want of a fused kernel."""
+        """Whether attention's score matrices are in memory: the graph has no fused kernel."""
         return self._optimised is None or not self._optimised.with_name(FUSED).exists()
 
     def refit(self, weights: Feeds) -> None:
-        """Another session in the first one's place: its weights are packed for the processor."""
+        """Open another session: weights are packed when a session is created."""
         if not weights and not self._weights:
             return
         self.close()
@@ -72,7 +72,7 @@ class OrtEngine:
         if (session := self._session) is None:
             raise BackendError(f"{self.name} is closed")
         ready = check_feeds(self.name, self.inputs, feeds)
-        binding = session.io_binding()  # each call has its own: a session runs any number at once
+        binding = session.io_binding()  # one per call: a session serves concurrent calls
         for name, array in ready.items():
             binding.bind_cpu_input(name, array)
         for spec in self.outputs:

@@ -1,10 +1,10 @@
-"""A graph for ONNX Runtime with its own fused operators in place of what only its compiler could
-fuse: attention with the split into heads; on CUDA group normalisation with the activation after it.
+"""Graphs with ONNX Runtime's own fused operators: attention with the split into heads and, on CUDA,
+group normalisation with the activation after it.
 
-Knows ONNX and the operators of `com.microsoft`. ONNX Runtime's transformers optimizer looks for
-attention in pieces and finds nothing here, where graphs hold whole `Attention` and
+Knows ONNX and the operators of `com.microsoft`. ONNX Runtime's transformers optimizer matches
+decomposed attention, and finds nothing in these graphs, which have `Attention` and
 `GroupNormalization` nodes. The weights stay in the bundle's file. Group normalisation has a kernel
-on CUDA only, and has never run.
+on CUDA only; it has not run yet.
 """
 
 import time
@@ -21,39 +21,39 @@ HEADS_LAST = [0, 2, 1, 3]
 TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # channels
 
 
-class Graph:
-    """A graph that is changed; what is made by whom, and read by whom."""
+class GraphRewriter:
+    """A graph that is rewritten: every value's producer and consumers, and the new nodes."""
 
     def __init__(self, model: Any) -> None:
         self.graph = model.graph
-        self.makers = {name: node for node in self.graph.node for name in node.output}
-        self.readers = defaultdict(list)
+        self.producers = {name: node for node in self.graph.node for name in node.output}
+        self.consumers = defaultdict(list)
         for node in self.graph.node:
             for name in node.input:
-                self.readers[name].append(node)
+                self.consumers[name].append(node)
         values = (*self.graph.value_info, *self.graph.output)
         self.shapes = {value.name: value.type.tensor_type.shape.dim for value in values}
-        self.kept = {value.name for value in self.graph.output}
-        self.new: dict[str, list[Any]] = {}  # in place of the maker of an output
+        self.output_names = {value.name for value in self.graph.output}
+        self.new: dict[str, list[Any]] = {}  # by the output whose producer they replace
 
-    def before(self, name: str, operator: str) -> Any:
-        """The node of this kind that makes a value, or None."""
-        node = self.makers.get(name)
+    def producer(self, name: str, operator: str) -> Any:
+        """The node that produces a value, if it is of this kind, or None."""
+        node = self.producers.get(name)
         return node if node is not None and node.op_type == operator else None
 
-    def after(self, name: str, operator: str) -> Any:
-        """The one node that reads a value, if it is of this kind, or None."""
-        readers = self.readers[name] if name not in self.kept else []
+    def only_consumer(self, name: str, operator: str) -> Any:
+        """The only node that reads a value, if it is of this kind, or None."""
+        readers = self.consumers[name] if name not in self.output_names else []
         return readers[0] if len(readers) == 1 and readers[0].op_type == operator else None
 
-    def replaced(self) -> None:
-        """Put the new nodes where the last of the old ones were, and drop what nobody reads."""
+    def apply(self) -> None:
+        """Insert the new nodes at the last of those they replace, and remove unused nodes."""
         nodes = [
             new
             for node in self.graph.node
             for new in (self.new.get(node.output[0], [node]) if node.output else [node])
         ]
-        read = set(self.kept)
+        read = set(self.output_names)
         alive = []
         for node in reversed(nodes):
             if read.intersection(node.output):
@@ -64,20 +64,20 @@ class Graph:
 
 
 def write_fused_graph(graph: Path, out: Path, *, norms: bool = True) -> tuple[float, int]:
-    """Write the graph with fused operators; its weights are those beside the first one. Returns the
+    """Write the graph with fused operators; its weights are in the first one's folder. Returns the
     seconds that it took, and 0 for the memory, which is little.
 
     norms: group normalisation too, which has a kernel on CUDA only
     """
     began = time.monotonic()
     model = onnx.load(graph, load_external_data=False)
-    changed = Graph(model)
+    rewriter = GraphRewriter(model)
     for node in list(model.graph.node):
         if node.op_type == "Attention":
-            _fuse_attention(changed, node)
+            _fuse_attention(rewriter, node)
         elif norms and node.op_type == "GroupNormalization":
-            _fuse_norm(changed, node)
-    changed.replaced()
+            _fuse_norm(rewriter, node)
+    rewriter.apply()
     model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     out.write_bytes(model.SerializeToString())
     return time.monotonic() - began, 0
@@ -87,27 +87,27 @@ def _attributes(node: Any) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
-def _fuse_attention(graph: Graph, node: Any) -> None:
-    """Attention without a mask between a split into heads and their joining."""
+def _fuse_attention(graph: GraphRewriter, node: Any) -> None:
+    """Fuse attention without a mask, with the split into heads and their concatenation."""
     shape = graph.shapes.get(node.input[0])
     if len(node.input) > 3 or shape is None or not 0 < shape[3].dim_value <= WIDEST:
         return
-    given = []
+    sources = []
     for name in node.input:
-        turned = graph.before(name, "Transpose")
-        split = graph.before(turned.input[0], "Reshape") if turned is not None else None
+        turned = graph.producer(name, "Transpose")
+        split = graph.producer(turned.input[0], "Reshape") if turned is not None else None
         if split is None or _attributes(turned)["perm"] != HEADS_LAST:
             return
-        given.append(split.input[0])
-    turned = graph.after(node.output[0], "Transpose")
-    joined = graph.after(turned.output[0], "Reshape") if turned is not None else None
+        sources.append(split.input[0])
+    turned = graph.only_consumer(node.output[0], "Transpose")
+    joined = graph.only_consumer(turned.output[0], "Reshape") if turned is not None else None
     if joined is None or _attributes(turned)["perm"] != HEADS_LAST:
         return
     scale = _attributes(node).get("scale")
     graph.new[joined.output[0]] = [
         helper.make_node(
             "MultiHeadAttention",
-            given,
+            sources,
             [joined.output[0]],
             name=f"{node.name}_fused",
             domain=DOMAIN,
@@ -117,17 +117,17 @@ def _fuse_attention(graph: Graph, node: Any) -> None:
     ]
 
 
-def _fuse_norm(graph: Graph, node: Any) -> None:
-    """Group normalisation, and the SiLU after it, with the channels last."""
+def _fuse_norm(graph: GraphRewriter, node: Any) -> None:
+    """Fuse group normalisation, and a SiLU after it, with channels last."""
     name, out, activation = node.output[0], node.output[0], 0
-    readers = graph.readers[name] if name not in graph.kept else []
+    readers = graph.consumers[name] if name not in graph.output_names else []
     sigmoid = next((reader for reader in readers if reader.op_type == "Sigmoid"), None)
     if sigmoid is not None and len(readers) == 2:
-        product = graph.after(sigmoid.output[0], "Mul")
+        product = graph.only_consumer(sigmoid.output[0], "Mul")
         if product is not None and set(product.input) == {name, sigmoid.output[0]}:
             out, activation = product.output[0], 1
     source, scale, bias = node.input
-    given = _attributes(node)
+    attributes = _attributes(node)
     single = [f"{name}.scale", f"{name}.bias"]
     graph.new[out] = [
         helper.make_node("Transpose", [source], [f"{name}.last"], perm=TO_LAST),
@@ -136,13 +136,13 @@ def _fuse_norm(graph: Graph, node: Any) -> None:
         helper.make_node(
             "GroupNorm",
             [f"{name}.last", *single],
-            [f"{name}.made"],
+            [f"{name}.normalised"],
             name=f"{node.name}_fused",
             domain=DOMAIN,
             activation=activation,
             channels_last=1,
-            epsilon=given.get("epsilon", 1e-5),
-            groups=given["num_groups"],
+            epsilon=attributes.get("epsilon", 1e-5),
+            groups=attributes["num_groups"],
         ),
-        helper.make_node("Transpose", [f"{name}.made"], [out], perm=TO_FIRST),
+        helper.make_node("Transpose", [f"{name}.normalised"], [out], perm=TO_FIRST),
     ]

@@ -1,10 +1,13 @@
-"""Models as OpenVINO has compiled them for this processor, kept in the user's folder.
+"""Models that OpenVINO compiled for this processor, in the compile cache.
 
-Compiling a large UNet takes seconds at every opening; what comes out of it, less the weights, is
-some megabytes. The weights lie beside it as OpenVINO wants them: those of matrix products are
-[in, out] in the bundle and [out, in] here, for in bf16 it would hold both, 0.65 GB of Stable
-Diffusion 1.5; and those in half precision are in single, which it computes with and would hold
-besides, 3.4 GB. Knows openvino.
+Compiling a large UNet takes seconds at every load; the result without weights is some megabytes.
+Its weights are stored in the layout that OpenVINO computes with, or it would hold both:
+
+- those of matrix products are [in, out] in the bundle and [out, in] here: 0.65 GB of Stable
+  Diffusion 1.5 in bf16;
+- those in half precision are in float32: 3.4 GB.
+
+Imports openvino, so import it only where it is used.
 """
 
 from functools import partial
@@ -39,20 +42,20 @@ def initialise() -> None:
 
 
 def load_compiled(bundle: Bundle, component: str, precision: str) -> Path | None:
-    """The compiled model of a component, beside its `WEIGHTS`; made where there is none yet, None
-    if there is to be none.
+    """The compiled model of a component, with its `WEIGHTS` in the same folder; compiled now if it
+    is missing. None where nothing is cached.
 
-    precision: f32 or, where the processor has it, bf16; both are made at once, of the same weights
+    precision: f32 or, if the processor has it, bf16; both are compiled at once, sharing weights
     """
     precisions = ("f32", "bf16") if has_bf16() else ("f32",)
     make = partial(_compile_all, bundle.graph(component), precisions)
-    wanted = {WEIGHTS, *map(_blob_name, precisions)}
-    found = get_or_compile(bundle, component, "openvino", make, wanted)
-    return found and found / _blob_name(precision)
+    files = {WEIGHTS, *map(_blob_name, precisions)}
+    folder = get_or_compile(bundle, component, "openvino", make, files)
+    return folder and folder / _blob_name(precision)
 
 
 def compile_settings(precision: str) -> dict[str, str]:
-    """What is computed in fp32 or bf16; the graph itself stays as it is stored."""
+    """Compute in f32 or bf16, whatever the graph's dtype."""
     return {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
 
 
@@ -65,7 +68,7 @@ def import_compiled(file: Path, precision: str) -> ov.CompiledModel:
 
 
 def _weightless_settings(precision: str) -> dict[str, str]:
-    """Settings of a compiled model that names its weights and does not hold them."""
+    """Settings for a compiled model that refers to its weights instead of containing them."""
     return compile_settings(precision) | {"ENABLE_WEIGHTLESS": "YES", "CACHE_MODE": "OPTIMIZE_SIZE"}
 
 
@@ -78,26 +81,26 @@ def _compile_all(graph: Path, precisions: tuple[str, ...], folder: Path) -> None
     try:
         model = _to_float32(core.read_model(str(graph)))
         _transpose_weights(model)
-        # Only what is read from such a file has weights that a compiled model can name.
+        # A compiled model can only refer to weights of a model that was read from an IR file.
         ov.serialize(model, str(folder / GRAPH), str(folder / WEIGHTS))
         del model
         for precision in precisions:
             model = core.read_model(str(folder / GRAPH))
-            made = core.compile_model(model, "CPU", _weightless_settings(precision)).export_model()
-            (folder / _blob_name(precision)).write_bytes(made.getbuffer())
+            blob = core.compile_model(model, "CPU", _weightless_settings(precision)).export_model()
+            (folder / _blob_name(precision)).write_bytes(blob.getbuffer())
     except RuntimeError as error:
-        raise BackendError(f"OpenVINO cannot compile {graph}: {error}") from error
+        raise BackendError(f"OpenVINO failed to compile {graph}: {error}") from error
     (folder / GRAPH).unlink()
     trim_heap()
 
 
 def _to_float32(model: ov.Model) -> ov.Model:
-    """The model with float32 wherever it had float16, but for its inputs and outputs."""
+    """Convert float16 to float32 everywhere but in inputs and outputs."""
     half = ov.Type.f16
     if not any(node.get_element_type() == half for node in _constants(model)):
         return model
-    read = [port.get_element_type() for port in model.inputs]
-    made = [port.get_element_type() for port in model.outputs]
+    input_types = [port.get_element_type() for port in model.inputs]
+    output_types = [port.get_element_type() for port in model.outputs]
     for parameter in model.get_parameters():
         if parameter.get_element_type() == half:
             parameter.set_element_type(ov.Type.f32)
@@ -109,25 +112,25 @@ def _to_float32(model: ov.Model) -> ov.Model:
             _replace(node, operations.convert(node.input_value(0), "f32"))
     model.validate_nodes_and_infer_types()
     edges = PrePostProcessor(model)
-    for i, element_type in enumerate(read):
+    for i, element_type in enumerate(input_types):
         edges.input(i).tensor().set_element_type(element_type)
-    for i, element_type in enumerate(made):
+    for i, element_type in enumerate(output_types):
         edges.output(i).tensor().set_element_type(element_type)
     return edges.build()
 
 
 def _transpose_weights(model: ov.Model) -> None:
-    """Have products read weights of float32 as [out, in] that are stored as [in, out]."""
+    """Store float32 weights of matrix products as [out, in] instead of [in, out]."""
     for node in model.get_ops():
         if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_b"]:
             continue
-        first_turned = node.get_attributes()["transpose_a"]
+        transpose_a = node.get_attributes()["transpose_a"]
         old = node.input_value(1).get_node()
         kind = old.get_type_name(), old.get_element_type()
         if old.get_friendly_name().endswith(TRANSPOSED) and kind == FLOATS:
             weight = ov.op.Constant(np.ascontiguousarray(old.data.T))
             weight.set_friendly_name(old.get_friendly_name())
-            _replace(node, operations.matmul(node.input_value(0), weight, first_turned, True))
+            _replace(node, operations.matmul(node.input_value(0), weight, transpose_a, True))
 
 
 def _constants(model: ov.Model) -> list[ov.Node]:

@@ -1,4 +1,4 @@
-"""Components on OpenVINO, on the CPU. Knows openvino; imported only when this backend is chosen."""
+"""Components on OpenVINO, on the CPU. Imports openvino: import only where it is used."""
 
 import logging
 from collections import deque
@@ -17,12 +17,12 @@ from . import cache as openvino_cache
 
 log = logging.getLogger(__name__)
 MAPPED_FILES = MappedFileUsers()
-LARGE = 512 * 512 * 3 * 4  # bytes of a picture whose activations are given back
+LARGE = 512 * 512 * 3 * 4  # bytes of an image, from which on its activations are released
 
 
 class InferRequestPool:
-    """A compiled model and the infer requests that no call uses now; more are created on demand,
-    as many as there are calls at once.
+    """A compiled model and its idle infer requests; more are created on demand, one per concurrent
+    call.
     """
 
     def __init__(self, compiled: ov.CompiledModel) -> None:
@@ -30,22 +30,22 @@ class InferRequestPool:
         self._free: deque[ov.InferRequest] = deque()
 
     def infer(self, feeds: Feeds, outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        """Run once; the arrays returned are the caller's own."""
+        """Run once; the returned arrays belong to the caller."""
         try:
             request = self._free.pop()
         except IndexError:
             request = self.compiled.create_infer_request()
         request.infer(feeds, share_inputs=True, share_outputs=True)
-        # A request that failed is dropped; one that is free again writes over its tensors.
-        found = {name: request.get_tensor(name).data.copy() for name in outputs}
+        # A request that fails is dropped; an idle one will overwrite its tensors.
+        arrays = {name: request.get_tensor(name).data.copy() for name in outputs}
         self._free.append(request)
-        return found
+        return arrays
 
 
 class OpenVinoEngine:
-    """One compiled model on all cores; calls at the same time wait in OpenVINO's own queue.
+    """One compiled model on all cores; concurrent calls wait in OpenVINO's own queue.
 
-    kept: the model as OpenVINO has compiled it, see `cache`
+    cached: the compiled model in the compile cache, see `cache`
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class OpenVinoEngine:
     ) -> None:
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
-        self._graph, self._kept, self._precision = graph, cached, precision
+        self._graph, self._cached, self._precision = graph, cached, precision
         self._refitted = False
-        # What OpenVINO has packed it packs by shape, and reads from the mapped file to do so.
+        # OpenVINO packs weights once per shape, reading them from the mapped file.
         self._packed: set[tuple[tuple[int, ...], ...]] = set()
         self._open({})
 
@@ -74,13 +74,15 @@ class OpenVinoEngine:
         MAPPED_FILES.drop_pages(self._mapped)
 
     def _imported(self) -> ov.CompiledModel | None:
-        if self._kept is None:
+        if self._cached is None:
             return None
-        self._mapped = self._kept.with_name(openvino_cache.WEIGHTS)
+        self._mapped = self._cached.with_name(openvino_cache.WEIGHTS)
         try:
-            return openvino_cache.import_compiled(self._kept, self._precision)
+            return openvino_cache.import_compiled(self._cached, self._precision)
         except RuntimeError as error:
-            log.warning("%s: %s does not open, so it is compiled: %s", self.name, self._kept, error)
+            log.warning(
+                "%s: failed to import %s, compiling instead: %s", self.name, self._cached, error
+            )
             return None
 
     def _compile(self, weights: Feeds) -> ov.CompiledModel:
@@ -96,10 +98,10 @@ class OpenVinoEngine:
                 model, "CPU", openvino_cache.compile_settings(self._precision)
             )
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO cannot load {self._graph}: {error}") from error
+            raise BackendError(f"OpenVINO failed to load {self._graph}: {error}") from error
 
     def refit(self, weights: Feeds) -> None:
-        """Another model in the first one's place: its weights are packed for the processor."""
+        """Compile another model: weights are packed when a model is compiled."""
         if weights or self._refitted:
             self.close()
             self._open(weights)
@@ -108,25 +110,25 @@ class OpenVinoEngine:
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
         ready = check_feeds(self.name, self.inputs, feeds)
         with MAPPED_FILES:
-            made = self._infer(ready)
+            outputs = self._infer(ready)
         shapes = tuple(array.shape for array in ready.values())
         if shapes not in self._packed and MAPPED_FILES.drop_pages(self._mapped):
             self._packed.add(shapes)
-        return made
+        return outputs
 
     def _infer(self, ready: Feeds) -> dict[str, np.ndarray]:
         if (requests := self._requests) is None:
             raise BackendError(f"{self.name} is closed")
         try:
-            made = requests.infer(ready, [spec.name for spec in self.outputs])
+            outputs = requests.infer(ready, [spec.name for spec in self.outputs])
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed in {self.name}: {error}") from error
-        most = max(array.nbytes for array in (*ready.values(), *made.values()))
-        if self.name.startswith("vae") and most >= LARGE:
-            # Once a picture: its activations dwarf all else, and are made again in a moment.
+        largest = max(array.nbytes for array in (*ready.values(), *outputs.values()))
+        if self.name.startswith("vae") and largest >= LARGE:
+            # Runs once an image; its activations dwarf all else and are quickly allocated again.
             requests.compiled.release_memory()
             trim_heap()
-        return made
+        return outputs
 
     def close(self) -> None:
         with MAPPED_FILES:

@@ -117,8 +117,8 @@ def _configure(trt: Any, builder: Any, config: Any, key: PlanKey) -> None:
             config.set_compute_capability(trt.ComputeCapability.__members__[name], i)
     for ranges in key.profiles:
         profile = builder.create_optimization_profile()
-        for name, (least, usual, most) in ranges.items():
-            profile.set_shape(name, least, usual, most)
+        for name, (minimum, optimum, maximum) in ranges.items():
+            profile.set_shape(name, minimum, optimum, maximum)
         config.add_optimization_profile(profile)
 
 

@@ -49,9 +49,9 @@ def layers_by_node(
     """Of every node, the names of the engine's layers that it went into. A layer names the nodes
     that it computes as `[ONNX Layer: NAME]`.
     """
-    found: dict[str, list[str]] = {node: [] for node in nodes}
-    for told in layers:
-        for mark in str(told.get("Metadata", "")).split("[ONNX Layer: ")[1:]:
-            if (node := mark.split("]")[0]) in found:
-                found[node].append(str(told.get("Name", "")))
-    return found
+    names: dict[str, list[str]] = {node: [] for node in nodes}
+    for layer in layers:
+        for mark in str(layer.get("Metadata", "")).split("[ONNX Layer: ")[1:]:
+            if (node := mark.split("]")[0]) in names:
+                names[node].append(str(layer.get("Name", "")))
+    return names

@@ -31,17 +31,17 @@ def explain_unavailable(kind: str, gpus: GpuInventory, index: int = 0) -> str | 
     for module in (MODULES[kind], "cuda.bindings"):
         if not _is_installed(module):
             return f"{module} is not installed; {INSTALL[kind]}"
-    gpu, wanted = gpus.gpus[index], required_cuda(kind)
+    gpu, required = gpus.gpus[index], required_cuda(kind)
     number = int(gpu.sm.removeprefix("sm_"))
     if kind == RTX and gpu.sm not in RTX_TARGETS:
         return f"TensorRT for RTX serves {', '.join(RTX_TARGETS)}; {gpu.name} is {gpu.sm}"
     if number < OLDEST:
         return f"TensorRT serves sm_{OLDEST} and later; {gpu.name} is {gpu.sm}"
-    if wanted and gpus.cuda_version and gpus.cuda_version[0] < wanted:
+    if required and gpus.cuda_version and gpus.cuda_version[0] < required:
         served = ".".join(map(str, gpus.cuda_version))
         return (
             f"the driver {gpus.driver_version or ''} serves CUDA {served}, "
-            f"this {kind} needs {wanted}.0; update the NVIDIA driver"
+            f"this {kind} needs {required}.0; update the NVIDIA driver"
         )
     return None
 

@@ -28,7 +28,7 @@ ON_HOST = {"Expand": 1, "Reshape": 1, "Resize": 2, "Split": 1, "Squeeze": 1, "Un
 def fold_constants(
     nodes: Sequence[Node],
     kinds: Sequence[str],
-    given: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
     constants: Mapping[str, Tensor],
 ) -> tuple[list[Step], dict[str, Tensor]]:
     """The steps that compute with what is given, and the constants that they read.
@@ -38,17 +38,17 @@ def fold_constants(
     Raises BackendError where a shape depends on the values of an input.
     """
     values: dict[str, Any] = {"": None, **constants}
-    values |= {name: torch.empty_like(value, device="meta") for name, value in given.items()}
+    values |= {name: torch.empty_like(value, device="meta") for name, value in inputs.items()}
     left: list[Step] = []
     for (operation, reads, targets, attributes), kind in zip(nodes, kinds, strict=True):
         place = ON_HOST.get(kind) if len(reads) > ON_HOST.get(kind, 0) else None
         read = [values[name] for name in reads]
         if any(map(_unread, read)):
             read = [_numbers(v, kind) if i == place else _meta(v) for i, v in enumerate(read)]
-        made = operation(read, attributes)
-        made = made if isinstance(made, tuple) else (made,)
-        values.update(zip(targets, made, strict=False))
-        if _unread(made[0]):
+        results = operation(read, attributes)
+        results = results if isinstance(results, tuple) else (results,)
+        values.update(zip(targets, results, strict=False))
+        if _unread(results[0]):
             sources = [read[i] if i == place else name for i, name in enumerate(reads)]
             left.append((operation, sources, targets, attributes))
     names = {name for _, sources, _, _ in left for name in sources if isinstance(name, str)}
@@ -78,10 +78,10 @@ def compiled(steps: Sequence[Step], names: Sequence[str], outputs: Sequence[str]
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         values: dict[str, Any] = {"": None, **dict(zip(names, tensors, strict=True))}
         for operation, sources, targets, attributes in steps:
-            given = [values[source] if isinstance(source, str) else source for source in sources]
-            made = operation(given, attributes)
-            made = made if isinstance(made, tuple) else (made,)
-            for target, value in zip(targets, made, strict=False):
+            inputs = [values[source] if isinstance(source, str) else source for source in sources]
+            results = operation(inputs, attributes)
+            results = results if isinstance(results, tuple) else (results,)
+            for target, value in zip(targets, results, strict=False):
                 values[target] = value
         return [values[name] for name in outputs]
 

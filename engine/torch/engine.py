@@ -93,16 +93,16 @@ class TorchEngine:
         ready = check_feeds(self.name, self.inputs, feeds)
         with self._alone:
             fed = {name: torch.from_numpy(array).to(self.device) for name, array in ready.items()}
-            made = (self._at_once if self._compile else self._one_by_one)(fed, stored)
-            return {s.name: v.cpu().numpy() for s, v in zip(self.outputs, made, strict=True)}
+            results = (self._at_once if self._compile else self._one_by_one)(fed, stored)
+            return {s.name: v.cpu().numpy() for s, v in zip(self.outputs, results, strict=True)}
 
     def _one_by_one(self, fed: dict[str, Tensor], stored: Mapping[str, Any]) -> list[Tensor]:
         values: dict[str, Any] = {"": None, **fed}
         for i, (operation, sources, targets, attributes) in enumerate(self._nodes):
-            given = [values[s] if s in values else stored[s] for s in sources]
-            made = operation(given, attributes)
-            made = made if isinstance(made, tuple) else (made,)
-            values.update(zip(targets, made, strict=False))
+            inputs = [values[s] if s in values else stored[s] for s in sources]
+            results = operation(inputs, attributes)
+            results = results if isinstance(results, tuple) else (results,)
+            values.update(zip(targets, results, strict=False))
             for name in self._last_use.get(i, ()):
                 values.pop(name, None)
         return [values[spec.name] for spec in self.outputs]
@@ -110,14 +110,14 @@ class TorchEngine:
     def _at_once(self, fed: dict[str, Tensor], stored: Mapping[str, Any]) -> list[Tensor]:
         shapes = tuple(value.shape for value in fed.values())
         try:
-            if (found := self._known(shapes)) is not None:
-                return _run(found, fed, stored)
+            if (compiled_call := self._known(shapes)) is not None:
+                return _run(compiled_call, fed, stored)
             with self._compiling:  # by one thread; the others find it
-                if (found := self._known(shapes)) is not None:
-                    return _run(found, fed, stored)
+                if (compiled_call := self._known(shapes)) is not None:
+                    return _run(compiled_call, fed, stored)
                 log.info("%s is compiled for %s", self.name, [list(shape) for shape in shapes])
-                found = self._compiled_for(fed, stored)
-                made = _run(found, fed, stored)  # torch compiles when it is first called
+                compiled_call = self._compiled_for(fed, stored)
+                results = _run(compiled_call, fed, stored)  # torch compiles when it is first called
         except RuntimeError as error:  # what torch's compilers raise is all of this
             with self._order:
                 self._compiled.pop(shapes, None)
@@ -125,10 +125,10 @@ class TorchEngine:
                 f"torch could not compile or run {self.name}: {error}; run without compiling"
             ) from error
         with self._order:
-            self._compiled[shapes] = found
+            self._compiled[shapes] = compiled_call
             if len(self._compiled) > MAX_SHAPES:
                 self._compiled.popitem(last=False)
-        return made
+        return results
 
     def _known(self, shapes: object) -> CompiledFor | None:
         """What was compiled for these shapes, which become the most recently used."""
@@ -167,19 +167,21 @@ class TorchEngine:
         return weight.to(self.device, memory_format=order)
 
 
-def _run(found: CompiledFor, fed: Mapping[str, Tensor], stored: Mapping[str, Any]) -> list[Tensor]:
-    run, weights, constants = found
+def _run(
+    compiled_call: CompiledFor, fed: Mapping[str, Tensor], stored: Mapping[str, Any]
+) -> list[Tensor]:
+    run, weights, constants = compiled_call
     return run([*fed.values(), *(stored[name] for name in weights), *constants])
 
 
-def _last_uses(nodes: Sequence[Any], kept: set[str]) -> dict[int, list[str]]:
+def _last_uses(nodes: Sequence[Any], outputs: set[str]) -> dict[int, list[str]]:
     """For each node, the values that nothing reads after it."""
     last = {name: i for i, node in enumerate(nodes) for name in node.input if name}
-    ends: dict[int, list[str]] = {}
+    released: dict[int, list[str]] = {}
     for name, i in last.items():
-        if name not in kept:
-            ends.setdefault(i, []).append(name)
-    return ends
+        if name not in outputs:
+            released.setdefault(i, []).append(name)
+    return released
 
 
 def _weights(graph: Any) -> list[str]:

@@ -24,91 +24,91 @@ TORCH_DTYPES = {
 }
 
 
-def _numbers(given: Tensor | list[float]) -> list[float]:
+def _numbers(inputs: Tensor | list[float]) -> list[float]:
     """Of a tensor, or as they are where the graph is compiled."""
-    if isinstance(given, list):
-        return given
-    numbers: list[float] = given.reshape(-1).tolist()
+    if isinstance(inputs, list):
+        return inputs
+    numbers: list[float] = inputs.reshape(-1).tolist()
     return numbers
 
 
-def _ints(given: Tensor | list[float]) -> list[int]:
-    return [int(value) for value in _numbers(given)]
+def _ints(inputs: Tensor | list[float]) -> list[int]:
+    return [int(value) for value in _numbers(inputs)]
 
 
-def _shape(given: list[Any], attributes: Attributes) -> Tensor:
-    shape = list(given[0].shape)
+def _shape(inputs: list[Any], attributes: Attributes) -> Tensor:
+    shape = list(inputs[0].shape)
     return torch.tensor(shape[attributes.get("start", 0) : attributes.get("end")])
 
 
-def _reshape(given: list[Any], _: Attributes) -> Tensor:
-    shape = _ints(given[1])
-    sizes = [given[0].shape[i] if size == 0 else size for i, size in enumerate(shape)]
-    reshaped: Tensor = given[0].reshape(sizes)
+def _reshape(inputs: list[Any], _: Attributes) -> Tensor:
+    shape = _ints(inputs[1])
+    sizes = [inputs[0].shape[i] if size == 0 else size for i, size in enumerate(shape)]
+    reshaped: Tensor = inputs[0].reshape(sizes)
     return reshaped
 
 
-def _divide(given: list[Any], _: Attributes) -> Tensor:
-    a, b = given
+def _divide(inputs: list[Any], _: Attributes) -> Tensor:
+    a, b = inputs
     if a.is_floating_point():
         return torch.div(a, b)
     return torch.div(a, b, rounding_mode="trunc")
 
 
-def _unsqueeze(given: list[Any], _: Attributes) -> Tensor:
-    value: Tensor = given[0]
-    for axis in sorted(_ints(given[1])):
+def _unsqueeze(inputs: list[Any], _: Attributes) -> Tensor:
+    value: Tensor = inputs[0]
+    for axis in sorted(_ints(inputs[1])):
         value = value.unsqueeze(axis)
     return value
 
 
-def _squeeze(given: list[Any], _: Attributes) -> Tensor:
-    value: Tensor = given[0]
-    return value.squeeze(tuple(_ints(given[1]))) if len(given) > 1 else value.squeeze()
+def _squeeze(inputs: list[Any], _: Attributes) -> Tensor:
+    value: Tensor = inputs[0]
+    return value.squeeze(tuple(_ints(inputs[1]))) if len(inputs) > 1 else value.squeeze()
 
 
-def _gather(given: list[Any], attributes: Attributes) -> Tensor:
-    data, indices = given
+def _gather(inputs: list[Any], attributes: Attributes) -> Tensor:
+    data, indices = inputs
     axis = attributes.get("axis", 0)
     picked = data.index_select(axis, indices.reshape(-1).to(data.device))
     return picked.reshape([*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :]])
 
 
-def _range(given: list[Any], _: Attributes) -> Tensor:
-    start, limit, delta = (value.item() for value in given)
-    return torch.arange(start, limit, delta, dtype=given[0].dtype)
+def _range(inputs: list[Any], _: Attributes) -> Tensor:
+    start, limit, delta = (value.item() for value in inputs)
+    return torch.arange(start, limit, delta, dtype=inputs[0].dtype)
 
 
-def _largest(given: list[Any], attributes: Attributes) -> Tensor:
-    axis, kept = attributes.get("axis", 0), bool(attributes.get("keepdims", 1))
+def _largest(inputs: list[Any], attributes: Attributes) -> Tensor:
+    axis, keepdims = attributes.get("axis", 0), bool(attributes.get("keepdims", 1))
     # Where several are the largest, ONNX means the first; on some devices torch takes any.
-    highest = given[0] == given[0].amax(axis, keepdim=True)
-    places = torch.arange(given[0].shape[axis], 0, -1, device=given[0].device)
-    shape = [-1 if i == axis % given[0].ndim else 1 for i in range(given[0].ndim)]
-    largest: Tensor = (highest * places.reshape(shape)).argmax(axis, keepdim=kept)
+    highest = inputs[0] == inputs[0].amax(axis, keepdim=True)
+    places = torch.arange(inputs[0].shape[axis], 0, -1, device=inputs[0].device)
+    shape = [-1 if i == axis % inputs[0].ndim else 1 for i in range(inputs[0].ndim)]
+    largest: Tensor = (highest * places.reshape(shape)).argmax(axis, keepdim=keepdims)
     return largest
 
 
-def _gather_places(given: list[Any], attributes: Attributes) -> Tensor:
+def _gather_places(inputs: list[Any], attributes: Attributes) -> Tensor:
     if attributes.get("batch_dims", 0):
         raise BackendError("the torch backend gathers places without batch dimensions only")
-    data, places = given
-    found: Tensor = data[tuple(places.to(data.device).unbind(-1))]
-    return found
+    data, places = inputs
+    values: Tensor = data[tuple(places.to(data.device).unbind(-1))]
+    return values
 
 
-def _linear(given: list[Any], attributes: Attributes) -> Tensor:
-    a = given[0].T if attributes.get("transA", 0) else given[0]
-    b = given[1].T if attributes.get("transB", 0) else given[1]
+def _linear(inputs: list[Any], attributes: Attributes) -> Tensor:
+    a = inputs[0].T if attributes.get("transA", 0) else inputs[0]
+    b = inputs[1].T if attributes.get("transB", 0) else inputs[1]
     out: Tensor = attributes.get("alpha", 1.0) * (a @ b)
-    if len(given) > 2 and given[2] is not None:
-        out = out + attributes.get("beta", 1.0) * given[2]
+    if len(inputs) > 2 and inputs[2] is not None:
+        out = out + attributes.get("beta", 1.0) * inputs[2]
     return out
 
 
-def _convolution(given: list[Any], attributes: Attributes) -> Tensor:
-    x, weight = given[:2]
-    bias = given[2] if len(given) > 2 else None
+def _convolution(inputs: list[Any], attributes: Attributes) -> Tensor:
+    x, weight = inputs[:2]
+    bias = inputs[2] if len(inputs) > 2 else None
     rank = weight.ndim - 2
     pads = attributes.get("pads", [0] * 2 * rank)
     if pads[:rank] != pads[rank:]:
@@ -125,46 +125,46 @@ def _convolution(given: list[Any], attributes: Attributes) -> Tensor:
     )
 
 
-def _attention(given: list[Any], attributes: Attributes) -> Tensor:
-    q, k, v = given[:3]
-    mask = given[3] if len(given) > 3 else None
+def _attention(inputs: list[Any], attributes: Attributes) -> Tensor:
+    q, k, v = inputs[:3]
+    mask = inputs[3] if len(inputs) > 3 else None
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=bool(attributes.get("is_causal", 0)), scale=attributes.get("scale")
     )
 
 
-def _resize(given: list[Any], attributes: Attributes) -> Tensor:
+def _resize(inputs: list[Any], attributes: Attributes) -> Tensor:
     if attributes.get("mode") != b"nearest":
         raise BackendError(f"the torch backend resizes to the nearest only, not {attributes}")
-    return F.interpolate(given[0], scale_factor=_numbers(given[2])[2:], mode="nearest")
+    return F.interpolate(inputs[0], scale_factor=_numbers(inputs[2])[2:], mode="nearest")
 
 
-def _split(given: list[Any], attributes: Attributes) -> tuple[Tensor, ...]:
+def _split(inputs: list[Any], attributes: Attributes) -> tuple[Tensor, ...]:
     axis = attributes.get("axis", 0)
-    if len(given) > 1:
-        return tuple(given[0].split(_ints(given[1]), dim=axis))
-    return tuple(given[0].chunk(attributes["num_outputs"], dim=axis))
+    if len(inputs) > 1:
+        return tuple(inputs[0].split(_ints(inputs[1]), dim=axis))
+    return tuple(inputs[0].chunk(attributes["num_outputs"], dim=axis))
 
 
-def _expand(given: list[Any], _: Attributes) -> Tensor:
-    shape = torch.broadcast_shapes(given[0].shape, tuple(_ints(given[1])))
-    expanded: Tensor = given[0].expand(shape)
+def _expand(inputs: list[Any], _: Attributes) -> Tensor:
+    shape = torch.broadcast_shapes(inputs[0].shape, tuple(_ints(inputs[1])))
+    expanded: Tensor = inputs[0].expand(shape)
     return expanded
 
 
-def _layer_norm(given: list[Any], attributes: Attributes) -> Tensor:
-    x, weight = given[:2]
-    bias = given[2] if len(given) > 2 else None
+def _layer_norm(inputs: list[Any], attributes: Attributes) -> Tensor:
+    x, weight = inputs[:2]
+    bias = inputs[2] if len(inputs) > 2 else None
     return F.layer_norm(x, weight.shape, weight, bias, attributes.get("epsilon", 1e-5))
 
 
-def _group_norm(given: list[Any], attributes: Attributes) -> Tensor:
-    x, weight, bias = given
+def _group_norm(inputs: list[Any], attributes: Attributes) -> Tensor:
+    x, weight, bias = inputs
     return F.group_norm(x, attributes["num_groups"], weight, bias, attributes.get("epsilon", 1e-5))
 
 
-def _gelu(given: list[Any], attributes: Attributes) -> Tensor:
-    return F.gelu(given[0], approximate=attributes.get("approximate", b"none").decode())
+def _gelu(inputs: list[Any], attributes: Attributes) -> Tensor:
+    return F.gelu(inputs[0], approximate=attributes.get("approximate", b"none").decode())
 
 
 OPERATIONS: dict[str, Callable[[list[Any], Attributes], Any]] = {

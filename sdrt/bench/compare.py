@@ -1,7 +1,7 @@
-"""What became slower since an earlier `sdrt bench --json`, beyond noise.
+"""Regressions since an earlier `sdrt bench --json`, beyond noise.
 
-Knows reports. A turn counts in seconds and in units of the product of matrices that was timed with
-it: slower is what is slower in both, so that neither a slow machine nor a fast product decides.
+Knows reports. A measurement counts in seconds, and relative to the matrix product that was timed
+with it. A regression is slower in both, so that neither a slow machine nor a fast product decides.
 """
 
 import json
@@ -16,14 +16,14 @@ import numpy as np
 
 from sdrt.errors import SdrtError, UsageError
 
-from .report import Run
+from .report import BenchSettings
 
 log = logging.getLogger("sdrt.bench")
-CHANCE, LEAST = 0.01, 1.03  # that it is luck; times as long
+CHANCE, MIN_RATIO = 0.01, 1.03  # maximum p-value; minimum slowdown
 SHUFFLES = 20_000
 
 
-def old_report(path: Path, bundle: str, run: Run) -> dict[str, Any]:
+def read_report(path: Path, bundle: str, run: BenchSettings) -> dict[str, Any]:
     """An earlier report of the same bundle and size, of enough rounds; raises UsageError."""
     try:
         old: dict[str, Any] = json.loads(path.read_text("utf-8"))
@@ -33,7 +33,7 @@ def old_report(path: Path, bundle: str, run: Run) -> dict[str, Any]:
         turns[0]["seconds"]
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise UsageError(
-            f"{path} is no report of sdrt bench --json ({type(error).__name__}: {error})"
+            f"{path} is not a report of sdrt bench --json ({type(error).__name__}: {error})"
         ) from error
     if measured != (bundle, run.size):
         raise UsageError(
@@ -41,8 +41,9 @@ def old_report(path: Path, bundle: str, run: Run) -> dict[str, Any]:
         )
     if 1 / math.comb(len(turns) + run.rounds, run.rounds) > CHANCE:  # as little as it can be
         raise UsageError(
-            f"{run.rounds} rounds against the {len(turns)} of {path} cannot tell what is slower "
-            f"from luck; type --rounds 7, there and here"
+            f"{run.rounds} rounds against the {len(turns)} of {path} cannot separate a slowdown "
+            "from chance",
+            hint="use --rounds 7 for both reports",
         )
     return old
 
@@ -50,7 +51,7 @@ def old_report(path: Path, bundle: str, run: Run) -> dict[str, Any]:
 def refuse_slower(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raises SdrtError with what is slower; says so if the two ran on different machines."""
     if old.get("machine") != new["machine"]:
-        log.warning("the earlier report is of another machine: %s", old.get("machine"))
+        log.warning("The earlier report is from another machine: %s", old.get("machine"))
     if slower := regressions(old, new):
         raise SdrtError("slower than before, beyond noise: " + "; ".join(slower))
 
@@ -58,13 +59,13 @@ def refuse_slower(old: dict[str, Any], new: dict[str, Any]) -> None:
 def regressions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """A line for every part of an engine, in both reports, that is slower."""
     before = {engine["name"]: engine["parts"] for engine in old["engines"]}
-    found = []
+    lines = []
     for engine in new["engines"]:
         for part, figures in engine["parts"].items():
             earlier = before.get(engine["name"], {}).get(part)
             if earlier and (times := times_slower(earlier["turns"], figures["turns"])):
-                found.append(f"{engine['name']}, {part}: {times:.2f} × the time")
-    return found
+                lines.append(f"{engine['name']}, {part}: {times:.2f} × the time")
+    return lines
 
 
 def times_slower(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> float | None:
@@ -75,7 +76,7 @@ def times_slower(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -
     if all(turn["limit"] for turn in [*old, *new]):
         measures.append((_products(old), _products(new)))
     ratios = [statistics.median(now) / statistics.median(then) for then, now in measures]
-    if min(ratios) < LEAST or any(chance(then, now) > CHANCE for then, now in measures):
+    if min(ratios) < MIN_RATIO or any(chance(then, now) > CHANCE for then, now in measures):
         return None
     return min(ratios)
 

@@ -97,10 +97,10 @@ def _value_info(message: bytes, axes: Axes) -> tuple[str, Shape | None]:
 
 def _dim(message: bytes, axes: Axes) -> int:
     """A length, written as a number (1) or as arithmetic over names (2); 0 where it is neither."""
-    found = dict(_fields(message))
-    if 1 in found:
-        return int.from_bytes(found[1], "little")
-    text = found.get(2, b"0").decode()
+    parts = dict(_fields(message))
+    if 1 in parts:
+        return int.from_bytes(parts[1], "little")
+    text = parts.get(2, b"0").decode()
     return evaluate_axis(text, axes)
 
 

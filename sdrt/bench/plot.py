@@ -1,4 +1,4 @@
-"""A report as a picture: bars of what the UNet and the decoder reach, and the limit as a line.
+"""A report as an image: bars of what the UNet and the decoder reach, and the limit as a line.
 
 Knows reports and Pillow.
 """
@@ -18,7 +18,7 @@ OTHER, INK, PAPER = "#999999", "#222222", "#ffffff"
 def write_plot(report: dict[str, Any], path: Path) -> None:
     """A PNG; raises UsageError where it cannot be written."""
     try:
-        plotted(report).save(path)
+        draw_plot(report).save(path)
     except OSError as error:
         raise UsageError(f"--plot {path} cannot be written: {error}") from error
 
@@ -31,7 +31,7 @@ def check_path(path: Path) -> None:
         )
 
 
-def plotted(report: dict[str, Any]) -> Image.Image:
+def draw_plot(report: dict[str, Any]) -> Image.Image:
     """A bar for every engine and part, in GFLOP/s, and a line for every dtype's limit."""
     bars = [
         (f"{engine['name']}, {part}", engine["dtype"], figures["flops_per_second"] / 1e9)
@@ -39,11 +39,11 @@ def plotted(report: dict[str, Any]) -> Image.Image:
         for engine in report["engines"]
         if "flops_per_second" in (figures := engine["parts"].get(part, {}))
     ]
-    limits = {dtype: each["flops_per_second"] / 1e9 for dtype, each in report["limits"].items()}
+    limits = {dtype: limit["flops_per_second"] / 1e9 for dtype, limit in report["limits"].items()}
     top = 3 * MARGIN
     height = top + len(bars) * (BAR + GAP) + 2 * MARGIN
-    most = max([*limits.values(), *(value for _, _, value in bars)])
-    scale = (WIDTH - NAMES - 4 * MARGIN) / most
+    highest = max([*limits.values(), *(value for _, _, value in bars)])
+    scale = (WIDTH - NAMES - 4 * MARGIN) / highest
     image = Image.new("RGB", (WIDTH, height), PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     title = (

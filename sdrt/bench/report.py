@@ -1,6 +1,6 @@
-"""What was measured, as plain values and as text.
+"""The results of a benchmark, as plain values and as text.
 
-Knows contestants' turns; not how they were taken.
+Knows contestants' measurements; not how they were taken.
 """
 
 import datetime
@@ -21,7 +21,7 @@ from sdrt.process_stats import cpu_count
 from .flops import flops
 from .roofline import FLOPS
 
-LOADED = 0.15  # the share of the processor by others from which on a turn is marked
+LOADED = 0.15  # fraction of the processor used by others that marks a measurement
 GRAPHS = {"text": ("text_encoder", "text_encoder_2"), "unet": ("unet",), "decode": ("vae_decoder",)}
 TITLES = {"text": "text, 2 rows", "unet": "UNet, 2 rows", "decode": "decode"}
 PACKAGES = (
@@ -34,13 +34,13 @@ PACKAGES = (
     "tensorrt-rtx",
 )
 HEAD = ("p50", "p90", "p99", "×", "a second", "of limit")
-Turn = dict[str, Any]
+Measurement = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """What is measured: a size such as 512x512, steps of whole pictures, rounds of turns, which
-    parts by what their names begin with, and a sampler's name if it is not the bundle's.
+class BenchSettings:
+    """What is measured: a size such as 512x512, steps of complete images, rounds, the parts by the
+    beginning of their names, and a sampler's name if it is not the bundle's.
     """
 
     size: str
@@ -55,7 +55,7 @@ class Contestant:
     """One engine or peer: the arguments of its worker, and what was measured; seconds and bytes.
 
     dtype: that it computes in, and whose limit it is held against; None if that is not known here
-    cold_start_seconds: from the process's start to its first picture
+    cold_start_seconds: from the process's start to its first image
     turns: of every part, in order, as `worker.turn` gives them
     """
 
@@ -67,17 +67,17 @@ class Contestant:
     cold_start_seconds: float = 0.0
     device_bytes: int | None = None
     memory: dict[str, int] = field(default_factory=dict)
-    turns: dict[str, list[Turn]] = field(default_factory=dict)
+    turns: dict[str, list[Measurement]] = field(default_factory=dict)
 
 
-def report_from(
+def build_report(
     bundle: Bundle,
-    run: Run,
+    run: BenchSettings,
     limit: Contestant,
     engines: Sequence[Contestant],
     left_out: dict[str, str],
 ) -> dict[str, Any]:
-    """Everything that was measured, and on what."""
+    """Every measurement, and the machine and versions they were taken with."""
     work = {part: _flops(bundle, names, run.size) for part, names in GRAPHS.items()}
     limits = {
         name.split()[0]: {
@@ -94,10 +94,10 @@ def report_from(
         "scheduler": run.scheduler,
         "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": versions(),
+        "versions": list_versions(),
         "flops": work,
         "limits": limits,
-        "engines": [_described(each, engines[0], work) for each in engines],
+        "engines": [_described(contestant, engines[0], work) for contestant in engines],
         "left_out": left_out,
     }
 
@@ -112,19 +112,19 @@ def machine() -> str:
     return f"{name}, {cores} cores, {platform.system()}"
 
 
-def versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
     """Of Python and of the packages that do the work, where they are installed."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _flops(bundle: Bundle, names: tuple[str, ...], size: str) -> int | None:
-    """Of one call as it is timed: two rows, or one picture; None for a graph that does not say."""
+    """Of one call as it is timed: two rows, or one image; None where the graph has unknown axes."""
     rows = 1 if "vae_decoder" in names else 2
     axes = axis_lengths(bundle.manifest, parse_size(size), rows)
     held = [name for name in names if name in bundle.manifest.components]
@@ -134,51 +134,55 @@ def _flops(bundle: Bundle, names: tuple[str, ...], size: str) -> int | None:
         return None
 
 
-def rate_of(turn: Turn) -> float:
+def rate_of(turn: Measurement) -> float:
     """Operations a second of a turn of the limit's product."""
     return FLOPS / float(np.median(turn["seconds"]))
 
 
-def _described(each: Contestant, base: Contestant, work: dict[str, int | None]) -> dict[str, Any]:
-    others = [turn["others"] for turns in each.turns.values() for turn in turns]
-    known = [share for share in others if share is not None]
+def _described(
+    contestant: Contestant, base: Contestant, work: dict[str, int | None]
+) -> dict[str, Any]:
+    others = [turn["others"] for turns in contestant.turns.values() for turn in turns]
+    known = [fraction for fraction in others if fraction is not None]
     return {
-        "name": each.name,
-        "dtype": each.dtype,
-        "load_seconds": each.load_seconds,
-        "cold_start_seconds": each.cold_start_seconds,
-        "memory": each.memory,
-        "device_bytes": each.device_bytes,
+        "name": contestant.name,
+        "dtype": contestant.dtype,
+        "load_seconds": contestant.load_seconds,
+        "cold_start_seconds": contestant.cold_start_seconds,
+        "memory": contestant.memory,
+        "device_bytes": contestant.device_bytes,
         "others": statistics.median(known) if known else None,
-        "loaded_turns": sum(share > LOADED for share in known),
+        "loaded_turns": sum(fraction > LOADED for fraction in known),
         "parts": {
             part: _part(turns, base.turns.get(part), work.get(part))
-            for part, turns in each.turns.items()
+            for part, turns in contestant.turns.items()
         },
     }
 
 
-def _part(turns: Sequence[Turn], base: Sequence[Turn] | None, work: int | None) -> dict[str, Any]:
+def _part(
+    turns: Sequence[Measurement], base: Sequence[Measurement] | None, work: int | None
+) -> dict[str, Any]:
     """One part's figures: percentiles over all calls, in seconds; what is against the base or the
     limit is taken turn by turn, and the median of that.
     """
     calls = [seconds for turn in turns for seconds in turn["seconds"]]
     p50, p90, p99 = np.percentile(calls, [50, 90, 99]).tolist()
     own = [statistics.median(turn["seconds"]) for turn in turns]
-    found: dict[str, Any] = {"p50": p50, "p90": p90, "p99": p99, "per_second": 1 / p50}
+    figures: dict[str, Any] = {"p50": p50, "p90": p90, "p99": p99, "per_second": 1 / p50}
     if base is not None:
         theirs = (statistics.median(turn["seconds"]) for turn in base)
         pairs = zip(theirs, own, strict=True)
-        found["times_faster"] = statistics.median(their / mine for their, mine in pairs)
+        figures["times_faster"] = statistics.median(their / mine for their, mine in pairs)
     if work:
-        found["flops_per_second"] = work / p50
+        figures["flops_per_second"] = work / p50
         if limits := [turn["limit"] for turn in turns if turn["limit"]]:
             pairs = zip(own, limits, strict=True)
-            found["of_limit"] = statistics.median(work / mine / limit for mine, limit in pairs)
+            figures["of_limit"] = statistics.median(work / mine / limit for mine, limit in pairs)
     if any(turn["parts"] for turn in turns):
-        found["parts"] = _shares(turns)
+        figures["parts"] = _part_times(turns)
     marked = [turn["others"] is not None and turn["others"] > LOADED for turn in turns]
-    found["turns"] = [
+    figures["turns"] = [
         {
             "seconds": [round(seconds, 7) for seconds in turn["seconds"]],
             "others": turn["others"],
@@ -187,28 +191,30 @@ def _part(turns: Sequence[Turn], base: Sequence[Turn] | None, work: int | None) 
         }
         for turn, loaded in zip(turns, marked, strict=True)
     ]
-    return found
+    return figures
 
 
-def _shares(turns: Sequence[Turn]) -> dict[str, float]:
-    """Seconds of each part of a picture; what is left of the whole is the pipeline's own."""
-    shares = [
+def _part_times(turns: Sequence[Measurement]) -> dict[str, float]:
+    """Seconds of each part of an image; the rest is the pipeline's own."""
+    times = [
         {**turn["parts"], "own": statistics.mean(turn["seconds"]) - sum(turn["parts"].values())}
         for turn in turns
     ]
-    names = dict.fromkeys(name for share in shares for name in share)
-    return {name: statistics.median(share.get(name, 0.0) for share in shares) for name in names}
+    names = dict.fromkeys(name for part_times in times for name in part_times)
+    return {
+        name: statistics.median(part_times.get(name, 0.0) for part_times in times) for name in names
+    }
 
 
-def text_from_report(report: dict[str, Any]) -> str:
-    """Tables: every part by engine, what each engine takes, where a picture's time goes."""
+def format_report(report: dict[str, Any]) -> str:
+    """Tables: every part by engine, what each engine takes, where the time of an image goes."""
     limits = ", ".join(
         f"{dtype} {limit['flops_per_second'] / 1e9:.0f} GFLOP/s ({limit['library']})"
         for dtype, limit in report["limits"].items()
     )
     lines = [
         f"{report['bundle']} at {report['size']}, {report['rounds']} rounds, {report['machine']}",
-        f"limit, a product of matrices in the same turns: {limits}",
+        f"limit, by matrix products in the same rounds: {limits}",
         "",
         f"{'milliseconds':28}" + "".join(f"{title:>10}" for title in HEAD),
     ]
@@ -216,8 +222,8 @@ def text_from_report(report: dict[str, Any]) -> str:
     for part in parts:
         lines.append(_title(part))
         lines += [_part_line(engine, part) for engine in report["engines"]]
-    lines += ["", *_taken_lines(report["engines"]), "", *_share_lines(report["engines"])]
-    lines += [f"left out: {name}: {why}" for name, why in report["left_out"].items()]
+    lines += ["", *_resource_lines(report["engines"]), "", *_part_time_lines(report["engines"])]
+    lines += [f"skipped {name}: {why}" for name, why in report["left_out"].items()]
     return "\n".join(lines)
 
 
@@ -226,16 +232,16 @@ def _title(part: str) -> str:
 
 
 def _part_line(engine: dict[str, Any], part: str) -> str:
-    found = engine["parts"].get(part)
-    if found is None:
+    figures = engine["parts"].get(part)
+    if figures is None:
         return f"  {engine['name']:26}{'–':>10}"
-    cells = "".join(f"{found[key] * 1e3:>10.1f}" for key in ("p50", "p90", "p99"))
-    times = f"{found['times_faster']:.2f}" if "times_faster" in found else "–"
-    share = f"{found['of_limit']:.0%}" if "of_limit" in found else "–"
-    return f"  {engine['name']:26}{cells}{times:>10}{found['per_second']:>10.2f}{share:>10}"
+    cells = "".join(f"{figures[key] * 1e3:>10.1f}" for key in ("p50", "p90", "p99"))
+    times = f"{figures['times_faster']:.2f}" if "times_faster" in figures else "–"
+    fraction = f"{figures['of_limit']:.0%}" if "of_limit" in figures else "–"
+    return f"  {engine['name']:26}{cells}{times:>10}{figures['per_second']:>10.2f}{fraction:>10}"
 
 
-def _taken_lines(engines: Sequence[dict[str, Any]]) -> list[str]:
+def _resource_lines(engines: Sequence[dict[str, Any]]) -> list[str]:
     """Starting, memory, and how much of the processor others had."""
     head = ("load s", "cold start s", "resident MB", "of it mapped", "peak MB", "device MB")
     lines = [f"{'':28}" + "".join(f"{title:>14}" for title in head) + "   others"]
@@ -246,20 +252,20 @@ def _taken_lines(engines: Sequence[dict[str, Any]]) -> list[str]:
         cells += ["–" if b is None else f"{b / 1e6:.0f}" for b in [*held, engine["device_bytes"]]]
         others, loaded = engine["others"], engine["loaded_turns"]
         mark = f" ({loaded} turns > {LOADED:.0%})" if loaded else ""
-        share = "–" if others is None else f"{others:.0%}{mark}"
+        fraction = "–" if others is None else f"{others:.0%}{mark}"
         row = "".join(f"{cell:>14}" for cell in cells)
-        lines.append(f"  {engine['name']:26}{row}   {share}")
+        lines.append(f"  {engine['name']:26}{row}   {fraction}")
     return lines
 
 
-def _share_lines(engines: Sequence[dict[str, Any]]) -> list[str]:
-    """Where the time of a picture goes, in milliseconds."""
+def _part_time_lines(engines: Sequence[dict[str, Any]]) -> list[str]:
+    """Where the time of an image goes, in milliseconds."""
     names = ("text", "unet", "decode", "own", "PNG")
-    lines = [f"{'where a picture’s time goes, ms':36}" + "".join(f"{name:>10}" for name in names)]
+    lines = [f"{'where an image’s time goes, ms':36}" + "".join(f"{name:>10}" for name in names)]
     for engine in engines:
-        for part, found in engine["parts"].items():
+        for part, figures in engine["parts"].items():
             if part.startswith("picture"):
-                shares = found["parts"]
-                cells = "".join(f"{shares.get(name, 0.0) * 1e3:>10.1f}" for name in names)
+                times = figures["parts"]
+                cells = "".join(f"{times.get(name, 0.0) * 1e3:>10.1f}" for name in names)
                 lines.append(f"  {engine['name'] + ', ' + part.split(', ')[1]:34}{cells}")
     return lines

@@ -1,4 +1,4 @@
-"""Rounds of a measurement: who takes part, their processes, and their turns.
+"""The contestants of a benchmark, their processes, and their measurements.
 
 Knows workers' answers; not what they time.
 """
@@ -19,7 +19,7 @@ from sdrt.errors import BackendError, UsageError
 from sdrt.progress import log_progress
 
 from .peers import list_peers, prepare
-from .report import Contestant, Run
+from .report import BenchSettings, Contestant
 
 log = logging.getLogger("sdrt.bench")
 PARTS = ("text", "unet", "decode", "picture")
@@ -28,76 +28,82 @@ PEER_DTYPES |= {"bfloat16": "bfloat16", "compiled": "bfloat16"}
 WORKER = "from sdrt.bench.worker import main; main()"
 
 
-def contestants(bundle: Bundle, compiled: bool) -> tuple[list[Contestant], dict[str, str]]:
-    """Those that can run, the reference library first, and why others are left out."""
-    found, left_out = [], {}
+def list_contestants(bundle: Bundle, compiled: bool) -> tuple[list[Contestant], dict[str, str]]:
+    """The contestants that can run, diffusers first, and why the others cannot."""
+    runnable, left_out = [], {}
     for name, (backend, precision, why_not) in list_peers(bundle, compiled).items():
         dtype = PEER_DTYPES.get(precision)
         if why_not is None:
-            found.append(Contestant(name, backend, precision, dtype))
+            runnable.append(Contestant(name, backend, precision, dtype))
         else:
             left_out[name] = why_not
-    for each in list_backends():
-        if each.unavailable_reason is not None:
-            left_out[each.title] = each.unavailable_reason
+    for candidate in list_backends():
+        if candidate.unavailable_reason is not None:
+            left_out[candidate.title] = candidate.unavailable_reason
             continue
-        computed = "float32" if each.device == "cpu" else None
-        found.append(Contestant(each.title, each.backend, "exact", computed))
-        if each.reduced_precision in bundle.manifest.admitted:
-            lower = "bfloat16" if str(each.reduced_precision).endswith("bf16") else None
-            found.append(Contestant(str(each.reduced_precision), each.backend, "auto", lower))
-    return found, left_out
+        computed = "float32" if candidate.device == "cpu" else None
+        runnable.append(Contestant(candidate.title, candidate.backend, "exact", computed))
+        if candidate.reduced_precision in bundle.manifest.admitted:
+            lower = "bfloat16" if str(candidate.reduced_precision).endswith("bf16") else None
+            runnable.append(
+                Contestant(str(candidate.reduced_precision), candidate.backend, "auto", lower)
+            )
+    return runnable, left_out
 
 
-def chosen(found: list[Contestant], names: str | None) -> list[Contestant]:
-    """Those whose names hold one of these, separated by commas; all for None."""
+def select_contestants(runnable: list[Contestant], names: str | None) -> list[Contestant]:
+    """The contestants whose names contain one of these, separated by commas; all for None."""
     if names is None:
-        return found
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if not any(name in each.name for each in found):
-            have = ", ".join(each.name for each in found)
-            raise UsageError(f"no engine here is called {name!r}; here are: {have}")
-    return [each for each in found if any(name in each.name for name in wanted)]
+        return runnable
+    requested = [name.strip() for name in names.split(",") if name.strip()]
+    for name in requested:
+        if not any(name in contestant.name for contestant in runnable):
+            have = ", ".join(contestant.name for contestant in runnable)
+            raise UsageError(f"unknown engine {name!r}; available: {have}")
+    return [
+        contestant for contestant in runnable if any(name in contestant.name for name in requested)
+    ]
 
 
 class Worker:
-    """A contestant's process; raises BackendError with what it last said where it ends early."""
+    """A contestant's process; raises BackendError with its last output if it exits early."""
 
-    def __init__(self, each: Contestant, bundle: Bundle, run: Run, made: Path) -> None:
-        wanted: dict[str, Any] = {"backend": each.backend, "precision": each.precision}
-        wanted |= {"folder": str(bundle.folder), "size": run.size, "steps": run.steps}
-        wanted |= {"scheduler": run.scheduler, "made": str(made)}
-        self.contestant, self.parts = each, list[str]()
-        self._said: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+    def __init__(
+        self, contestant: Contestant, bundle: Bundle, run: BenchSettings, folder: Path
+    ) -> None:
+        job: dict[str, Any] = {"backend": contestant.backend, "precision": contestant.precision}
+        job |= {"folder": str(bundle.folder), "size": run.size, "steps": run.steps}
+        job |= {"scheduler": run.scheduler, "made": str(folder)}
+        self.contestant, self.parts = contestant, list[str]()
+        self._stderr: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._began = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, json.dumps(wanted)],
+            [sys.executable, "-c", WORKER, json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._stderr,
             text=True,
         )
 
     def load(self) -> None:
-        """Wait until it has drawn its first picture."""
-        each, gpus = self.contestant, detect_gpus().gpus
+        """Wait for its first image."""
+        contestant, gpus = self.contestant, detect_gpus().gpus
         free = free_memory(gpus[0]) if gpus else None
         answer = self.answer()
-        each.cold_start_seconds = time.perf_counter() - self._began
-        each.load_seconds, self.parts = answer["load_seconds"], answer["parts"]
+        contestant.cold_start_seconds = time.perf_counter() - self._began
+        contestant.load_seconds, self.parts = answer["load_seconds"], answer["parts"]
         if free is not None and (left := free_memory(gpus[0])) is not None:
-            each.device_bytes = free - left
+            contestant.device_bytes = free - left
 
     @property
     def process_id(self) -> int:
         return self._process.pid
 
-    def turn(self, part: str) -> dict[str, Any]:
-        """A turn of a part, kept among the contestant's."""
-        made = self.ask(part)
-        self.contestant.turns.setdefault(part, []).append(made)
-        return made
+    def measure(self, part: str) -> dict[str, Any]:
+        """Measure a part, and store the measurement with the contestant."""
+        measurement = self.ask(part)
+        self.contestant.turns.setdefault(part, []).append(measurement)
+        return measurement
 
     def ask(self, part: str) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -105,7 +111,7 @@ class Worker:
             self._process.stdin.write(f"{part}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # the answer says why
+            pass  # `answer` reports why
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
@@ -115,27 +121,29 @@ class Worker:
             answer: dict[str, Any] = json.loads(line)
             return answer
         self._process.wait()
-        self._said.seek(0)
-        said = [text.strip() for text in self._said if text.strip()] or ["it said nothing"]
-        raise BackendError(f"{self.contestant.name} ended while it was measured: {said[-1]}")
+        self._stderr.seek(0)
+        lines = [text.strip() for text in self._stderr if text.strip()] or ["no output"]
+        raise BackendError(f"{self.contestant.name} exited during the benchmark: {lines[-1]}")
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._said.close()
+        self._stderr.close()
 
 
-def loaded(each: Contestant, bundle: Bundle, run: Run, made: Path) -> Worker:
-    """Its process, after its first picture; raises BackendError.
+def start_worker(
+    contestant: Contestant, bundle: Bundle, run: BenchSettings, folder: Path
+) -> Worker:
+    """Start a contestant's process and wait for its first image; raises BackendError.
 
-    made: an empty folder for what it reads in place of the bundle
+    folder: an empty folder for what it reads in place of the bundle
     """
-    prepare(each.backend, bundle, made)
-    worker = Worker(each, bundle, run, made)
+    prepare(contestant.backend, bundle, folder)
+    worker = Worker(contestant, bundle, run, folder)
     try:
-        with log_progress(lambda: f"starting {each.name}"):
+        with log_progress(lambda: f"starting {contestant.name}"):
             worker.load()
     except BaseException:
-        worker.end()
+        worker.kill()
         raise
     return worker

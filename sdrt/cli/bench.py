@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sdrt.bench.compare import old_report, refuse_slower
+from sdrt.bench.compare import read_report, refuse_slower
 from sdrt.bench.plot import check_path, write_plot
-from sdrt.bench.report import Contestant, Run, rate_of, report_from, text_from_report
-from sdrt.bench.rounds import PARTS, Worker, chosen, contestants, loaded
+from sdrt.bench.report import BenchSettings, Contestant, build_report, format_report, rate_of
+from sdrt.bench.rounds import PARTS, Worker, list_contestants, select_contestants, start_worker
 from sdrt.bundle import Bundle, open_bundle, parse_size
 from sdrt.errors import BackendError, UsageError
 from sdrt.process_stats import available_bytes, peak_bytes
@@ -31,21 +31,23 @@ def bench(args: argparse.Namespace) -> None:
     """
     bundle = open_bundle(args.bundle)
     if "text_encoder" not in bundle.manifest.components:
-        raise UsageError(f"{bundle.manifest.name} takes no prompt; bench measures models that do")
+        raise UsageError(
+            f"{bundle.manifest.name} accepts no prompt; `sdrt bench` measures models that do"
+        )
     width, height = parse_size(args.size) if args.size else bundle.manifest.sizes[0]
     if not 1 <= args.rounds <= 1000:
         raise UsageError(f"{args.rounds} rounds; expected 1 to 1000")
     if args.plot:
         check_path(args.plot)
     parts, steps = _parts(args.parts), _steps(args.steps)
-    run = Run(f"{width}x{height}", steps, args.rounds, parts, args.scheduler)
+    run = BenchSettings(f"{width}x{height}", steps, args.rounds, parts, args.scheduler)
     if args.scheduler:
         config_from_name(args.scheduler, bundle.json("scheduler/scheduler_config.json"))
-    old = old_report(args.compare, bundle.manifest.name, run) if args.compare else None
-    found, left_out = contestants(bundle, args.compiled)
-    limit, *engines = _measured(bundle, run, chosen(found, args.engines), left_out)
-    report = report_from(bundle, run, limit, engines, left_out)
-    print(json.dumps(report, indent=2) if args.json else text_from_report(report))
+    old = read_report(args.compare, bundle.manifest.name, run) if args.compare else None
+    runnable, left_out = list_contestants(bundle, args.compiled)
+    limit, *engines = _measured(bundle, run, select_contestants(runnable, args.engines), left_out)
+    report = build_report(bundle, run, limit, engines, left_out)
+    print(json.dumps(report, indent=2) if args.json else format_report(report))
     if args.plot:
         write_plot(report, args.plot)
     if old is not None:
@@ -62,55 +64,55 @@ def _steps(text: str) -> tuple[int, ...]:
 def _parts(text: str | None) -> tuple[str, ...]:
     if text is None:
         return PARTS
-    found = tuple(name.strip() for name in text.split(","))
-    if unknown := set(found) - set(PARTS):
-        raise UsageError(f"no part is called {', '.join(sorted(unknown))}; {', '.join(PARTS)} are")
-    return found
+    parts = tuple(name.strip() for name in text.split(","))
+    if unknown := set(parts) - set(PARTS):
+        raise UsageError(f"unknown part {', '.join(sorted(unknown))}; expected {', '.join(PARTS)}")
+    return parts
 
 
 def _measured(
-    bundle: Bundle, run: Run, engines: Sequence[Contestant], left_out: dict[str, str]
+    bundle: Bundle, run: BenchSettings, engines: Sequence[Contestant], left_out: dict[str, str]
 ) -> list[Contestant]:
-    """The limit and all that could be loaded, with their turns; why others could not is added."""
+    """The limit and every engine that loads, with measurements; adds why the others do not."""
     workers: list[Worker] = []
     folders = contextlib.ExitStack()
     try:
-        for each in [Contestant(LIMIT, LIMIT, "exact"), *engines]:
+        for contestant in [Contestant(LIMIT, LIMIT, "exact"), *engines]:
             free = available_bytes()
-            wanted = max((peak_bytes(worker.process_id) for worker in workers), default=0)
-            if free < wanted:
-                left_out[each.name] = (
+            required = max((peak_bytes(worker.process_id) for worker in workers), default=0)
+            if free < required:
+                left_out[contestant.name] = (
                     f"{free / 1e9:.1f} GB of memory are free, the largest before it took "
-                    f"{wanted / 1e9:.1f} GB; measure fewer at once with --engines"
+                    f"{required / 1e9:.1f} GB; measure fewer at once with --engines"
                 )
                 continue
-            made = Path(folders.enter_context(tempfile.TemporaryDirectory()))
+            folder = Path(folders.enter_context(tempfile.TemporaryDirectory()))
             try:
-                workers.append(loaded(each, bundle, run, made))
+                workers.append(start_worker(contestant, bundle, run, folder))
             except BackendError as error:
-                left_out[each.name] = str(error)
+                left_out[contestant.name] = str(error)
                 continue
-            log.info("%s: ready after %.2f s", each.name, each.cold_start_seconds)
-        for _ in tqdm(range(run.rounds), disable=None, unit="turn", file=sys.stderr):
-            _take_turns(workers, run.parts)
+            log.info("%s: ready after %.2f s", contestant.name, contestant.cold_start_seconds)
+        for _ in tqdm(range(run.rounds), disable=None, unit="round", file=sys.stderr):
+            _measure_round(workers, run.parts)
         for worker in workers:
             worker.contestant.memory = worker.ask("end")
     finally:
         for worker in workers:
-            worker.end()
+            worker.kill()
         folders.close()
     if len(workers) < 2:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise BackendError(f"nothing here can run this bundle: {reasons}")
+        raise BackendError(f"no engine can run this bundle: {reasons}")
     return [worker.contestant for worker in workers]
 
 
-def _take_turns(workers: Sequence[Worker], parts: tuple[str, ...]) -> None:
-    """Every part once by every contestant, and the limit before each part."""
+def _measure_round(workers: Sequence[Worker], parts: tuple[str, ...]) -> None:
+    """Measure every part of every contestant once, and the limit before each part."""
     limit, *others = workers
     known = dict.fromkeys(part for worker in others for part in worker.parts)
     for part in (name for name in known if name.startswith(parts)):
-        rates = {name.split()[0]: rate_of(limit.turn(name)) for name in limit.parts}
+        rates = {name.split()[0]: rate_of(limit.measure(name)) for name in limit.parts}
         for worker in others:
             if part in worker.parts:
-                worker.turn(part)["limit"] = rates.get(str(worker.contestant.dtype))
+                worker.measure(part)["limit"] = rates.get(str(worker.contestant.dtype))

@@ -71,8 +71,9 @@ def test_the_estimate_is_what_a_call_takes(shapes, backend):
 
 def test_the_command_says_the_bytes_in_a_sentence(shapes, capfd):
     assert main(["run", PROMPT, "--size", HUGE, "--backend", "onnxruntime", "-q"]) == 2
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1 and "4096x4096 needs about 2,7" in said and "GB are free" in said
+    error, hint = capfd.readouterr().err.splitlines()
+    assert "4096x4096 needs about 2,7" in error and "GB are free" in error
+    assert hint == "hint: choose a smaller size"
 
 
 def test_python_and_in_flight_refuse_it_too(pipe):

@@ -215,7 +215,7 @@ def test_an_engine_in_use_stays_loaded_and_is_loaded_once(monkeypatch):
 
 
 def test_whoever_waits_for_another_component_comes_in_turn(monkeypatch):
-    monkeypatch.setattr("sdrt.engine.lazy.PATIENCE", 0.05)
+    monkeypatch.setattr("sdrt.engine.lazy.MAX_WAIT", 0.05)
     turn, done = ExclusiveSlot(), threading.Event()
     busy, other = LazyEngine(Counted, None, turn), LazyEngine(Counted, None, turn)
 

@@ -1,4 +1,4 @@
-"""What users would run instead, on the bundle's own checkpoint, and the parts that can be timed.
+"""Peers: what users could run instead, on the bundle's own checkpoint.
 
 Knows the peers' interfaces; imported in a worker only, and a peer only where it is installed.
 """
@@ -24,7 +24,7 @@ OPTIMUM = "pip install 'optimum-onnx[onnxruntime]' 'diffusers<0.36'"
 
 
 def checkpoint_folder(bundle: Bundle) -> Path | None:
-    """Where the bundle's checkpoint lies, if it is a folder that the reference library reads."""
+    """Where the bundle's checkpoint lies, if it is a folder that diffusers reads."""
     source = bundle.manifest.source
     shipped = Path(__file__).parents[2] / "models" / source
     for folder in (shipped, Path(source).expanduser()):
@@ -34,9 +34,9 @@ def checkpoint_folder(bundle: Bundle) -> Path | None:
 
 
 def list_peers(bundle: Bundle, compiled: bool) -> dict[str, tuple[str, str, str | None]]:
-    """Every peer's name: its backend and precision, and why it is left out, or None."""
-    found = checkpoint_folder(bundle)
-    away = None if found else f"its checkpoint {bundle.manifest.source} is away"
+    """Every peer by name: its backend, its precision, and why it cannot run, or None."""
+    checkpoint = checkpoint_folder(bundle)
+    away = None if checkpoint else f"its checkpoint {bundle.manifest.source} is not here"
     library = away or (None if is_installed("diffusers") else "pip install diffusers torch")
     lower = library or (None if has_bf16() else "this processor has no bf16")
     slow = lower or (None if compiled else "takes minutes; --compiled measures it")
@@ -47,8 +47,8 @@ def list_peers(bundle: Bundle, compiled: bool) -> dict[str, tuple[str, str, str 
         "reference bf16": ("reference", "bfloat16", lower),
         "reference bf16 compiled": ("reference", "compiled", slow),
         "optimum onnxruntime": ("optimum", "exact", exported),
-        "stable-diffusion.cpp": ("stable-diffusion.cpp", "stored", away or _not_cpp(found)),
-        "OpenVINO GenAI": ("openvino-genai", "preferred", away or _not_genai(found)),
+        "stable-diffusion.cpp": ("stable-diffusion.cpp", "stored", away or _not_cpp(checkpoint)),
+        "OpenVINO GenAI": ("openvino-genai", "preferred", away or _not_genai(checkpoint)),
     }
 
 
@@ -56,7 +56,7 @@ def _not_cpp(folder: Path | None) -> str | None:
     """Why stable-diffusion.cpp cannot run a checkpoint, if one is here."""
     config = json.loads((folder / "unet" / "config.json").read_text()) if folder else {}
     if config.get("block_out_channels") != CPP_WIDTHS:
-        return "it takes every UNet for one of the published widths, which this has not"
+        return "it only supports UNets of the published widths"
     return _not_native(folder) or (None if is_installed("stable_diffusion_cpp") else CPP)
 
 
@@ -83,8 +83,8 @@ def prepare(backend: str, bundle: Bundle, folder: Path) -> None:
         command = [sys.executable, "-m", "sdrt.bench.peers.ir_export", str(checkpoint), str(folder)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            said = done.stderr.strip().splitlines() or ["nothing was said"]
-            raise BackendError(f"its models could not be exported: {said[-1]}")
+            lines = done.stderr.strip().splitlines() or ["no output"]
+            raise BackendError(f"failed to export its models: {lines[-1]}")
 
 
 def write_readable(checkpoint: Path, folder: Path) -> None:

@@ -15,9 +15,9 @@ from . import TEXT_TO_IMAGE, checkpoint_folder
 
 
 def find_checkpoint(folder: str) -> Path:
-    found = checkpoint_folder(open_bundle(folder))
-    assert found is not None  # `list_peers` checks this
-    return found
+    folder = checkpoint_folder(open_bundle(folder))
+    assert folder is not None  # `list_peers` checks this
+    return folder
 
 
 def load(job: Mapping[str, Any], seconds: Seconds) -> dict[str, Part]:

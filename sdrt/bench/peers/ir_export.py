@@ -1,6 +1,6 @@
-"""A checkpoint as the folder of OpenVINO models that OpenVINO GenAI draws from.
+"""Export a checkpoint to the folder of OpenVINO models that OpenVINO GenAI loads.
 
-Knows the reference library's modules, OpenVINO's converter and the names that GenAI wants; what
+Knows diffusers' modules, OpenVINO's converter and the names that GenAI wants; what
 optimum-intel's export does, which needs older versions of the libraries. Run in a process of its
 own, as it takes much more memory than drawing: `python -m sdrt.bench.peers.ir_export CHECKPOINT
 FOLDER`.
@@ -42,7 +42,7 @@ class Unet(torch.nn.Module):
 
 
 class Decoder(torch.nn.Module):
-    """An autoencoder's way back to pictures."""
+    """An autoencoder's decoder."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Decoder(torch.nn.Module):
 
 
 def export(checkpoint: Path, folder: Path) -> None:
-    """Models of fp16 weights, all axes but the timestep's free, beside their configurations."""
+    """Models of fp16 weights, all axes but the timestep's dynamic, and their configurations."""
     pipe: Any = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
     pipe.to(dtype=torch.float32)
     config, tokens = pipe.unet.config, pipe.tokenizer.model_max_length

@@ -62,7 +62,7 @@ def test_the_plot_has_a_bar_for_each_and_the_limit(report):
     parts = {part: {"flops_per_second": rate} for part, rate in (("unet", 50e9), ("decode", 25e9))}
     limits = {"float32": {"flops_per_second": 100e9}}
     said = {"bundle": "b", "size": "64x64", "machine": "m", "date": "d", "limits": limits}
-    pixels = np.asarray(plot.plotted({**said, "engines": [{**engine, "parts": parts}]}))
+    pixels = np.asarray(plot.draw_plot({**said, "engines": [{**engine, "parts": parts}]}))
     blue = (pixels == (0x44, 0x77, 0xAA)).all(-1)
     full = plot.WIDTH - plot.NAMES - 4 * plot.MARGIN
     lengths = {int(row[: plot.NAMES + full - 4].sum()) for row in blue[3 * plot.MARGIN :]}
@@ -77,13 +77,13 @@ def test_a_run_compared_with_itself_has_no_regressions(report, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**actual, "size": "32x32"}))
     with pytest.raises(compare.UsageError, match="of shapes at 32x32"):
-        compare.old_report(other, "shapes", compare.Run("64x64", (1,), 2))
+        compare.read_report(other, "shapes", compare.BenchSettings("64x64", (1,), 2))
     with pytest.raises(compare.UsageError, match="2 rounds against the 2 of"):
-        compare.old_report(report, "shapes", compare.Run("64x64", (1,), 2))
+        compare.read_report(report, "shapes", compare.BenchSettings("64x64", (1,), 2))
     for engine in actual["engines"]:
         engine["parts"] = {"picture, 1 steps": engine["parts"]["picture, 1 steps"]}
     other.write_text(json.dumps(actual))  # as with --parts image
-    assert compare.old_report(other, "shapes", compare.Run("64x64", (1,), 20)) == actual
+    assert compare.read_report(other, "shapes", compare.BenchSettings("64x64", (1,), 20)) == actual
 
 
 def turns(seconds, limit=100e9):
@@ -115,7 +115,7 @@ def test_chance_is_the_rank_sums():
 def test_what_is_no_report_is_refused(shapes, tmp_path, capsys, text):
     (tmp_path / "old.json").write_text(text)
     assert main(["bench", "--compare", str(tmp_path / "old.json")]) == 2
-    assert "is no report of sdrt bench --json" in capsys.readouterr().err
+    assert "is not a report of sdrt bench --json" in capsys.readouterr().err
 
 
 def test_operations_are_those_that_torch_counts(shapes, embedded):
