@@ -17,24 +17,24 @@ from latency import arguments
 from published import made_bundle
 from results import save
 
-from sdrt.bench.report import Contestant, Run
-from sdrt.bench.rounds import Worker, chosen, contestants, loaded
+from sdrt.bench.report import BenchSettings, Contestant
+from sdrt.bench.rounds import Worker, list_contestants, select_contestants, start_worker
 from sdrt.bundle import Bundle, open_bundle
 from sdrt.process_stats import memory
 
 
-def held(item: Contestant, bundle: Bundle, run: Run, count: int) -> list[dict[str, int]]:
+def held(item: Contestant, bundle: Bundle, run: BenchSettings, count: int) -> list[dict[str, int]]:
     """What every one of so many processes of an engine holds when all have drawn an image."""
     workers: list[Worker] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
             for i in range(count):
                 (result := Path(folder) / str(i)).mkdir()
-                workers.append(loaded(item, bundle, run, result))
+                workers.append(start_worker(item, bundle, run, result))
             return [memory(worker.process_id) for worker in workers]
         finally:
             for worker in workers:
-                worker.end()
+                worker.kill()
 
 
 def said_of(actual: list[dict[str, int]], base: dict[str, int] | None) -> str:
@@ -59,9 +59,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         bundle = open_bundle(made_bundle(args.work or Path(temporary), ["256x256", "512x512"]))
         actual: dict[str, list[dict[str, int]]] = {}
-        for item in chosen(contestants(bundle, compiled=False)[0], args.engines):
+        for item in select_contestants(list_contestants(bundle, compiled=False)[0], args.engines):
             count = 1 if args.one or item.backend == "reference" else 2
-            actual[item.name] = held(item, bundle, Run(args.size, (1,), 1), count)
+            actual[item.name] = held(item, bundle, BenchSettings(args.size, (1,), 1), count)
             print(item.name, json.dumps(actual[item.name]), flush=True)
     base = actual["reference fp32"][0] if "reference fp32" in actual else None
     claims: dict[str, Any] = {

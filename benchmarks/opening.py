@@ -19,15 +19,15 @@ from latency import arguments
 from published import made_bundle
 from results import save
 
-from sdrt.bench.report import Contestant, Run
-from sdrt.bench.rounds import chosen, contestants, loaded
+from sdrt.bench.report import BenchSettings, Contestant
+from sdrt.bench.rounds import list_contestants, select_contestants, start_worker
 from sdrt.bundle import Bundle, open_bundle
 
 
-def opened(item: Contestant, bundle: Bundle, run: Run) -> dict[str, float]:
+def opened(item: Contestant, bundle: Bundle, run: BenchSettings) -> dict[str, float]:
     """Seconds of loading, and to the first image, of a process of its own."""
     with tempfile.TemporaryDirectory() as result:
-        loaded(item, bundle, run, Path(result)).end()
+        start_worker(item, bundle, run, Path(result)).kill()
     return {"load": item.load_seconds, "picture": item.cold_start_seconds}
 
 
@@ -41,8 +41,10 @@ def main() -> None:
         bundle = open_bundle(made_bundle(args.work or Path(temporary), ["256x256", "512x512"]))
         actual: dict[str, list[dict[str, float]]] = defaultdict(list)
         for turn in range(args.rounds + 1):
-            for item in chosen(contestants(bundle, compiled=False)[0], args.engines):
-                times = opened(item, bundle, Run(args.size, (1,), 1))
+            for item in select_contestants(
+                list_contestants(bundle, compiled=False)[0], args.engines
+            ):
+                times = opened(item, bundle, BenchSettings(args.size, (1,), 1))
                 print("warms" if turn == 0 else f"turn {turn}", item.name, times, flush=True)
                 if turn:
                     actual[item.name].append(times)

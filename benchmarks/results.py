@@ -20,7 +20,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from sdrt.bench.report import machine, versions
+from sdrt.bench.report import list_versions, machine
 from sdrt.engine.selection import is_installed
 
 FOLDER = Path(__file__).parent / "results"
@@ -56,7 +56,7 @@ def save(name: str, claims: dict[str, str], figures: dict[str, object]) -> None:
         "command": command(sys.argv),
         "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": versions(),
+        "versions": list_versions(),
         "figures": figures,
     }
     (FOLDER / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -180,7 +180,7 @@ def test_a_stream_of_the_callers_is_worked_in(bundle, planned):
 
     device = get_device(0)
     with device.use():
-        stream = device.ask(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        stream = device.check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
     with loaded(bundle, planned) as pipe:
         expected = np.asarray(pipe(PROMPT, **OPTIONS).images[0])
     with sdrt.load(bundle, backend=planned, stream=int(stream)) as pipe:
@@ -189,7 +189,7 @@ def test_a_stream_of_the_callers_is_worked_in(bundle, planned):
             actual = pipe(PROMPT, on_step=on_step, **OPTIONS).images[0]
             assert psnr(actual, expected) >= 40
     with device.use():
-        device.ask(driver.cuStreamDestroy(stream))
+        device.check(driver.cuStreamDestroy(stream))
 
 
 def test_in_turn_less_memory_is_taken_and_weights_stream(bundle, planned, gpu):
@@ -227,14 +227,14 @@ def test_the_largest_batch_is_found_by_one_probe(bundle, backend):
 
 
 def test_attention_is_fused_as_the_inspector_tells(bundle, planned, capsys):
-    from sdrt.engine.tensorrt.inspector import ATTENTION, layers_of, nodes_of
+    from sdrt.engine.tensorrt.inspector import ATTENTION, group_nodes, layers_by_node
 
     opened = open_bundle(bundle)
-    nodes = nodes_of(planned, opened.graph("unet"))
+    nodes = group_nodes(planned, opened.graph("unet"))
     engine = candidate_of(planned).load(opened, "unet")
     layers = engine.plan.layers()
     engine.close()
-    actual = layers_of(nodes[ATTENTION], layers)
+    actual = layers_by_node(nodes[ATTENTION], layers)
     assert actual and all(len(into) == 1 for into in actual.values()), (actual, layers[:5])
 
 
@@ -291,22 +291,22 @@ def test_a_stripped_plan_filled_in_computes_what_a_full_one_does(bundle, planned
     from functools import partial
 
     from sdrt.engine.cuda.driver import get_device
-    from sdrt.engine.plans import plan_of, plans_folder
+    from sdrt.engine.plans import get_or_build_plan, plans_folder
     from sdrt.engine.tensorrt.builder import build_plan
     from sdrt.engine.tensorrt.engine import TrtEngine
-    from sdrt.engine.tensorrt.loaded_plan import Loaded
+    from sdrt.engine.tensorrt.loaded_plan import LoadedPlan
 
     opened = open_bundle(bundle)
     component, graph = opened.manifest.components["unet"], opened.graph("unet")
     stripped = get_plan(opened, "unet", planned, gpu, PlanOptions())
     assert stripped.key.stripped and plans_folder(opened) in stripped.path.parents
     key = replace(stripped.key, stripped=False)
-    full = plan_of(tmp_path, key, partial(build_plan, key, graph))
+    full = get_or_build_plan(tmp_path, key, partial(build_plan, key, graph))
     assert stripped.size < full.size
     feeds = feeds_of(component, {"rows": 2, "tokens": 32, "latent_height": 8, "latent_width": 8})
     actual = []
     for plan in (stripped, full):
-        engine = TrtEngine("unet", component, Loaded(plan, component, graph, get_device(0)))
+        engine = TrtEngine("unet", component, LoadedPlan(plan, component, graph, get_device(0)))
         actual.append(engine(feeds)["output"].copy())
         engine.close()
     parity.check("stripped", parity.measure(*actual, is_image=False), component.dtype)
@@ -363,17 +363,17 @@ def test_after_a_fault_for_good_it_says_so_and_a_new_load_works(bundle, planned,
     code = f"""
 import sdrt
 from cuda.bindings import driver
-from sdrt.engine.cuda.driver import compiled, device_of
+from sdrt.engine.cuda.driver import compile_cuda, get_device
 from sdrt.errors import BackendError
 from sdrt.runtime import load_pipeline
 pipe = sdrt.load({str(bundle)!r}, backend={planned!r})
-device = device_of(0)
+device = get_device(0)
 source = 'extern "C" __global__ void bad() {{ *(int*)8 = 1; }}'
 try:
     with device.use():
-        module = device.ask(driver.cuModuleLoadData(compiled(source, {gpu.sm!r})))
-        function = device.ask(driver.cuModuleGetFunction(module, b"bad"))
-        device.ask(driver.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, device.stream, 0, 0))
+        module = device.check(driver.cuModuleLoadData(compile_cuda(source, {gpu.sm!r})))
+        function = device.check(driver.cuModuleGetFunction(module, b"bad"))
+        device.check(driver.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, device.stream, 0, 0))
         device.synchronize()
 except BackendError as error:
     print("FAULT", error)

@@ -300,11 +300,12 @@ class LoadedPlans:
     def release(self, plan: LoadedPlan) -> None:
         """Close the plan when its last user releases it."""
         with self._lock:
-            plan_id = next(key for key, value in self._plans.items() if value is plan)
-            self._users[plan_id] -= 1
-            if not self._users[plan_id]:
+            for plan_id in [key for key, value in self._plans.items() if value is plan]:
+                self._users[plan_id] -= 1
+                if self._users[plan_id]:
+                    return
                 del self._plans[plan_id], self._users[plan_id]
-                plan.close()
+            plan.close()
 
 
 loaded_plans = LoadedPlans()

@@ -15,9 +15,10 @@ from . import TEXT_TO_IMAGE, checkpoint_folder
 
 
 def find_checkpoint(folder: str) -> Path:
-    folder = checkpoint_folder(open_bundle(folder))
-    assert folder is not None  # `list_peers` checks this
-    return folder
+    """The checkpoint of the bundle in a folder."""
+    checkpoint = checkpoint_folder(open_bundle(folder))
+    assert checkpoint is not None  # `list_peers` checks this
+    return checkpoint
 
 
 def load(job: Mapping[str, Any], seconds: Seconds) -> dict[str, Part]:

@@ -74,12 +74,12 @@ def test_a_kept_model_gives_the_same_numbers(bundle, load_compiled, name, precis
 def test_products_read_their_weights_turned(bundle):
     import openvino as ov
 
-    from sdrt.engine.openvino.cache import _turn_products
+    from sdrt.engine.openvino.cache import _transpose_weights
 
     model = ov.Core().read_model(str(bundle.graph("unet")))
     before = stored_turned(model)
     assert before and not any(before.values())
-    _turn_products(model)
+    _transpose_weights(model)
     after = stored_turned(model)
     assert after.keys() == before.keys() and all(after.values())
 
