@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdrt.bundle.safetensors import read_header
 from sdrt.errors import CheckpointError
-from sdrt.runtime.lora.adapters import Lora, check_parts, deltas, parse_lora, read_lora
+from sdrt.runtime.lora.adapters import Lora, check_parts, compute_deltas, parse_lora, read_lora
 
 from .hub import HUB_ID, PARTS, fetched
 from .prediction import (
@@ -236,7 +236,7 @@ class Checkpoint:
             merged |= read_safetensors(path)
         merged = weights_without_scales(merged)
         shapes = {name: tuple(tensor.shape) for name, tensor in merged.items()}
-        for name, delta in deltas(
+        for name, delta in compute_deltas(
             part, shapes, self.loras, lambda name: merged[name].float().numpy()
         ):
             merged[name] = merged[name].float() + torch.from_numpy(delta)

@@ -13,7 +13,7 @@ from sdrt.version import __version__
 from .images import format_parameters, quote
 from .job import GenerationJob
 from .lora.adapters import Adapters
-from .lora.names import outside_names
+from .lora.names import names_outside_folder
 from .options import format_number
 from .requests import Request
 from .samplers.registry import config_overrides, sampler_title
@@ -52,7 +52,7 @@ def describe_image(
             prompt += adapters.text
         else:  # in the prompt it would be text
             settings["Lora"] = adapters.text.strip()
-    if outside := outside_names([file for file, _ in adapters.chosen]):
+    if outside := names_outside_folder([file for file, _ in adapters.chosen]):
         settings["Lora files"] = ", ".join(outside)
     settings |= {"RNG": RNG_NAMES[options.rng], "Version": f"sdrt {__version__}"}
     return format_parameters(prompt, request.negative_prompt, settings)

@@ -32,6 +32,9 @@ def run_example(name, folder, home):
     return {path.stem: np.asarray(Image.open(path)) for path in folder.glob("*.png")}
 
 
+pytestmark = pytest.mark.integration
+
+
 @pytest.fixture(params=IMAGES)
 def example(request, shapes, home, tmp_path):
     if request.param == "openai_client":

@@ -83,7 +83,7 @@ def embedded_tokenizer() -> Tokenizer:
     return Tokenizer.from_folder(models / "shapes" / "tokenizer", 32)
 
 
-def text_from(data: bytes) -> str:
+def format_tags(data: bytes) -> str:
     return data.decode("utf-8", "replace")
 
 
@@ -148,23 +148,23 @@ def image(data: bytes) -> None:
 
 
 def parameters(data: bytes) -> None:
-    parse_parameters(text_from(data))
+    parse_parameters(format_tags(data))
 
 
 def prompt(data: bytes) -> None:
-    chunks_from_prompt(text_from(data), embedded_tokenizer())
+    chunks_from_prompt(format_tags(data), embedded_tokenizer())
 
 
 def tokenizer(data: bytes) -> None:
-    embedded_tokenizer()([text_from(data)])
+    embedded_tokenizer()([format_tags(data)])
 
 
 def size(data: bytes) -> None:
-    parse_size(text_from(data))
+    parse_size(format_tags(data))
 
 
 def names(data: bytes) -> None:
-    text = text_from(data)
+    text = format_tags(data)
     parse_lora(text)
     config_from_name(text, {"_class_name": "DDIMScheduler"})
 

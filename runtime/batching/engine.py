@@ -21,7 +21,7 @@ from typing import Any, Literal, Unpack
 
 from sdrt.runtime.arguments import GenerationKwargs, merge_arguments, parse_options
 from sdrt.runtime.denoising import BatchBuilder, DenoisingState, LatentEdit, build_step
-from sdrt.runtime.lora.sets import Named, requests_by_set
+from sdrt.runtime.lora.sets import Named, group_by_lora_set
 from sdrt.runtime.lora.switch import LoraSwitch
 from sdrt.runtime.parsing import float_parser, int_parser, parse_callable
 from sdrt.runtime.pipeline import Pipeline
@@ -170,7 +170,7 @@ class InflightBatcher:
             )
 
         handles = []
-        for lora_set, part in requests_by_set(
+        for lora_set, part in group_by_lora_set(
             job.requests, chosen, self._loras.base, loras
         ).items():
             group = RequestGroup(replace(job, requests=part), on_step, lora_set)

@@ -22,11 +22,11 @@ from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
 from sdrt.json_validation import read_json
 
 from .deltas import Change
-from .layouts import BIAS, PARTS, Place, changes_from_tensors, counted, flat, is_unread
-from .names import PICKLES, find_named, loras_folder
-from .sets import LoraSet, added, text_from
+from .layouts import BIAS, PARTS, LayerKey, flat, format_keys, is_unused, parse_changes
+from .names import PICKLES, find_lora_by_name, loras_folder
+from .sets import LoraSet, format_tags, merge_loras
 from .settings import FILE
-from .tags import LoraWeight, weight_from
+from .tags import LoraWeight, parse_weight
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Lora:
     """A file's name, its changes by part and module, and how much of them is added."""
 
     name: str
-    changes: Mapping[Place, Change]
+    changes: Mapping[LayerKey, Change]
     weight: LoraWeight
 
 
@@ -49,13 +49,13 @@ def parse_lora(text: str) -> tuple[str, float]:
         weight = float(number) if colon else 1.0
     except ValueError:
         return text, 1.0
-    weight_from(weight)
+    parse_weight(weight)
     return (name, weight) if colon else (text, weight)
 
 
 def find_lora(name: str | os.PathLike[str]) -> Path:
     """A file's path, or that of the file of this name in the folder `loras` of sdrt's home (see
-    `find_named`).
+    `find_lora_by_name`).
 
     Raises CheckpointError if there is none.
     """
@@ -67,7 +67,7 @@ def find_lora(name: str | os.PathLike[str]) -> Path:
         if found.is_file():
             return found
     try:
-        return find_named(str(name))
+        return find_lora_by_name(str(name))
     except UsageError as error:
         raise CheckpointError(
             f"there is no LoRA file {path}, nor one of that name in {known}: {error}"
@@ -79,12 +79,12 @@ def read_lora(name: str | os.PathLike[str], weight: float | LoraWeight) -> Lora:
     path = find_lora(name)
     try:
         tensors = Tensors(path)
-        changes = changes_from_tensors(tensors, tensors.metadata, _peft_config(path, tensors))
+        changes = parse_changes(tensors, tensors.metadata, _peft_config(path, tensors))
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
     except SdrtError as error:
         raise CheckpointError(str(error)) from error
-    return Lora(path.stem, changes, weight_from(weight))
+    return Lora(path.stem, changes, parse_weight(weight))
 
 
 def _peft_config(path: Path, keys: Iterable[str]) -> dict[str, Any] | None:
@@ -104,12 +104,12 @@ def check_parts(loras: Sequence[Lora], parts: Collection[str]) -> None:
         surplus = [change.key for (part, _), change in lora.changes.items() if part not in parts]
         if surplus:
             raise CheckpointError(
-                f"{lora.name}: this model has no place for {surplus[0]}: {counted(surplus)} do "
+                f"{lora.name}: this model has no place for {surplus[0]}: {format_keys(surplus)} do "
                 "not fit; the LoRA was made for another architecture"
             )
 
 
-def deltas(
+def compute_deltas(
     part: str,
     shapes: Mapping[str, tuple[int, ...]],
     loras: Sequence[Lora],
@@ -134,11 +134,11 @@ def deltas(
     names = _names_by_module(shapes)
     for lora in loras:
         own = {module: change for (of, module), change in lora.changes.items() if of == part}
-        for module in [module for module in own if is_unread(part, module, names)]:
+        for module in [module for module in own if is_unused(part, module, names)]:
             log.info("%s: nothing reads what comes of %s", lora.name, own.pop(module).key)
         if missing := [change.key for module, change in own.items() if module not in names]:
             raise CheckpointError(
-                f"{lora.name}: this model's {part} has no {missing[0]}: {counted(missing)} of "
+                f"{lora.name}: this model's {part} has no {missing[0]}: {format_keys(missing)} of "
                 f"{len(own)} do not fit; the LoRA was made for another architecture"
             )
         for module, change in own.items():
@@ -149,7 +149,8 @@ def deltas(
         total = np.zeros((), np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             for weight, change in changes:
-                total = change.added(total, shape, weight, partial(_stored, base, name), transposed)
+                stored = partial(_stored, base, name)
+                total = change.merge_delta(total, shape, weight, stored, transposed)
         if not np.isfinite(total).all():
             raise CheckpointError(f"the LoRA's {changes[-1][1].key} adds NaN or infinity")
         yield name, total
@@ -184,7 +185,7 @@ class Adapters:
 
     def set(self, chosen: Mapping[str | os.PathLike[str], float | LoraWeight]) -> None:
         """Carry these files and no others. Nothing changes if one of them does not fit."""
-        files = added((find_lora(name), weight_from(each)) for name, each in chosen.items())
+        files = merge_loras((find_lora(name), parse_weight(each)) for name, each in chosen.items())
         stamps = {path: _stamp(path) for path, _ in files}
         loras = tuple(read_lora(path, weight) for path, weight in files)
         check_parts(loras, self._engines)
@@ -223,7 +224,11 @@ class Adapters:
             )
         shapes = {name: stored.shape(name) for name in stored}
         refit = {}
-        for name, array in deltas(part, shapes, loras, lambda n: stored[n].astype(np.float32)):
+
+        def base(name: str) -> np.ndarray:
+            return stored[name].astype(np.float32)
+
+        for name, array in compute_deltas(part, shapes, loras, base):
             array += stored[name]
             refit[name] = array.astype(stored[name].dtype, copy=False)
         return refit
@@ -231,7 +236,7 @@ class Adapters:
     @property
     def text(self) -> str:
         """As other tools write it into a prompt: `<lora:name:0.8>`, and so on."""
-        return text_from(self.chosen)
+        return format_tags(self.chosen)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

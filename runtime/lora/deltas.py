@@ -71,7 +71,7 @@ class Change:
         product *= np.float32(weight * self.scale(rank))
         return np.ascontiguousarray(product.T) if transposed else product.reshape(shape)
 
-    def added(
+    def merge_delta(
         self,
         total: np.ndarray,
         shape: Shape,
@@ -183,8 +183,8 @@ def _tucker(core: np.ndarray, out: np.ndarray, inside: np.ndarray, name: str) ->
         raise MisfitError(f"has a {name} of {core.ndim} axes; expected 4")
     _check_rank(len(core), len(out), name)
     _check_rank(core.shape[1], len(inside), name)
-    made: np.ndarray = np.einsum("rshw,ro,si->oihw", core, out, inside, optimize=True)
-    return made
+    product: np.ndarray = np.einsum("rshw,ro,si->oihw", core, out, inside, optimize=True)
+    return product
 
 
 def _low_rank(factors: Factors, shape: Shape) -> tuple[np.ndarray, int]:
@@ -204,32 +204,32 @@ def _low_rank(factors: Factors, shape: Shape) -> tuple[np.ndarray, int]:
 
 def _hadamard(factors: Factors, shape: Shape) -> tuple[np.ndarray, int]:
     """LoHa: the elementwise product of two products."""
-    made = np.ones((), np.float32)
+    product = np.ones((), np.float32)
     for i in (1, 2):
         a, b = (_matrix(factors[f"hada_w{i}_{side}"]) for side in "ab")
         if (core := factors.get(f"hada_t{i}")) is not None:
             _check_fit(a.shape[1], (b.shape[1], *core.shape[2:]), shape)
-            made = made * _tucker(core, a, b, f"hada_t{i}")
+            product = product * _tucker(core, a, b, f"hada_t{i}")
         else:
             _check_rank(a.shape[1], len(b), f"hada_w{i}")
             _check_fit(len(a), b.shape[1:], shape)
-            made = made * (a @ b).reshape(shape)
-    return made.reshape(shape), len(factors["hada_w1_b"])
+            product = product * (a @ b).reshape(shape)
+    return product.reshape(shape), len(factors["hada_w1_b"])
 
 
 def _kronecker(factors: Factors, shape: Shape) -> tuple[np.ndarray, int | None]:
     """LoKr: the Kronecker product of two matrices, each of which may be a product. Where both are
     whole the factors have no rank, and LyCORIS does not scale them.
     """
-    small, large = _Part.of(factors, "lokr_w1"), _Part.of(factors, "lokr_w2")
+    small, large = _LokrFactor.of(factors, "lokr_w1"), _LokrFactor.of(factors, "lokr_w2")
     inside = (math.prod(small.inside) * large.inside[0], *large.inside[1:])
     _check_fit(small.out * large.out, inside, shape)
-    made = np.kron(small.matrix(), large.matrix()).reshape(shape)
-    return made, small.rank or large.rank
+    product = np.kron(small.matrix(), large.matrix()).reshape(shape)
+    return product, small.rank or large.rank
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _LokrFactor:
     """One of LoKr's two matrices: whole, a product of two factors, or one with a core.
 
     out, inside: the shape that it is to have, known before it is made
@@ -241,7 +241,7 @@ class _Part:
     rank: int | None = None
 
     @classmethod
-    def of(cls, factors: Factors, name: str) -> "_Part":
+    def of(cls, factors: Factors, name: str) -> "_LokrFactor":
         if name in factors:
             whole = factors[name]
             return cls(len(whole), whole.shape[1:], (whole,))

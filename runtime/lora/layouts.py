@@ -118,14 +118,14 @@ OPENCLIP = {
 }
 IN_PROJ = "self_attn_in_proj"
 BIAS = ".bias"  # what the name of a module ends in where its bias is meant
-Place = tuple[str, str]  # a part, and a module of it with underscores for dots
+LayerKey = tuple[str, str]  # a part, and a module of it with underscores for dots
 
 
-def changes_from_tensors(
+def parse_changes(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str],
     config: Mapping[str, Any] | None = None,
-) -> dict[Place, Change]:
+) -> dict[LayerKey, Change]:
     """The changes of a file.
 
     Args:
@@ -140,13 +140,13 @@ def changes_from_tensors(
         CheckpointError: keys of no known layout or of an algorithm that is not supported, counted
             and the first named; numbers that are none; settings that are not understood.
     """
-    changes: dict[Place, Change] = {}
-    modules: dict[Place, str] = {}
+    changes: dict[LayerKey, Change] = {}
+    modules: dict[LayerKey, str] = {}
     unknown, words = [], set()
     for key, tensor in tensors.items():
         if key.startswith(EMBEDDING):
             words.add(key.removeprefix(EMBEDDING).partition(".")[0])
-        elif not (found := _parsed(key)):
+        elif not (found := _parse_key(key)):
             unknown.append(key)
         else:
             place, head, module, kind = found
@@ -156,7 +156,7 @@ def changes_from_tensors(
                 raise CheckpointError(f"{shorten(key)} says again what another key said")
             factors[kind] = tensor
             modules[place] = module
-    unknown += _settle_scales(changes)
+    unknown += _resolve_ia3_scales(changes)
     if unknown:
         raise CheckpointError(_unknown(unknown))
     if words:
@@ -166,16 +166,16 @@ def changes_from_tensors(
             _named(words),
         )
     add_settings(changes, modules, metadata, config)
-    return _settled(changes)
+    return _finish_layers(changes)
 
 
-def _parsed(key: str) -> tuple[Place, str, str, str] | None:
+def _parse_key(key: str) -> tuple[LayerKey, str, str, str] | None:
     """A tensor's place, its module as the file names it and by PEFT's name, and what it is."""
     tail = TAIL.search(key)
     if not tail:
         return None
     head = key[: tail.start()]
-    if not (found := _part_of(head)):
+    if not (found := _split_part(head)):
         return None
     part, module = found
     module = module.replace(".processor", "")
@@ -184,10 +184,10 @@ def _parsed(key: str) -> tuple[Place, str, str, str] | None:
         if kind != "up":
             return None
         kind = "up_bias"
-    return (part, _published(part, flat(module))), head, module, KINDS.get(kind, kind)
+    return (part, _diffusers_name(part, flat(module))), head, module, KINDS.get(kind, kind)
 
 
-def _part_of(head: str) -> tuple[str, str] | None:
+def _split_part(head: str) -> tuple[str, str] | None:
     """The part that a module's name leads to, and the name without its prefixes."""
     for prefixes in (UNDERSCORED, DOTTED):
         for wrapper in ("", *WRAPPERS):
@@ -213,7 +213,7 @@ def _check_tensor(key: str, kind: str, tensor: np.ndarray) -> None:
         raise CheckpointError(f"{key} is of shape {list(tensor.shape)}, which is no {kind}")
 
 
-def _settle_scales(changes: Mapping[Place, Change]) -> list[str]:
+def _resolve_ia3_scales(changes: Mapping[LayerKey, Change]) -> list[str]:
     """(IA)^3 says by a number whether its `weight` is along the inputs. A `weight` without that
     number is of no known layout, and returned.
     """
@@ -228,9 +228,9 @@ def _settle_scales(changes: Mapping[Place, Change]) -> list[str]:
     return unknown
 
 
-def _settled(changes: Mapping[Place, Change]) -> dict[Place, Change]:
+def _finish_layers(changes: Mapping[LayerKey, Change]) -> dict[LayerKey, Change]:
     """Each change of one weight or one bias; those that hold an alpha alone shape nothing."""
-    settled: dict[Place, Change] = {}
+    settled: dict[LayerKey, Change] = {}
     for (part, module), change in changes.items():
         factors, idle = change.factors, {"alpha", "on_input"}
         scale = np.float32(change.scale(len(factors["down"]))) if "down" in factors else 1
@@ -243,13 +243,13 @@ def _settled(changes: Mapping[Place, Change]) -> dict[Place, Change]:
             if not biases:
                 log.info("%s has an alpha alone, which changes nothing", change.key)
         elif module.endswith(IN_PROJ):
-            settled |= _thirds(part, module.removesuffix(IN_PROJ), change)
+            settled |= _split_qkv(part, module.removesuffix(IN_PROJ), change)
         else:
             settled[part, module] = change
     return settled
 
 
-def _thirds(part: str, before: str, change: Change) -> dict[Place, Change]:
+def _split_qkv(part: str, before: str, change: Change) -> dict[LayerKey, Change]:
     """OpenCLIP has one layer for what are three here."""
     if surplus := sorted(set(change.factors) - {"down", "up", "alpha"}):
         raise CheckpointError(
@@ -269,7 +269,7 @@ def flat(module: str) -> str:
     return module.replace(".", "_").removeprefix("model_").removeprefix("text_model_")
 
 
-def is_unread(part: str, module: str, names: Collection[str]) -> bool:
+def is_unused(part: str, module: str, names: Collection[str]) -> bool:
     """Whether a module of a text encoder comes after all that a bundle holds of it: its last layer
     and the final norm, where images are drawn by what the layer before that gives.
     """
@@ -283,10 +283,10 @@ def is_unread(part: str, module: str, names: Collection[str]) -> bool:
     return not held and f"encoder_layers_{number - 1}{rest}" in names
 
 
-def _published(part: str, module: str) -> str:
+def _diffusers_name(part: str, module: str) -> str:
     """The usual name of a module that the original layout names, as many LoRA files do."""
     if part != "unet":
-        return _published_text(module)
+        return _transformers_name(module)
     if module in ORIGINAL_ENDS:
         return ORIGINAL_ENDS[module]
     match = re.fullmatch(r"(input|middle|output)_blocks?_(\d{1,3})_(.+)", module)
@@ -305,7 +305,7 @@ def _published(part: str, module: str) -> str:
     return f"{SIDES[side]}_{block}_{part}_{layer}_{ORIGINAL_RESNET.get(rest, rest)}"
 
 
-def _published_text(module: str) -> str:
+def _transformers_name(module: str) -> str:
     """OpenCLIP's names as transformers has them, and those that diffusers once gave to both."""
     if match := re.fullmatch(r"transformer_resblocks_(\d+)_(.+?)(_weight)?", module):
         return f"encoder_layers_{match[1]}_{OPENCLIP.get(match[2], match[2])}"
@@ -317,11 +317,11 @@ def _published_text(module: str) -> str:
 def _unknown(keys: Sequence[str]) -> str:
     for algorithm, pattern in UNSUPPORTED.items():
         if found := [key for key in keys if re.search(pattern, key)]:
-            return f"{counted(found)} of {algorithm}, which is not supported; use {SUPPORTED}"
+            return f"{format_keys(found)} of {algorithm}, which is not supported; use {SUPPORTED}"
     if found := [key for key in keys if OTHER_FAMILY.match(key)]:
-        return f"{counted(found)} of another family of models; expected Stable Diffusion's"
+        return f"{format_keys(found)} of another family of models; expected Stable Diffusion's"
     return (
-        f"{counted(keys)} of no known layout; expected kohya's lora_unet_.. and lora_te_.., or "
+        f"{format_keys(keys)} of no known layout; expected kohya's lora_unet_.. and lora_te_.., or "
         f"PEFT's unet. and text_encoder.; supported are {SUPPORTED}"
     )
 
@@ -331,7 +331,7 @@ def _named(names: Iterable[str]) -> str:
     return ", ".join(named[:MAX_NAMED]) + (", .." if len(named) > MAX_NAMED else "")
 
 
-def counted(keys: Sequence[str]) -> str:
+def format_keys(keys: Sequence[str]) -> str:
     """How many keys, and the first of them."""
     more = ", .." if len(keys) > MAX_NAMED else ""
     named = ", ".join(keys[:MAX_NAMED])

@@ -33,13 +33,13 @@ def list_loras() -> dict[str, Path]:
     return {name: path for name, path in _files() if path.suffix.lower() == SUFFIX}
 
 
-def outside_names(files: Sequence[Path]) -> list[str]:
+def names_outside_folder(files: Sequence[Path]) -> list[str]:
     """The names of those files that are not in the folder, so that they are not found by name."""
     listed = set(list_loras().values()) if files else set()
     return [file.stem for file in files if file not in listed]
 
 
-def find_named(name: str) -> Path:
+def find_lora_by_name(name: str) -> Path:
     """The file of a name: its path within the folder (`people/anna`), its stem where only one file
     has it (`anna`), or the name in its metadata; as written, else without regard to case.
 
@@ -49,7 +49,7 @@ def find_named(name: str) -> Path:
     listed = list_loras()
     for case in (str, str.casefold):
         for names_of in (_path_names, _stems, _aliases):
-            hits = [file for file, each in names_of(listed) if case(each) == case(name)]
+            hits = [file for file, known in names_of(listed) if case(known) == case(name)]
             if len(hits) == 1:
                 return listed[hits[0]]
             if hits:
@@ -64,11 +64,11 @@ def near(name: str) -> str:
     listed = list_loras()
     if not listed:
         return f"no LoRA is there: put {SUFFIX} files into it"
-    names = {each.casefold(): file for file in listed for each in (file, listed[file].stem)}
-    wanted = name[:MAX_COMPARED].casefold()
-    found = difflib.get_close_matches(wanted, names, n=MAX_NAMED, cutoff=0.5)
-    if found:
-        return f"did you mean {_some(list(dict.fromkeys(names[each] for each in found)))}?"
+    names = {known.casefold(): file for file in listed for known in (file, listed[file].stem)}
+    folded = name[:MAX_COMPARED].casefold()
+    matches = difflib.get_close_matches(folded, names, n=MAX_NAMED, cutoff=0.5)
+    if matches:
+        return f"did you mean {_some(list(dict.fromkeys(names[match] for match in matches)))}?"
     return f"there are {_some(list(listed))}" if len(listed) > 1 else f"there is {_some(listed)}"
 
 
@@ -78,7 +78,7 @@ def _some(names: Mapping[str, Path] | list[str]) -> str:
 
 
 def _place() -> str:
-    """Where files are looked for, in words that tell a stranger nothing about this machine."""
+    """Where files are looked for, without revealing this machine's paths to clients."""
     if os.environ.get("SDRT_HOME"):
         return "$SDRT_HOME/loras"
     return f"{'$XDG_CACHE_HOME' if os.environ.get('XDG_CACHE_HOME') else '~/.cache'}/sdrt/loras"
@@ -109,10 +109,10 @@ def _stems(listed: Mapping[str, Path]) -> Names:
 
 
 def _aliases(listed: Mapping[str, Path]) -> Names:
-    return ((name, alias_of(path)) for name, path in listed.items())
+    return ((name, read_alias(path)) for name, path in listed.items())
 
 
-def alias_of(path: Path) -> str:
+def read_alias(path: Path) -> str:
     """The name in a file's metadata; its stem where it has none or cannot be read."""
     stat = path.stat()
     return _alias(path, stat.st_mtime_ns, stat.st_size)

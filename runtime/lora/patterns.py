@@ -43,7 +43,7 @@ class Patterns:
     def __init__(self, values: Mapping[str, float]) -> None:
         """Raises ValueError for a pattern that is not understood."""
         steps = Steps(MAX_STEPS)
-        self._nodes = [(_Parser(text, steps).whole(), value) for text, value in values.items()]
+        self._nodes = [(_Parser(text, steps).parse(), value) for text, value in values.items()]
 
     def get(self, module: str, default: float | None) -> float | None:
         """Raises ValueError where matching takes too long."""
@@ -64,7 +64,7 @@ class _Parser:
             raise ValueError(f"a pattern of {text.count('(')} groups; at most {MAX_GROUPS}")
         self._text, self._at, self._steps = text, 0, steps
 
-    def whole(self) -> Node:
+    def parse(self) -> Node:
         node = self._alternatives()
         if self._at < len(self._text):
             raise self._error()
@@ -83,7 +83,7 @@ class _Parser:
             branches.append(self._sequence())
         if len(branches) == 1:
             return branches[0]
-        return lambda text, starts: {end for each in branches for end in each(text, starts)}
+        return lambda text, starts: {end for branch in branches for end in branch(text, starts)}
 
     def _sequence(self) -> Node:
         nodes: list[Node] = []
@@ -124,8 +124,8 @@ class _Parser:
             return node
         self._at = token.end()
         sign, exact, low, high = token.groups()
-        least, most = SIGNS[sign] if sign else (int(exact or low or 0), int(exact or high or -1))
-        limit = None if most == -1 else most
+        least, maximum = SIGNS[sign] if sign else (int(exact or low or 0), int(exact or high or -1))
+        limit = None if maximum == -1 else maximum
         if max(least, limit or 0) > MAX_REPEAT or (limit is not None and limit < least):
             raise ValueError(f"the pattern {self._text!r} repeats {token[0]}")
         return lambda text, starts: self._repeats(node, text, starts, least, limit)

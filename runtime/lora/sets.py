@@ -14,15 +14,15 @@ from sdrt.runtime.options import GenerationOptions
 from sdrt.runtime.parsing import parse_lora_weights
 from sdrt.runtime.requests import Request
 
-from .names import find_named
-from .tags import LITERAL, MAX_LORAS, LoraTag, LoraWeight, check_untagged, parse_tags, weight_from
+from .names import find_lora_by_name
+from .tags import LITERAL, MAX_LORAS, LoraTag, LoraWeight, check_untagged, parse_tags, parse_weight
 
 # Files with their weights, in the order in which they are added, each once and none of no weight.
 LoraSet = tuple[tuple[Path, LoraWeight], ...]
 Named = Mapping[Any, float | LoraWeight]  # by `str` or path
 
 
-def added(*parts: Iterable[tuple[Path, LoraWeight]]) -> LoraSet:
+def merge_loras(*parts: Iterable[tuple[Path, LoraWeight]]) -> LoraSet:
     """All of these together: the weights of a file that comes more than once add up."""
     total: dict[Path, LoraWeight] = {}
     for path, weight in (each for part in parts for each in part):
@@ -31,21 +31,21 @@ def added(*parts: Iterable[tuple[Path, LoraWeight]]) -> LoraSet:
     return tuple((path, weight) for path, weight in total.items() if weight != LoraWeight(0.0, 0.0))
 
 
-def checked(loras: LoraSet) -> LoraSet:
+def check_lora_set(loras: LoraSet) -> LoraSet:
     """The set; raises UsageError for too many files, and weights outside -10 to 10."""
     if len(loras) > MAX_LORAS:
         raise UsageError(f"{len(loras)} LoRAs for one image; expected at most {MAX_LORAS}")
     for _, weight in loras:
-        weight_from(weight)
+        parse_weight(weight)
     return loras
 
 
-def text_from(loras: LoraSet) -> str:
+def format_tags(loras: LoraSet) -> str:
     """As other tools write it into a prompt: ` <lora:name:0.8>`, and so on."""
     return "".join(f" {LoraTag(path.stem, weight)}" for path, weight in loras)
 
 
-def requests_by_set(
+def group_by_lora_set(
     requests: Sequence[Request],
     options: GenerationOptions,
     base: LoraSet,
@@ -76,13 +76,13 @@ def requests_by_set(
         prompt = request.prompt
         if prompt not in read:
             text, tags = parse_tags(prompt) if options.weighting else (prompt, ())
-            own = [(find_named(tag.name), tag.weight) for tag in tags]
-            read[prompt] = text, checked(added(base, own, shared))
+            own = [(find_lora_by_name(tag.name), tag.weight) for tag in tags]
+            read[prompt] = text, check_lora_set(merge_loras(base, own, shared))
         text, loras = read[prompt]
         if text + tail == prompt:
             found.setdefault(None, []).append(request)
             continue
-        written = prompt + tail + text_from(base) if options.weighting else ""
+        written = prompt + tail + format_tags(base) if options.weighting else ""
         found.setdefault(loras, []).append(replace(request, prompt=text, recorded_prompt=written))
     return found
 
@@ -107,7 +107,7 @@ def refuse_negative_tags(requests: Iterable[Request], options: GenerationOptions
 
 
 def _file(name: str | os.PathLike[str]) -> Path:
-    return find_named(name) if isinstance(name, str) else Path(name)
+    return find_lora_by_name(name) if isinstance(name, str) else Path(name)
 
 
 def _name(name: str | os.PathLike[str]) -> str:

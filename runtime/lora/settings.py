@@ -25,12 +25,12 @@ UNSUPPORTED = (
     *("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config"),
     *("kasa_config", "monteclora_config", "velora_config", "trainable_token_indices"),
 )
-Place = tuple[str, str]
+LayerKey = tuple[str, str]
 
 
 def add_settings(
-    changes: Mapping[Place, Change],
-    modules: Mapping[Place, str],
+    changes: Mapping[LayerKey, Change],
+    modules: Mapping[LayerKey, str],
     metadata: Mapping[str, str],
     config: Mapping[str, Any] | None,
 ) -> None:
@@ -59,8 +59,8 @@ def add_settings(
 def _add_part(
     part: str,
     own: Mapping[str, Any],
-    changes: Mapping[Place, Change],
-    modules: Mapping[Place, str],
+    changes: Mapping[LayerKey, Change],
+    modules: Mapping[LayerKey, str],
 ) -> None:
     _check_settings(own)
     alpha = own.get("lora_alpha", own.get("alpha"))  # the latter for LoHa and LoKr

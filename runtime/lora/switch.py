@@ -1,11 +1,12 @@
-"""Which LoRA files an engine in flight carries, and when it changes to others.
+"""Which LoRA files the in-flight batcher applies, and when it switches to others.
 
-All images that are begun at the same time are made with one set, which is that of the first in
-order. When the first of those that wait wants another, nothing more of the current set is begun,
-except what waited already when the engine changed to it, so that sets that take turns share calls
-of the model; whatever came later waits its turn, so nobody waits for ever. Without an engine
-in flight, `pictures_by_set` makes the images of one set after those of the other. Knows handles and
-the pipeline; not how images are made.
+- All requests in flight at the same time use one set: that of the first in order.
+- When the first waiting request needs another set, no more of the current one are started, except
+  those that waited when the batcher switched to it; so sets that alternate share calls of the model
+  and nothing starves.
+- Without a batcher, `stream_by_lora_set` generates the images of one set after those of another.
+
+Knows request handles and the pipeline; not how images are generated.
 """
 
 import threading
@@ -23,8 +24,8 @@ from sdrt.runtime.leases import Lease
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.requests import Request
 
-from .names import find_named
-from .sets import LoraSet, added, checked, requests_by_set, text_from
+from .names import find_lora_by_name
+from .sets import LoraSet, check_lora_set, format_tags, group_by_lora_set, merge_loras
 from .tags import parse_tags
 
 
@@ -45,11 +46,11 @@ class LoraSwitch:
             return []
         now = time.monotonic()
         first = min(waiting, key=lambda handle: handle.scheduled.sort_key(now))
-        carried, wanted = pipe.adapters.chosen, self._wanted(pipe, first)
-        same = [handle for handle in waiting if self._wanted(pipe, handle) == carried]
+        carried, requested = pipe.adapters.chosen, self._requested_set(pipe, first)
+        same = [handle for handle in waiting if self._requested_set(pipe, handle) == carried]
         if pipe.adapters.is_outdated:
             same = []
-        elif wanted == carried:
+        elif requested == carried:
             return same
         priority = first.scheduled.sort_key(now)[0]
         early = [
@@ -69,37 +70,37 @@ class LoraSwitch:
         if handle.group.failed:
             raise handle.group.failed
         while True:
-            wanted = self._wanted(pipe, handle)
-            if pipe.adapters.chosen != wanted or pipe.adapters.is_outdated:
+            requested = self._requested_set(pipe, handle)
+            if pipe.adapters.chosen != requested or pipe.adapters.is_outdated:
                 try:
-                    self._change(pipe, wanted)
+                    self._change(pipe, requested)
                 except UsageError as error:
                     handle.group.failed = error
                     raise
             lease = pipe.leases.acquire()
-            if pipe.adapters.chosen == wanted:
+            if pipe.adapters.chosen == requested:
                 return lease
             lease.release()  # somebody else changed it in between
 
     def renew(self, broken: Pipeline, pipe: Pipeline) -> None:
-        """Let a pipeline that was loaded anew carry what the broken one did."""
+        """Let a pipeline that was reloaded carry what the broken one did."""
         with self._changing:
             carried = broken.adapters.chosen
             if pipe.adapters.chosen != carried:
                 pipe.set_lora(dict(carried))
 
-    def _wanted(self, pipe: Pipeline, handle: RequestHandle) -> LoraSet:
+    def _requested_set(self, pipe: Pipeline, handle: RequestHandle) -> LoraSet:
         """The base is what others made the pipeline carry last."""
         if pipe.adapters.chosen != self._carried:
             self.base = self._carried = pipe.adapters.chosen
         loras = handle.group.loras
         return self.base if loras is None else loras
 
-    def _change(self, pipe: Pipeline, wanted: LoraSet) -> None:
+    def _change(self, pipe: Pipeline, requested: LoraSet) -> None:
         began = time.monotonic()
         with self._changing:
             try:
-                pipe.set_lora(dict(wanted))
+                pipe.set_lora(dict(requested))
             except (CheckpointError, BundleError, BackendError) as error:
                 raise UsageError(str(error)) from error
             finally:
@@ -107,7 +108,7 @@ class LoraSwitch:
         self._changed_at = began
 
 
-def pictures_by_set(
+def stream_by_lora_set(
     pipe: Pipeline, job: GenerationJob, on_step: Callable[[Step], None] | None = None
 ) -> Iterator[tuple[Request, Image]]:
     """The images of a job whose prompts may have LoRA tags, which add to what the pipeline
@@ -121,12 +122,15 @@ def pictures_by_set(
         SdrtError: After all others, for an image that holds no numbers.
     """
     base, failed = pipe.adapters.chosen, None
-    for loras, part in requests_by_set(job.requests, job.options, base).items():
+    for loras, part in group_by_lora_set(job.requests, job.options, base).items():
         carried = base if loras is None else loras
         if carried != pipe.adapters.chosen:
             pipe.set_lora(dict(carried))
         if loras is None and job.options.weighting:
-            part = [replace(each, recorded_prompt=each.prompt + text_from(base)) for each in part]
+            part = [
+                replace(request, recorded_prompt=request.prompt + format_tags(base))
+                for request in part
+            ]
         try:
             yield from pipe.stream_job(replace(job, requests=part), on_step)
         except SdrtError as error:
@@ -139,6 +143,6 @@ def apply_tags(pipe: Pipeline, prompt: str) -> str:
     """Let the pipeline carry the LoRA files of a prompt's tags too; the prompt without them."""
     text, tags = parse_tags(prompt)
     if tags:
-        own = [(find_named(tag.name), tag.weight) for tag in tags]
-        pipe.set_lora(dict(checked(added(pipe.adapters.chosen, own))))
+        own = [(find_lora_by_name(tag.name), tag.weight) for tag in tags]
+        pipe.set_lora(dict(check_lora_set(merge_loras(pipe.adapters.chosen, own))))
     return text

@@ -41,7 +41,7 @@ class LoraWeight:
         return f"{_shortest(self.text_encoder)}:{unet}"
 
 
-def weight_from(weight: "float | LoraWeight") -> LoraWeight:
+def parse_weight(weight: "float | LoraWeight") -> LoraWeight:
     """A weight for both parts, or one for each; raises UsageError outside -10 to 10."""
     both = weight if isinstance(weight, LoraWeight) else LoraWeight(weight, weight)
     for value in (both.text_encoder, both.unet):
@@ -128,7 +128,7 @@ def _weight(match: re.Match[str], arguments: list[str]) -> LoraWeight:
             "<lora:NAME:0.8>"
         ) from None
     try:
-        return weight_from(LoraWeight(text_encoder, unet))
+        return parse_weight(LoraWeight(text_encoder, unet))
     except UsageError as error:
         raise UsageError(f"{error}, in the tag {_quoted(match)}") from None
 

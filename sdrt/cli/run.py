@@ -25,9 +25,9 @@ from sdrt.runtime.images import make_grid, open_image, save_png
 from sdrt.runtime.job import GenerationJob
 from sdrt.runtime.loading import unloaded_pipeline
 from sdrt.runtime.lora.adapters import find_lora, parse_lora
-from sdrt.runtime.lora.sets import LoraSet, added, checked, requests_by_set
-from sdrt.runtime.lora.switch import pictures_by_set
-from sdrt.runtime.lora.tags import weight_from
+from sdrt.runtime.lora.sets import LoraSet, check_lora_set, group_by_lora_set, merge_loras
+from sdrt.runtime.lora.switch import stream_by_lora_set
+from sdrt.runtime.lora.tags import parse_weight
 from sdrt.runtime.requests import Request
 from sdrt.runtime.safety_checker import is_flagged, is_flat
 
@@ -86,9 +86,9 @@ def _loras(args: argparse.Namespace) -> LoraSet:
     """The LoRA files that are typed, else those of an image's text; the weights of one that is
     named twice add up.
     """
-    typed = [(name, weight_from(weight)) for name, weight in map(parse_lora, args.lora)]
+    typed = [(name, parse_weight(weight)) for name, weight in map(parse_lora, args.lora)]
     named = typed or list(args.loras.items())
-    return checked(added((find_lora(name), weight) for name, weight in named))
+    return check_lora_set(merge_loras((find_lora(name), weight) for name, weight in named))
 
 
 def check_arguments(args: argparse.Namespace) -> GenerationOptions:
@@ -106,7 +106,7 @@ def check_arguments(args: argparse.Namespace) -> GenerationOptions:
         raise UsageError('no prompt; type for example: sdrt run "a red circle"')
     chosen = with_scheduler(pipe, args.scheduler, args.scheduler_option)
     job = chosen.validate(args.prompt or None, options)
-    requests_by_set(job.requests, options, _loras(args))
+    group_by_lora_set(job.requests, options, _loras(args))
     return options
 
 
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
             watchers.append(stack.enter_context(_preview(chosen, args.output)))
         on_step = partial(_notify, watchers) if watchers else None  # so that it may run whole
         job = chosen.create_job(args.prompt or None, options)
-        made = pictures_by_set(chosen, job, on_step)
+        made = stream_by_lora_set(chosen, job, on_step)
         writer = stack.enter_context(ThreadPoolExecutor(1))
         total = 1 if args.grid else max(1, len(args.prompt)) * args.num_images
         finished: list[tuple[Request, Image.Image]] = []

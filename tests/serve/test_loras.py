@@ -16,7 +16,7 @@ from serving import PROMPT, client, get_engine
 
 import sdrt
 from sdrt.errors import UsageError
-from sdrt.runtime.lora.names import find_named, list_loras
+from sdrt.runtime.lora.names import find_lora_by_name, list_loras
 
 pytestmark = pytest.mark.integration
 
@@ -178,28 +178,28 @@ def test_list_of_loras(server, folder):
 def test_lora_name_matching(folder, embedded):
     first, third = folder / "first.safetensors", folder / "sub" / "third.safetensors"
     for name in ("first", "FIRST", "First"):
-        assert find_named(name) == first
+        assert find_lora_by_name(name) == first
     for name in ("sub/third", "third", "Third One", "THIRD", "third one", "Sub/Third"):
-        assert find_named(name) == third
+        assert find_lora_by_name(name) == third
     other = folder / "other"
     other.mkdir()
     try:
         shutil.copyfile(third, other / "third.safetensors")
         (other / "old.pt").write_bytes(b"")
         (other / "damaged.safetensors").write_bytes(b"?")
-        assert find_named("other/third") == other / "third.safetensors"
+        assert find_lora_by_name("other/third") == other / "third.safetensors"
         for name in ("third", "Third One", "THIRD"):
             with pytest.raises(UsageError, match=r"several .* name one: other/third, sub/third"):
-                find_named(name)
+                find_lora_by_name(name)
         with pytest.raises(UsageError, match=r"old\.pt is a pickle"):
-            find_named("old")
+            find_lora_by_name("old")
     finally:
         shutil.rmtree(other)
 
 
 def test_long_name_is_compared_quickly(folder):
     with pytest.raises(UsageError, match="no LoRA named"):
-        find_named("first" * 100_000)
+        find_lora_by_name("first" * 100_000)
 
 
 @pytest.mark.rest

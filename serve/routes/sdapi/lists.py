@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sdrt.runtime.batching.cost_model import get_memory_info
-from sdrt.runtime.lora.names import alias_of, list_loras
+from sdrt.runtime.lora.names import list_loras, read_alias
 from sdrt.serve.dependencies import get_context
 from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.strict_json import StrictRoute
@@ -77,7 +77,12 @@ async def loras() -> Response:
     """The LoRA files in `$SDRT_HOME/loras`."""
     return json_response(
         [
-            {"name": name, "alias": alias_of(path), "path": f"{name}{path.suffix}", "metadata": {}}
+            {
+                "name": name,
+                "alias": read_alias(path),
+                "path": f"{name}{path.suffix}",
+                "metadata": {},
+            }
             for name, path in list_loras().items()
         ]
     )

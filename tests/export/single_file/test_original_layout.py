@@ -28,7 +28,7 @@ from sdrt.export.model_spec import read_model_spec
 from sdrt.export.single_file.original_layout import converted, unet_name, vae_name
 from sdrt.export.unet import Unet, UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig
-from sdrt.runtime.lora.adapters import changes_from_tensors
+from sdrt.runtime.lora.adapters import parse_changes
 from sdrt.runtime.text.tokenizer import END
 
 pytestmark = pytest.mark.integration
@@ -200,7 +200,7 @@ def test_lora_files_may_name_modules_as_in_the_original_layout():
         original = original_unet_name(name, names).rpartition(".")[0].replace(".", "_")
         for module in (flat, original):
             key = f"lora_unet_{module}.lora_down.weight"
-            assert list(changes_from_tensors({key: np.zeros((1, 1))}, {})) == [("unet", flat)]
+            assert list(parse_changes({key: np.zeros((1, 1))}, {})) == [("unet", flat)]
 
 
 def test_lora_files_may_change_every_weight_and_bias_of_the_original_layout_of_1x():
@@ -209,7 +209,7 @@ def test_lora_files_may_change_every_weight_and_bias_of_the_original_layout_of_1
         published = unet_name(name).rpartition(".")[0].replace(".", "_")
         diff, end, shape = ("diff_b", ".bias", 1) if kind == "bias" else ("diff", "", (1, 1))
         for head in (f"lora_unet_{module.replace('.', '_')}", f"diffusion_model.{module}"):
-            actual = changes_from_tensors({f"{head}.{diff}": np.zeros(shape)}, {})
+            actual = parse_changes({f"{head}.{diff}": np.zeros(shape)}, {})
             assert list(actual) == [("unet", published + end)]
 
 

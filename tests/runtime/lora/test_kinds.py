@@ -6,7 +6,7 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from sdrt.runtime.lora.adapters import deltas, read_lora
+from sdrt.runtime.lora.adapters import compute_deltas, read_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LINEAR, POINT, CONV = "mid_block.to_q", "mid_block.proj_in", "mid_block.conv1"
@@ -27,7 +27,7 @@ def merged(path, weight=1.0, stored=None):
     """The weights with the file's changes; `stored` as a bundle has them."""
     base = stored or weights()
     shapes = {name: array.shape for name, array in base.items()}
-    changes = deltas("unet", shapes, [read_lora(path, weight)], base.__getitem__)
+    changes = compute_deltas("unet", shapes, [read_lora(path, weight)], base.__getitem__)
     return base | {name: base[name] + delta for name, delta in changes}
 
 

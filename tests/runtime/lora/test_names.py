@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from sdrt.errors import CheckpointError
-from sdrt.runtime.lora.adapters import deltas, read_lora
+from sdrt.runtime.lora.adapters import compute_deltas, read_lora
 
 DOWN, UP = torch.arange(6.0).reshape(2, 3), torch.arange(8.0).reshape(4, 2)
 Q, K = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "encoder.layers.3.mlp.fc1"
@@ -51,7 +51,7 @@ NAMES = {
 def deltas_of(tensors, tmp_path, part, *modules):
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "l")
     shapes = {f"{module}.weight": (4, 3) for module in modules}
-    return dict(deltas(part, shapes, [read_lora(tmp_path / "l", 1.0)]))
+    return dict(compute_deltas(part, shapes, [read_lora(tmp_path / "l", 1.0)]))
 
 
 @pytest.mark.filterwarnings("ignore")
