@@ -262,8 +262,11 @@ def select_backend(
     raise BackendError(f"no backend can run here: {reasons}", hint="run `sdrt doctor`")
 
 
-def log_selection(candidate: Candidate, precision: str) -> None:
-    """Log the backend in one line; the skipped ones and their reasons at the debug level."""
-    log.info("Using %s, %s", candidate.label, precision)
+def log_selection(candidate: Candidate, bundle: Bundle) -> None:
+    """Log the bundle, its precision and the backend in one line; why others were skipped at the
+    debug level.
+    """
+    precision = candidate.precision_label(bundle)
+    log.info("%s · %s · %s", bundle.manifest.name, precision, candidate.label)
     for title, reason in candidate.skipped:
         log.debug("skipped %s: %s", title, reason)

@@ -33,10 +33,15 @@ log = logging.getLogger("sdrt.build")
 
 @dataclass(frozen=True, slots=True)
 class BuildPlan:
-    """The arguments of `sdrt build`. batch: None for as many images at once as fit"""
+    """The arguments of `sdrt build`.
+
+    batch: None for as many images at once as fit
+    name: None for the model's and how the build differs from the default one
+    """
 
     model: str
     output: Path | None = None
+    name: str | None = None
     dtype: str = "float32"
     sizes: tuple[tuple[int, int], ...] = ()
     batch: tuple[int, int, int] | None = (1, 1, 4)
@@ -74,7 +79,7 @@ def build_bundle(plan: BuildPlan) -> Path:
     checkpoint = _find_checkpoint(plan)
     spec = read_model_spec(checkpoint)
     check_feature_reuse(spec, plan.feature_reuse)
-    target = (plan.output or bundles_folder() / checkpoint.name).expanduser()
+    target = (plan.output or bundles_folder() / _bundle_name(checkpoint, spec, plan)).expanduser()
     with publish_folder(target, MANIFEST, plan.force) as folder:
         began = time.monotonic()
         _announce(checkpoint, spec, plan, target)
@@ -90,6 +95,21 @@ def _find_checkpoint(plan: BuildPlan) -> Checkpoint:
     checkpoint = find_checkpoint(plan.model, plan.revision, plan.safety_checker, parts)
     checkpoint = checkpoint.with_prediction(plan.prediction_type, plan.zero_snr)
     return checkpoint.with_loras(plan.loras)
+
+
+def _bundle_name(checkpoint: Checkpoint, spec: ModelSpec, plan: BuildPlan) -> str:
+    """The name asked for, else the model's and how the build differs from the default one."""
+    if plan.name:
+        return plan.name
+    parts = [checkpoint.name]
+    if plan.dtype == "float16":
+        parts.append("fp16")
+    parts += [Path(lora.rpartition(":")[0] or lora).stem for lora in plan.loras]
+    if plan.vae:
+        parts.append(Path(plan.vae).stem)
+    if plan.sizes and plan.sizes != (spec.native_size,):
+        parts += [f"{width}x{height}" for width, height in plan.sizes]
+    return "-".join(parts)
 
 
 def _announce(checkpoint: Checkpoint, spec: ModelSpec, plan: BuildPlan, target: Path) -> None:
@@ -153,7 +173,7 @@ def _build(
 def _initial_manifest(checkpoint: Checkpoint, spec: ModelSpec, plan: BuildPlan) -> Manifest:
     """The manifest without what is known only once the components are built."""
     return Manifest(
-        name=checkpoint.name,
+        name=_bundle_name(checkpoint, spec, plan),
         source=checkpoint.source,
         sizes=plan.sizes or (spec.native_size,),
         batch=plan.batch or (1, 1, 1),

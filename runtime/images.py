@@ -3,6 +3,7 @@
 Knows Pillow and file formats; not how an image is generated.
 """
 
+import errno
 import json
 import math
 import re
@@ -16,10 +17,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from sdrt.atomic_files import write_atomic, write_numbered
-from sdrt.errors import UsageError
+from sdrt.errors import SdrtError, UsageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MAX_SIDE = 8192
+SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".png": "PNG"}
+QUALITY = 95  # of JPEG and WebP files
 # No alternative reads past the next comma or quote, so matching takes linear time.
 SETTING = re.compile(r'([^,:"]++):\s*+("(?:\\.|[^"\\])*+"(?=,|$)|[^,]*+)|[^,]++|,')
 EXIF, USER_COMMENT = 0x8769, 0x9286
@@ -329,12 +332,12 @@ def read_parameters(image: Image.Image) -> str:
     return comment[8:].decode("utf-16-be" if wide else "utf-8", "replace")
 
 
-def save_png(image: Image.Image, path: Path, parameters: str, replace: bool = True) -> Path:
-    """Write a PNG with its `parameters` text, atomically.
+def save_image(image: Image.Image, path: Path, parameters: str, replace: bool = True) -> Path:
+    """Write an image file with its `parameters` text, atomically.
 
     Args:
         image: RGB.
-        path: Of the file.
+        path: Of the file; its suffix chooses JPEG or WebP, anything else is PNG.
         parameters: From `format_parameters`.
         replace: Whether to replace a file of this name; else a number is added to the name.
 
@@ -342,13 +345,16 @@ def save_png(image: Image.Image, path: Path, parameters: str, replace: bool = Tr
         The path of the file.
 
     Raises:
-        UsageError: If it cannot be written.
+        UsageError: The path cannot be written.
+        SdrtError: The disk is full or fails.
     """
-    content = image_to_bytes(image, parameters)
+    content = image_to_bytes(image, parameters, SUFFIXES.get(path.suffix.lower(), "PNG"), QUALITY)
     try:
         if not replace:
             return write_numbered(path, content)
         write_atomic(path, content)
     except OSError as error:
-        raise UsageError(f"failed to write {path}: {error.strerror or error}") from error
+        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+        kind = SdrtError if failed else UsageError
+        raise kind(f"failed to write {path}: {error.strerror or error}") from error
     return path

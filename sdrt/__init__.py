@@ -124,7 +124,7 @@ def load(
     what that costs. A log line every few seconds names what is loading, and Ctrl-C stops it.
 
     Args:
-        bundle: Its name or folder; None is the newest.
+        bundle: Its name or folder; None is the default (see `sdrt use`) or the only one.
         backend: auto, tensorrt, tensorrt-rtx, onnxruntime, openvino or torch.
         precision: auto uses a lower precision where the build allowed it, exact never does.
         device: Which NVIDIA GPU, as CUDA numbers them; "cpu", "cuda" or "cuda:1" also exclude
@@ -187,7 +187,7 @@ def _load_on_backend(
         }
     while True:
         candidate = select_backend(backend, bundle.bytes, options, failed=failed)
-        log_selection(candidate, candidate.precision_label(bundle))
+        log_selection(candidate, bundle)
         if options.torch_compile:
             log.warning("torch.compile: the first image of a size and batch takes a minute or so")
         try:

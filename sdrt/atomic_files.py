@@ -1,10 +1,13 @@
-"""Files and folders that appear whole or not at all, on the disk before they have a name.
+"""Files and folders that are published atomically: complete and on the disk, or not at all.
 
-Knows names, locks and the disk; not what is in a file. What belongs to X while it is made lies
-beside it: `.X.lock` is held by who makes it, `.X.partial` is what there is of it, `.X.old` is what
-stood there before. The kernel drops a killed process's lock: what nobody holds is left over. A
-folder takes its place in one step; two that make the same one wait for each other, and what a
-killed one left is cleared by the next.
+Knows names, locks and the disk; not what is in a file. While X is written, next to it are
+
+- `.X.lock`, locked by the process that writes it; the kernel releases the lock of a killed one
+- `.X.partial`, what is written so far
+- `.X.old`, what X was before
+
+A folder is replaced in one step. Processes that write the same name wait for each other, and clear
+what a killed one left.
 """
 
 import contextlib
@@ -31,19 +34,21 @@ UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 def sibling(target: Path, what: str) -> Path:
-    """Where the `lock`, `partial` or `old` of a name lies."""
+    """The path of a name's `lock`, `partial` or `old`."""
     return target.with_name(f".{target.name}.{what}")
 
 
 @contextlib.contextmanager
 def locked(target: Path, wait: bool = True) -> Iterator[None]:
-    """Hold a name: those that make one thing wait for each other, or get BlockingIOError."""
+    """Lock a name. Waits for another process or thread that holds it; without `wait` raises
+    BlockingIOError.
+    """
     path = sibling(target, "lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("w") as file:
             _acquire(file, target, wait)
-            if not _is_current(file, path):  # who held it before has taken it away
+            if not _is_current(file, path):  # its last holder has deleted it
                 continue
             try:
                 yield
@@ -54,8 +59,8 @@ def locked(target: Path, wait: bool = True) -> Iterator[None]:
 
 
 def _acquire(file: IO[str], target: Path, wait: bool) -> None:
-    """Takes the lock; who waits for long is told for what."""
-    from filelock import lock_descriptor  # 20 ms, which nobody pays who locks nothing
+    """Take the lock; a long wait is logged."""
+    from filelock import lock_descriptor  # 20 ms, paid by those who lock only
 
     deadline = time.monotonic() + QUIET_WAIT
     while not lock_descriptor(file.fileno(), blocking=False):
@@ -69,7 +74,7 @@ def _acquire(file: IO[str], target: Path, wait: bool) -> None:
 
 
 def is_locked(target: Path) -> bool:
-    """Whether anybody holds a name at this moment."""
+    """Whether another process or thread holds a name at this moment."""
     try:
         with sibling(target, "lock").open() as file:
             _acquire(file, target, wait=False)
@@ -91,7 +96,7 @@ def _is_current(file: IO[str], path: Path) -> bool:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A name to write to, whose file becomes `path` if nothing is raised; raises OSError."""
     with locked(path):
-        partial = sibling(path, "partial")  # a killed one's is written over
+        partial = sibling(path, "partial")  # replaces that of a killed process
         try:
             yield partial
             sync(partial)
@@ -102,14 +107,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all; raises OSError."""
+    """Write a file atomically; raises OSError."""
     with atomic_file(path) as partial:
         partial.write_bytes(content)
 
 
 def write_numbered(path: Path, content: bytes) -> Path:
-    """Write a file that appears whole or not at all, under a name that no file has yet: a number
-    is added to one that is taken. Returns its path; raises OSError.
+    """Write a file atomically, under a name that no file has yet: a number is added to a name
+    that is taken. Returns its path; raises OSError.
     """
     with locked(path):
         partial = sibling(path, "partial")
@@ -144,9 +149,7 @@ def _give_name(partial: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk keep a file's bytes, or a folder's names, through a loss of power. Windows
-    offers nothing of the kind for folders.
-    """
+    """Flush a file's bytes or a folder's names to the disk. Windows cannot flush folders."""
     windows = sys.platform == "win32"
     if windows and path.is_dir():
         return
@@ -158,14 +161,14 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """The same for all that is in a folder, and itself."""
+    """Flush everything in a folder, and the folder itself."""
     for path in (*sorted(folder.rglob("*")), folder):
         sync(path)
 
 
 def file_identity(stat: os.stat_result) -> str:
-    """What changes when a file's bytes do, by whatever clock: an edit may put the size and the
-    mtime back, but not the ctime.
+    """Changes whenever a file's bytes do: an edit can restore the size and the mtime, but not
+    the ctime.
     """
     parts = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino)
     return ":".join(map(str, parts))
@@ -180,18 +183,22 @@ def publish_folder(target: Path, marker: str, force: bool) -> Iterator[Path]:
     """
     with _translate_errors(target):
         if target.exists() and not (target / marker).is_file():
-            raise BundleError(f"{target} exists and has no {marker}; name another --output")
+            raise BundleError(
+                f"{target} exists and has no {marker}", hint="choose another --output"
+            )
     with _translate_errors(target), locked(target):
         restore_backup(target)
         if target.exists() and not force:
-            raise BundleError(f"{target} is there already; --force builds it again")
+            raise BundleError(
+                f"{target} exists", hint="replace it with --force, or choose another --name"
+            )
         with _temporary_folder(target) as folder:
             yield folder
             _publish(folder, target)
 
 
 def build_once(target: Path, fill: Callable[[Path], None]) -> Path:
-    """The folder, filled by the first who wants it while the others wait."""
+    """The folder; the first caller fills it while others wait."""
     if target.exists():
         return target
     with _translate_errors(target), locked(target):
@@ -204,10 +211,10 @@ def build_once(target: Path, fill: Callable[[Path], None]) -> Path:
 
 
 def restore_backup(target: Path) -> None:
-    """Put back what a killed `published` had set aside, or clear it away; hold the lock."""
+    """Finish or undo a replacement that was killed; hold the lock."""
     old = sibling(target, "old")
     if old.exists() and not target.exists():
-        log.warning("%s was being replaced when that was cut off; it is put back", target)
+        log.warning("Restored %s after an interrupted update", target)
         old.rename(target)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -219,19 +226,20 @@ def _translate_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise SdrtError(
-                f"no space left for {target}; nothing was published. Free some, or name another "
-                "--output or SDRT_HOME"
+                f"no space left to write {target}; nothing was changed",
+                hint="free some space, or set --output or SDRT_HOME to another disk",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise SdrtError(
-                f"cannot write {target}: {error.strerror}; name another --output or SDRT_HOME"
+                f"cannot write {target}: {error.strerror}",
+                hint="set --output or SDRT_HOME to another folder",
             ) from error
         raise
 
 
 @contextmanager
 def _temporary_folder(target: Path) -> Iterator[Path]:
-    """A folder beside the target that is gone afterwards, as is what killed builds left."""
+    """A folder next to the target, deleted at the end; replaces that of a killed build."""
     folder = sibling(target, "partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -244,13 +252,13 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_unfinished() -> None:
-    """Delete what other threads are filling, in a process that ends without them."""
+    """Delete the folders that other threads are filling, before the process exits."""
     for folder in tuple(_unfinished):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(folder: Path, target: Path) -> None:
-    """All on the disk first: a name that outlives a loss of power must not lead to empty files."""
+    """Flush everything first: after a power loss, the name must not lead to empty files."""
     sync_tree(folder)
     if not target.exists():
         folder.rename(target)

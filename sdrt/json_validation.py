@@ -1,4 +1,4 @@
-"""JSON that strangers wrote: bounded, no name twice, every value of the type and range asked for.
+"""Strict JSON from untrusted files: bounded, without duplicate names, every value checked.
 
 Knows JSON; not what a file is for. A reader takes a value and where it stands, and gives it back
 checked, or raises ValueError with both. Readers are made of readers.
@@ -37,14 +37,14 @@ def read_config(path: Path, error_class: type[SdrtError] = BundleError) -> dict[
     try:
         check_bounds(raw, "it")
     except ValueError as error:
-        raise error_class(f"{path} is no configuration: {error}") from error
+        raise error_class(f"{path} is not a configuration: {error}") from error
     return raw
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
     """A file; raises ValueError if it is larger or none, such as a pipe that never ends."""
     if not path.is_file() and path.exists():
-        raise ValueError("it is no file")
+        raise ValueError("it is not a file")
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -66,18 +66,18 @@ def json_object(data: bytes) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the name {twice[:60]!r} comes twice")
-    return made
+    return value
 
 
 def _constant(name: str) -> float:
     """Published sampler configurations hold -Infinity."""
     if name == "NaN":
-        raise ValueError("NaN is no number")
+        raise ValueError("NaN is not a number")
     return float(name)
 
 
@@ -86,7 +86,7 @@ def _mismatch(value: Any, where: str, expected: str) -> ValueError:
 
 
 def shorten(value: Any) -> str:
-    """A stranger's value for a message: one line, not long."""
+    """An untrusted value for a message: one line, at most 60 characters."""
     try:
         text = ascii(value)
     except (ValueError, RecursionError):  # integers of thousands of digits, endless nesting
@@ -107,14 +107,14 @@ def check_bounds(value: Any, where: str) -> None:
         raise _mismatch(value, where, f"a number up to {limit:,}")
     if isinstance(value, str | list | dict) and len(value) > MAX_LENGTH:
         raise ValueError(f"{shorten(where)} is {len(value):,} long; at most {MAX_LENGTH:,}")
-    for name, each in inside.items():
-        check_bounds(each, f"{where}.{name}")
+    for name, item in inside.items():
+        check_bounds(item, f"{where}.{name}")
 
 
 def integer(low: int, high: int) -> Reader[int]:
     def read(value: Any, where: str) -> int:
         if type(value) is not int or not low <= value <= high:
-            raise _mismatch(value, where, f"a whole number from {low} to {high}")
+            raise _mismatch(value, where, f"an integer from {low} to {high}")
         return value
 
     return read
@@ -157,7 +157,7 @@ def array(reader: Reader[T], min_length: int, max_length: int) -> Reader[tuple[T
     def read(value: Any, where: str) -> tuple[T, ...]:
         if not isinstance(value, list) or not min_length <= len(value) <= max_length:
             raise _mismatch(value, where, f"a list of {min_length} to {max_length}")
-        return tuple(reader(each, f"{where}[{i}]") for i, each in enumerate(value))
+        return tuple(reader(item, f"{where}[{i}]") for i, item in enumerate(value))
 
     return read
 

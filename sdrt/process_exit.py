@@ -1,4 +1,4 @@
-"""The end of a process some of whose threads are inside native libraries.
+"""Exits a process some of whose threads are inside native libraries.
 
 Such a thread cannot be stopped, and Python aborts the whole process if one comes back while the
 interpreter is being taken down. Knows threads and signals; not what the threads do.
@@ -17,7 +17,7 @@ _workers: list[threading.Thread] = []
 
 
 def start_workers(threads: list[threading.Thread]) -> None:
-    """Start daemon threads that may be inside a library when the process ends."""
+    """Start daemon threads that may be inside a library when the process exits."""
     if not _workers:
         atexit.register(_at_exit)
     _workers[:] = [*filter(threading.Thread.is_alive, _workers), *threads]
@@ -26,7 +26,7 @@ def start_workers(threads: list[threading.Thread]) -> None:
 
 
 def exit_now(code: int) -> None:
-    """End the process with this exit code now if such a thread still works, else return."""
+    """Exit the process now if such a thread is still running, else return."""
     if _any_worker_alive():
         logging.disable()  # of what its threads come to now
         remove_unfinished()

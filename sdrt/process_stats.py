@@ -42,12 +42,12 @@ def memory(process: int | None = None) -> dict[str, int]:
         mapped from files (`mapped`), and `shared_out`: resident memory with every page that
         several processes map divided among them (PSS).
     """
-    found: dict[str, int] = {}
+    values: dict[str, int] = {}
     with contextlib.suppress(psutil.Error, OSError):
-        found["resident"] = int(psutil.Process(process).memory_info().rss)
+        values["resident"] = int(psutil.Process(process).memory_info().rss)
         if sys.platform == "linux":
-            found["shared_out"] = int(psutil.Process(process).memory_full_info().pss)
-    return found | _details(process)
+            values["shared_out"] = int(psutil.Process(process).memory_full_info().pss)
+    return values | _details(process)
 
 
 def resident_bytes(process: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What takes long is named every few seconds. Knows the log; not what is waited for."""
+"""Logs every few seconds what a long operation is doing. Knows the log; not the operation."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ INTERVAL = 3.0  # seconds
 
 @contextlib.contextmanager
 def log_progress(what: Callable[[], str]) -> Iterator[None]:
-    """Log what is waited for, and for how long so far, until this ends; nothing where that is soon.
+    """Log what is being done and for how long, every few seconds until it is done.
 
     what: asked each time, by a thread of its own
     """

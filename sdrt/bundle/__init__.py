@@ -1,7 +1,7 @@
 """The bundle format: what lies in the folder that `sdrt build` writes and every engine reads.
 
 `bundle` opens one, `manifest` parses `sdrt.json`, `store` finds the folder, `integrity` compares
-files with their hashes, `onnx_check` and `safetensors` read what a stranger may have written.
+files with their hashes, `onnx_check` and `safetensors` read untrusted files.
 """
 
 from .bundle import Bundle, open_bundle, parse_size

@@ -56,6 +56,12 @@ class Bundle:
         return replace(self, graph_file=FLOAT32_GRAPH) if has else None
 
     @property
+    def precision(self) -> str:
+        """Of the weights: fp16 or fp32."""
+        dtypes = {component.dtype for component in self.manifest.components.values()}
+        return "fp16" if "float16" in dtypes else "fp32"
+
+    @property
     def bytes(self) -> int:
         return sum(record.size for record in self.manifest.files.values())
 
@@ -76,11 +82,11 @@ def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
 
 
 def check_contents(folder: Path, manifest: Manifest) -> None:
-    """Raise BundleError unless the folder's parts hold the files that the manifest lists, and no
-    others, which nobody vouches for. Plans are not the bundle's: they are known by their sidecars.
+    """Raise BundleError unless the components' folders hold the files that the manifest lists and
+    no others, which nothing verifies. Plans are not part of a bundle: their sidecars verify them.
 
-    Links that lead outside are refused, and what is no file; hard links are not, since a copy may
-    be made of them and what they hold is compared with the manifest.
+    Links out of the bundle and special files are refused; hard links are not, since their content
+    is compared with the manifest.
     """
     graphs = list_graphs(manifest)
     weights = {str(Path(graph).with_name(WEIGHTS)) for graph in graphs}
@@ -93,28 +99,31 @@ def check_contents(folder: Path, manifest: Manifest) -> None:
     for name in manifest.files:
         path = (folder / name).resolve()
         if not path.is_relative_to(inside):
-            raise BundleError(f"{folder / name} is a link to {path}, outside of the bundle")
+            raise BundleError(f"{folder / name} is a link out of the bundle, to {path}")
         if path.exists() and not path.is_file():
-            raise BundleError(f"{folder / name} is no file")
+            raise BundleError(f"{folder / name} is not a file")
     for top in sorted({name.split("/")[0] for name in manifest.files}):
-        for found in sorted((folder / top).rglob("[!.]*")):
-            name = found.relative_to(folder).as_posix()
-            if name not in manifest.files and not found.is_dir():
-                raise BundleError(f"{found} is not in {MANIFEST}; delete it, or build again")
+        for path in sorted((folder / top).rglob("[!.]*")):
+            name = path.relative_to(folder).as_posix()
+            if name not in manifest.files and not path.is_dir():
+                raise BundleError(
+                    f"{path} is not listed in {MANIFEST}",
+                    hint="delete it, or build the bundle again",
+                )
 
 
 def list_graphs(manifest: Manifest) -> dict[str, Component]:
     """Every graph that a bundle may hold, and the component whose inputs and outputs it has."""
     parts = manifest.components.items()
-    made = {graph_name(part, FLOAT32_GRAPH): component for part, component in parts}
-    return made | {graph_name(part): component for part, component in parts}
+    exact = {graph_name(part, FLOAT32_GRAPH): component for part, component in parts}
+    return exact | {graph_name(part): component for part, component in parts}
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """`"512x768"` -> (512, 768): width and height in pixels, each a multiple of 8 from 16 on."""
     match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text.strip())
     if not match:
-        raise UsageError(f"size {text!r} is not WIDTHxHEIGHT; type for example --size 512x512")
+        raise UsageError(f"size {text!r} is not WIDTHxHEIGHT", hint="for example 512x512")
     width, height = int(match[1]), int(match[2])
     for side in (width, height):
         if side % 8 or not 16 <= side <= 8192:

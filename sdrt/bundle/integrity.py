@@ -1,6 +1,6 @@
-"""Whether a bundle's files are those that were built: sizes and hashes, and what is known of them.
+"""Verifies that a bundle's files are those that were built, by size and hash.
 
-A file is hashed once; the outcome is kept in `$SDRT_HOME/verified.json` until the file changes.
+A file is hashed once; the result is cached in `$SDRT_HOME/verified.json` until the file changes.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ def check_files(
     graphs: Mapping[str, Component] | None = None,
     rehash: bool = False,
 ) -> None:
-    """Compare files with what is known of them, and look into graphs; both are done once and
-    remembered for as long as neither the file nor its weights change.
+    """Verify files and validate graphs. Both are done once and cached for as long as neither the
+    file nor its weights change.
 
-    graphs: the files to look into, and the component of each
-    anew: hash all, whatever is remembered
+    graphs: the graphs to validate, and the component of each
+    rehash: hash all files, whatever the cache says
     """
     known = {} if rehash else _load_verified()
     fresh = {}
@@ -37,16 +37,17 @@ def check_files(
         try:
             stat = path.stat()
         except OSError as error:
-            raise BundleError(f"{path} is missing; build the bundle again with --force") from error
+            raise BundleError(
+                f"{path} is missing", hint="build the bundle again with --force"
+            ) from error
         mark = _fingerprint(stat, name, files)
         if known.get(str(path.resolve())) == mark:
             continue
         if stat.st_size != record.size or _hash_file(path) != record.sha256:
             forget_verified([str(path.resolve())])
             raise BundleError(
-                f"{path} is damaged: its bytes are not those that were built "
-                f"({stat.st_size} bytes found, {record.size} expected, or another sha256); "
-                "build the bundle again with --force"
+                f"{path} is damaged: {_describe_damage(stat.st_size, record)}",
+                hint="build the bundle again with --force",
             )
         if graphs and path.suffix == ".onnx":
             check_graph(path, graphs[name])
@@ -55,8 +56,14 @@ def check_files(
         _update_verified(lambda known: known | fresh)
 
 
+def _describe_damage(size: int, record: FileRecord) -> str:
+    if size != record.size:
+        return f"it has {size} bytes, {record.size} were built"
+    return "its sha256 is not that of the file that was built"
+
+
 def mark_verified(folder: Path, files: Mapping[str, FileRecord]) -> None:
-    """What was written and hashed by this process, and is no graph of a stranger, is known."""
+    """Record files that this process wrote and hashed as verified."""
     fresh = {}
     for name in files:
         path = folder / name
@@ -67,21 +74,21 @@ def mark_verified(folder: Path, files: Mapping[str, FileRecord]) -> None:
 
 
 def _fingerprint(stat: os.stat_result, name: str, files: Mapping[str, FileRecord]) -> str:
-    """What changes when a file does, or the weights that it speaks of."""
+    """Changes when a file does, or the weights that it refers to."""
     record = files[name]
     weights = files.get(str(Path(name).with_name(WEIGHTS)), record)
     return f"{file_identity(stat)}:{record.sha256}:{weights.sha256}"
 
 
 def forget_verified(paths: Iterable[str]) -> None:
-    """Hash these files when they are next opened, whatever their times say."""
+    """Hash these files when they are opened next, whatever their time stamps say."""
     gone = set(paths)
     if gone & _load_verified().keys():
         _update_verified(lambda known: {path: known[path] for path in known.keys() - gone})
 
 
 def stale_entries() -> list[str]:
-    """The remembered files that are gone or not as they were."""
+    """Cached files that were deleted or changed."""
 
     def changed(path: str, mark: str) -> bool:
         try:
@@ -108,8 +115,8 @@ def _load_verified() -> dict[str, str]:
 
 
 def _update_verified(change: Callable[[dict[str, str]], dict[str, str]]) -> None:
-    """Make of what is known what is known now; nobody else's change comes between. A cache: where
-    it cannot be written, files are hashed again next time.
+    """Atomically update the cache of verified files. Where it cannot be written, files are hashed
+    again next time.
     """
     with contextlib.suppress(OSError), atomic_file(_cache_path()) as partial:
         partial.write_text(json.dumps(change(_load_verified())))

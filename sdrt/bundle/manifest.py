@@ -1,4 +1,4 @@
-"""The manifest, `sdrt.json`: what a bundle says of itself, and which values of it are taken.
+"""The manifest, `sdrt.json`: what a bundle contains, and which values are valid.
 
 Knows the fields and their bounds; not the disk. A manifest may come from anywhere: its names reach
 paths and terminals, its numbers reach allocations.
@@ -40,9 +40,9 @@ NAMES = {"names": "checkpoint"}
 TRANSPOSED = ".T"
 FLOAT32_GRAPH = "float32.onnx"
 WEIGHTS = "model.safetensors"
-# A UNet's layers nearest to its input and output lie beside it: its weights are theirs.
+# The UNet's layers nearest to its input and output are stored next to it and share its weights.
 SHALLOW_GRAPH = "shallow.onnx"
-# All that a bundle may hold beside graphs and their weights.
+# All that a bundle may hold besides graphs and their weights.
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 SMALL_FILES = {f"tokenizer{which}/{name}" for which in ("", "_2") for name in TOKENIZER_FILES}
 
@@ -58,7 +58,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One network: `<name>/model.onnx`, its tensors, its precision and how it was proven.
+    """One network: `<name>/model.onnx`, its tensors, its precision and how it was validated.
 
     `unet_shallow` is `unet/shallow.onnx`, the layers of the UNet nearest to its input and output:
     its input `feature` is an output of the UNet. weights: those that it reads of the UNet's
@@ -83,12 +83,12 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `sdrt.json` says.
+    """The content of `sdrt.json`.
 
     sizes: (width, height) in pixels, the first is the default
     preview: [3, latent_channels + 1], colours in [-1, 1] from scaled latents and 1
-    multiple: pixels; the sides of pictures of other sizes are multiples of it
-    admitted: lower precisions that came near enough to the exact pictures, with the PSNR in dB
+    multiple: pixels; the sides of images of other sizes are multiples of it
+    admitted: lower precisions whose images are near enough to the exact ones, with the PSNR in dB
     zero_empty_prompt: whether an empty negative prompt is zeros rather than what is read of it
     prediction: what the UNet predicts and why that is believed; "" in older bundles. The samplers
         read scheduler_config.json
@@ -123,8 +123,8 @@ def manifest_from_json(raw: Mapping[str, Any], path: Path) -> Manifest:
     """
     if raw.get("format") != FORMAT:
         raise BundleError(
-            f"{path} has format {raw.get('format')!r:.60}, this version reads {FORMAT}; "
-            "build the bundle again with --force"
+            f"{path} has format {raw.get('format')!r:.60}, this version reads {FORMAT}",
+            hint="build the bundle again with --force",
         )
     try:
         manifest = MANIFEST_READER(raw, "it")

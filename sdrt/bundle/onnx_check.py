@@ -1,4 +1,4 @@
-"""ONNX graphs from elsewhere, looked at before any engine parses them.
+"""Untrusted ONNX graphs, validated before any engine parses them.
 
 Knows the wire format of protocol buffers and those fields of ONNX that this project's own exporter
 writes; everything else is refused, so that what is not known here is not parsed there: subgraphs,
@@ -63,15 +63,15 @@ Message = dict[int, list[int | bytes]]
 
 def check_graph(path: Path, component: Component) -> None:
     """Raise BundleError unless the graph is one that the exporter could have written, with the
-    manifest's inputs and outputs, all its weights in `model.safetensors` beside it: each the tensor
-    of its own name, at that tensor's place, of its type and shape.
+    manifest's inputs and outputs, and all its weights in `model.safetensors` next to it: each the
+    tensor of its own name, at that tensor's place, of its type and shape.
     """
     header = read_header(path.with_name("model.safetensors"), BundleError)
     try:
         names = _check_model(_graph_bytes(path), header)
-        for found, specs in zip(names, (component.inputs, component.outputs), strict=True):
-            if found != (wanted := [spec.name for spec in specs]):
-                raise ValueError(f"it has {shorten(found)}, the manifest {shorten(wanted)}")
+        for actual, specs in zip(names, (component.inputs, component.outputs), strict=True):
+            if actual != (expected := [spec.name for spec in specs]):
+                raise ValueError(f"it has {shorten(actual)}, the manifest {shorten(expected)}")
     except (OSError, ValueError) as error:
         raise BundleError(
             f"{path} is no graph that sdrt builds: {error}; build the bundle from its checkpoint"
@@ -81,8 +81,8 @@ def check_graph(path: Path, component: Component) -> None:
 def _check_model(data: bytes, header: Header) -> tuple[list[str], list[str]]:
     """Names of the graph's inputs and outputs; raises ValueError for what is refused."""
     model = parse_message(data, MODEL, "the model")
-    _check_opsets([parse_message(each, OPSET, "an opset") for each in _bytes(model, 8)])
-    (graph,) = [parse_message(each, GRAPH, "the graph") for each in _bytes(model, 7)] or [{}]
+    _check_opsets([parse_message(item, OPSET, "an opset") for item in _bytes(model, 8)])
+    (graph,) = [parse_message(item, GRAPH, "the graph") for item in _bytes(model, 7)] or [{}]
     _check_notes(model, 14)
     _check_notes(graph, 16)
     for node in _bytes(graph, 1):
@@ -100,10 +100,10 @@ def _check_model(data: bytes, header: Header) -> tuple[list[str], list[str]]:
 
 
 def _check_opsets(opsets: list[Message]) -> None:
-    found = [(_text(opset, 1), _int(opset, 2)) for opset in opsets]
-    if len(found) != 1 or found[0][0] or found[0][1] not in OPSETS:
+    actual = [(_text(opset, 1), _int(opset, 2)) for opset in opsets]
+    if len(actual) != 1 or actual[0][0] or actual[0][1] not in OPSETS:
         raise ValueError(
-            f"its operators are of {shorten(found)}; expected ONNX's own, "
+            f"its operators are of {shorten(actual)}; expected ONNX's own, "
             f"opset {OPSETS[0]} to {OPSETS[-1]}"
         )
 
@@ -125,9 +125,9 @@ def _check_notes(fields: Message, number: int) -> None:
 
 def _value_name(value: bytes) -> str:
     fields = parse_message(value, VALUE, "a value")
-    types = [parse_message(each, TYPE, "a type") for each in _bytes(fields, 2)]
-    tensors = [parse_message(each, ARRAY, "a type") for kind in types for each in _bytes(kind, 1)]
-    shapes = [parse_message(each, SHAPE, "a shape") for kind in tensors for each in _bytes(kind, 2)]
+    types = [parse_message(item, TYPE, "a type") for item in _bytes(fields, 2)]
+    tensors = [parse_message(item, ARRAY, "a type") for kind in types for item in _bytes(kind, 1)]
+    shapes = [parse_message(item, SHAPE, "a shape") for kind in tensors for item in _bytes(kind, 2)]
     for axis in (axis for shape in shapes for axis in _bytes(shape, 1)):
         parse_message(axis, AXIS, "an axis")
     _check_notes(fields, 4)
@@ -153,7 +153,7 @@ def _check_tensor(tensor: Message, header: Header) -> str:
 def _check_place(
     name: str, said: tuple[str, tuple[int, ...]], tensor: Message, header: Header
 ) -> None:
-    entries = [parse_message(each, ENTRY, "a place") for each in _bytes(tensor, 13)]
+    entries = [parse_message(item, ENTRY, "a place") for item in _bytes(tensor, 13)]
     places = {_text(entry, 1): _text(entry, 2) for entry in entries}
     record = header.records.get(name)
     if record is None or said != (record.dtype, record.shape) or 9 in tensor:
@@ -162,18 +162,18 @@ def _check_place(
             f"{record and (record.dtype, list(record.shape))}"
         )
     low, high = record.data_offsets
-    wanted = {
+    expected = {
         "location": "model.safetensors",
         "offset": str(header.start + low),
         "length": str(high - low),
     }
-    for key in sorted(places.keys() | wanted.keys()):
-        if places.get(key) != wanted.get(key):
+    for key in sorted(places.keys() | expected.keys()):
+        if places.get(key) != expected.get(key):
             raise ValueError(
                 f"the weight {shorten(name)} has {shorten(key)} "
-                f"{shorten(places.get(key))}, expected {wanted.get(key)!r}"
+                f"{shorten(places.get(key))}, expected {expected.get(key)!r}"
             )
-    if len(entries) != len(wanted):
+    if len(entries) != len(expected):
         raise ValueError(f"the weight {shorten(name)} says twice where it lies")
 
 
@@ -192,9 +192,9 @@ def graph_values(path: Path) -> tuple[list[tuple[str, list[str]]], dict[str, Sha
     try:
         model = parse_message(_graph_bytes(path), MODEL, "the model")
         graph = parse_message(_bytes(model, 7)[0], GRAPH, "the graph")
-        nodes = [parse_message(each, NODE, "a node") for each in _bytes(graph, 1)]
+        nodes = [parse_message(item, NODE, "a node") for item in _bytes(graph, 1)]
         values = [
-            parse_message(each, VALUE, "a value") for n in (11, 12, 13) for each in _bytes(graph, n)
+            parse_message(item, VALUE, "a value") for n in (11, 12, 13) for item in _bytes(graph, n)
         ]
         named = {_text(value, 1): _shape(value) for value in values}
     except (OSError, ValueError, IndexError) as error:
@@ -206,9 +206,9 @@ def _shape(value: Message) -> Shape:
     inside = [value]
     for field, fields in ((2, TYPE), (1, ARRAY), (2, SHAPE)):
         inside = [
-            parse_message(each, fields, "a shape") for one in inside for each in _bytes(one, field)
+            parse_message(item, fields, "a shape") for one in inside for item in _bytes(one, field)
         ]
-    axes = [parse_message(each, AXIS, "an axis") for one in inside for each in _bytes(one, 1)]
+    axes = [parse_message(item, AXIS, "an axis") for one in inside for item in _bytes(one, 1)]
     return tuple(_text(axis, 2) or _int(axis, 1) for axis in axes)
 
 
@@ -216,13 +216,13 @@ def parse_message(data: bytes, known: Fields, what: str) -> Message:
     """The fields of one message, those that it holds not looked into; raises ValueError for a field
     that is not known, of another wire type, or there twice where one is wanted.
     """
-    found: Message = {}
+    actual: Message = {}
     at, end = 0, len(data)
     while at < end:
         tag, at = _varint(data, at)
         field, wire = tag >> 3, tag & 7
-        wanted = known.get(field)
-        if wanted is None:
+        expected = known.get(field)
+        if expected is None:
             raise ValueError(f"field {field} of {what} is not known here")
         if wire == BYTES:
             length, at = _varint(data, at)
@@ -234,15 +234,15 @@ def parse_message(data: bytes, known: Fields, what: str) -> Message:
             value, at = 0, at + (8 if wire == WIDE else 4)
         if at > end:
             raise ValueError(f"{what} ends too soon")
-        if wire == wanted[0]:
-            found.setdefault(field, []).append(value)
-        elif wire == BYTES and wanted[0] in (VARINT, NARROW) and wanted[1]:
-            found.setdefault(field, []).extend(_packed(bytes(value), wanted[0], what))
+        if wire == expected[0]:
+            actual.setdefault(field, []).append(value)
+        elif wire == BYTES and expected[0] in (VARINT, NARROW) and expected[1]:
+            actual.setdefault(field, []).extend(_packed(bytes(value), expected[0], what))
         else:
             raise ValueError(f"field {field} of {what} is of wire type {wire}")
-        if not wanted[1] and len(found[field]) > 1:
+        if not expected[1] and len(actual[field]) > 1:
             raise ValueError(f"field {field} of {what} comes twice")
-    return found
+    return actual
 
 
 def _packed(data: bytes, wire: int, what: str) -> list[int | bytes]:

@@ -92,11 +92,11 @@ def _header(data: bytes, size: int) -> Header:
     records = {name: _RECORD(value, shorten(name)) for name, value in raw.items()}
     ordered = sorted(records.items(), key=lambda item: item[1].data_offsets)
     end = 0
-    for name, each in ordered:
-        low, high = each.data_offsets
+    for name, tensor in ordered:
+        low, high = tensor.data_offsets
         if low != end or high < low:
             raise ValueError(f"{shorten(name)} lies at {low} to {high}, expected to begin at {end}")
-        if (length := math.prod(each.shape) * WIDTHS[each.dtype]) != high - low:
+        if (length := math.prod(tensor.shape) * WIDTHS[tensor.dtype]) != high - low:
             raise ValueError(f"{shorten(name)} has {high - low} bytes, its shape {length}")
         end = high
     start = 8 + len(data)

@@ -8,7 +8,7 @@ import difflib
 import os
 from pathlib import Path
 
-from sdrt.atomic_files import locked, restore_backup, sibling
+from sdrt.atomic_files import locked, restore_backup, sibling, write_atomic
 from sdrt.errors import BundleError
 
 from .embedded import embedded_folder, embedded_names, materialize
@@ -38,16 +38,45 @@ def list_bundles() -> list[Path]:
     return built + [folder for folder in embedded if folder.is_dir()]
 
 
+def bundle_name(folder: Path) -> str:
+    """What a bundle's folder is called, by `find_bundle` too."""
+    return folder.name.removesuffix(".bundle")
+
+
+def default_name() -> str | None:
+    """The bundle set by `sdrt use`, if there is one."""
+    try:
+        return _default_path().read_text("utf-8").strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def set_default(name: str) -> None:
+    """Make a bundle the default: what `find_bundle(None)` returns."""
+    _default_path().parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(_default_path(), f"{name}\n".encode())
+
+
+def clear_default() -> None:
+    _default_path().unlink(missing_ok=True)
+
+
+def _default_path() -> Path:
+    return home() / "default-bundle"
+
+
 def find_bundle(name: str | os.PathLike[str] | None) -> Path:
-    """The folder of the bundle called `name`, or at that path; None for the newest, or the embedded
-    one where none was built. Raises BundleError.
+    """The folder of a bundle.
+
+    Args:
+        name: A bundle's name or folder; None for the default: the one set by `sdrt use`, or the
+            only one that was built, or the embedded one where none was.
+
+    Raises:
+        BundleError: There is no such bundle, or no default among several.
     """
     if name is None:
-        if found := list_bundles():
-            return found[0]
-        for embedded in embedded_names():
-            return materialize(embedded, home())
-        raise BundleError("no bundle has been built yet", hint="run `sdrt build --model shapes`")
+        return _find_default()
     for folder in (Path(name).expanduser(), bundles_folder() / name):
         _finish_replacement(folder)
         try:
@@ -57,13 +86,29 @@ def find_bundle(name: str | os.PathLike[str] | None) -> Path:
             raise BundleError(f"{folder} cannot be read: {error.strerror}") from error
     if name in embedded_names():
         return materialize(str(name), home())
-    names = sorted({folder.stem for folder in list_bundles()})
+    names = sorted({bundle_name(folder) for folder in list_bundles()})
     near = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"type: sdrt build --model {name}"
     raise BundleError(
-        f"no bundle called {str(name)!r}: neither a folder with {MANIFEST} nor one of those built "
-        f"here ({', '.join(names) or 'none'}); {hint}"
+        f"no bundle called {str(name)!r}; found {', '.join(names) or 'none'}",
+        hint=f"did you mean {near[0]}?" if near else f"run `sdrt build --model {name}`",
     )
+
+
+def _find_default() -> Path:
+    if chosen := default_name():
+        return find_bundle(chosen)
+    built = [folder for folder in list_bundles() if folder.parent == bundles_folder()]
+    if len(built) > 1:
+        names = ", ".join(sorted(bundle_name(folder) for folder in built))
+        raise BundleError(
+            f"there are {len(built)} bundles and none is the default",
+            hint=f"run `sdrt use NAME`, or add --bundle NAME; NAME is one of {names}",
+        )
+    if built:
+        return built[0]
+    for embedded in embedded_names():
+        return materialize(embedded, home())
+    raise BundleError("no bundle has been built yet", hint="run `sdrt build --model shapes`")
 
 
 def _finish_replacement(folder: Path) -> None:

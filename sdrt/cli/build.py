@@ -4,6 +4,7 @@ What exports is imported when it runs, so that `sdrt --help` is immediate.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from sdrt.errors import SdrtError, UsageError
@@ -16,74 +17,108 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def add_build(to: argparse.ArgumentParser) -> None:
-    made_from = to.add_mutually_exclusive_group(required=True)
-    made_from.add_argument(
+    """Arguments of `sdrt build`."""
+    source = to.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--model",
         metavar="NAME|ID|FOLDER|FILE",
-        help="well-known name, hub id, local folder or .safetensors file",
+        help="a well-known name, Hub id, local folder or .safetensors file",
     )
-    made_from.add_argument(
-        "--bundle", metavar="NAME|FOLDER", help="only the plans of a bundle that is there"
+    source.add_argument(
+        "--bundle", metavar="NAME|FOLDER", help="build only the plans of an existing bundle"
     )
-    to.add_argument("--revision", metavar="NAME", help="a hub model's branch, tag or commit")
-    to.add_argument("--output", type=Path, metavar="FOLDER", help="where the bundle goes")
-    parts = to.add_mutually_exclusive_group()
-    parts.add_argument("--vae", metavar="ID|FOLDER|FILE", help="another autoencoder")
-    parts.add_argument(
+    to.add_argument("--revision", metavar="NAME", help="a Hub model's branch, tag or commit")
+    _add_output(to)
+    _add_parts(to)
+    _add_weights(to)
+    _add_shapes(to)
+    to.add_argument("--backend", choices=BACKENDS, default="auto", help="default: auto")
+    cli_plans.add_arguments(to)
+
+
+def _add_output(to: argparse.ArgumentParser) -> None:
+    output = to.add_argument_group("Output")
+    output.add_argument(
+        "--name", help="of the bundle (default: the model's, and how the build differs from it)"
+    )
+    output.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="default: $SDRT_HOME/bundles/NAME"
+    )
+    output.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+
+def _add_parts(to: argparse.ArgumentParser) -> None:
+    parts = to.add_argument_group("Other components")
+    vae = parts.add_mutually_exclusive_group()
+    vae.add_argument("--vae", metavar="ID|FOLDER|FILE", help="another autoencoder")
+    vae.add_argument(
         "--tiny-vae", action="store_const", const=TINY_VAE, dest="vae", help=f"--vae {TINY_VAE}"
     )
-    to.add_argument(
+    parts.add_argument(
         "--unet", metavar="ID|FOLDER|FILE", help="another UNet, such as a distilled one"
     )
-    to.add_argument(
+    parts.add_argument(
         "--text-encoder",
         metavar="ID|FOLDER|FILE",
-        help="another text encoder, or that of a file without one",
+        help="another text encoder, or one for a file without any",
     )
-    to.add_argument(
-        "--text-encoder-2", metavar="ID|FOLDER|FILE", help="the second, of models such as XL"
+    parts.add_argument(
+        "--text-encoder-2", metavar="ID|FOLDER|FILE", help="the second one, of SDXL models"
     )
-    to.add_argument(
-        "--prediction-type",
-        choices=PREDICTION_TYPES,
-        help="what the model predicts (default: as the model says, see the line 'predicts')",
-    )
-    to.add_argument(
-        "--zero-snr",
+    parts.add_argument(
+        "--safety-checker",
         action="store_true",
-        help="the schedule ends in pure noise: betas rescaled to zero terminal SNR, steps spaced "
-        "from the end (default: as the model says)",
+        help="include the checkpoint's safety checker: flagged images are black (default: off)",
     )
-    to.add_argument(
+
+
+def _add_weights(to: argparse.ArgumentParser) -> None:
+    weights = to.add_argument_group("Weights and training")
+    precision = weights.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="half precision")
+    precision.add_argument("--fp32", action="store_true", help="single precision (default)")
+    weights.add_argument(
         "--lora",
         action="append",
         default=[],
         metavar="FILE[:WEIGHT]",
-        help="added to the weights, repeatable",
+        help="merge a LoRA into the weights; repeatable",
     )
-    to.add_argument(
-        "--safety-checker",
+    weights.add_argument(
+        "--prediction-type",
+        choices=PREDICTION_TYPES,
+        help="what the model predicts (default: as the model says)",
+    )
+    weights.add_argument(
+        "--zero-snr",
         action="store_true",
-        help="with the checkpoint's own: flagged pictures are black (default: off)",
+        help="rescale betas to zero terminal SNR (default: as the model says)",
     )
-    to.add_argument(
+    weights.add_argument(
         "--feature-reuse",
         nargs="?",
         type=integer,
         const=0,
         metavar="BRANCH",
-        help="so that sdrt run --reuse works; a higher branch is slower and nearer (default: 0)",
+        help="also export a DeepCache branch for `sdrt run --reuse`; higher branches are slower "
+        "but more accurate (default: off; without BRANCH: 0)",
     )
-    precision = to.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", action="store_true", help="half precision")
-    precision.add_argument("--fp32", action="store_true", help="single precision (default)")
-    to.add_argument(
-        "--size", action="append", metavar="WxH", help="picture size, repeatable; first is default"
+
+
+def _add_shapes(to: argparse.ArgumentParser) -> None:
+    shapes = to.add_argument_group("Sizes")
+    shapes.add_argument(
+        "--size",
+        action="append",
+        metavar="WxH",
+        help="image size, repeatable; the first is the default (default: the model's)",
     )
-    to.add_argument("--batch", default="1:1:4", metavar="MIN:OPT:MAX|auto", help="pictures at once")
-    to.add_argument("--backend", choices=BACKENDS, default="auto")
-    to.add_argument("--force", action="store_true", help="replace a bundle that is there")
-    cli_plans.add_arguments(to)
+    shapes.add_argument(
+        "--batch",
+        default="1:1:4",
+        metavar="MIN:OPT:MAX|auto",
+        help="images per call (default: 1:1:4)",
+    )
 
 
 def build(args: argparse.Namespace) -> None:
@@ -103,13 +138,15 @@ def _build_bundle(args: argparse.Namespace) -> Path:
         from sdrt.export.build import BuildPlan, build_bundle
     except ImportError as error:
         raise SdrtError(
-            f"building needs {error.name}, which is not installed; pip install 'sdrt[build]'"
+            f"building needs {error.name}, which is not installed",
+            hint="run `pip install 'sdrt[build]'`",
         ) from error
     from sdrt.bundle import parse_size
 
     plan = BuildPlan(
         model=args.model,
         output=args.output,
+        name=_parse_name(args.name),
         dtype="float16" if args.fp16 else "float32",
         sizes=tuple(parse_size(text) for text in args.size or ()),
         batch=_parse_batch(args.batch),
@@ -129,6 +166,15 @@ def _build_bundle(args: argparse.Namespace) -> Path:
     return build_bundle(plan)
 
 
+def _parse_name(name: str | None) -> str | None:
+    """It becomes a folder's name."""
+    if name is None or re.fullmatch(r"[^\W_][\w.-]{0,99}", name):
+        return name
+    raise UsageError(
+        f"--name {name!r}: expected a letter or digit, then letters, digits, `.`, `_` and `-`"
+    )
+
+
 def _parse_batch(text: str) -> tuple[int, int, int] | None:
     if text == "auto":
         return None
@@ -138,6 +184,6 @@ def _parse_batch(text: str) -> tuple[int, int, int] | None:
         if 1 <= low <= usual <= high <= 256:
             return low, usual, high
     raise UsageError(
-        f"batch {text!r} is not MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX <= 256; "
-        "type for example --batch 1:1:4 or --batch auto"
+        f"--batch {text!r} is not MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX <= 256",
+        hint="for example --batch 1:1:4 or --batch auto",
     )

@@ -9,23 +9,33 @@ import sys
 import time
 from dataclasses import replace
 
+from sdrt.bundle import open_bundle
 from sdrt.errors import UsageError
 from sdrt.runtime.arguments import parse_options
-from sdrt.runtime.images import make_labelled_grid, save_png
+from sdrt.runtime.images import SUFFIXES, make_labelled_grid, save_image
+from sdrt.runtime.loading import unloaded_pipeline
 from sdrt.runtime.lora.switch import apply_tags
 
 from .run import open_pipeline
 from .schedulers import all_titles
 
 
+def check_schedulers(bundle: str | None, names: list[str]) -> None:
+    """Raise UsageError for an unknown scheduler before anything is loaded."""
+    pipe = unloaded_pipeline(open_bundle(bundle))
+    for name in names:
+        pipe.with_scheduler(name)
+
+
 def compare(args: argparse.Namespace) -> None:
     """One prompt over schedulers and numbers of steps, on one labelled sheet; prints its path."""
-    if args.output.suffix.lower() != ".png":
-        raise UsageError(f"{args.output}: the sheet is written as .png; name a .png file")
+    if args.output.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--output {args.output}: expected a file of {', '.join(SUFFIXES)}")
     steps = [int(part) for part in args.steps.split(",") if part.strip().isdigit()]
     if not steps or len(steps) != len(args.steps.split(",")):
-        raise UsageError(f"steps {args.steps!r}; expected whole numbers such as 10,20,50")
+        raise UsageError(f"--steps {args.steps!r}: expected integers", hint="for example 10,20,50")
     names = [name.strip() for name in (args.schedulers or "").split(",") if name.strip()]
+    check_schedulers(args.bundle, names)
     images, labels, rows = [], [], []
     with open_pipeline(args) as pipe:
         names = names or [title for title in all_titles() if title != "PNDM"]
@@ -46,5 +56,5 @@ def compare(args: argparse.Namespace) -> None:
                 if not args.quiet:
                     print(f"{name:24} {count:4} steps {seconds:8.2f} s", file=sys.stderr)
     columns = len(steps) if len(steps) > 1 else None
-    save_png(make_labelled_grid(images, labels, columns), args.output, args.prompt)
+    save_image(make_labelled_grid(images, labels, columns), args.output, args.prompt)
     print(json.dumps({"sheet": str(args.output), "pictures": rows}) if args.json else args.output)

@@ -81,27 +81,27 @@ def _version(package: str) -> str | None:
         return None
 
 
-def text_from_diagnosis(found: dict[str, Any]) -> str:
+def text_from_diagnosis(report: dict[str, Any]) -> str:
     lines = [
-        f"Python {found['python']} on {found['platform']}, {found['cores']} cores",
-        f"bundles in {found['home']} ({found['free_bytes'] / 1e9:.0f} GB free)",
-        "packages: " + ", ".join(f"{k} {v}" for k, v in found["packages"].items() if v),
-        *_gpu_lines(found),
+        f"Python {report['python']} on {report['platform']}, {report['cores']} cores",
+        f"bundles in {report['home']} ({report['free_bytes'] / 1e9:.0f} GB free)",
+        "packages: " + ", ".join(f"{k} {v}" for k, v in report["packages"].items() if v),
+        *_gpu_lines(report),
         "backends, in the order in which auto tries them:",
     ]
-    for entry in found["backends"]:
+    for entry in report["backends"]:
         mark = "works" if entry["works"] else f"no: {entry['reason']}"
         lines.append(f"  {entry['backend']:13} {entry['device']:5} {mark}")
-    lines.append(f"auto takes, for a large model: {found['chosen'] or 'nothing: none works'}")
+    lines.append(f"default backend for large models: {report['chosen'] or 'none works'}")
     return "\n".join(lines)
 
 
-def _gpu_lines(found: dict[str, Any]) -> list[str]:
-    if found["no_gpu"]:
-        return [f"GPUs: none ({found['no_gpu']})"]
-    lines = [f"NVIDIA driver {found['driver'] or 'of unknown version'}, CUDA {found['cuda']}"]
-    for gpu in found["gpus"]:
+def _gpu_lines(report: dict[str, Any]) -> list[str]:
+    if report["no_gpu"]:
+        return [f"GPUs: none ({report['no_gpu']})"]
+    lines = [f"NVIDIA driver {report['driver'] or 'of unknown version'}, CUDA {report['cuda']}"]
+    for gpu in report["gpus"]:
         free = "unknown" if gpu["free_bytes"] is None else f"{gpu['free_bytes'] / 1e9:.1f} GB"
-        whole = f"{gpu['bytes'] / 1e9:.1f} GB"
-        lines.append(f"  GPU {gpu['index']}: {gpu['name']}, {gpu['sm']}, {whole}, {free} free")
+        memory = f"{gpu['bytes'] / 1e9:.1f} GB"
+        lines.append(f"  GPU {gpu['index']}: {gpu['name']}, {gpu['sm']}, {memory}, {free} free")
     return lines

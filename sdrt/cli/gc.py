@@ -1,8 +1,7 @@
-"""`sdrt gc`: what killed processes, other GPUs and files that are gone have left in sdrt's folders.
+"""`sdrt gc`: lists and deletes what interrupted builds, other GPUs and deleted bundles have left.
 
-Knows names, locks and plans' sidecars. Bundles are not touched, nor what somebody holds the lock
-of. Pictures go where users say: what is left of one that was cut off is written over by the next
-of its name.
+Knows names, locks and plans' sidecars. Bundles are not touched, nor anything that is locked. Images
+are written where users choose; a partial file there is replaced by the next one of its name.
 """
 
 import argparse
@@ -33,22 +32,22 @@ from .inspect import megabytes
 
 log = logging.getLogger(__name__)
 REASONS = {
-    ".partial": "what a killed process had made of {}",
-    ".old": "what stood in the place of {}",
+    ".partial": "partial output of an interrupted build of {}",
+    ".old": "the replaced version of {}",
     ".lock": "a lock that nobody holds",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A file, a folder, or a plan with its sidecar; why it is of no use."""
+    """A file, a folder, or a plan with its sidecar, and why it is not needed."""
 
     path: Path
     reason: str
 
     @property
     def target(self) -> Path:
-        """What it belongs to, under whose lock it is taken away."""
+        """What it belongs to, and whose lock is held to delete it."""
         if self.path.suffix in REASONS:
             return self.path.with_name(self.path.stem.removeprefix("."))
         return self.path.with_name(self.path.name.partition("-")[0])
@@ -66,7 +65,7 @@ class Leftover:
         return sum(path.stat().st_size for path in self.files)
 
     def free(self) -> None:
-        """Take it away; raises BlockingIOError where somebody has begun to make it again."""
+        """Delete it; raises BlockingIOError if it is being rebuilt."""
         with locked(self.target, wait=False):
             if self.path.suffix == ".plan":
                 for path in reversed(self.files):  # a plan without its sidecar is no plan
@@ -78,39 +77,42 @@ class Leftover:
 
 
 def collect_garbage(args: argparse.Namespace) -> None:
-    """Print what is left over, or JSON; with `--yes` free it."""
-    found, stale = list(leftovers(detect_gpus())), stale_entries()
+    """Print leftovers, or JSON; with `--yes` delete them."""
+    unused, stale = list(leftovers(detect_gpus())), stale_entries()
     described: list[dict[str, Any]] = [
-        {"path": str(f.path), "bytes": f.bytes, "reason": f.reason} for f in found
+        {"path": str(f.path), "bytes": f.bytes, "reason": f.reason} for f in unused
     ]
     if stale:
-        reason = f"{len(stale)} remembered files are gone or changed"
+        reason = f"{len(stale)} cached checks of files that were deleted or changed"
         described.append({"path": str(home() / "verified.json"), "bytes": 0, "reason": reason})
     if args.yes:
-        _free(found)
+        _free(unused)
         forget_verified(stale)
-    total = sum(leftover.bytes for leftover in found)
+    if not described and not args.json:
+        print("Nothing to delete.")
+        return
+    total = sum(leftover.bytes for leftover in unused)
     if args.json:
         print(json.dumps({"leftovers": described, "bytes": total, "freed": args.yes}, indent=2))
         return
-    for each in described:
-        print(f"{megabytes(each['bytes']):>12}  {each['path']}  ({each['reason']})")
-    verb = "freed" if args.yes else "to free; type sdrt gc --yes" if described else "to free"
+    for entry in described:
+        print(f"{megabytes(entry['bytes']):>12}  {entry['path']}  ({entry['reason']})")
+    verb = "freed" if args.yes else "to free; run `sdrt gc --yes`" if described else "to free"
     print(f"{megabytes(total):>12}  {verb}")
 
 
-def _free(found: list[Leftover]) -> None:
-    for leftover in found:
+def _free(unused: list[Leftover]) -> None:
+    for leftover in unused:
         try:
             leftover.free()
         except BlockingIOError:
-            log.info("%s is made again just now; it stays", leftover.target)
+            log.info("%s is being rebuilt; skipping", leftover.target)
         except OSError as error:
-            raise SdrtError(f"{leftover.path} cannot be freed: {error.strerror}") from error
+            raise SdrtError(f"failed to delete {leftover.path}: {error.strerror}") from error
 
 
 def leftovers(machine: GpuInventory) -> Iterator[Leftover]:
-    """All that is left over; machine: whose GPUs plans are for."""
+    """Everything that can be deleted. machine: whose GPUs plans are for"""
     bundles = dict(_bundles())
     plans = {*bundles, *_subfolders(home() / "plans")}
     places = [home(), bundles_folder(), home() / "converted", *_subfolders(home() / "embedded")]
@@ -166,7 +168,7 @@ def _useless_plans(
         except (OSError, ValueError, KeyError, TypeError):
             continue  # written by another version: it is left alone
         if not plan.path.is_file():
-            yield Leftover(plan.path, "a sidecar whose plan is gone")
+            yield Leftover(plan.path, "a sidecar without its plan")
         elif reason := _why_useless(plan, bundle, machine):
             yield Leftover(plan.path, reason)
     for path in sorted(folder.glob("*/*-*.plan")):
@@ -180,13 +182,13 @@ def _useless_graphs(bundles: list[Bundle]) -> Iterator[Leftover]:
     known = {record.sha256 for bundle in bundles for record in bundle.manifest.files.values()}
     for mark in sorted((home() / "plans").glob(f"cpu-*/*/{METADATA}")):
         try:
-            wanted = set(read_json(mark).get("of", ()))
+            sources = set(read_json(mark).get("of", ()))
         except BundleError:
             continue
         if reason := explain_stale(mark.parent.parent.name):
             yield Leftover(mark.parent, reason)
-        elif not wanted <= known:
-            yield Leftover(mark.parent, "of a graph or weights that no bundle has")
+        elif not sources <= known:
+            yield Leftover(mark.parent, "for a graph or weights that no bundle has")
 
 
 def _why_useless(plan: Plan, bundle: Bundle | None, machine: GpuInventory) -> str | None:
@@ -201,7 +203,7 @@ def _why_useless(plan: Plan, bundle: Bundle | None, machine: GpuInventory) -> st
     if machine.gpus and key.gpu and key.gpu not in {gpu.name for gpu in machine.gpus}:
         return f"for {key.gpu}, here is {machine.gpus[0].name}"
     if bundle and not _has(bundle, key.component, (key.graph, key.weights)):
-        return "of a graph or weights that the bundle no longer has"
+        return "for a graph or weights that the bundle no longer has"
     return None
 
 

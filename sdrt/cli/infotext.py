@@ -29,7 +29,7 @@ OURS = "sdrt "  # how `Version` begins
 class Restored:
     """What an image's text asks for.
 
-    arguments: by the command line's names; what is typed beside `--from` goes before them
+    arguments: by the command line's names; what is typed with `--from` overrides them
     options: of a call that the command line has no argument for
     loras: every LoRA's weight by its name
     needed: arguments that the text cannot hold and that must be typed, with what they are
@@ -142,7 +142,7 @@ def restored_from(path: Path) -> Restored:
             log.debug("%s: %s is passed over", name, shorten(value))
         elif name not in {*ARGUMENTS, *OPTIONS, *NEEDED, *READ_APART}:
             raise UsageError(
-                f"{path} was made with {name!r} ({shorten(value)}), which is not supported here, "
+                f"{path} was made with {name!r} ({shorten(value)}), which is unsupported here, "
                 "so that the image would be another one"
             )
     if "Lora files" in settings and "Prompts" in settings:
@@ -166,17 +166,17 @@ def restored_from(path: Path) -> Restored:
 def _read(
     path: Path, settings: Mapping[str, str], readers: Mapping[str, tuple[str, Callable[[str], Any]]]
 ) -> dict[str, Any]:
-    found = {}
+    values = {}
     for key, (name, read) in readers.items():
         if key in settings:
             try:
-                found[name] = read(settings[key])
+                values[name] = read(settings[key])
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise UsageError(
                     f"{path}: its text says {key}: {shorten(settings[key])}, which is not "
                     "understood"
                 ) from None
-    return found
+    return values
 
 
 def _extract_tags(settings: Mapping[str, str], arguments: dict[str, Any]) -> dict[str, LoraWeight]:

@@ -51,17 +51,17 @@ def _layers(bundle: Bundle, name: str) -> dict[str, Any]:
     from sdrt.engine.tensorrt.variants import FULL, MODULES, RTX
 
     kind = next((kind for kind in (FULL, RTX) if is_installed(MODULES[kind])), RTX)
-    found: dict[str, Any] = {"nodes": group_nodes(kind, bundle.graph(name))}
+    report: dict[str, Any] = {"nodes": group_nodes(kind, bundle.graph(name))}
     try:
         candidate = select_backend(kind)
     except BackendError as error:
-        return {**found, "engine": None, "why_no_engine": str(error)}
+        return {**report, "engine": None, "why_no_engine": str(error)}
     assert candidate.load is not None
     engine: Any = candidate.load(bundle, name)
-    nodes = [node for of in found["nodes"].values() for node in of]
-    found["engine"] = layers_by_node(nodes, engine.plan.layers())
+    nodes = [node for of in report["nodes"].values() for node in of]
+    report["engine"] = layers_by_node(nodes, engine.plan.layers())
     engine.close()
-    return found
+    return report
 
 
 def text_from_bundles(described: list[dict[str, Any]]) -> str:
@@ -79,19 +79,19 @@ def _text_from_bundle(bundle: dict[str, Any]) -> str:
     if bundle["prediction"]:
         lines.append(f"  predicts {bundle['prediction']}")
     for name, part in bundle["components"].items():
-        proof = "  ".join(f"{key} {value:.3g}" for key, value in part["parity"].items())
-        lines.append(f"  {name:13} {part['dtype']:8} {megabytes(part['bytes']):>10}  {proof}")
+        parity = "  ".join(f"{key} {value:.3g}" for key, value in part["parity"].items())
+        lines.append(f"  {name:13} {part['dtype']:8} {megabytes(part['bytes']):>10}  {parity}")
         lines += _layer_lines(part["layers"]) if "layers" in part else []
-    proof = "  ".join(f"{key} {value:.3g}" for key, value in bundle["parity"].items())
-    return "\n".join([*lines, f"  {'end to end':13} {proof}"])
+    parity = "  ".join(f"{key} {value:.3g}" for key, value in bundle["parity"].items())
+    return "\n".join([*lines, f"  {'end to end':13} {parity}"])
 
 
-def _layer_lines(found: dict[str, Any]) -> list[str]:
-    counts = ", ".join(f"{what} {len(nodes)}" for what, nodes in found["nodes"].items())
+def _layer_lines(report: dict[str, Any]) -> list[str]:
+    counts = ", ".join(f"{what} {len(nodes)}" for what, nodes in report["nodes"].items())
     lines = [f"    TensorRT must fuse: {counts}"]
-    if found["engine"] is None:
-        return [*lines, f"    no engine to look into: {found['why_no_engine']}"]
-    return [*lines, *(f"    {n}: {', '.join(of) or 'none'}" for n, of in found["engine"].items())]
+    if report["engine"] is None:
+        return [*lines, f"    no engine to look into: {report['why_no_engine']}"]
+    return [*lines, *(f"    {n}: {', '.join(of) or 'none'}" for n, of in report["engine"].items())]
 
 
 def megabytes(count: int) -> str:

@@ -1,4 +1,4 @@
-"""The command line. Standard output carries what a script wants; all talk goes to standard error.
+"""The command line: results on standard output, everything else on standard error.
 
 Imports stay inside the commands, so that `sdrt --help` is immediate.
 """
@@ -11,58 +11,170 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
-from sdrt.errors import SdrtError
+from sdrt.errors import SdrtError, UsageError
 
 from .arguments import (
     add_bench,
     add_compare,
     add_export_triton,
     add_gc,
+    add_inspect,
+    add_json,
     add_logging,
+    add_name,
     add_run,
     add_serve,
     add_verify,
 )
 from .build import add_build, build
+from .parser import CommandParser
+from .terminal import LogFormatter, LogHandler, report_error
 
 EXAMPLES = """examples:
-  sdrt build --model shapes
   sdrt run "a red circle on a blue background" --seed 0
   sdrt build --model stable-diffusion-v1-5 --fp16
-  sdrt build --bundle stable-diffusion-v1-5 --backend tensorrt-rtx --target sm_89
   sdrt run "a lighthouse at dusk" --steps 30 --num-images 4 --grid --output lighthouse.png
-  sdrt run "a (red:1.2) circle" --scheduler "DPM++ 2M Karras" --preview
-  sdrt run "a white cross" --image drawing.png --mask mask.png --strength 0.9
-  sdrt run --from lighthouse.png --steps 50
-  sdrt compare "a red circle on a blue background" --schedulers "Euler,DDIM" --steps 5,20
   sdrt serve --port 7860
-  sdrt export-triton --bundle shapes --output repository
-  sdrt inspect --json
-  sdrt verify --bundle shapes
-  sdrt gc --yes
   sdrt doctor
 
-exit codes: 0 done, 1 failed, 2 usage, 3 bundle, 4 checkpoint, 5 backend, 6 parity, 130 interrupted
+exit codes:
+  0 success        1 failure, such as a full disk or a missing package
+  2 arguments      3 bundle        4 checkpoint        5 backend
+  6 parity with PyTorch            130 interrupted
+
+`sdrt COMMAND --help` describes a command
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A subcommand. examples: what follows `sdrt NAME`, one a line"""
+
+    name: str
+    summary: str
+    function: Callable[[argparse.Namespace], None]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    examples: tuple[str, ...]
+
+
+def commands() -> tuple[Command, ...]:
+    """All subcommands, in the order of `sdrt --help`."""
+    return (
+        Command(
+            "run",
+            "generate images from a prompt",
+            run,
+            add_run,
+            (
+                '"a red circle on a blue background" --seed 0',
+                '"a white cross" --image drawing.png --mask mask.png --strength 0.9',
+                "--from lighthouse.png --steps 50",
+            ),
+        ),
+        Command(
+            "build",
+            "build a bundle from a model",
+            build,
+            add_build,
+            (
+                "--model stable-diffusion-v1-5 --fp16",
+                "--model model.safetensors --lora style.safetensors:0.8 --name styled",
+                "--bundle stable-diffusion-v1-5-fp16 --backend tensorrt-rtx --target sm_89",
+            ),
+        ),
+        Command("list", "list the bundles", list_bundles, add_json, ("", "--json")),
+        Command("use", "set the default bundle", use, add_name, ("stable-diffusion-v1-5-fp16",)),
+        Command("remove", "delete a bundle and its plans", remove, add_name, ("shapes-fp16",)),
+        Command(
+            "compare",
+            "compare schedulers and step counts on one sheet",
+            compare,
+            add_compare,
+            (
+                '"a red circle" --schedulers "Euler,DDIM" --steps 5,20',
+                '"a lighthouse at dusk" --output sheet.png',
+                '"a red circle" --steps 10 --seed 0 --json',
+            ),
+        ),
+        Command("schedulers", "list the schedulers", schedulers, add_json, ("", "--json")),
+        Command(
+            "serve",
+            "serve images over HTTP",
+            serve,
+            add_serve,
+            (
+                "--port 7860",
+                "--bundle shapes --host 0.0.0.0 --keys keys.txt",
+                "--ray --replicas 1:4",
+            ),
+        ),
+        Command(
+            "export-triton",
+            "write a model repository for Triton",
+            export_triton,
+            add_export_triton,
+            (
+                "--bundle shapes --output repository",
+                "--bundle shapes --output repository --instances 2 --force",
+                "--output repository --name model --backend onnxruntime",
+            ),
+        ),
+        Command(
+            "bench",
+            "measure a bundle on every engine of this machine",
+            bench,
+            add_bench,
+            (
+                "--bundle shapes",
+                "--steps 1,4,20 --plot speed.png",
+                "--json --compare earlier.json",
+            ),
+        ),
+        Command(
+            "inspect",
+            "show what bundles contain",
+            inspect,
+            add_inspect,
+            ("", "--bundle shapes --json", "--bundle shapes --layers"),
+        ),
+        Command(
+            "verify",
+            "validate a bundle on this machine",
+            verify,
+            add_verify,
+            ("", "--bundle shapes --backend openvino", "--bundle shapes --json"),
+        ),
+        Command("gc", "list or delete files that are no longer needed", gc, add_gc, ("", "--yes")),
+        Command("doctor", "show which backends work here, and why", doctor, add_json, ("",)),
+        Command(
+            "completion",
+            "print a completion script for a shell",
+            completion,
+            _add_shell,
+            ("bash > ~/.local/share/bash-completion/completions/sdrt", "zsh > ~/.zfunc/_sdrt"),
+        ),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = parser().parse_args(arguments)
-    level = logging.DEBUG if args.verbose else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("sdrt").setLevel(logging.WARNING if args.quiet else level)
-    command: Callable[[argparse.Namespace], None] = args.command
+    typed = sys.argv[1:] if arguments is None else list(arguments)
+    if not typed:
+        build_parser().print_help(sys.stderr)
+        return UsageError.exit_code
     try:
-        command(_restored(args, arguments) if getattr(args, "source", None) else args)
+        args = _parse(build_parser(), typed)
+        _configure_logging(args)
+        command: Callable[[argparse.Namespace], None] = args.command
+        command(_restore(args, typed) if getattr(args, "source", None) else args)
     except SdrtError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("sdrt: interrupted; nothing half-written is left", file=sys.stderr)
+        print("Interrupted. No partial files were left behind.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,12 +182,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _restored(args: argparse.Namespace, typed: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments as typed over those that an image's text holds."""
+def _configure_logging(args: argparse.Namespace) -> None:
+    handler = LogHandler()
+    handler.setFormatter(LogFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    level = logging.DEBUG if args.verbose else logging.INFO
+    logging.getLogger("sdrt").setLevel(logging.WARNING if args.quiet else level)
+
+
+def _parse(parser: CommandParser, arguments: Sequence[str]) -> argparse.Namespace:
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise UsageError(f"unexpected argument `{unknown[0]}`", hint="run `sdrt COMMAND --help`")
+    return args
+
+
+def _restore(args: argparse.Namespace, arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments as typed over those in an image's metadata."""
     from .infotext import apply_typed, restored_from
 
     restored = restored_from(args.source)
-    return apply_typed(parser(restored.arguments).parse_args(typed), restored)
+    return apply_typed(_parse(build_parser(restored.arguments), arguments), restored)
 
 
 def _interrupt_again(unraisable: Any) -> None:
@@ -89,12 +216,12 @@ def _interrupt_again(unraisable: Any) -> None:
 def _interrupt_main() -> None:
     if sys.platform == "win32":
         signal.raise_signal(signal.SIGINT)
-    else:  # a system call of the main thread's ends, too
+    else:  # it also ends a system call of the main thread
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def entry() -> int:
-    """What the `sdrt` script and `python -m sdrt` call."""
+    """The `sdrt` script and `python -m sdrt`."""
     from sdrt.process_exit import exit_now
 
     sys.unraisablehook = _interrupt_again
@@ -103,62 +230,67 @@ def entry() -> int:
     return code
 
 
-def parser(for_run: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
-    """for_run: defaults of `sdrt run` instead of its own"""
+def build_parser(run_defaults: Mapping[str, Any] | None = None) -> CommandParser:
+    """The parser of all commands. run_defaults: replace those of `sdrt run`"""
     from sdrt.version import __version__
 
-    top = argparse.ArgumentParser(
+    top = CommandParser(
         prog="sdrt",
-        description="Stable Diffusion, compiled: build a bundle from a model, run prompts on it.",
+        description="Stable Diffusion, compiled: build a bundle from a model, generate images.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"sdrt {__version__}")
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    add_build(_command(commands, "build", build, "turn a model into a bundle"))
-    run_parser = _command(commands, "run", run, "turn a prompt into a picture")
-    add_run(run_parser)
-    run_parser.set_defaults(**(for_run or {}))
-    add_compare(
-        _command(commands, "compare", compare, "draw one prompt with several schedulers and steps")
-    )
-    schedulers_parser = _command(commands, "schedulers", schedulers, "list the samplers")
-    schedulers_parser.add_argument("--json", action="store_true", help="for machines")
-    add_bench(_command(commands, "bench", bench, "measure a bundle on every engine here"))
-    add_serve(_command(commands, "serve", serve, "answer requests over HTTP"))
-    add_export_triton(
-        _command(commands, "export-triton", export_triton, "write a model repository for Triton")
-    )
-    inspect_parser = _command(commands, "inspect", inspect, "show bundles and what is in them")
-    inspect_parser.add_argument("--bundle", metavar="NAME|FOLDER", help="only this one")
-    inspect_parser.add_argument(
-        "--layers", action="store_true", help="what TensorRT makes of attention and normalisation"
-    )
-    inspect_parser.add_argument("--json", action="store_true", help="for machines")
-    add_verify(_command(commands, "verify", verify, "prove a bundle again, on this machine"))
-    add_gc(_command(commands, "gc", gc, "show or free what is left over in sdrt's folders"))
-    doctor_parser = _command(commands, "doctor", doctor, "show which backends work here, and why")
-    doctor_parser.add_argument("--json", action="store_true", help="for machines")
+    subparsers = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in commands():
+        lines = "\n".join(f"  sdrt {command.name} {line}".rstrip() for line in command.examples)
+        subparser = subparsers.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog=f"examples:\n{lines}",
+        )
+        subparser.set_defaults(command=command.function)
+        command.add_arguments(subparser)
+        add_logging(subparser)
+        if command.name == "run":
+            subparser.set_defaults(**(run_defaults or {}))
     return top
 
 
-def _command(
-    commands: Any, name: str, function: Callable[[argparse.Namespace], None], summary: str
-) -> argparse.ArgumentParser:
-    made: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.set_defaults(command=function)
-    add_logging(made)
-    return made
+def _add_shell(to: argparse.ArgumentParser) -> None:
+    to.add_argument("shell", choices=("bash", "zsh", "fish"), help="bash, zsh or fish")
+
+
+def completion(args: argparse.Namespace) -> None:
+    """`sdrt completion`: print the script."""
+    import shtab
+
+    print(shtab.complete(build_parser(), args.shell))
+
+
+def list_bundles(args: argparse.Namespace) -> None:
+    """`sdrt list`: print a table, or JSON."""
+    from .bundles import list_bundles
+
+    list_bundles(args)
+
+
+def use(args: argparse.Namespace) -> None:
+    """`sdrt use`: set the default bundle."""
+    from .bundles import use
+
+    use(args)
+
+
+def remove(args: argparse.Namespace) -> None:
+    """`sdrt remove`: delete a bundle."""
+    from .bundles import remove
+
+    remove(args)
 
 
 def run(args: argparse.Namespace) -> None:
-    """`sdrt run`: prints the path of every picture, or JSON."""
+    """`sdrt run`: prints the path of every image, or JSON."""
     from .run import run
 
     run(args)
@@ -186,7 +318,7 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """`sdrt serve`: runs until it is told to end."""
+    """`sdrt serve`: runs until interrupted."""
     from .serve import serve
 
     serve(args)
@@ -223,7 +355,7 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def gc(args: argparse.Namespace) -> None:
-    """`sdrt gc`: prints what is left over, or JSON."""
+    """`sdrt gc`: prints leftovers, or JSON."""
     from .gc import collect_garbage
 
     collect_garbage(args)
@@ -231,7 +363,7 @@ def gc(args: argparse.Namespace) -> None:
 
 def doctor(args: argparse.Namespace) -> None:
     """`sdrt doctor`: the machine, its packages and its backends."""
-    from . import doctor as cli_inspect
+    from . import doctor as cli_doctor
 
-    found = cli_inspect.diagnose()
-    print(json.dumps(found, indent=2) if args.json else cli_inspect.text_from_diagnosis(found))
+    report = cli_doctor.diagnose()
+    print(json.dumps(report, indent=2) if args.json else cli_doctor.text_from_diagnosis(report))

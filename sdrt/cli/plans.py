@@ -1,4 +1,4 @@
-"""`sdrt build`'s part about compiled plans: what was asked for, and building it."""
+"""Compiled plans in `sdrt build`: which kind to build, and building them."""
 
 import argparse
 import logging
@@ -16,23 +16,26 @@ KINDS = ("tensorrt", "tensorrt-rtx")
 
 
 def add_arguments(to: argparse.ArgumentParser) -> None:
-    plans = to.add_argument_group("plans, with --backend tensorrt or tensorrt-rtx")
+    plans = to.add_argument_group("Plans, with --backend tensorrt or tensorrt-rtx")
     plans.add_argument(
         "--target",
         action="append",
         default=[],
         metavar="sm_NN",
-        help="repeatable; default: the GPU's, or without one every RTX GPU's since Ampere",
+        help="GPU architecture, repeatable (default: this machine's, or without a GPU every "
+        "RTX generation since Ampere)",
     )
     plans.add_argument(
-        "--optimization-level", type=int, metavar="0..5", help="3; higher builds longer"
+        "--optimization-level", type=int, metavar="0..5", help="higher builds longer (default: 3)"
     )
     plans.add_argument(
         "--stream-weights",
         action="store_true",
-        help="the UNet's may stay with the host, for run --low-memory",
+        help="allow the UNet's weights to stay in host memory, for `sdrt run --low-memory`",
     )
-    plans.add_argument("--workspace", type=int, metavar="MB", help="most scratch memory")
+    plans.add_argument(
+        "--workspace", type=int, metavar="MB", help="maximum scratch memory (default: no limit)"
+    )
 
 
 def plan_kind(args: argparse.Namespace) -> str | None:
@@ -45,20 +48,20 @@ def plan_kind(args: argparse.Namespace) -> str | None:
 
     if args.backend not in KINDS:
         if args.target or args.bundle:
-            given = "--target" if args.target else "--bundle"
-            raise UsageError(f"{given} is for plans; type --backend tensorrt-rtx with it")
+            option = "--target" if args.target else "--bundle"
+            raise UsageError(f"{option} requires --backend tensorrt or tensorrt-rtx")
         chosen = select_backend().backend if args.backend == "auto" else ""
         return chosen if chosen in KINDS else None
 
-    for name, most in (("optimization_level", 5), ("workspace", 1_000_000)):
-        if (value := getattr(args, name)) is not None and not 0 <= value <= most:
-            raise UsageError(f"--{name.replace('_', '-')} {value}; expected 0 to {most}")
+    for name, limit in (("optimization_level", 5), ("workspace", 1_000_000)):
+        if (value := getattr(args, name)) is not None and not 0 <= value <= limit:
+            raise UsageError(f"--{name.replace('_', '-')} {value}; expected 0 to {limit}")
     select_targets(args.backend, _gpu(), tuple(args.target))
     return str(args.backend)
 
 
 def validation_backend(backend: str) -> str:
-    """What the build proves the bundle on: the backend asked for, where it can run."""
+    """The backend that validates the bundle: the one asked for, where it can run."""
     from sdrt.engine import select_backend
 
     if backend not in KINDS:
@@ -78,7 +81,7 @@ def build_plans(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
     except BackendError as error:
         if args.backend == kind:
             raise
-        log.warning("no plans of %s: %s", kind, error)
+        log.warning("No plans were built for %s: %s", kind, error)
 
 
 def _build(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:

@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -21,7 +21,7 @@ from sdrt.bundle import open_bundle
 from sdrt.errors import UsageError
 from sdrt.runtime import GenerationOptions, Pipeline, Preview, Step
 from sdrt.runtime.arguments import parse_options
-from sdrt.runtime.images import make_grid, open_image, save_png
+from sdrt.runtime.images import SUFFIXES, make_grid, open_image, save_image
 from sdrt.runtime.job import GenerationJob
 from sdrt.runtime.loading import unloaded_pipeline
 from sdrt.runtime.lora.adapters import find_lora, parse_lora
@@ -31,14 +31,14 @@ from sdrt.runtime.lora.tags import parse_weight
 from sdrt.runtime.requests import Request
 from sdrt.runtime.safety_checker import is_flagged, is_flat
 
-from .terminal import terminal_graphics
+from .terminal import print_line, terminal_graphics
 
 PREVIEW_SIDE = 256
-FLAGGED = "seed {}: the safety checker flagged the picture, so it is black"
+FLAGGED = "seed {}: the safety checker flagged the image, so it is black"
 
 
 def options_from_arguments(args: argparse.Namespace) -> GenerationOptions:
-    """The call that a command line asks for."""
+    """The generation options of a command line."""
     return parse_options(
         {
             "negative_prompt": args.negative_prompt,
@@ -67,7 +67,7 @@ def options_from_arguments(args: argparse.Namespace) -> GenerationOptions:
 
 
 def open_pipeline(args: argparse.Namespace) -> Pipeline:
-    """The pipeline that a command line asks for."""
+    """The pipeline of a command line."""
     precision = "exact" if args.exact else "auto"
     pipe = load(
         args.bundle,
@@ -92,18 +92,23 @@ def _loras(args: argparse.Namespace) -> LoraSet:
 
 
 def check_arguments(args: argparse.Namespace) -> GenerationOptions:
-    """The call that a command line asks for. Raises SdrtError for what does not fit the bundle,
+    """The generation options of a command line. Raises SdrtError for what does not fit the bundle,
     before any of its engines is loaded.
     """
-    if args.output.suffix and not args.output.is_dir() and args.output.suffix.lower() != ".png":
-        raise UsageError(f"{args.output}: images are written as .png; name a .png or a folder")
+    if not args.output.is_dir() and args.output.suffix.lower() not in ("", *SUFFIXES):
+        raise UsageError(
+            f"--output {args.output}: unsupported suffix; expected {', '.join(SUFFIXES)}",
+            hint="or pass a folder",
+        )
     for name in ("mask", "strength"):
         if args.image is None and getattr(args, name) is not None:
-            raise UsageError(f"--{name} needs --image, the image to start from")
+            raise UsageError(
+                f"--{name} requires --image", hint="pass the image to edit with --image FILE"
+            )
     options = options_from_arguments(args)
     pipe = unloaded_pipeline(open_bundle(args.bundle))
     if pipe.accepts_prompt and not args.prompt:
-        raise UsageError('no prompt; type for example: sdrt run "a red circle"')
+        raise UsageError("no prompt was given", hint='for example `sdrt run "a red circle"`')
     chosen = with_scheduler(pipe, args.scheduler, args.scheduler_option)
     job = chosen.validate(args.prompt or None, options)
     group_by_lora_set(job.requests, options, _loras(args))
@@ -114,22 +119,24 @@ def _parse_interval(text: str) -> tuple[float, float]:
     try:
         low, high = (float(part) for part in text.split(":"))
     except ValueError:
-        raise UsageError(f"guidance interval {text!r} is not FROM:TO; such as 0.1:0.8") from None
+        raise UsageError(
+            f"--guidance-interval {text!r} is not FROM:TO", hint="for example 0.1:0.8"
+        ) from None
     return low, high
 
 
 def _parse_pair(option: str, text: str | None) -> tuple[int, int] | None:
-    """`"1024x768"` across and down -> (768, 1024), as models are told."""
+    """`"1024x768"`, width first -> (768, 1024), as models expect it."""
     if text is None:
         return None
     across, x, down = text.lower().partition("x")
     if not (x and across.isdigit() and down.isdigit()):
-        raise UsageError(f"{option} {text!r} is not two whole numbers; such as 1024x1024")
+        raise UsageError(f"{option} {text!r} is not two integers", hint="for example 1024x1024")
     return int(down), int(across)
 
 
 def with_scheduler(pipe: Pipeline, name: str | None, settings: Sequence[str]) -> Pipeline:
-    """The pipeline with the sampler and the options of it that were named."""
+    """The pipeline with a scheduler, and options of it."""
     chosen = pipe.with_scheduler(name) if name else pipe
     if not settings:
         return chosen
@@ -137,7 +144,9 @@ def with_scheduler(pipe: Pipeline, name: str | None, settings: Sequence[str]) ->
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not (key and equals):
-            raise UsageError(f"scheduler option {setting!r} is not KEY=VALUE; such as eta=0.5")
+            raise UsageError(
+                f"--scheduler-option {setting!r} is not KEY=VALUE", hint="for example eta=0.5"
+            )
         try:
             config[key] = json.loads(text)
         except ValueError:
@@ -146,7 +155,7 @@ def with_scheduler(pipe: Pipeline, name: str | None, settings: Sequence[str]) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the path of every picture, or JSON; what is finished is kept when interrupted."""
+    """Print the path of every image, or JSON; an interruption keeps what is finished."""
     began = time.perf_counter()
     options = check_arguments(args)
     with open_pipeline(args) as pipe, ExitStack() as stack:
@@ -155,29 +164,28 @@ def run(args: argparse.Namespace) -> None:
         watchers = stack.enter_context(_bar(args))
         if args.preview:
             watchers.append(stack.enter_context(_preview(chosen, args.output)))
-        on_step = partial(_notify, watchers) if watchers else None  # so that it may run whole
+        on_step = partial(_notify, watchers) if watchers else None  # None: one call may do it all
         job = chosen.create_job(args.prompt or None, options)
-        made = stream_by_lora_set(chosen, job, on_step)
         writer = stack.enter_context(ThreadPoolExecutor(1))
         total = 1 if args.grid else max(1, len(args.prompt)) * args.num_images
         finished: list[tuple[Request, Image.Image]] = []
         writing: dict[int, Future[Path]] = {}
         try:
-            for request, image in made:
+            for request, image in stream_by_lora_set(chosen, job, on_step):
                 if is_flagged(image):
-                    _print_line(FLAGGED.format(request.seed), sys.stderr)
+                    print_line(FLAGGED.format(request.seed), sys.stderr)
                 finished.append((request, image))
                 if not args.grid:
                     text = chosen.parameters_text(request, job)
                     file = image_file(args.output, request, total)
                     writing[request.index] = writer.submit(_write, image, file, text, args.json)
-                for each in writing.values():
-                    if each.done():
-                        each.result()  # a full disk ends the run
+                for future in writing.values():
+                    if future.done():
+                        future.result()  # a full disk ends the run
         finally:
-            for each in writing.values():
-                each.result()
-            finished.sort(key=lambda each: each[0].index)
+            for future in writing.values():
+                future.result()
+            finished.sort(key=lambda pair: pair[0].index)
             paths = [writing[index].result() for index in sorted(writing)]
             if finished and args.grid:
                 paths = [_write_grid(chosen, job, finished, args)]
@@ -198,9 +206,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _write(image: Image.Image, file: "File", text: str, silent: bool) -> Path:
     """An image's file, while the next image is made."""
-    path = save_png(image, file.path, text, replace=file.replace)
+    path = save_image(image, file.path, text, replace=file.replace)
     if not silent:
-        _print_line(str(path), sys.stdout)
+        print_line(str(path), sys.stdout)
     return path
 
 
@@ -215,13 +223,6 @@ def _write_grid(
     text = pipe.grid_parameters_text(replace(job, requests=requests))
     grid = make_grid([image for _, image in finished])
     return _write(grid, image_file(args.output, requests[0], 1), text, args.json)
-
-
-def _print_line(line: str, stream: TextIO) -> None:
-    """Print a line above the progress bar, if there is one."""
-    bars = sys.modules.get("tqdm")
-    with bars.tqdm.external_write_mode(file=stream) if bars else nullcontext():
-        print(line, file=stream, flush=True)
 
 
 def _notify(watchers: Sequence[Callable[[Step], None]], step: Step) -> None:
@@ -251,29 +252,34 @@ def image_file(output: Path, request: Request, total: int) -> File:
 
 @contextmanager
 def _bar(args: argparse.Namespace) -> Iterator[list[Callable[[Step], None]]]:
-    """A bar over evaluations, on a terminal only; nobody watches elsewhere."""
+    """A progress bar on a terminal, over the steps as they were asked for: some schedulers
+    evaluate the UNet more often than once a step.
+    """
     if args.quiet or not sys.stderr.isatty():
         yield []
         return
     from tqdm import tqdm
 
-    with tqdm(unit=" evaluations", leave=False) as bar:
+    with tqdm(total=args.steps, unit=" steps", leave=False) as bar:
 
         def on_step(step: Step) -> None:
             if step.index == 1:
-                bar.reset(step.total)
-            bar.update(1)
+                bar.reset(args.steps)
+                bar.set_description_str("Generating", refresh=False)
+            bar.update(step.index * args.steps // step.total - bar.n)
+            if step.index == step.total:
+                bar.set_description_str("Decoding")
 
         yield [on_step]
 
 
 @contextmanager
 def _preview(pipe: Pipeline, output: Path) -> Iterator[Callable[[Step], None]]:
-    """The picture as it forms: in the terminal where it can show one, else in a file that is
-    replaced at every step and is gone when the run is over.
+    """The image as it forms: in the terminal where that shows images, else in a file that is
+    replaced at every step and deleted at the end.
     """
     preview, protocol = Preview(pipe.manifest.preview), terminal_graphics()
-    # A name that is nobody else's: the file is gone when the run is over.
+    # A unique name, since the file is deleted at the end.
     path = (output.parent if output.suffix else output) / f"sdrt-{os.getpid()}.preview.png"
     if not protocol:
         print(f"preview: {path}", file=sys.stderr)
@@ -286,7 +292,7 @@ def _preview(pipe: Pipeline, output: Path) -> Iterator[Callable[[Step], None]]:
             sys.stderr.write("\x1b7" + protocol(_png(large)) + "\x1b8")
             sys.stderr.flush()
         else:
-            save_png(large, path, f"step {step.index} of {step.total}")
+            save_image(large, path, f"step {step.index} of {step.total}")
 
     try:
         yield on_step

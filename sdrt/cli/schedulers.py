@@ -32,14 +32,24 @@ def schedulers(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(listed, indent=2))
         return
+    rows = [("NAME", "ALSO", "UNET CALLS", "NOISE", "SCHEDULES")]
     for entry in listed:
-        also, words = ", ".join(entry["also"]), ", ".join(entry["with"])
-        words = "any schedule" if len(entry["with"]) == len(SCHEDULES) else words
-        noise = "draws noise" if entry["fresh_noise"] else ""
-        cost = f"{entry['evaluations_per_step']} a step"
-        print(f"{entry['name']:32} {also:36} {cost:9} {noise:12} {words}".rstrip())
+        every = len(entry["with"]) == len(SCHEDULES)
+        rows.append(
+            (
+                entry["name"],
+                ", ".join(entry["also"]),
+                f"{entry['evaluations_per_step']} a step",
+                "every step" if entry["fresh_noise"] else "",
+                "any" if every else ", ".join(entry["with"]),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for *cells, last in rows:
+        columns = [f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)]
+        print("  ".join([*columns, last]).rstrip())
     print(
-        "\nAny name works with --scheduler; a schedule of the last column goes after one, as in "
+        "\nAny name works with --scheduler; append a schedule of the last column to it, as in "
         f'"DPM++ 2M Karras". Schedules: {", ".join(SCHEDULES)}.',
         file=sys.stderr,
     )

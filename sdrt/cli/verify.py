@@ -1,12 +1,12 @@
-"""`sdrt verify`: a bundle proven again, by this machine's engines, against what torch answered when
-it was built. Needs no torch.
+"""`sdrt verify`: validates a bundle on this machine's engines, against the outputs
+of torch that were stored when it was built. Needs no torch.
 """
 
 import argparse
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,47 +41,57 @@ GUIDANCE = 7.5
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was asked, and whether it is as it should be."""
+    """One check and its result."""
 
     what: str
-    found: str
-    wanted: str
+    actual: str
+    expected: str
     passed: bool
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Print every check; raise ParityError if one is missed, BundleError for other bytes than those
-    that were built.
-    """
+    """Print every check; raise ParityError if one fails, BundleError for damaged files."""
     bundle = open_bundle(args.bundle)
     check_files(bundle.folder, bundle.manifest.files, list_graphs(bundle.manifest), rehash=True)
     candidate = select_backend(args.backend, bundle.bytes, LoadOptions(args.device))
-    log_selection(candidate, candidate.precision_label(bundle))
-    checks = [Check("files", f"{len(bundle.manifest.files)} of the sha256 built", "all", True)]
+    log_selection(candidate, bundle)
+    checks = [
+        Check("files", f"{len(bundle.manifest.files)} match their recorded sha256", "all", True)
+    ]
     for check in run_checks(bundle, candidate):
         checks.append(check)
         log.debug("%s", _line(check))
     missed = [check for check in checks if not check.passed]
     if args.json:
         described = {"bundle": str(bundle.folder), "backend": candidate.title}
-        print(json.dumps({**described, "checks": [asdict(check) for check in checks]}, indent=2))
+        print(json.dumps({**described, "checks": [_to_json(check) for check in checks]}, indent=2))
     else:
         print("\n".join(_line(check) for check in checks))
     if missed:
         raise ParityError(
-            f"{bundle.folder} is not proven on {candidate.title}: {missed[0].what} has "
-            f"{missed[0].found}, wanted {missed[0].wanted} ({len(missed)} of {len(checks)} checks "
-            "missed); use another --backend, or build it again with --force"
+            f"{bundle.folder} is not valid on {candidate.title}: {missed[0].what}: "
+            f"{missed[0].actual}, expected {missed[0].expected} "
+            f"({len(missed)} of {len(checks)} checks failed)",
+            hint="use another --backend, or build the bundle again with --force",
         )
 
 
+def _to_json(check: Check) -> dict[str, object]:
+    return {
+        "what": check.what,
+        "found": check.actual,
+        "wanted": check.expected,
+        "passed": check.passed,
+    }
+
+
 def _line(check: Check) -> str:
-    mark = "ok" if check.passed else "MISSED"
-    return f"{mark:7} {check.what:32} {check.found}  (wanted: {check.wanted})"
+    mark = "ok" if check.passed else "FAILED"
+    return f"{mark:7} {check.what:32} {check.actual}  (expected: {check.expected})"
 
 
 def run_checks(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
-    """Every component in every precision, the whole pipeline, and whether a seed is one picture."""
+    """Check every component in every precision, the full pipeline, and reproducibility."""
     answers, size = read_reference_outputs(bundle), bundle.manifest.sizes[0]
     exact = replace(bundle, manifest=replace(bundle.manifest, admitted={}))
     with load_pipeline(exact, candidate) as pipe:
@@ -89,33 +99,33 @@ def run_checks(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
             if name.removesuffix("_float32") in bundle.manifest.components:
                 yield _check_component(pipe, name, answers)
         try:
-            picture = generate_reference_image(pipe, size)
+            image = generate_reference_image(pipe, size)
         except BackendError:
             raise
         except SdrtError as error:  # it holds NaN or infinity
-            yield Check("the whole pipeline", str(error), "a picture", False)
+            yield Check("full pipeline", str(error), "an image", False)
             return
         halves = any(part.dtype == "float16" for part in bundle.manifest.components.values())
-        kept, dtype = {"picture": answers.picture}, "float16" if halves else "float32"
-        yield _compare("the whole pipeline", {"picture": picture}, kept, dtype)
-        same = generate_reference_image(pipe, size).tobytes() == picture.tobytes()
-        said = "the same bytes" if same else "other bytes"
-        yield Check("the same seed again", said, "the same bytes", same)
+        reference, dtype = {"picture": answers.picture}, "float16" if halves else "float32"
+        yield _compare("full pipeline", {"picture": image}, reference, dtype)
+        same = generate_reference_image(pipe, size).tobytes() == image.tobytes()
+        result = "identical" if same else "different"
+        yield Check("same seed twice", result, "identical", same)
         if bundle.manifest.batch[2] > 1:  # a call of more rows may round otherwise
             shared, alone = (
                 generate_reference_image(pipe, size, seeds=(1, 0))[1:],
-                take_samples(picture),
+                take_samples(image),
             )
-            yield _compare("the seed in company", {"picture": shared}, {"picture": alone}, dtype)
+            yield _compare("batch invariance", {"picture": shared}, {"picture": alone}, dtype)
         reduced = candidate.reduced_precision in bundle.manifest.admitted
-        wanted = (
-            generate_reference_image(pipe, size, GUIDED_STEPS, GUIDANCE) if reduced else picture
+        expected = (
+            generate_reference_image(pipe, size, GUIDED_STEPS, GUIDANCE) if reduced else image
         )
     if reduced:
         with load_pipeline(bundle, candidate) as pipe:
-            found = generate_reference_image(pipe, size, GUIDED_STEPS, GUIDANCE)
-        psnr, floor = parity.measure(found, wanted, is_image=True)["psnr"], parity.MIN_IMAGE_PSNR
-        what = f"a picture in {candidate.reduced_precision}"
+            actual = generate_reference_image(pipe, size, GUIDED_STEPS, GUIDANCE)
+        psnr, floor = parity.measure(actual, expected, is_image=True)["psnr"], parity.MIN_IMAGE_PSNR
+        what = f"image in {candidate.reduced_precision}"
         yield Check(what, f"psnr {psnr:.1f} dB", f"at least {floor} dB", psnr >= floor)
 
 
@@ -124,14 +134,14 @@ def _check_component(pipe: Pipeline, name: str, answers: ReferenceOutputs) -> Ch
     component, size = pipe.manifest.components[part], pipe.manifest.sizes[0]
     tokenizer = pipe.tokenizer_2 if part == "text_encoder_2" else pipe.tokenizer
     ids = tokenizer(["", PROMPT]) if tokenizer else None
-    found = pipe.engines[name](reference_inputs(_shapes(pipe.manifest, part), ids, size))
+    actual = pipe.engines[name](reference_inputs(_shapes(pipe.manifest, part), ids, size))
     dtype = component.dtype if name == part else f"{component.dtype} weights in float32"
-    kept = answers.components.get(part, {})
-    return _compare(f"{part}, {dtype}", found, kept, component.dtype)
+    reference = answers.components.get(part, {})
+    return _compare(f"{part}, {dtype}", actual, reference, component.dtype)
 
 
 def _shapes(manifest: Manifest, part: str) -> dict[str, tuple[int, ...]]:
-    """Of a component's inputs, for one picture of the first size."""
+    """Of a component's inputs, for one image of the first size."""
     lengths = axis_lengths(manifest, manifest.sizes[0])
     return {
         spec.name: tuple(lengths[axis] if isinstance(axis, str) else axis for axis in spec.shape)
@@ -140,16 +150,20 @@ def _shapes(manifest: Manifest, part: str) -> dict[str, tuple[int, ...]]:
 
 
 def _compare(
-    what: str, found: Feeds, kept: Mapping[str, Sequence[float] | np.ndarray], dtype: str
+    what: str, actual: Feeds, reference: Mapping[str, Sequence[float] | np.ndarray], dtype: str
 ) -> Check:
-    """Answers against the samples that are kept of torch's, by the floor of a precision."""
+    """Compare outputs with the stored samples of torch's, by the threshold of a precision."""
     floor = parity.PARITY_THRESHOLDS[dtype]
-    wanted = f"cosine at least {floor.cosine}, error at most {floor.error}"
-    samples = {name: take_samples(answer) for name, answer in found.items()}
-    if {name: len(each) for name, each in samples.items()} != {n: len(k) for n, k in kept.items()}:
-        return Check(what, "other outputs than those that are kept", wanted, False)
-    every = [parity.measure(samples[name], np.array(kept[name]), is_image=False) for name in kept]
+    expected = f"cosine at least {floor.cosine}, error at most {floor.error}"
+    samples = {name: take_samples(answer) for name, answer in actual.items()}
+    lengths = {name: len(array) for name, array in samples.items()}
+    if lengths != {name: len(array) for name, array in reference.items()}:
+        return Check(what, "outputs of other names or shapes than the reference", expected, False)
+    every = [
+        parity.measure(samples[name], np.array(array), is_image=False)
+        for name, array in reference.items()
+    ]
     values = parity.worst_case(every)
     passed = values["cosine"] >= floor.cosine and values["error"] <= floor.error
-    said = f"cosine {values['cosine']:.7g}, error {values['error']:.2g}"
-    return Check(what, said, wanted, passed)
+    result = f"cosine {values['cosine']:.7g}, error {values['error']:.2g}"
+    return Check(what, result, expected, passed)

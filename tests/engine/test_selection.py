@@ -118,8 +118,11 @@ def test_a_backend_that_fails_to_load_is_skipped_with_a_warning(refused_by_onnxr
         actual = np.asarray(pipe(**options).images[0], np.int16)
     warned = [r.message for r in caplog.records if r.levelname == "WARNING"]
     assert any(w.startswith("ONNX Runtime (CPU) failed to load") for w in warned)
-    used = [r.message for r in caplog.records if r.message.startswith("Using")]
-    assert used == ["Using ONNX Runtime (CPU), fp32", "Using PyTorch (CPU), fp32"]
+    used = [r.message for r in caplog.records if " · " in r.message]
+    assert used == [
+        f"{pipe.manifest.name} · fp32 · {label}"
+        for label in ("ONNX Runtime (CPU)", "PyTorch (CPU)")
+    ]
     with sdrt.load(whole, backend="onnxruntime") as pipe:
         expected = np.asarray(pipe(**options).images[0], np.int16)
     assert np.abs(actual - expected).max() <= 1
@@ -134,7 +137,7 @@ def test_doctor_lists_backends_and_the_one_that_would_be_selected(capsys):
     assert bool(actual["gpus"]) == (actual["no_gpu"] is None)
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert f"auto takes, for a large model: {actual['chosen']}" in text
+    assert f"default backend for large models: {actual['chosen']}" in text
     assert "tensorrt-rtx  cuda" in text
 
 

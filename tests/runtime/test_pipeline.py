@@ -11,7 +11,7 @@ from PIL import Image
 import sdrt
 from sdrt.errors import SdrtError, UsageError
 from sdrt.runtime.denoising import Guidance, get_history_layout
-from sdrt.runtime.images import make_grid, save_png
+from sdrt.runtime.images import make_grid, save_image
 from sdrt.runtime.samplers.table import sampler_table
 
 PROMPT = "a red circle on a blue background"
@@ -126,7 +126,7 @@ def test_a_closed_pipeline_says_so(shapes):
 
 def test_png_carries_the_parameters(pipe, tmp_path):
     out = pipe("ein Kreis, größer", negative_prompt="green", num_inference_steps=2, seed=0)
-    save_png(out.images[0], tmp_path / "new" / "a.png", out.parameters[0])
+    save_image(out.images[0], tmp_path / "new" / "a.png", out.parameters[0])
     text = Image.open(tmp_path / "new" / "a.png").text["parameters"]
     lines = text.split("\n")
     assert lines[:2] == ["ein Kreis, größer", "Negative prompt: green"]

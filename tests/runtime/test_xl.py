@@ -299,7 +299,7 @@ def test_what_another_model_is_reported_is_refused(shapes, option):
 
 def test_sizes_come_back_from_an_images_text(pipe, tiny_xl_bundle, tmp_path):
     from sdrt.cli.main import main
-    from sdrt.runtime.images import save_png
+    from sdrt.runtime.images import save_image
 
     options = {
         "original_size": (64, 48),
@@ -310,7 +310,7 @@ def test_sizes_come_back_from_an_images_text(pipe, tiny_xl_bundle, tmp_path):
         "negative_target_size": (10, 11),
     }
     out = pipe(PROMPT, num_inference_steps=2, seed=0, size="48x32", **options)
-    save_png(out.images[0], tmp_path / "a.png", out.parameters[0])
+    save_image(out.images[0], tmp_path / "a.png", out.parameters[0])
     typed = ["--bundle", str(tiny_xl_bundle), "--backend", "onnxruntime", "-q"]
     again = tmp_path / "b.png"
     assert main(["run", "--from", str(tmp_path / "a.png"), *typed, "--output", str(again)]) == 0

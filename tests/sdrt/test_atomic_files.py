@@ -190,7 +190,7 @@ def attempt(work, content):
     try:
         work(content)
     except Exception as error:
-        return f"{{type(error).__name__}}: {{str(error).split(';')[0]}}"
+        return f"{{type(error).__name__}}: {{str(error).splitlines()[0].split(';')[0]}}"
     return "made"
 
 
@@ -235,7 +235,9 @@ def test_a_full_or_read_only_disk_leaves_the_old_and_nothing_else(tmp_path):
         pytest.skip(f"no file system of its own: {result.stderr.strip()}")
     lines = result.stdout.splitlines()
     assert len(lines) == 2 * 14, result.stderr
-    full = f"SdrtError: no space left for {folder}/b OSError: [Errno 28] No space left on device"
+    full = (
+        f"SdrtError: no space left to write {folder}/b OSError: [Errno 28] No space left on device"
+    )
     seen = set()
     for said, there in zip(lines[::2], lines[1::2], strict=True):
         folder_made, file_made = "SdrtError" not in said, "OSError" not in said

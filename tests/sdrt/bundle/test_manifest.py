@@ -108,7 +108,7 @@ def test_text_that_is_no_json(small, text, message):
 
 def test_what_is_not_listed_is_not_used(small):
     (small / "unet" / "float32.onnx").write_bytes(b"a second graph")
-    refused(small, "float32.onnx is not in sdrt.json")
+    refused(small, "float32.onnx is not listed in sdrt.json")
     (small / "unet" / "float32.onnx").unlink()
     (small / "plans").mkdir()
     (small / "plans" / "a.plan").write_bytes(b"a cache")
@@ -127,20 +127,20 @@ def test_links_that_lead_outside(small, tmp_path):
     weights = small / "unet" / "model.safetensors"
     weights.rename(tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
-    refused(small, "outside of the bundle")
+    refused(small, "is a link out of the bundle")
     weights.unlink()
     os.link(tmp_path / "elsewhere", weights)  # as cp -al makes them
     open_bundle(small)
     (small / "unet").rename(tmp_path / "unet")
     (small / "unet").symlink_to(tmp_path / "unet")
-    refused(small, "outside of the bundle")
+    refused(small, "is a link out of the bundle")
 
 
 def test_a_pipe_is_not_waited_for(small):
     weights = small / "unet" / "model.safetensors"
     weights.unlink()
     os.mkfifo(weights)
-    refused(small, r"model\.safetensors is no file")
+    refused(small, r"model\.safetensors is not a file")
     (small / "sdrt.json").unlink()
     os.mkfifo(small / "sdrt.json")
     with pytest.raises(BundleError):

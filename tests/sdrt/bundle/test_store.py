@@ -15,7 +15,7 @@ def copy(shapes, tmp_path):
     return shutil.copytree(shapes, tmp_path / "copy")
 
 
-def test_bundle_opens_by_name_folder_and_newest(shapes):
+def test_bundle_opens_by_name_folder_and_default(shapes):
     assert find_bundle("shapes") == find_bundle(str(shapes)) == find_bundle(None) == shapes
 
 

@@ -130,7 +130,7 @@ GPU = Gpu(0, "NVIDIA Test", "sm_89", 8 * 10**9)
         ({"targets": ("sm_120",)}, "for sm_120, here is sm_89"),
         ({"gpu": "NVIDIA Other"}, "for NVIDIA Other, here is NVIDIA Test"),
         ({"system": "windows-amd64"}, "for windows-amd64"),
-        ({"graph": "0" * 64}, "of a graph or weights that the bundle no longer has"),
+        ({"graph": "0" * 64}, "for a graph or weights that the bundle no longer has"),
     ],
 )
 def test_plans_that_nothing_here_can_use_are_freed(place, plans, change, reason):
@@ -162,7 +162,7 @@ def test_halves_of_plans_are_freed(plans):
     one.path.unlink()
     two.path.with_suffix(".json").unlink()
     actual = {leftover.path: leftover for leftover in leftovers(GpuInventory())}
-    assert actual[one.path].reason == "a sidecar whose plan is gone"
+    assert actual[one.path].reason == "a sidecar without its plan"
     assert actual[two.path].reason == "a plan without its sidecar"
     for leftover in actual.values():
         leftover.free()
@@ -175,5 +175,5 @@ def test_what_is_remembered_of_files_that_are_gone_is_forgotten(place, capsys):
     memory = place / "verified.json"
     memory.write_text(json.dumps({**cached, "/nowhere": "1:2", str(place): "0:0"}))
     (stale,) = collected(capsys, "--yes")["leftovers"]
-    assert stale["reason"] == "2 remembered files are gone or changed"
+    assert stale["reason"] == "2 cached checks of files that were deleted or changed"
     assert json.loads(memory.read_text()) == cached

@@ -13,7 +13,7 @@ from sdrt.cli.infotext import LOST, restored_from
 from sdrt.cli.main import main
 from sdrt.errors import UsageError
 from sdrt.runtime import LoraWeight, Pipeline
-from sdrt.runtime.images import image_to_bytes, save_png
+from sdrt.runtime.images import image_to_bytes, save_image
 from sdrt.runtime.options import PARSERS
 
 pytestmark = pytest.mark.integration
@@ -73,7 +73,7 @@ def pixels(image):
 def saved(pipe, path, prompt=PROMPT, **options):
     """An image's file."""
     out = pipe(prompt, **{**USUAL, **options})
-    save_png(out.images[0], path, out.parameters[0])
+    save_image(out.images[0], path, out.parameters[0])
     return path
 
 
@@ -220,7 +220,7 @@ def test_loras_come_back(pipe, tmp_path, lora, weight, weighting):
 def test_every_image_of_a_call_comes_back(pipe, tmp_path):
     out = pipe([PROMPT, "a square"], num_images_per_prompt=2, negative_prompt=["a", "b"], **USUAL)
     for i, (image, text) in enumerate(zip(out.images, out.parameters, strict=True)):
-        save_png(image, tmp_path / f"{i}.png", text)
+        save_image(image, tmp_path / f"{i}.png", text)
         actual = pixels(again(tmp_path / f"{i}.png")).astype(int)
         assert np.abs(actual - pixels(image)).max() <= 1  # rounds otherwise in a batch of its own
 
@@ -286,9 +286,9 @@ def test_texts_of_the_web_ui_are_used(pipe, tmp_path, kind):
         ("Denoising strength: 0.5", "--image"),
         ("Timesteps: a b", "not understood"),
         ('Sampler options: "[1]"', "not understood"),
-        ("Schedule type: Turbo", "not known"),
-        ("Sampler: DPM adaptive", "not known"),
-        ("CFG scale: nan", "guidance_scale nan"),
+        ("Schedule type: Turbo", "unknown"),
+        ("Sampler: DPM adaptive", "unknown"),
+        ("CFG scale: nan", "guidance_scale is nan"),
         ("Size: 63x64", "multiple of 8"),
     ],
 )
@@ -302,7 +302,7 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, capsys, setting, me
 def test_prompts_that_the_web_ui_reads_otherwise_are_refused(tmp_path, capsys, prompt):
     path = theirs(tmp_path / "a.png", f"{A1111}, Version: v1.10.1", prompt)
     assert main(["run", "--from", str(path), "--output", str(tmp_path)]) == 2
-    assert "not supported" in capsys.readouterr().err
+    assert "unsupported" in capsys.readouterr().err
 
 
 def test_lora_files_outside_their_folder_must_be_typed(pipe, tmp_path, lora, capsys):

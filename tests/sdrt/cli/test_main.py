@@ -1,13 +1,15 @@
 """The commands as a user types them: paths on standard output, sentences on standard error."""
 
+import argparse
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
 
-from sdrt.cli.main import main
+from sdrt.cli.main import build_parser, commands, main
 
 pytestmark = pytest.mark.integration
 
@@ -23,7 +25,7 @@ def test_run_prints_only_the_path(shapes, tmp_path):
     done = sdrt("run", PROMPT, "--steps", "4", "--seed", "0", "--output", "a.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "a.png\n"
-    assert "Using ONNX Runtime (CPU), fp32" in done.stderr
+    assert "shapes · fp32 · ONNX Runtime (CPU)" in done.stderr
     assert Image.open(tmp_path / "a.png").size == (64, 64)
 
 
@@ -48,16 +50,16 @@ def test_run_json_grid_and_folder(shapes, tmp_path, capsys):
     ("arguments", "code", "message"),
     [
         (["run", PROMPT, "--steps", "0"], 2, "from 1 to 1000"),
-        (["run", PROMPT, "--guidance-scale", "nan"], 2, "guidance_scale nan"),
+        (["run", PROMPT, "--guidance-scale", "nan"], 2, "guidance_scale is nan"),
         (["run", PROMPT, "--scheduler", "Eulr"], 2, "did you mean Euler"),
         (["run", PROMPT, "--size", "100x100"], 2, "multiple of 8"),
-        (["run", PROMPT, "--output", "a.jpg"], 2, ".png"),
+        (["run", PROMPT, "--output", "a.gif"], 2, ".png"),
         (["run", PROMPT, "--image", "nope.png"], 2, "does not exist"),
-        (["run", PROMPT, "--mask", "nope.png"], 2, "--mask needs --image"),
-        (["run", PROMPT, "--strength", "2"], 2, "--strength needs --image"),
+        (["run", PROMPT, "--mask", "nope.png"], 2, "--mask requires --image"),
+        (["run", PROMPT, "--strength", "2"], 2, "--strength requires --image"),
         (["run"], 2, "no prompt"),
         (["run", PROMPT, "--size", "512"], 2, "WIDTHxHEIGHT"),
-        (["run", PROMPT, "--seed", "-1"], 2, "seed -1"),
+        (["run", PROMPT, "--seed", "-1"], 2, "seed is -1"),
         (["run", PROMPT, "--lora", "nope"], 4, "no LoRA file"),
         (["run", PROMPT, "--depth", "nope.png"], 2, "does not exist"),
         (["run", PROMPT, "--scheduler", "DPM++ 2M Karas"], 2, "did you mean DPM++ 2M Karras"),
@@ -66,14 +68,24 @@ def test_run_json_grid_and_folder(shapes, tmp_path, capsys):
         (["run", PROMPT, "--scheduler-option", "eta"], 2, "KEY=VALUE"),
         (["run", PROMPT, "--scheduler-option", "solver_order=9"], 2, "solver_order"),
         (["run", "(a:99)"], 2, "expected 0 to 10"),
-        (["compare", PROMPT, "--steps", "a,2"], 2, "whole numbers"),
+        (["compare", PROMPT, "--steps", "a,2"], 2, "expected integers"),
         (["bench", "--rounds", "0"], 2, "1 to 1000"),
         (["bench", "--plot", "a.jpg"], 2, "ends in .png"),
         (["bench", "--steps", "4,x"], 2, "--steps 1,4,20"),
-        (["bench", "--engines", "nothing"], 2, "no engine here is called 'nothing'"),
+        (["bench", "--engines", "nothing"], 2, "unknown engine 'nothing'"),
         (["bench", "--bundle", "nope"], 3, "no bundle called"),
         (["compare", PROMPT, "--schedulers", "Eulr"], 2, "did you mean Euler"),
-        (["compare", PROMPT, "--output", "a.jpg"], 2, ".png"),
+        (["compare", PROMPT, "--output", "a.gif"], 2, ".png"),
+        (["rnu"], 2, "did you mean `run`?"),
+        (["run", "--stepz", "5"], 2, "did you mean `--steps`?"),
+        (["run", "--step", "5"], 2, "unknown option `--step`"),
+        (["run", "--cfg-scale", "7"], 2, "did you mean `--guidance-scale`?"),
+        (["run", PROMPT, "--backend", "onnx"], 2, "did you mean `onnxruntime`?"),
+        (["build", "--modle", "shapes"], 2, "did you mean `--model`?"),
+        (["doctor", "now"], 2, "unexpected argument `now`"),
+        (["build", "--model", "shapes", "--name", "a/b"], 2, "--name 'a/b'"),
+        (["use", "nope"], 3, "no bundle called"),
+        (["remove", "nope"], 3, "no bundle called"),
         (["run", PROMPT, "--backend", "tensorrt"], 5, "no backend can run here"),
         (["run", PROMPT, "--bundle", "nope"], 3, "sdrt build --model nope"),
         (["run", "a\udcffb"], 2, "surrogate"),
@@ -125,7 +137,7 @@ sys.argv = ["sdrt", "doctor"]
 sys.exit(cli.entry())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
-    assert done.returncode == 130 and "interrupted" in done.stderr
+    assert done.returncode == 130 and "Interrupted" in done.stderr
 
 
 def test_from_an_image_with_everything(shapes, tmp_path, capsys):
@@ -164,7 +176,7 @@ def test_the_preview_is_replaced_at_every_step(shapes, tmp_path, monkeypatch):
         seen.append((image, text))
         return path
 
-    monkeypatch.setattr(cli_run, "save_png", save)
+    monkeypatch.setattr(cli_run, "save_image", save)
     arguments = ["run", PROMPT, "--steps", "4", "--seed", "0", "--preview", "-q"]
     assert main([*arguments, "--scheduler", "DDIM", "--output", str(tmp_path / "a.png")]) == 0
     assert [text for _, text in seen[:-1]] == [f"step {i} of 4" for i in range(1, 5)]
@@ -207,9 +219,9 @@ def test_a_file_is_written_while_the_next_image_is_made(shapes, tmp_path, capsys
         saved.append(path)
         return write(image, path, text, replace)
 
-    write = cli_run.save_png
-    monkeypatch.setattr(cli_run, "opened", opened)
-    monkeypatch.setattr(cli_run, "save_png", save)
+    write = cli_run.save_image
+    monkeypatch.setattr(cli_run, "open_pipeline", opened)
+    monkeypatch.setattr(cli_run, "save_image", save)
     arguments = ["run", PROMPT, "--num-images", "3", "--steps", "1", "--output", str(tmp_path)]
     assert main(arguments) == 0
     assert capsys.readouterr().out.split() == [str(path) for path in saved] and len(saved) == 3
@@ -221,7 +233,7 @@ def test_a_file_that_cannot_be_written_ends_the_run(shapes, tmp_path, capsys):
     arguments = ["run", PROMPT, "--num-images", "2", "--steps", "1"]
     assert main([*arguments, "--output", str(tmp_path / "file" / "a.png")]) == 2
     said = capsys.readouterr()
-    assert "cannot write" in said.err and not said.out
+    assert "failed to write" in said.err and not said.out
 
 
 def test_what_is_finished_is_kept_when_interrupted(shapes, tmp_path, capsys, monkeypatch):
@@ -239,7 +251,7 @@ def test_what_is_finished_is_kept_when_interrupted(shapes, tmp_path, capsys, mon
     arguments = ["run", PROMPT, "--steps", "1", "--seed", "0", "--num-images", "12"]
     assert main([*arguments, "--output", str(tmp_path)]) == 130
     said = capsys.readouterr()
-    assert "interrupted" in said.err and len(said.out.split()) == 8
+    assert "Interrupted" in said.err and len(said.out.split()) == 8
     assert len(list(tmp_path.iterdir())) == 8
 
 
@@ -268,10 +280,56 @@ def test_names_of_other_tools_come_back_in_the_file(shapes, name):
     assert sampler_title(config).casefold() == name.casefold()
 
 
-@pytest.mark.parametrize(
-    "command", ["build", "run", "compare", "bench", "schedulers", "inspect", "doctor"]
-)
-def test_help_has_examples(command, capsys):
+@pytest.mark.parametrize("command", [command.name for command in commands()])
+def test_help_has_its_own_examples(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    assert "examples:" in capsys.readouterr().out
+    examples = capsys.readouterr().out.partition("examples:\n")[2].splitlines()
+    assert 1 <= len(examples) <= 3
+    assert all(line.startswith(f"  sdrt {command}") for line in examples)
+
+
+@pytest.mark.parametrize("command", [command.name for command in commands()])
+def test_every_option_has_a_text_and_its_default(command):
+    """And every example is one that its command accepts."""
+    parser = build_parser()._subparsers._group_actions[0].choices[command]
+    for action in parser._actions:
+        assert action.help, action.option_strings
+        if action.default not in (None, False, "", [], argparse.SUPPRESS) and action.nargs != 0:
+            assert "default" in action.help, action.option_strings
+    for line in parser.epilog.splitlines()[1:]:
+        words = shlex.split(line)[1:]
+        build_parser().parse_args(words[: words.index(">")] if ">" in words else words)
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert "examples:" in shown.err and not shown.out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_know_the_commands(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "schedulers" in script and "guidance-scale" in script
+
+
+@pytest.mark.parametrize(("colour", "plain"), [(True, {}), (False, {"NO_COLOR": "1"})])
+def test_errors_are_coloured_on_terminals_only(monkeypatch, capsys, colour, plain):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in plain.items():
+        monkeypatch.setenv(name, value)
+    assert main(["rnu"]) == 2
+    assert capsys.readouterr().err == "error: unknown command `rnu`\nhint: did you mean `run`?\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["rnu"]) == 2
+    assert ("\x1b[1;31merror:" in capsys.readouterr().err) is colour
+
+
+def test_schedulers_are_aligned(capsys):
+    assert main(["schedulers"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    column = header.index("UNET CALLS")
+    assert all(row[column - 2 : column] == "  " and row[column].isdigit() for row in rows)

@@ -35,7 +35,7 @@ def text_of(path):
     [
         *(["--steps", "0"], ["--size", "512"], ["--size", "68x64"], ["--image", "nope.png"]),
         *(["--scheduler", "typo"], ["--mask", "nope.png"], ["--strength", "0.5"], ["--seed", "-1"]),
-        *(["--output", "a.jpg"], ["--num-images", "0"], ["--guidance-scale", "-1"]),
+        *(["--output", "a.gif"], ["--num-images", "0"], ["--guidance-scale", "-1"]),
         *(["--lora", "nope"], ["--scheduler-option", "solver_order=9"], ["--reuse", "0"]),
     ],
 )
@@ -50,6 +50,17 @@ def test_images_are_named_after_their_own_prompts(shapes, tmp_path, capsys):
     assert main(arguments) == 0
     assert names(tmp_path) == ["a-blue-square-1-1.png", "a-red-circle-0-0.png"]
     assert text_of(tmp_path / "a-blue-square-1-1.png").startswith("a blue square\n")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.jpg", "JPEG"), ("a.webp", "WEBP")])
+def test_other_formats_hold_their_settings_too(shapes, tmp_path, capsys, name, kind):
+    output = tmp_path / name
+    assert main(["run", PROMPT, "--steps", "2", "--seed", "7", "--output", str(output)]) == 0
+    assert Image.open(output).format == kind
+    again = tmp_path / "again.png"
+    assert main(["run", "--from", str(output), "--output", str(again)]) == 0
+    settings = parse_parameters(text_of(again))
+    assert (settings["Prompt"], settings["Seed"], settings["Steps"]) == (PROMPT, "7", "2")
 
 
 def test_a_file_that_is_there_is_not_overwritten(shapes, tmp_path, capsys):
@@ -125,6 +136,6 @@ def test_the_bar_does_not_touch_the_paths(shapes, tmp_path):
     os.close(ours)
     assert process.wait() == 0
     lines = on_screen(raw.decode())
-    assert b"evaluations" in raw
+    assert b"2/2" in raw and b"Decoding" in raw
     paths = {str(path) for path in tmp_path.iterdir()}
     assert len(paths) == 6 and paths <= {*lines}, lines

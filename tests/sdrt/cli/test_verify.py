@@ -55,8 +55,8 @@ def test_a_bundle_is_validated_without_torch(tiny_bundle):
     checks = {check["what"]: check["passed"] for check in reported["checks"]}
     assert all(checks.values())
     parts = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
-    again = ("the same seed again", "the seed in company")
-    assert set(checks) == {*(f"{p}, float32" for p in parts), "files", "the whole pipeline", *again}
+    again = ("same seed twice", "batch invariance")
+    assert set(checks) == {*(f"{p}, float32" for p in parts), "files", "full pipeline", *again}
 
 
 def scale(path, by):
@@ -70,7 +70,7 @@ def test_weights_that_leave_no_numbers_are_noticed(copy, capsys):
     scale(copy / "vae_decoder" / "model.safetensors", 1e30)
     admit(copy)
     code, missed, _ = verified(copy, capsys)
-    assert code == 6 and missed == ["vae_decoder, float32", "the whole pipeline"]
+    assert code == 6 and missed == ["vae_decoder, float32", "full pipeline"]
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
@@ -79,8 +79,8 @@ def test_other_weights_under_a_matching_manifest_are_noticed(copy, capsys, part)
     admit(copy)
     code, missed, said = verified(copy, capsys)
     assert code == 6 and f"{part}, float32" in missed
-    assert "is not proven on onnxruntime on cpu" in said
-    assert ("the whole pipeline" in missed) == (part != "vae_encoder")
+    assert "is not valid on onnxruntime on cpu" in said
+    assert ("full pipeline" in missed) == (part != "vae_encoder")
 
 
 def test_bytes_that_the_disk_lost_are_found_though_the_times_are_the_same(copy, capsys):
@@ -143,4 +143,4 @@ def test_an_engine_that_answers_otherwise_each_time_is_noticed(tiny_bundle):
 
     unsteady = replace(candidate, load=lambda b, name: Unsteady(candidate.load(b, name)))
     missed = {c.what for c in run_checks(open_bundle(tiny_bundle), unsteady) if not c.passed}
-    assert missed == {"the same seed again"}
+    assert missed == {"same seed twice"}

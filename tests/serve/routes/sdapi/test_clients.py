@@ -11,7 +11,7 @@ from PIL import Image
 from serving import PROMPT, client
 
 from sdrt.cli.main import main
-from sdrt.runtime.images import save_png
+from sdrt.runtime.images import save_image
 
 
 def encoded(image):
@@ -243,7 +243,7 @@ def test_inpainting_infotext_in_the_image(http, tmp_path, capsys):
     body = {**FROM_IMAGE, "mask": encoded(MASK)}
     image = decoded(post(http, "img2img", body).json()["images"][0])
     assert "Mask blur: 4" in image.info["parameters"]
-    save_png(image, tmp_path / "a.png", image.info["parameters"])
+    save_image(image, tmp_path / "a.png", image.info["parameters"])
     assert main(["run", "--from", str(tmp_path / "a.png")]) == 2
     assert "Mask blur" in capsys.readouterr().err  # the command line does not use masks so
 
