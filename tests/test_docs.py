@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.cli.main import parser
+from sdrt.cli.main import build_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -93,7 +93,7 @@ def test_python_and_commands_are_well_formed(block):
         command, *_ = re.split(r"\s(?:\d?>|[|&])", line)
         words = shlex.split(command, comments=True)
         if words[:1] == ["sdrt"]:
-            assert parser().parse_args(words[1:]).command, line
+            assert build_parser().parse_args(words[1:]).command, line
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.mark], ids=lambda block: block.page)
@@ -130,7 +130,7 @@ def test_the_table_of_models_is_read():
 def test_every_model_has_a_command_and_a_test(row):
     _, command, test = row
     program, *arguments = shlex.split(command)
-    assert program == "sdrt" and parser().parse_args(arguments).command
+    assert program == "sdrt" and build_parser().parse_args(arguments).command
     file, name = test.split("::")
     functions = ast.walk(ast.parse((ROOT / "tests" / file).read_text("utf-8")))
     assert name in {f.name for f in functions if isinstance(f, ast.FunctionDef)}

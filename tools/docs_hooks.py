@@ -108,10 +108,10 @@ def layout_table() -> str:
 def command_line_page() -> str:
     """The help of every command, as `sdrt COMMAND --help` prints it."""
     os.environ["COLUMNS"] = "80"
-    from sdrt.cli.main import parser
+    from sdrt.cli.main import build_parser
 
     lines = ["# Command line", "", "What `sdrt COMMAND --help` prints, for every command.", ""]
-    for name, command in [("sdrt", parser()), *find_commands(parser())]:
+    for name, command in [("sdrt", build_parser()), *find_commands(build_parser())]:
         lines += [f"## {name}", "", "```text", command.format_help().rstrip(), "```", ""]
     return "\n".join(lines)
 
