@@ -39,7 +39,7 @@ class TritonExport:
     """Options of the export.
 
     Attributes:
-        bundle: Name or folder; None: the newest bundle.
+        bundle: Name or folder; None: the default bundle.
         output: The model repository.
         name: Name of the model; None: that of the bundle.
         instances: Model instances on each GPU, or on the CPU if there is none.
