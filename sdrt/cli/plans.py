@@ -4,11 +4,10 @@ import argparse
 import logging
 from typing import TYPE_CHECKING
 
-from sdrt.bundle import Bundle
-from sdrt.bundle.manifest import SHALLOW
 from sdrt.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
+    from sdrt.bundle import Bundle
     from sdrt.engine.gpu import Gpu
 
 log = logging.getLogger("sdrt.build")
@@ -72,7 +71,7 @@ def validation_backend(backend: str) -> str:
         return "auto"
 
 
-def build_plans(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
+def build_plans(bundle: "Bundle", kind: str, args: argparse.Namespace) -> None:
     """Build the plan of every component that has none that fits. Where nobody asked for them the
     bundle is good without: what went wrong is a warning.
     """
@@ -84,7 +83,8 @@ def build_plans(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
         log.warning("No plans were built for %s: %s", kind, error)
 
 
-def _build(bundle: Bundle, kind: str, args: argparse.Namespace) -> None:
+def _build(bundle: "Bundle", kind: str, args: argparse.Namespace) -> None:
+    from sdrt.bundle.manifest import SHALLOW
     from sdrt.engine.tensorrt.plans import PlanOptions, get_plan
 
     workspace = None if args.workspace is None else args.workspace * 1_000_000
