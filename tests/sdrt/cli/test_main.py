@@ -333,3 +333,9 @@ def test_schedulers_are_aligned(capsys):
     header, *rows = capsys.readouterr().out.splitlines()
     column = header.index("UNET CALLS")
     assert all(row[column - 2 : column] == "  " and row[column].isdigit() for row in rows)
+
+
+def test_help_imports_neither_numpy_nor_pillow():
+    code = "import sys, sdrt.cli.main as m; m.build_parser().format_help(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"numpy", "PIL", "psutil", "filelock", "shtab"} & set(done.stdout.split())
