@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdrt.bundle.embedded import MODELS
 from sdrt.bundle.safetensors import read_header
 from sdrt.errors import CheckpointError
 from sdrt.runtime.lora.adapters import Lora, check_parts, compute_deltas, parse_lora, read_lora
@@ -343,9 +344,8 @@ def _part_of_file(part: str, path: Path, known: Mapping[str, Any]) -> Path:
 
 
 def embedded_checkpoint(name: str) -> Path:
-    import sdrt
-
-    return Path(sdrt.__file__).parent / "models" / name
+    """The folder of a checkpoint that ships with the package."""
+    return MODELS / name
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:

@@ -31,6 +31,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .engine import LoadOptions
+    from .library import BundleInfo, build, bundles
     from .runtime import (
         ArrayOutput,
         GenerationKwargs,
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
 
 __all__ = [  # noqa: RUF022 (what a reader needs first)
     "load",
+    "build",
+    "bundles",
+    "BundleInfo",
     "Pipeline",
     "GenerationOptions",
     "GenerationKwargs",
@@ -87,6 +91,7 @@ _LAZY = {
         ),
         "sdrt.runtime",
     ),
+    **dict.fromkeys(("BundleInfo", "build", "bundles"), "sdrt.library"),
     "InflightBatcher": "sdrt.runtime.batching.engine",
     **dict.fromkeys(
         ("GeneratedImage", "RequestCancelled", "RequestHandle", "RequestRejected"),

@@ -1,0 +1,148 @@
+"""Building bundles and listing them, as `sdrt build` and `sdrt inspect` do.
+
+Knows the arguments and manifests; what exports is imported when a build begins.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .bundle import Bundle, open_bundle, parse_size
+from .bundle.manifest import MANIFEST, MAX_MANIFEST, Manifest, manifest_from_json
+from .bundle.store import list_bundles
+from .errors import BundleError, SdrtError, UsageError
+from .json_validation import read_json
+
+PRECISIONS = {"fp32": "float32", "fp16": "float16"}
+SD2_CONTEXT_WIDTH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class BundleInfo:
+    """A bundle as its manifest describes it.
+
+    family: sd1, sd2, sdxl or unconditional, by the UNet's inputs
+    precision: fp32 or fp16, of the UNet
+    sizes: validated sizes, width and height in pixels; the first is the default
+    """
+
+    name: str
+    path: Path
+    family: str
+    precision: str
+    sizes: tuple[tuple[int, int], ...]
+
+
+def build(
+    model: str,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    sizes: Sequence[str] = (),
+    batch: tuple[int, int, int] | None = (1, 1, 4),
+    backend: str = "auto",
+    force: bool = False,
+    vae: str | None = None,
+    unet: str | None = None,
+    text_encoder: str | None = None,
+    text_encoder_2: str | None = None,
+    prediction_type: str | None = None,
+    zero_snr: bool = False,
+    loras: Sequence[str] = (),
+    revision: str | None = None,
+    safety_checker: bool = False,
+    feature_reuse: int | None = None,
+) -> Bundle:
+    """Build a bundle from a checkpoint and validate it, as `sdrt build` does.
+
+    Args:
+        model: A well-known name, Hub id, local folder or single `.safetensors` file.
+        output: The bundle's folder; by default one in `$SDRT_HOME/bundles`.
+        precision: `fp32` or `fp16`.
+        sizes: Image sizes such as `"512x768"`; the first is the default. By default the size that
+            the model was trained on.
+        batch: Images at once: minimum, optimum and maximum. None for as many as fit.
+        backend: The backend that validates the bundle.
+        force: Whether to replace a bundle that exists.
+        vae: Another autoencoder: a Hub id, folder or file.
+        unet: Another UNet.
+        text_encoder: Another text encoder.
+        text_encoder_2: Another second text encoder.
+        prediction_type: `epsilon`, `v_prediction` or `sample`, where the checkpoint is wrong.
+        zero_snr: Whether to rescale the betas to zero terminal SNR.
+        loras: LoRA files to merge, each `FILE` or `FILE:WEIGHT`.
+        revision: Branch, tag or commit of a model on the Hub.
+        safety_checker: Whether to include the checkpoint's safety checker.
+        feature_reuse: The branch of the UNet for DeepCache; None for none.
+
+    Returns:
+        The bundle.
+
+    Raises:
+        UsageError: An argument is out of range.
+        CheckpointError: The model cannot be found, read or understood.
+        ParityError: A component differs too much from torch; nothing is published.
+        BundleError: The folder exists already.
+        SdrtError: A package that builds need is not installed, or the disk is full.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
+    try:
+        from .export.build import BuildPlan, build_bundle
+    except ImportError as error:
+        raise SdrtError(
+            f"building needs {error.name}, which is not installed",
+            hint="run `pip install 'sdrt[build]'`",
+        ) from error
+    plan = BuildPlan(
+        model=model,
+        output=None if output is None else Path(output),
+        dtype=PRECISIONS[precision],
+        sizes=tuple(parse_size(size) for size in sizes),
+        batch=batch,
+        backend=backend,
+        force=force,
+        vae=vae,
+        unet=unet,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        prediction_type=prediction_type,
+        zero_snr=zero_snr,
+        loras=tuple(loras),
+        revision=revision,
+        safety_checker=safety_checker,
+        feature_reuse=feature_reuse,
+    )
+    return open_bundle(build_bundle(plan))
+
+
+def bundles() -> list[BundleInfo]:
+    """The bundles in `$SDRT_HOME`, the newest first.
+
+    Only manifests are read; one that is damaged or of another version is not listed.
+    """
+    described = []
+    for folder in list_bundles():
+        path = folder / MANIFEST
+        try:
+            manifest = manifest_from_json(read_json(path, max_bytes=MAX_MANIFEST), path)
+        except BundleError:
+            continue
+        described.append(_describe(folder, manifest))
+    return described
+
+
+def _describe(folder: Path, manifest: Manifest) -> BundleInfo:
+    unet = manifest.components["unet"]
+    precision = next(name for name, dtype in PRECISIONS.items() if dtype == unet.dtype)
+    inputs = {spec.name: spec.shape for spec in unet.inputs}
+    return BundleInfo(manifest.name, folder, _family(inputs), precision, manifest.sizes)
+
+
+def _family(inputs: dict[str, tuple[int | str, ...]]) -> str:
+    if "context" not in inputs:
+        return "unconditional"
+    if "pooled" in inputs:
+        return "sdxl"
+    return "sd2" if inputs["context"][-1] == SD2_CONTEXT_WIDTH else "sd1"
