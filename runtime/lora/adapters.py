@@ -1,7 +1,7 @@
-"""LoRA files: small changes to a model's weights, added at the build or between images.
+"""LoRA adapters: small changes to a model's weights, merged at the build or between images.
 
-Knows where the files are and what they change: a checkpoint's weights, or a bundle's. What their
-tensors are called is `layouts.py`'s, what they compute is `deltas.py`'s.
+Knows where the files are and which weights they change, of a checkpoint or of a bundle; not the
+names of their tensors (`layouts.py`) nor what those compute (`deltas.py`).
 """
 
 import logging
@@ -172,8 +172,8 @@ def _stored(base: Callable[[str], np.ndarray] | None, name: str) -> np.ndarray:
 
 
 class Adapters:
-    """The LoRA files that a bundle's engines carry. Every change starts from the bundle's own
-    weights, so that taking a file off leaves nothing of it.
+    """The LoRA files applied to a bundle's engines. Every change starts from the bundle's own
+    weights, so that removing a file leaves nothing of it.
     """
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]) -> None:
@@ -184,7 +184,7 @@ class Adapters:
         self._shallow = engines.get(SHALLOW)
 
     def set(self, chosen: Mapping[str | os.PathLike[str], float | LoraWeight]) -> None:
-        """Carry these files and no others. Nothing changes if one of them does not fit."""
+        """Apply these files and no others. Nothing changes if one of them does not fit."""
         files = merge_loras((find_lora(name), parse_weight(each)) for name, each in chosen.items())
         stamps = {path: _stamp(path) for path, _ in files}
         loras = tuple(read_lora(path, weight) for path, weight in files)
@@ -219,8 +219,8 @@ class Adapters:
         if stored.metadata != NAMES:
             model = self._bundle.manifest.source.split(",")[0]
             raise BundleError(
-                f"{self._bundle.folder} was built before bundles kept their weights' names, which "
-                f"LoRA needs; type: sdrt build --model {model} --force"
+                f"{self._bundle.folder} was built without the weights' names that LoRA needs",
+                hint=f"run `sdrt build --model {model} --force`",
             )
         shapes = {name: stored.shape(name) for name in stored}
         refit = {}
