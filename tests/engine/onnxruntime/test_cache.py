@@ -160,4 +160,4 @@ def test_gc_shows_what_no_bundle_has_and_what_another_version_made(cached, tmp_p
     mark = graph.with_name(compile_cache.METADATA)
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "of": ["0" * 64]}))
     actual = {item.path: item.reason for item in leftovers(GpuInventory(unavailable_reason="none"))}
-    assert actual[graph.parent] == "of a graph or weights that no bundle has"
+    assert actual[graph.parent] == "for a graph or weights that no bundle has"
