@@ -57,7 +57,7 @@ class RequestTimes:
     """When a request reached each stage, in seconds of `time.monotonic`; None if not yet.
 
     Attributes:
-        submitted: Admitted to the waiting queue.
+        submitted: Accepted into the waiting queue.
         started: Got a slot.
         prepared: Ready for its first evaluation.
         denoised: After its last evaluation.

@@ -63,9 +63,9 @@ def find_lora(name: str | os.PathLike[str]) -> Path:
     known = loras_folder()
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(f"{path} is a pickle, which is refused; ask for a .safetensors file")
-    for found in (path, known / f"{name}.safetensors", known / path):
-        if found.is_file():
-            return found
+    for candidate in (path, known / f"{name}.safetensors", known / path):
+        if candidate.is_file():
+            return candidate
     try:
         return find_lora_by_name(str(name))
     except UsageError as error:
@@ -185,7 +185,7 @@ class Adapters:
 
     def set(self, chosen: Mapping[str | os.PathLike[str], float | LoraWeight]) -> None:
         """Apply these files and no others. Nothing changes if one of them does not fit."""
-        files = merge_loras((find_lora(name), parse_weight(each)) for name, each in chosen.items())
+        files = merge_loras((find_lora(name), parse_weight(w)) for name, w in chosen.items())
         stamps = {path: _stamp(path) for path, _ in files}
         loras = tuple(read_lora(path, weight) for path, weight in files)
         check_parts(loras, self._engines)

@@ -146,10 +146,10 @@ def parse_changes(
     for key, tensor in tensors.items():
         if key.startswith(EMBEDDING):
             words.add(key.removeprefix(EMBEDDING).partition(".")[0])
-        elif not (found := _parse_key(key)):
+        elif not (matched := _parse_key(key)):
             unknown.append(key)
         else:
-            place, head, module, kind = found
+            place, head, module, kind = matched
             _check_tensor(key, kind, tensor)
             factors = changes.setdefault(place, Change(head)).factors
             if kind in factors:
@@ -175,9 +175,9 @@ def _parse_key(key: str) -> tuple[LayerKey, str, str, str] | None:
     if not tail:
         return None
     head = key[: tail.start()]
-    if not (found := _split_part(head)):
+    if not (matched := _split_part(head)):
         return None
-    part, module = found
+    part, module = matched
     module = module.replace(".processor", "")
     kind = tail["kind"] or tail["old"] or tail["whole"] or FACTORS[tail["factor"]]
     if tail["end"] == "bias":
@@ -316,10 +316,10 @@ def _transformers_name(module: str) -> str:
 
 def _unknown(keys: Sequence[str]) -> str:
     for algorithm, pattern in UNSUPPORTED.items():
-        if found := [key for key in keys if re.search(pattern, key)]:
-            return f"{format_keys(found)} of {algorithm}, which is not supported; use {SUPPORTED}"
-    if found := [key for key in keys if OTHER_FAMILY.match(key)]:
-        return f"{format_keys(found)} of another family of models; expected Stable Diffusion's"
+        if matched := [key for key in keys if re.search(pattern, key)]:
+            return f"{format_keys(matched)} of {algorithm}, which is not supported; use {SUPPORTED}"
+    if matched := [key for key in keys if OTHER_FAMILY.match(key)]:
+        return f"{format_keys(matched)} of another family of models; expected Stable Diffusion's"
     return (
         f"{format_keys(keys)} of no known layout; expected kohya's lora_unet_.. and lora_te_.., or "
         f"PEFT's unet. and text_encoder.; supported are {SUPPORTED}"

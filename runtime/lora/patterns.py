@@ -90,7 +90,7 @@ class _Parser:
         while self._at < len(self._text) and self._text[self._at] not in "|)":
             nodes.append(self._repeated(self._single()))
 
-        def ends(text: str, starts: set[int]) -> set[int]:
+        def find_ends(text: str, starts: set[int]) -> set[int]:
             for node in nodes:
                 if not starts:
                     break
@@ -98,7 +98,7 @@ class _Parser:
                 starts = node(text, starts)
             return starts
 
-        return ends
+        return find_ends
 
     def _single(self) -> Node:
         token = TOKEN.match(self._text, self._at)
@@ -136,10 +136,10 @@ class _Parser:
         for _ in range(least):
             self._steps.take(len(starts))
             starts = node(text, starts)
-        found, latest, left = set(starts), starts, None if limit is None else limit - least
+        reached, latest, left = set(starts), starts, None if limit is None else limit - least
         while latest and left != 0:
             self._steps.take(len(latest))
-            latest = node(text, latest) - found
-            found |= latest
+            latest = node(text, latest) - reached
+            reached |= latest
             left = None if left is None else left - 1
-        return found
+        return reached

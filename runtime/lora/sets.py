@@ -1,4 +1,4 @@
-"""Which LoRA files an image is made with: those of its prompt's tags, and those given beside it.
+"""Which LoRA files an image is made with: those of its prompt's tags, and those given next to it.
 
 Knows names and weights, not what the files hold.
 """
@@ -25,7 +25,7 @@ Named = Mapping[Any, float | LoraWeight]  # by `str` or path
 def merge_loras(*parts: Iterable[tuple[Path, LoraWeight]]) -> LoraSet:
     """All of these together: the weights of a file that comes more than once add up."""
     total: dict[Path, LoraWeight] = {}
-    for path, weight in (each for part in parts for each in part):
+    for path, weight in (entry for part in parts for entry in part):
         place = path.absolute()
         total[place] = total.get(place, LoraWeight(0.0, 0.0)) + weight
     return tuple((path, weight) for path, weight in total.items() if weight != LoraWeight(0.0, 0.0))
@@ -57,7 +57,7 @@ def group_by_lora_set(
         requests: Of one call. With `weighting` off their tags are text.
         options: The call's.
         base: What the pipeline carries for requests that name no files; tags add to it.
-        named: Files for all of them beside the tags: a `str` is a name in the folder `loras`, a
+        named: Files for all of them next to the tags: a `str` is a name in the folder `loras`, a
             path is a file's.
 
     Returns:
@@ -71,7 +71,7 @@ def group_by_lora_set(
     shared = [(_file(name), weight) for name, weight in weights.items()]
     tail = "".join(f" {LoraTag(_name(name), weight)}" for name, weight in weights.items())
     read: dict[str, tuple[str, LoraSet]] = {}
-    found: dict[LoraSet | None, list[Request]] = {}
+    groups: dict[LoraSet | None, list[Request]] = {}
     for request in requests:
         prompt = request.prompt
         if prompt not in read:
@@ -80,11 +80,11 @@ def group_by_lora_set(
             read[prompt] = text, check_lora_set(merge_loras(base, own, shared))
         text, loras = read[prompt]
         if text + tail == prompt:
-            found.setdefault(None, []).append(request)
+            groups.setdefault(None, []).append(request)
             continue
         written = prompt + tail + format_tags(base) if options.weighting else ""
-        found.setdefault(loras, []).append(replace(request, prompt=text, recorded_prompt=written))
-    return found
+        groups.setdefault(loras, []).append(replace(request, prompt=text, recorded_prompt=written))
+    return groups
 
 
 def refuse_tags(requests: Iterable[Request], options: GenerationOptions) -> None:
@@ -102,7 +102,7 @@ def refuse_tags(requests: Iterable[Request], options: GenerationOptions) -> None
 
 def refuse_negative_tags(requests: Iterable[Request], options: GenerationOptions) -> None:
     """Raise UsageError for a LoRA tag in a negative prompt, where no tool applies one."""
-    for prompt in {each.negative_prompt for each in requests} if options.weighting else ():
+    for prompt in {entry.negative_prompt for entry in requests} if options.weighting else ():
         check_untagged(prompt, "negative prompt", "put it into the prompt")
 
 

@@ -72,9 +72,9 @@ def _add_part(
         if of != part or "alpha" in change.factors:
             continue
         name = modules[of, module]
-        found = alphas.get(name, alpha)
-        if found is not None:
-            change.factors["alpha"] = np.asarray(found, np.float32)
+        values = alphas.get(name, alpha)
+        if values is not None:
+            change.factors["alpha"] = np.asarray(values, np.float32)
         change.rank, change.rank_stabilised = ranks.get(name, rank), stabilised
 
 
@@ -90,5 +90,5 @@ def _check_settings(own: Mapping[str, Any]) -> None:
             "the model's own weights too; save the file again with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
-    if found := [name for name in UNSUPPORTED if own.get(name)]:
-        raise ValueError(f"{', '.join(found)} is not supported")
+    if values := [name for name in UNSUPPORTED if own.get(name)]:
+        raise ValueError(f"{', '.join(values)} is not supported")

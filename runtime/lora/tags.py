@@ -118,10 +118,10 @@ def _tag(match: re.Match[str]) -> LoraTag:
 
 def _weight(match: re.Match[str], arguments: list[str]) -> LoraWeight:
     """One weight is for both; the UNet's is the text encoder's where it is not given."""
-    given = dict(_arguments(match, arguments))
+    values = dict(_arguments(match, arguments))
     try:
-        text_encoder = float(given.get("te", "1"))
-        unet = float(given["unet"]) if "unet" in given else text_encoder
+        text_encoder = float(values.get("te", "1"))
+        unet = float(values["unet"]) if "unet" in values else text_encoder
     except ValueError:
         raise UsageError(
             f"The weight in the tag {_quoted(match)} is not a number; expected one such as "
