@@ -38,6 +38,7 @@ def build(
     model: str,
     *,
     output: str | os.PathLike[str] | None = None,
+    name: str | None = None,
     precision: str = "fp32",
     sizes: Sequence[str] = (),
     batch: tuple[int, int, int] | None = (1, 1, 4),
@@ -59,6 +60,7 @@ def build(
     Args:
         model: A well-known name, Hub id, local folder or single `.safetensors` file.
         output: The bundle's folder; by default one in `$SDRT_HOME/bundles`.
+        name: The bundle's name; by default the model's, and how the build differs from it.
         precision: `fp32` or `fp16`.
         sizes: Image sizes such as `"512x768"`; the first is the default. By default the size that
             the model was trained on.
@@ -98,6 +100,7 @@ def build(
     plan = BuildPlan(
         model=model,
         output=None if output is None else Path(output),
+        name=name,
         dtype=PRECISIONS[precision],
         sizes=tuple(parse_size(size) for size in sizes),
         batch=batch,

@@ -6,13 +6,14 @@ import shutil
 
 import pytest
 import torch
+from exports import load_component
 from safetensors.torch import save_file
 from single_files import single_file, tiny_parts
 
 from sdrt.errors import CheckpointError
-from sdrt.export import modules
 from sdrt.export.build import BuildPlan, _announce
 from sdrt.export.checkpoint import find_checkpoint
+from sdrt.export.model_spec import read_model_spec
 
 pytestmark = pytest.mark.integration
 
@@ -28,7 +29,7 @@ def tensors(vocabulary):
 
 
 def unet_weight(path, name=PUBLISHED):
-    return modules.unet(find_checkpoint(str(path))).state_dict()[name]
+    return load_component("unet", find_checkpoint(str(path))).state_dict()[name]
 
 
 @pytest.mark.parametrize(
@@ -106,13 +107,13 @@ def test_scaled_weights_are_multiplied_by_their_scales(layout, dtype, tensors, w
 )
 def test_what_may_shape_the_image_is_refused_by_name(added, message, tensors, written):
     with pytest.raises(CheckpointError, match=message):
-        modules.unet(find_checkpoint(str(written({**tensors, **added}))))
+        load_component("unet", find_checkpoint(str(written({**tensors, **added}))))
 
 
 def test_a_scale_is_never_dropped_from_a_folder(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "model")
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    weights = dict(modules.unet(find_checkpoint(str(tiny))).state_dict())
+    weights = dict(load_component("unet", find_checkpoint(str(tiny))).state_dict())
     weights["conv_in.weight"] = weights["conv_in.weight"].to(torch.float8_e5m2)
     expected = weights["conv_in.weight"].float() * 3
     save_file({**weights, "conv_in.weight_scale": torch.tensor(3.0)}, file)
@@ -154,11 +155,12 @@ def test_what_shapes_nothing_is_passed_over_and_said_in_one_line(tensors, writte
         expected, actual = plain.weights(part), more.weights(part)
         assert expected.keys() == actual.keys()
         assert all(torch.equal(actual[name], expected[name]) for name in expected)
-        getattr(modules, part)(more)
+        load_component(part, more)
+    spec = read_model_spec(more)
     caplog.set_level(logging.DEBUG, "sdrt.build")
-    _announce(more, BuildPlan("more"), written(tensors).parent / "bundle")
+    _announce(more, spec, BuildPlan("more"), written(tensors).parent / "bundle")
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.DEBUG]
-    assert "passed over" in line and "model_ema.* (3)" in line and "\n" not in line
+    assert "ignored keys" in line and "model_ema.* (3)" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("name", ["CAPITALS.SAFETENSORS", "Mixed.SafeTensors"])
