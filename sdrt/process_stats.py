@@ -162,7 +162,7 @@ class Others:
     def __init__(self) -> None:
         self._began, self._own, self._busy = time.perf_counter(), time.process_time(), _busy()
 
-    def share(self) -> float:
+    def busy_fraction(self) -> float:
         """Between 0 and 1. The kernel counts in hundredths of a second, so that less than a tenth
         of a second says nothing.
         """

@@ -56,14 +56,14 @@ class Change:
             CheckpointError: the factors are incomplete, of several algorithms, or misfit.
         """
         self._check_alpha()
-        whole = shape if self.third is None else (3 * shape[0], *shape[1:])
+        full_shape = shape if self.third is None else (3 * shape[0], *shape[1:])
         factors = {
             name: factor.astype(np.float32, copy=False)
             for name, factor in self.factors.items()
             if name not in SETTINGS
         }
         try:
-            product, rank = _algorithm(factors)(factors, whole)
+            product, rank = _algorithm(factors)(factors, full_shape)
         except MisfitError as error:
             raise CheckpointError(f"the LoRA's {self.key} {error}") from None
         if self.third is not None:
@@ -243,8 +243,8 @@ class _LokrFactor:
     @classmethod
     def of(cls, factors: Factors, name: str) -> "_LokrFactor":
         if name in factors:
-            whole = factors[name]
-            return cls(len(whole), whole.shape[1:], (whole,))
+            factor = factors[name]
+            return cls(len(factor), factor.shape[1:], (factor,))
         if not {f"{name}_a", f"{name}_b"} <= set(factors):
             raise MisfitError(f"lacks its {name}, or its {name}_a and {name}_b")
         a, b = _matrix(factors[f"{name}_a"]), _matrix(factors[f"{name}_b"])

@@ -122,7 +122,7 @@ def measure(part: Part, seconds: Seconds, has_parts: bool) -> dict[str, Any]:
         part()
         calls.append(time.perf_counter() - began)
     parts = {name: value / len(calls) for name, value in seconds.items()} if has_parts else {}
-    return {"seconds": calls, "others": others.share(), "parts": parts}
+    return {"seconds": calls, "others": others.busy_fraction(), "parts": parts}
 
 
 def work(job: dict[str, Any], channel: TextIO) -> None:

@@ -111,7 +111,7 @@ def refused_by_onnxruntime(tiny_bundle, tmp_path_factory):
 
 
 def test_a_backend_that_fails_to_load_is_skipped_with_a_warning(refused_by_onnxruntime, caplog):
-    broken, whole = refused_by_onnxruntime
+    broken, intact = refused_by_onnxruntime
     options = {"prompt": "a circle", "num_inference_steps": 2, "seed": 0}
     with caplog.at_level("INFO", logger="sdrt"), sdrt.load(broken) as pipe:
         assert pipe.backend == "torch on cpu"
@@ -123,7 +123,7 @@ def test_a_backend_that_fails_to_load_is_skipped_with_a_warning(refused_by_onnxr
         f"{pipe.manifest.name} · fp32 · {label}"
         for label in ("ONNX Runtime (CPU)", "PyTorch (CPU)")
     ]
-    with sdrt.load(whole, backend="onnxruntime") as pipe:
+    with sdrt.load(intact, backend="onnxruntime") as pipe:
         expected = np.asarray(pipe(**options).images[0], np.int16)
     assert np.abs(actual - expected).max() <= 1
     with pytest.raises(BackendError, match="failed to load"):

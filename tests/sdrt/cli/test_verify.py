@@ -31,7 +31,7 @@ def copy(tiny_bundle, tmp_path):
     return shutil.copytree(tiny_bundle, tmp_path / "copy")
 
 
-def admit(folder, change=lambda manifest: None):
+def record_files(folder, change=lambda manifest: None):
     """Have the manifest say what the folder holds, as one who wants to deceive would."""
     path = folder / "sdrt.json"
     manifest = json.loads(path.read_text())
@@ -68,7 +68,7 @@ def scale(path, by):
 
 def test_weights_that_leave_no_numbers_are_noticed(copy, capsys):
     scale(copy / "vae_decoder" / "model.safetensors", 1e30)
-    admit(copy)
+    record_files(copy)
     code, missed, _ = verified(copy, capsys)
     assert code == 6 and missed == ["vae_decoder, float32", "full pipeline"]
 
@@ -76,7 +76,7 @@ def test_weights_that_leave_no_numbers_are_noticed(copy, capsys):
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
 def test_other_weights_under_a_matching_manifest_are_noticed(copy, capsys, part):
     scale(copy / part / "model.safetensors", 1.02)
-    admit(copy)
+    record_files(copy)
     code, missed, said = verified(copy, capsys)
     assert code == 6 and f"{part}, float32" in missed
     assert "is not valid on onnxruntime on cpu" in said
@@ -101,7 +101,7 @@ def test_bytes_that_the_disk_lost_are_found_though_the_times_are_the_same(copy, 
 
 def test_a_bundle_without_answers_says_what_to_do(copy, capsys):
     (copy / "proof.json").unlink()
-    admit(copy)
+    record_files(copy)
     code, _, said = verified(copy, capsys)
     assert code == 3 and "build it again with --force" in said
 
@@ -109,7 +109,7 @@ def test_a_bundle_without_answers_says_what_to_do(copy, capsys):
 @pytest.mark.parametrize("text", ["{}", '{"components": {"unet": 1}, "picture": []}', "[1]"])
 def test_answers_that_are_none_are_refused(copy, capsys, text):
     (copy / "proof.json").write_text(text)
-    admit(copy)
+    record_files(copy)
     code, _, said = verified(copy, capsys)
     assert code == 3 and "proof.json" in said
 
@@ -119,7 +119,7 @@ def test_answers_of_another_shape_are_a_miss(copy, capsys):
     cached["components"]["unet"]["output"].pop()
     del cached["components"]["vae_encoder"]["std"]
     (copy / "proof.json").write_text(json.dumps(cached))
-    admit(copy)
+    record_files(copy)
     code, missed, _ = verified(copy, capsys)
     assert code == 6 and missed == ["unet, float32", "vae_encoder, float32"]
 
