@@ -306,7 +306,7 @@ def test_images_that_cannot_be_read_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strength": 1.5}, "strength 1.5"),
+        ({"strength": 1.5}, "strength is 1.5"),
         ({"strength": 0.01}, "less than one step"),
         ({"mask_image": Image.new("L", (64, 64))}, "mask is 64x64, the image 32x32"),
         ({"latents": np.zeros((1, 4, 8, 8))}, "both"),
