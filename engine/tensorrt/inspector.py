@@ -50,8 +50,8 @@ def layers_by_node(
     that it computes as `[ONNX Layer: NAME]`.
     """
     names: dict[str, list[str]] = {node: [] for node in nodes}
-    for layer in layers:
-        for mark in str(layer.get("Metadata", "")).split("[ONNX Layer: ")[1:]:
+    for record in layers:
+        for mark in str(record.get("Metadata", "")).split("[ONNX Layer: ")[1:]:
             if (node := mark.split("]")[0]) in names:
-                names[node].append(str(layer.get("Name", "")))
+                names[node].append(str(record.get("Name", "")))
     return names
