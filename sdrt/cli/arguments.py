@@ -75,6 +75,18 @@ def add_serve(to: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="graceful shutdown timeout (default: 30)",
     )
+    to.add_argument("--log-prompts", action="store_true", help="log prompts")
+    to.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="format of log lines (default: text)",
+    )
+    _add_access_control(to)
+    _add_ray(to)
+
+
+def _add_access_control(to: argparse.ArgumentParser) -> None:
     access = to.add_argument_group("access control")
     keys = access.add_mutually_exclusive_group()
     keys.add_argument(
@@ -90,13 +102,9 @@ def add_serve(to: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="additional host name of this server; repeatable",
     )
-    to.add_argument("--log-prompts", action="store_true", help="log prompts")
-    to.add_argument(
-        "--log-format",
-        choices=("text", "json"),
-        default="text",
-        help="format of log lines (default: text)",
-    )
+
+
+def _add_ray(to: argparse.ArgumentParser) -> None:
     ray = to.add_argument_group("Ray Serve")
     ray.add_argument("--ray", action="store_true", help="run the engines as Ray Serve replicas")
     ray.add_argument(
