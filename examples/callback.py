@@ -8,6 +8,8 @@ import sdrt
 PROMPT = "a white cross on a green background"
 
 with sdrt.load("shapes") as pipe:
+    pipe = pipe.with_scheduler("DPM++ 2M Karras")
+
     # Progress: called after every evaluation of the model.
     def show(step):
         print(f"step {step.index}/{step.total}, timestep {step.timestep:.0f}")

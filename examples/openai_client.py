@@ -31,7 +31,7 @@ try:
         try:
             response = client.images.generate(
                 prompt="a red circle on a blue background",
-                extra_body={"seed": 0, "num_inference_steps": 8},
+                extra_body={"seed": 0, "num_inference_steps": 8, "scheduler": "DPM++ 2M Karras"},
             )
             break
         except (APIConnectionError, InternalServerError):

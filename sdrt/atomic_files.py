@@ -229,7 +229,7 @@ def _translate_errors(target: Path) -> Iterator[None]:
                 f"no space left to write {target}; nothing was changed",
                 hint="free some space, or set --output or SDRT_HOME to another disk",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
             raise SdrtError(
                 f"cannot write {target}: {error.strerror}",
                 hint="set --output or SDRT_HOME to another folder",

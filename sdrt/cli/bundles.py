@@ -7,6 +7,7 @@ from typing import Any
 
 from sdrt.atomic_files import locked
 from sdrt.bundle import Bundle
+from sdrt.bundle.embedded import embedded_names, materialize
 from sdrt.bundle.manifest import MANIFEST, MAX_MANIFEST, manifest_from_json
 from sdrt.bundle.store import (
     bundle_name,
@@ -14,6 +15,7 @@ from sdrt.bundle.store import (
     clear_default,
     default_name,
     find_bundle,
+    home,
     set_default,
 )
 from sdrt.bundle.store import (
@@ -25,10 +27,13 @@ from sdrt.json_validation import read_json
 
 
 def describe_bundles() -> list[dict[str, Any]]:
-    """Every bundle as plain values; `error` is why it cannot be read."""
+    """Every bundle as plain values, the embedded ones where nothing was built.
+
+    `error` is why a bundle cannot be read.
+    """
     default = default_name()
     rows: list[dict[str, Any]] = []
-    for folder in list_folders():
+    for folder in list_folders() or [materialize(name, home()) for name in embedded_names()]:
         row: dict[str, Any] = {"name": bundle_name(folder), "folder": str(folder)}
         row["default"] = folder.name == default
         try:
@@ -86,7 +91,7 @@ def remove(args: argparse.Namespace) -> None:
     if folder.parent != bundles_folder():
         raise BundleError(
             f"{folder} is not in {bundles_folder()}; only bundles there are removed",
-            hint="delete the folder yourself",
+            hint="run `sdrt list` to see which were built here",
         )
     path = folder / MANIFEST
     try:

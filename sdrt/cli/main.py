@@ -193,7 +193,9 @@ def _configure_logging(args: argparse.Namespace) -> None:
 def _parse(parser: CommandParser, arguments: Sequence[str]) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
-        raise UsageError(f"unexpected argument `{unknown[0]}`", hint="run `sdrt COMMAND --help`")
+        command = "" if arguments[0].startswith("-") else f"{arguments[0]} "
+        hint = f"run `sdrt {command}--help`"
+        raise UsageError(f"unexpected argument `{unknown[0]}`", hint=hint)
     return args
 
 

@@ -59,3 +59,15 @@ def test_the_embedded_bundle_counts_only_where_nothing_was_built(two):
     assert find_bundle(None) == two / "shapes-fp16"
     assert main(["remove", "shapes-fp16"]) == 0
     assert find_bundle(None).parent != two
+
+
+def test_the_embedded_bundle_is_listed_where_nothing_was_built(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SDRT_HOME", str(tmp_path))
+    assert main(["list", "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["shapes"]
+
+
+def test_a_home_that_cannot_exist_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SDRT_HOME", "/proc/nowhere")
+    assert main(["list"]) == 1
+    assert "cannot write /proc/nowhere" in capsys.readouterr().err

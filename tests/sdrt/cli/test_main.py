@@ -82,7 +82,7 @@ def test_run_json_grid_and_folder(shapes, tmp_path, capsys):
         (["run", "--cfg-scale", "7"], 2, "did you mean `--guidance-scale`?"),
         (["run", PROMPT, "--backend", "onnx"], 2, "did you mean `onnxruntime`?"),
         (["build", "--modle", "shapes"], 2, "did you mean `--model`?"),
-        (["doctor", "now"], 2, "unexpected argument `now`"),
+        (["doctor", "now"], 2, "unexpected argument `now`\nhint: run `sdrt doctor --help`"),
         (["build", "--model", "shapes", "--name", "a/b"], 2, "--name 'a/b'"),
         (["use", "nope"], 3, "no bundle called"),
         (["remove", "nope"], 3, "no bundle called"),
