@@ -52,10 +52,10 @@ if TYPE_CHECKING:
 
 __all__ = [  # noqa: RUF022 (what a reader needs first)
     "load",
+    "Pipeline",
     "build",
     "bundles",
     "BundleInfo",
-    "Pipeline",
     "GenerationOptions",
     "GenerationKwargs",
     "Output",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdrt.cli.main import parser
+from sdrt.cli.main import build_parser
 from sdrt.serve.routes import health
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def test_extras_exist(image):
 
 def test_command_is_one_of_the_command_line(image):
     (line,) = re.findall(r"^CMD (\[.*)$", image, re.M)
-    args = parser().parse_args(json.loads(line))
+    args = build_parser().parse_args(json.loads(line))
     assert json.loads(line)[0] == "serve" and args.host == "0.0.0.0" and args.keys
     assert f"EXPOSE {args.port}\n" in image
 

@@ -143,7 +143,7 @@ def check_bill(bill, wheel):
     expected = {ref for item in bill["dependencies"] for ref in item["dependsOn"]}
     assert expected <= known
     required = {item["name"] for item in bill["components"] if item["scope"] == "required"}
-    assert required == {"numpy", "pillow", "safetensors", "tqdm"}
+    assert required == {"filelock", "numpy", "pillow", "psutil", "safetensors", "shtab", "tqdm"}
 
 
 def test_the_wheel_holds_the_packages_and_no_more(wheel):

@@ -116,7 +116,7 @@ def safetensors(data: bytes) -> None:
 def lora(data: bytes) -> None:
     for change in read_lora(file_of(data, "lora.safetensors"), 1.0).changes.values():
         with contextlib.suppress(SdrtError):
-            change.added(np.zeros((), np.float32), (4, 4), 1.0, lambda: BASE)
+            change.merge_delta(np.zeros((), np.float32), (4, 4), 1.0, lambda: BASE)
 
 
 def graph(data: bytes) -> None:

@@ -12,7 +12,7 @@ from sdrt import load
 from sdrt.bundle import open_bundle
 from sdrt.cli import inspect as cli_inspect
 from sdrt.cli.build import PREDICTION_TYPES
-from sdrt.cli.main import parser
+from sdrt.cli.main import build_parser
 from sdrt.errors import CheckpointError, UsageError
 from sdrt.export import prediction
 from sdrt.export.build import BuildPlan, _announce
@@ -230,5 +230,5 @@ def test_a_manifest_without_a_prediction_is_still_read(tiny_bundle, tmp_path):
 
 def test_the_command_line_names_kinds_that_are_known():
     assert PREDICTION_TYPES == prediction.KINDS
-    args = parser().parse_args(["build", "--model", "x", "--prediction-type", "sample"])
+    args = build_parser().parse_args(["build", "--model", "x", "--prediction-type", "sample"])
     assert (args.prediction_type, args.zero_snr) == ("sample", False)

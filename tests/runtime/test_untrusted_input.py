@@ -18,7 +18,7 @@ from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
 from sdrt.json_validation import read_config
 from sdrt.runtime.images import depth_to_array, image_from_bytes, image_to_array, open_image
 from sdrt.runtime.loading import load_pipeline
-from sdrt.runtime.lora.adapters import deltas, read_lora
+from sdrt.runtime.lora.adapters import compute_deltas, read_lora
 from sdrt.runtime.text.tokenizer import END, START, Tokenizer
 
 VOCAB = {"a": 0, "b": 1, "ab": 2, START: 3, END: 4}
@@ -126,11 +126,11 @@ def test_malformed_lora_files_are_refused(tmp_path, change, metadata, message):
     shapes = {"a.weight": (8, 4), "b.weight": (8, 4)}
     base = np.ones((8, 4), np.float32)
     save_file(GOOD, path)
-    assert next(deltas("unet", shapes, [read_lora(path, 1.0)]))[1].shape == (8, 4)
+    assert next(compute_deltas("unet", shapes, [read_lora(path, 1.0)]))[1].shape == (8, 4)
     save_file(GOOD | change, path, metadata or None)
     before = state_of(tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        [*deltas("unet", shapes, [read_lora(path, 1.0)], lambda _: base)]
+        [*compute_deltas("unet", shapes, [read_lora(path, 1.0)], lambda _: base)]
     assert state_of(tmp_path) == before
 
 

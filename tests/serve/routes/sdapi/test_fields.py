@@ -367,7 +367,7 @@ def test_sizes_equal_those_of_the_command_line(http, server, pipe):
     assert image["size"] == "128x64" and image["data"]
     odd = txt2img(http, width=72)
     assert odd.status_code == 400 and "multiples of 16" in odd.json()["detail"]
-    assert (128, 64) in get_engine(server).costs.estimated
+    assert (128, 64) in get_engine(server).cost_model.estimated
 
 
 def test_missing_content_type_is_explained(http):
