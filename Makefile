@@ -56,6 +56,7 @@ kill-points: $(READY)
 # The documentation site, in build/site; a broken link or reference fails.
 docs: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt
+	mkdir -p build/docs  # mkdocstrings looks for its paths before the hook fills them
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(READY)

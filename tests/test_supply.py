@@ -29,7 +29,7 @@ PACKAGES = PROJECT["tool"]["setuptools"]["package-dir"]
 ELSEWHERE = re.compile(rb"(?<![\w.~*/])(?:/home/|/root/|/tmp/|/work/|/Users/|[A-Z]:\\Users\\)[\w.]")
 KINDS = {
     *(".py", ".typed", ".json", ".safetensors", ".onnx", ".txt", ".png", ".md"),
-    *(".html", ".css", ".js", ".svg"),
+    *(".html", ".css", ".js", ".svg", ".header"),
 }
 
 

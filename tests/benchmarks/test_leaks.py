@@ -28,7 +28,7 @@ def leaks():
 @pytest.mark.rest
 def test_files_and_threads_are_flat(leaks, shapes):
     args = leaks.argparse.Namespace(
-        bundle=shapes, backend="onnxruntime", pictures=60, cycles=12, switches=12
+        bundle=shapes, backend="onnxruntime", images=60, cycles=12, switches=12
     )
     for name, actual in leaks.measured(args).items():
         assert actual.files[0] == actual.files[1], name

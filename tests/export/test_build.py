@@ -381,7 +381,7 @@ def test_a_killed_build_is_in_nobodys_way(tiny, tmp_path, how):
     assert process.returncode == (130 if how == signal.SIGINT else -9), said.decode()
     assert not target.exists()
     if how == signal.SIGINT:
-        assert not partial.exists() and b"interrupted" in said
+        assert not partial.exists() and b"Interrupted" in said
     else:
         build_bundle(BuildPlan(str(tiny), target))
         assert not partial.exists() and open_bundle(target)
