@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .bundle import Bundle, open_bundle, parse_size
-from .bundle.manifest import MANIFEST, MAX_MANIFEST, Manifest, manifest_from_json
+from .bundle.manifest import Manifest, read_manifest
 from .bundle.store import list_bundles
 from .errors import BundleError, SdrtError, UsageError
-from .json_validation import read_json
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}
 SD2_CONTEXT_WIDTH = 1024
@@ -127,9 +126,8 @@ def bundles() -> list[BundleInfo]:
     """
     described = []
     for folder in list_bundles():
-        path = folder / MANIFEST
         try:
-            manifest = manifest_from_json(read_json(path, max_bytes=MAX_MANIFEST), path)
+            manifest = read_manifest(folder)
         except BundleError:
             continue
         described.append(_describe(folder, manifest))

@@ -17,14 +17,13 @@ from .integrity import check_files
 from .manifest import (
     FLOAT32_GRAPH,
     MANIFEST,
-    MAX_MANIFEST,
     SHALLOW,
     SHALLOW_GRAPH,
     SMALL_FILES,
     WEIGHTS,
     Component,
     Manifest,
-    manifest_from_json,
+    read_manifest,
 )
 from .store import find_bundle
 
@@ -74,8 +73,7 @@ def graph_name(component: str, file: str = "model.onnx") -> str:
 def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
     """Read and check a bundle; raises BundleError: missing, damaged, of another format."""
     folder = find_bundle(name)
-    raw = read_json(folder / MANIFEST, max_bytes=MAX_MANIFEST)
-    manifest = manifest_from_json(raw, folder / MANIFEST)
+    manifest = read_manifest(folder)
     check_contents(folder, manifest)
     check_files(folder, manifest.files, list_graphs(manifest))
     return Bundle(folder, manifest)

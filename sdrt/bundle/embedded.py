@@ -20,9 +20,8 @@ import numpy as np
 
 from sdrt.atomic_files import build_once
 from sdrt.errors import BundleError
-from sdrt.json_validation import read_json
 
-from .manifest import MANIFEST, MAX_MANIFEST, TRANSPOSED, WEIGHTS, manifest_from_json
+from .manifest import MANIFEST, TRANSPOSED, WEIGHTS, read_manifest
 from .safetensors import DTYPES, Tensors, read_header
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -69,8 +68,7 @@ def materialize(name: str, home: Path) -> Path:
 
 def _write_bundle(name: str, folder: Path) -> None:
     shipped, checkpoint = MODELS / f"{name}.bundle", MODELS / name
-    raw = read_json(shipped / MANIFEST, max_bytes=MAX_MANIFEST)
-    manifest = manifest_from_json(raw, shipped / MANIFEST)
+    manifest = read_manifest(shipped)
     for file, record in manifest.files.items():
         path = folder / file
         path.parent.mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ from sdrt.json_validation import (
     mapping,
     number,
     one_of,
+    read_json,
     record,
     text,
 )
@@ -115,6 +116,12 @@ class Manifest:
 
 def json_from_manifest(manifest: Manifest) -> str:
     return json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle's folder; raises BundleError where it cannot be read."""
+    path = folder / MANIFEST
+    return manifest_from_json(read_json(path, max_bytes=MAX_MANIFEST), path)
 
 
 def manifest_from_json(raw: Mapping[str, Any], path: Path) -> Manifest:

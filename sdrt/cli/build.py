@@ -6,11 +6,15 @@ What exports is imported when it runs, so that `sdrt --help` is immediate.
 import argparse
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sdrt.errors import SdrtError, UsageError
+from sdrt.errors import UsageError
 
 from . import plans as cli_plans
 from .arguments import BACKENDS, integer
+
+if TYPE_CHECKING:
+    from sdrt.bundle import Bundle
 
 TINY_VAE = "madebyollin/taesd"
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -126,29 +130,22 @@ def build(args: argparse.Namespace) -> None:
     from sdrt.bundle import open_bundle
 
     kind = cli_plans.plan_kind(args)
-    folder = open_bundle(args.bundle).folder if args.bundle else _build_bundle(args)
+    bundle = open_bundle(args.bundle) if args.bundle else _build_bundle(args)
     if kind:
-        cli_plans.build_plans(open_bundle(folder), kind, args)
-    print(folder)
+        cli_plans.build_plans(bundle, kind, args)
+    print(bundle.folder)
 
 
-def _build_bundle(args: argparse.Namespace) -> Path:
+def _build_bundle(args: argparse.Namespace) -> "Bundle":
     """Build a bundle from a model."""
-    try:
-        from sdrt.export.build import BuildPlan, build_bundle
-    except ImportError as error:
-        raise SdrtError(
-            f"building needs {error.name}, which is not installed",
-            hint="run `pip install 'sdrt[build]'`",
-        ) from error
-    from sdrt.bundle import parse_size
+    from sdrt.library import build
 
-    plan = BuildPlan(
-        model=args.model,
+    return build(
+        args.model,
         output=args.output,
         name=_parse_name(args.name),
-        dtype="float16" if args.fp16 else "float32",
-        sizes=tuple(parse_size(text) for text in args.size or ()),
+        precision="fp16" if args.fp16 else "fp32",
+        sizes=args.size or (),
         batch=_parse_batch(args.batch),
         backend=cli_plans.validation_backend(args.backend),
         force=args.force,
@@ -158,12 +155,11 @@ def _build_bundle(args: argparse.Namespace) -> Path:
         text_encoder_2=args.text_encoder_2,
         prediction_type=args.prediction_type,
         zero_snr=args.zero_snr,
-        loras=tuple(args.lora),
+        loras=args.lora,
         revision=args.revision,
         safety_checker=args.safety_checker,
         feature_reuse=args.feature_reuse,
     )
-    return build_bundle(plan)
 
 
 def _parse_name(name: str | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 from sdrt.atomic_files import locked
 from sdrt.bundle import Bundle
 from sdrt.bundle.embedded import embedded_names, materialize
-from sdrt.bundle.manifest import MANIFEST, MAX_MANIFEST, manifest_from_json
+from sdrt.bundle.manifest import MANIFEST, read_manifest
 from sdrt.bundle.store import (
     bundle_name,
     bundles_folder,
@@ -23,7 +23,6 @@ from sdrt.bundle.store import (
 )
 from sdrt.engine.plans import plans_folder
 from sdrt.errors import BundleError
-from sdrt.json_validation import read_json
 
 
 def describe_bundles() -> list[dict[str, Any]]:
@@ -37,9 +36,7 @@ def describe_bundles() -> list[dict[str, Any]]:
         row: dict[str, Any] = {"name": bundle_name(folder), "folder": str(folder)}
         row["default"] = folder.name == default
         try:
-            manifest = manifest_from_json(
-                read_json(folder / MANIFEST, max_bytes=MAX_MANIFEST), folder / MANIFEST
-            )
+            manifest = read_manifest(folder)
         except BundleError as error:
             rows.append({**row, "error": error.message})
             continue
@@ -93,15 +90,14 @@ def remove(args: argparse.Namespace) -> None:
             f"{folder} is not in {bundles_folder()}; only bundles there are removed",
             hint="run `sdrt list` to see which were built here",
         )
-    path = folder / MANIFEST
     try:
-        manifest = manifest_from_json(read_json(path, max_bytes=MAX_MANIFEST), path)
+        manifest = read_manifest(folder)
     except BundleError:  # unreadable, so its plans are unknown
         plans = None
     else:
         plans = plans_folder(Bundle(folder, manifest))
     with locked(folder):
-        path.unlink()  # without it, the folder is not a bundle
+        (folder / MANIFEST).unlink()  # without it, the folder is not a bundle
         shutil.rmtree(folder)
     if plans is not None and plans.is_dir():
         shutil.rmtree(plans, ignore_errors=True)

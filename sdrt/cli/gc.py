@@ -19,7 +19,7 @@ from sdrt.atomic_files import is_locked, locked
 from sdrt.bundle import Bundle
 from sdrt.bundle.embedded import embedded_folder, embedded_names
 from sdrt.bundle.integrity import forget_verified, stale_entries
-from sdrt.bundle.manifest import MANIFEST, MAX_MANIFEST, manifest_from_json
+from sdrt.bundle.manifest import read_manifest
 from sdrt.bundle.store import bundles_folder, home, list_bundles
 from sdrt.engine.compile_cache import METADATA, explain_stale
 from sdrt.engine.gpu import GpuInventory, detect_gpus
@@ -135,9 +135,8 @@ def _outdated_embedded_models() -> Iterator[Leftover]:
 def _bundles() -> Iterator[tuple[Path, Bundle]]:
     """Every bundle whose manifest can be read, by the folder of its plans."""
     for folder in list_bundles():
-        path = folder / MANIFEST
         try:
-            manifest = manifest_from_json(read_json(path, max_bytes=MAX_MANIFEST), path)
+            manifest = read_manifest(folder)
         except BundleError:  # nothing is known of its plans, so they stay
             continue
         bundle = Bundle(folder, manifest)
