@@ -11,12 +11,11 @@ from dataclasses import replace
 
 from sdrt.bundle import open_bundle
 from sdrt.errors import UsageError
-from sdrt.runtime.arguments import parse_options
 from sdrt.runtime.images import SUFFIXES, make_labelled_grid, save_image
 from sdrt.runtime.loading import unloaded_pipeline
 from sdrt.runtime.lora.switch import apply_tags
 
-from .run import open_pipeline
+from .run import open_pipeline, options_from_arguments
 from .schedulers import all_titles
 
 
@@ -39,9 +38,7 @@ def compare(args: argparse.Namespace) -> None:
     images, labels, rows = [], [], []
     with open_pipeline(args) as pipe:
         names = names or [title for title in all_titles() if title != "PNDM"]
-        base = parse_options(
-            {"seed": args.seed, "guidance_scale": args.guidance_scale, "size": args.size}
-        )
+        base = options_from_arguments(args)
         chosen = [pipe.with_scheduler(name) for name in names]
         prompt = apply_tags(pipe, args.prompt)
         next(pipe.stream(prompt, replace(base, num_inference_steps=1)))  # warm

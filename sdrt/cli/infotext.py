@@ -30,13 +30,11 @@ class Restored:
     """What an image's text asks for.
 
     arguments: by the command line's names; what is typed with `--from` overrides them
-    options: of a call that the command line has no argument for
     loras: every LoRA's weight by its name
     needed: arguments that the text cannot hold and that must be typed, with what they are
     """
 
     arguments: Mapping[str, Any]
-    options: Mapping[str, Any]
     loras: Mapping[str, LoraWeight]
     needed: Mapping[str, str]
 
@@ -69,7 +67,7 @@ def _sampler_options(text: str) -> list[str]:
 
 # Settings by their name in a text: the argument of the command line, and how its value is read.
 ARGUMENTS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "Steps": ("steps", int),
+    "Steps": ("num_inference_steps", int),
     "Sampler": ("scheduler", str),
     "Sampler options": ("scheduler_option", _sampler_options),
     "CFG scale": ("guidance_scale", float),
@@ -80,18 +78,13 @@ ARGUMENTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Size": ("size", str),
     "Denoising strength": ("strength", float),
     "Clip skip": ("clip_skip", lambda text: int(text) - 1),
-    "Feature reuse": ("reuse", int),
-    "Long prompts": ("cut", {"cut": True}.__getitem__),
-    "Emphasis": ("literal", {"None": True, "Original": False}.__getitem__),
+    "Feature reuse": ("feature_reuse", int),
+    "Long prompts": ("long_prompts", {"cut": "cut"}.__getitem__),
+    "Emphasis": ("weighting", {"None": False, "Original": True}.__getitem__),
     "RNG": ("rng", {"CPU": "cpu", "NV": "cuda", "GPU": "cuda"}.__getitem__),
-    "Original size": ("original_size", str),
-    "Crop": ("crop", str),
-    "Target size": ("target_size", str),
-}
-OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Timesteps": ("timesteps", _numbers),
     "Sigmas": ("sigmas", _numbers),
-    **{name: (option, _pair) for name, option in SIZES_IN_TEXT.items() if name not in ARGUMENTS},
+    **{name: (option, _pair) for name, option in SIZES_IN_TEXT.items()},
 }
 PROMPTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Prompts": ("prompt", _list_of(str)),
@@ -99,8 +92,8 @@ PROMPTS: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 NEEDED = {
     "Denoising strength": ("image", "--image, the image that it started from"),
-    "Mask": ("mask", "--mask, its mask"),
-    "Depth map": ("depth", "--depth, its depth map"),
+    "Mask": ("mask_image", "--mask, its mask"),
+    "Depth map": ("depth_map", "--depth, its depth map"),
     "Lora files": ("lora", "--lora for each of its LoRAs, as not all are in the folder loras"),
 }
 LOST = {
@@ -140,7 +133,7 @@ def restored_from(path: Path) -> Restored:
             )
         if name in NEUTRAL:
             log.debug("%s: %s is passed over", name, shorten(value))
-        elif name not in {*ARGUMENTS, *OPTIONS, *NEEDED, *READ_APART}:
+        elif name not in {*ARGUMENTS, *NEEDED, *READ_APART}:
             raise UsageError(
                 f"{path} was made with {name!r} ({shorten(value)}), which is unsupported here, "
                 "so that the image would be another one"
@@ -160,7 +153,7 @@ def restored_from(path: Path) -> Restored:
         check_unsupported_syntax(settings["Negative prompt"], joined=False)
         arguments |= _foreign_arguments(settings, arguments)
     needed = {name: words for key, (name, words) in NEEDED.items() if key in settings}
-    return Restored(arguments, _read(path, settings, OPTIONS), loras, needed)
+    return Restored(arguments, loras, needed)
 
 
 def _read(
@@ -185,7 +178,7 @@ def _extract_tags(settings: Mapping[str, str], arguments: dict[str, Any]) -> dic
     """
     prompts = arguments.get("prompt", [settings["Prompt"]])
     tags: tuple[LoraTag, ...] = ()
-    if arguments.get("literal"):
+    if arguments.get("weighting") is False:
         _, tags = parse_tags(settings.get("Lora", ""))
     elif "Prompts" not in settings:  # of several, each keeps its own
         _, tags = parse_tags(settings["Prompt"])
@@ -194,7 +187,7 @@ def _extract_tags(settings: Mapping[str, str], arguments: dict[str, Any]) -> dic
     arguments.setdefault("negative_prompt", settings["Negative prompt"])
     if "Seeds" in settings:
         arguments["grid"] = True
-        arguments["num_images"] = len(arguments["seed"]) // len(prompts)
+        arguments["num_images_per_prompt"] = len(arguments["seed"]) // len(prompts)
     loras: dict[str, LoraWeight] = {}
     for tag in tags:
         loras[tag.name] = loras.get(tag.name, LoraWeight(0.0, 0.0)) + tag.weight
@@ -216,10 +209,10 @@ def apply_typed(args: argparse.Namespace, restored: Restored) -> argparse.Namesp
     for name, words in restored.needed.items():
         if getattr(args, name) in (None, []):
             raise UsageError(f"{args.source}: its text does not hold everything; give {words}")
-    args.options, args.loras = dict(restored.options), dict(restored.loras)
+    args.loras = dict(restored.loras)
     if args.scheduler != restored.arguments.get("scheduler"):
         theirs = restored.arguments.get("scheduler_option", [])
         args.scheduler_option = args.scheduler_option[len(theirs) :]
-    if args.steps != restored.arguments.get("steps"):
-        args.options = {k: v for k, v in args.options.items() if k not in ("timesteps", "sigmas")}
+    if args.num_inference_steps != restored.arguments.get("num_inference_steps"):
+        args.timesteps = args.sigmas = None
     return args

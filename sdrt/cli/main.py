@@ -254,6 +254,7 @@ def build_parser(run_defaults: Mapping[str, Any] | None = None) -> CommandParser
         subparser.set_defaults(command=command.function)
         command.add_arguments(subparser)
         add_logging(subparser)
+        subparser.set_defaults(flags=subparser.flags)
         if command.name == "run":
             subparser.set_defaults(**(run_defaults or {}))
     return top

@@ -33,6 +33,11 @@ class CommandParser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
+    @property
+    def flags(self) -> dict[str, str]:
+        """The option that is typed, by the name of its value."""
+        return {a.dest: a.option_strings[-1] for a in self._actions if a.option_strings}
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"run `{self.prog} --help`")
 
@@ -54,6 +59,13 @@ class CommandParser(argparse.ArgumentParser):
                 alias = ALIASES.get(name)
                 near = alias if alias in options else closest(name, options)
                 raise UsageError(f"unknown option `{name}`", hint=self._suggest(near))
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except UsageError as error:
+            name = "/".join(action.option_strings)
+            raise UsageError(f"{name} {error.message}", hint=error.hint) from None
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:

@@ -21,13 +21,14 @@ from sdrt.bundle import open_bundle
 from sdrt.errors import UsageError
 from sdrt.runtime import GenerationOptions, Pipeline, Preview, Step
 from sdrt.runtime.arguments import parse_options
-from sdrt.runtime.images import SUFFIXES, make_grid, open_image, save_image
+from sdrt.runtime.images import SUFFIXES, make_grid, save_image
 from sdrt.runtime.job import GenerationJob
 from sdrt.runtime.loading import unloaded_pipeline
 from sdrt.runtime.lora.adapters import find_lora, parse_lora
 from sdrt.runtime.lora.sets import LoraSet, check_lora_set, group_by_lora_set, merge_loras
 from sdrt.runtime.lora.switch import stream_by_lora_set
 from sdrt.runtime.lora.tags import parse_weight
+from sdrt.runtime.options import PARSERS
 from sdrt.runtime.requests import Request
 from sdrt.runtime.safety_checker import is_flagged, is_flat
 
@@ -38,31 +39,11 @@ FLAGGED = "seed {}: the safety checker flagged the image, so it is black"
 
 
 def options_from_arguments(args: argparse.Namespace) -> GenerationOptions:
-    """The generation options of a command line."""
+    """The generation options of a command line: its arguments that are named like one."""
+    named = {name: getattr(args, name, None) for name in PARSERS}
+    passed = {name: value for name, value in named.items() if value is not None}
     return parse_options(
-        {
-            "negative_prompt": args.negative_prompt,
-            "num_inference_steps": args.steps,
-            "guidance_scale": args.guidance_scale,
-            "guidance_rescale": args.guidance_rescale,
-            "guidance_interval": _parse_interval(args.guidance_interval),
-            "feature_reuse": args.reuse,
-            "seed": args.seed,
-            "rng": args.rng,
-            "num_images_per_prompt": args.num_images,
-            "size": args.size,
-            "image": open_image(args.image) if args.image else None,
-            "mask_image": open_image(args.mask) if args.mask else None,
-            "depth_map": open_image(args.depth) if args.depth else None,
-            "strength": args.strength,
-            "original_size": _parse_pair("--original-size", args.original_size),
-            "crops_coords_top_left": _parse_pair("--crop", args.crop),
-            "target_size": _parse_pair("--target-size", args.target_size),
-            "clip_skip": args.clip_skip,
-            "long_prompts": "cut" if args.cut else "chunk",
-            "weighting": not args.literal,
-            **args.options,
-        }
+        {name: PARSERS[name](args.flags.get(name, name), value) for name, value in passed.items()}
     )
 
 
@@ -100,10 +81,11 @@ def check_arguments(args: argparse.Namespace) -> GenerationOptions:
             f"--output {args.output}: unsupported suffix; expected {', '.join(SUFFIXES)}",
             hint="or pass a folder",
         )
-    for name in ("mask", "strength"):
+    for name in ("mask_image", "strength"):
         if args.image is None and getattr(args, name) is not None:
             raise UsageError(
-                f"--{name} requires --image", hint="pass the image to edit with --image FILE"
+                f"{args.flags[name]} requires --image",
+                hint="pass the image to edit with --image FILE",
             )
     options = options_from_arguments(args)
     pipe = unloaded_pipeline(open_bundle(args.bundle))
@@ -113,26 +95,6 @@ def check_arguments(args: argparse.Namespace) -> GenerationOptions:
     job = chosen.validate(args.prompt or None, options)
     group_by_lora_set(job.requests, options, _loras(args))
     return options
-
-
-def _parse_interval(text: str) -> tuple[float, float]:
-    try:
-        low, high = (float(part) for part in text.split(":"))
-    except ValueError:
-        raise UsageError(
-            f"--guidance-interval {text!r} is not FROM:TO", hint="for example 0.1:0.8"
-        ) from None
-    return low, high
-
-
-def _parse_pair(option: str, text: str | None) -> tuple[int, int] | None:
-    """`"1024x768"`, width first -> (768, 1024), as models expect it."""
-    if text is None:
-        return None
-    across, x, down = text.lower().partition("x")
-    if not (x and across.isdigit() and down.isdigit()):
-        raise UsageError(f"{option} {text!r} is not two integers", hint="for example 1024x1024")
-    return int(down), int(across)
 
 
 def with_scheduler(pipe: Pipeline, name: str | None, settings: Sequence[str]) -> Pipeline:
@@ -167,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
         on_step = partial(_notify, watchers) if watchers else None  # None: one call may do it all
         job = chosen.create_job(args.prompt or None, options)
         writer = stack.enter_context(ThreadPoolExecutor(1))
-        total = 1 if args.grid else max(1, len(args.prompt)) * args.num_images
+        total = 1 if args.grid else max(1, len(args.prompt)) * args.num_images_per_prompt
         finished: list[tuple[Request, Image.Image]] = []
         writing: dict[int, Future[Path]] = {}
         try:
@@ -260,13 +222,13 @@ def _bar(args: argparse.Namespace) -> Iterator[list[Callable[[Step], None]]]:
         return
     from tqdm import tqdm
 
-    with tqdm(total=args.steps, unit=" steps", leave=False) as bar:
+    with tqdm(total=args.num_inference_steps, unit=" steps", leave=False) as bar:
 
         def on_step(step: Step) -> None:
             if step.index == 1:
-                bar.reset(args.steps)
+                bar.reset(args.num_inference_steps)
                 bar.set_description_str("Generating", refresh=False)
-            bar.update(step.index * args.steps // step.total - bar.n)
+            bar.update(step.index * args.num_inference_steps // step.total - bar.n)
             if step.index == step.total:
                 bar.set_description_str("Decoding")
 

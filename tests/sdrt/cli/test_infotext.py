@@ -288,7 +288,7 @@ def test_texts_of_the_web_ui_are_used(pipe, tmp_path, kind):
         ('Sampler options: "[1]"', "not understood"),
         ("Schedule type: Turbo", "unknown"),
         ("Sampler: DPM adaptive", "unknown"),
-        ("CFG scale: nan", "guidance_scale is nan"),
+        ("CFG scale: nan", "--guidance-scale is nan"),
         ("Size: 63x64", "multiple of 8"),
     ],
 )

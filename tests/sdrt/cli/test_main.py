@@ -50,7 +50,7 @@ def test_run_json_grid_and_folder(shapes, tmp_path, capsys):
     ("arguments", "code", "message"),
     [
         (["run", PROMPT, "--steps", "0"], 2, "from 1 to 1000"),
-        (["run", PROMPT, "--guidance-scale", "nan"], 2, "guidance_scale is nan"),
+        (["run", PROMPT, "--guidance-scale", "nan"], 2, "--guidance-scale is nan"),
         (["run", PROMPT, "--scheduler", "Eulr"], 2, "did you mean Euler"),
         (["run", PROMPT, "--size", "100x100"], 2, "multiple of 8"),
         (["run", PROMPT, "--output", "a.gif"], 2, ".png"),
@@ -59,7 +59,7 @@ def test_run_json_grid_and_folder(shapes, tmp_path, capsys):
         (["run", PROMPT, "--strength", "2"], 2, "--strength requires --image"),
         (["run"], 2, "no prompt"),
         (["run", PROMPT, "--size", "512"], 2, "WIDTHxHEIGHT"),
-        (["run", PROMPT, "--seed", "-1"], 2, "seed is -1"),
+        (["run", PROMPT, "--seed", "-1"], 2, "--seed is -1"),
         (["run", PROMPT, "--lora", "nope"], 4, "no LoRA file"),
         (["run", PROMPT, "--depth", "nope.png"], 2, "does not exist"),
         (["run", PROMPT, "--scheduler", "DPM++ 2M Karas"], 2, "did you mean DPM++ 2M Karras"),

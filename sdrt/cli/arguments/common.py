@@ -1,0 +1,47 @@
+"""Arguments that several commands share."""
+
+import argparse
+
+from sdrt.errors import UsageError
+
+BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "torch")
+DEFAULT_BUNDLE = "default: the one set by `sdrt use`, or the only one"
+Arguments = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+def integer(text: str) -> int:
+    """An integer; raises the error that argparse reports."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+
+
+def height_and_width(text: str) -> tuple[int, int]:
+    """`"1024x768"`, width first -> (768, 1024), as models expect it."""
+    across, x, down = text.lower().partition("x")
+    if not (x and across.isdigit() and down.isdigit()):
+        raise UsageError(f"{text!r} is not two integers", hint="for example 1024x1024")
+    return int(down), int(across)
+
+
+def add_logging(to: argparse.ArgumentParser) -> None:
+    """Arguments of every command."""
+    to.add_argument("-v", "--verbose", action="store_true", help="log details")
+    to.add_argument("-q", "--quiet", action="store_true", help="log warnings and errors only")
+
+
+def add_json(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_bundle(to: Arguments) -> None:
+    """`--bundle` of commands that read one."""
+    to.add_argument("--bundle", metavar="NAME|FOLDER", help=DEFAULT_BUNDLE)
+
+
+def add_backend(to: Arguments) -> None:
+    to.add_argument("--backend", choices=BACKENDS, default="auto", help="default: auto")
+    to.add_argument(
+        "--device", type=integer, default=0, metavar="N", help="which NVIDIA GPU (default: 0)"
+    )

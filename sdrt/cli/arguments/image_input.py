@@ -1,0 +1,21 @@
+"""Arguments of the images that a run starts from."""
+
+import argparse
+from pathlib import Path
+
+
+def add_image_input(to: argparse.ArgumentParser) -> None:
+    start = to.add_argument_group("Image input")
+    start.add_argument("--image", type=Path, metavar="FILE", help="the image to start from")
+    start.add_argument(
+        "--mask", dest="mask_image", type=Path, metavar="FILE", help="white areas are repainted"
+    )
+    start.add_argument(
+        "--depth", dest="depth_map", type=Path, metavar="FILE", help="depth map, for depth models"
+    )
+    start.add_argument(
+        "--strength",
+        type=float,
+        metavar="0..1",
+        help="denoising strength (default: 0.8, or 1.0 with --mask)",
+    )

@@ -1,0 +1,28 @@
+"""Arguments of the model and the backend."""
+
+import argparse
+
+from .common import add_backend, add_bundle
+
+
+def add_model(to: argparse.ArgumentParser) -> None:
+    to.set_defaults(loras={})
+    model = to.add_argument_group("Model and backend")
+    add_bundle(model)
+    model.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE|NAME[:WEIGHT]",
+        help="add a LoRA for this run, repeatable; NAME is a file in $SDRT_HOME/loras",
+    )
+    add_backend(model)
+    model.add_argument(
+        "--exact", action="store_true", help="use no lower precision than the bundle's"
+    )
+    model.add_argument("--low-memory", action="store_true", help="load one component at a time")
+    model.add_argument(
+        "--compile",
+        action="store_true",
+        help="use torch.compile with --backend torch; takes about a minute",
+    )

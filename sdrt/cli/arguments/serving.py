@@ -1,0 +1,190 @@
+"""Arguments of the servers, and their settings."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdrt.errors import UsageError
+
+from .common import BACKENDS, add_bundle, integer
+
+if TYPE_CHECKING:
+    from sdrt.serve.model_manager import ModelSource
+    from sdrt.serve.settings import Settings
+
+
+def add_serve(to: argparse.ArgumentParser) -> None:
+    """Add the arguments of `sdrt serve`."""
+    to.add_argument(
+        "--bundle",
+        action="append",
+        default=[],
+        metavar="NAME|FOLDER",
+        help="bundle to serve; repeatable, the first is the default model (default: that of "
+        "`sdrt use`, or the only one)",
+    )
+    to.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default: 127.0.0.1)",
+    )
+    to.add_argument(
+        "--port", type=integer, default=7860, metavar="N", help="port to listen on (default: 7860)"
+    )
+    to.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="inference backend (default: auto)"
+    )
+    to.add_argument(
+        "--exact", action="store_true", help="never use a lower precision than the bundle's"
+    )
+    to.add_argument(
+        "--slots", type=integer, default=16, metavar="N", help="max concurrent images (default: 16)"
+    )
+    to.add_argument(
+        "--waiting", type=integer, default=64, metavar="N", help="max queued images (default: 64)"
+    )
+    to.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="bitwise-reproducible results regardless of batching, on GPUs too",
+    )
+    to.add_argument(
+        "--drain",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="graceful shutdown timeout (default: 30)",
+    )
+    to.add_argument("--log-prompts", action="store_true", help="log prompts")
+    to.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="format of log lines (default: text)",
+    )
+    _add_access_control(to)
+    _add_ray(to)
+
+
+def _add_access_control(to: argparse.ArgumentParser) -> None:
+    access = to.add_argument_group("access control")
+    keys = access.add_mutually_exclusive_group()
+    keys.add_argument(
+        "--keys", type=Path, metavar="FILE", help="API keys, one per line, plain or sha256:HEX"
+    )
+    keys.add_argument(
+        "--no-keys", action="store_true", help="allow unauthenticated access from other machines"
+    )
+    access.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="additional host name of this server; repeatable",
+    )
+
+
+def _add_ray(to: argparse.ArgumentParser) -> None:
+    ray = to.add_argument_group("Ray Serve")
+    ray.add_argument("--ray", action="store_true", help="run the engines as Ray Serve replicas")
+    ray.add_argument(
+        "--replicas",
+        default="1",
+        metavar="N|MIN:MAX",
+        help="number of replicas, or a range to autoscale by ongoing requests (default: 1)",
+    )
+    ray.add_argument(
+        "--models-per-replica",
+        type=integer,
+        metavar="N",
+        help="models loaded at a time in one replica (default: all)",
+    )
+    ray.add_argument(
+        "--gpus-per-replica",
+        type=float,
+        metavar="N",
+        help="GPUs of one replica (default: 1 if the cluster has GPUs, else 0)",
+    )
+
+
+def add_export_triton(to: argparse.ArgumentParser) -> None:
+    """Add the arguments of `sdrt export-triton`."""
+    add_bundle(to)
+    to.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="the model repository"
+    )
+    to.add_argument("--name", help="name of the model (default: that of the bundle)")
+    to.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="inference backend (default: auto)"
+    )
+    to.add_argument(
+        "--instances",
+        type=integer,
+        default=1,
+        metavar="N",
+        help="instances on each GPU, or in all on the CPU (default: 1)",
+    )
+    to.add_argument(
+        "--slots",
+        type=integer,
+        default=16,
+        metavar="N",
+        help="max concurrent images of an instance (default: 16)",
+    )
+    to.add_argument(
+        "--waiting",
+        type=integer,
+        default=64,
+        metavar="N",
+        help="max queued images of an instance (default: 64)",
+    )
+    to.add_argument("--force", action="store_true", help="replace an existing model")
+
+
+def sources_from_arguments(args: argparse.Namespace) -> "dict[str, ModelSource]":
+    """The bundles of a command line by name; raises BundleError or UsageError."""
+    from sdrt import load
+    from sdrt.bundle import open_bundle
+    from sdrt.serve.model_manager import ModelSource
+
+    precision = "exact" if args.exact else "auto"
+    sources = {}
+    for name in args.bundle or [None]:
+        bundle = open_bundle(name)
+        if bundle.manifest.name in sources:
+            raise UsageError(
+                f"two bundles have the name {bundle.manifest.name}", hint="serve only one of them"
+            )
+        one = partial(load, bundle.folder, backend=args.backend, precision=precision)
+        sources[bundle.manifest.name] = ModelSource(one, bundle.folder / "plans")
+    return sources
+
+
+def settings_from_arguments(args: argparse.Namespace) -> "Settings":
+    """The server's settings; raises UsageError for invalid ones, and for open access by default."""
+    from sdrt.serve.settings import LOCAL_HOSTS, Settings, is_loopback, read_key_digests
+
+    local = is_loopback(args.host)
+    if not 0 <= args.port <= 65535:
+        raise UsageError(f"--port {args.port}; expected 0 to 65535")
+    if not 0.0 <= args.drain <= 86_400.0:
+        raise UsageError(f"--drain {args.drain:g}; expected 0 to 86400 seconds")
+    if not (local or args.keys or args.no_keys):
+        raise UsageError(
+            f"--host {args.host} is reachable from other machines; choose who has access",
+            hint="pass --keys FILE (one API key per line), or --no-keys to allow everyone",
+        )
+    named = tuple(name.lower() for name in args.allow_host)
+    return Settings(
+        host=args.host,
+        port=args.port,
+        keys=read_key_digests(args.keys) if args.keys else None,
+        hosts=(*LOCAL_HOSTS, *named) if local or named else None,
+        slots=args.slots,
+        waiting=args.waiting,
+        deterministic=args.deterministic,
+        drain_seconds=args.drain,
+        log_prompts=args.log_prompts,
+    )
