@@ -7,7 +7,7 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 
-from sdrt.bundle.manifest import Manifest
+from sdrt.bundle.manifest import Manifest, TensorSpec
 
 OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -34,6 +34,17 @@ def axis_lengths(manifest: Manifest, size: tuple[int, int], rows: int = 1) -> di
         "latent_width": width // manifest.downscale,
         "latent_height": height // manifest.downscale,
     }
+
+
+def spec_shape(spec: TensorSpec, lengths: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of an input whose axes may be named by expressions.
+
+    Raises:
+        ValueError: An axis is not known.
+    """
+    return tuple(
+        axis if isinstance(axis, int) else evaluate_axis(axis, lengths) for axis in spec.shape
+    )
 
 
 def evaluate_axis(expression: str, lengths: Mapping[str, int]) -> int:

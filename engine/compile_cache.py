@@ -18,9 +18,9 @@ from pathlib import Path
 
 from sdrt.atomic_files import build_once
 from sdrt.bundle import Bundle
-from sdrt.bundle.bundle import graph_name
+from sdrt.bundle.bundle import graph_name, weights_name
 from sdrt.bundle.integrity import check_files, describe_files, mark_verified
-from sdrt.bundle.manifest import WEIGHTS, FileRecord
+from sdrt.bundle.manifest import SHALLOW, FileRecord
 from sdrt.bundle.store import home
 from sdrt.errors import SdrtError
 from sdrt.json_validation import read_json
@@ -59,8 +59,8 @@ def get_or_compile(
     Returns:
         The folder; None where caching does not pay or is not possible.
     """
-    weights = bundle.manifest.files.get(f"{component}/{WEIGHTS}")
-    if weights is None or weights.size < MIN_WEIGHT_BYTES:
+    weights = bundle.manifest.files.get(weights_name(component))
+    if component == SHALLOW or weights is None or weights.size < MIN_WEIGHT_BYTES:
         return None
     folder = home() / "plans" / f"cpu-{compiler}{_installed_version(compiler)}"
     sources = _source_hashes(bundle, component)
@@ -105,7 +105,7 @@ def _installed_version(compiler: str) -> str | None:
 
 def _source_hashes(bundle: Bundle, component: str) -> list[str]:
     """sha256 of the graph and of the weights."""
-    names = (graph_name(component, bundle.graph_file), f"{component}/{WEIGHTS}")
+    names = (graph_name(component, bundle.graph_file), weights_name(component))
     return [bundle.manifest.files[name].sha256 for name in names]
 
 

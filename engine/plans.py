@@ -22,13 +22,14 @@ from typing import Any
 
 from sdrt.atomic_files import atomic_file, file_identity, locked, write_atomic
 from sdrt.bundle import Bundle
+from sdrt.bundle.bundle import graph_name, weights_name
 from sdrt.bundle.integrity import hash_file
 from sdrt.bundle.manifest import Manifest, TensorSpec
 from sdrt.bundle.store import home
 from sdrt.errors import BackendError, BundleError
 from sdrt.json_validation import json_object, read_bytes, shorten
 
-from .axes import axis_lengths
+from .axes import axis_lengths, spec_shape
 from .plan_signing import TRUST_VARIABLE, is_signature_valid, sign, trusted_hashes
 
 log = logging.getLogger(__name__)
@@ -205,15 +206,15 @@ def plan_key(bundle: Bundle, component: str, settings: BuildSettings) -> PlanKey
         component=component,
         system=f"{platform.system()}-{platform.machine()}".lower(),
         profiles=create_profiles(bundle.manifest, component, inputs),
-        graph=_sha256(bundle, component, bundle.graph_file),
-        weights=_sha256(bundle, component, "model.safetensors"),
+        graph=_sha256(bundle, graph_name(component, bundle.graph_file)),
+        weights=_sha256(bundle, weights_name(component)),
     )
 
 
-def _sha256(bundle: Bundle, component: str, name: str) -> str:
+def _sha256(bundle: Bundle, name: str) -> str:
     """From the manifest, or of the file while the bundle is being built."""
-    record = bundle.manifest.files.get(f"{component}/{name}")
-    return record.sha256 if record else hash_file(bundle.folder / component / name)
+    record = bundle.manifest.files.get(name)
+    return record.sha256 if record else hash_file(bundle.folder / name)
 
 
 def create_profiles(
@@ -240,16 +241,16 @@ def create_profiles(
 def _range(
     component: str, spec: TensorSpec, lengths: Mapping[str, tuple[int, int, int]]
 ) -> tuple[Shape, Shape, Shape]:
-    if unknown := [a for a in spec.shape if isinstance(a, str) and a not in lengths]:
-        raise BackendError(
-            f"{component}: {spec.name} has a dynamic axis {unknown[0]!r}; profiles are known for "
-            f"{', '.join(lengths)}"
-        )
-
     def shape(which: int) -> Shape:
-        return tuple(lengths[a][which] if isinstance(a, str) else a for a in spec.shape)
+        return spec_shape(spec, {name: length[which] for name, length in lengths.items()})
 
-    return shape(0), shape(1), shape(2)
+    try:
+        return shape(0), shape(1), shape(2)
+    except ValueError as error:
+        raise BackendError(
+            f"{component}: {spec.name} has a dynamic axis that is not known: {error}; profiles are "
+            f"known for {', '.join(lengths)}"
+        ) from None
 
 
 def key_differences(key: PlanKey, required: PlanKey, ignored: Sequence[str] = ()) -> list[str]:

@@ -57,7 +57,7 @@ def export_graph(
     """
     model = _exported(module, inputs, outputs, axes)
     folder.mkdir(parents=True, exist_ok=True)
-    specs = _specs(model.graph.inputs), _specs(model.graph.outputs)
+    specs = graph_specs(model.graph.inputs), graph_specs(model.graph.outputs)
     _strip(model)
     _name_weights(model, module.state_dict())
     _move_weights(model, folder, set(module.state_dict()))
@@ -112,7 +112,7 @@ def write_shallow_graph(folder: Path, dtype: str) -> Component:
     values = graph.initializers.values()
     stored = (v.name for v in values if isinstance(v.const_value, ir.ExternalTensor))
     weights = tuple(sorted(str(name) for name in stored))
-    return Component(_specs(graph.inputs), _specs([output]), dtype, {}, weights)
+    return Component(graph_specs(graph.inputs), graph_specs([output]), dtype, {}, weights)
 
 
 def _cast(value: ir.Value, to: ir.DataType) -> ir.Node:
@@ -159,7 +159,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+def graph_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+    """Names, dtypes and shapes of a graph's inputs or outputs."""
     return tuple(
         TensorSpec(
             str(value.name),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sdrt.bundle.manifest import FEATURE, Manifest
+from sdrt.bundle.manifest import CONTROL, FEATURE, Manifest
 from sdrt.engine import Feeds
 from sdrt.runtime import GenerationOptions, randn, sampler_table
 from sdrt.runtime.embedded_guidance import GUIDANCE, guidance_embedding
@@ -53,6 +53,7 @@ class TorchReference:
 
     images: by size, [1, 3, H, W]; preview: colours from latents, as in the manifest
     shallow_cases: of the UNet's layers above the branch, where it has one
+    control_cases: of the UNet with residuals
     """
 
     def __init__(self, manifest: Manifest, folder: Path, branch: int | None = None) -> None:
@@ -69,6 +70,7 @@ class TorchReference:
         self.images: dict[Size, np.ndarray] = {}
         self.preview: tuple[tuple[float, ...], ...] = ()
         self.shallow_cases: list[Case] = []
+        self.control_cases: list[Case] = []
         self.samples: dict[str, dict[str, list[float]]] = {}
 
     def text_encoder(self, module: nn.Module) -> list[Case]:
@@ -140,6 +142,19 @@ class TorchReference:
             self.shallow_cases.append(Case({**inputs, FEATURE: feature}, {"output": shallow}))
         output, feature = (value.numpy() for value in module(**tensors))
         return {"output": output, FEATURE: feature}
+
+    def control(self, module: Any, outputs: Sequence[str], plain: Case) -> None:
+        """A case of a UNet with residuals that are zeros, which is the plain one's, and one where
+        they are not.
+        """
+        sides = plain.inputs["sample"].shape[2:]
+        zeros = {
+            name: np.zeros((1, *shape), np.float32)
+            for name, shape in module.config.residual_shapes(*sides).items()
+        }
+        off = Case({**plain.inputs, **zeros}, plain.outputs)
+        on = self.synthetic(CONTROL, module.controlled, outputs, off.inputs)
+        self.control_cases = [off, on]
 
     def vae_decoder(self, module: nn.Module) -> list[Case]:
         for size, latents in self.latents.items():

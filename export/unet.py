@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdrt.bundle.manifest import ADAPTER_STATE, DOWN_RESIDUAL, MID_RESIDUAL
 from sdrt.errors import CheckpointError
 
 from .config import read_config
 from .layers import Downsample, ResnetBlock, SpatialTransformer, Upsample, timestep_embedding
 
+RESIDUALS = (DOWN_RESIDUAL, MID_RESIDUAL, ADAPTER_STATE)
 TIME_IDS = 6  # the original's height and width, the crop's top and left, the target's both
 # One for all stages; one for each; or one for each transformer of each stage.
 Depths = int | tuple[int | tuple[int, ...], ...]
@@ -121,6 +123,39 @@ class UnetConfig:
     def time_channels(self) -> int:
         return self.block_out_channels[0] * 4
 
+    def skip_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """Channels, height and width of every skip, from latents of this height and width."""
+        shapes = [(self.block_out_channels[0], height, width)]
+        last = len(self.block_out_channels) - 1
+        for stage, channels in enumerate(self.block_out_channels):
+            shapes += [(channels, height, width)] * self.layers_per_block
+            if stage < last:
+                height, width = (height + 1) // 2, (width + 1) // 2
+                shapes.append((channels, height, width))
+        return shapes
+
+    @property
+    def adapter_places(self) -> tuple[int | None, ...]:
+        """The skips that a T2I-Adapter's maps are added to, one of each stage; for an XL model also
+        None, the middle.
+        """
+        layers, last = self.layers_per_block, len(self.block_out_channels) - 1
+        places: list[int | None] = []
+        for stage, kind in enumerate(self.down_block_types):
+            downsampled = stage < last and not kind.startswith("CrossAttn")
+            places.append(stage * (layers + 1) + layers + downsampled)
+        has_middle = self.addition_embed_type is not None and self.mid_block_type is not None
+        return (*places, None) if has_middle else tuple(places)
+
+    def residual_shapes(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
+        """Of the residual inputs by name, from latents of this height and width."""
+        skips = self.skip_shapes(height, width)
+        shapes = {f"{DOWN_RESIDUAL}_{i}": shape for i, shape in enumerate(skips)}
+        shapes[MID_RESIDUAL] = skips[-1]
+        for i, place in enumerate(self.adapter_places):
+            shapes[f"{ADAPTER_STATE}_{i}"] = skips[-1 if place is None else place]
+        return shapes
+
     def resnet(self, channels_in: int, channels_out: int) -> ResnetBlock:
         return ResnetBlock(
             channels_in,
@@ -162,7 +197,10 @@ def _of_stage(value: Any, stage: int) -> Any:
 
 
 class DownStage(nn.Module):
-    """One resolution on the way down; returns its output and what the way up will be handed."""
+    """One resolution on the way down; returns its output and what the way up will be handed.
+
+    A T2I-Adapter's map is added after its last layer where it attends, else to its output.
+    """
 
     def __init__(self, config: UnetConfig, stage: int) -> None:
         super().__init__()
@@ -177,10 +215,16 @@ class DownStage(nn.Module):
         last = stage == len(widths) - 1
         self.downsamplers = None if last else nn.ModuleList([Downsample(channels, symmetric=True)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, time: Tensor, context: Tensor, state: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         skips = self.layers(x, time, context, len(self.resnets))
+        if state is not None and self.attentions:
+            skips[-1] = skips[-1] + state
         for change in self.downsamplers or ():
             skips.append(change(skips[-1]))
+        if state is not None and not self.attentions:
+            skips[-1] = skips[-1] + state
         return skips[-1], skips
 
     def layers(self, x: Tensor, time: Tensor, context: Tensor, count: int) -> list[Tensor]:
@@ -298,15 +342,20 @@ class Unet(nn.Module):
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        residuals: Mapping[str, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        residuals = residuals or {}
+        states = [residuals.get(f"{ADAPTER_STATE}_{i}") for i in range(len(self.down_blocks) + 1)]
         time = self._time(sample, timestep, pooled, time_ids, timestep_cond)
         x = self.conv_in(sample)
         skips = [x]
-        for down in self.down_blocks:
-            x, result = down(x, time, context)
+        for down, state in zip(self.down_blocks, states, strict=False):
+            x, result = down(x, time, context, state)
             skips += result
         if self.mid_block is not None:
-            x = self.mid_block(x, time, context)
+            x = _sum(self.mid_block(x, time, context), states[-1])
+        skips = [_sum(skip, residuals.get(f"{DOWN_RESIDUAL}_{i}")) for i, skip in enumerate(skips)]
+        x = _sum(x, residuals.get(MID_RESIDUAL))
         for up in self.up_blocks[:-1]:
             x = up(x, skips, time, context)
         last: Any = self.up_blocks[-1]
@@ -315,6 +364,16 @@ class Unet(nn.Module):
         below = self.config.layers_per_block - self.branch
         feature = last.layers(x, skips, time, context, slice(below))
         return self._out(last.layers(feature, skips, time, context, slice(below, None))), feature
+
+    def controlled(self, **inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The output with the residuals of a ControlNet and of a T2I-Adapter among the inputs: at
+        skips and the middle (Zhang et al. 2023, arXiv:2302.05543), within the way down (Mou et al.
+        2023, arXiv:2302.08453).
+        """
+        residuals = {name: x for name, x in inputs.items() if name.startswith(RESIDUALS)}
+        plain = {name: x for name, x in inputs.items() if name not in residuals}
+        output: Tensor | tuple[Tensor, Tensor] = self(**plain, residuals=residuals)
+        return output
 
     def shallow(
         self,
@@ -358,6 +417,10 @@ class Unet(nn.Module):
     def _out(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
         return out
+
+
+def _sum(x: Tensor, residual: Tensor | None) -> Tensor:
+    return x if residual is None else x + residual
 
 
 def up_widths(widths: tuple[int, ...], layers: int) -> list[list[int]]:

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from sdrt.bundle import Bundle
 from sdrt.bundle.bundle import graph_name
-from sdrt.bundle.manifest import FEATURE, FLOAT32_GRAPH, SHALLOW, Component, Manifest, TensorSpec
+from sdrt.bundle.manifest import (
+    CONTROL,
+    FEATURE,
+    FLOAT32_GRAPH,
+    SHALLOW,
+    Component,
+    Manifest,
+    TensorSpec,
+)
 from sdrt.engine import Candidate, list_backends, parity
 from sdrt.errors import ParityError
 from sdrt.runtime import load_pipeline
@@ -27,10 +35,12 @@ from sdrt.runtime.reference_outputs import GUIDED_STEPS, generate_reference_imag
 
 from .activation_memory import alive_bytes
 from .checkpoint import Checkpoint
+from .control_graph import write_control_graph
 from .graph import export_graph, write_float32_graph, write_shallow_graph
 from .model_spec import ModelSpec
 from .recipes import Recipe
 from .reference import Case, TorchReference
+from .unet import Unet, UnetConfig
 
 log = logging.getLogger("sdrt.build")
 FLOAT16_MAX = 65504.0
@@ -83,7 +93,8 @@ class Validator:
     ) -> dict[str, Component]:
         """Export a component and validate it; in float32 where float16 is not accurate enough.
 
-        Returns the component by name; for a UNet with a branch, also its shallow layers.
+        Returns the component by name; for a UNet also the one with residuals and, with a branch,
+        its shallow layers.
         Raises ParityError.
         """
         if recipe.name == "unet" and self.branch is not None:
@@ -93,17 +104,18 @@ class Validator:
             cases = self._run_reference(module, recipe)
         dtype = self._choose_dtype(recipe, peak[0])
         specs = self._export(module, recipe, cases, dtype)
+        config = module.config if isinstance(module, Unet) else None
         del module
         gc.collect()
         try:
-            return self._validate_all(recipe, cases, dtype, specs)
+            return self._validate_all(recipe, cases, dtype, specs, config)
         except ParityError as error:
             if dtype == "float32":
                 raise
             log.info("      %s; kept in float32", error.message)
         specs = self._export(self._load(checkpoint, spec, recipe), recipe, cases, "float32")
         gc.collect()
-        return self._validate_all(recipe, cases, "float32", specs)
+        return self._validate_all(recipe, cases, "float32", specs, config)
 
     def _load(self, checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Any:
         module = recipe.load(checkpoint, spec)
@@ -120,6 +132,8 @@ class Validator:
             shallow = reference.shallow_cases
             like = shallow[0].inputs
             shallow.append(reference.synthetic(SHALLOW, module.shallow, ("output",), like))
+        if isinstance(module, Unet):
+            reference.control(module, recipe.outputs, cases[0])
         return cases
 
     def _choose_dtype(self, recipe: Recipe, peak: float) -> str:
@@ -144,13 +158,23 @@ class Validator:
         )
 
     def _validate_all(
-        self, recipe: Recipe, cases: list[Case], dtype: str, specs: Specs
+        self,
+        recipe: Recipe,
+        cases: list[Case],
+        dtype: str,
+        specs: Specs,
+        config: UnetConfig | None,
     ) -> dict[str, Component]:
         """Validate the exported graph and the graphs that are derived from it."""
         component = Component(*specs, dtype, {})
         components = {recipe.name: self._validate(recipe.name, recipe, component, cases)}
         if recipe.is_image and dtype == "float16":
             self._add_float32_graph(recipe, cases, component)
+        if config is not None:
+            control = write_control_graph(self.folder / recipe.name, config, dtype)
+            log.info("      with residuals:")
+            cases = self.reference.control_cases
+            components[CONTROL] = self._validate(CONTROL, recipe, control, cases)
         if FEATURE in recipe.outputs:
             shallow = write_shallow_graph(self.folder / recipe.name, dtype)
             log.info("      the layers above branch %d:", self.branch)

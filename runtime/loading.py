@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.manifest import SHALLOW, WEIGHTS
+from sdrt.bundle.manifest import CONTROL, SHALLOW, WEIGHTS
 from sdrt.bundle.safetensors import read_header
 from sdrt.engine import Candidate, Engine, ExclusiveSlot, LazyEngine
 from sdrt.engine.memory_estimator import MemoryEstimator
@@ -62,6 +62,8 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False
     else:
         engines.update(_load_engines(bundle, names, load, concurrent))
     engines["vae_encoder"] = lazy(bundle, "vae_encoder")
+    if CONTROL in manifest.components:
+        engines[CONTROL] = lazy(bundle, CONTROL)
     if SHALLOW in manifest.components and not candidate.backend.startswith("tensorrt"):
         # It is small and alternates with the UNet, so both stay loaded.
         engines[SHALLOW] = lazy(bundle, SHALLOW, None)

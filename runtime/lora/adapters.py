@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.manifest import NAMES, SHALLOW, TRANSPOSED
+from sdrt.bundle.manifest import CONTROL, NAMES, SHALLOW, TRANSPOSED
 from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import Engine
 from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
@@ -181,7 +181,7 @@ class Adapters:
         self._stamps: dict[Path, tuple[int, int]] = {}
         self._bundle = bundle
         self._engines = {part: engines[part] for part in set(PARTS) & set(engines)}
-        self._shallow = engines.get(SHALLOW)
+        self._shallow, self._control = engines.get(SHALLOW), engines.get(CONTROL)
 
     def set(self, chosen: Mapping[str | os.PathLike[str], float | LoraWeight]) -> None:
         """Apply these files and no others. Nothing changes if one of them does not fit."""
@@ -207,6 +207,8 @@ class Adapters:
 
     def _give(self, part: str, weights: Mapping[str, np.ndarray]) -> None:
         self._engines[part].refit(weights)
+        if part == "unet" and self._control is not None:
+            self._control.refit(weights)
         if part == "unet" and self._shallow is not None:
             reads = self._bundle.manifest.components[SHALLOW].weights
             self._shallow.refit({name: weights[name] for name in reads if name in weights})

@@ -15,6 +15,8 @@ from sdrt.json_validation import read_json
 
 from .integrity import check_files
 from .manifest import (
+    CONTROL,
+    CONTROL_GRAPH,
     FLOAT32_GRAPH,
     MANIFEST,
     SHALLOW,
@@ -26,6 +28,9 @@ from .manifest import (
     read_manifest,
 )
 from .store import find_bundle
+
+# Over the UNet's weights.
+DERIVED_GRAPHS = {SHALLOW: f"unet/{SHALLOW_GRAPH}", CONTROL: f"unet/{CONTROL_GRAPH}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,12 @@ class Bundle:
 
 def graph_name(component: str, file: str = "model.onnx") -> str:
     """Where a component's graph is in a bundle."""
-    return f"unet/{SHALLOW_GRAPH}" if component == SHALLOW else f"{component}/{file}"
+    return DERIVED_GRAPHS.get(component, f"{component}/{file}")
+
+
+def weights_name(component: str) -> str:
+    """Where a component's weights are in a bundle."""
+    return str(Path(graph_name(component)).with_name(WEIGHTS))
 
 
 def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
@@ -87,7 +97,7 @@ def check_contents(folder: Path, manifest: Manifest) -> None:
     is compared with the manifest.
     """
     graphs = list_graphs(manifest)
-    weights = {str(Path(graph).with_name(WEIGHTS)) for graph in graphs}
+    weights = {weights_name(part) for part in manifest.components}
     needed = {graph_name(part) for part in manifest.components} | weights
     if missing := sorted(needed - set(manifest.files)):
         raise BundleError(f"{folder / MANIFEST} is not a manifest: it lists no {missing[0]}")

@@ -29,8 +29,12 @@ MANIFEST = "sdrt.json"
 MAX_MANIFEST = 4_000_000  # bytes
 SHALLOW = "unet_shallow"
 FEATURE = "feature"  # what the shallow part is given of the whole UNet
+CONTROL = "unet_control"
+# Its inputs besides the plain ones. The first and the last are numbered: `down_block_residual_0`.
+DOWN_RESIDUAL, MID_RESIDUAL = "down_block_residual", "mid_block_residual"
+ADAPTER_STATE = "adapter_state"
 COMPONENTS = (
-    *("text_encoder", "text_encoder_2", "unet", SHALLOW, "vae_decoder", "vae_encoder"),
+    *("text_encoder", "text_encoder_2", "unet", SHALLOW, CONTROL, "vae_decoder", "vae_encoder"),
     "safety_checker",
 )
 DTYPES = ("float32", "float16", "int64", "int32")
@@ -41,8 +45,9 @@ NAMES = {"names": "checkpoint"}
 TRANSPOSED = ".T"
 FLOAT32_GRAPH = "float32.onnx"
 WEIGHTS = "model.safetensors"
-# The UNet's layers nearest to its input and output are stored next to it and share its weights.
+# Graphs derived from the UNet's are stored next to it and share its weights.
 SHALLOW_GRAPH = "shallow.onnx"
+CONTROL_GRAPH = "control.onnx"
 # All that a bundle may hold besides graphs and their weights.
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 SMALL_FILES = {f"tokenizer{which}/{name}" for which in ("", "_2") for name in TOKENIZER_FILES}
@@ -63,6 +68,8 @@ class Component:
 
     `unet_shallow` is `unet/shallow.onnx`, the layers of the UNet nearest to its input and output:
     its input `feature` is an output of the UNet. weights: those that it reads of the UNet's
+    `unet_control` is `unet/control.onnx`, the UNet with the residuals of a ControlNet and of a
+    T2I-Adapter as further inputs; zeros are as none.
     activations: bytes that are alive at once when one row of the first size runs; 0 if unknown
     """
 
@@ -177,8 +184,8 @@ SPEC = record(
 COMPONENT = record(
     Component,
     {
-        "inputs": array(SPEC, 1, 32),
-        "outputs": array(SPEC, 1, 32),
+        "inputs": array(SPEC, 1, 64),
+        "outputs": array(SPEC, 1, 64),
         "dtype": one_of(DTYPES),
         "parity": MEASURES,
         "weights": array(WEIGHT_NAME, 0, MAX_WEIGHTS),

@@ -84,15 +84,16 @@ def build_plans(bundle: "Bundle", kind: str, args: argparse.Namespace) -> None:
 
 
 def _build(bundle: "Bundle", kind: str, args: argparse.Namespace) -> None:
-    from sdrt.bundle.manifest import SHALLOW
+    from sdrt.bundle.manifest import CONTROL, SHALLOW
     from sdrt.engine.tensorrt.plans import PlanOptions, get_plan
 
     workspace = None if args.workspace is None else args.workspace * 1_000_000
     options = PlanOptions(
         tuple(args.target), args.optimization_level, workspace, args.stream_weights
     )
-    # Runs of plans do not reuse features.
-    graphs = [(bundle, name) for name in bundle.manifest.components if name != SHALLOW]
+    # Runs of plans do not reuse features; the plan with residuals is built where it is needed.
+    absent = (SHALLOW, CONTROL)
+    graphs = [(bundle, name) for name in bundle.manifest.components if name not in absent]
     if exact := bundle.in_float32("vae_decoder"):
         graphs.append((exact, "vae_decoder"))
     plans = [get_plan(of, name, kind, _gpu(), options) for of, name in graphs]

@@ -22,7 +22,7 @@ from sdrt.engine import (
     parity,
     select_backend,
 )
-from sdrt.engine.axes import axis_lengths
+from sdrt.engine.axes import axis_lengths, spec_shape
 from sdrt.errors import BackendError, ParityError, SdrtError
 from sdrt.runtime import Pipeline, load_pipeline
 from sdrt.runtime.reference_outputs import (
@@ -143,10 +143,7 @@ def _check_component(pipe: Pipeline, name: str, answers: ReferenceOutputs) -> Ch
 def _shapes(manifest: Manifest, part: str) -> dict[str, tuple[int, ...]]:
     """Of a component's inputs, for one image of the first size."""
     lengths = axis_lengths(manifest, manifest.sizes[0])
-    return {
-        spec.name: tuple(lengths[axis] if isinstance(axis, str) else axis for axis in spec.shape)
-        for spec in manifest.components[part].inputs
-    }
+    return {spec.name: spec_shape(spec, lengths) for spec in manifest.components[part].inputs}
 
 
 def _compare(

@@ -193,7 +193,7 @@ def planned(shapes, tmp_path_factory):
 
 def test_the_embedded_model_has_plans_without_a_gpu(planned, capsys):
     sidecars = [json.loads(path.read_text()) for path in planned.glob("plans/*/*.json")]
-    components = set(open_bundle(planned).manifest.components) - {"unet_shallow"}
+    components = set(open_bundle(planned).manifest.components) - {"unet_shallow", "unet_control"}
     assert {s["key"]["component"] for s in sidecars} == components
     for sidecar in sidecars:
         assert sidecar["key"]["version"] == trt.__version__

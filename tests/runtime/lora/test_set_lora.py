@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import sdrt
 from sdrt.bundle.integrity import hash_file
 from sdrt.bundle.store import home
+from sdrt.engine.axes import axis_lengths, spec_shape
 from sdrt.errors import BundleError, CheckpointError
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.checkpoint import find_checkpoint
@@ -183,7 +184,7 @@ def test_every_kind_makes_the_references_image_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("backend", SAMPLE)
-def test_the_shallow_part_carries_them_too(shapes, files, backend):
+def test_the_graphs_over_its_weights_carry_them_too(shapes, files, backend):
     rng = np.random.default_rng(0)
     feeds = {
         "sample": rng.normal(size=(1, 4, 8, 8)).astype(np.float32),
@@ -191,15 +192,25 @@ def test_the_shallow_part_carries_them_too(shapes, files, backend):
         "context": rng.normal(size=(1, 32, 128)).astype(np.float32),
     }
     with sdrt.load(shapes, backend=backend, precision="exact") as pipe:
-        unet, shallow = (pipe.engines[name] for name in ("unet", "unet_shallow"))
+        unet, shallow, control = (
+            pipe.engines[name] for name in ("unet", "unet_shallow", "unet_control")
+        )
+        lengths = axis_lengths(pipe.manifest, (64, 64))
+        off = {
+            spec.name: np.zeros(spec_shape(spec, lengths), np.float32)
+            for spec in control.inputs
+            if spec.name not in feeds
+        }
         bare = unet(feeds)["output"].copy()
         pipe.set_lora({files["kohya"]: 0.8})
         actual = {name: array.copy() for name, array in unet(feeds).items()}
         again = shallow({**feeds, "feature": actual["feature"]})["output"]
         assert np.abs(again - actual["output"]).max() < 1e-5 < np.abs(bare - again).max()
+        assert np.abs(control({**feeds, **off})["output"] - actual["output"]).max() < 1e-5
         pipe.set_lora({})
         feature = unet(feeds)["feature"].copy()
         assert np.abs(shallow({**feeds, "feature": feature})["output"] - bare).max() < 1e-5
+        assert np.abs(control({**feeds, **off})["output"] - bare).max() < 1e-5
 
 
 @pytest.mark.slow

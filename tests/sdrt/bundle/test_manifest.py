@@ -58,7 +58,7 @@ DAMAGES = {
     "a negative axis": (component(inputs=[{**SPEC, "shape": [-1]}]), "is -1"),
     "an odd axis": (component(inputs=[{**SPEC, "shape": ["a\n"]}]), "an axis"),
     "one name twice": (component(inputs=[SPEC, SPEC]), "of one name"),
-    "inputs without end": (component(inputs=[SPEC] * 33), "a list of 1 to 32"),
+    "inputs without end": (component(inputs=[SPEC] * 65), "a list of 1 to 64"),
     "an unknown field inside": (component(extra=1), "unknown fields in Component: 'extra'"),
     "a lost field": ({"components": {"unet": {}}}, "lacks dtype, inputs"),
     "a size of a file that is none": (

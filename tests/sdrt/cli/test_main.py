@@ -107,6 +107,7 @@ def test_inspect_and_doctor(shapes, capsys):
     assert described[0]["name"] == "shapes" and set(described[0]["components"]) == {
         "text_encoder",
         "unet",
+        "unet_control",
         "unet_shallow",
         "vae_decoder",
         "vae_encoder",

@@ -54,7 +54,7 @@ def test_a_bundle_is_validated_without_torch(tiny_bundle):
     reported = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     checks = {check["what"]: check["passed"] for check in reported["checks"]}
     assert all(checks.values())
-    parts = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+    parts = ("text_encoder", "unet", "unet_control", "vae_decoder", "vae_encoder")
     again = ("same seed twice", "batch invariance")
     assert set(checks) == {*(f"{p}, float32" for p in parts), "files", "full pipeline", *again}
 
