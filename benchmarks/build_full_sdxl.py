@@ -33,7 +33,8 @@ def load_module(component: str) -> Any:
     import transformers
 
     from sdrt.export.modules import PairedTextEncoder
-    from sdrt.export.unet import Unet, UnetConfig
+    from sdrt.export.unet import Unet
+    from sdrt.export.unet_config import UnetConfig
 
     torch.manual_seed(0)
     with torch.device("meta"):

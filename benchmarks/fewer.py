@@ -106,7 +106,8 @@ def fractions(checkpoint: Path, size: tuple[int, int]) -> dict[str, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from sdrt.export.unet import Unet, UnetConfig
+    from sdrt.export.unet import Unet
+    from sdrt.export.unet_config import UnetConfig
 
     config = UnetConfig.from_json(json.loads((checkpoint / "unet" / "config.json").read_text()))
     with torch.device("meta"):

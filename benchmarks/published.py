@@ -70,7 +70,8 @@ def write_checkpoint(folder: Path, divisor: int = 1) -> None:
 
     import sdrt
     from sdrt.export.single_file.config import FAMILIES
-    from sdrt.export.unet import Unet, UnetConfig
+    from sdrt.export.unet import Unet
+    from sdrt.export.unet_config import UnetConfig
     from sdrt.export.vae import AutoencoderKL, VaeConfig
 
     torch.manual_seed(0)

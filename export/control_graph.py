@@ -17,7 +17,7 @@ from sdrt.bundle.manifest import (
 )
 
 from .graph import graph_specs
-from .unet import UnetConfig
+from .unet_config import UnetConfig
 
 
 def write_control_graph(folder: Path, config: UnetConfig, dtype: str) -> Component:

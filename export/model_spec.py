@@ -16,7 +16,7 @@ from .single_file.parts import OPTIONS
 from .text_encoder import prompt_length, text_config
 from .tiny_vae import TinyVaeConfig
 from .tokenizer import CheckpointTokenizer
-from .unet import UnetConfig
+from .unet_config import UnetConfig
 from .vae import VaeConfig
 
 Size = tuple[int, int]  # width and height in pixels

@@ -40,7 +40,8 @@ from .graph import export_graph, write_float32_graph, write_shallow_graph
 from .model_spec import ModelSpec
 from .recipes import Recipe
 from .reference import Case, TorchReference
-from .unet import Unet, UnetConfig
+from .unet import Unet
+from .unet_config import UnetConfig
 
 log = logging.getLogger("sdrt.build")
 FLOAT16_MAX = 65504.0

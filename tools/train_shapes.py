@@ -30,7 +30,8 @@ from shapes_training import Optimizers, load_state, progress, record, save_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdrt.export.unet import Unet, UnetConfig
+from sdrt.export.unet import Unet
+from sdrt.export.unet_config import UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig
 
 SIDE = 64

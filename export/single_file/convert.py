@@ -368,7 +368,8 @@ def _names_taken(part: str, config: Mapping[str, Any], names: Iterable[str]) -> 
     if part.startswith("text_encoder"):
         return {name for name in names if TEXT_WEIGHT.fullmatch(name)}
     from sdrt.export.tiny_vae import AutoencoderTiny, TinyVaeConfig
-    from sdrt.export.unet import Unet, UnetConfig
+    from sdrt.export.unet import Unet
+    from sdrt.export.unet_config import UnetConfig
     from sdrt.export.vae import AutoencoderKL, VaeConfig
 
     with torch.device("meta"):

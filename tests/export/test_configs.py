@@ -15,7 +15,8 @@ from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.model_spec import read_model_spec
 from sdrt.export.pixel_unet import PixelUnetConfig
 from sdrt.export.tiny_vae import TinyVaeConfig
-from sdrt.export.unet import Unet, UnetConfig
+from sdrt.export.unet import Unet
+from sdrt.export.unet_config import UnetConfig
 from sdrt.export.vae import VaeConfig
 from sdrt.runtime.samplers.registry import SAMPLERS
 from sdrt.runtime.samplers.table import sampler_table

@@ -10,7 +10,7 @@ from sdrt.errors import CheckpointError, UsageError
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.model_spec import check_feature_reuse, parse_model_spec, read_model_spec
-from sdrt.export.unet import UnetConfig
+from sdrt.export.unet_config import UnetConfig
 from sdrt.export.vae import VaeConfig
 
 

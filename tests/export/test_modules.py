@@ -11,7 +11,8 @@ from sdrt.export.tiny_vae import (
     TinyVaeDecoder,
     TinyVaeEncoder,
 )
-from sdrt.export.unet import Unet, UnetConfig
+from sdrt.export.unet import Unet
+from sdrt.export.unet_config import UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
 
 pytestmark = pytest.mark.reference

@@ -7,7 +7,8 @@ import re
 
 import torch
 
-from sdrt.export.unet import Unet, UnetConfig
+from sdrt.export.unet import Unet
+from sdrt.export.unet_config import UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig
 
 

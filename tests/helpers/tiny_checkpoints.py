@@ -9,7 +9,8 @@ def write_tiny(folder: Path, embedded: Path, **unet_options) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from sdrt.export.unet import Unet, UnetConfig
+    from sdrt.export.unet import Unet
+    from sdrt.export.unet_config import UnetConfig
     from sdrt.export.vae import AutoencoderKL, VaeConfig
 
     torch.manual_seed(0)

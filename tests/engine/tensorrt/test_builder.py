@@ -31,7 +31,8 @@ from sdrt.export.pixel_unet import PixelUnet, PixelUnetConfig
 from sdrt.export.recipes import RECIPES
 from sdrt.export.safety_checker import SafetyChecker
 from sdrt.export.tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
-from sdrt.export.unet import Unet, UnetConfig
+from sdrt.export.unet import Unet
+from sdrt.export.unet_config import UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
 
 pytestmark = pytest.mark.integration

@@ -26,7 +26,8 @@ from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.model_spec import read_model_spec
 from sdrt.export.single_file.original_layout import converted, unet_name, vae_name
-from sdrt.export.unet import Unet, UnetConfig
+from sdrt.export.unet import Unet
+from sdrt.export.unet_config import UnetConfig
 from sdrt.export.vae import AutoencoderKL, VaeConfig
 from sdrt.runtime.lora.adapters import parse_changes
 from sdrt.runtime.text.tokenizer import END

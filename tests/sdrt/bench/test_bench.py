@@ -124,7 +124,8 @@ def test_operations_are_those_that_torch_counts(shapes, embedded):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from sdrt.export.unet import Unet, UnetConfig
+    from sdrt.export.unet import Unet
+    from sdrt.export.unet_config import UnetConfig
     from sdrt.export.vae import AutoencoderKL, VaeConfig
 
     def result(kind, config, part):
