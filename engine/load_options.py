@@ -13,9 +13,11 @@ class LoadOptions:
         low_memory: Components are loaded one at a time, and weights stay in host memory where the
             backend can stream them.
         torch_compile: The torch backend compiles with `torch.compile`.
+        torch_cuda_graphs: The torch backend replays CUDA graphs.
     """
 
     device: int = 0
     cuda_stream: int = 0
     low_memory: bool = False
     torch_compile: bool = False
+    torch_cuda_graphs: bool = False

@@ -199,10 +199,14 @@ def _torch(kind: str, gpus: GpuInventory, options: LoadOptions) -> Candidate:
 
         initialise()
         component = bundle.manifest.components[name]
-        return TorchEngine(name, bundle.graph(name), component, device, options.torch_compile)
+        how = options.torch_compile, options.torch_cuda_graphs
+        return TorchEngine(name, bundle.graph(name), component, device, *how)
 
     gpu = _gpu(gpus, options) if kind == "cuda" else None
-    return Candidate("torch", device, _torch_reason(kind, gpus), load, gpu=gpu)
+    reason = _torch_reason(kind, gpus)
+    if reason is None and kind != "cuda" and options.torch_cuda_graphs:
+        reason = "CUDA graphs need a GPU"
+    return Candidate("torch", device, reason, load, gpu=gpu)
 
 
 def _torch_reason(kind: str, gpus: GpuInventory) -> str | None:
@@ -247,6 +251,12 @@ def select_backend(
         raise UsageError(
             f"compile is only for the torch backend, not {backend}: the others always compile",
             hint="leave it out, or pass --backend torch --compile",
+        )
+    if options.torch_cuda_graphs and backend != "torch":
+        raise UsageError(
+            f"cuda_graphs is only for the torch backend, not {backend}: the others on CUDA always "
+            "capture graphs",
+            hint="leave it out, or pass --backend torch --cuda-graphs",
         )
     skipped: list[tuple[str, str]] = []
     for candidate in list_backends(options, gpus):

@@ -121,6 +121,7 @@ def load(
     stream: int = 0,
     low_memory: bool = False,
     compile: bool = False,
+    cuda_graphs: bool = False,
 ) -> Pipeline:
     """Open a bundle and load its engines.
 
@@ -140,6 +141,8 @@ def load(
             weights that do not fit in the host's memory.
         compile: Whether to use torch.compile, with backend torch only; the first image of every
             size and batch takes a minute or more then.
+        cuda_graphs: Whether to replay CUDA graphs, with backend torch on a GPU only: the kernels of
+            a component are one launch.
 
     Raises:
         BundleError: If the bundle is missing or damaged.
@@ -161,7 +164,8 @@ def load(
 
     index, kind = parse_device("device", device)
     stream = int_parser(0, 2**64 - 1)("stream", stream)
-    low_memory, compile = parse_flag("low_memory", low_memory), parse_flag("compile", compile)
+    flags = {"low_memory": low_memory, "compile": compile, "cuda_graphs": cuda_graphs}
+    flags = {name: parse_flag(name, value) for name, value in flags.items()}
     backend, precision = parse_text("backend", backend), parse_text("precision", precision)
     if not isinstance(bundle, str | os.PathLike | None):
         raise invalid_argument("bundle", bundle, "a bundle's name or folder")
@@ -171,7 +175,7 @@ def load(
         opened = open_bundle(bundle)
     if precision == "exact":
         opened = replace(opened, manifest=replace(opened.manifest, admitted={}))
-    return _load_on_backend(opened, backend, LoadOptions(index, stream, low_memory, compile), kind)
+    return _load_on_backend(opened, backend, LoadOptions(index, stream, *flags.values()), kind)
 
 
 def _load_on_backend(

@@ -48,6 +48,12 @@ def _reshape(inputs: list[Any], _: Attributes) -> Tensor:
     return reshaped
 
 
+def _concatenate(inputs: list[Any], attributes: Attributes) -> Tensor:
+    """What was computed from shapes is on the host, and moves to where the rest is."""
+    device = next((v.device for v in inputs if v.device.type != "cpu"), inputs[0].device)
+    return torch.cat([value.to(device) for value in inputs], dim=attributes["axis"])
+
+
 def _divide(inputs: list[Any], _: Attributes) -> Tensor:
     a, b = inputs
     if a.is_floating_point():
@@ -173,7 +179,7 @@ OPERATIONS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Attention": _attention,
     "Cast": lambda x, a: x[0].to(TORCH_DTYPES[a["to"]]),
     "Clip": lambda x, _: x[0].clamp(x[1], x[2]),
-    "Concat": lambda x, a: torch.cat(x, dim=a["axis"]),
+    "Concat": _concatenate,
     "Conv": _convolution,
     "Cos": lambda x, _: x[0].cos(),
     "Div": _divide,

@@ -57,6 +57,7 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         device=args.device,
         low_memory=args.low_memory,
         compile=args.compile,
+        cuda_graphs=args.cuda_graphs,
     )
     if loras := _loras(args):
         pipe.set_lora(dict(loras))
