@@ -12,12 +12,12 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
+from .conditioning_schedule import ConditioningSchedule
 from .denoising import DenoisingState, LatentEdit, get_history_layout
 from .initial_latents import ImageInputs, InitialState
 from .job import GenerationJob
 from .parsing import invalid_argument, parse_array
 from .requests import Request
-from .text.conditioning import Conditioning
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Batch:
     """
 
     requests: Sequence[Request]
-    conditioning: Sequence[Conditioning]
+    conditioning: Sequence[ConditioningSchedule]
     initial_states: Sequence[InitialState]
     image_inputs: ImageInputs
 

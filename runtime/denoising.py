@@ -13,9 +13,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from sdrt.bundle.manifest import FEATURE, SHALLOW
-from sdrt.engine import Engine, Feeds, NumpyHistory
+from sdrt.engine import Engine, NumpyHistory
 
-from .samplers.table import SamplerTable, apply_guidance
+from .conditioning_schedule import ConditioningSchedule
+from .samplers.table import SamplerTable, split_outputs
 
 # (evaluations done, latents [B, C, H/8, W/8]) -> the latents to continue from
 LatentEdit = Callable[[int, np.ndarray], np.ndarray]
@@ -45,20 +46,36 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """Classifier-free guidance: Ho and Salimans 2022 (arXiv:2207.12598).
+    """Classifier-free guidance: Ho and Salimans 2022 (arXiv:2207.12598); of several prompts, Liu et
+    al. 2022 (arXiv:2206.01714), eq. 11.
 
     Attributes:
         scales: [N], the guidance scale of every evaluation; 1 is no guidance.
         rescale: How far the guided output's deviation is set back to the conditional one's, 0 to 1.
+        weights: Of each of the P prompts.
     """
 
     scales: np.ndarray
     rescale: float = 0.0
+    weights: tuple[float, ...] = (1.0,)
+
+    @property
+    def coefficients(self) -> np.ndarray:
+        """[N, 1 + P] float64, of the negative output and of each prompt's in the guided output:
+        `negative + sum_i w_i * g * (prompt_i - negative)`.
+        """
+        prompts = self.scales[:, None] * np.array(self.weights)
+        return np.concatenate([1.0 - prompts.sum(axis=1, keepdims=True), prompts], axis=1)
+
+    @property
+    def num_rows(self) -> np.ndarray:
+        """[N], rows of the model's batch: a negative one where it counts, and one a prompt."""
+        return len(self.weights) + (self.coefficients[:, 0] != 0.0)
 
     @property
     def in_matrix(self) -> bool:
-        """Whether the sampler's matrix combines both outputs; else they are combined first."""
-        return bool((self.scales != 1.0).any()) and not self.rescale
+        """Whether the sampler's matrix combines the outputs; else they are combined first."""
+        return bool((self.num_rows > 1).any()) and not self.rescale
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +88,8 @@ class HistoryLayout:
 
     Attributes:
         rows: [N + 1, places] float32.
-        outputs_per_evaluation: 2 where guidance is in the matrix, else 1.
+        outputs_per_evaluation: The negative one and one a prompt where guidance is in the matrix,
+            else 1.
         output_ring: Evaluations whose outputs are stored.
         state_base: The first place of the ring of states.
         state_ring: States that are stored.
@@ -99,10 +117,10 @@ class HistoryLayout:
 
 def get_history_layout(table: SamplerTable, guidance: Guidance) -> HistoryLayout:
     """The layout of a table with its guidance; the last one of each table is cached."""
-    scales = guidance.scales.tobytes() if guidance.in_matrix else None
+    numbers = guidance.coefficients.tobytes() if guidance.in_matrix else None
     cached = _LAYOUTS.get(table)
-    if cached is None or cached[0] != scales:
-        cached = _LAYOUTS[table] = scales, _build_history_layout(table, guidance)
+    if cached is None or cached[0] != numbers:
+        cached = _LAYOUTS[table] = numbers, _build_history_layout(table, guidance)
     return cached[1]
 
 
@@ -110,10 +128,10 @@ _LAYOUTS: WeakKeyDictionary[SamplerTable, tuple[bytes | None, HistoryLayout]] = 
 
 
 def _build_history_layout(table: SamplerTable, guidance: Guidance) -> HistoryLayout:
-    count, per = table.evaluations, 2 if guidance.in_matrix else 1
+    count, per = table.evaluations, 1 + len(guidance.weights) if guidance.in_matrix else 1
     chain = table.recurrence  # [N + 1, 1 + N * per + noises + image + N]
     if guidance.in_matrix:
-        chain = apply_guidance(chain, count, guidance.scales)
+        chain = split_outputs(chain, guidance.coefficients)
     outputs = chain[:, 1 : 1 + count * per].reshape(count + 1, count, per)
     others, states = chain[:, 1 + count * per : -count], chain[:, -count:]
     output_ring, state_ring = _ring_size((outputs != 0.0).any(axis=2)), _ring_size(states != 0.0)
@@ -155,7 +173,7 @@ class DenoisingState:
         guidance: Guidance,
         layout: HistoryLayout,
         columns: Sequence[np.ndarray],
-        conditioning: Feeds,
+        conditioning: ConditioningSchedule,
         extra_channels: np.ndarray,
     ) -> None:
         """Start a run.
@@ -166,8 +184,7 @@ class DenoisingState:
             layout: That of table and guidance, shared by all states of a batch.
             columns: [C, H/8, W/8] each: the starting noise, fresh noises, and the image's latents
                 where the run starts from them.
-            conditioning: Other inputs of the UNet by name, [2 or 1, ...], negative first; without
-                guidance the last row alone is used.
+            conditioning: Other inputs of the UNet.
             extra_channels: [E, H/8, W/8], concatenated to the latents; E is 0 for most models.
         """
         self.table, self.guidance, self.layout = table, guidance, layout
@@ -179,6 +196,7 @@ class DenoisingState:
             self.history.write(layout.noise_base + i, value)
         self.evaluations_done = 0
         self.feature: np.ndarray | None = None
+        self._num_rows = guidance.num_rows.tolist()
         last_state = layout.state_place(self.num_evaluations - 1)
         self.latents = self.history.combine(layout.rows[0], last_state)
 
@@ -192,8 +210,15 @@ class DenoisingState:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the model's batch in the next evaluation: two with guidance, else one."""
-        return 2 if self.guidance.scales[self.evaluations_done] != 1.0 else 1
+        """Rows of the model's batch in the next evaluation: one a prompt, and with guidance a
+        negative one.
+        """
+        return int(self._num_rows[self.evaluations_done])
+
+    @property
+    def conditioning_rows(self) -> tuple[int, ...]:
+        """Rows of the conditioning that the next evaluation reads."""
+        return self.conditioning.select_rows(self.evaluations_done, self.num_rows)
 
     @property
     def component(self) -> str:
@@ -207,30 +232,31 @@ class DenoisingState:
 
     def advance(self, output: np.ndarray) -> None:
         """Go on by one evaluation with the model's output [rows, C, H/8, W/8]."""
-        k, clip = self.evaluations_done, self.table.clip
-        place = self.layout.output_place(k)
+        k, clip, layout = self.evaluations_done, self.table.clip, self.layout
+        place = layout.output_place(k)
         # Computed before the latents that it reads are overwritten.
         change = clip.correction(k, self.latents, self._apply_guidance(output)) if clip else None
-        if self.layout.outputs_per_evaluation == 2:
-            if len(output) == 2:
-                self.history.write(place, output[0])  # negative
-            self.history.write(place + 1, output[-1])
+        if layout.outputs_per_evaluation > 1:  # the first place is the negative one's
+            first = place + layout.outputs_per_evaluation - len(output)
+            for i, row in enumerate(output):
+                self.history.write(first + i, row)
         else:
             self.history.write(place, self._apply_guidance(output))
-        self.latents = self.history.combine(self.layout.rows[k + 1], self.layout.state_place(k))
+        self.latents = self.history.combine(layout.rows[k + 1], layout.state_place(k))
         self.evaluations_done += 1
         if change is not None:
             self.replace_latents(self.latents + change)
 
     def _apply_guidance(self, output: np.ndarray) -> np.ndarray:
-        """[2 or 1, C, H/8, W/8] -> [C, H/8, W/8]."""
+        """[rows, C, H/8, W/8] -> [C, H/8, W/8]."""
         if len(output) == 1:
             return output[0]
-        negative, positive = output
-        scale = np.float32(self.guidance.scales[self.evaluations_done])
-        guided = negative + scale * (positive - negative)
-        rescale = self.guidance.rescale
-        return rescale_guidance(guided, positive, rescale) if rescale else guided
+        weights, rescale = self.guidance.weights, self.guidance.rescale
+        scale = self.guidance.scales[self.evaluations_done]
+        guided = combine_outputs(output, scale, weights)
+        if not rescale:
+            return guided
+        return rescale_guidance(guided, combine_outputs(output, 1.0, weights), rescale)
 
     def replace_latents(self, latents: np.ndarray) -> None:
         """Continue from these latents [C, H/8, W/8] instead of the last evaluation's."""
@@ -251,6 +277,7 @@ class BatchBuilder:
         self._placed: list[tuple[DenoisingState, int]] = []
         self._sample = self._timesteps = np.empty(0, np.float32)
         self._conditioning: dict[str, np.ndarray] = {}
+        self._conditioning_rows: dict[int, tuple[int, ...]] = {}  # written, by their first place
 
     def evaluate(self, engines: Mapping[str, Engine], states: Sequence[DenoisingState]) -> None:
         """Advance every state by one evaluation.
@@ -268,6 +295,7 @@ class BatchBuilder:
             assert state.component == component, "states of a call run one network"
             self._sample[at : at + rows, : len(state.latents)] = state.latents
             self._timesteps[at : at + rows] = state.table.timesteps[state.evaluations_done]
+            self._write_conditioning(at, state)
             at += rows
         feeds = {"sample": self._sample, "timestep": self._timesteps, **self._conditioning}
         if component == SHALLOW:
@@ -296,15 +324,22 @@ class BatchBuilder:
         self._timesteps = np.zeros(count, np.float32)
         self._conditioning = {
             name: np.zeros((count, *value.shape[1:]), value.dtype)
-            for name, value in first.conditioning.items()
+            for name, value in first.conditioning.inputs.items()
         }
+        self._conditioning_rows = {}
         at = 0
         for state, rows in placed:
             self._sample[at : at + rows, channels:] = state.extra_channels
-            for name, value in state.conditioning.items():
-                self._conditioning[name][at : at + rows] = value[-rows:]
             at += rows
         self._placed = placed
+
+    def _write_conditioning(self, at: int, state: DenoisingState) -> None:
+        """Write the rows of conditioning that an image reads next, unless they are there."""
+        rows = state.conditioning_rows
+        if self._conditioning_rows.get(at) != rows:
+            for name, value in state.conditioning.inputs.items():
+                self._conditioning[name][at : at + len(rows)] = value[list(rows)]
+            self._conditioning_rows[at] = rows
 
 
 def denoise(
@@ -336,6 +371,25 @@ def build_step(table: SamplerTable, evaluations_done: int, latents: np.ndarray) 
     timestep = float(table.timesteps[evaluations_done - 1])
     alpha, sigma = table.alphas_sigmas[evaluations_done]
     return Step(evaluations_done, table.evaluations, timestep, latents, alpha, sigma)
+
+
+def combine_outputs(output: np.ndarray, scale: float, weights: Sequence[float]) -> np.ndarray:
+    """`negative + sum_i w_i * g * (prompt_i - negative)`: Liu et al. 2022 (arXiv:2206.01714).
+
+    Args:
+        output: [1 + P, ...], negative first; or [P, ...] where its coefficient is zero.
+        scale: The guidance scale g.
+        weights: [P].
+    """
+    factors = [np.float32(scale * weight) for weight in weights]
+    prompts = output[-len(factors) :]
+    if len(output) == len(factors):
+        return np.asarray(sum(factor * row for factor, row in zip(factors, prompts, strict=True)))
+    negative = output[0]
+    guided = negative
+    for factor, row in zip(factors, prompts, strict=True):
+        guided = guided + factor * (row - negative)
+    return guided
 
 
 def rescale_guidance(guided: np.ndarray, positive: np.ndarray, rescale: float) -> np.ndarray:

@@ -13,8 +13,8 @@ import numpy as np
 from sdrt.bundle.manifest import Manifest
 from sdrt.errors import UsageError
 
+from .conditioning_schedule import ConditioningSchedule
 from .options import GenerationOptions
-from .text.conditioning import Conditioning
 
 log = logging.getLogger(__name__)
 GUIDANCE = "timestep_cond"  # the UNet's input
@@ -46,16 +46,16 @@ def without_guidance(options: GenerationOptions) -> GenerationOptions:
 
 
 def add_guidance_embedding(
-    conditioning: Sequence[Conditioning], options: GenerationOptions, width: int
-) -> list[Conditioning]:
-    """Add the guidance scale's embedding [1, width] to every image's conditioning.
+    conditioning: Sequence[ConditioningSchedule], options: GenerationOptions, width: int
+) -> list[ConditioningSchedule]:
+    """Add the guidance scale's embedding to every image's conditioning.
 
     Warns of a negative prompt: it has no effect, as in diffusers.
     """
     if any(options.negative_prompt) or options.negative_prompt_embeds is not None:
         log.warning("this model has no use for a negative prompt: it is ignored")
-    embedding = guidance_embedding(options.guidance_scale, width)[None]
-    return [{**tensors, GUIDANCE: embedding} for tensors in conditioning]
+    embedding = guidance_embedding(options.guidance_scale, width)
+    return [schedule.with_input(GUIDANCE, embedding) for schedule in conditioning]
 
 
 def check_guidance(options: GenerationOptions) -> None:

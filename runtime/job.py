@@ -46,8 +46,8 @@ class GenerationJob:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the model's batch for each image: two with guidance, else one."""
-        return 2 if (self.guidance.scales != 1.0).any() else 1
+        """Rows of the model's batch for each image, at most."""
+        return int(self.guidance.num_rows.max())
 
 
 def parse_output_size(manifest: Manifest, options: GenerationOptions) -> tuple[int, int]:

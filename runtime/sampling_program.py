@@ -23,9 +23,8 @@ def is_linear(table: SamplerTable, guidance: Guidance) -> bool:
     """Whether a run is nothing but rows of numbers: no clipping, no rescaled guidance, no feature
     reuse.
     """
-    guided = bool((guidance.scales != 1.0).any())
     plain = not table.clip and table.full_evaluations is None
-    return plain and (guidance.in_matrix or not guided)
+    return plain and (guidance.in_matrix or bool((guidance.num_rows == 1).all()))
 
 
 def can_encode_text(
@@ -92,20 +91,19 @@ def build_sampling_program(
         state.layout is layout and state.guidance is guidance and not state.evaluations_done
         for state in states
     )
-    if not alike or not is_linear(first.table, guidance):
+    constant = all(state.conditioning.is_constant for state in states)
+    if not (alike and constant and is_linear(first.table, guidance)):
         return None
     batch = len(states)
     timesteps = np.asarray(first.table.timesteps, np.float32)  # [N]
     columns = [s.history.columns.reshape(-1, *s.history.shape) for s in states]
-    conditioning = {
-        name: np.stack([state.conditioning[name] for state in states])  # [B, 2 or 1, ...]
-        for name in first.conditioning
-    }
+    inputs = [state.conditioning.select_inputs(0) for state in states]
+    conditioning = {name: np.stack([rows[name] for rows in inputs]) for name in inputs[0]}
     program = SamplingProgram(
         history=np.stack(columns),  # [B, columns, C, H/8, W/8]
         coefficients=np.repeat(layout.rows[:, None], batch, axis=1),  # [N + 1, B, columns]
         timesteps=np.repeat(timesteps[:, None], batch, axis=1),  # [N, B]
-        rows_per_image=tuple(2 if scale != 1.0 else 1 for scale in guidance.scales),
+        rows_per_image=tuple(guidance.num_rows.tolist()),
         columns_per_output=layout.outputs_per_evaluation,
         output_columns=tuple(layout.output_place(k) for k in range(count)),
         state_columns=tuple(layout.state_place(k) for k in (count - 1, *range(count))),

@@ -19,6 +19,7 @@ from sdrt.engine.protocol import UnfusedAttention
 from sdrt.errors import SdrtError
 
 from .batch import Batch, build_latent_edit, build_states
+from .conditioning_schedule import ConditioningSchedule, build_constant_schedule
 from .deepcache import check_feature_reuse, with_feature_reuse
 from .denoising import DenoisingState, LatentEdit, denoise
 from .embedded_guidance import (
@@ -42,7 +43,6 @@ from .requests import Request, parse_requests, parse_unconditional_requests
 from .safety_checker import apply_safety_checker, is_flagged
 from .sampling_program import can_encode_text, is_linear, run_sampling_program
 from .text.conditioning import (
-    Conditioning,
     EncodedChunkCache,
     PromptEncoder,
     build_conditioning,
@@ -129,7 +129,7 @@ class PipelineStages:
         guidance = build_guidance(options, table.evaluations, has_negative_row=has_negative_row)
         if options.feature_reuse > 1:
             check_feature_reuse(manifest, self.engines, self.backend)
-            table = with_feature_reuse(table, options.feature_reuse, 1 + (guidance.scales != 1.0))
+            table = with_feature_reuse(table, options.feature_reuse, guidance.num_rows.tolist())
         max_batch = manifest.batch[2]
         return GenerationJob(requests, options, config, table, guidance, size, max_batch)
 
@@ -177,14 +177,14 @@ class PipelineStages:
 
     def encode_conditioning(
         self, requests: Sequence[Request], options: GenerationOptions, size: tuple[int, int]
-    ) -> list[Conditioning]:
+    ) -> list[ConditioningSchedule]:
         """Of every image, what the UNet reads besides latents and timestep.
 
         Raises:
             UsageError: For embeddings or options that the model does not accept.
         """
         if not self.accepts_prompt:
-            return [{} for _ in requests]
+            return [build_constant_schedule({}) for _ in requests]
         width = self.guidance_embedding_width
         conditioning = build_conditioning(
             self.text_encoders,
@@ -196,7 +196,7 @@ class PipelineStages:
         )
         return add_guidance_embedding(conditioning, options, width) if width else conditioning
 
-    def _tokenize(self, job: GenerationJob) -> list[Conditioning] | None:
+    def _tokenize(self, job: GenerationJob) -> list[ConditioningSchedule] | None:
         """Token ids of every image, where the engine encodes them as part of the run; else None."""
         encodes_text = can_encode_text(self.manifest, self.engines, job.options)
         if not (encodes_text and is_linear(job.table, job.guidance)):

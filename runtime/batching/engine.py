@@ -338,7 +338,7 @@ class InflightBatcher:
             except Exception as error:
                 self._finish(handle, as_sdrt_error(error))
                 continue
-            shapes = tuple((name, value.shape[1:]) for name, value in run.conditioning.items())
+            shapes = run.conditioning.shapes
             with self._changed:
                 handle.scheduled.batch_key = (*handle.scheduled.batch_key[:2], shapes)  # type: ignore[index]
                 handle.scheduled.component = run.component

@@ -107,17 +107,24 @@ class SamplerTable:
         Args:
             guidance_scale: One for all evaluations, or [N].
         """
-        return apply_guidance(self.matrix, self.evaluations, guidance_scale)
+        scale = np.broadcast_to(guidance_scale, (self.evaluations,))
+        return split_outputs(self.matrix, np.stack([1.0 - scale, scale], axis=1))
 
 
-def apply_guidance(
-    matrix: np.ndarray, count: int, guidance_scale: float | np.ndarray
-) -> np.ndarray:
-    """See `SamplerTable.with_guidance`; also for a recurrence."""
+def split_outputs(matrix: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    """A matrix, or a recurrence, over all R outputs of every evaluation.
+
+    Args:
+        matrix: [N + 1, 1 + N + ..], over one output of every evaluation.
+        coefficients: [N, R], how that output is combined from R outputs.
+
+    Returns:
+        [N + 1, 1 + N * R + ..].
+    """
+    count, per = coefficients.shape
     start, outputs, rest = np.split(matrix, [1, 1 + count], axis=1)
-    scale = np.broadcast_to(guidance_scale, (count,))
-    both = outputs[:, :, None] * np.stack([1.0 - scale, scale], axis=1)
-    return np.concatenate([start, both.reshape(count + 1, 2 * count), rest], axis=1)
+    split = outputs[:, :, None] * coefficients
+    return np.concatenate([start, split.reshape(count + 1, per * count), rest], axis=1)
 
 
 class Recorder:

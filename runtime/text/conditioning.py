@@ -13,6 +13,7 @@ import numpy as np
 
 from sdrt.engine import Engine
 from sdrt.errors import UsageError
+from sdrt.runtime.conditioning_schedule import ConditioningSchedule, build_constant_schedule
 from sdrt.runtime.options import SIZE_OPTIONS, GenerationOptions
 from sdrt.runtime.requests import Request
 from sdrt.runtime.sampling_program import INPUT_IDS, TOKEN_WEIGHTS
@@ -20,7 +21,7 @@ from sdrt.runtime.sampling_program import INPUT_IDS, TOKEN_WEIGHTS
 from .prompt_weighting import Chunks, apply_weights, chunks_from_prompt
 from .tokenizer import Tokenizer
 
-# Inputs of the UNet by name, [rows, ...]. With guidance there are two rows, negative first.
+# Inputs of the UNet by name, [rows, ...].
 Conditioning = dict[str, np.ndarray]
 MAX_CACHED_CHUNKS = 256
 _CACHE_LOCK = threading.Lock()
@@ -166,7 +167,7 @@ def build_conditioning(
     input_names: Collection[str],
     size: tuple[int, int],
     zero_empty_prompt: bool = False,
-) -> list[Conditioning]:
+) -> list[ConditioningSchedule]:
     """Encode what the UNet reads of every image.
 
     Args:
@@ -186,12 +187,12 @@ def build_conditioning(
     if "time_ids" in input_names:
         time_ids = build_time_ids(options, size)[0 if options.guided else 1 :]
         conditioning = [{**tensors, "time_ids": time_ids} for tensors in conditioning]
-    return conditioning
+    return [build_constant_schedule(tensors) for tensors in conditioning]
 
 
 def tokenize_requests(
     encoder: PromptEncoder, requests: Sequence[Request], options: GenerationOptions
-) -> list[Conditioning] | None:
+) -> list[ConditioningSchedule] | None:
     """Token ids for an engine that encodes them as part of the run.
 
     Returns:
@@ -204,7 +205,9 @@ def tokenize_requests(
     chunks = encoder.tokenize(dict.fromkeys([*chain(*pairs), ""]), options)
     tokenized = [_stack_chunks([chunks[text] for text in pair], chunks[""]) for pair in pairs]
     unique = {ids.tobytes() for tensors in tokenized for row in tensors[INPUT_IDS] for ids in row}
-    return tokenized if len(unique) <= 2 * encoder.max_rows else None
+    if len(unique) > 2 * encoder.max_rows:
+        return None
+    return [build_constant_schedule(tensors) for tensors in tokenized]
 
 
 def _stack_chunks(texts: Sequence[Chunks], empty: Chunks) -> Conditioning:
@@ -319,12 +322,12 @@ def _select_row(embeddings: Conditioning, index: int) -> Conditioning:
 
 
 def group_by_length(
-    conditioning: Mapping[Request, Conditioning], max_size: int
+    conditioning: Mapping[Request, ConditioningSchedule], max_size: int
 ) -> Iterator[list[Request]]:
     """Images whose contexts have one length, at most `max_size` together, the shortest first."""
     lengths = {
-        request: next(iter(tensors.values())).shape[1] if tensors else 0
-        for request, tensors in conditioning.items()
+        request: next(iter(schedule.inputs.values())).shape[1] if schedule.inputs else 0
+        for request, schedule in conditioning.items()
     }
     for length in sorted(set(lengths.values())):
         group = [request for request, tokens in lengths.items() if tokens == length]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from sdrt.engine import SamplingResult
 from sdrt.errors import BackendError, UsageError
+from sdrt.runtime.conditioning_schedule import build_constant_schedule
 from sdrt.runtime.denoising import DenoisingState, Guidance, denoise, get_history_layout
 from sdrt.runtime.images import images_from_decoded
 from sdrt.runtime.samplers.registry import config_from_name
@@ -209,7 +210,9 @@ def runs_of(scheduler, scales, num_images, extra_channels=0, clip=False):
             guidance,
             plan,
             [rng.normal(size=shape).astype(np.float32) for _ in range(1 + table.num_noises)],
-            {"context": rng.normal(size=(guided, 7, 3)).astype(np.float32)},
+            build_constant_schedule(
+                {"context": rng.normal(size=(guided, 7, 3)).astype(np.float32)}
+            ),
             rng.normal(size=(extra_channels, *shape[1:])).astype(np.float32),
         )
         for _ in range(num_images)
