@@ -61,6 +61,15 @@ class GenerationKwargs(TypedDict, total=False):
     clip_skip: int | None
     long_prompts: str | None
     weighting: bool | None
+    hires_scale: float | None
+    hires_size: str | Sequence[int] | None
+    hires_steps: int | None
+    hires_strength: float | None
+    hires_upscaler: str | None
+    hires_scheduler: str | Mapping[str, Any] | None
+    hires_prompt: str | Sequence[str] | None
+    hires_negative_prompt: str | Sequence[str] | None
+    hires_guidance_scale: float | None
     callback_on_step_end: Callback | None
     height: int | None
     width: int | None
@@ -85,6 +94,14 @@ ALIASES = {
     **dict.fromkeys(("seeds", "manual_seed"), "seed"),
     **dict.fromkeys(("reuse", "deepcache"), "feature_reuse"),
     **dict.fromkeys(("depth", "depth_image"), "depth_map"),
+    **dict.fromkeys(("hr_scale", "enable_hr", "hires", "upscale"), "hires_scale"),
+    **dict.fromkeys(("hr_resize_x", "hr_resize_y"), "hires_size"),
+    **dict.fromkeys(("hr_upscaler", "upscaler"), "hires_upscaler"),
+    **dict.fromkeys(("hr_sampler_name", "hr_scheduler"), "hires_scheduler"),
+    "hr_second_pass_steps": "hires_steps",
+    "hr_prompt": "hires_prompt",
+    "hr_negative_prompt": "hires_negative_prompt",
+    "hr_cfg": "hires_guidance_scale",
 }
 # Names of diffusers and others that are not options, and what to do.
 _SCHEDULER = 'use pipe.with_scheduler("DPM++ 2M Karras")'

@@ -94,7 +94,8 @@ def _call_back(
     scale = np.float32(job.table.scales[evaluations_done])
     timestep = float(job.table.timesteps[evaluations_done - 1])
     tensors = {"latents": latents * scale}
-    returned = callback(pipe, evaluations_done - 1, timestep, tensors)
+    index = job.evaluations_before + evaluations_done - 1
+    returned = callback(pipe, index, timestep, tensors)
     if not isinstance(returned, Mapping | None):
         raise invalid_argument(
             "the result of callback_on_step_end", returned, 'None or {"latents": ...}'

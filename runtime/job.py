@@ -4,7 +4,7 @@ Knows options, sampler tables and the manifest's sizes; not engines.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,13 @@ from sdrt.bundle import parse_size
 from sdrt.bundle.manifest import Manifest
 from sdrt.errors import UsageError
 
-from .denoising import Guidance
+from .denoising import Guidance, Step
 from .options import GenerationOptions
+from .parsing import parse_scheduler_config
 from .requests import Request
-from .samplers.registry import sampler_name
+from .samplers.registry import config_from_name, sampler_name
 from .samplers.table import SamplerTable, sampler_table
+from .upscaling import Upscaler
 
 ETA_SCHEDULERS = ("DDIMScheduler", "TCDScheduler")
 
@@ -34,6 +36,8 @@ class GenerationJob:
         guidance: The guidance scale of every evaluation.
         size: (width, height) in pixels.
         max_batch: How many images are generated together at most.
+        hires: The pass at a higher resolution that follows; None for none.
+        evaluations_before: Of the pass that this one follows.
     """
 
     requests: Sequence[Request]
@@ -43,11 +47,53 @@ class GenerationJob:
     guidance: Guidance
     size: tuple[int, int]
     max_batch: int
+    hires: "HiresPass | None" = None
+    evaluations_before: int = 0
 
     @property
     def num_rows(self) -> int:
         """Rows of the model's batch for each image, at most."""
         return int(self.guidance.num_rows.max())
+
+    @property
+    def total_evaluations(self) -> int:
+        """Of all passes."""
+        after = self.hires.job.table.evaluations if self.hires else 0
+        return self.evaluations_before + self.table.evaluations + after
+
+    def place_step(self, step: Step) -> Step:
+        """A step of this pass, counted over all passes."""
+        index = self.evaluations_before + step.index
+        return replace(step, index=index, total=self.total_evaluations)
+
+
+@dataclass(frozen=True, slots=True)
+class HiresPass:
+    """A validated second pass.
+
+    Attributes:
+        job: Its call, without requests.
+        num_steps: Steps that it runs.
+        upscaler: Enlarges the first pass's result.
+        upscaled_size: (width, height) before the crop.
+        prompts: One for each prompt of the call; None where the first pass's stay.
+        negative_prompts: The same.
+    """
+
+    job: GenerationJob
+    num_steps: int
+    upscaler: Upscaler
+    upscaled_size: tuple[int, int]
+    prompts: Sequence[str] | None
+    negative_prompts: Sequence[str] | None
+
+    def get_request(self, request: Request) -> Request:
+        """What an image is conditioned on in this pass."""
+        index = request.prompt_index
+        prompt = request.prompt if self.prompts is None else self.prompts[index]
+        negative = self.negative_prompts
+        negative_prompt = request.negative_prompt if negative is None else negative[index]
+        return replace(request, prompt=prompt, negative_prompt=negative_prompt)
 
 
 def parse_output_size(manifest: Manifest, options: GenerationOptions) -> tuple[int, int]:
@@ -81,8 +127,39 @@ def apply_eta(scheduler_config: Mapping[str, Any], options: GenerationOptions) -
     return scheduler_config
 
 
-def build_table(scheduler_config: Mapping[str, Any], options: GenerationOptions) -> SamplerTable:
-    """The sampler's table of a call."""
+def resolve_scheduler_config(
+    scheduler: str | Mapping[str, Any], own: Mapping[str, Any], *, xl: bool
+) -> Mapping[str, Any]:
+    """The configuration of a sampler's name, or a full one.
+
+    Args:
+        scheduler: As for `Pipeline.with_scheduler`.
+        own: Whose noise schedule a name keeps.
+        xl: Whether the model is of the XL family.
+
+    Raises:
+        UsageError: For an unknown name or a configuration that is unsupported.
+    """
+    if isinstance(scheduler, str):
+        config = config_from_name(scheduler, own, xl=xl)
+    else:
+        config = parse_scheduler_config("scheduler", scheduler)
+    sampler_table(config, 8)
+    return config
+
+
+def build_table(
+    scheduler_config: Mapping[str, Any],
+    options: GenerationOptions,
+    skipped_steps: int | None = None,
+) -> SamplerTable:
+    """The sampler's table of a call.
+
+    skipped_steps: of a pass that starts from latents; None where the options say all
+    """
+    if skipped_steps is not None:
+        steps = options.num_inference_steps
+        return sampler_table(scheduler_config, steps, denoise_from=skipped_steps, image=True)
     # With a mask and full strength nothing of the image is left at the start.
     replaced = options.mask_image is not None and options.effective_strength == 1.0
     return sampler_table(

@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from sdrt.errors import UsageError
 
+from .hires_options import DEFAULT_UPSCALER, HIRES_PARSERS, check_hires
 from .images import MAX_SIDE
 from .noise import STREAMS
 from .parsing import (
@@ -102,6 +103,18 @@ class GenerationOptions:
         clip_skip: Layers to leave out at the text encoder's end.
         long_prompts: "chunk" goes on in another chunk of 75 tokens, "cut" cuts off and warns.
         weighting: Whether brackets in prompts are weights.
+        hires_scale: A second pass, as A1111's hires fix: the image is enlarged by so much and goes
+            through the model again; 1 to 8. Only for runs from noise.
+        hires_size: Instead, "WIDTHxHEIGHT" or (width, height). One side may be 0 and follows from
+            the other; with both, the enlarged image is cropped.
+        hires_steps: Steps that the second pass runs; 0 is as many as the first.
+        hires_strength: How far it changes the image, above 0 to 1.
+        hires_upscaler: "Latent" and its variants enlarge the latents; "Lanczos", "Nearest" or the
+            name of an upscaler's bundle the decoded image.
+        hires_scheduler: Of the second pass, as for `Pipeline.with_scheduler`; None is the first's.
+        hires_prompt: Of the second pass; None is the first's.
+        hires_negative_prompt: The same.
+        hires_guidance_scale: The same.
         callback_on_step_end: Called as (pipeline, index, timestep, {"latents": ...}) after every
             evaluation; latents in a returned mapping replace the batch's.
 
@@ -141,6 +154,15 @@ class GenerationOptions:
     clip_skip: int = 0
     long_prompts: str = "chunk"
     weighting: bool = True
+    hires_scale: float | None = None
+    hires_size: Pair = None
+    hires_steps: int = 0
+    hires_strength: float = 0.7
+    hires_upscaler: str = DEFAULT_UPSCALER
+    hires_scheduler: str | Mapping[str, Any] | None = None
+    hires_prompt: str | Sequence[str] | None = None
+    hires_negative_prompt: str | Sequence[str] | None = None
+    hires_guidance_scale: float | None = None
     callback_on_step_end: Callback | None = None
 
     def __post_init__(self) -> None:
@@ -150,6 +172,7 @@ class GenerationOptions:
             parsed = DEFAULTS[name] if value is None else parse(name, value)
             object.__setattr__(self, name, parsed)
         _check_together(self)
+        check_hires(self, DEFAULTS)
 
     @property
     def guided(self) -> bool:
@@ -170,6 +193,10 @@ class GenerationOptions:
         if self.strength is not None:
             return self.strength
         return 0.8 if self.mask_image is None else 1.0
+
+    @property
+    def has_hires_pass(self) -> bool:
+        return self.hires_scale is not None or self.hires_size is not None
 
     @property
     def returns_image(self) -> bool:
@@ -269,6 +296,7 @@ PARSERS: dict[str, Parser[Any]] = {
     "clip_skip": int_parser(0, 100),
     "long_prompts": choice_parser(*LONG_PROMPTS),
     "weighting": parse_flag,
+    **HIRES_PARSERS,
     "callback_on_step_end": parse_callable,
 }
 DEFAULTS = {option.name: option.default for option in fields(GenerationOptions)}

@@ -11,7 +11,7 @@ from sdrt.bundle.manifest import Manifest
 from sdrt.version import __version__
 
 from .images import format_parameters, quote
-from .job import GenerationJob
+from .job import GenerationJob, HiresPass
 from .lora.adapters import Adapters
 from .lora.names import names_outside_folder
 from .options import format_number
@@ -46,6 +46,8 @@ def describe_image(
     if differing := config_overrides(title, job.scheduler_config, bundle_config):
         settings["Sampler options"] = json.dumps(differing, sort_keys=True)
     settings |= options.nondefault_settings
+    if job.hires:
+        settings |= describe_hires(job.hires, job)
     prompt = request.recorded_prompt or request.prompt
     if adapters.text and not request.recorded_prompt:
         if options.weighting:
@@ -56,6 +58,28 @@ def describe_image(
         settings["Lora files"] = ", ".join(outside)
     settings |= {"RNG": RNG_NAMES[options.rng], "Version": f"sdrt {__version__}"}
     return format_parameters(prompt, request.negative_prompt, settings)
+
+
+def describe_hires(hires: HiresPass, job: GenerationJob) -> dict[str, object]:
+    """The settings of a second pass, under A1111's names and in its order."""
+    options = job.options
+    settings: dict[str, object] = {"Denoising strength": format_number(options.hires_strength)}
+    own, first = (sampler_title(run.scheduler_config) for run in (hires.job, job))
+    if own != first:
+        settings["Hires sampler"] = own
+    if options.hires_prompt is not None:
+        settings["Hires prompt"] = options.hires_prompt
+    if options.hires_negative_prompt is not None:
+        settings["Hires negative prompt"] = options.hires_negative_prompt
+    if options.hires_guidance_scale is not None:
+        settings["Hires CFG Scale"] = format_number(options.hires_guidance_scale)
+    if options.hires_scale is not None:
+        settings["Hires upscale"] = format_number(options.hires_scale)
+    if options.hires_size is not None:
+        settings["Hires resize"] = "x".join(map(str, options.hires_size))
+    if options.hires_steps:
+        settings["Hires steps"] = options.hires_steps
+    return settings | {"Hires upscaler": hires.upscaler.title}
 
 
 def describe_grid(first_image: str, job: GenerationJob) -> str:

@@ -15,8 +15,8 @@ from PIL.Image import Image
 from sdrt.errors import UsageError
 
 from .arguments import GenerationKwargs, parse_options
-from .batch import build_latent_edit, build_states
-from .denoising import Step, denoise
+from .denoising import Step
+from .hires import denoise_passes
 from .job import GenerationJob
 from .leases import LeasedIterator
 from .lora.sets import refuse_tags
@@ -36,12 +36,9 @@ from .parsing import (
     parse_callable,
     parse_flag,
     parse_lora_weights,
-    parse_scheduler_config,
 )
 from .requests import Request
 from .safety_checker import detect_marks
-from .samplers.registry import config_from_name
-from .samplers.table import sampler_table
 from .stages import PipelineStages, Prompt, read_latents
 
 T = TypeVar("T")
@@ -216,8 +213,7 @@ class Pipeline(PipelineStages):
                 "together, of prompts of similar length",
                 hint="loop over fewer images",
             )
-        edit = build_latent_edit(self, batches[0], job)
-        return denoise(self.engines, build_states(batches[0], job), edit)
+        return denoise_passes(self, batches[0], job)
 
     # Configure and close
 
@@ -231,13 +227,7 @@ class Pipeline(PipelineStages):
         Raises:
             UsageError: For an unknown name or a configuration that is unsupported.
         """
-        if isinstance(scheduler, str):
-            xl = self.tokenizer_2 is not None
-            config = config_from_name(scheduler, self.scheduler_config, xl=xl)
-        else:
-            config = parse_scheduler_config("scheduler", scheduler)
-        sampler_table(config, 8)
-        return replace(self, scheduler_config=config)
+        return replace(self, scheduler_config=self.resolve_scheduler(scheduler))
 
     def set_lora(self, loras: Mapping[str | os.PathLike[str], float | LoraWeight]) -> None:
         """Apply these LoRA files and no others; `{}` removes all.

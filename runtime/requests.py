@@ -22,6 +22,8 @@ CONDITIONING_OPTIONS = (
     "original_size",
     "crops_coords_top_left",
     "target_size",
+    "hires_scale",
+    "hires_size",
 )
 
 

@@ -6,7 +6,6 @@ Knows numpy, the engine protocol and the bundle's manifest; not which backend ru
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,9 +27,17 @@ from .embedded_guidance import (
     guidance_embedding_width,
     without_guidance,
 )
+from .hires import build_hires_pass, prepare_hires_batches
 from .images import image_to_array, images_from_decoded
 from .initial_latents import build_initial_state, check_task, encode_image_inputs
-from .job import GenerationJob, apply_eta, build_guidance, build_table, parse_output_size
+from .job import (
+    GenerationJob,
+    apply_eta,
+    build_guidance,
+    build_table,
+    parse_output_size,
+    resolve_scheduler_config,
+)
 from .leases import Leases
 from .lora.adapters import Adapters
 from .lora.sets import refuse_negative_tags
@@ -98,14 +105,15 @@ class PipelineStages:
             UsageError: For what does not fit the bundle, or this machine's memory.
         """
         job = self.validate(prompt, options)
-        job = replace(job, max_batch=self._max_batch(job))
-        if job.size not in self.manifest.sizes:
-            log.warning(
-                "%dx%d is not one of the sizes that this bundle was validated at (%s); what is "
-                "larger is decoded in tiles",
-                *job.size,
-                ", ".join(f"{width}x{height}" for width, height in self.manifest.sizes),
-            )
+        for run in (job, job.hires.job) if job.hires else (job,):
+            job = replace(job, max_batch=min(job.max_batch, self._max_batch(run)))
+            if run.size not in self.manifest.sizes:
+                log.warning(
+                    "%dx%d is not one of the sizes that this bundle was validated at (%s); what is "
+                    "larger is decoded in tiles",
+                    *run.size,
+                    ", ".join(f"{width}x{height}" for width, height in self.manifest.sizes),
+                )
         return job
 
     def validate(self, prompt: Prompt, options: GenerationOptions) -> GenerationJob:
@@ -120,12 +128,37 @@ class PipelineStages:
         refuse_negative_tags(requests, options)
         channels = manifest.latent_channels
         check_task(options, self.in_channels - channels, channels)
-        width = self.guidance_embedding_width
-        if width:
+        if self.guidance_embedding_width:
             check_guidance(options)
-        config = apply_eta(self.scheduler_config, options)
-        table = build_table(config, options)
-        has_negative_row = self.accepts_prompt and not width
+        job = self.build_job(requests, options, size)
+        return replace(job, hires=build_hires_pass(self, job)) if options.has_hires_pass else job
+
+    def resolve_scheduler(self, scheduler: str | Mapping[str, Any]) -> Mapping[str, Any]:
+        """A sampler's configuration; raises UsageError for an unknown or unsupported one."""
+        own, xl = self.scheduler_config, self.tokenizer_2 is not None
+        return resolve_scheduler_config(scheduler, own, xl=xl)
+
+    def build_job(
+        self,
+        requests: Sequence[Request],
+        options: GenerationOptions,
+        size: tuple[int, int],
+        scheduler_config: Mapping[str, Any] | None = None,
+        skipped_steps: int | None = None,
+    ) -> GenerationJob:
+        """One pass over validated requests.
+
+        Args:
+            requests: The images.
+            options: Of the pass.
+            size: (width, height).
+            scheduler_config: None is the pipeline's.
+            skipped_steps: As for `build_table`.
+        """
+        manifest = self.manifest
+        config = apply_eta(scheduler_config or self.scheduler_config, options)
+        table = build_table(config, options, skipped_steps)
+        has_negative_row = self.accepts_prompt and not self.guidance_embedding_width
         guidance = build_guidance(options, table.evaluations, has_negative_row=has_negative_row)
         if options.feature_reuse > 1:
             check_feature_reuse(manifest, self.engines, self.backend)
@@ -214,9 +247,8 @@ class PipelineStages:
         if not conditioning:
             conditioning = self.encode_conditioning(job.requests, job.options, job.size)
         by_request = dict(zip(job.requests, conditioning, strict=True))
-        shape = self._latent_shape(job)
-        encode = partial(encode_pixels, self.engines["vae_encoder"], self._tiling)
-        inputs = encode_image_inputs(encode, job, shape, self.in_channels)
+        shape = self.latent_shape(job)
+        inputs = encode_image_inputs(self.encode, job, shape, self.in_channels)
         groups = group_by_length(by_request, job.max_batch) if together else zip(job.requests)
         for requests in groups:
             states = [build_initial_state(request, job, shape, inputs) for request in requests]
@@ -233,7 +265,11 @@ class PipelineStages:
             (state,) = build_states(batch, job)
             yield batch.requests[0], state, build_latent_edit(self, batch, job)
 
-    def _latent_shape(self, job: GenerationJob) -> tuple[int, int, int]:
+    def encode(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Encode one image [1, 3, H, W] in [-1, 1] to mean and deviation, [C, H/8, W/8] each."""
+        return encode_pixels(self.engines["vae_encoder"], self.tiling, pixels)
+
+    def latent_shape(self, job: GenerationJob) -> tuple[int, int, int]:
         """[C, H/8, W/8] of an image."""
         width, height = job.size
         scale = self.manifest.downscale
@@ -259,16 +295,27 @@ class PipelineStages:
             return
         failed = None
         for batch in self._prepare_batches(job, encode_text=on_step is not None):
-            result = self._denoise(batch, job, on_step, decode)
-            for i, request in enumerate(batch.requests):
-                try:
-                    value = read(result, i)
-                except SdrtError as error:
-                    failed = SdrtError(f"seed {request.seed}: {error.message}", hint=error.hint)
-                    continue
-                yield request, value
+            for requests, result in self._run_passes(batch, job, on_step, decode):
+                for i, request in enumerate(requests):
+                    try:
+                        value = read(result, i)
+                    except SdrtError as error:
+                        failed = SdrtError(f"seed {request.seed}: {error.message}", hint=error.hint)
+                        continue
+                    yield request, value
         if failed:
             raise failed
+
+    def _run_passes(
+        self, batch: Batch, job: GenerationJob, on_step: StepCallback, decode: bool
+    ) -> Iterator[tuple[Sequence[Request], SamplingResult]]:
+        """The result of a batch, or of the second pass's batches."""
+        result = self._denoise(batch, job, on_step, decode and job.hires is None)
+        if job.hires is None:
+            yield batch.requests, result
+            return
+        for second in prepare_hires_batches(self, job, batch.requests, result.latents):
+            yield second.requests, self._denoise(second, job.hires.job, on_step, decode)
 
     def _denoise(
         self, batch: Batch, job: GenerationJob, on_step: StepCallback, decode: bool
@@ -284,7 +331,7 @@ class PipelineStages:
                 return result
         for step in denoise(self.engines, states, edit):
             if on_step:
-                on_step(step)
+                on_step(job.place_step(step))
         return SamplingResult(step.latents)
 
     # Decode
@@ -341,10 +388,11 @@ class PipelineStages:
         a batch gains nothing.
         """
         for i in range(len(latents)):
-            yield decode_latents(self.engines, self._tiling, latents[i : i + 1])
+            yield decode_latents(self.engines, self.tiling, latents[i : i + 1])
 
     @property
-    def _tiling(self) -> Tiling:
+    def tiling(self) -> Tiling:
+        """How sizes larger than the bundle's go through the autoencoder."""
         scale = self.manifest.downscale
         return Tiling([(h // scale, w // scale) for w, h in self.manifest.sizes], scale)
 

@@ -18,12 +18,14 @@ MEMORY_RETRY_SECONDS = 10.0
 
 
 def check_memory_for(request: ScheduledRequest, costs: CostModel) -> None:
-    """Raise RequestRejected if a call for the request does not fit into memory."""
+    """Raise RequestRejected if a call for one of the request's passes does not fit into memory."""
     size = request.batch_key[0]  # type: ignore[index]
     if missing := costs.missing_bytes(size, request.num_rows):
         raise RequestRejected(
             "memory", f"not enough memory: {missing / 1e6:.0f} MB missing", MEMORY_RETRY_SECONDS
         )
+    if request.later_pass:
+        check_memory_for(request.start_later_pass(), costs)
 
 
 def check_queue(

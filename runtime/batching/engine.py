@@ -21,6 +21,7 @@ from typing import Any, Literal, Unpack
 
 from sdrt.runtime.arguments import GenerationKwargs, merge_arguments, parse_options
 from sdrt.runtime.denoising import BatchBuilder, DenoisingState, LatentEdit, build_step
+from sdrt.runtime.hires import prepare_hires_state
 from sdrt.runtime.lora.sets import Named, group_by_lora_set
 from sdrt.runtime.lora.switch import LoraSwitch
 from sdrt.runtime.parsing import float_parser, int_parser, parse_callable
@@ -40,6 +41,7 @@ from .request import (
     RequestRejected,
     RequestTimes,
     as_sdrt_error,
+    schedule_pass,
 )
 from .scheduler import ScheduledRequest, select_batch
 
@@ -162,11 +164,13 @@ class InflightBatcher:
                 (job.size, group.loras), job.num_rows, table.evaluations, now, now, priority
             )
             scheduled.full_fraction = table.full_fraction
+            if job.hires:
+                scheduled.later_pass = schedule_pass(job.hires.job, group)
             scheduled.has_deadline = deadline is not None
             default = self.estimates.default_deadline(scheduled)
             scheduled.deadline = default if deadline is None else now + deadline
             return RequestHandle(
-                request, table.evaluations, RequestTimes(now), scheduled, group, self._cancel
+                request, job.total_evaluations, RequestTimes(now), scheduled, group, self._cancel
             )
 
         handles = []
@@ -338,13 +342,19 @@ class InflightBatcher:
             except Exception as error:
                 self._finish(handle, as_sdrt_error(error))
                 continue
-            shapes = run.conditioning.shapes
-            with self._changed:
-                handle.scheduled.batch_key = (*handle.scheduled.batch_key[:2], shapes)  # type: ignore[index]
-                handle.scheduled.component = run.component
-                handle.run, handle.edit, handle.state = run, edit, "running"
-                handle.times.prepared = time.monotonic()
-                self._changed.notify_all()
+            handle.times.prepared = time.monotonic()
+            self._start_pass(handle, run, edit)
+
+    def _start_pass(
+        self, handle: RequestHandle, run: DenoisingState, edit: LatentEdit | None
+    ) -> None:
+        """Let a request take part in calls of the model."""
+        shapes = run.conditioning.shapes
+        with self._changed:
+            handle.scheduled.batch_key = (*handle.scheduled.batch_key[:2], shapes)  # type: ignore[index]
+            handle.scheduled.component = run.component
+            handle.run, handle.edit, handle.state = run, edit, "running"
+            self._changed.notify_all()
 
     def _return_image(self, handle: RequestHandle) -> None:
         """At strength 0 the result is the input image."""
@@ -421,7 +431,7 @@ class InflightBatcher:
                     run.replace_latents(handle.edit(run.evaluations_done, run.latents[None])[0])
                 if handle.group.on_step:
                     step = build_step(run.table, run.evaluations_done, run.latents[None].copy())
-                    handle.group.on_step(handle, step)
+                    handle.group.on_step(handle, handle.job.place_step(step))
         except Exception as error:  # of the caller's callback; the others go on
             self._finish(handle, as_sdrt_error(error))
             return
@@ -430,17 +440,28 @@ class InflightBatcher:
             handle.scheduled.num_rows, handle.scheduled.component = run.num_rows, run.component
             return
         with self._changed:
-            self._running.remove(handle)
-            self._decoding.append(handle)
-            handle.state, handle.times.denoised = "decoding", time.monotonic()
+            if handle.scheduled.later_pass:
+                handle.scheduled, handle.state = handle.scheduled.start_later_pass(), "upscaling"
+            else:
+                self._running.remove(handle)
+                self._decoding.append(handle)
+                handle.state, handle.times.denoised = "decoding", time.monotonic()
             self._changed.notify_all()
 
     def _decode(self) -> None:
-        """Thread: decode latents to images."""
-        while ordered := self._next(lambda: self._decoding):
+        """Thread: decode latents to images, and enlarge those that go through a second pass."""
+
+        def candidates() -> list[RequestHandle]:
+            upscaling = [handle for handle in self._running if handle.state == "upscaling"]
+            return [*self._decoding, *upscaling]
+
+        while ordered := self._next(candidates):
             handle = ordered[0]
             assert handle.run is not None
             group = handle.group
+            if handle.state == "upscaling":
+                self._prepare_hires_pass(handle, handle.run)
+                continue
             pipe = replace(self.pipe, scheduler_config=group.job.scheduler_config)
             try:
                 with handle.lease_context():
@@ -451,6 +472,18 @@ class InflightBatcher:
                 continue
             handle.times.decoded = time.monotonic()
             self._finish(handle, GeneratedImage(image, text, handle.request.seed))
+
+    def _prepare_hires_pass(self, handle: RequestHandle, run: DenoisingState) -> None:
+        """Put a request whose first pass is finished back into the loop."""
+        try:
+            with handle.lease_context():
+                second = prepare_hires_state(
+                    self.pipe, handle.group.job, handle.request, run.latents
+                )
+        except Exception as error:
+            self._finish(handle, as_sdrt_error(error))
+            return
+        self._start_pass(handle, *second)
 
     def _recover(self) -> None:
         """Reload the pipeline until a call of the model succeeds, with growing pauses. Requests

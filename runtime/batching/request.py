@@ -19,7 +19,7 @@ from sdrt.runtime.leases import Lease
 from sdrt.runtime.lora.sets import LoraSet
 from sdrt.runtime.requests import Request
 
-from .scheduler import ScheduledRequest
+from .scheduler import ScheduledPass, ScheduledRequest
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,16 @@ class RequestTimes:
 
 
 OnStep = Callable[["RequestHandle", Step], None]
-State = Literal["waiting", "preparing", "running", "decoding", "done", "failed", "cancelled"]
+State = Literal[  # "upscaling" is between two passes
+    "waiting",
+    "preparing",
+    "running",
+    "upscaling",
+    "decoding",
+    "done",
+    "failed",
+    "cancelled",
+]
 Prepared = Iterator[tuple[Request, DenoisingState, LatentEdit | None]]
 
 
@@ -107,7 +116,13 @@ class RequestHandle:
 
     @property
     def evaluations_done(self) -> int:
-        return self.num_evaluations - self.scheduled.evaluations_left
+        return self.num_evaluations - self.scheduled.total_evaluations_left
+
+    @property
+    def job(self) -> GenerationJob:
+        """Of the pass that it is in."""
+        hires = self.group.job.hires
+        return hires.job if hires and not self.scheduled.later_pass else self.group.job
 
     def lease_context(self) -> AbstractContextManager[None]:
         """Hold the request's lease in this thread, so that callbacks do not wait for it."""
@@ -121,6 +136,12 @@ class RequestHandle:
     def cancel(self) -> None:
         """Free the slot before the next evaluation; a finished image is kept."""
         self.on_cancel(self)
+
+
+def schedule_pass(job: GenerationJob, group: RequestGroup) -> ScheduledPass:
+    """What the scheduler knows of a pass that comes later."""
+    key, table = (job.size, group.loras), job.table
+    return ScheduledPass(key, job.num_rows, table.evaluations, table.full_fraction)
 
 
 class Observer(Protocol):

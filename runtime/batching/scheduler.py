@@ -11,11 +11,28 @@ simulate fleets.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DEFAULT_SLOWDOWN = 4.0
 PRIORITY_SECONDS = 30.0
 SAFETY_FACTOR = 1.1  # of an estimate, before a deadline is rejected
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledPass:
+    """A pass at another size that a request goes through after its current one.
+
+    Attributes:
+        batch_key: Of its evaluations.
+        num_rows: Of its first evaluation.
+        evaluations: In all.
+        full_fraction: Fraction of its evaluations that run the full model.
+    """
+
+    batch_key: Hashable
+    num_rows: int
+    evaluations: int
+    full_fraction: float = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +42,7 @@ class ScheduledRequest:
     Attributes:
         batch_key: Requests with the same key can share a call if they also run the same component.
         num_rows: Rows of its next evaluation in the model's batch.
-        evaluations_left: Model evaluations until it is denoised.
+        evaluations_left: Model evaluations until this pass is denoised.
         submitted: Seconds on the caller's clock.
         deadline: Seconds on the caller's clock.
         priority: Larger goes first.
@@ -34,6 +51,7 @@ class ScheduledRequest:
         component: The network that its next evaluation runs.
         full_fraction: Fraction of its evaluations that run the full model; the others run its
             shallow part.
+        later_pass: The pass that follows, if any.
     """
 
     batch_key: Hashable
@@ -46,6 +64,27 @@ class ScheduledRequest:
     started: bool = False
     component: str = "unet"
     full_fraction: float = 1.0
+    later_pass: ScheduledPass | None = None
+
+    @property
+    def total_evaluations_left(self) -> int:
+        """Of all passes."""
+        later = self.later_pass.evaluations if self.later_pass else 0
+        return self.evaluations_left + later
+
+    def start_later_pass(self) -> "ScheduledRequest":
+        """The request in its later pass, with the deadline and priority that it has."""
+        later = self.later_pass
+        assert later is not None
+        return replace(
+            self,
+            batch_key=later.batch_key,
+            num_rows=later.num_rows,
+            evaluations_left=later.evaluations,
+            full_fraction=later.full_fraction,
+            component="unet",
+            later_pass=None,
+        )
 
     def sort_key(self, now: float) -> tuple[float, float, float]:
         """The smallest goes first."""
@@ -100,7 +139,10 @@ class CostEstimates:
         """Seconds that a request takes if nothing else runs."""
         key, evaluations = request.batch_key, request.evaluations_left
         denoising = evaluations * self.evaluation_seconds([request])
-        return self.prepare_seconds(key) + denoising + self.decode_seconds(key)
+        seconds = self.prepare_seconds(key) + denoising + self.decode_seconds(key)
+        if request.later_pass:
+            seconds += self.solo_seconds(request.start_later_pass())
+        return seconds
 
     def default_deadline(self, request: ScheduledRequest) -> float:
         """The deadline of a request whose caller set none."""
@@ -113,8 +155,10 @@ def estimate_finish_times(
     """When each request will be finished, on the caller's clock.
 
     Between two departures the same requests share every call, so the list is looked at once for
-    each departure and not for each evaluation.
+    each departure and not for each evaluation. A request that goes on in a later pass takes part
+    in it at once.
     """
+    requests = list(requests)
     left = [request.evaluations_left for request in requests]
     finished = [now] * len(requests)
     ordered = sorted(range(len(requests)), key=lambda i: requests[i].sort_key(now))
@@ -135,7 +179,12 @@ def estimate_finish_times(
         clock += count * estimates.evaluation_seconds(batch)
         for i in [index[id(request)] for request in batch]:
             left[i] -= count
-            if left[i] <= 0:
+            if left[i] > 0:
+                continue
+            if requests[i].later_pass:
+                requests[i] = requests[i].start_later_pass()
+                index[id(requests[i])], left[i] = i, requests[i].evaluations_left
+            else:
                 running.remove(i)  # the decoder decodes one image after another
                 decoder = max(decoder, clock) + estimates.decode_seconds(batch[0].batch_key)
                 finished[i] = decoder

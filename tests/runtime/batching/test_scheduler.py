@@ -8,6 +8,7 @@ import pytest
 from sdrt.runtime.batching.scheduler import (
     PRIORITY_SECONDS,
     CostEstimates,
+    ScheduledPass,
     ScheduledRequest,
     estimate_finish_times,
     select_batch,
@@ -129,3 +130,25 @@ def test_two_sizes_are_slowed_down_alike():
         for size in (1, 2)
     ]
     assert max(slowed) < 2.0 * min(slowed) and max(slowed) < 8.0
+
+
+def test_a_later_pass_counts_in_the_estimates():
+    def finish(requests):
+        return estimate_finish_times(requests, 0.0, ESTIMATES, 4)
+
+    later = ScheduledPass((2,), 2, 5)
+    both = scheduled(10, later_pass=later)
+    alone, second = scheduled(10), scheduled(5, group=(2,))
+    assert ESTIMATES.solo_seconds(both) == pytest.approx(
+        ESTIMATES.solo_seconds(alone) + ESTIMATES.solo_seconds(second)
+    )
+    call = ESTIMATES.call_seconds
+    expected = 0.02 + 10 * call((1,), 2) + 5 * call((2,), 2) + ESTIMATES.decode_seconds((2,))
+    assert finish([both]) == pytest.approx([expected])
+    assert both.total_evaluations_left == 15
+    started = both.start_later_pass()
+    assert (started.deadline, started.evaluations_left) == (both.deadline, 5)
+    # A request of the second pass's size shares its calls.
+    second.deadline = both.deadline + 1.0
+    expected = 0.02 + 10 * call((1,), 2) + 5 * call((2,), 4) + ESTIMATES.decode_seconds((2,))
+    assert finish([both, second])[0] == pytest.approx(expected)
