@@ -66,7 +66,7 @@ class GenerationKwargs(TypedDict, total=False):
     hires_steps: int | None
     hires_strength: float | None
     hires_upscaler: str | None
-    hires_scheduler: str | Mapping[str, Any] | None
+    hires_scheduler: str | None
     hires_prompt: str | Sequence[str] | None
     hires_negative_prompt: str | Sequence[str] | None
     hires_guidance_scale: float | None

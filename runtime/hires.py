@@ -43,7 +43,7 @@ class Stages(Protocol):
     def engines(self) -> Mapping[str, Engine]: ...
     @property
     def in_channels(self) -> int: ...
-    def resolve_scheduler(self, scheduler: str | Mapping[str, Any]) -> Mapping[str, Any]: ...
+    def find_scheduler(self, name: str) -> Mapping[str, Any]: ...
     def build_job(
         self,
         requests: Sequence[Request],
@@ -125,7 +125,7 @@ def build_hires_pass(stages: Stages, job: GenerationJob) -> HiresPass:
         (),
         _second_options(options, grid, size),
         size,
-        stages.resolve_scheduler(options.hires_scheduler) if options.hires_scheduler else None,
+        stages.find_scheduler(options.hires_scheduler) if options.hires_scheduler else None,
         skipped_steps=grid - steps,
     )
     return HiresPass(

@@ -13,7 +13,6 @@ from .parsing import (
     Parser,
     float_parser,
     int_parser,
-    parse_scheduler_config,
     parse_text,
     parse_texts,
     sequence_parser,
@@ -39,18 +38,13 @@ def parse_hires_size(name: str, value: object) -> tuple[int, int]:
     return width, height
 
 
-def parse_scheduler(name: str, value: object) -> str | dict[str, Any]:
-    """A sampler's name or configuration."""
-    return value if isinstance(value, str) else parse_scheduler_config(name, value)
-
-
 HIRES_PARSERS: dict[str, Parser[Any]] = {
     "hires_scale": float_parser(1.0, MAX_HIRES_SCALE),
     "hires_size": parse_hires_size,
     "hires_steps": int_parser(0, MAX_HIRES_STEPS),
     "hires_strength": float_parser(1e-3, 1.0, "a number above 0 and at most 1"),
     "hires_upscaler": parse_text,
-    "hires_scheduler": parse_scheduler,
+    "hires_scheduler": parse_text,
     "hires_prompt": parse_texts,
     "hires_negative_prompt": parse_texts,
     "hires_guidance_scale": float_parser(0.0, 100.0),

@@ -15,9 +15,8 @@ from sdrt.errors import UsageError
 
 from .denoising import Guidance, Step
 from .options import GenerationOptions
-from .parsing import parse_scheduler_config
 from .requests import Request
-from .samplers.registry import config_from_name, sampler_name
+from .samplers.registry import sampler_name
 from .samplers.table import SamplerTable, sampler_table
 from .upscaling import Upscaler
 
@@ -125,27 +124,6 @@ def apply_eta(scheduler_config: Mapping[str, Any], options: GenerationOptions) -
     if options.eta:
         raise UsageError(f"eta is unsupported by {name}", hint=f"use {' or '.join(ETA_SCHEDULERS)}")
     return scheduler_config
-
-
-def resolve_scheduler_config(
-    scheduler: str | Mapping[str, Any], own: Mapping[str, Any], *, xl: bool
-) -> Mapping[str, Any]:
-    """The configuration of a sampler's name, or a full one.
-
-    Args:
-        scheduler: As for `Pipeline.with_scheduler`.
-        own: Whose noise schedule a name keeps.
-        xl: Whether the model is of the XL family.
-
-    Raises:
-        UsageError: For an unknown name or a configuration that is unsupported.
-    """
-    if isinstance(scheduler, str):
-        config = config_from_name(scheduler, own, xl=xl)
-    else:
-        config = parse_scheduler_config("scheduler", scheduler)
-    sampler_table(config, 8)
-    return config
 
 
 def build_table(

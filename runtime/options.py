@@ -111,7 +111,7 @@ class GenerationOptions:
         hires_strength: How far it changes the image, above 0 to 1.
         hires_upscaler: "Latent" and its variants enlarge the latents; "Lanczos", "Nearest" or the
             name of an upscaler's bundle the decoded image.
-        hires_scheduler: Of the second pass, as for `Pipeline.with_scheduler`; None is the first's.
+        hires_scheduler: Its sampler's name, as for `Pipeline.with_scheduler`; None is the first's.
         hires_prompt: Of the second pass; None is the first's.
         hires_negative_prompt: The same.
         hires_guidance_scale: The same.
@@ -159,7 +159,7 @@ class GenerationOptions:
     hires_steps: int = 0
     hires_strength: float = 0.7
     hires_upscaler: str = DEFAULT_UPSCALER
-    hires_scheduler: str | Mapping[str, Any] | None = None
+    hires_scheduler: str | None = None
     hires_prompt: str | Sequence[str] | None = None
     hires_negative_prompt: str | Sequence[str] | None = None
     hires_guidance_scale: float | None = None

@@ -47,7 +47,7 @@ def describe_image(
         settings["Sampler options"] = json.dumps(differing, sort_keys=True)
     settings |= options.nondefault_settings
     if job.hires:
-        settings |= describe_hires(job.hires, job)
+        settings |= describe_hires(job.hires, job, request)
     prompt = request.recorded_prompt or request.prompt
     if adapters.text and not request.recorded_prompt:
         if options.weighting:
@@ -60,17 +60,17 @@ def describe_image(
     return format_parameters(prompt, request.negative_prompt, settings)
 
 
-def describe_hires(hires: HiresPass, job: GenerationJob) -> dict[str, object]:
+def describe_hires(hires: HiresPass, job: GenerationJob, request: Request) -> dict[str, object]:
     """The settings of a second pass, under A1111's names and in its order."""
     options = job.options
     settings: dict[str, object] = {"Denoising strength": format_number(options.hires_strength)}
-    own, first = (sampler_title(run.scheduler_config) for run in (hires.job, job))
-    if own != first:
-        settings["Hires sampler"] = own
-    if options.hires_prompt is not None:
-        settings["Hires prompt"] = options.hires_prompt
-    if options.hires_negative_prompt is not None:
-        settings["Hires negative prompt"] = options.hires_negative_prompt
+    if hires.job.scheduler_config != job.scheduler_config:
+        settings["Hires sampler"] = sampler_title(hires.job.scheduler_config)
+    second = hires.get_request(request)
+    if hires.prompts is not None:
+        settings["Hires prompt"] = second.prompt
+    if hires.negative_prompts is not None:
+        settings["Hires negative prompt"] = second.negative_prompt
     if options.hires_guidance_scale is not None:
         settings["Hires CFG Scale"] = format_number(options.hires_guidance_scale)
     if options.hires_scale is not None:
@@ -89,5 +89,7 @@ def describe_grid(first_image: str, job: GenerationJob) -> str:
         "Prompts": [request.recorded_prompt or request.prompt for request in job.requests],
         "Negative prompts": [request.negative_prompt for request in job.requests],
     }
+    if job.hires and job.hires.prompts is not None:
+        lists["Hires prompts"] = [job.hires.get_request(r).prompt for r in job.requests]
     differing = {name: values for name, values in lists.items() if len(set(values)) > 1}
     return first_image + "".join(f", {name}: {quote(values)}" for name, values in differing.items())

@@ -36,9 +36,11 @@ from .parsing import (
     parse_callable,
     parse_flag,
     parse_lora_weights,
+    parse_scheduler_config,
 )
 from .requests import Request
 from .safety_checker import detect_marks
+from .samplers.table import sampler_table
 from .stages import PipelineStages, Prompt, read_latents
 
 T = TypeVar("T")
@@ -227,7 +229,12 @@ class Pipeline(PipelineStages):
         Raises:
             UsageError: For an unknown name or a configuration that is unsupported.
         """
-        return replace(self, scheduler_config=self.resolve_scheduler(scheduler))
+        if isinstance(scheduler, str):
+            config = self.find_scheduler(scheduler)
+        else:
+            config = parse_scheduler_config("scheduler", scheduler)
+        sampler_table(config, 8)
+        return replace(self, scheduler_config=config)
 
     def set_lora(self, loras: Mapping[str | os.PathLike[str], float | LoraWeight]) -> None:
         """Apply these LoRA files and no others; `{}` removes all.

@@ -36,7 +36,6 @@ from .job import (
     build_guidance,
     build_table,
     parse_output_size,
-    resolve_scheduler_config,
 )
 from .leases import Leases
 from .lora.adapters import Adapters
@@ -48,6 +47,7 @@ from .output import (
 from .parameters import describe_grid, describe_image
 from .requests import Request, parse_requests, parse_unconditional_requests
 from .safety_checker import apply_safety_checker, is_flagged
+from .samplers.registry import config_from_name
 from .sampling_program import can_encode_text, is_linear, run_sampling_program
 from .text.conditioning import (
     EncodedChunkCache,
@@ -133,10 +133,9 @@ class PipelineStages:
         job = self.build_job(requests, options, size)
         return replace(job, hires=build_hires_pass(self, job)) if options.has_hires_pass else job
 
-    def resolve_scheduler(self, scheduler: str | Mapping[str, Any]) -> Mapping[str, Any]:
-        """A sampler's configuration; raises UsageError for an unknown or unsupported one."""
-        own, xl = self.scheduler_config, self.tokenizer_2 is not None
-        return resolve_scheduler_config(scheduler, own, xl=xl)
+    def find_scheduler(self, name: str) -> Mapping[str, Any]:
+        """The configuration of a sampler's name; raises UsageError for an unknown one."""
+        return config_from_name(name, self.scheduler_config, xl=self.tokenizer_2 is not None)
 
     def build_job(
         self,

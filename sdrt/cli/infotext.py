@@ -15,6 +15,7 @@ from typing import Any
 
 from sdrt.errors import UsageError
 from sdrt.json_validation import shorten
+from sdrt.runtime.hires_options import HIRES_SIZE_IN_TEXT
 from sdrt.runtime.images import open_image, parse_parameters, read_parameters, unquote
 from sdrt.runtime.lora.tags import LoraTag, LoraWeight, parse_tags
 from sdrt.runtime.options import SIZES_IN_TEXT
@@ -82,6 +83,20 @@ ARGUMENTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Long prompts": ("long_prompts", {"cut": "cut"}.__getitem__),
     "Emphasis": ("weighting", {"None": False, "Original": True}.__getitem__),
     "RNG": ("rng", {"CPU": "cpu", "NV": "cuda", "GPU": "cuda"}.__getitem__),
+    **{
+        f"Hires {name}": (f"hires_{option}", read)
+        for name, option, read in (
+            ("upscale", "scale", float),
+            ("resize", "size", str),
+            ("steps", "steps", int),
+            ("strength", "strength", float),
+            ("upscaler", "upscaler", str),
+            ("sampler", "scheduler", str),
+            ("prompt", "prompt", str),
+            ("negative prompt", "negative_prompt", str),
+            ("CFG Scale", "guidance_scale", float),
+        )
+    },
     "Timesteps": ("timesteps", _numbers),
     "Sigmas": ("sigmas", _numbers),
     **{name: (option, _pair) for name, option in SIZES_IN_TEXT.items()},
@@ -111,7 +126,7 @@ READ_APART = {
     "Model",
     "Version",
 }
-READ_APART |= {"Schedule type"}
+READ_APART |= {"Schedule type", "Hires schedule type"}
 # Of other tools: what says where an image came from but does not shape it, or is the bundle's.
 NEUTRAL = {"Model hash", "VAE", "VAE hash", "Hashes", "Lora hashes", "Batch size", "Batch pos"}
 NEUTRAL |= {"User", "Time taken"}
@@ -123,6 +138,8 @@ def restored_from(path: Path) -> Restored:
     """
     text = read_parameters(open_image(path))
     settings = {key: unquote(value) for key, value in parse_parameters(text).items()}
+    if any(name in settings for name in HIRES_SIZE_IN_TEXT) and "Denoising strength" in settings:
+        settings["Hires strength"] = settings.pop("Denoising strength")  # of the second pass
     if "Steps" not in settings:
         raise UsageError(f"{path} holds no text that says how it was made; give a prompt instead")
     for name, value in settings.items():
@@ -196,12 +213,18 @@ def _extract_tags(settings: Mapping[str, str], arguments: dict[str, Any]) -> dic
 
 def _foreign_arguments(settings: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a text of the web UI leaves unsaid: whose noise it is, and the sampler's schedule."""
-    sampler = str(arguments.get("scheduler", ""))
-    schedule = settings.get("Schedule type", "")
-    if schedule == "Automatic":
-        schedule = AUTOMATIC_SCHEDULES.get(sampler, "")
     changed = {"rng": arguments.get("rng", "cuda")}
-    return changed | ({"scheduler": f"{sampler} {schedule}".strip()} if sampler else {})
+    schedule = settings.get("Schedule type", "")
+    schedules = {
+        "scheduler": schedule,
+        "hires_scheduler": settings.get("Hires schedule type", schedule),
+    }
+    for name, label in schedules.items():
+        if sampler := str(arguments.get(name, "")):
+            automatic = AUTOMATIC_SCHEDULES.get(sampler, "")
+            joined = f"{sampler} {automatic if label == 'Automatic' else label}"
+            changed[name] = joined.strip()
+    return changed
 
 
 def apply_typed(args: argparse.Namespace, restored: Restored) -> argparse.Namespace:

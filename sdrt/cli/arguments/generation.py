@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from .hires import add_hires
 from .image_input import add_image_input
 from .model import add_model
 from .output import add_output
@@ -30,6 +31,7 @@ def add_run(to: argparse.ArgumentParser) -> None:
     add_sampling(to)
     add_guidance(to)
     add_image_input(to)
+    add_hires(to)
     add_prompt(to)
     add_model(to)
 

@@ -33,6 +33,19 @@ CARRIED = [
     {"negative_prompt": "a white cross"},
     {"clip_skip": 1},
     {"timesteps": [901, 602, 303, 4]},
+    {
+        "hires_scale": 1.5,
+        "hires_steps": 2,
+        "hires_strength": 0.5123456789,
+        "hires_upscaler": "Lanczos",
+        "hires_guidance_scale": 3.25,
+    },
+    {
+        "hires_size": (96, 64),
+        "hires_scheduler": "Euler a",
+        "hires_prompt": 'a "green", square: small',
+        "hires_negative_prompt": "blue",
+    },
     {"sigmas": [14.6, 3.123456789012345, 0.5, 0.0]},
 ]
 IMAGES = [
@@ -43,7 +56,7 @@ IMAGES = [
 ]
 # These have tests of their own, below or where a model takes them.
 ELSEWHERE = {"eta", "num_images_per_prompt", "long_prompts", "weighting", "depth_map"}
-SIZES = {name for name in PARSERS if "_size" in name or "crops" in name}
+SIZES = {name for name in PARSERS if ("_size" in name and "hires" not in name) or "crops" in name}
 
 
 @pytest.fixture(autouse=True)
@@ -274,10 +287,33 @@ def test_texts_of_the_web_ui_are_used(pipe, tmp_path, kind):
     assert np.array_equal(pixels(result), pixels(expected.images[0]))
 
 
+def test_a_second_pass_of_the_web_ui_is_used(pipe, tmp_path):
+    hires = (
+        "Denoising strength: 0.5, Hires upscale: 2, Hires steps: 3, Hires sampler: Euler a, "
+        "Hires upscaler: Latent (nearest-exact)"
+    )
+    result = again(theirs(tmp_path / "a", f"{A1111}, {hires}, Version: v1.10.1"))
+    expected = pipe.with_scheduler("DPM++ 2M Karras")(
+        "a red circle",
+        negative_prompt="green",
+        num_inference_steps=5,
+        guidance_scale=7.0,
+        seed=7,
+        rng="cuda",
+        hires_scale=2,
+        hires_strength=0.5,
+        hires_steps=3,
+        hires_scheduler="Euler a",
+        hires_upscaler="Latent (nearest-exact)",
+    )
+    assert np.array_equal(pixels(result), pixels(expected.images[0]))
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("Hires upscale: 2", "Hires upscale"),
+        ("Hires checkpoint: other", "Hires checkpoint"),
+        ("Hires upscale: 2, Hires upscaler: 4x-Nothing", "unknown upscaler '4x-Nothing'"),
         ("Variation seed: 5", "Variation seed"),
         ("Tiling: True", "Tiling"),
         ("Emphasis: No norm", "not understood"),
