@@ -20,6 +20,7 @@ from sdrt.engine import Engine
 from sdrt.errors import SdrtError, UsageError
 
 from .batch import Batch, build_latent_edit, build_states
+from .conditioning_schedule import ConditioningSchedule
 from .denoising import DenoisingState, LatentEdit, Step, denoise
 from .hires_options import HIRES_PARSERS, MAX_HIRES_STEPS
 from .images import MAX_SIDE, image_to_array, images_from_decoded
@@ -28,7 +29,7 @@ from .job import GenerationJob, HiresPass
 from .lora.tags import check_untagged
 from .options import DEFAULTS, GenerationOptions
 from .requests import Request
-from .text.conditioning import Conditioning, group_by_length
+from .text.conditioning import group_by_length
 from .upscaling import LatentUpscaler, find_upscaler
 
 Size = tuple[int, int]
@@ -54,7 +55,7 @@ class Stages(Protocol):
     ) -> GenerationJob: ...
     def encode_conditioning(
         self, requests: Sequence[Request], options: GenerationOptions, size: Size
-    ) -> list[Conditioning]: ...
+    ) -> list[ConditioningSchedule]: ...
     def latent_shape(self, job: GenerationJob) -> tuple[int, int, int]: ...
     def encode(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
     def decode_to_array(self, latents: np.ndarray) -> np.ndarray: ...

@@ -75,7 +75,7 @@ def test_both_passes_match_a_loop_of_diffusers(pipe, scheduler, upscaler, steps,
     for timestep in timesteps:
         sample = theirs.scale_model_input(latents, timestep).numpy()
         feeds = {"sample": np.repeat(sample, 2, 0), "timestep": np.full(2, timestep, np.float32)}
-        output = own.engines["unet"](feeds | conditioning)["output"]
+        output = own.engines["unet"](feeds | conditioning.inputs)["output"]
         negative, positive = torch.from_numpy(output).chunk(2)
         guided = negative + 7.5 * (positive - negative)
         extra = {} if scheduler.startswith(("DDIM", "DPM", "Heun")) else {"generator": generator}
