@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from fastapi import Request
 
 from sdrt.bundle import parse_size
 from sdrt.errors import UsageError
+from sdrt.runtime import GenerationOptions
+from sdrt.runtime.hires import parse_hires_sizes
 
 from .errors import ApiError
 from .job import ImageJob
@@ -38,6 +41,21 @@ class EngineRequest:
     @property
     def size(self) -> str:
         return self.options["size"] or self.model.sizes[0]
+
+    @property
+    def hires_size(self) -> tuple[int, int] | None:
+        """(width, height) of the second pass, if any; raises UsageError for an unsupported one."""
+        named = ("hires_scale", "hires_size")
+        asked = {name: self.options[name] for name in named if self.options.get(name) is not None}
+        if not asked:
+            return None
+        first = parse_size(normalize_size(self.size))
+        return parse_hires_sizes(GenerationOptions(**asked), first, self.model.pipe.manifest)[1]
+
+    @property
+    def output_size(self) -> str:
+        """Of the images."""
+        return "{}x{}".format(*self.hires_size) if self.hires_size else self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +119,9 @@ class ServerContext:
             request.options["num_inference_steps"],
         )
         limit = self.settings.max_work // (width * height)
+        if second := request.hires_size:  # steps of the first size that take as long
+            area = second[0] * second[1] / (width * height)
+            steps += math.ceil((request.options.get("hires_steps") or steps) * area)
         if count * steps > limit:
             raise ApiError(
                 400,

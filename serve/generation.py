@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from sdrt.runtime import Preview, Step
 from sdrt.runtime.batching.request import GeneratedImage, RequestHandle
+from sdrt.runtime.hires_options import HIRES_PARSERS
 from sdrt.runtime.safety_checker import FLAT_WARNING, is_flat
 
 from .dependencies import EngineRequest, ServerContext, get_context, normalize_size
@@ -55,6 +56,7 @@ def build_openai_request(
         "seed": body.seed,
         "num_images_per_prompt": _value_or(body.n, 1),
         "size": None if body.size in (None, "auto") else normalize_size(str(body.size)),
+        **{name: value for name in HIRES_PARSERS if (value := getattr(body, name)) is not None},
         **inputs,
     }
     priority = _value_or(body.priority, 0)
@@ -117,7 +119,7 @@ def _encode_image(image: Image, body: GenerationRequest, parameters: str = "") -
 def _image_metadata(body: GenerationRequest, engine_request: EngineRequest) -> dict[str, Any]:
     """The fields that responses and events share."""
     return {
-        "size": engine_request.size,
+        "size": engine_request.output_size,
         "output_format": body.output_format or "png",
         "background": "opaque",
         "quality": body.quality if body.quality in ("low", "medium", "high") else "auto",

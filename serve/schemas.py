@@ -50,6 +50,29 @@ class GenerationRequest(BaseModel):
         le=100,
         description="DeepCache: run the full UNet every Nth evaluation, if the model supports it",
     )
+    hires_scale: float | None = Field(
+        None, ge=1.0, le=8.0, description="a second pass at this multiple of the size (hires fix)"
+    )
+    hires_size: str | None = Field(
+        None, max_length=20, description="instead: WIDTHxHEIGHT; a side of 0 follows from the other"
+    )
+    hires_steps: int | None = Field(None, ge=0, le=MAX_STEPS, description="0: as the first pass")
+    hires_strength: float | None = Field(
+        None, ge=0.0, le=1.0, description="denoising strength of the second pass; default: 0.7"
+    )
+    hires_upscaler: str | None = Field(None, max_length=200, description="default: Latent")
+    hires_scheduler: str | None = Field(
+        None, max_length=100, description="default: that of the first pass"
+    )
+    hires_prompt: str | None = Field(
+        None, max_length=MAX_CHARACTERS, description="default: that of the first pass"
+    )
+    hires_negative_prompt: str | None = Field(
+        None, max_length=MAX_CHARACTERS, description="default: that of the first pass"
+    )
+    hires_guidance_scale: float | None = Field(
+        None, ge=0.0, le=100.0, description="default: that of the first pass"
+    )
     priority: int | None = Field(
         0, ge=-100, le=100, description="higher values are scheduled first"
     )
@@ -94,6 +117,35 @@ class TextToImageRequest(BaseModel):
     override_settings_restore_afterwards: bool | None = Field(
         True, description="false also stores them for later requests"
     )
+
+
+class HiresRequest(TextToImageRequest):
+    """A1111's txt2img request with its second pass, which img2img does not have."""
+
+    enable_hr: bool | None = Field(False, description="a second pass at a higher resolution")
+    denoising_strength: float | None = Field(None, description="of the second pass; default: 0.75")
+    hr_scale: float | None = Field(2.0, description="1 to 8")
+    hr_resize_x: int | None = Field(0, description="instead of hr_scale; 0: from the other side")
+    hr_resize_y: int | None = Field(0, description="the same")
+    hr_upscaler: str | None = Field(
+        None,
+        max_length=200,
+        description="of latent-upscale-modes or upscalers; default: Latent",
+    )
+    hr_second_pass_steps: int | None = Field(0, description="0: as many as steps")
+    hr_sampler_name: str | None = Field(None, max_length=100, description="default: sampler_name")
+    hr_scheduler: str | None = Field(None, max_length=100, description="default: scheduler")
+    hr_prompt: str | None = Field("", max_length=MAX_CHARACTERS, description="default: prompt")
+    hr_negative_prompt: str | None = Field(
+        "", max_length=MAX_CHARACTERS, description="default: negative_prompt"
+    )
+    hr_cfg: float | None = Field(None, description="default: cfg_scale")
+    hr_checkpoint_name: str | None = Field(
+        None, max_length=1000, description="rejected unless it is the same"
+    )
+    hr_additional_modules: list[str] | None = Field(None, description="the same")
+    firstphase_width: int | None = Field(0, description="rejected unless 0")
+    firstphase_height: int | None = Field(0, description="rejected unless 0")
 
 
 class ImageToImageRequest(TextToImageRequest):

@@ -14,6 +14,7 @@ IMAGES = {
     "text_to_image": ["text_to_image"],
     "compare_samplers": ["compare_samplers"],
     "image_to_image": ["image_to_image_0.3", "image_to_image_0.6", "image_to_image_0.9"],
+    "hires": ["hires_0.35", "hires_0.7"],
     "inpainting": ["inpainting_original", "inpainting"],
     "lora": ["lora_0.0", "lora_0.5", "lora_1.0"],
     "custom_loop": ["custom_loop"],
@@ -46,7 +47,7 @@ def test_each_script_writes_its_images(example, pipe):
     name, images = example
     assert sorted(images) == sorted(IMAGES[name])
     for pixels in images.values():
-        assert pixels.shape[0] == 64 and pixels.std() > 5.0
+        assert pixels.shape[0] == (128 if name == "hires" else 64) and pixels.std() > 5.0
     first = images[IMAGES[name][0]]
     if name == "text_to_image":
         prompt = "a red circle on a blue background"

@@ -39,21 +39,22 @@ IGNORED: dict[str, str] = {
     **dict.fromkeys(("force_task_id", "comments"), "does not affect the image"),
     **dict.fromkeys(("subseed", "seed_enable_extras"), "read with subseed_strength"),
     **dict.fromkeys(("s_tmin", "s_tmax"), "read with s_churn"),
-    **dict.fromkeys(
-        ("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y")
-        + ("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt")
-        + ("hr_negative_prompt", "hr_additional_modules", "hr_cfg", "hr_distilled_cfg")
-        + ("firstphase_width", "firstphase_height"),
-        "read with enable_hr",
-    ),
+    "hr_distilled_cfg": "read by models of another family",
     "refiner_switch_at": "read with refiner_checkpoint",
     "script_args": "read with script_name",
     "image_cfg_scale": "read by instruction-edited models",
     "distilled_cfg_scale": "read by models of another family",
 }
+# For img2img: what only txt2img reads.
+TXT2IMG_ONLY: dict[str, str] = dict.fromkeys(
+    ("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y")
+    + ("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt")
+    + ("hr_negative_prompt", "hr_additional_modules", "hr_cfg")
+    + ("firstphase_width", "firstphase_height"),
+    "read with enable_hr",
+)
 # For txt2img: what only img2img reads.
 IMG2IMG_ONLY: dict[str, str] = {
-    "denoising_strength": "read with enable_hr",
     **dict.fromkeys(
         ("resize_mode", "mask_blur", "mask_blur_x", "mask_blur_y", "inpainting_fill")
         + ("inpaint_full_res", "inpaint_full_res_padding", "inpainting_mask_invert")

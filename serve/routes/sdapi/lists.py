@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from sdrt.runtime.batching.cost_model import get_memory_info
 from sdrt.runtime.lora.names import list_loras, read_alias
+from sdrt.runtime.upscaling import LATENT_UPSCALERS
 from sdrt.serve.dependencies import get_context
 from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.strict_json import StrictRoute
@@ -16,9 +17,9 @@ from .sampling import list_samplers, list_schedulers
 router = APIRouter(route_class=StrictRoute)
 API = "/sdapi/v1"
 
-# By path: empty lists in A1111's format.
-EMPTY_LISTS: dict[str, Any] = {
-    "latent-upscale-modes": [],
+# By path: lists in A1111's format that never change.
+CONSTANT_LISTS: dict[str, Any] = {
+    "latent-upscale-modes": [{"name": upscaler.title} for upscaler in LATENT_UPSCALERS],
     "embeddings": {"loaded": {}, "skipped": {}},
     "hypernetworks": [],
     "face-restorers": [],
@@ -41,7 +42,7 @@ def _constant_handler(value: Any) -> Any:
     return answer
 
 
-for path, value in EMPTY_LISTS.items():
+for path, value in CONSTANT_LISTS.items():
     router.add_api_route(f"{API}/{path}", _constant_handler(value), methods=["GET"], name=path)
 for path in (*REFRESH_PATHS, "reload-checkpoint"):
     router.add_api_route(f"{API}/{path}", _constant_handler(None), methods=["POST"], name=path)

@@ -22,10 +22,11 @@ from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.image_encoding import decode_base64_image, encode_base64_image, enlarge_preview
 from sdrt.serve.job import ImageJob
 from sdrt.serve.model_manager import LoadedModel
-from sdrt.serve.schemas import ImageToImageRequest, PngInfoRequest, TextToImageRequest
+from sdrt.serve.schemas import HiresRequest, ImageToImageRequest, PngInfoRequest, TextToImageRequest
 from sdrt.serve.strict_json import StrictRoute
 
-from .fields import IGNORED, IMG2IMG_ONLY, check_fields
+from .fields import IGNORED, IMG2IMG_ONLY, TXT2IMG_ONLY, check_fields
+from .hires import build_hires_options
 from .inpainting import InpaintingSettings, PreparedInput, prepare_input
 from .options import FORMATS, RNG, check_options, get_server_options, request_options, store_options
 from .sampling import resolve_scheduler_config
@@ -35,19 +36,20 @@ T = TypeVar("T")
 
 
 @router.post("/txt2img")
-async def txt2img(request: Request, body: TextToImageRequest) -> Response:
+async def txt2img(request: Request, body: HiresRequest) -> Response:
     """Generate images from a prompt."""
     check_fields(body.model_extra or {}, IGNORED | IMG2IMG_ONLY)
     options = request_options(request, body.override_settings)
     model = get_context(request).models.get(options["sd_model_checkpoint"])
-    engine_request = build_sdapi_request(model, body, options, {})
+    hires = build_hires_options(model, body)
+    engine_request = build_sdapi_request(model, body, options, hires)
     return await _run_job(request, body, engine_request, options, None)
 
 
 @router.post("/img2img")
 async def img2img(request: Request, body: ImageToImageRequest) -> Response:
     """Generate images from a prompt and an input image."""
-    check_fields(body.model_extra or {}, IGNORED)
+    check_fields(body.model_extra or {}, IGNORED | TXT2IMG_ONLY)
     context, options = get_context(request), request_options(request, body.override_settings)
     model = context.models.get(options["sd_model_checkpoint"])
     prepared = await context.run_in_thread(_prepare, body, _requested_size(model, body))
@@ -105,7 +107,7 @@ def build_sdapi_request(
         model: The model to use.
         body: The validated body.
         options: A1111's options for this request.
-        inputs: Generation options of img2img: image, mask_image, strength.
+        inputs: Generation options of img2img, image, mask_image and strength; or of a second pass.
 
     Raises:
         ApiError: 400 for an unknown sampler.
@@ -256,7 +258,7 @@ def _info(request: EngineRequest, images: Sequence[GeneratedImage]) -> dict[str,
         "steps": options["num_inference_steps"],
         "batch_size": len(images),
         "sd_model_name": request.model.name,
-        "denoising_strength": options.get("strength"),
+        "denoising_strength": options.get("strength", options.get("hires_strength")),
         "index_of_first_image": 0,
         "infotexts": [item.parameters for item in images],
         "clip_skip": options["clip_skip"] + 1,

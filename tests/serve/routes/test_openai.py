@@ -261,6 +261,14 @@ def test_request_over_the_work_limit_is_rejected(shapes):
         assert response.status_code == 400
         assert response.json()["error"]["code"] == "too_much_work"
         assert http.post("/v1/images/generations", json={**ask, "n": 1}).status_code == 200
+        # A second pass of twice the size counts fourfold.
+        hires = {"prompt": PROMPT, "num_inference_steps": 8, "hires_scale": 2.0}
+        response = http.post("/v1/images/generations", json=hires)
+        assert response.json()["error"]["code"] == "too_much_work"
+        hires["hires_steps"] = 5
+        body = http.post("/v1/images/generations", json=hires).json()
+        assert body["size"] == "128x128"
+        assert Image.open(BytesIO(base64.b64decode(body["data"][0]["b64_json"]))).size == (128, 128)
 
 
 def test_unmet_deadline_is_rejected_with_retry_after(api, server):

@@ -98,7 +98,8 @@ ORIGINAL = [
     ("txt2img", {**TEXT, "negative_prompt": "example negative prompt"}, None),
     ("txt2img", {**TEXT, "prompt": COMPLEX}, None),
     ("txt2img", {**TEXT, "height": 128}, None),
-    ("txt2img", {**TEXT, "enable_hr": True}, "enable_hr"),
+    ("txt2img", {**TEXT, "enable_hr": True, "denoising_strength": 0.5}, None),
+    ("txt2img", {**TEXT, "enable_hr": True}, "denoising_strength"),  # 0, a pass of no steps
     ("txt2img", {**TEXT, "tiling": True}, "tiling"),
     ("txt2img", {**TEXT, "restore_faces": True}, "restore_faces"),
     ("txt2img", {**TEXT, "sampler_index": "PLMS"}, None),
@@ -326,7 +327,7 @@ def test_available_lists(http, home):
     assert names[:3] == ["None", "Lanczos", "Nearest"]
     ram = post(http, "memory", None).json()["ram"]
     assert 0 < ram["used"] < ram["total"] and 0 < ram["free"] <= ram["total"]
-    for path in ("latent-upscale-modes", "sd-vae", "sd-modules", "script-info", "extensions"):
+    for path in ("sd-vae", "sd-modules", "script-info", "extensions"):
         assert post(http, path, None).json() == []
     assert post(http, "scripts", None).json() == {"txt2img": [], "img2img": []}
     assert http.get("/internal/ping").json() == {}

@@ -16,7 +16,7 @@ from sdrt.serve.app import create_app
 from sdrt.serve.model_manager import ModelSource
 from sdrt.serve.routes.sdapi import fields as sdapi_fields
 from sdrt.serve.routes.sdapi import options as sdapi_options
-from sdrt.serve.schemas import ImageToImageRequest, TextToImageRequest
+from sdrt.serve.schemas import HiresRequest, ImageToImageRequest
 from sdrt.serve.settings import Settings
 
 pytestmark = pytest.mark.integration
@@ -78,10 +78,73 @@ def test_field_is_rejected_unless_it_changes_nothing(http, name):
     plain = image_of(txt2img(http))
     for neutral in (None, *sdapi_fields.NEUTRAL[name]):
         assert np.array_equal(image_of(txt2img(http, **{name: neutral})), plain)
+    used = name in HiresRequest.model_fields
     for value in CHANGED[name]:
-        for send in (txt2img, img2img):
+        for send in (img2img,) if used else (txt2img, img2img):
             response = send(http, **{name: value})
             assert response.status_code == 400 and name in response.json()["detail"]
+
+
+HIRES = {
+    "enable_hr": True,
+    "denoising_strength": 0.5,
+    "hr_scale": 2,
+    "hr_second_pass_steps": 3,
+    "hr_upscaler": "Latent (nearest-exact)",
+    "hr_prompt": "a green square",
+    "hr_sampler_name": "Euler a",
+}
+
+
+def test_a_second_pass_has_the_image_of_the_library(http, pipe):
+    response = txt2img(http, **HIRES)
+    expected = pipe(
+        PROMPT,
+        num_inference_steps=2,
+        guidance_scale=7.0,
+        seed=3,
+        hires_scale=2.0,
+        hires_strength=0.5,
+        hires_steps=3,
+        hires_upscaler="Latent (nearest-exact)",
+        hires_prompt="a green square",
+        hires_scheduler="Euler a",
+    )
+    np.testing.assert_array_equal(image_of(response), expected.images[0])
+    (text,) = json.loads(response.json()["info"])["infotexts"]
+    assert "Hires upscaler: Latent (nearest-exact)" in text and "Hires sampler: Euler a" in text
+
+
+def test_a_second_pass_may_ask_for_a_size(http):
+    lax = {"enable_hr": "true", "hr_resize_x": "96", "hr_resize_y": 64.0, "hr_upscaler": "None"}
+    assert image_of(txt2img(http, **lax)).shape == (64, 96, 3)
+    off = HIRES | {"enable_hr": False}
+    assert np.array_equal(image_of(txt2img(http, **off)), image_of(txt2img(http)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hr_upscaler", "4x-Nothing"),
+        ("hr_scale", 0.5),
+        ("hr_scale", "x"),
+        ("hr_sampler_name", "nonsense"),
+        ("hr_checkpoint_name", "other"),
+        ("firstphase_width", 32),
+        ("eta", 0.5),
+    ],
+)
+def test_an_unsupported_second_pass_is_rejected_by_name(http, field, value):
+    response = txt2img(http, **{**HIRES, field: value})
+    assert response.status_code in (400, 422), response.text
+    assert field.removeprefix("hr_") in json.dumps(response.json())
+
+
+def test_latent_upscalers_are_listed(http):
+    names = [entry["name"] for entry in http.get("/sdapi/v1/latent-upscale-modes").json()]
+    assert len(names) == 6
+    for name in names:
+        assert txt2img(http, **HIRES | {"hr_upscaler": name}, steps=1).status_code == 200
 
 
 def test_fields_without_effect_are_ignored(http):
@@ -414,16 +477,18 @@ def rows(section):
 
 def test_docs_describe_every_used_field():
     text = DOCS.read_text()
-    for name, field in ImageToImageRequest.model_fields.items():
+    hires = {**HiresRequest.model_fields}
+    del hires["denoising_strength"]  # described once
+    for name, field in (hires | ImageToImageRequest.model_fields).items():
         default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
         assert f"| `{name}` | {default} | {field.description or ''} |\n" in text
 
 
 def test_docs_name_every_field_and_option():
-    used = {*ImageToImageRequest.model_fields, *TextToImageRequest.model_fields}
+    used = {*ImageToImageRequest.model_fields, *HiresRequest.model_fields}
     assert rows("Fields that are used") == used
     assert rows("Fields that are rejected") == {*sdapi_fields.NEUTRAL, "alwayson_scripts"}
     ignored = sdapi_fields.IGNORED | sdapi_fields.IMG2IMG_ONLY
-    assert rows("Fields without effect") == set(ignored) - used | {"denoising_strength"}
+    assert rows("Fields without effect") == set(ignored) - used
     assert rows("Options that are used") == set(sdapi_options.USED)
     assert rows("Options that are rejected") == set(sdapi_options.NEUTRAL)
