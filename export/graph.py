@@ -58,6 +58,7 @@ def export_graph(
     model = _exported(module, inputs, outputs, axes)
     folder.mkdir(parents=True, exist_ok=True)
     specs = graph_specs(model.graph.inputs), graph_specs(model.graph.outputs)
+    _search_floats(model.graph)
     _strip(model)
     _name_weights(model, module.state_dict())
     _move_weights(model, folder, set(module.state_dict()))
@@ -169,6 +170,18 @@ def graph_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
         )
         for value in values
     )
+
+
+def _search_floats(graph: ir.Graph) -> None:
+    """Let ArgMax read float32: ONNX Runtime's CUDA provider searches no integers, and a node on the
+    host costs a component its CUDA graph. Ids and truth values are exact in float32.
+    """
+    for node in list(graph):
+        source = node.inputs[0] if node.op_type == "ArgMax" else None
+        if source is not None and source.dtype in (ir.DataType.INT32, ir.DataType.INT64):
+            cast = _cast(source, ir.DataType.FLOAT)
+            node.replace_input_with(0, cast.outputs[0])
+            graph.insert_before(node, cast)
 
 
 def _strip(model: ir.Model) -> None:

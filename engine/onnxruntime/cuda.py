@@ -1,12 +1,16 @@
 """Components on ONNX Runtime with CUDA. Imports onnxruntime, so import it only where it is used.
 
 For each set of shapes inputs and outputs are bound to fixed buffers in GPU memory, so that a CUDA
-graph replays the complete component. Not yet run on a GPU.
+graph replays the complete component. ONNX Runtime captures for each thread that calls, and frees
+what it captured with the session: so one thread runs all sessions, and a session that has captured
+`MAX_GRAPHS` is opened again. Not yet run on a GPU.
 """
 
+import functools
 import logging
 import os
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -23,11 +27,14 @@ from sdrt.engine.plans import BuildSettings, Plan, get_or_build_plan, plan_key, 
 from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.errors import BackendError, ParityError, UsageError
 
+from .cuda_libraries import preload_cuda_libraries
 from .session import create_session, options_with
 
 log = logging.getLogger(__name__)
 PROVIDER = "CUDAExecutionProvider"
 MAX_SHAPES = 8
+MAX_GRAPHS = 32  # captured by one session
+REFUSED = "graph capture"  # what ONNX Runtime says of a graph with nodes on the host
 FUSED = ("unet", "vae_decoder", "vae_encoder")
 SEARCHES = ("DEFAULT", "HEURISTIC", "EXHAUSTIVE")
 
@@ -122,41 +129,63 @@ class OrtCudaEngine:
         self._graph, self._device, self._derived = graph, device, derived
         self._bound: OrderedDict[tuple[Any, ...], BoundBuffers] = OrderedDict()
         self._graph_count = 0
+        self._has_graphs = True
         self._weights: Feeds = {}
         self._open()
 
     def _open(self) -> None:
+        """Open the session; without CUDA graphs where ONNX Runtime refuses them for this graph."""
         chosen = OrtCudaOptions.from_text(os.environ.get("SDRT_ORT_CUDA", ""))
+        self._has_graphs = self._has_graphs and chosen.graphs
         provider, settings = "CPUExecutionProvider", dict[str, str]()
         if self._device.kind == "cuda":
-            ort.preload_dlls()  # CUDA and cuDNN from their wheels, if they are installed
+            preload_cuda_libraries()
             provider, settings = PROVIDER, chosen.provider_options(self._device)
-        arguments = self.name, self._graph, options_with(self._weights), provider, settings
+            settings["enable_cuda_graph"] = str(int(self._has_graphs))
         with GPU_LOCK:
-            if self._derived is None:
-                self._session: ort.InferenceSession | None = create_session(*arguments)
-                return
-            with self._derived.verified() as content:
-                self._session = create_session(*arguments, derived=bytes(content))
+            self._graph_count = 0
+            try:
+                self._session: ort.InferenceSession | None = self._create(provider, settings)
+            except BackendError as error:
+                if not self._has_graphs or REFUSED not in error.message:
+                    raise
+                log.warning("%s runs without CUDA graphs: %s", self.name, error.message)
+                self._has_graphs = False
+                settings["enable_cuda_graph"] = "0"
+                self._session = self._create(provider, settings)
+
+    def _create(self, provider: str, settings: dict[str, str]) -> ort.InferenceSession:
+        arguments = self.name, self._graph, options_with(self._weights), provider, settings
+        if self._derived is None:
+            return create_session(*arguments)
+        with self._derived.verified() as content:
+            return create_session(*arguments, derived=bytes(content))
 
     def refit(self, weights: Feeds) -> None:
         """Open another session: a session cannot replace its weights."""
         if weights or self._weights:
-            self.close()
-            self._weights = {n: np.ascontiguousarray(array) for n, array in weights.items()}
-            self._open()
+            with GPU_LOCK:  # no call comes between the two sessions
+                self.close()
+                self._weights = {n: np.ascontiguousarray(array) for n, array in weights.items()}
+                self._open()
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        if self._session is None:
-            raise BackendError(f"{self.name} is closed")
         arrays = check_feeds(self.name, self.inputs, feeds)
+        return _runner().submit(self._run_alone, arrays).result()
+
+    def _run_alone(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with GPU_LOCK:
+            if self._session is None:
+                raise BackendError(f"{self.name} is closed")
             return self._run(arrays)
 
     def _run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if self._session is None:  # closed while the call waited
-            raise BackendError(f"{self.name} is closed")
         shapes = tuple(array.shape for array in arrays.values())
+        if shapes not in self._bound and self._graph_count == MAX_GRAPHS:
+            log.debug("%s is opened again, which frees its CUDA graphs", self.name)
+            self.close()
+            self._open()
+        assert self._session is not None
         try:
             if shapes not in self._bound:
                 self._bound[shapes] = self._bind(arrays)
@@ -191,6 +220,8 @@ class OrtCudaEngine:
         binding.clear_binding_outputs()
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
+        if not self._has_graphs:
+            return BoundBuffers(binding, inputs, outputs, _run_options(-1))
         self._graph_count += 1
         return BoundBuffers(binding, inputs, outputs, _run_options(self._graph_count))
 
@@ -201,6 +232,12 @@ class OrtCudaEngine:
         with GPU_LOCK:
             self._bound.clear()
             self._session = None
+
+
+@functools.cache
+def _runner() -> ThreadPoolExecutor:
+    """The thread that runs all sessions."""
+    return ThreadPoolExecutor(1, thread_name_prefix="onnxruntime-cuda")
 
 
 def load_engine(

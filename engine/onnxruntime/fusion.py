@@ -33,6 +33,7 @@ class GraphRewriter:
                 self.consumers[name].append(node)
         values = (*self.graph.value_info, *self.graph.output)
         self.shapes = {value.name: value.type.tensor_type.shape.dim for value in values}
+        self.weight_shapes = {tensor.name: tensor.dims for tensor in self.graph.initializer}
         self.output_names = {value.name for value in self.graph.output}
         self.new: dict[str, list[Any]] = {}  # by the output whose producer they replace
 
@@ -118,7 +119,13 @@ def _fuse_attention(graph: GraphRewriter, node: Any) -> None:
 
 
 def _fuse_norm(graph: GraphRewriter, node: Any) -> None:
-    """Fuse group normalisation, and a SiLU after it, with channels last."""
+    """Fuse group normalisation, and a SiLU after it, with channels last. The kernel reads pairs, so
+    an odd number of channels in a group stays as it is.
+    """
+    source, scale, bias = node.input
+    attributes = _attributes(node)
+    if graph.weight_shapes.get(scale, [1])[0] % (2 * attributes["num_groups"]):
+        return
     name, out, activation = node.output[0], node.output[0], 0
     readers = graph.consumers[name] if name not in graph.output_names else []
     sigmoid = next((reader for reader in readers if reader.op_type == "Sigmoid"), None)
@@ -126,8 +133,6 @@ def _fuse_norm(graph: GraphRewriter, node: Any) -> None:
         product = graph.only_consumer(sigmoid.output[0], "Mul")
         if product is not None and set(product.input) == {name, sigmoid.output[0]}:
             out, activation = product.output[0], 1
-    source, scale, bias = node.input
-    attributes = _attributes(node)
     single = [f"{name}.scale", f"{name}.bias"]
     graph.new[out] = [
         helper.make_node("Transpose", [source], [f"{name}.last"], perm=TO_LAST),
