@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO := $(VENV)/.demo
 export SDRT_HOME ?= $(CURDIR)/build/sdrt
 
-.PHONY: demo test test-fast test-rest test-slow test-full test-fleet gpu-check check lint types mutations wheel bundle bench fuzz lock audit docs clean kill-points
+.PHONY: demo test test-fast test-rest test-slow test-full test-fleet test-rig gpu-check check lint types mutations wheel bundle bench fuzz lock audit docs clean kill-points
 
 # Takes what `make test` has set up, or the smallest install that makes an image.
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO))
@@ -36,6 +36,10 @@ test-slow: $(READY)
 	$(PYTEST) -m "slow and not gpu and not release"
 
 test-full: test test-rest test-slow
+
+# Stand-ins of the CUDA driver and of TensorRT, which take the place of a GPU in their process.
+test-rig: $(READY)
+	$(PYTEST) -m rig
 
 # On a machine with a GPU: everything that needs one; results go to benchmarks/results.
 gpu-check: $(READY)

@@ -95,9 +95,23 @@ def max_batch_images(manifest: Manifest, free: int) -> int:
 
 def free_bytes(gpu: Gpu | None) -> int | None:
     """Free bytes of a GPU, or of the host and its container; None if unknown."""
-    if gpu:
-        return free_memory(gpu)
-    return available_bytes()
+    if gpu is None:
+        return available_bytes()
+    free = free_memory(gpu)
+    return _ask_driver(gpu) if free is None else free
+
+
+def _ask_driver(gpu: Gpu) -> int | None:
+    """Where the management library is silent (Jetson, some containers) the driver tells, in a
+    context that a backend needs anyway.
+    """
+    try:
+        from .cuda.driver import get_device
+    except ImportError:
+        return None
+    device = get_device(gpu.index)
+    with device.use():
+        return device.memory()[0]
 
 
 def check_memory(bundle: Bundle, gpu: Gpu | None, sequential: bool, streamed: bool = False) -> None:

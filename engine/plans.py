@@ -69,6 +69,7 @@ class BuildSettings:
     workspace: int = 0
     stripped: bool = False
     streamed: bool = False
+    user_allocation: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ class PlanKey:
         stripped: Whether the weights are left out, to be refitted from the bundle.
         graph, weights: sha256 of both files.
         streamed: Whether weights can stay in host memory.
+        user_allocation: Whether TensorRT for RTX allocates nothing while the plan runs, without
+            which it does not support CUDA graphs.
     """
 
     component: str
@@ -100,6 +103,7 @@ class PlanKey:
     graph: str
     weights: str
     streamed: bool = False
+    user_allocation: bool = False
 
     @property
     def digest(self) -> str:
@@ -264,6 +268,7 @@ def key_differences(key: PlanKey, required: PlanKey, ignored: Sequence[str] = ()
         "level": "its optimisation level is {0}, not {1}",
         "workspace": "its workspace limit differs",
         "streamed": "weight streaming is {0}, not {1}",
+        "user_allocation": "allocation by the user is {0}, not {1}",
         "graph": "the graph has changed",
         "weights": "the weights have changed",
     }

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from sdrt.bundle import Bundle
@@ -94,6 +95,15 @@ def list_backends(
     Raises:
         UsageError: The machine has no GPU `options.device`.
     """
+    return [create() for _, create in _creators(options, gpus)]
+
+
+def _creators(
+    options: LoadOptions, gpus: GpuInventory | None
+) -> list[tuple[str, Callable[[], Candidate]]]:
+    """Every backend's name, and what creates its candidate: finding out why a backend cannot run
+    may import it, which takes seconds.
+    """
     gpus = detect_gpus() if gpus is None else gpus
     if options.device and not 0 <= options.device < len(gpus.gpus):
         available = ", ".join(f"{gpu.index} {gpu.name}" for gpu in gpus.gpus)
@@ -101,24 +111,27 @@ def list_backends(
             f"there is no GPU {options.device}; available: {available or gpus.unavailable_reason}",
             hint="run `sdrt doctor` to list the GPUs",
         )
-    with_stream = [
-        _tensorrt(FULL, gpus, options),
-        _tensorrt(RTX, gpus, options),
-        _onnxruntime_cuda(gpus, options),
+    with_stream: list[tuple[str, Callable[[], Candidate]]] = [
+        (FULL, partial(_tensorrt, FULL, gpus, options)),
+        (RTX, partial(_tensorrt, RTX, gpus, options)),
+        ("onnxruntime", partial(_onnxruntime_cuda, gpus, options)),
     ]
-    others = [
-        *(_torch(kind, gpus, options) for kind in ("cuda", "mps")),
-        _openvino(),
-        _onnxruntime_cpu(),
-        _torch("cpu", gpus, options),
+    others: list[tuple[str, Callable[[], Candidate]]] = [
+        ("torch", partial(_torch, "cuda", gpus, options)),
+        ("torch", partial(_torch, "mps", gpus, options)),
+        ("openvino", _openvino),
+        ("onnxruntime", _onnxruntime_cpu),
+        ("torch", partial(_torch, "cpu", gpus, options)),
     ]
     if options.cuda_stream:
-        reason = "it cannot run in the caller's CUDA stream"
-        others = [
-            replace(other, unavailable_reason=other.unavailable_reason or reason)
-            for other in others
-        ]
+        others = [(backend, partial(_without_stream, create)) for backend, create in others]
     return with_stream + others
+
+
+def _without_stream(create: Callable[[], Candidate]) -> Candidate:
+    candidate = create()
+    reason = candidate.unavailable_reason or "it cannot run in the caller's CUDA stream"
+    return replace(candidate, unavailable_reason=reason)
 
 
 def _gpu(gpus: GpuInventory, options: LoadOptions) -> Gpu | None:
@@ -259,9 +272,10 @@ def select_backend(
             hint="leave it out, or pass --backend torch --cuda-graphs",
         )
     skipped: list[tuple[str, str]] = []
-    for candidate in list_backends(options, gpus):
-        if backend not in ("auto", candidate.backend):
+    for name, create in _creators(options, gpus):
+        if backend not in ("auto", name):
             continue
+        candidate = create()
         reason = candidate.unavailable_reason or (failed or {}).get(candidate.title)
         if backend == "auto" and candidate.backend == "openvino" and size < OPENVINO_MIN_BYTES:
             reason = f"slower to start; chosen for bundles over {OPENVINO_MIN_BYTES / 1e6:.0f} MB"

@@ -8,7 +8,7 @@
     InflightBatcher(pipe)                   many calls in one batch
 
 `load` opens a bundle that `sdrt build` wrote. Every error that is raised on purpose is an
-`SdrtError`: UsageError, BundleError, CheckpointError, BackendError, ParityError.
+`SdrtError`: UsageError, BundleError, CheckpointError, BackendError, ParityError, DeviceLostError.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .errors import (
     BackendError,
     BundleError,
     CheckpointError,
+    DeviceLostError,
     ParityError,
     SdrtError,
     UsageError,
@@ -73,6 +74,7 @@ __all__ = [  # noqa: RUF022 (what a reader needs first)
     "BundleError",
     "CheckpointError",
     "BackendError",
+    "DeviceLostError",
     "ParityError",
     "__version__",
 ]

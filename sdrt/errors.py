@@ -5,7 +5,8 @@
     ├── BundleError          3   a bundle is missing, damaged or from another version
     ├── CheckpointError      4   a model cannot be found, read or understood
     ├── BackendError         5   no backend serves, or one failed
-    └── ParityError          6   a component differs from torch by more than its floor
+    ├── ParityError          6   a component differs from torch by more than its floor
+    └── DeviceLostError      7   a GPU failed for good; only a new process can use it again
 
 A message says what was found and what was expected; a hint says what to do about it. An
 interrupted command exits with 130.
@@ -60,3 +61,9 @@ class ParityError(SdrtError):
     """A component differs from torch by more than its floor."""
 
     exit_code = 6
+
+
+class DeviceLostError(SdrtError):
+    """A GPU failed for good: no other backend or size helps, only a new process."""
+
+    exit_code = 7

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sdrt.errors import DeviceLostError
 from sdrt.runtime import Pipeline
 from sdrt.runtime.batching.engine import InflightBatcher
 
@@ -130,8 +131,8 @@ class ModelManager:
 
     @property
     def states(self) -> dict[str, str]:
-        """The state of each engine: loading, ready, draining, broken or closed; unloaded if models
-        are loaded on demand.
+        """The state of each engine: loading, ready, draining, broken, lost or closed; unloaded if
+        models are loaded on demand.
         """
         not_loaded = "unloaded" if self.on_demand else "loading"
         not_loaded = "draining" if self._draining.is_set() else not_loaded
@@ -140,6 +141,12 @@ class ModelManager:
             name: loaded[name].engine.state if name in loaded else not_loaded
             for name in self.sources
         }
+
+    @property
+    def device_error(self) -> DeviceLostError | None:
+        """Why the process can use its GPU no more, if so."""
+        errors = (model.engine.device_error for model in list(self._loaded.values()))
+        return next(filter(None, errors), None)
 
     def find(self, name: str) -> LoadedModel | None:
         """A model, None before it is loaded."""

@@ -14,7 +14,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sdrt.errors import UsageError
+from sdrt.errors import DeviceLostError, UsageError
 
 from .app import create_app
 from .middleware import SecurityMiddleware
@@ -37,6 +37,7 @@ def serve(sources: Mapping[str, ModelSource], settings: Settings) -> None:
 
     Raises:
         UsageError: The address cannot be bound.
+        DeviceLostError: A GPU failed for good, so that the server stopped.
         SdrtError: A model failed to load.
     """
     raise_open_file_limit()
@@ -45,8 +46,8 @@ def serve(sources: Mapping[str, ModelSource], settings: Settings) -> None:
         server.run()
     finally:
         server.models.close()
-    if server.models.load_error:
-        raise server.models.load_error
+    if error := server.models.load_error or server.device_error:
+        raise error
 
 
 class Server(uvicorn.Server):
@@ -60,6 +61,15 @@ class Server(uvicorn.Server):
         host = f"[{settings.host}]" if settings.host.count(":") > 1 else settings.host
         self.address = f"http://{host}:{self.port}"
         self.shutting_down = False
+        self.device_error: DeviceLostError | None = None
+
+    async def on_tick(self, counter: int) -> bool:
+        """Stop once a GPU is lost: the exit code tells the supervisor to start another process."""
+        if self.device_error is None and (error := self.models.device_error):
+            self.device_error = error
+            log.error("%s", error)
+            self.shut_down()
+        return await super().on_tick(counter)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         super().run(sockets or [self.socket])

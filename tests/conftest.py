@@ -23,6 +23,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config):
+    """The rigs replace the CUDA driver of the process, so they have a run of their own."""
+    if config.option.markexpr == "rig":
+        import rig_plugin
+
+        config.pluginmanager.register(rig_plugin, "rig")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Mark what needs exported graphs, and begin with the files that take longest, so that no

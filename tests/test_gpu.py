@@ -17,6 +17,7 @@ from sdrt.bundle import open_bundle
 from sdrt.engine import list_backends, parity
 from sdrt.engine.gpu import detect_gpus, free_memory
 from sdrt.engine.onnxruntime.cpu import OrtEngine
+from sdrt.engine.plans import plan_from_json
 from sdrt.engine.tensorrt.plans import PlanOptions, get_plan
 from sdrt.engine.tensorrt.variants import FULL, RTX
 from sdrt.errors import BackendError
@@ -26,6 +27,8 @@ pytestmark = pytest.mark.gpu
 PROMPT = "a red circle on a blue background"
 OPTIONS = {"num_inference_steps": 8, "seed": 0}
 PLANNED = (FULL, RTX)
+# A kernel that writes where it must not; a rig knows it by its text.
+FAULT = 'extern "C" __global__ void bad() { *(int*)8 = 1; }'
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +65,15 @@ def bundle(request, shapes, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "shapes"
     if request.param == "float32":
         return shutil.copytree(shapes, folder, ignore=shutil.ignore_patterns("plans"))
-    return build_bundle(BuildPlan("shapes", folder, dtype="float16", backend="onnxruntime"))
+    return build_bundle(BuildPlan("shapes", folder, dtype="float16"))
+
+
+def free_bytes(gpu):
+    """As `nvidia-smi` counts; skips where the management library is silent."""
+    free = free_memory(gpu)
+    if free is None:
+        pytest.skip("NVIDIA's management library does not say how much memory is free")
+    return free
 
 
 def loaded(bundle, backend):
@@ -196,10 +207,10 @@ def test_in_turn_less_memory_is_taken_and_weights_stream(bundle, planned, gpu):
     options = {"num_images_per_prompt": 2, **OPTIONS}
     with loaded(bundle, planned) as pipe:
         expected = pipe(PROMPT, on_step=lambda step: None, **options).images
-        usual = free_memory(gpu)
+        usual = free_bytes(gpu)
     with sdrt.load(bundle, backend=planned, low_memory=True) as pipe:
         actual = pipe(PROMPT, **options).images
-        assert free_memory(gpu) > usual
+        assert free_bytes(gpu) > usual
     for a, b in zip(actual, expected, strict=True):
         assert psnr(a, b) >= 40
     assert any(
@@ -211,10 +222,10 @@ def test_the_budget_is_what_is_taken(bundle, planned, gpu):
     from sdrt.engine.memory_budget import compute_budget
 
     manifest = open_bundle(bundle).manifest
-    before = free_memory(gpu)
+    before = free_bytes(gpu)
     with loaded(bundle, planned) as pipe:
         pipe(PROMPT, **OPTIONS)
-        taken = before - free_memory(gpu)
+        taken = before - free_bytes(gpu)
     assert taken < 2 * compute_budget(manifest, (64, 64), 2).total + (
         600 << 20
     )  # the context's own
@@ -231,6 +242,8 @@ def test_attention_is_fused_as_the_inspector_tells(bundle, planned, capsys):
 
     opened = open_bundle(bundle)
     nodes = group_nodes(planned, opened.graph("unet"))
+    if not nodes[ATTENTION]:
+        pytest.skip("no fused kernel serves single precision")
     engine = candidate_of(planned).load(opened, "unet")
     layers = engine.plan.layers()
     engine.close()
@@ -280,11 +293,11 @@ def test_two_pipelines_share_plans_and_arena(bundle, planned):
 def test_memory_comes_back_when_a_pipeline_is_closed(bundle, planned, gpu):
     for _ in range(2):
         loaded(bundle, planned).close()
-    before = free_memory(gpu)
+    before = free_bytes(gpu)
     for _ in range(3):
         with loaded(bundle, planned) as pipe:
             pipe(PROMPT, **OPTIONS)
-    assert free_memory(gpu) >= before - (64 << 20)
+    assert free_bytes(gpu) >= before - (64 << 20)
 
 
 def test_a_stripped_plan_filled_in_computes_what_a_full_one_does(bundle, planned, tmp_path, gpu):
@@ -314,11 +327,8 @@ def test_a_stripped_plan_filled_in_computes_what_a_full_one_does(bundle, planned
 
 def test_a_tampered_plan_is_built_again(bundle, planned, caplog):
     loaded(bundle, planned).close()
-    plan = next(
-        p
-        for p in bundle.glob("plans/*/unet-*.plan")
-        if planned in p.with_suffix(".json").read_text()
-    )
+    every = [plan_from_json(path) for path in sidecars_of(bundle, planned)]
+    plan = next(plan.path for plan in every if not plan.key.streamed)
     content = bytearray(plan.read_bytes())
     content[len(content) // 2] ^= 1
     plan.write_bytes(content)
@@ -330,8 +340,7 @@ def test_a_tampered_plan_is_built_again(bundle, planned, caplog):
 def test_a_plan_that_computes_something_else_is_left_for_the_next_backend(bundle, planned, caplog):
     loaded(bundle, planned).close()
     for sidecar in sidecars_of(bundle, planned):
-        values = {**json.loads(sidecar.read_text()), "parity": {"cosine": 0.5, "error": 1.0}}
-        sidecar.write_text(json.dumps(values))
+        plan_from_json(sidecar).with_parity({"cosine": 0.5, "error": 1.0})
     with pytest.raises(BackendError, match="differs"):
         sdrt.load(bundle, backend=planned)
     with sdrt.load(bundle) as pipe:
@@ -340,54 +349,68 @@ def test_a_plan_that_computes_something_else_is_left_for_the_next_backend(bundle
     shutil.rmtree(bundle / "plans")
 
 
-def test_without_memory_it_says_so_and_stays_usable(bundle, planned, gpu):
-    from sdrt.engine.cuda.driver import get_device
-
-    device, taken = get_device(0), []
-    with device.use():
+def take_all_memory(device):
+    """Addresses of blocks after which no megabyte is free."""
+    blocks, size = [], 1 << 30
+    while size >= 1 << 20:
         try:
-            while True:
-                taken.append(device.allocate(256 << 20))
+            blocks.append(device.allocate(size))
         except BackendError as error:
             assert "out of memory" in str(error)
+            size //= 2
+    return blocks
+
+
+def test_without_memory_it_says_so_and_stays_usable(bundle, planned):
+    from sdrt.engine.cuda.driver import get_device
+
+    device = get_device(0)
+    with device.use():
+        blocks = take_all_memory(device)
+    try:
         with pytest.raises(BackendError):
             sdrt.load(bundle, backend=planned)(PROMPT, num_images_per_prompt=4, **OPTIONS)
-        for address in taken:
-            device.free(address)
+    finally:
+        with device.use():
+            for address in blocks:
+                device.free(address)
     with loaded(bundle, planned) as pipe:
         assert pipe(PROMPT, **OPTIONS).images
 
 
-def test_after_a_fault_for_good_it_says_so_and_a_new_load_works(bundle, planned, gpu):
+def test_after_a_fault_for_good_only_a_new_process_is_offered(bundle, planned, gpu):
     """In a process of its own: the GPU's context is lost."""
     code = f"""
 import sdrt
 from cuda.bindings import driver
-from sdrt.engine.cuda.driver import compile_cuda, get_device
-from sdrt.errors import BackendError
-from sdrt.runtime import load_pipeline
+from sdrt.engine.cuda.compiler import compile_cuda
+from sdrt.engine.cuda.driver import get_device
 pipe = sdrt.load({str(bundle)!r}, backend={planned!r})
 device = get_device(0)
-source = 'extern "C" __global__ void bad() {{ *(int*)8 = 1; }}'
+source = {FAULT!r}
 try:
     with device.use():
         module = device.check(driver.cuModuleLoadData(compile_cuda(source, {gpu.sm!r})))
         function = device.check(driver.cuModuleGetFunction(module, b"bad"))
         device.check(driver.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, device.stream, 0, 0))
         device.synchronize()
-except BackendError as error:
+except sdrt.DeviceLostError as error:
     print("FAULT", error)
 try:
     pipe({PROMPT!r}, num_inference_steps=1)
-except BackendError as error:
-    print("BROKEN", error)
+except sdrt.DeviceLostError as error:
+    print("LOST", error)
 pipe.close()
-with sdrt.load({str(bundle)!r}, backend={planned!r}) as pipe:
-    print("AGAIN", len(pipe({PROMPT!r}, num_inference_steps=1).images))
+try:
+    sdrt.load({str(bundle)!r})  # on no other backend either
+except sdrt.DeviceLostError as error:
+    print("AGAIN", error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "FAULT" in done.stdout, done.stderr
-    assert "load the pipeline again" in done.stdout and "AGAIN 1" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    for word in ("FAULT", "LOST", "AGAIN"):
+        assert word in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("restart the process") == 3
 
 
 def test_hidden_gpus_and_missing_devices_are_said(bundle):

@@ -1,4 +1,4 @@
-"""One GPU through CUDA's driver API: memory, a stream, graphs, and kernels compiled at run time.
+"""One GPU through CUDA's driver API: memory, a stream and graphs.
 
 Knows cuda-bindings; not TensorRT, nor what is computed. Everything in a process that uses one GPU
 shares one `Device`, its stream and its arena. Not yet run on a GPU.
@@ -11,21 +11,36 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from cuda.bindings import driver, nvrtc
+from cuda.bindings import driver
 
 from sdrt.engine.gpu import GPU_LOCK, detect_gpus
-from sdrt.errors import BackendError
+from sdrt.errors import BackendError, DeviceLostError
 
 OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
-# Errors that leave the context unusable.
+# "This leaves the process in an inconsistent state and any further CUDA work will return the same
+# error. To continue using CUDA, the process must be terminated and relaunched."
 STICKY = {
-    driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,
-    driver.CUresult.CUDA_ERROR_LAUNCH_FAILED,
-    driver.CUresult.CUDA_ERROR_LAUNCH_TIMEOUT,
-    driver.CUresult.CUDA_ERROR_MISALIGNED_ADDRESS,
-    driver.CUresult.CUDA_ERROR_ILLEGAL_INSTRUCTION,
-    driver.CUresult.CUDA_ERROR_ECC_UNCORRECTABLE,
+    status
+    for name in (
+        "ASSERT",
+        "CONTAINED",
+        "CONTEXT_IS_DESTROYED",
+        "ECC_UNCORRECTABLE",
+        "HARDWARE_STACK_ERROR",
+        "ILLEGAL_ADDRESS",
+        "ILLEGAL_INSTRUCTION",
+        "INVALID_ADDRESS_SPACE",
+        "INVALID_CONTEXT",
+        "INVALID_PC",
+        "LAUNCH_FAILED",
+        "LAUNCH_TIMEOUT",
+        "MISALIGNED_ADDRESS",
+        "NVLINK_UNCORRECTABLE",
+        "UNKNOWN",
+    )
+    if (status := getattr(driver.CUresult, f"CUDA_ERROR_{name}", None)) is not None
 }
+RESTART = "restart the process: CUDA serves no other context in this one"
 ARENA_STEP = 2 << 20  # bytes by which the arena grows
 
 
@@ -33,9 +48,12 @@ class Device:
     """One GPU's primary context, which TensorRT uses too. Enter `use()` around everything.
 
     Attributes:
-        fatal_error: The sticky error that made the context unusable, if any; see `reset_device`.
+        fatal_error: The sticky error that made the context unusable, if any. It is not reset: that
+            would also destroy what other libraries have in it, and CUDA promises nothing after it.
         arena: Address of the scratch memory that all components of the process share.
-        arena_size: Its bytes. `grow_arena` moves it, which invalidates captured graphs.
+        arena_size: Its bytes.
+        arena_version: Raised by every change of the arena, which invalidates captured graphs. An
+            address is no such mark: another arena may get the same one.
     """
 
     def __init__(self, index: int) -> None:
@@ -46,7 +64,7 @@ class Device:
         self.index = index
         self.fatal_error: str | None = None
         self.lock = threading.RLock()
-        self.arena = self.arena_size = 0
+        self.arena = self.arena_size = self.arena_version = 0
         self.check(driver.cuInit(0))
         self._handle = self.check(driver.cuDeviceGet(index))
         self._context = self.check(driver.cuDevicePrimaryCtxRetain(self._handle))
@@ -55,8 +73,11 @@ class Device:
         self.stream = self.check(driver.cuStreamCreate(flags))
 
     def check(self, result: tuple[Any, ...]) -> Any:
-        """The values that a driver call returned; raises BackendError if it failed, and records a
-        sticky error.
+        """The values that a driver call returned.
+
+        Raises:
+            BackendError: The call failed.
+            DeviceLostError: It failed for good, which is recorded.
         """
         status, *values = result
         if status != driver.CUresult.CUDA_SUCCESS:
@@ -65,7 +86,8 @@ class Device:
                 text = f"GPU {self.index} is out of memory{self._describe_memory()}"
                 hint = "generate fewer images at once"
             if status in STICKY:
-                self.fatal_error = text
+                self.fatal_error = self.fatal_error or text
+                raise DeviceLostError(text, hint=RESTART)
             raise BackendError(text, hint=hint)
         return values[0] if len(values) == 1 else tuple(values)
 
@@ -83,16 +105,18 @@ class Device:
         stream: the address of the caller's CUstream to work in; 0 for the device's own
         """
         with self.lock:
-            if self.fatal_error:
-                raise BackendError(
-                    f"{self.fatal_error}; the GPU's context is lost", hint="load the pipeline again"
-                )
+            self.check_usable()
             self.check(driver.cuCtxSetCurrent(self._context))
             previous, self.stream = self.stream, driver.CUstream(stream) if stream else self.stream
             try:
                 yield
             finally:
                 self.stream = previous
+
+    def check_usable(self) -> None:
+        """Raise DeviceLostError after a sticky error."""
+        if self.fatal_error:
+            raise DeviceLostError(f"{self.fatal_error}; the GPU's context is lost", hint=RESTART)
 
     def memory(self) -> tuple[int, int]:
         """Bytes free and in total."""
@@ -109,17 +133,22 @@ class Device:
             with GPU_LOCK:
                 self.check(driver.cuMemFree(address))
 
-    def grow_arena(self, size: int) -> bool:
-        """Make the arena at least this large; returns whether it moved."""
-        if size <= self.arena_size:
-            return False
-        self.synchronize()
-        self.free(self.arena)
-        self.arena = self.arena_size = 0
-        rounded = -(-size // ARENA_STEP) * ARENA_STEP
+    def grow_arena(self, size: int) -> None:
+        """Make the arena at least this large, and never empty."""
+        if self.arena and size <= self.arena_size:
+            return
+        self.free_arena()
+        rounded = max(1, -(-size // ARENA_STEP)) * ARENA_STEP
         self.arena = self.allocate(rounded)
         self.arena_size = rounded
-        return True
+
+    def free_arena(self) -> None:
+        """Give the arena's memory back; the next call of a plan takes it again."""
+        self.synchronize()
+        address, self.arena = self.arena, 0
+        self.arena_size = 0
+        self.arena_version += 1
+        self.free(address)
 
     def upload(self, address: int, array: np.ndarray) -> None:
         """Copy a contiguous array to the GPU, in the stream's order."""
@@ -144,17 +173,15 @@ class Device:
             try:
                 yield graph
             except BaseException:
-                driver.cuStreamEndCapture(self.stream)
+                _, captured = driver.cuStreamEndCapture(self.stream)
+                if int(captured or 0) and not self.fatal_error:
+                    driver.cuGraphDestroy(captured)
                 raise
             captured = self.check(driver.cuStreamEndCapture(self.stream))
             try:
                 graph.instantiate(captured)
             finally:
                 self.check(driver.cuGraphDestroy(captured))
-
-    def reset(self) -> None:
-        """Destroy the primary context, whatever state it is in."""
-        driver.cuDevicePrimaryCtxReset(self._handle)
 
 
 class CudaGraph:
@@ -231,35 +258,3 @@ def get_device(index: int) -> Device:
         if index not in _devices:
             _devices[index] = Device(index)
         return _devices[index]
-
-
-def reset_device(index: int) -> None:
-    """Reset a GPU after a sticky error, so that it can be used again; its memory is lost."""
-    with GPU_LOCK:
-        get_device(index).reset()
-        _devices.clear()
-
-
-def compile_cuda(source: str, target: str) -> bytes:
-    """Compile CUDA source to a cubin for a compute capability such as sm_89; needs no GPU.
-
-    Raises BackendError with the compiler's log.
-    """
-    program = _check_nvrtc(nvrtc.nvrtcCreateProgram(source.encode(), b"sdrt.cu", 0, [], []))
-    options = [f"--gpu-architecture={target}".encode(), b"--fmad=true"]
-    status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = bytearray(_check_nvrtc(nvrtc.nvrtcGetProgramLogSize(program)))
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise BackendError(f"a kernel failed to compile for {target}: {log.decode()}")
-    code = bytearray(_check_nvrtc(nvrtc.nvrtcGetCUBINSize(program)))
-    _check_nvrtc(nvrtc.nvrtcGetCUBIN(program, code))
-    _check_nvrtc(nvrtc.nvrtcDestroyProgram(program))
-    return bytes(code)
-
-
-def _check_nvrtc(result: tuple[Any, ...]) -> Any:
-    status, *values = result
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise BackendError(f"NVRTC failed: {status.name}")
-    return values[0] if values else None

@@ -9,7 +9,10 @@ from typing import Any
 
 from cuda.bindings import driver
 
-from .driver import Device, compile_cuda
+from sdrt.errors import BackendError
+
+from .compiler import compile_cuda
+from .driver import Device
 
 THREADS = 256
 HALF = """
@@ -168,10 +171,19 @@ class Kernels:
         self._module = device.check(
             driver.cuModuleLoadData(compile_cuda(kernel_source(dtype), target))
         )
-        self._functions = {
-            name: device.check(driver.cuModuleGetFunction(self._module, name.encode()))
-            for name in PARAMETERS
-        }
+        try:
+            self._functions = {
+                name: device.check(driver.cuModuleGetFunction(self._module, name.encode()))
+                for name in PARAMETERS
+            }
+        except BackendError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Unload the module; no launch of it may be pending, in a graph neither."""
+        if not self._device.fatal_error:
+            self._device.check(driver.cuModuleUnload(self._module))
 
     def __call__(self, name: str, threads: int, *values: Any) -> None:
         """Launch one; values: its parameters, in order"""

@@ -110,6 +110,8 @@ def _configure(trt: Any, builder: Any, config: Any, key: PlanKey) -> None:
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
     if key.streamed:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if key.user_allocation:
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if key.kind == RTX:
         config.num_compute_capabilities = len(key.targets)
         for i, target in enumerate(key.targets):

@@ -20,13 +20,15 @@ def load_engine(bundle: Bundle, name: str, kind: str, gpu: Gpu, options: LoadOpt
 
     Raises:
         BackendError: The plan cannot be built or loaded.
+        DeviceLostError: The GPU failed for good before.
         ParityError: It computes something else than the bundle's graph.
     """
-    component = bundle.manifest.components[name]
+    component, device = bundle.manifest.components[name], get_device(gpu.index)
+    device.check_usable()
     plan = get_plan(bundle, name, kind, gpu, PlanOptions(streamed=options.low_memory))
 
     def load() -> LoadedPlan:
-        loaded = LoadedPlan(plan, component, bundle.graph(name), get_device(gpu.index))
+        loaded = LoadedPlan(plan, component, bundle.graph(name), device)
         if name == "unet":
             loaded.sampling_graphs = SamplingGraphCache(loaded, gpu.sm)
         return loaded

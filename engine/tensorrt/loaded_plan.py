@@ -5,6 +5,7 @@ device's arena, one at a time. Not yet run on a GPU.
 """
 
 import contextlib
+import ctypes
 import logging
 import threading
 from collections import OrderedDict
@@ -13,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdrt.bundle.manifest import Component
-from sdrt.engine.cuda.driver import CudaGraph, Device, MirroredBuffer, reset_device
+from sdrt.bundle.manifest import Component, TensorSpec
+from sdrt.engine.cuda.driver import CudaGraph, Device, MirroredBuffer
 from sdrt.engine.gpu import GPU_LOCK
 from sdrt.engine.plan_signing import read_signed, write_signed
 from sdrt.engine.plans import Plan, Profile
@@ -34,14 +35,15 @@ class ShapeBinding:
     """One set of shapes: its context, and its tensors in host and GPU memory.
 
     Attributes:
-        arena: The arena's address when the context and the graph were created.
+        arena_version: That of the arena that the context has; -1 before it has one.
+        capturable: Whether calls may be captured into a CUDA graph.
     """
 
     context: Any
     shapes: dict[str, tuple[int, ...]]
     tensors: dict[str, MirroredBuffer] = field(default_factory=dict)
     scratch_bytes: int = 0
-    arena: int = 0
+    arena_version: int = -1
     graph: CudaGraph | None = None
     capturable: bool = True
 
@@ -64,6 +66,7 @@ class LoadedPlan:
             if plan.key.streamed:
                 self._stream_weights()
             self._cache_path = plan.path.with_suffix(".kernels")
+            self._cache_bytes = 0
             self._cache = self._open_runtime_cache()
 
     def _check_memory(self) -> None:
@@ -129,22 +132,44 @@ class LoadedPlan:
             cache.deserialize(read_signed(self._cache_path))
         return cache
 
+    def _save_runtime_cache(self) -> None:
+        """Store the kernels that were compiled since it was stored last."""
+        if self._cache is None:
+            return
+        content = bytes(self._cache.serialize())
+        if len(content) != self._cache_bytes:
+            with contextlib.suppress(OSError):
+                write_signed(self._cache_path, content)
+                self._cache_bytes = len(content)
+
     def _new_context(self) -> Any:
         trt, engine = self._trt, self._engine
-        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        strategy = trt.ExecutionContextAllocationStrategy
+        # Streamed weights are copied into memory that TensorRT allocates while it runs.
+        streamed = self.plan.key.streamed
+        chosen = strategy.ON_PROFILE_CHANGE if streamed else strategy.USER_MANAGED
         if self._cache is None:
-            context = engine.create_execution_context(managed)
+            context = engine.create_execution_context(chosen)
         else:
             config = engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(managed)
+            config.set_execution_context_allocation_strategy(chosen)
             config.set_runtime_cache(self._cache)
             # Every shape has a graph of its own, which must not capture a fallback kernel.
             eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             config.dynamic_shapes_kernel_specialization_strategy = eager
             context = engine.create_execution_context(config)
         if context is None:
-            raise BackendError(f"TensorRT failed to create a context of {self.plan.path.name}")
+            raise self._error("create a context")
         return context
+
+    def _error(self, action: str) -> BackendError:
+        reason = " / ".join(self._logger.errors) or "no reason reported"
+        return BackendError(f"TensorRT failed to {action} of {self.plan.path.name}: {reason}")
+
+    def _check(self, accepted: bool, action: str) -> None:
+        """Raise BackendError, with what TensorRT said, where it refuses."""
+        if not accepted:
+            raise self._error(action)
 
     def layers(self) -> list[Mapping[str, Any]]:
         """Every layer as the engine inspector reports it."""
@@ -164,65 +189,91 @@ class LoadedPlan:
 
     def _create_binding(self, shapes: dict[str, tuple[int, ...]]) -> ShapeBinding:
         index = find_profile(self.plan.key.component, self.plan.key.profiles, shapes)
-        context, device = self._new_context(), self.device
-        context.set_optimization_profile_async(index, int(device.stream))
-        for name, shape in shapes.items():
-            context.set_input_shape(name, shape)
-        if missing := context.infer_shapes():
-            raise BackendError(f"{self.plan.key.component}: no shape for {', '.join(missing)}")
-        binding = ShapeBinding(context, dict(shapes))
+        self._logger.errors = []
+        binding = ShapeBinding(self._new_context(), dict(shapes))
+        binding.capturable = not self.plan.key.streamed
         try:
+            self._set_shapes(binding, index)
             for spec in (*self.component.inputs, *self.component.outputs):
-                shape = tuple(context.get_tensor_shape(spec.name))
-                binding.shapes[spec.name] = shape
-                tensor = binding.tensors[spec.name] = MirroredBuffer(device, shape, spec.dtype)
-                context.set_tensor_address(spec.name, tensor.address)
-            binding.scratch_bytes = int(context.update_device_memory_size_for_shapes())
-        except BackendError:
+                self._add_tensor(binding, spec)
+            if not self.plan.key.streamed:
+                size = binding.context.update_device_memory_size_for_shapes()
+                binding.scratch_bytes = int(size)
+        except RuntimeError as error:  # pybind's
+            self._release(binding)
+            raise self._error("set the shapes") from error
+        except BaseException:
             self._release(binding)
             raise
         return binding
 
+    def _set_shapes(self, binding: ShapeBinding, profile: int) -> None:
+        context, stream = binding.context, int(self.device.stream)
+        self._check(context.set_optimization_profile_async(profile, stream), "select a profile")
+        for name, shape in binding.shapes.items():
+            self._check(context.set_input_shape(name, shape), f"set the shape of {name}")
+        if missing := context.infer_shapes():
+            raise BackendError(f"{self.plan.key.component}: no shape for {', '.join(missing)}")
+
+    def _add_tensor(self, binding: ShapeBinding, spec: TensorSpec) -> None:
+        shape = tuple(binding.context.get_tensor_shape(spec.name))
+        binding.shapes[spec.name] = shape
+        tensor = binding.tensors[spec.name] = MirroredBuffer(self.device, shape, spec.dtype)
+        accepted = binding.context.set_tensor_address(spec.name, tensor.address)
+        self._check(accepted, f"set the address of {spec.name}")
+
     def prepare(self, binding: ShapeBinding) -> bool:
         """Attach the arena; returns whether graphs that were captured earlier are still valid."""
+        if self.plan.key.streamed:
+            return True
         device, context = self.device, binding.context
         device.grow_arena(binding.scratch_bytes)
-        if binding.arena == device.arena:
+        if binding.arena_version == device.arena_version:
             return True
         context.set_device_memory(device.arena, device.arena_size)
-        binding.arena = device.arena
+        binding.arena_version = device.arena_version
         if binding.graph:
             binding.graph.close()
             binding.graph = None
         return False
 
+    def is_capturable(self, binding: ShapeBinding) -> bool:
+        """Whether calls may be captured, as far as TensorRT tells."""
+        ask = getattr(binding.context, "is_stream_capturable", None)  # of TensorRT for RTX alone
+        if binding.capturable and ask is not None and not ask(int(self.device.stream)):
+            component = self.plan.key.component
+            log.warning("%s runs without a CUDA graph: its plan cannot be captured", component)
+            binding.capturable = False
+        return binding.capturable
+
     def enqueue(self, binding: ShapeBinding) -> None:
         """Put one call into the stream; inputs and outputs are in GPU memory."""
         context = binding.context
         self._logger.errors = []
-        if not context.execute_async_v3(int(self.device.stream)):
-            reason = " / ".join(self._logger.errors) or "no reason reported"
-            raise BackendError(f"TensorRT failed in {self.plan.key.component}: {reason}")
+        self._check(context.execute_async_v3(int(self.device.stream)), "run a call")
 
     def run(self, binding: ShapeBinding) -> None:
         """Run once, by the CUDA graph of these shapes; the first call captures it."""
         self.prepare(binding)
-        if binding.graph is None and binding.capturable:
+        if binding.graph is None and self.is_capturable(binding):
             self._capture(binding)
         if binding.graph is None:
             self.enqueue(binding)
         else:
             binding.graph.launch()
 
-    def _capture(self, binding: ShapeBinding) -> None:
-        self.enqueue(binding)  # TensorRT sets up what a capture must not contain
+    def warm_up(self, binding: ShapeBinding) -> None:
+        """Run once, since TensorRT sets up and compiles what a capture must not contain."""
+        self.enqueue(binding)
         self.device.synchronize()
+        self._save_runtime_cache()
+
+    def _capture(self, binding: ShapeBinding) -> None:
+        self.warm_up(binding)
         try:
             with self.device.capture() as graph:
                 self.enqueue(binding)
         except BackendError as error:
-            if self.device.fatal_error:
-                raise
             log.warning("%s runs without a CUDA graph: %s", self.plan.key.component, error)
             binding.capturable = False
             return
@@ -238,14 +289,11 @@ class LoadedPlan:
     def close(self) -> None:
         """Release contexts, then the engine, then the runtime: TensorRT's order."""
         if self.device.fatal_error:
-            reset_device(self.device.index)
+            keep_for_ever(self)  # its destructors would call into a context that is lost
             return
         with self.device.use():
             self.device.synchronize()
-            cache = self._cache
-            if cache is not None:
-                with contextlib.suppress(OSError):
-                    write_signed(self._cache_path, bytes(cache.serialize()))
+            self._save_runtime_cache()
             if self.sampling_graphs:
                 self.sampling_graphs.close()
             for binding in self._bindings.values():
@@ -254,6 +302,11 @@ class LoadedPlan:
             self._cache = None
             self._engine = None
             self._runtime = None
+
+
+def keep_for_ever(value: object) -> None:
+    """Let no destructor run, at the interpreter's exit neither."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 def find_profile(
@@ -306,6 +359,10 @@ class LoadedPlans:
                     return
                 del self._plans[plan_id], self._users[plan_id]
             plan.close()
+            device = plan.device
+            if not device.fatal_error and all(p.device is not device for p in self._plans.values()):
+                with device.use():
+                    device.free_arena()
 
 
 loaded_plans = LoadedPlans()

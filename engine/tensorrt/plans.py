@@ -58,6 +58,7 @@ def required_key(
         # Filling weights in needs a GPU already when the plan is built.
         stripped=gpu is not None and gpu.sm in (options.targets or (gpu.sm,)) and not streamed,
         streamed=streamed,
+        user_allocation=kind == RTX and not streamed,  # the two exclude each other
     )
     return plan_key(bundle, component, settings)
 

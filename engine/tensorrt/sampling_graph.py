@@ -58,7 +58,7 @@ class SamplingGraph:
             kernels[tensor_dtype(plans.decoder, "image")] if plans.decoder else self._kernels
         )
         self._graph: CudaGraph | None = None
-        self._arena, self._capturable = 0, True
+        self._arena_version, self._capturable = -1, True
         self._bindings = bindings
         self._buffers: dict[str, MirroredBuffer] = {}
         try:
@@ -94,7 +94,7 @@ class SamplingGraph:
         rebound = any(new is not old for new, old in pairs)
         self._bindings = bindings
         self._fill(program)
-        if self._graph is None or self._arena != self._device.arena or rebound:
+        if self._graph is None or self._arena_version != self._device.arena_version or rebound:
             self._prepare(program)
         if self._graph is None:
             self._enqueue_all(program)
@@ -127,19 +127,17 @@ class SamplingGraph:
         while not all([plan.prepare(binding) for plan, binding in pairs]):
             continue  # one of them moved the arena under another
         self.close_graph()
-        self._arena = self._device.arena
+        self._arena_version = self._device.arena_version
+        self._capturable &= all([plan.is_capturable(binding) for plan, binding in pairs])
         if not self._capturable:
             return
         self._upload(program)  # the text encoder must not see ids out of its range
         for plan, binding in pairs:
-            plan.enqueue(binding)  # TensorRT sets up what a capture must not contain
-        self._device.synchronize()
+            plan.warm_up(binding)
         try:
             with self._device.capture() as graph:
                 self._enqueue_all(program)
         except BackendError as error:
-            if self._device.fatal_error:
-                raise
             log.warning("Sampling runs without a CUDA graph, kernel by kernel: %s", error)
             self._capturable = False
             return
@@ -352,6 +350,9 @@ class SamplingGraphCache:
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
+        for kernels in self._kernels.values():
+            kernels.close()
+        self._kernels.clear()
 
 
 def tensor_dtype(plan: LoadedPlan, name: str) -> str:

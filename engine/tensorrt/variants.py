@@ -5,11 +5,13 @@ Knows both packages by name, and loads one when it is asked for; nothing of plan
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 from types import ModuleType
 from typing import Any
 
+from sdrt.engine.cuda.compiler import explain_unavailable as explain_missing_compiler
 from sdrt.engine.gpu import GpuInventory
 from sdrt.errors import BackendError
 
@@ -43,7 +45,7 @@ def explain_unavailable(kind: str, gpus: GpuInventory, index: int = 0) -> str | 
             f"the driver {gpus.driver_version or ''} serves CUDA {served}, "
             f"this {kind} needs {required}.0; update the NVIDIA driver"
         )
-    return None
+    return explain_missing_compiler(gpus.cuda_version)
 
 
 def _is_installed(module: str) -> bool:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
+from sdrt.errors import DeviceLostError
 from sdrt.runtime.arguments import GenerationKwargs, merge_arguments, parse_options
 from sdrt.runtime.denoising import BatchBuilder, DenoisingState, LatentEdit, build_step
 from sdrt.runtime.hires import prepare_hires_state
@@ -84,7 +85,8 @@ class InflightBatcher:
         rows = None if rows is None else count("rows", rows)
         self.pipe = pipe
         self.slots, self.max_waiting = count("slots", slots), count("waiting", waiting)
-        self.state: Literal["loading", "ready", "draining", "broken", "closed"] = "loading"
+        self.state: Literal["loading", "ready", "draining", "broken", "lost", "closed"] = "loading"
+        self.device_error: DeviceLostError | None = None  # why it is lost
         self.cost_model: CostModel
         self._rows, self._deterministic = rows, deterministic
         self._observer, self._reload, self._cost_cache = observer, reload, cost_cache
@@ -192,6 +194,8 @@ class InflightBatcher:
         return handles
 
     def _check_ready(self) -> None:
+        if self.device_error:
+            raise RequestRejected("broken", str(self.device_error), MAX_RECOVERY_PAUSE)
         if self.state == "broken":
             message = "device error; the engine is restarting"
             raise RequestRejected("broken", message, MAX_RECOVERY_PAUSE)
@@ -256,6 +260,10 @@ class InflightBatcher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def _is_over(self) -> bool:
+        return self.state in ("lost", "closed")
+
     def _all_handles(self) -> list[RequestHandle]:
         return [*self._waiting, *self._running, *self._decoding]
 
@@ -267,8 +275,12 @@ class InflightBatcher:
             self._changed.notify_all()
 
     def _finish(self, handle: RequestHandle, result: GeneratedImage | Exception) -> None:
-        """Set the result of a request, an image or an error, and free its slot."""
+        """Set the result of a request, an image or an error, and free its slot. The first result
+        counts: a thread may finish what a lost device has ended.
+        """
         with self._changed:
+            if handle.state in ("done", "failed", "cancelled"):
+                return
             for place in (self._waiting, self._running, self._decoding):
                 if handle in place:
                     place.remove(handle)
@@ -285,6 +297,18 @@ class InflightBatcher:
             handle.future.set_result(result)
         else:
             handle.future.set_exception(result)
+        if isinstance(result, DeviceLostError):
+            self._lose_device(result)
+
+    def _lose_device(self, error: DeviceLostError) -> None:
+        """Finish everything: no reload helps, only a new process."""
+        with self._changed:
+            if self.device_error or self.state == "closed":
+                return
+            self.state, self.device_error = "lost", error
+            self._changed.notify_all()
+        for handle in self._all_handles():
+            self._finish(handle, error)
 
     def _next(self, candidates: Callable[[], list[RequestHandle]]) -> list[RequestHandle]:
         """Wait for candidates and return them in the scheduler's order; none once closed. Those
@@ -293,9 +317,9 @@ class InflightBatcher:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self.state == "closed" or (self.state != "broken" and candidates())
+                    lambda: self._is_over or (self.state != "broken" and candidates())
                 )
-                ready = [] if self.state == "closed" else list(candidates())
+                ready = [] if self._is_over else list(candidates())
                 cancelled = [handle for handle in ready if handle.cancel_requested]
             for handle in cancelled:  # one cancelled from here on takes part once more
                 self._finish(handle, RequestCancelled("cancelled"))
@@ -490,7 +514,7 @@ class InflightBatcher:
         that were not in the failed call keep their latents and go on.
         """
         with self._changed:
-            if self.state == "closed":
+            if self._is_over:
                 return
             before, self.state = self.state, "broken"
         pause = 0.1
@@ -504,6 +528,9 @@ class InflightBatcher:
                     pipe = self._reload()
                     self._loras.renew(self.pipe, pipe)
                     self.pipe, self._reloaded = pipe, True
+                except DeviceLostError as error:
+                    self._lose_device(error)
+                    return
                 except Exception:
                     log.exception("failed to reload the pipeline")
         with self._changed:

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from .replica import ReplicaResponse
 
-STATES = ("ready", "loading", "unloaded", "draining", "broken", "closed")  # best first
+STATES = ("ready", "loading", "unloaded", "draining", "broken", "lost", "closed")  # best first
 
 
 def _with_body(response: ReplicaResponse, body: Any) -> ReplicaResponse:

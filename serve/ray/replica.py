@@ -58,8 +58,8 @@ class Replica:
     def check_health(self) -> None:
         """Raise BackendError if an engine is broken; Ray then replaces the replica."""
         for name, state in self.models.states.items():
-            if state == "broken":
-                raise BackendError(f"the engine of model {name} is broken")
+            if state in ("broken", "lost"):
+                raise BackendError(f"the engine of model {name} is {state}")
 
     def __del__(self) -> None:
         """Called by Ray after draining."""

@@ -9,9 +9,11 @@ from sdrt.serve.errors import json_response
 router = APIRouter()
 
 
-@router.get("/health/live")
-async def live() -> Response:
-    """Liveness: the process responds."""
+@router.get("/health/live", responses={503: {"description": "a GPU is lost; restart"}})
+async def live(request: Request) -> Response:
+    """Liveness: the process responds; 503 once only a new process can use the GPU."""
+    if get_context(request).models.device_error:
+        return json_response({"status": "lost"}, 503)
     return json_response({"status": "live"})
 
 

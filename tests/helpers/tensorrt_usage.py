@@ -42,6 +42,7 @@ RTX_ONLY = {"IRuntimeCache", "IRuntimeConfig"}
 RTX_NAMES = {
     *("num_compute_capabilities", "set_compute_capability", "ComputeCapability"),
     *("ComputeCapability.__members__", "create_runtime_config"),
+    *("BuilderFlag.REQUIRE_USER_ALLOCATION", "is_stream_capturable"),
     "DynamicShapesKernelSpecializationStrategy",
     "DynamicShapesKernelSpecializationStrategy.EAGER",
 }

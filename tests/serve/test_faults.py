@@ -16,7 +16,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from serving import PROMPT, client, get_engine, run_server, wait_for
 
-from sdrt.errors import BackendError
+from sdrt.errors import BackendError, DeviceLostError
 from sdrt.serve.server import raise_open_file_limit
 from sdrt.serve.settings import hash_key
 
@@ -365,14 +365,14 @@ def test_metrics_count_requests(shapes):
 class Faulty:
     """A UNet whose device fails for a number of calls."""
 
-    def __init__(self, unet, failures):
-        self.unet, self.failures = unet, failures
+    def __init__(self, unet, failures, error=BackendError):
+        self.unet, self.failures, self.error = unet, failures, error
         self.inputs, self.outputs, self.close = unet.inputs, unet.outputs, unet.close
 
     def __call__(self, feeds):
         if self.failures:
             self.failures -= 1
-            raise BackendError("the device fell off")
+            raise self.error("the device fell off")
         return self.unet(feeds)
 
 
@@ -398,6 +398,23 @@ def test_server_recovers_from_a_failing_engine(shapes):
         faulty.failures = 0
         wait_for(lambda: http.get("/health/ready").status_code == 200)
         assert post(server, small).status_code == 200
+
+
+def test_a_server_whose_gpu_is_lost_stops_so_that_another_is_started(shapes, monkeypatch):
+    small = b'{"prompt": "x", "num_inference_steps": 2}'
+    with run_server(shapes) as server, client(server) as http:
+        monkeypatch.setattr(server, "shut_down", lambda: None)  # to look at it meanwhile
+        engines = get_engine(server).pipe.engines
+        engines["unet"] = Faulty(engines["unet"], 10**9, DeviceLostError)
+        assert post(server, small).status_code == 500
+        assert http.get("/health/live").status_code == 503
+        assert http.get("/health/ready").json()["models"] == {"shapes": "lost"}
+        refused = post(server, small)
+        assert refused.status_code == 503 and "fell off" in refused.json()["error"]["message"]
+        monkeypatch.undo()
+        server.device_error = None  # and now it stops by itself
+        wait_for(lambda: server.should_exit)
+        assert DeviceLostError.exit_code == 7 and isinstance(server.device_error, DeviceLostError)
 
 
 def test_prompts_are_logged_only_on_request(shapes, caplog):

@@ -24,6 +24,7 @@ from sdrt.runtime.samplers.table import sampler_table
 from sdrt.runtime.sampling_program import build_sampling_program, run_sampling_program
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+from sdrt.engine.cuda import compiler as cuda_compiler
 from sdrt.engine.cuda import driver as cuda_driver
 from sdrt.engine.cuda import kernels
 from sdrt.engine.tensorrt.sampling_graph import unet_feeds, unique_chunks
@@ -61,14 +62,14 @@ def launcher_of(name):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120"])
 def test_the_kernels_compile_for_every_gpu(target, dtype):
-    code = cuda_driver.compile_cuda(kernels.kernel_source(dtype), target)
+    code = cuda_compiler.compile_cuda(kernels.kernel_source(dtype), target)
     assert code.startswith(b"\x7fELF")
     assert all(name.encode() in code for name in kernels.PARAMETERS)
 
 
 def test_the_compilers_log_is_in_the_error():
     with pytest.raises(BackendError, match=r"sdrt\.cu\(1\).*undefined"):
-        cuda_driver.compile_cuda("__global__ void k() { x = 1; }", "sm_90")
+        cuda_compiler.compile_cuda("__global__ void k() { x = 1; }", "sm_90")
 
 
 @pytest.fixture(scope="module", params=["float32", "float16"])
@@ -357,8 +358,10 @@ def attributes(path, base):
 
 
 def test_every_driver_function_exists():
+    from cuda.bindings import driver, nvrtc
+
     engine = Path(cuda_driver.__file__).parent
-    for base in ("driver", "nvrtc"):
-        module = getattr(cuda_driver, base)
-        names = {n for f in ("driver.py", "kernels.py") for n in attributes(engine / f, base)}
+    for base, module in (("driver", driver), ("nvrtc", nvrtc)):
+        files = ("driver.py", "kernels.py", "compiler.py")
+        names = {n for f in files for n in attributes(engine / f, base)}
         assert len(names) > 5 and [name for name in names if not hasattr(module, name)] == []

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import sdrt
-from sdrt.errors import BackendError, SdrtError, UsageError
+from sdrt.errors import BackendError, DeviceLostError, SdrtError, UsageError
 from sdrt.runtime.batching import cost_model
 from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.batching.request import RequestCancelled, RequestRejected
@@ -30,7 +30,7 @@ class Watched:
 
     def __init__(self, engine):
         self.engine, self.inputs, self.outputs = engine, engine.inputs, engine.outputs
-        self.calls, self.fails = [], 0
+        self.calls, self.fails, self.error = [], 0, BackendError
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Event()
@@ -41,7 +41,7 @@ class Watched:
         self.calls.append(np.array(feeds.get("timestep", ())))
         if self.fails:
             self.fails -= 1
-            raise BackendError("the device is lost")
+            raise self.error("the device is lost")
         return self.engine(feeds)
 
     def close(self):
@@ -267,6 +267,25 @@ def test_while_the_device_is_broken_nothing_is_accepted(watched):
         with pytest.raises(RequestRejected, match="device error") as refused:
             engine.submit(PROMPT, {})
         assert refused.value.cause == "broken"
+
+
+def test_a_lost_device_ends_all_and_nothing_is_loaded_again(watched):
+    """CUDA serves it to a new process alone."""
+    pipe, unet = watched
+    unet.error, loads = DeviceLostError, []
+    with started(pipe, rows=2, reload=lambda: loads.append(1)) as engine:
+        failed = held(engine, unet, num_inference_steps=20)
+        (other,) = engine.submit("a square", {"num_inference_steps": 3, "seed": 3})
+        wait_for(lambda: other.state == "running")
+        unet.fails = 10**9
+        unet.open.set()
+        for handle in (failed, other):
+            with pytest.raises(DeviceLostError):
+                result(handle)
+        wait_for(lambda: engine.state == "lost")
+        with pytest.raises(RequestRejected, match="the device is lost"):
+            engine.submit(PROMPT, {})
+    assert loads == []
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyError("x"), UsageError("no")])
