@@ -1,8 +1,8 @@
 """CUDA and cuDNN for ONNX Runtime, from the Python packages that have them.
 
-Knows where packages of the `nvidia` namespace put libraries. ONNX Runtime looks in its own environment only,
-so it misses those of a torch in another environment on `sys.path`; and it prints what it missed to
-standard output, which is for results.
+Knows where packages of the `nvidia` namespace put libraries. ONNX Runtime looks in its own
+environment only, so it misses those of a torch in another one on `sys.path`; and it prints what it
+missed to standard output, which is for results.
 """
 
 import contextlib

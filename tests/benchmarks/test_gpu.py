@@ -1,6 +1,8 @@
 """The GPU benchmark without a GPU: it says so, and what it would time runs."""
 
+import argparse
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +18,18 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def benchmark():
+    yield from imported("gpu")
+
+
+@pytest.fixture(scope="module")
+def contestants(benchmark):
+    return sys.modules["gpu_contestants"]
+
+
+def imported(name):
+    """A module of `benchmarks`, which is no package."""
     sys.path.insert(0, str(FOLDER))
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", FOLDER / "gpu.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
@@ -34,25 +46,49 @@ def test_without_a_gpu_it_is_refused_with_the_reason(script):
     assert "Traceback" not in done.stderr
 
 
-def test_every_engine_has_its_reason(benchmark):
-    actual = benchmark.contestants()
-    own = {"tensorrt", "tensorrt-rtx", "onnxruntime", benchmark.PLAIN, "torch"}
-    assert {*benchmark.REFERENCES, *own} == set(actual)
+def test_every_engine_has_its_reason(contestants):
+    for device in ("cuda", "cpu"):
+        assert set(contestants.explain_missing(device)) == set(contestants.CONTESTANTS)
+    on_cpu = contestants.explain_missing("cpu")
+    assert [name for name in on_cpu if not on_cpu[name]] == [
+        *("torch compiled", "torch", "onnxruntime", "diffusers compiled", "diffusers"),
+    ]
 
 
-def test_every_part_that_would_be_timed_runs(benchmark, pipe, monkeypatch):
-    monkeypatch.setattr(benchmark, "ROWS", (1, 2))
-    parts = benchmark.parts_of(pipe, ["64x64"], [1])
-    for part in parts.values():
-        assert part() is not None
-    assert len(parts) == 6
+def test_it_runs_on_the_cpu_and_saves_after_every_engine(tmp_path):
+    """Worker processes, the times that they answer, one that is stopped, and the table."""
+    out = tmp_path / "out.json"
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--device", "cpu", "--model", "shapes"]
+    command += ["--sizes", "32x32", "--rows", "1,2", "--steps", "1", "--rounds", "2"]
+    command += ["--engines", "onnxruntime,torch graphs", "--work", str(tmp_path / "work")]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torch graphs: skipped: CUDA graphs need a GPU" in done.stderr
+    figures = json.loads(out.read_text())
+    parts = figures["engines"]["onnxruntime"]["parts"]
+    assert list(parts) == [
+        *("text encoder", "UNet 32x32, 1 rows", "UNet 32x32, 2 rows", "decode 32x32"),
+        "picture 32x32, 1 steps",
+    ]
+    assert all(at["p50"] > 0 and at["calls"] >= 1 for at in parts.values())
+    assert figures["ceilings"]["copy, GB/s"] > 0 and "| decode 32x32 |" in done.stdout
+
+
+def test_an_engine_that_takes_too_long_is_stopped(benchmark, tmp_path, monkeypatch):
+    names = ("parts", "sizes", "rows", "steps")
+    args = argparse.Namespace(device="cpu", work=tmp_path, seconds=0.5, rounds=2)
+    vars(args).update(dict.fromkeys(names, "1"))
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: popen(sleeping, **options))
+    assert benchmark.measure("torch", args) == {"parts": {}, "failed": "out of time"}
 
 
 @pytest.mark.rest
 @pytest.mark.reference
-def test_every_part_of_the_reference_runs(benchmark, embedded, monkeypatch):
-    monkeypatch.setattr(benchmark, "ROWS", (1, 2))
-    parts = benchmark.reference_parts(embedded, False, ["64x64"], [1], device="cpu")
+def test_every_part_of_the_reference_runs(contestants, embedded):
+    selection = contestants.Selection(sizes=("64x64",), rows=(1, 2), steps=(1,))
+    parts = contestants.reference_parts(embedded, False, "cpu", selection)
     for part in parts.values():
         part()
     assert len(parts) == 5

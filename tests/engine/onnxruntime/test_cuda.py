@@ -3,6 +3,7 @@ provider ignores the ids of graphs. `test_cuda_provider.py` has the provider its
 """
 
 import importlib
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -136,7 +137,7 @@ def test_cuda_of_every_package_is_loaded_without_a_word_on_stdout(
 
     def preload(directory=None):
         asked.append(directory)
-        print(f"Failed to load libcublasLt.so.13 from {directory}")
+        sys.stdout.write(f"Failed to load libcublasLt.so.13 from {directory}\n")
 
     monkeypatch.setattr(ort, "preload_dlls", preload)
     preload_cuda_libraries()
