@@ -74,7 +74,8 @@ class Candidate:
         """What the UNet computes in: `fp32`, `fp16` or `bf16`."""
         if self.reduced_precision in bundle.manifest.admitted:
             return str(self.reduced_precision).rpartition("-")[2]
-        dtype = bundle.manifest.components["unet"].dtype
+        components = bundle.manifest.components
+        dtype = components[bundle.manifest.control_net or "unet"].dtype
         return PRECISION_LABELS.get(dtype, dtype)
 
 

@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from sdrt.atomic_files import publish_folder
@@ -15,7 +16,7 @@ from sdrt.bundle import Bundle
 from sdrt.bundle.integrity import describe_files
 from sdrt.bundle.manifest import MANIFEST, Component, Manifest, json_from_manifest
 from sdrt.bundle.store import bundles_folder
-from sdrt.engine import Candidate, GpuInventory, select_backend
+from sdrt.engine import Candidate
 from sdrt.errors import SdrtError, UsageError
 from sdrt.runtime.reference_outputs import REFERENCE_FILE, reference_outputs_to_json
 
@@ -25,7 +26,7 @@ from .graph import OPSET
 from .model_spec import ModelSpec, check_feature_reuse, read_model_spec
 from .recipes import RECIPES
 from .single_file.parts import OPTIONS
-from .validation import Validator
+from .validation import Validator, select_validation_backend
 from .weights import TOKENIZERS
 
 log = logging.getLogger("sdrt.build")
@@ -71,11 +72,7 @@ def build_bundle(plan: BuildPlan) -> Path:
         BackendError: the backend is not available.
         BundleError: the folder exists already.
     """
-    # The CPU unless asked otherwise, so that a bundle does not depend on the GPU at hand; and there
-    # ONNX Runtime, which needs the least memory.
-    no_gpus = GpuInventory(unavailable_reason="bundles are validated on the CPU")
-    automatic = plan.backend == "auto"
-    candidate = select_backend(plan.backend, size=0, gpus=no_gpus if automatic else None)
+    candidate = select_validation_backend(plan.backend)
     checkpoint = _find_checkpoint(plan)
     spec = read_model_spec(checkpoint)
     check_feature_reuse(spec, plan.feature_reuse)
@@ -152,7 +149,8 @@ def _build(
     recipes = [recipe for recipe in RECIPES if recipe.part in checkpoint.parts]
     for number, recipe in enumerate(recipes, 1):
         log.info("[%d/%d] %s: load, export, validate", number, len(recipes), recipe.name)
-        components |= validator.build_component(checkpoint, spec, recipe)
+        load = partial(recipe.load, checkpoint, spec)
+        components |= validator.build_component(load, recipe)
     manifest = replace(manifest, components=components)
     parity = validator.validate_pipeline(manifest)
     (folder / REFERENCE_FILE).write_text(reference_outputs_to_json(validator.reference.outputs))

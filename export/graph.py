@@ -7,6 +7,7 @@ Knows torch's exporter and the ONNX intermediate representation; not which netwo
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -129,7 +130,9 @@ def _exported(
     outputs: Sequence[str],
     axes: Mapping[str, Mapping[int, str]],
 ) -> ir.Model:
-    dims = {name: torch.export.Dim(name) for of in axes.values() for name in of.values()}
+    names = {name for of in axes.values() for name in of.values()}
+    dims = {name: torch.export.Dim(name.rpartition("*")[2]) for name in names}
+    dims |= {n: int(n.split("*")[0]) * torch.export.Dim(n.split("*")[1]) for n in names if "*" in n}
     dynamic = {name: {i: dims[axes[name][i]] for i in axes.get(name, {})} for name in inputs}
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -143,7 +146,26 @@ def _exported(
             verbose=False,
         )
     assert program is not None
+    _name_sides(program.model)
     return program.model
+
+
+def _name_sides(model: ir.Model) -> None:
+    """Name the sides of latents that the exporter numbered, where no input has them by themselves
+    but only multiples of them.
+    """
+    shape = model.graph.outputs[0].shape or ()
+    names = {
+        symbol: name
+        for dim, name in zip(shape[2:4], ("latent_height", "latent_width"), strict=False)
+        for symbol in re.findall(r"\bs\d+\b", str(dim))
+    }
+    values = [value for node in model.graph for value in node.outputs] if names else []
+    for value in values:
+        for axis, dim in enumerate(value.shape or ()):
+            text = re.sub(r"\bs\d+\b", lambda match: names.get(match[0], match[0]), str(dim))
+            if value.shape is not None and text != str(dim):
+                value.shape[axis] = ir.SymbolicDim(text)
 
 
 @contextlib.contextmanager

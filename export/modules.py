@@ -70,7 +70,7 @@ def load_text_encoder_2(checkpoint: Checkpoint, spec: ModelSpec) -> PairedTextEn
 def _load_clip(checkpoint: Checkpoint, spec: ModelSpec, part: str, class_name: str) -> Any:
     """One of transformers' text models with its weights."""
     model, weights = load_text_model(checkpoint, part, spec.text_encoders[part], class_name)
-    return _load_weights(model, weights, part)
+    return load_weights(model, weights, part)
 
 
 def load_safety_checker(checkpoint: Checkpoint, spec: ModelSpec) -> SafetyChecker:
@@ -80,7 +80,7 @@ def load_safety_checker(checkpoint: Checkpoint, spec: ModelSpec) -> SafetyChecke
     config.vision_config._attn_implementation = "sdpa"
     module = SafetyChecker(config)
     weights = renamed(checkpoint.weights("safety_checker"), set(module.state_dict()))
-    checker: SafetyChecker = _load_weights(module, weights, "safety_checker")
+    checker: SafetyChecker = load_weights(module, weights, "safety_checker")
     return checker
 
 
@@ -90,11 +90,11 @@ def load_unet(checkpoint: Checkpoint, spec: ModelSpec) -> Unet | PixelUnet:
         with torch.device("meta"):
             pixel_unet = PixelUnet(spec.unet)
         weights = {modern_name(name): tensor for name, tensor in weights.items()}
-        loaded: PixelUnet = _load_weights(pixel_unet, weights, "unet")
+        loaded: PixelUnet = load_weights(pixel_unet, weights, "unet")
         return loaded
     with torch.device("meta"):
         module = Unet(spec.unet)
-    unet: Unet = _load_weights(module, weights, "unet")
+    unet: Unet = load_weights(module, weights, "unet")
     return unet
 
 
@@ -103,7 +103,7 @@ def load_vae(checkpoint: Checkpoint, spec: ModelSpec) -> AutoencoderKL | Autoenc
     if isinstance(spec.vae, TinyVaeConfig):
         with torch.device("meta"):
             tiny = AutoencoderTiny(spec.vae)
-        loaded: AutoencoderTiny = _load_weights(tiny, weights, "vae")
+        loaded: AutoencoderTiny = load_weights(tiny, weights, "vae")
         return loaded
     assert spec.vae is not None
     with torch.device("meta"):
@@ -112,11 +112,11 @@ def load_vae(checkpoint: Checkpoint, spec: ModelSpec) -> AutoencoderKL | Autoenc
     for name, tensor in weights.items():
         if ".attentions." in name and tensor.ndim == 4:  # early files have 1x1 convolutions
             weights[name] = tensor[:, :, 0, 0]
-    vae: AutoencoderKL = _load_weights(module, weights, "vae")
+    vae: AutoencoderKL = load_weights(module, weights, "vae")
     return vae
 
 
-def _load_weights(module: Any, weights: dict[str, Tensor], part: str) -> Any:
+def load_weights(module: Any, weights: dict[str, Tensor], part: str) -> Any:
     """The module with float32 weights; raises CheckpointError for unexpected names or shapes."""
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     for what, names in (

@@ -115,6 +115,12 @@ class UnetConfig:
         return width - TIME_IDS * item if width and item else 0
 
     @property
+    def attends(self) -> bool:
+        """Whether the way down or the middle reads the prompt."""
+        blocks = (*self.down_block_types, self.mid_block_type or "")
+        return any("CrossAttn" in block for block in blocks)
+
+    @property
     def time_channels(self) -> int:
         return self.block_out_channels[0] * 4
 

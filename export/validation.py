@@ -8,7 +8,7 @@ import ctypes
 import gc
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,14 @@ from sdrt.bundle.manifest import (
     Manifest,
     TensorSpec,
 )
-from sdrt.engine import Candidate, list_backends, parity
+from sdrt.engine import Candidate, GpuInventory, list_backends, parity, select_backend
 from sdrt.errors import ParityError
 from sdrt.runtime import load_pipeline
 from sdrt.runtime.reference_outputs import GUIDED_STEPS, generate_reference_image
 
 from .activation_memory import alive_bytes
-from .checkpoint import Checkpoint
 from .control_graph import write_control_graph
 from .graph import export_graph, write_float32_graph, write_shallow_graph
-from .model_spec import ModelSpec
 from .recipes import Recipe
 from .reference import Case, TorchReference
 from .unet import Unet
@@ -47,6 +45,17 @@ log = logging.getLogger("sdrt.build")
 FLOAT16_MAX = 65504.0
 FLOAT32_INPUTS = ("timestep", "time_ids")  # half precision would round them
 Specs = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]  # of inputs and outputs
+
+
+def select_validation_backend(backend: str) -> Candidate:
+    """The backend that validates a build: the CPU unless asked otherwise, so that a bundle does not
+    depend on the GPU at hand; and there ONNX Runtime, which needs the least memory.
+
+    Raises:
+        BackendError: It is not available.
+    """
+    no_gpus = GpuInventory(unavailable_reason="bundles are validated on the CPU")
+    return select_backend(backend, size=0, gpus=no_gpus if backend == "auto" else None)
 
 
 @contextlib.contextmanager
@@ -89,18 +98,17 @@ class Validator:
     def __post_init__(self) -> None:
         self.reference = TorchReference(self.manifest, self.folder, self.branch)
 
-    def build_component(
-        self, checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe
-    ) -> dict[str, Component]:
+    def build_component(self, load: Callable[[], Any], recipe: Recipe) -> dict[str, Component]:
         """Export a component and validate it; in float32 where float16 is not accurate enough.
 
+        load: the component's torch module.
         Returns the component by name; for a UNet also the one with residuals and, with a branch,
         its shallow layers.
         Raises ParityError.
         """
         if recipe.name == "unet" and self.branch is not None:
             recipe = replace(recipe, outputs=(*recipe.outputs, FEATURE))
-        module = self._load(checkpoint, spec, recipe)
+        module = self._load(load, recipe)
         with torch.no_grad(), track_largest_activation(module) as peak:
             cases = self._run_reference(module, recipe)
         dtype = self._choose_dtype(recipe, peak[0])
@@ -114,12 +122,12 @@ class Validator:
             if dtype == "float32":
                 raise
             log.info("      %s; kept in float32", error.message)
-        specs = self._export(self._load(checkpoint, spec, recipe), recipe, cases, "float32")
+        specs = self._export(self._load(load, recipe), recipe, cases, "float32")
         gc.collect()
         return self._validate_all(recipe, cases, "float32", specs, config)
 
-    def _load(self, checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Any:
-        module = recipe.load(checkpoint, spec)
+    def _load(self, load: Callable[[], Any], recipe: Recipe) -> Any:
+        module = load()
         if FEATURE in recipe.outputs:
             module.branch = self.branch
         return module

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.bundle import Bundle
+from sdrt.bundle.bundle import check_makes_images
 from sdrt.bundle.manifest import CONTROL, SHALLOW, WEIGHTS
 from sdrt.bundle.safetensors import read_header
 from sdrt.engine import Candidate, Engine, ExclusiveSlot, LazyEngine
@@ -40,6 +41,7 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False
     """
     load = candidate.load
     assert load is not None
+    check_makes_images(bundle)
     manifest, slot = bundle.manifest, ExclusiveSlot() if sequential else None
     concurrent = candidate.device == "cpu"
 
@@ -90,6 +92,8 @@ def unloaded_pipeline(bundle: Bundle) -> Pipeline:
     """A pipeline that validates calls but cannot run them. Only the manifest and the scheduler's
     configuration are read.
     """
+
+    check_makes_images(bundle)
 
     def open_engine() -> Engine:
         raise AssertionError("this pipeline has no engines")

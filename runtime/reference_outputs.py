@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.manifest import COMPONENTS, Manifest
+from sdrt.bundle.manifest import COMPONENTS, CONTROL_IMAGE, Manifest
 from sdrt.engine import Feeds
+from sdrt.engine.axes import axis_lengths, spec_shape
 from sdrt.errors import BundleError
 from sdrt.json_validation import Reader, array, mapping, number, one_of, record, text
 
@@ -41,7 +42,8 @@ class ReferenceOutputs:
 
     Attributes:
         components: Of each component's outputs by name, for the inputs of `reference_inputs`.
-        picture: Of the image of `generate_reference_image` in the first size.
+        picture: Of the image of `generate_reference_image` in the first size; none of a control
+            bundle.
     """
 
     components: Mapping[str, Mapping[str, Sequence[float]]]
@@ -54,7 +56,7 @@ READ: Reader[ReferenceOutputs] = record(
     ReferenceOutputs,
     {
         "components": mapping(OUTPUTS, one_of(COMPONENTS), len(COMPONENTS)),
-        "picture": NUMBERS,
+        "picture": array(number(), 0, SAMPLES),
     },
 )
 
@@ -78,8 +80,20 @@ def reference_inputs(
     for seed, (name, shape) in enumerate(sorted(shapes.items())):
         value = fixed[name] if name in fixed else randn(seed, shape)
         assert value is not None
-        feeds[name] = np.clip(value / 2, -1, 1) if name == "image" else value
+        feeds[name] = value
+        if name == "image":
+            feeds[name] = np.clip(value / 2, -1, 1)
+        elif name == CONTROL_IMAGE:
+            feeds[name] = np.clip(value / 4 + 0.5, 0, 1)
     return feeds
+
+
+def component_inputs(manifest: Manifest, name: str, ids: np.ndarray | None = None) -> Feeds:
+    """The same for a component of a bundle, of one image of the first size."""
+    size = manifest.sizes[0]
+    lengths = axis_lengths(manifest, size)
+    inputs = manifest.components[name].inputs
+    return reference_inputs({spec.name: spec_shape(spec, lengths) for spec in inputs}, ids, size)
 
 
 def take_samples(output: np.ndarray) -> np.ndarray:

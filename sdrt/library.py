@@ -87,15 +87,11 @@ def build(
         BundleError: The folder exists already.
         SdrtError: A package that builds need is not installed, or the disk is full.
     """
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
+    _check_precision(precision)
     try:
         from .export.build import BuildPlan, build_bundle
     except ImportError as error:
-        raise SdrtError(
-            f"building needs {error.name}, which is not installed",
-            hint="run `pip install 'sdrt[build]'`",
-        ) from error
+        raise _lacking(error) from error
     plan = BuildPlan(
         model=model,
         output=None if output is None else Path(output),
@@ -119,8 +115,74 @@ def build(
     return open_bundle(build_bundle(plan))
 
 
+def build_controlnet(
+    controlnet: str,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    precision: str = "fp32",
+    sizes: Sequence[str] = (),
+    batch: tuple[int, int, int] = (1, 1, 4),
+    backend: str = "auto",
+    force: bool = False,
+    revision: str | None = None,
+) -> Bundle:
+    """Build the control bundle of a ControlNet or T2I-Adapter, as `sdrt build --controlnet` does.
+
+    Args:
+        controlnet: A Hub id, local folder or single `.safetensors` file.
+        output: The bundle's folder; by default one in `$SDRT_HOME/bundles`.
+        name: The bundle's name, by which calls select it; by default the net's.
+        precision: `fp32` or `fp16`.
+        sizes: Image sizes that it is validated with; by default that of its model family.
+        batch: Images at once: minimum, optimum and maximum.
+        backend: The backend that validates the bundle.
+        force: Whether to replace a bundle that exists.
+        revision: Branch, tag or commit of a net on the Hub.
+
+    Returns:
+        The bundle.
+
+    Raises:
+        UsageError: An argument is out of range.
+        CheckpointError: The net cannot be found, read or understood.
+        ParityError: It differs too much from torch; nothing is published.
+        BundleError: The folder exists already.
+        SdrtError: A package that builds need is not installed, or the disk is full.
+    """
+    _check_precision(precision)
+    try:
+        from .export.control_build import ControlBuildPlan, build_control_bundle
+    except ImportError as error:
+        raise _lacking(error) from error
+    plan = ControlBuildPlan(
+        controlnet=controlnet,
+        output=None if output is None else Path(output),
+        name=name,
+        dtype=PRECISIONS[precision],
+        sizes=tuple(parse_size(size) for size in sizes),
+        batch=batch,
+        backend=backend,
+        force=force,
+        revision=revision,
+    )
+    return open_bundle(build_control_bundle(plan))
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
+
+
+def _lacking(error: ImportError) -> SdrtError:
+    return SdrtError(
+        f"building needs {error.name}, which is not installed",
+        hint="run `pip install 'sdrt[build]'`",
+    )
+
+
 def bundles() -> list[BundleInfo]:
-    """The bundles in `$SDRT_HOME`, the newest first.
+    """The bundles of models in `$SDRT_HOME`, the newest first.
 
     Only manifests are read; one that is damaged or of another version is not listed.
     """
@@ -130,7 +192,8 @@ def bundles() -> list[BundleInfo]:
             manifest = read_manifest(folder)
         except BundleError:
             continue
-        described.append(_describe(folder, manifest))
+        if manifest.control_net is None:
+            described.append(_describe(folder, manifest))
     return described
 
 

@@ -174,38 +174,51 @@ def addition_config(width: int, pooled: int | None) -> dict[str, Any]:
 
 def unet_config(weights: Weights) -> dict[str, Any]:
     """What the weights' names and shapes tell of a UNet."""
+    config = encoder_config(weights)
+    if "cross_attention_dim" not in config:
+        _shape(weights, "attn2.to_k.weight")  # refused: UNets attend to a prompt
+    depths = config["transformer_layers_per_block"]
+    stages = range(len(depths))
+    config |= {
+        "out_channels": _shape(weights, "conv_out.weight")[0],
+        "up_block_types": [f"{_attends(weights, f'up_blocks.{i}.')}UpBlock2D" for i in stages],
+    }
+    ways_up = [_one(_depths(weights, f"up_blocks.{i}.")) for i in stages]
+    if ways_up != depths[::-1]:
+        config["reverse_transformer_layers_per_block"] = ways_up
+    if "time_embedding.cond_proj.weight" in weights:
+        config["time_cond_proj_dim"] = _shape(weights, "time_embedding.cond_proj.weight")[1]
+    return config
+
+
+def encoder_config(weights: Weights) -> dict[str, Any]:
+    """What the weights' names and shapes tell of a UNet's way down and its middle."""
     stages = range(_stages(weights, r"down_blocks\.(\d+)\.", "down_blocks.0"))
     widths = [_shape(weights, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in stages]
     down = [_depths(weights, f"down_blocks.{i}.") for i in stages]
-    up = [_depths(weights, f"up_blocks.{i}.") for i in stages]
     middle = _depths(weights, "mid_block.")
     if not down[-1]:  # the middle has the depth of the last stage
         down[-1] = middle
-    attention = next((name for name in weights if name.endswith("attn2.to_k.weight")), "attn2")
-    project = next((name for name in weights if name.endswith("proj_in.weight")), "proj_in.weight")
-    config = {
+    config: dict[str, Any] = {
         "in_channels": _shape(weights, "conv_in.weight")[1],
-        "out_channels": _shape(weights, "conv_out.weight")[0],
         "block_out_channels": widths,
         "layers_per_block": _count(weights, r"down_blocks\.0\.resnets\.(\d+)\."),
         "down_block_types": [
             f"{_attends(weights, f'down_blocks.{i}.')}DownBlock2D" for i in stages
         ],
-        "up_block_types": [f"{_attends(weights, f'up_blocks.{i}.')}UpBlock2D" for i in stages],
-        "cross_attention_dim": _shape(weights, attention)[1],
-        "use_linear_projection": len(_shape(weights, project)) == 2,
         "transformer_layers_per_block": [_one(depths) for depths in down],
     }
-    if (ways_up := [_one(depths) for depths in up]) != [_one(depths) for depths in down[::-1]]:
-        config["reverse_transformer_layers_per_block"] = ways_up
+    if any(map(len, down)):
+        attention = next((name for name in weights if name.endswith("attn2.to_k.weight")), "attn2")
+        project = next((name for name in weights if name.endswith("proj_in.weight")), "proj_in")
+        config["cross_attention_dim"] = _shape(weights, attention)[1]
+        config["use_linear_projection"] = len(_shape(weights, project)) == 2
     if not middle:
         full = any(name.startswith("mid_block.") for name in weights)
         config["mid_block_type"] = "UNetMidBlock2D" if full else None
     if "add_embedding.linear_1.weight" in weights:
         width = _shape(weights, "add_embedding.linear_1.weight")[1]
         config["projection_class_embeddings_input_dim"] = width
-    if "time_embedding.cond_proj.weight" in weights:
-        config["time_cond_proj_dim"] = _shape(weights, "time_embedding.cond_proj.weight")[1]
     return config
 
 

@@ -89,6 +89,16 @@ def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
     return Bundle(folder, manifest)
 
 
+def check_makes_images(bundle: Bundle) -> None:
+    """Raise BundleError for a control bundle, which serves those of models."""
+    if bundle.manifest.control_net is not None:
+        name = bundle.manifest.name
+        raise BundleError(
+            f"{name} is a control bundle, which makes no image alone",
+            hint=f"run `sdrt run PROMPT --control {name}=IMAGE` with a model of its family",
+        )
+
+
 def check_contents(folder: Path, manifest: Manifest) -> None:
     """Raise BundleError unless the components' folders hold the files that the manifest lists and
     no others, which nothing verifies. Plans are not part of a bundle: their sidecars verify them.

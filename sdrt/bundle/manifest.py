@@ -33,9 +33,14 @@ CONTROL = "unet_control"
 # Its inputs besides the plain ones. The first and the last are numbered: `down_block_residual_0`.
 DOWN_RESIDUAL, MID_RESIDUAL = "down_block_residual", "mid_block_residual"
 ADAPTER_STATE = "adapter_state"
+# Of control bundles, which hold one of these and nothing else.
+CONTROLNET, T2I_ADAPTER = "controlnet", "t2i_adapter"
+CONTROL_NETS = (CONTROLNET, T2I_ADAPTER)
+CONTROL_IMAGE = "control_image"  # what they read, [rows, 3, H, W] in 0..1
 COMPONENTS = (
     *("text_encoder", "text_encoder_2", "unet", SHALLOW, CONTROL, "vae_decoder", "vae_encoder"),
     "safety_checker",
+    *CONTROL_NETS,
 )
 DTYPES = ("float32", "float16", "int64", "int32")
 MAX_FILES = 1000
@@ -69,7 +74,8 @@ class Component:
     `unet_shallow` is `unet/shallow.onnx`, the layers of the UNet nearest to its input and output:
     its input `feature` is an output of the UNet. weights: those that it reads of the UNet's
     `unet_control` is `unet/control.onnx`, the UNet with the residuals of a ControlNet and of a
-    T2I-Adapter as further inputs; zeros are as none.
+    T2I-Adapter as further inputs; zeros are as none. A `controlnet` puts out residuals of the same
+    names, [rows, C, 1, 1] where it pools them, a `t2i_adapter` the other ones.
     activations: bytes that are alive at once when one row of the first size runs; 0 if unknown
     """
 
@@ -100,6 +106,7 @@ class Manifest:
     zero_empty_prompt: whether an empty negative prompt is zeros rather than what is read of it
     prediction: what the UNet predicts and why that is believed; "" in older bundles. The samplers
         read scheduler_config.json
+    family: the models that a control bundle is for; "" for other bundles
     """
 
     name: str
@@ -118,7 +125,13 @@ class Manifest:
     multiple: int = 64
     zero_empty_prompt: bool = False
     prediction: str = ""
+    family: str = ""
     format: int = FORMAT
+
+    @property
+    def control_net(self) -> str | None:
+        """The component of a control bundle; None for other bundles."""
+        return next((name for name in CONTROL_NETS if name in self.components), None)
 
 
 def json_from_manifest(manifest: Manifest) -> str:
@@ -219,6 +232,7 @@ MANIFEST_READER: Reader[Manifest] = record(
         "multiple": integer(1, 8192),
         "zero_empty_prompt": boolean,
         "prediction": ONE_LINE,
+        "family": ONE_LINE,
         "format": integer(FORMAT, FORMAT),
     },
 )

@@ -12,7 +12,7 @@ from sdrt.atomic_files import locked, restore_backup, sibling, write_atomic
 from sdrt.errors import BundleError
 
 from .embedded import embedded_folder, embedded_names, materialize
-from .manifest import MANIFEST
+from .manifest import CONTROL_NETS, MANIFEST
 
 
 def home() -> Path:
@@ -36,6 +36,11 @@ def list_bundles() -> list[Path]:
     built.sort(key=lambda folder: (folder / MANIFEST).stat().st_mtime, reverse=True)
     embedded = [embedded_folder(name, home()) for name in embedded_names()]
     return built + [folder for folder in embedded if folder.is_dir()]
+
+
+def is_control_bundle(folder: Path) -> bool:
+    """Whether a bundle's folder holds a ControlNet or T2I-Adapter, which makes no image alone."""
+    return any((folder / name).is_dir() for name in CONTROL_NETS)
 
 
 def bundle_name(folder: Path) -> str:
@@ -97,7 +102,11 @@ def find_bundle(name: str | os.PathLike[str] | None) -> Path:
 def _find_default() -> Path:
     if chosen := default_name():
         return find_bundle(chosen)
-    built = [folder for folder in list_bundles() if folder.parent == bundles_folder()]
+    built = [
+        folder
+        for folder in list_bundles()
+        if folder.parent == bundles_folder() and not is_control_bundle(folder)
+    ]
     if len(built) > 1:
         names = ", ".join(sorted(bundle_name(folder) for folder in built))
         raise BundleError(

@@ -29,6 +29,12 @@ def add_build(to: argparse.ArgumentParser) -> None:
         help="a well-known name, Hub id, local folder or .safetensors file",
     )
     source.add_argument(
+        "--controlnet",
+        metavar="ID|FOLDER|FILE",
+        help="a ControlNet or T2I-Adapter for `sdrt run --control`: its own bundle, which serves "
+        "every model of its family",
+    )
+    source.add_argument(
         "--bundle", metavar="NAME|FOLDER", help="build only the plans of an existing bundle"
     )
     to.add_argument("--revision", metavar="NAME", help="a Hub model's branch, tag or commit")
@@ -130,7 +136,10 @@ def build(args: argparse.Namespace) -> None:
     from sdrt.bundle import open_bundle
 
     kind = cli_plans.plan_kind(args)
-    bundle = open_bundle(args.bundle) if args.bundle else _build_bundle(args)
+    if args.bundle:
+        bundle = open_bundle(args.bundle)
+    else:
+        bundle = _build_control_bundle(args) if args.controlnet else _build_bundle(args)
     if kind:
         cli_plans.build_plans(bundle, kind, args)
     print(bundle.folder)
@@ -159,6 +168,38 @@ def _build_bundle(args: argparse.Namespace) -> "Bundle":
         revision=args.revision,
         safety_checker=args.safety_checker,
         feature_reuse=args.feature_reuse,
+    )
+
+
+# Options of models, which no ControlNet has.
+MODEL_OPTIONS = (
+    *("vae", "unet", "text_encoder", "text_encoder_2", "safety_checker", "lora"),
+    *("prediction_type", "zero_snr", "feature_reuse"),
+)
+
+
+def _build_control_bundle(args: argparse.Namespace) -> "Bundle":
+    """Build a control bundle from a ControlNet or T2I-Adapter."""
+    from sdrt.library import build_controlnet
+
+    for name in MODEL_OPTIONS:
+        value = getattr(args, name)
+        if value is not None and value is not False and value != []:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} is an option of models, not of --controlnet")
+    batch = _parse_batch(args.batch)
+    if batch is None:
+        raise UsageError("--batch auto with --controlnet", hint="for example --batch 1:1:4")
+    return build_controlnet(
+        args.controlnet,
+        output=args.output,
+        name=_parse_name(args.name),
+        precision="fp16" if args.fp16 else "fp32",
+        sizes=args.size or (),
+        batch=batch,
+        backend=cli_plans.validation_backend(args.backend),
+        force=args.force,
+        revision=args.revision,
     )
 
 

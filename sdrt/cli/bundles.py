@@ -8,7 +8,7 @@ from typing import Any
 from sdrt.atomic_files import locked
 from sdrt.bundle import Bundle
 from sdrt.bundle.embedded import embedded_names, materialize
-from sdrt.bundle.manifest import MANIFEST, read_manifest
+from sdrt.bundle.manifest import CONTROLNET, MANIFEST, T2I_ADAPTER, read_manifest
 from sdrt.bundle.store import (
     bundle_name,
     bundles_folder,
@@ -16,6 +16,7 @@ from sdrt.bundle.store import (
     default_name,
     find_bundle,
     home,
+    is_control_bundle,
     set_default,
 )
 from sdrt.bundle.store import (
@@ -23,6 +24,8 @@ from sdrt.bundle.store import (
 )
 from sdrt.engine.plans import plans_folder
 from sdrt.errors import BundleError
+
+NET_TITLES = {CONTROLNET: "ControlNet", T2I_ADAPTER: "T2I-Adapter"}
 
 
 def describe_bundles() -> list[dict[str, Any]]:
@@ -46,6 +49,8 @@ def describe_bundles() -> list[dict[str, Any]]:
                 **row,
                 "source": manifest.source,
                 "precision": bundle.precision,
+                "control": manifest.control_net,
+                "family": manifest.family,
                 "sizes": [f"{width}x{height}" for width, height in manifest.sizes],
                 "bytes": bundle.bytes,
                 "error": None,
@@ -68,16 +73,22 @@ def list_bundles(args: argparse.Namespace) -> None:
         if row["error"]:
             print(f"{mark} {row['name']:{width}}  unreadable: {row['error']}")
             continue
-        size = f"{row['bytes'] / 1e6:,.0f} MB"
+        size, what = f"{row['bytes'] / 1e6:,.0f} MB", ", ".join(row["sizes"])
+        if row["control"]:
+            what = f"{NET_TITLES[row['control']]} for {row['family']}"
         print(
-            f"{mark} {row['name']:{width}}  {row['precision']}  {size:>10}  "
-            f"{', '.join(row['sizes'])}  {row['source']}"
+            f"{mark} {row['name']:{width}}  {row['precision']}  {size:>10}  {what}  {row['source']}"
         )
 
 
 def use(args: argparse.Namespace) -> None:
     """Set the default bundle."""
     folder = find_bundle(args.name)
+    if is_control_bundle(folder):
+        raise BundleError(
+            f"{args.name} is a control bundle, which makes no image alone",
+            hint=f"run `sdrt run PROMPT --control {args.name}=IMAGE`",
+        )
     set_default(folder.name if folder.parent == bundles_folder() else str(args.name))
     print(folder)
 

@@ -13,7 +13,6 @@ import numpy as np
 from sdrt.bundle import Bundle, open_bundle
 from sdrt.bundle.bundle import list_graphs
 from sdrt.bundle.integrity import check_files
-from sdrt.bundle.manifest import Manifest
 from sdrt.engine import (
     Candidate,
     Feeds,
@@ -22,16 +21,15 @@ from sdrt.engine import (
     parity,
     select_backend,
 )
-from sdrt.engine.axes import axis_lengths, spec_shape
 from sdrt.errors import BackendError, ParityError, SdrtError
 from sdrt.runtime import Pipeline, load_pipeline
 from sdrt.runtime.reference_outputs import (
     GUIDED_STEPS,
     PROMPT,
     ReferenceOutputs,
+    component_inputs,
     generate_reference_image,
     read_reference_outputs,
-    reference_inputs,
     take_samples,
 )
 
@@ -91,7 +89,12 @@ def _line(check: Check) -> str:
 
 
 def run_checks(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
-    """Check every component in every precision, the full pipeline, and reproducibility."""
+    """Check every component in every precision, the full pipeline, and reproducibility; of a
+    control bundle its component.
+    """
+    if (net := bundle.manifest.control_net) is not None:
+        yield _check_control_net(bundle, candidate, net)
+        return
     answers, size = read_reference_outputs(bundle), bundle.manifest.sizes[0]
     exact = replace(bundle, manifest=replace(bundle.manifest, admitted={}))
     with load_pipeline(exact, candidate) as pipe:
@@ -129,21 +132,28 @@ def run_checks(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
         yield Check(what, f"psnr {psnr:.1f} dB", f"at least {floor} dB", psnr >= floor)
 
 
+def _check_control_net(bundle: Bundle, candidate: Candidate, name: str) -> Check:
+    exact = replace(bundle, manifest=replace(bundle.manifest, admitted={}))
+    component, answers = bundle.manifest.components[name], read_reference_outputs(bundle)
+    assert candidate.load is not None
+    engine = candidate.load(exact, name)
+    try:
+        actual = engine(component_inputs(bundle.manifest, name))
+    finally:
+        engine.close()
+    reference = answers.components.get(name, {})
+    return _compare(f"{name}, {component.dtype}", actual, reference, component.dtype)
+
+
 def _check_component(pipe: Pipeline, name: str, answers: ReferenceOutputs) -> Check:
     part = name.removesuffix("_float32")
-    component, size = pipe.manifest.components[part], pipe.manifest.sizes[0]
+    component = pipe.manifest.components[part]
     tokenizer = pipe.tokenizer_2 if part == "text_encoder_2" else pipe.tokenizer
     ids = tokenizer(["", PROMPT]) if tokenizer else None
-    actual = pipe.engines[name](reference_inputs(_shapes(pipe.manifest, part), ids, size))
+    actual = pipe.engines[name](component_inputs(pipe.manifest, part, ids))
     dtype = component.dtype if name == part else f"{component.dtype} weights in float32"
     reference = answers.components.get(part, {})
     return _compare(f"{part}, {dtype}", actual, reference, component.dtype)
-
-
-def _shapes(manifest: Manifest, part: str) -> dict[str, tuple[int, ...]]:
-    """Of a component's inputs, for one image of the first size."""
-    lengths = axis_lengths(manifest, manifest.sizes[0])
-    return {spec.name: spec_shape(spec, lengths) for spec in manifest.components[part].inputs}
 
 
 def _compare(

@@ -30,6 +30,15 @@ def built(*arguments, **options) -> Path:
         return build_bundle(BuildPlan(*arguments, **options))
 
 
+def built_control(*arguments, **options) -> Path:
+    """The same with `build_control_bundle(ControlBuildPlan(...))`."""
+    from sdrt.export import validation
+    from sdrt.export.control_build import ControlBuildPlan, build_control_bundle
+
+    with mock.patch.object(validation, "export_graph", exported_once):
+        return build_control_bundle(ControlBuildPlan(*arguments, **options))
+
+
 def load_component(name: str, checkpoint):
     """One of a checkpoint's components as a torch module; name: such as `vae_decoder`."""
     from sdrt.export import modules

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdrt.engine.axes import spec_shape
 from sdrt.engine.torch.engine import TorchEngine
 
 MOVES = {torch.ops.aten.to, torch.ops.aten._to_copy}
@@ -39,7 +40,7 @@ def run_on_meta(name, graph, component, lengths):
     the device while it ran, after checking that the outputs are there.
     """
     engine = TorchEngine(name, graph, component, "meta")
-    shapes = {s.name: [lengths.get(axis, axis) for axis in s.shape] for s in component.inputs}
+    shapes = {spec.name: spec_shape(spec, lengths) for spec in component.inputs}
     fed = {
         s.name: torch.empty(shapes[s.name], dtype=getattr(torch, s.dtype), device="meta")
         for s in component.inputs
