@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sdrt.bundle.embedded import MODELS
 from sdrt.bundle.manifest import CONTROLNET, T2I_ADAPTER
 from sdrt.errors import CheckpointError
 
@@ -26,6 +27,7 @@ from .t2i_adapter import XL, T2IAdapter, T2IAdapterConfig, unfolded_weights
 from .weights import PICKLES, STEMS, TO_CONVERT, read_config, read_safetensors, weight_files
 
 SUFFIX = ".safetensors"
+EMBEDDED = "outline"  # the ControlNet of the embedded model
 KINDS = {"ControlNetModel": CONTROLNET, "T2IAdapter": T2I_ADAPTER}
 SD2_CONTEXT_WIDTH = 1024
 ADAPTER_DOWNSCALE = 8  # pixels along one side of a latent of the models that adapters are for
@@ -49,8 +51,8 @@ class ControlCheckpoint:
 
     @property
     def family(self) -> str:
-        """Of the models that it is for: Stable Diffusion 1.x, 2.x or XL."""
-        return f"Stable Diffusion {self._version}"
+        """Of the models that it is for: Stable Diffusion 1.x, 2.x or XL; or the embedded model."""
+        return "shapes" if self.source == EMBEDDED else f"Stable Diffusion {self._version}"
 
     @property
     def _version(self) -> str:
@@ -113,12 +115,14 @@ def find_control_checkpoint(where: str, revision: str | None = None) -> ControlC
     """The net behind a hub id, folder or file.
 
     Args:
-        where: What `sdrt build --controlnet` takes.
+        where: What `sdrt build --controlnet` takes, or the name of the embedded net.
         revision: A branch, tag or commit of a repository on the hub.
 
     Raises:
         CheckpointError: Nothing there, a pickle, no net, or one of a design that is not supported.
     """
+    if where == EMBEDDED:
+        return _read(MODELS / where, where, where)
     path = Path(where).expanduser()
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(f"{where} is a pickle, which is refused: {TO_CONVERT}")

@@ -33,6 +33,18 @@ def test_every_file_is_that_of_a_fresh_build(tmp_path):
     assert np.allclose([*expected.values()], [*actual.values()], rtol=1e-4, atol=1e-5)
 
 
+def test_the_controlnet_is_that_of_a_fresh_build(tmp_path):
+    from sdrt.export.control_build import ControlBuildPlan, build_control_bundle
+
+    embedded = open_bundle(materialize("outline", tmp_path))
+    built = open_bundle(
+        build_control_bundle(ControlBuildPlan("outline", tmp_path / "built", sizes=((64, 64),)))
+    )
+    exported = {name for name in built.manifest.files if name != REFERENCE_FILE}
+    assert exported and embedded.manifest.files.keys() == built.manifest.files.keys()
+    assert all(embedded.manifest.files[n] == built.manifest.files[n] for n in exported)
+
+
 def numbers(value, place=()):
     """The numbers in parsed JSON by where they are; text is its own place."""
     if isinstance(value, dict):

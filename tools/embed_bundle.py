@@ -33,7 +33,8 @@ def embed(bundle: Path, name: str) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(bundle, target, ignore=shutil.ignore_patterns(WEIGHTS, "plans"))
     constants = {}
-    for component, file in CHECKPOINT_FILES.items():
+    files = {part: file for part, file in CHECKPOINT_FILES.items() if (bundle / part).is_dir()}
+    for component, file in files.items():
         weights = bundle / component / WEIGHTS
         start = read_header(weights).start
         (target / component / HEADER).write_bytes(weights.read_bytes()[:start])

@@ -1,4 +1,5 @@
-"""The embedded model's bundle, which ships without its weights and gets them on first use.
+"""The bundles of the embedded model and of its ControlNet, which ship without their weights and get
+them on first use.
 
 - `models/<name>` is the checkpoint: float16 safetensors.
 - `models/<name>.bundle` has all files of the bundle but `model.safetensors`: graphs, manifest,
@@ -21,7 +22,7 @@ import numpy as np
 from sdrt.atomic_files import build_once
 from sdrt.errors import BundleError
 
-from .manifest import MANIFEST, TRANSPOSED, WEIGHTS, read_manifest
+from .manifest import CONTROLNET, MANIFEST, TRANSPOSED, WEIGHTS, read_manifest
 from .safetensors import DTYPES, Tensors, read_header
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -32,6 +33,7 @@ CHECKPOINT_FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "vae_decoder": "vae/diffusion_pytorch_model.safetensors",
     "vae_encoder": "vae/diffusion_pytorch_model.safetensors",
+    "controlnet": "diffusion_pytorch_model.safetensors",
 }
 MODULE_PREFIX = "model."  # of the text encoder's tensors in a bundle
 PADDING = "__pad."
@@ -39,6 +41,15 @@ PADDING = "__pad."
 
 def embedded_names() -> list[str]:
     """The models whose bundles ship with the package."""
+    return [name for name in _shipped() if name not in embedded_control_names()]
+
+
+def embedded_control_names() -> list[str]:
+    """The control bundles that ship with the package, for its models."""
+    return [name for name in _shipped() if (MODELS / f"{name}.bundle" / CONTROLNET).is_dir()]
+
+
+def _shipped() -> list[str]:
     return sorted(path.parent.stem for path in MODELS.glob(f"*.bundle/{MANIFEST}"))
 
 

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from sdrt.bundle import open_bundle
-from sdrt.bundle.embedded import MODELS, embedded_folder, embedded_names, materialize
+from sdrt.bundle.embedded import (
+    MODELS,
+    embedded_control_names,
+    embedded_folder,
+    embedded_names,
+    materialize,
+)
 from sdrt.bundle.integrity import hash_file
 from sdrt.bundle.manifest import WEIGHTS
 from sdrt.bundle.store import find_bundle, list_bundles
@@ -150,6 +156,14 @@ def test_inspecting_without_any_bundle_shows_the_embedded_one(place, capsys):
 
 
 def test_what_ships_is_small():
-    assert embedded_names() == ["shapes"]
-    files = [path for path in (MODELS / "shapes.bundle").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 1_000_000
+    assert embedded_names() == ["shapes"] and embedded_control_names() == ["outline"]
+    for folder, limit in (("shapes.bundle", 1e6), ("outline.bundle", 1e5), ("outline", 3e6)):
+        files = [path for path in (MODELS / folder).rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) < limit
+
+
+def test_the_embedded_control_bundle_is_no_model(place):
+    folder = find_bundle("outline")
+    assert open_bundle(folder).manifest.control_net == "controlnet"
+    assert find_bundle(None) == find_bundle("shapes") != folder
+    assert set(list_bundles()) == {folder, find_bundle("shapes")}
