@@ -79,6 +79,9 @@ def write_checkpoint(folder: Path, divisor: int = 1) -> None:
     shutil.copytree(shapes / "tokenizer", folder / "tokenizer")
     said = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
     write_json(folder / "tokenizer" / "tokenizer_config.json", {**said, "model_max_length": 77})
+    words = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+    unused = {f"<{number}>": number for number in range(len(words), TEXT["vocab_size"])}
+    write_json(folder / "tokenizer" / "vocab.json", {**words, **unused})
     index: dict[str, Any] = {name: [library_of(kind), kind] for name, kind in PARTS.items()}
     index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
     index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
