@@ -49,6 +49,31 @@ def fetched(repository: str, parts: Sequence[str] = PARTS, revision: str | None 
         return Path(snapshot_download(repository, revision=revision, allow_patterns=names))
 
 
+def fetch_single_file(repository: str, revision: str | None = None) -> Path:
+    """The only safetensors file of a repository.
+
+    Raises:
+        CheckpointError: As `fetched`; also where there are several.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    with _in_words(repository, revision):
+        offline = constants.HF_HUB_OFFLINE
+        names = () if offline else _sizes(repository, revision)
+        folder = Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=[name for name in names if name.endswith(".safetensors")],
+                local_files_only=not names,
+            )
+        )
+        files = sorted(folder.rglob("*.safetensors"))
+        if len(files) != 1:
+            raise CheckpointError(f"it has {len(files)} .safetensors files; expected one")
+        return files[0]
+
+
 def _sizes(repository: str, revision: str | None) -> dict[str, int]:
     """Bytes of every file of a repository by name; none if the hub cannot be reached."""
     from huggingface_hub import HfApi

@@ -30,7 +30,7 @@ from .lora.tags import check_untagged
 from .options import DEFAULTS, GenerationOptions
 from .requests import Request
 from .text.conditioning import group_by_length
-from .upscaling import LatentUpscaler, find_upscaler
+from .upscaling import LatentUpscaler, Upscalers
 
 Size = tuple[int, int]
 
@@ -42,6 +42,8 @@ class Stages(Protocol):
     def manifest(self) -> Manifest: ...
     @property
     def engines(self) -> Mapping[str, Engine]: ...
+    @property
+    def upscalers(self) -> Upscalers: ...
     @property
     def in_channels(self) -> int: ...
     def find_scheduler(self, name: str) -> Mapping[str, Any]: ...
@@ -107,7 +109,7 @@ def build_hires_pass(stages: Stages, job: GenerationJob) -> HiresPass:
     """
     options = job.options
     upscaled, size = parse_hires_sizes(options, job.size, stages.manifest)
-    upscaler = find_upscaler(options.hires_upscaler)
+    upscaler = stages.upscalers.find(options.hires_upscaler)
     if not isinstance(upscaler, LatentUpscaler) and "vae_encoder" not in stages.manifest.components:
         raise UsageError(
             f"hires_upscaler {options.hires_upscaler} encodes an image, and this bundle has no "

@@ -23,6 +23,7 @@ from .lora.adapters import Adapters
 from .opening import open_concurrently
 from .pipeline import Pipeline
 from .text.tokenizer import Tokenizer
+from .upscaling import Upscalers
 
 EMBEDDING = "token_embedding.weight"
 EAGER = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "safety_checker")
@@ -85,6 +86,7 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False
         bundle_config=config,
         precision=precision,
         memory_estimator=MemoryEstimator(bundle, candidate.gpu, candidate.title, resident_bytes()),
+        upscalers=Upscalers(load),
     )
 
 

@@ -271,6 +271,7 @@ class Pipeline(PipelineStages):
         with self.leases.change("close", closing=True):
             for engine in self.engines.values():
                 engine.close()
+            self.upscalers.close()
 
     def __enter__(self) -> "Pipeline":
         return self

@@ -57,6 +57,7 @@ from .text.conditioning import (
     tokenize_requests,
 )
 from .text.tokenizer import Tokenizer
+from .upscaling import Upscalers
 from .vae import Tiling, decode_latents, encode_pixels
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class PipelineStages:
         memory_estimator: Whether a size has room; None is not checked.
         leases: Of the calls that run.
         precision: That the backend computes in, where it is not the bundle's.
+        upscalers: Of second passes.
     """
 
     manifest: Manifest
@@ -95,6 +97,7 @@ class PipelineStages:
     memory_estimator: MemoryEstimator | None = field(default=None, repr=False, compare=False)
     leases: Leases = field(default_factory=Leases, repr=False, compare=False)
     precision: str = ""
+    upscalers: Upscalers = field(default_factory=Upscalers, repr=False, compare=False)
 
     # Validate
 

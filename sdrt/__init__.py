@@ -32,7 +32,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .engine import LoadOptions
-    from .library import BundleInfo, build, bundles
+    from .library import BundleInfo, build, build_upscaler, bundles
     from .runtime import (
         ArrayOutput,
         GenerationKwargs,
@@ -50,12 +50,15 @@ if TYPE_CHECKING:
         RequestHandle,
         RequestRejected,
     )
+    from .upscaler import upscale
 
 __all__ = [  # noqa: RUF022 (what a reader needs first)
     "load",
     "Pipeline",
     "build",
+    "build_upscaler",
     "bundles",
+    "upscale",
     "BundleInfo",
     "GenerationOptions",
     "GenerationKwargs",
@@ -93,7 +96,8 @@ _LAZY = {
         ),
         "sdrt.runtime",
     ),
-    **dict.fromkeys(("BundleInfo", "build", "bundles"), "sdrt.library"),
+    **dict.fromkeys(("BundleInfo", "build", "build_upscaler", "bundles"), "sdrt.library"),
+    "upscale": "sdrt.upscaler",
     "InflightBatcher": "sdrt.runtime.batching.engine",
     **dict.fromkeys(
         ("GeneratedImage", "RequestCancelled", "RequestHandle", "RequestRejected"),
@@ -154,6 +158,7 @@ def load(
     from dataclasses import replace
 
     from .bundle import open_bundle
+    from .bundle.bundle import check_makes_images
     from .engine import PRECISIONS, LoadOptions
     from .progress import log_progress
     from .runtime.parsing import (
@@ -175,6 +180,7 @@ def load(
         raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
     with log_progress(lambda: "checking the bundle's files"):
         opened = open_bundle(bundle)
+    check_makes_images(opened)
     if precision == "exact":
         opened = replace(opened, manifest=replace(opened.manifest, admitted={}))
     return _load_on_backend(opened, backend, LoadOptions(index, stream, *flags.values()), kind)

@@ -169,6 +169,45 @@ def build_controlnet(
     return open_bundle(build_control_bundle(plan))
 
 
+def build_upscaler(
+    upscaler: str,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    precision: str = "fp32",
+    backend: str = "auto",
+    force: bool = False,
+    revision: str | None = None,
+) -> Bundle:
+    """Build an upscaler's bundle from ESRGAN weights, as `sdrt build --upscaler` does.
+
+    Args:
+        upscaler: A `.safetensors` file, a folder with one, or a Hub id.
+        output: The bundle's folder; by default one in `$SDRT_HOME/bundles`.
+        name: The bundle's name; by default the file's.
+        precision: `fp32` or `fp16`.
+        backend: The backend that validates the bundle.
+        force: Whether to replace a bundle that exists.
+        revision: Branch, tag or commit of a repository on the Hub.
+
+    Raises:
+        UsageError: An argument is out of range.
+        CheckpointError: The weights cannot be found, read or understood.
+        ParityError: The network differs too much from torch; nothing is published.
+        BundleError: The folder exists already.
+        SdrtError: A package that builds need is not installed.
+    """
+    _check_precision(precision)
+    try:
+        from .export.upscaler_build import UpscalerBuildPlan, build_upscaler_bundle
+    except ImportError as error:
+        raise _lacking(error) from error
+    folder = None if output is None else Path(output)
+    dtype = PRECISIONS[precision]
+    plan = UpscalerBuildPlan(upscaler, folder, name, dtype, backend, force, revision)
+    return open_bundle(build_upscaler_bundle(plan))
+
+
 def _check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
@@ -192,7 +231,7 @@ def bundles() -> list[BundleInfo]:
             manifest = read_manifest(folder)
         except BundleError:
             continue
-        if manifest.control_net is None:
+        if "unet" in manifest.components:
             described.append(_describe(folder, manifest))
     return described
 

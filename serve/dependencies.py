@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from .settings import Settings
 log = logging.getLogger("sdrt.serve")
 
 T = TypeVar("T")
+UPSCALER_NAME = re.compile(r"([^\W_][\w. ()-]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,9 @@ class ServerContext:
 
     def _check_work(self, request: EngineRequest) -> None:
         """Raise ApiError 400 for an unsupported size or for more work than one request may need."""
+        upscaler = request.options.get("hires_upscaler") or ""
+        if not UPSCALER_NAME.fullmatch(upscaler):  # a client names no folder of this machine
+            raise ApiError(400, f"unknown upscaler {upscaler!r}", "hires_upscaler", "invalid_value")
         width, height = parse_size(normalize_size(request.size))
         multiple = request.model.pipe.manifest.multiple
         if request.size not in request.model.sizes and (width % multiple or height % multiple):

@@ -193,6 +193,7 @@ OPERATIONS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Gemm": _linear,
     "GroupNormalization": _group_norm,
     "LayerNormalization": _layer_norm,
+    "LeakyRelu": lambda x, a: F.leaky_relu(x[0], a.get("alpha", 0.01)),
     "MatMul": lambda x, _: x[0] @ x[1],
     "Mul": lambda x, _: x[0] * x[1],
     "Range": _range,

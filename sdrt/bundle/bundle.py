@@ -22,6 +22,7 @@ from .manifest import (
     SHALLOW,
     SHALLOW_GRAPH,
     SMALL_FILES,
+    UPSCALER,
     WEIGHTS,
     Component,
     Manifest,
@@ -90,7 +91,13 @@ def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
 
 
 def check_makes_images(bundle: Bundle) -> None:
-    """Raise BundleError for a control bundle, which serves those of models."""
+    """Raise BundleError for a control bundle or an upscaler, which serve those of models."""
+    if UPSCALER in bundle.manifest.components:
+        name = bundle.manifest.name
+        raise BundleError(
+            f"{name} is an upscaler, which makes no image alone",
+            hint=f"run `sdrt upscale IMAGE --upscaler {name}`",
+        )
     if bundle.manifest.control_net is not None:
         name = bundle.manifest.name
         raise BundleError(

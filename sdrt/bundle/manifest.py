@@ -37,10 +37,12 @@ ADAPTER_STATE = "adapter_state"
 CONTROLNET, T2I_ADAPTER = "controlnet", "t2i_adapter"
 CONTROL_NETS = (CONTROLNET, T2I_ADAPTER)
 CONTROL_IMAGE = "control_image"  # what they read, [rows, 3, H, W] in 0..1
+UPSCALER = "upscaler"  # the only component of an upscaler's bundle
 COMPONENTS = (
     *("text_encoder", "text_encoder_2", "unet", SHALLOW, CONTROL, "vae_decoder", "vae_encoder"),
     "safety_checker",
     *CONTROL_NETS,
+    UPSCALER,
 )
 DTYPES = ("float32", "float16", "int64", "int32")
 MAX_FILES = 1000

@@ -34,7 +34,7 @@ OPERATORS = {
     *("Expand", "Gather", "GatherND", "Gelu", "Gemm", "GroupNormalization", "LayerNormalization"),
     *("MatMul", "Mul", "Range", "ReduceL2", "Relu", "Reshape", "Resize", "Shape", "Sigmoid", "Sin"),
     *("Softmax", "Split", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze"),
-    *("AveragePool", "ReduceMean"),
+    *("AveragePool", "LeakyRelu", "ReduceMean"),
 }
 # For each message its fields: the wire type, and whether the field may come more than once.
 Fields = Mapping[int, tuple[int, bool]]

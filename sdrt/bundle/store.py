@@ -12,7 +12,7 @@ from sdrt.atomic_files import locked, restore_backup, sibling, write_atomic
 from sdrt.errors import BundleError
 
 from .embedded import embedded_control_names, embedded_folder, embedded_names, materialize
-from .manifest import CONTROL_NETS, MANIFEST
+from .manifest import CONTROL_NETS, MANIFEST, UPSCALER
 
 
 def home() -> Path:
@@ -42,6 +42,11 @@ def list_bundles() -> list[Path]:
 def is_control_bundle(folder: Path) -> bool:
     """Whether a bundle's folder holds a ControlNet or T2I-Adapter, which makes no image alone."""
     return any((folder / name).is_dir() for name in CONTROL_NETS)
+
+
+def generates_images(folder: Path) -> bool:
+    """Whether a bundle's folder holds a model, not a net or an upscaler that others use."""
+    return not is_control_bundle(folder) and not (folder / UPSCALER).is_dir()
 
 
 def bundle_name(folder: Path) -> str:
@@ -106,7 +111,7 @@ def _find_default() -> Path:
     built = [
         folder
         for folder in list_bundles()
-        if folder.parent == bundles_folder() and not is_control_bundle(folder)
+        if folder.parent == bundles_folder() and generates_images(folder)
     ]
     if len(built) > 1:
         names = ", ".join(sorted(bundle_name(folder) for folder in built))

@@ -37,6 +37,11 @@ def add_build(to: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--bundle", metavar="NAME|FOLDER", help="build only the plans of an existing bundle"
     )
+    source.add_argument(
+        "--upscaler",
+        metavar="ID|FOLDER|FILE",
+        help="ESRGAN weights for `sdrt upscale` and `sdrt run --hires-upscaler`: their own bundle",
+    )
     to.add_argument("--revision", metavar="NAME", help="a Hub model's branch, tag or commit")
     _add_output(to)
     _add_parts(to)
@@ -135,6 +140,9 @@ def build(args: argparse.Namespace) -> None:
     """`sdrt build`: prints the bundle's folder."""
     from sdrt.bundle import open_bundle
 
+    if args.upscaler:
+        print(_build_upscaler(args).folder)
+        return
     kind = cli_plans.plan_kind(args)
     if args.bundle:
         bundle = open_bundle(args.bundle)
@@ -143,6 +151,21 @@ def build(args: argparse.Namespace) -> None:
     if kind:
         cli_plans.build_plans(bundle, kind, args)
     print(bundle.folder)
+
+
+def _build_upscaler(args: argparse.Namespace) -> "Bundle":
+    from sdrt.library import build_upscaler
+
+    _refuse_model_options(args, "--upscaler")
+    return build_upscaler(
+        args.upscaler,
+        output=args.output,
+        name=_parse_name(args.name),
+        precision="fp16" if args.fp16 else "fp32",
+        backend=cli_plans.validation_backend(args.backend),
+        force=args.force,
+        revision=args.revision,
+    )
 
 
 def _build_bundle(args: argparse.Namespace) -> "Bundle":
@@ -178,15 +201,19 @@ MODEL_OPTIONS = (
 )
 
 
-def _build_control_bundle(args: argparse.Namespace) -> "Bundle":
-    """Build a control bundle from a ControlNet or T2I-Adapter."""
-    from sdrt.library import build_controlnet
-
+def _refuse_model_options(args: argparse.Namespace, source: str) -> None:
     for name in MODEL_OPTIONS:
         value = getattr(args, name)
         if value is not None and value is not False and value != []:
             option = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{option} is an option of models, not of --controlnet")
+            raise UsageError(f"{option} is an option of models, not of {source}")
+
+
+def _build_control_bundle(args: argparse.Namespace) -> "Bundle":
+    """Build a control bundle from a ControlNet or T2I-Adapter."""
+    from sdrt.library import build_controlnet
+
+    _refuse_model_options(args, "--controlnet")
     batch = _parse_batch(args.batch)
     if batch is None:
         raise UsageError("--batch auto with --controlnet", hint="for example --batch 1:1:4")

@@ -15,6 +15,7 @@ from sdrt.bundle.store import (
     clear_default,
     default_name,
     find_bundle,
+    generates_images,
     home,
     is_control_bundle,
     set_default,
@@ -76,6 +77,8 @@ def list_bundles(args: argparse.Namespace) -> None:
         size, what = f"{row['bytes'] / 1e6:,.0f} MB", ", ".join(row["sizes"])
         if row["control"]:
             what = f"{NET_TITLES[row['control']]} for {row['family']}"
+        elif row["family"]:
+            what = row["family"]
         print(
             f"{mark} {row['name']:{width}}  {row['precision']}  {size:>10}  {what}  {row['source']}"
         )
@@ -88,6 +91,11 @@ def use(args: argparse.Namespace) -> None:
         raise BundleError(
             f"{args.name} is a control bundle, which makes no image alone",
             hint=f"run `sdrt run PROMPT --control {args.name}=IMAGE`",
+        )
+    if not generates_images(folder):
+        raise BundleError(
+            f"{args.name} is an upscaler, which makes no image alone",
+            hint=f"run `sdrt upscale IMAGE --upscaler {args.name}`",
         )
     set_default(folder.name if folder.parent == bundles_folder() else str(args.name))
     print(folder)

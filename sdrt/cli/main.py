@@ -32,6 +32,7 @@ from .arguments import (
 from .build import add_build, build
 from .parser import CommandParser
 from .terminal import LogFormatter, LogHandler, report_error
+from .upscale import add_upscale, upscale
 
 EXAMPLES = """examples:
   sdrt run "a red circle on a blue background" --seed 0
@@ -84,6 +85,13 @@ def commands() -> tuple[Command, ...]:
                 "--model model.safetensors --lora style.safetensors:0.8 --name styled",
                 "--bundle stable-diffusion-v1-5-fp16 --backend tensorrt-rtx --target sm_89",
             ),
+        ),
+        Command(
+            "upscale",
+            "enlarge images",
+            upscale,
+            add_upscale,
+            ("photo.png --scale 2", "*.png --upscaler RealESRGAN_x4plus --output large"),
         ),
         Command("list", "list the bundles", list_bundles, add_json, ("", "--json")),
         Command("use", "set the default bundle", use, add_name, ("stable-diffusion-v1-5-fp16",)),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sdrt.bundle import Bundle, open_bundle
-from sdrt.bundle.bundle import list_graphs
+from sdrt.bundle.bundle import check_makes_images, list_graphs
 from sdrt.bundle.integrity import check_files
 from sdrt.engine import (
     Candidate,
@@ -95,6 +95,7 @@ def run_checks(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
     if (net := bundle.manifest.control_net) is not None:
         yield _check_control_net(bundle, candidate, net)
         return
+    check_makes_images(bundle)
     answers, size = read_reference_outputs(bundle), bundle.manifest.sizes[0]
     exact = replace(bundle, manifest=replace(bundle.manifest, admitted={}))
     with load_pipeline(exact, candidate) as pipe:

@@ -126,6 +126,8 @@ def test_a_second_pass_may_ask_for_a_size(http):
     ("field", "value"),
     [
         ("hr_upscaler", "4x-Nothing"),
+        ("hr_upscaler", "/tmp/folder"),
+        ("hr_upscaler", "../folder"),
         ("hr_scale", 0.5),
         ("hr_scale", "x"),
         ("hr_sampler_name", "nonsense"),
