@@ -68,6 +68,11 @@ def check_hires(options: Any, defaults: Mapping[str, Any]) -> None:
                 f"{name} with a hires pass, which is for runs from noise with a sampler's own grid",
                 hint="leave out one of them",
             )
+    if getattr(options, "control_image", None) is not None:
+        raise UsageError(
+            "control_image with a hires pass is unsupported: it would steer the first pass alone",
+            hint="pass the first image as image=... with the same control_image",
+        )
     for name in ("prompt", "negative_prompt"):
         embeds = getattr(options, f"{name}_embeds")
         if getattr(options, f"hires_{name}") is not None and embeds is not None:

@@ -1,5 +1,7 @@
 """A second pass at a higher resolution against diffusers, alone and in flight."""
 
+from types import SimpleNamespace
+
 import diffusers
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ import sdrt
 from sdrt.errors import UsageError
 from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.batching.request import RequestCancelled
+from sdrt.runtime.hires_options import check_hires
 from sdrt.runtime.images import parse_parameters
+from sdrt.runtime.options import DEFAULTS
 from sdrt.runtime.upscaling import LATENT_UPSCALERS
 from sdrt.runtime.vae import encode_pixels
 
@@ -268,3 +272,9 @@ def test_every_latent_upscaler_is_one_of_a1111():
     titles = {upscaler.title: (upscaler.mode, upscaler.antialias) for upscaler in LATENT_UPSCALERS}
     assert MODES.items() <= titles.items()
     assert len(titles) == 6
+
+
+def test_a_control_image_is_refused():
+    options = dict(DEFAULTS) | {"hires_scale": 2.0, "control_image": object()}
+    with pytest.raises(UsageError, match="control_image with a hires pass"):
+        check_hires(SimpleNamespace(**options), DEFAULTS)
