@@ -168,3 +168,25 @@ def test_a_second_pass_enlarges_by_a_bundle(tiny_upscaler, shapes):
             np.testing.assert_array_equal(handle.future.result(60).image, output.images[0])
     assert np.asarray(enlarged).std() > 0 and output.images[0] != lanczos
     assert parse_parameters(output.parameters[0])["Hires upscaler"] == name
+
+
+@pytest.mark.build
+def test_half_precision_and_pixels_in_channels(tmp_path):
+    from sdrt.export.esrgan import RrdbConfig, RrdbNet
+
+    torch.manual_seed(0)
+    net = RrdbNet(RrdbConfig(8, 4, 1, 2, shuffle=2))
+    net.conv_last.weight.data *= 0.1
+    net.conv_last.bias.data += 0.5
+    save_file(net.state_dict(), tmp_path / "tiny-x2.safetensors")
+    bundle = sdrt.build_upscaler(
+        str(tmp_path / "tiny-x2.safetensors"), output=tmp_path / "bundle", precision="fp16"
+    )
+    assert bundle.manifest.components["upscaler"].dtype == "float16"
+    image = noise_image(61, 40)  # padded by a pixel, as 61 is odd
+    with torch.no_grad():
+        padded = np.pad(np.asarray(image, np.float32) / 255.0, ((0, 0), (0, 1), (0, 0)), "edge")
+        expected = net(torch.from_numpy(padded.transpose(2, 0, 1)[None]))[0, :, :, :122]
+    result = sdrt.upscale(image, str(bundle.folder), 2.0, backend="onnxruntime")
+    difference = np.asarray(result) / 255.0 - expected.clamp(0, 1).permute(1, 2, 0).numpy()
+    assert result.size == (122, 80) and 10 * np.log10(1.0 / np.mean(difference**2)) >= 35
