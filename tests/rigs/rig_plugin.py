@@ -28,9 +28,12 @@ def load() -> None:
     known = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = ":".join(filter(None, [*map(str, paths), known]))
     rig = driver_rig.load_rig()
+    import kernel_plan
+
     from sdrt.engine.cuda.kernels import kernel_source
 
-    for source in (*map(kernel_source, ("float32", "float16")), driver_rig.FAULT):
+    own = map(kernel_source, ("float32", "float16"))
+    for source in (*own, *kernel_plan.sources(), driver_rig.FAULT):
         driver_rig.add_kernels(rig.kernels, source)
 
 

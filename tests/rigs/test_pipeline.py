@@ -255,6 +255,8 @@ def test_every_error_that_loses_the_context_is_final(bundle, rig, code):
         for _ in range(2):
             with pytest.raises(DeviceLostError, match="restart the process"):
                 generate(pipe)
+        with pytest.raises(DeviceLostError):
+            sdrt.load(bundle)  # neither while its plans are loaded
         pipe.close()
         with pytest.raises(DeviceLostError):
             sdrt.load(bundle)

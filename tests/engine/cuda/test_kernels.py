@@ -13,14 +13,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from PIL import Image
+from sampling_states import create_states, evaluate
 
 from sdrt.engine import SamplingResult
 from sdrt.errors import BackendError, UsageError
-from sdrt.runtime.conditioning_schedule import build_constant_schedule
-from sdrt.runtime.denoising import DenoisingState, Guidance, denoise, get_history_layout
+from sdrt.runtime.denoising import denoise
 from sdrt.runtime.images import images_from_decoded
-from sdrt.runtime.samplers.registry import config_from_name
-from sdrt.runtime.samplers.table import sampler_table
 from sdrt.runtime.sampling_program import build_sampling_program, run_sampling_program
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
@@ -187,39 +185,6 @@ def pixels_by_kernel(launch, image, dtype, bad):
     return pixels, bad
 
 
-def model(feeds):
-    """A stand-in for a network: every row of its own, from all of its inputs."""
-    sample = feeds["sample"]
-    shift = (
-        feeds["timestep"][:, None, None, None] / 1000
-        + feeds["context"].mean((1, 2))[:, None, None, None]
-    )
-    return {"output": np.tanh(sample[:, :4] * 0.3 + shift + 0.1 * sample[:, 4:].sum(1)[:, None])}
-
-
-def runs_of(scheduler, scales, num_images, extra_channels=0, clip=False):
-    config = config_from_name(scheduler, {"_class_name": "DDIMScheduler", "clip_sample": clip})
-    table = sampler_table(config, len(scales))
-    scales = np.resize(scales, table.evaluations)
-    guidance, rng = Guidance(scales), np.random.default_rng(0)
-    plan = get_history_layout(table, guidance)
-    shape = (4, 6, 5)
-    guided = 2 if (scales != 1.0).any() else 1
-    return [
-        DenoisingState(
-            table,
-            guidance,
-            plan,
-            [rng.normal(size=shape).astype(np.float32) for _ in range(1 + table.num_noises)],
-            build_constant_schedule(
-                {"context": rng.normal(size=(guided, 7, 3)).astype(np.float32)}
-            ),
-            rng.normal(size=(extra_channels, *shape[1:])).astype(np.float32),
-        )
-        for _ in range(num_images)
-    ]
-
-
 @pytest.mark.parametrize(
     ("scheduler", "scales", "num_images", "extra_channels"),
     [
@@ -235,26 +200,26 @@ def test_a_program_run_by_the_kernels_equals_the_loop(
     kernel, scheduler, scales, num_images, extra_channels
 ):
     arguments = scheduler, scales, num_images, extra_channels
-    *_, last = denoise({"unet": model}, runs_of(*arguments))
-    engines = {"unet": Emulated(kernel, model)}
-    actual = run_sampling_program(engines, runs_of(*arguments), decode=False).latents
+    *_, last = denoise({"unet": evaluate}, create_states(*arguments))
+    engines = {"unet": Emulated(kernel, evaluate)}
+    actual = run_sampling_program(engines, create_states(*arguments), decode=False).latents
     error = np.abs(actual - last.latents).max() / np.abs(last.latents).max()
     assert error < (2e-2 if kernel[1] == "float16" else 1e-5)
 
 
 def test_runs_that_are_not_linear_or_have_begun_are_no_program():
-    runs = runs_of("DDIMScheduler", [7.5] * 3, 2)
+    runs = create_states("DDIMScheduler", [7.5] * 3, 2)
     assert build_sampling_program(runs) is not None
-    other = runs_of("DDIMScheduler", [7.5] * 3, 1)
+    other = create_states("DDIMScheduler", [7.5] * 3, 1)
     assert build_sampling_program([*runs, *other]) is None
-    rescaled = runs_of("DDIMScheduler", [7.5] * 3, 1)
+    rescaled = create_states("DDIMScheduler", [7.5] * 3, 1)
     rescaled[0].guidance = replace(rescaled[0].guidance, rescale=0.7)
     assert build_sampling_program(rescaled) is None
-    assert build_sampling_program(runs_of("DDIMScheduler", [7.5] * 3, 1, clip=True)) is None
-    next(iter(denoise({"unet": model}, runs)))
+    assert build_sampling_program(create_states("DDIMScheduler", [7.5] * 3, 1, clip=True)) is None
+    next(iter(denoise({"unet": evaluate}, runs)))
     assert build_sampling_program(runs) is None
-    runs = runs_of("DDIMScheduler", [7.5] * 3, 1)
-    assert run_sampling_program({"unet": model}, runs, decode=True) is None
+    runs = create_states("DDIMScheduler", [7.5] * 3, 1)
+    assert run_sampling_program({"unet": evaluate}, runs, decode=True) is None
 
 
 def test_pixels_equal_those_of_the_host_bit_for_bit(kernel):

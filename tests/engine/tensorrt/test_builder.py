@@ -78,7 +78,7 @@ def attentions(network):
 
 def build(folder, component, graph, profile, targets=("sm_89",)):
     marks = {"level": 3, "workspace": 0, "stripped": False, "graph": "", "weights": ""}
-    key = PlanKey(component, RTX, "1", targets, "", "", (profile,), **marks)
+    key = PlanKey(component, RTX, "1", targets, "", "", (profile,), **marks, user_allocation=True)
     return tensorrt_builder.build_plan(key, graph, folder / "plan")
 
 
@@ -129,6 +129,27 @@ def test_unets_are_tensorrt_graphs(kind, tmp_path):
 def test_every_family_of_unets_is_tensorrt_graphs(family, tmp_path):
     config = UnetConfig.from_json({**THREE, **FAMILIES[family]})
     parsed(exported(tmp_path, "unet", Unet(config), unet_inputs(config)))
+
+
+def profile_of(inputs, rows=(1, 2, 8)):
+    """Of a UNet, in which rows alone vary."""
+    return {
+        name: tuple((count, *value.shape[1:]) for count in rows) for name, value in inputs.items()
+    }
+
+
+@pytest.mark.trt
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[pytest.mark.slow] * (f != "1.x")) for f in FAMILIES],
+)
+def test_every_family_of_unets_builds_for_cuda_graphs(family, tmp_path):
+    """TensorRT refuses a graph here that could not be captured."""
+    config = UnetConfig.from_json({**THREE, **FAMILIES[family]})
+    inputs = unet_inputs(config)
+    graph = exported(tmp_path, "unet", Unet(config), inputs)
+    build(tmp_path, "unet", graph, profile_of(inputs))
+    assert (tmp_path / "plan").stat().st_size > 10_000
 
 
 @pytest.mark.trt
