@@ -4,7 +4,7 @@ evaluations.
 Knows conditioning and initial states; not engines.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ from .denoising import DenoisingState, LatentEdit, get_history_layout
 from .initial_latents import ImageInputs, InitialState
 from .job import GenerationJob
 from .parsing import invalid_argument, parse_array
+from .prompt_timeline import PromptTimeline
 from .requests import Request
 
 
@@ -29,21 +30,39 @@ class Batch:
         conditioning: Of each image, what the UNet reads besides latents and timestep.
         initial_states: Of each image.
         image_inputs: The call's, which all of them share.
+        timeline: The first one's; the others share its `GenerationJob.get_run_key`.
     """
 
     requests: Sequence[Request]
     conditioning: Sequence[ConditioningSchedule]
     initial_states: Sequence[InitialState]
     image_inputs: ImageInputs
+    timeline: PromptTimeline
+
+
+def group_alike(
+    conditioning: Mapping[Request, ConditioningSchedule],
+    max_size: int,
+    get_key: Callable[[Request], Hashable],
+) -> Iterator[list[Request]]:
+    """Images whose contexts have one length and whose runs have one key, at most `max_size`
+    together, the shortest first.
+    """
+    groups: dict[tuple[int, Hashable], list[Request]] = {}
+    for request, schedule in conditioning.items():
+        length = next(iter(schedule.inputs.values())).shape[1] if schedule.inputs else 0
+        groups.setdefault((length, get_key(request)), []).append(request)
+    for _, group in sorted(groups.items(), key=lambda item: item[0][0]):
+        for i in range(0, len(group), max_size):
+            yield group[i : i + max_size]
 
 
 def build_states(batch: Batch, job: GenerationJob) -> list[DenoisingState]:
     """The states of a batch, at their beginning."""
-    layout = get_history_layout(job.table, job.guidance)
+    table, guidance = job.get_table(batch.timeline), job.get_guidance(batch.timeline)
+    layout = get_history_layout(table, guidance)
     return [
-        DenoisingState(
-            job.table, job.guidance, layout, start.columns, conditioning, start.extra_channels
-        )
+        DenoisingState(table, guidance, layout, start.columns, conditioning, start.extra_channels)
         for conditioning, start in zip(batch.conditioning, batch.initial_states, strict=True)
     ]
 

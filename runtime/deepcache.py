@@ -16,22 +16,27 @@ from sdrt.errors import UsageError
 from .samplers.table import SamplerTable
 
 
-def with_feature_reuse(table: SamplerTable, every: int, rows: Sequence[int]) -> SamplerTable:
+def with_feature_reuse(
+    table: SamplerTable, every: int, rows: Sequence[int], changes: Sequence[bool] = ()
+) -> SamplerTable:
     """A table whose evaluations are full at the paper's uniform schedule.
 
     An evaluation with more rows than the previous one is full too, since those have no feature yet,
-    and the count starts again.
+    and so is one that reads another prompt, whose feature would be the old one's. The count then
+    starts again.
 
     Args:
         table: Of full evaluations.
         every: One of so many evaluations is full.
         rows: [N], rows of the model's batch in each evaluation.
+        changes: [N], whether an evaluation reads another prompt than the one before; by default
+            none does.
     """
     full = np.ones(len(rows), bool)
     since = 0
     for k in range(1, len(rows)):
         since += 1
-        full[k] = since == every or rows[k] > rows[k - 1]
+        full[k] = since == every or rows[k] > rows[k - 1] or (bool(changes) and changes[k])
         since = 0 if full[k] else since
     return replace(table, full_evaluations=full)
 

@@ -19,7 +19,7 @@ from sdrt.bundle.manifest import Manifest
 from sdrt.engine import Engine
 from sdrt.errors import SdrtError, UsageError
 
-from .batch import Batch, build_latent_edit, build_states
+from .batch import Batch, build_latent_edit, build_states, group_alike
 from .conditioning_schedule import ConditioningSchedule
 from .denoising import DenoisingState, LatentEdit, Step, denoise
 from .hires_options import HIRES_PARSERS, MAX_HIRES_STEPS
@@ -28,8 +28,8 @@ from .initial_latents import LatentDistribution, build_initial_state, encode_ima
 from .job import GenerationJob, HiresPass
 from .lora.tags import check_untagged
 from .options import DEFAULTS, GenerationOptions
+from .prompt_timeline import PromptTimeline
 from .requests import Request
-from .text.conditioning import group_by_length
 from .upscaling import LatentUpscaler, Upscalers
 
 Size = tuple[int, int]
@@ -56,7 +56,11 @@ class Stages(Protocol):
         skipped_steps: int | None = None,
     ) -> GenerationJob: ...
     def encode_conditioning(
-        self, requests: Sequence[Request], options: GenerationOptions, size: Size
+        self,
+        requests: Sequence[Request],
+        timelines: Sequence[PromptTimeline],
+        options: GenerationOptions,
+        size: Size,
     ) -> list[ConditioningSchedule]: ...
     def latent_shape(self, job: GenerationJob) -> tuple[int, int, int]: ...
     def encode(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
@@ -132,7 +136,11 @@ def build_hires_pass(stages: Stages, job: GenerationJob) -> HiresPass:
         skipped_steps=grid - steps,
     )
     return HiresPass(
-        replace(second, evaluations_before=job.table.evaluations),
+        replace(
+            second,
+            evaluations_before=job.table.evaluations,
+            first_pass_steps=job.prompt_steps,
+        ),
         *(steps, upscaler, upscaled),
         _check_prompts("hires_prompt", options.hires_prompt, job),
         _check_prompts("hires_negative_prompt", options.hires_negative_prompt, job),
@@ -178,7 +186,10 @@ def prepare_hires_batches(
     assert hires is not None
     changed = [hires.get_request(request) for request in requests]
     second = replace(hires.job, requests=changed)
-    conditioning = stages.encode_conditioning(changed, second.options, second.size)
+    timelines = dict(zip(requests, map(second.get_timeline, changed), strict=True))
+    conditioning = stages.encode_conditioning(
+        changed, [*timelines.values()], second.options, second.size
+    )
     by_request = dict(zip(requests, conditioning, strict=True))
     shape = stages.latent_shape(second)
     inputs = encode_image_inputs(stages.encode, second, shape, stages.in_channels)
@@ -188,12 +199,14 @@ def prepare_hires_batches(
             requests, (_upscale_latents(stages, hires, result) for result in latents), strict=True
         )
     }
-    for group in group_by_length(by_request, second.max_batch):
+    keys = {request: second.get_run_key(timeline) for request, timeline in timelines.items()}
+    for group in group_alike(by_request, second.max_batch, keys.__getitem__):
         states = [
             build_initial_state(request, second, shape, replace(inputs, image=starts[request]))
             for request in group
         ]
-        yield Batch(group, [by_request[request] for request in group], states, inputs)
+        rows = [by_request[request] for request in group]
+        yield Batch(group, rows, states, inputs, timelines[group[0]])
 
 
 def prepare_hires_state(

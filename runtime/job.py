@@ -3,7 +3,7 @@
 Knows options, sampler tables and the manifest's sizes; not engines.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +13,12 @@ from sdrt.bundle import parse_size
 from sdrt.bundle.manifest import Manifest
 from sdrt.errors import UsageError
 
+from .deepcache import with_feature_reuse
 from .denoising import Guidance, Step
 from .options import GenerationOptions
+from .prompt_timeline import PromptTimeline, build_prompt_timeline
 from .requests import Request
-from .samplers.registry import sampler_name
+from .samplers.registry import SAMPLERS, sampler_name
 from .samplers.table import SamplerTable, sampler_table
 from .upscaling import Upscaler
 
@@ -35,8 +37,10 @@ class GenerationJob:
         guidance: The guidance scale of every evaluation.
         size: (width, height) in pixels.
         max_batch: How many images are generated together at most.
+        prompt_steps: Steps that changing prompts count.
         hires: The pass at a higher resolution that follows; None for none.
         evaluations_before: Of the pass that this one follows.
+        first_pass_steps: The `prompt_steps` of that pass; None for none.
     """
 
     requests: Sequence[Request]
@@ -46,13 +50,48 @@ class GenerationJob:
     guidance: Guidance
     size: tuple[int, int]
     max_batch: int
+    prompt_steps: int
     hires: "HiresPass | None" = None
     evaluations_before: int = 0
+    first_pass_steps: int | None = None
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of the model's batch for each image, at most."""
-        return int(self.guidance.num_rows.max())
+    def get_timeline(self, request: Request) -> PromptTimeline:
+        """The texts that an image's evaluations read."""
+        return build_prompt_timeline(
+            request.prompt,
+            request.negative_prompt,
+            self.table.evaluations,
+            self.prompt_steps,
+            first_pass_steps=self.first_pass_steps,
+            weighting=self.options.weighting,
+        )
+
+    def get_guidance(self, timeline: PromptTimeline) -> Guidance:
+        """The guidance of an image, by all prompts that are joined in its own."""
+        same = timeline.weights == self.guidance.weights
+        return self.guidance if same else replace(self.guidance, weights=timeline.weights)
+
+    def get_table(self, timeline: PromptTimeline) -> SamplerTable:
+        """The sampler's numbers for an image: where its prompt changes, features are not reused."""
+        if self.options.feature_reuse == 1 or timeline.is_plain:
+            return self.table
+        rows = self.get_guidance(timeline).num_rows.tolist()
+        return with_feature_reuse(self.table, self.options.feature_reuse, rows, timeline.changes)
+
+    def get_num_rows(self, timeline: PromptTimeline) -> int:
+        """Rows of the model's batch for an image, at most."""
+        return int(self.get_guidance(timeline).num_rows.max())
+
+    def get_run_key(self, timeline: PromptTimeline) -> Hashable:
+        """Equal for images that share a run's numbers."""
+        return timeline.weights, self.options.feature_reuse > 1 and timeline.changes
+
+    def get_pass_keys(self, request: Request) -> tuple[Hashable, ...]:
+        """Equal for images that share the numbers of all passes."""
+        keys = [self.get_run_key(self.get_timeline(request))]
+        if self.hires:
+            keys.append(self.hires.job.get_run_key(self.hires.get_timeline(request)))
+        return tuple(keys)
 
     @property
     def total_evaluations(self) -> int:
@@ -93,6 +132,10 @@ class HiresPass:
         negative = self.negative_prompts
         negative_prompt = request.negative_prompt if negative is None else negative[index]
         return replace(request, prompt=prompt, negative_prompt=negative_prompt)
+
+    def get_timeline(self, request: Request) -> PromptTimeline:
+        """The texts that an image's evaluations read in this pass."""
+        return self.job.get_timeline(self.get_request(request))
 
 
 def parse_output_size(manifest: Manifest, options: GenerationOptions) -> tuple[int, int]:
@@ -150,6 +193,22 @@ def build_table(
     )
 
 
+def count_prompt_steps(
+    scheduler_config: Mapping[str, Any], options: GenerationOptions, skipped_steps: int | None
+) -> int:
+    """Steps that changing prompts count: twice as many for samplers with two evaluations a step,
+    and in a run from an image those that it skips too, as in A1111.
+
+    skipped_steps: of a second pass, which does not count them
+    """
+    steps = options.num_inference_steps - (skipped_steps or 0)
+    if options.timesteps is not None:
+        steps = len(options.timesteps)
+    elif options.sigmas is not None:
+        steps = len(options.sigmas) - 1
+    return steps * SAMPLERS[sampler_name(scheduler_config)].evaluations_per_step
+
+
 def build_guidance(
     options: GenerationOptions, num_evaluations: int, *, has_negative_row: bool
 ) -> Guidance:
@@ -165,3 +224,20 @@ def build_guidance(
     inside = (progress >= low) & ((progress < high) | (high >= 1.0))
     scale = options.guidance_scale if options.guided and has_negative_row else 1.0
     return Guidance(np.where(inside, scale, 1.0), options.guidance_rescale)
+
+
+def check_prompts(job: GenerationJob, *, has_negative_row: bool) -> None:
+    """Read every prompt of all passes.
+
+    Raises:
+        UsageError: For a prompt that is not understood, and for several joined by `AND` where
+            guidance is not by a second row.
+    """
+    timelines = [job.get_timeline(request) for request in job.requests]
+    if job.hires:
+        timelines += [job.hires.get_timeline(request) for request in job.requests]
+    if not has_negative_row and any(len(timeline.prompts) > 1 for timeline in timelines):
+        raise UsageError(
+            "AND is unsupported by this model: it has no negative prompt to compose with",
+            hint="write it in lower case to have it read as text",
+        )

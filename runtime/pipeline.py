@@ -37,11 +37,13 @@ from .parsing import (
     parse_flag,
     parse_lora_weights,
     parse_scheduler_config,
+    parse_text,
 )
 from .requests import Request
 from .safety_checker import detect_marks
 from .samplers.table import sampler_table
 from .stages import PipelineStages, Prompt, read_latents
+from .text.token_count import TokenCount, count_tokens
 
 T = TypeVar("T")
 ImageStream = Iterator[tuple[Request, Image]]
@@ -216,6 +218,21 @@ class Pipeline(PipelineStages):
                 hint="loop over fewer images",
             )
         return denoise_passes(self, batches[0], job)
+
+    def count_tokens(self, prompt: str, **options: Unpack[GenerationKwargs]) -> TokenCount:
+        """Count a prompt's tokens, of 75 that the model reads at a time.
+
+        Args:
+            prompt: One; of one that changes during the run, the longest text counts.
+            **options: As for a call.
+
+        Raises:
+            UsageError: For a model without a text encoder.
+        """
+        tokenizers = [encoder.tokenizer for encoder in self.text_encoders]
+        if not tokenizers:
+            raise UsageError("this model reads no prompt: it is unconditional")
+        return count_tokens(tokenizers, parse_text("prompt", prompt), parse_options(options))
 
     # Configure and close
 

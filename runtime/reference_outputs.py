@@ -22,6 +22,7 @@ from .denoising import DenoisingState, Guidance, denoise, get_history_layout
 from .noise import randn
 from .options import GenerationOptions
 from .pipeline import Pipeline
+from .prompt_timeline import build_constant_timeline
 from .requests import parse_requests
 from .samplers.table import sampler_table
 from .text.conditioning import build_time_ids
@@ -157,7 +158,8 @@ def generate_reference_image(
     scale = guidance_scale if pipe.accepts_prompt else 1.0
     options = GenerationOptions(size=f"{size[0]}x{size[1]}", guidance_scale=scale)
     requests = parse_requests(PROMPT, options)
-    (conditioning,) = pipe.encode_conditioning(requests, options, size)
+    timelines = [build_constant_timeline(PROMPT, "")]
+    (conditioning,) = pipe.encode_conditioning(requests, timelines, options, size)
     table = sampler_table(SCHEDULER, steps)
     guidance = Guidance(np.full(steps, 1.0 if pipe.guidance_embedding_width else scale))
     extra = reference_extra_channels(manifest, size, pipe.in_channels)[0]

@@ -84,15 +84,18 @@ def run_sampling_program(
 def build_sampling_program(
     states: Sequence[DenoisingState], clip_skip: int = 0
 ) -> SamplingProgram | None:
-    """The program of states at their beginning; None unless they are alike and linear."""
+    """The program of states at their beginning; None unless they are alike and linear, and each has
+    one prompt that never changes.
+    """
     first = states[0]
     layout, guidance, count = first.layout, first.guidance, first.num_evaluations
     alike = all(
         state.layout is layout and state.guidance is guidance and not state.evaluations_done
         for state in states
     )
-    constant = all(state.conditioning.is_constant for state in states)
-    if not (alike and constant and is_linear(first.table, guidance)):
+    # A program has one context, and the columns of one negative and one positive output.
+    is_plain = len(guidance.weights) == 1 and all(s.conditioning.is_constant for s in states)
+    if not (alike and is_plain and is_linear(first.table, guidance)):
         return None
     batch = len(states)
     timesteps = np.asarray(first.table.timesteps, np.float32)  # [N]

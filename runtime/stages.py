@@ -17,7 +17,7 @@ from sdrt.engine.memory_estimator import MemoryEstimator
 from sdrt.engine.protocol import UnfusedAttention
 from sdrt.errors import SdrtError
 
-from .batch import Batch, build_latent_edit, build_states
+from .batch import Batch, build_latent_edit, build_states, group_alike
 from .conditioning_schedule import ConditioningSchedule, build_constant_schedule
 from .deepcache import check_feature_reuse, with_feature_reuse
 from .denoising import DenoisingState, LatentEdit, denoise
@@ -35,16 +35,17 @@ from .job import (
     apply_eta,
     build_guidance,
     build_table,
+    check_prompts,
+    count_prompt_steps,
     parse_output_size,
 )
 from .leases import Leases
 from .lora.adapters import Adapters
 from .lora.sets import refuse_negative_tags
 from .options import GenerationOptions
-from .output import (
-    StepCallback,
-)
+from .output import StepCallback
 from .parameters import describe_grid, describe_image
+from .prompt_timeline import PromptTimeline
 from .requests import Request, parse_requests, parse_unconditional_requests
 from .safety_checker import apply_safety_checker, is_flagged
 from .samplers.registry import config_from_name
@@ -53,8 +54,7 @@ from .text.conditioning import (
     EncodedChunkCache,
     PromptEncoder,
     build_conditioning,
-    group_by_length,
-    tokenize_requests,
+    tokenize_prompts,
 )
 from .text.tokenizer import Tokenizer
 from .upscaling import Upscalers
@@ -108,8 +108,12 @@ class PipelineStages:
             UsageError: For what does not fit the bundle, or this machine's memory.
         """
         job = self.validate(prompt, options)
-        for run in (job, job.hires.job) if job.hires else (job,):
-            job = replace(job, max_batch=min(job.max_batch, self._max_batch(run)))
+        passes = [(job, job.get_timeline)]
+        if job.hires:
+            passes.append((job.hires.job, job.hires.get_timeline))
+        for run, get_timeline in passes:
+            rows = max(run.get_num_rows(get_timeline(request)) for request in job.requests)
+            job = replace(job, max_batch=min(job.max_batch, self._max_batch(run, rows)))
             if run.size not in self.manifest.sizes:
                 log.warning(
                     "%dx%d is not one of the sizes that this bundle was validated at (%s); what is "
@@ -134,7 +138,10 @@ class PipelineStages:
         if self.guidance_embedding_width:
             check_guidance(options)
         job = self.build_job(requests, options, size)
-        return replace(job, hires=build_hires_pass(self, job)) if options.has_hires_pass else job
+        if options.has_hires_pass:
+            job = replace(job, hires=build_hires_pass(self, job))
+        check_prompts(job, has_negative_row=self._has_negative_row)
+        return job
 
     def find_scheduler(self, name: str) -> Mapping[str, Any]:
         """The configuration of a sampler's name; raises UsageError for an unknown one."""
@@ -160,31 +167,44 @@ class PipelineStages:
         manifest = self.manifest
         config = apply_eta(scheduler_config or self.scheduler_config, options)
         table = build_table(config, options, skipped_steps)
-        has_negative_row = self.accepts_prompt and not self.guidance_embedding_width
-        guidance = build_guidance(options, table.evaluations, has_negative_row=has_negative_row)
+        guidance = build_guidance(
+            options, table.evaluations, has_negative_row=self._has_negative_row
+        )
         if options.feature_reuse > 1:
             check_feature_reuse(manifest, self.engines, self.backend)
             table = with_feature_reuse(table, options.feature_reuse, guidance.num_rows.tolist())
-        max_batch = manifest.batch[2]
-        return GenerationJob(requests, options, config, table, guidance, size, max_batch)
+        return GenerationJob(
+            requests,
+            options,
+            config,
+            table,
+            guidance,
+            size,
+            max_batch=manifest.batch[2],
+            prompt_steps=count_prompt_steps(config, options, skipped_steps),
+        )
 
-    def _max_batch(self, job: GenerationJob) -> int:
-        """How many images are generated together: what the bundle allows, as far as memory has
-        room; raises UsageError where it has none for one.
+    def _max_batch(self, job: GenerationJob, rows: int) -> int:
+        """How many images of so many rows are generated together: what the bundle allows, as far as
+        memory has room; raises UsageError where it has none for one.
         """
-        if (
-            self.memory_estimator is None or job.size == self.manifest.sizes[0]
-        ):  # checked when it was loaded
-            return job.max_batch
-        rows = 2 if job.options.guided and self.accepts_prompt else 1
+        limit = max(1, 2 * job.max_batch // max(rows, 2))  # the bundle counts two rows an image
+        is_checked = job.size == self.manifest.sizes[0] and rows <= 2  # when it was loaded
+        if self.memory_estimator is None or is_checked:
+            return limit
         unet = self.engines["unet"]
         keeps_scores = isinstance(unet, UnfusedAttention) and unet.keeps_scores
-        return self.memory_estimator.max_images(job.size, rows, job.max_batch, keeps_scores)
+        return self.memory_estimator.max_images(job.size, rows, limit, keeps_scores)
 
     @property
     def accepts_prompt(self) -> bool:
         """Whether there is a text encoder; an unconditional model has none."""
         return "text_encoder" in self.manifest.components
+
+    @property
+    def _has_negative_row(self) -> bool:
+        """Whether guidance is by a second row of the model's batch."""
+        return self.accepts_prompt and not self.guidance_embedding_width
 
     @property
     def guidance_embedding_width(self) -> int:
@@ -211,9 +231,19 @@ class PipelineStages:
         ]
 
     def encode_conditioning(
-        self, requests: Sequence[Request], options: GenerationOptions, size: tuple[int, int]
+        self,
+        requests: Sequence[Request],
+        timelines: Sequence[PromptTimeline],
+        options: GenerationOptions,
+        size: tuple[int, int],
     ) -> list[ConditioningSchedule]:
         """Of every image, what the UNet reads besides latents and timestep.
+
+        Args:
+            requests: The images.
+            timelines: Of each, the texts that it reads.
+            options: Of their call.
+            size: (width, height) of the images.
 
         Raises:
             UsageError: For embeddings or options that the model does not accept.
@@ -224,6 +254,7 @@ class PipelineStages:
         conditioning = build_conditioning(
             self.text_encoders,
             requests,
+            timelines,
             without_guidance(options) if width else options,
             input_names=[spec.name for spec in self.manifest.components["unet"].inputs],
             size=size,
@@ -231,12 +262,16 @@ class PipelineStages:
         )
         return add_guidance_embedding(conditioning, options, width) if width else conditioning
 
-    def _tokenize(self, job: GenerationJob) -> list[ConditioningSchedule] | None:
+    def _tokenize(
+        self, job: GenerationJob, timelines: Sequence[PromptTimeline]
+    ) -> list[ConditioningSchedule] | None:
         """Token ids of every image, where the engine encodes them as part of the run; else None."""
         encodes_text = can_encode_text(self.manifest, self.engines, job.options)
         if not (encodes_text and is_linear(job.table, job.guidance)):
             return None
-        return tokenize_requests(self.text_encoders[0], job.requests, job.options)
+        if not all(timeline.is_plain for timeline in timelines):
+            return None
+        return tokenize_prompts(self.text_encoders[0], timelines, job.options)
 
     def _prepare_batches(
         self, job: GenerationJob, *, encode_text: bool = True, together: bool = True
@@ -245,16 +280,18 @@ class PipelineStages:
 
         encode_text: now; else the engine may do it as part of the run
         """
-        conditioning = None if encode_text else self._tokenize(job)
+        timelines = [job.get_timeline(request) for request in job.requests]
+        conditioning = None if encode_text else self._tokenize(job, timelines)
         if not conditioning:
-            conditioning = self.encode_conditioning(job.requests, job.options, job.size)
+            conditioning = self.encode_conditioning(job.requests, timelines, job.options, job.size)
         by_request = dict(zip(job.requests, conditioning, strict=True))
         shape = self.latent_shape(job)
         inputs = encode_image_inputs(self.encode, job, shape, self.in_channels)
-        groups = group_by_length(by_request, job.max_batch) if together else zip(job.requests)
-        for requests in groups:
+        groups = group_alike(by_request, job.max_batch, job.get_pass_keys)
+        for requests in groups if together else zip(job.requests):
             states = [build_initial_state(request, job, shape, inputs) for request in requests]
-            yield Batch(requests, [by_request[request] for request in requests], states, inputs)
+            conditioning = [by_request[request] for request in requests]
+            yield Batch(requests, conditioning, states, inputs, job.get_timeline(requests[0]))
 
     def prepare_states(
         self, job: GenerationJob

@@ -16,6 +16,9 @@ IMAGES = {
     "image_to_image": ["image_to_image_0.3", "image_to_image_0.6", "image_to_image_0.9"],
     "hires": ["hires_0.35", "hires_0.7"],
     "inpainting": ["inpainting_original", "inpainting"],
+    "changing_prompts": [
+        *(f"prompt_{name}" for name in ("circle", "early", "late", "turns", "joined"))
+    ],
     "lora": ["lora_0.0", "lora_0.5", "lora_1.0"],
     "custom_loop": ["custom_loop"],
     "inflight_batching": ["inflight_0", "inflight_1", "inflight_2"],
@@ -61,8 +64,8 @@ def test_each_script_writes_its_images(example, pipe):
         unmasked = np.abs(first[:, :24].astype(int) - images["inpainting"][:, :24]).mean()
         new = np.abs(first[:, 40:].astype(int) - images["inpainting"][:, 40:]).mean()
         assert unmasked < 0.2 * new
-    if name in ("lora", "image_to_image", "inflight_batching"):
-        assert len({pixels.tobytes() for pixels in images.values()}) == 3
+    if name in ("lora", "image_to_image", "inflight_batching", "changing_prompts"):
+        assert len({pixels.tobytes() for pixels in images.values()}) == len(IMAGES[name])
 
 
 def test_the_table_lists_every_script():

@@ -34,6 +34,7 @@ from sdrt.process_stats import forget_peak, peak_bytes, resident_bytes
 from sdrt.runtime import Tokenizer
 from sdrt.runtime.images import image_from_bytes, image_to_array, parse_parameters, read_parameters
 from sdrt.runtime.lora.adapters import parse_lora, read_lora
+from sdrt.runtime.prompt_timeline import build_prompt_timeline
 from sdrt.runtime.samplers.registry import config_from_name
 from sdrt.runtime.samplers.table import sampler_table
 from sdrt.runtime.text.prompt_weighting import chunks_from_prompt
@@ -152,7 +153,9 @@ def parameters(data: bytes) -> None:
 
 
 def prompt(data: bytes) -> None:
-    chunks_from_prompt(format_tags(data), embedded_tokenizer())
+    text = format_tags(data)
+    chunks_from_prompt(text, embedded_tokenizer())
+    build_prompt_timeline(text, text, 8, 8)
 
 
 def tokenizer(data: bytes) -> None:

@@ -158,16 +158,17 @@ class InflightBatcher:
         if scheduler is not None and not (isinstance(scheduler, str) and not scheduler):
             pipe = pipe.with_scheduler(scheduler)
         job = pipe.create_job(prompt, chosen)
-        table = job.table
         now = time.monotonic()
 
         def create_handle(request: Request, group: RequestGroup) -> RequestHandle:
+            timeline = job.get_timeline(request)
+            table, rows = job.get_table(timeline), job.get_num_rows(timeline)
             scheduled = ScheduledRequest(
-                (job.size, group.loras), job.num_rows, table.evaluations, now, now, priority
+                (job.size, group.loras), rows, table.evaluations, now, now, priority
             )
             scheduled.full_fraction = table.full_fraction
             if job.hires:
-                scheduled.later_pass = schedule_pass(job.hires.job, group)
+                scheduled.later_pass = schedule_pass(job.hires, request, group)
             scheduled.has_deadline = deadline is not None
             default = self.estimates.default_deadline(scheduled)
             scheduled.deadline = default if deadline is None else now + deadline

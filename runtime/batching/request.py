@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from sdrt.errors import BackendError, SdrtError
 from sdrt.runtime.denoising import DenoisingState, LatentEdit, Step
-from sdrt.runtime.job import GenerationJob
+from sdrt.runtime.job import GenerationJob, HiresPass
 from sdrt.runtime.leases import Lease
 from sdrt.runtime.lora.sets import LoraSet
 from sdrt.runtime.requests import Request
@@ -138,10 +138,11 @@ class RequestHandle:
         self.on_cancel(self)
 
 
-def schedule_pass(job: GenerationJob, group: RequestGroup) -> ScheduledPass:
+def schedule_pass(hires: HiresPass, request: Request, group: RequestGroup) -> ScheduledPass:
     """What the scheduler knows of a pass that comes later."""
-    key, table = (job.size, group.loras), job.table
-    return ScheduledPass(key, job.num_rows, table.evaluations, table.full_fraction)
+    job, timeline = hires.job, hires.get_timeline(request)
+    table, rows = job.get_table(timeline), job.get_num_rows(timeline)
+    return ScheduledPass((job.size, group.loras), rows, table.evaluations, table.full_fraction)
 
 
 class Observer(Protocol):

@@ -5,7 +5,7 @@ some encoders one vector for the full prompt (`pooled`).
 """
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -15,14 +15,18 @@ from sdrt.engine import Engine
 from sdrt.errors import UsageError
 from sdrt.runtime.conditioning_schedule import ConditioningSchedule, build_constant_schedule
 from sdrt.runtime.options import SIZE_OPTIONS, GenerationOptions
+from sdrt.runtime.prompt_timeline import PromptTimeline
 from sdrt.runtime.requests import Request
 from sdrt.runtime.sampling_program import INPUT_IDS, TOKEN_WEIGHTS
 
+from .prompt_embeds import read_embeddings, select_row
 from .prompt_weighting import Chunks, apply_weights, chunks_from_prompt
 from .tokenizer import Tokenizer
 
-# Inputs of the UNet by name, [rows, ...].
+# Inputs of the UNet by name: one row, [...] each.
 Conditioning = dict[str, np.ndarray]
+# Rows of one image by text, and by the place of its prompt among those joined; -1 is negative.
+Rows = dict[tuple[int, str], Conditioning]
 MAX_CACHED_CHUNKS = 256
 _CACHE_LOCK = threading.Lock()
 
@@ -136,9 +140,39 @@ class EncodedTexts:
             for encoder, chunks in zip(encoders, self._chunks, strict=True)
         ]
 
-    def num_chunks(self, text: str) -> int:
-        """Chunks of a text, in the encoder that has most."""
-        return max(len(chunks[text]) for chunks in self._chunks)
+    def max_chunks(self, texts: Iterable[str]) -> int:
+        """Chunks of the longest of these texts, in the encoder that has most."""
+        return max(len(chunks[text]) for chunks in self._chunks for text in set(texts))
+
+    def encode_joined(self, prompts: Sequence[Sequence[str]], min_chunks: int) -> Rows:
+        """The rows of prompts joined by `AND`, all of one length.
+
+        As in A1111, the texts of one prompt are padded with empty chunks, and a shorter prompt with
+        its last token's vector; then all are padded with empty chunks.
+
+        Args:
+            prompts: Of each prompt, the texts that it goes through.
+            min_chunks: The least number of chunks.
+        """
+        counts = [self.max_chunks(texts) for texts in prompts]
+        longest = max(counts)
+        rows = {}
+        for i, texts in enumerate(prompts):
+            for text in dict.fromkeys(texts):
+                row = self.conditioning(text, counts[i])
+                context = self._lengthen(row["context"], counts[i], longest, min_chunks)
+                rows[i, text] = {**row, "context": context}
+        return rows
+
+    def _lengthen(
+        self, context: np.ndarray, num_chunks: int, repeated: int, min_chunks: int
+    ) -> np.ndarray:
+        """[tokens, width] of so many chunks, with its last vector repeated, then empty chunks."""
+        length = len(context) // num_chunks
+        parts = [context, np.repeat(context[-1:], (repeated - num_chunks) * length, axis=0)]
+        if min_chunks > repeated:
+            parts.append(self.conditioning("", min_chunks - repeated)["context"])
+        return np.concatenate(parts)
 
     def conditioning(self, text: str, num_chunks: int) -> Conditioning:
         """A text padded with empty chunks.
@@ -162,6 +196,7 @@ class EncodedTexts:
 def build_conditioning(
     encoders: Sequence[PromptEncoder],
     requests: Sequence[Request],
+    timelines: Sequence[PromptTimeline],
     options: GenerationOptions,
     *,
     input_names: Collection[str],
@@ -173,6 +208,7 @@ def build_conditioning(
     Args:
         encoders: The model's text encoders.
         requests: The images.
+        timelines: Of each, the texts that it reads.
         options: Of their call.
         input_names: Of the UNet.
         size: (width, height) of the images.
@@ -183,17 +219,24 @@ def build_conditioning(
     """
     _check_supported(options, input_names)
     has_pooled = "pooled" in input_names
-    conditioning = _encode_prompts(encoders, requests, options, has_pooled, zero_empty_prompt)
+    conditioning = _encode_prompts(
+        encoders, requests, timelines, options, has_pooled, zero_empty_prompt
+    )
     if "time_ids" in input_names:
-        time_ids = build_time_ids(options, size)[0 if options.guided else 1 :]
-        conditioning = [{**tensors, "time_ids": time_ids} for tensors in conditioning]
-    return [build_constant_schedule(tensors) for tensors in conditioning]
+        negative, positive = build_time_ids(options, size)
+        return [schedule.with_input("time_ids", positive, negative) for schedule in conditioning]
+    return conditioning
 
 
-def tokenize_requests(
-    encoder: PromptEncoder, requests: Sequence[Request], options: GenerationOptions
+def tokenize_prompts(
+    encoder: PromptEncoder, timelines: Sequence[PromptTimeline], options: GenerationOptions
 ) -> list[ConditioningSchedule] | None:
     """Token ids for an engine that encodes them as part of the run.
+
+    Args:
+        encoder: The model's text encoder.
+        timelines: Of each image; all are plain.
+        options: Of their call.
 
     Returns:
         Of every image `input_ids` [2 or 1, chunks, tokens] int32 and their `weights` float32; None
@@ -201,7 +244,7 @@ def tokenize_requests(
     """
     encoder.check_clip_skip(options.clip_skip)
     _check_supported(options, ("context",))
-    pairs = [(r.negative_prompt, r.prompt) if options.guided else (r.prompt,) for r in requests]
+    pairs = [timeline.evaluations[0][0 if options.guided else 1 :] for timeline in timelines]
     chunks = encoder.tokenize(dict.fromkeys([*chain(*pairs), ""]), options)
     tokenized = [_stack_chunks([chunks[text] for text in pair], chunks[""]) for pair in pairs]
     unique = {ids.tobytes() for tensors in tokenized for row in tensors[INPUT_IDS] for ids in row}
@@ -232,107 +275,77 @@ def _check_supported(options: GenerationOptions, input_names: Collection[str]) -
 def _encode_prompts(
     encoders: Sequence[PromptEncoder],
     requests: Sequence[Request],
+    timelines: Sequence[PromptTimeline],
     options: GenerationOptions,
     has_pooled: bool,
     zero_empty_prompt: bool,
-) -> list[Conditioning]:
+) -> list[ConditioningSchedule]:
     """`context` of every image, and `pooled` if the model reads it."""
     positive_embeds = negative_embeds = None
     if options.prompt_embeds is not None:
-        positive_embeds = _read_embeddings(options, "", has_pooled)
+        positive_embeds = read_embeddings(options, "", has_pooled)
     if options.guided and options.negative_prompt_embeds is not None:
-        negative_embeds = _read_embeddings(options, "negative_", has_pooled)
+        negative_embeds = read_embeddings(options, "negative_", has_pooled)
 
-    def is_encoded(negative_prompt: str) -> bool:
-        is_zero = zero_empty_prompt and not negative_prompt
-        return options.guided and negative_embeds is None and not is_zero
+    def has_negative(timeline: PromptTimeline) -> bool:
+        return options.guided or timeline.needs_negative
 
-    prompts = [r.prompt for r in requests] if positive_embeds is None else []
-    negatives = [r.negative_prompt for r in requests if is_encoded(r.negative_prompt)]
-    encoded = EncodedTexts(encoders, prompts + negatives, options)
+    def is_encoded(timeline: PromptTimeline) -> bool:
+        is_zero = zero_empty_prompt and not any(timeline.negative)
+        return has_negative(timeline) and negative_embeds is None and not is_zero
 
-    def encode(request: Request) -> Conditioning:
-        negative_prompt = request.negative_prompt
+    prompts = [chain(*t.prompts) for t in timelines] if positive_embeds is None else []
+    negatives = [timeline.negative for timeline in timelines if is_encoded(timeline)]
+    encoded = EncodedTexts(encoders, [*chain(*prompts, *negatives)], options)
+
+    def encode(request: Request, timeline: PromptTimeline) -> ConditioningSchedule:
+        num_chunks = encoded.max_chunks(timeline.negative) if is_encoded(timeline) else 0
+        positive: Rows = {}
         if positive_embeds is None:
-            num_chunks = encoded.num_chunks(request.prompt)
-            if is_encoded(negative_prompt):
-                num_chunks = max(num_chunks, encoded.num_chunks(negative_prompt))
-            positive = encoded.conditioning(request.prompt, num_chunks)
+            positive = encoded.encode_joined(timeline.prompts, num_chunks)
         else:
-            positive = _select_row(positive_embeds, request.prompt_index)
-            num_chunks = -(-len(positive["context"]) // encoders[0].tokenizer.length)
-        if not options.guided:
-            return {name: value[None] for name, value in positive.items()}
-        if negative_embeds is not None:
-            negative = _select_row(negative_embeds, request.prompt_index)
-        elif is_encoded(negative_prompt):
-            negative = encoded.conditioning(negative_prompt, num_chunks)
-        else:
-            negative = {name: np.zeros_like(value) for name, value in positive.items()}
-        return _stack_pair(negative, positive)
+            positive[0, ""] = select_row(positive_embeds, request.prompt_index)
+        first = next(iter(positive.values()))
+        num_chunks = -(-len(first["context"]) // encoders[0].tokenizer.length)
+        negative: Rows = {}
+        for text in timeline.negative if has_negative(timeline) else ():
+            if (-1, text) in negative:
+                continue
+            if negative_embeds is not None:
+                row = select_row(negative_embeds, request.prompt_index)
+            elif is_encoded(timeline):
+                row = encoded.conditioning(text, num_chunks)
+            else:
+                row = {name: np.zeros_like(value) for name, value in first.items()}
+            negative[-1, text] = row
+        return _build_schedule(negative, positive, timeline)
 
-    return [encode(request) for request in requests]
-
-
-def _stack_pair(negative: Conditioning, positive: Conditioning) -> Conditioning:
-    """[...] each -> [2, ...]."""
-    for name, value in positive.items():
-        if negative[name].shape != value.shape:
-            kind = "" if name == "context" else "pooled "
-            raise UsageError(
-                f"the negative prompt's {kind}embeddings are {list(negative[name].shape)}, the "
-                f"prompt's {list(value.shape)}",
-                hint="pass both in one shape",
-            )
-    return {name: np.stack([negative[name], value]) for name, value in positive.items()}
+    return [encode(*pair) for pair in zip(requests, timelines, strict=True)]
 
 
-def _read_embeddings(options: GenerationOptions, prefix: str, has_pooled: bool) -> Conditioning:
-    """Embeddings instead of a prompt, for all images; prefix: "" or "negative_"."""
-    name, pooled_name = f"{prefix}prompt_embeds", f"{prefix}pooled_prompt_embeds"
-    embeddings = {"context": _check_embeddings(name, getattr(options, name), "tokens, width")}
-    if has_pooled:
-        if getattr(options, pooled_name) is None:
-            raise UsageError(
-                f"{name} without {pooled_name}", hint="pass both: this model reads both"
-            )
-        pooled = _check_embeddings(pooled_name, getattr(options, pooled_name), "width")
-        embeddings["pooled"] = pooled
-    return embeddings
-
-
-def _check_embeddings(name: str, embeddings: np.ndarray, axes: str) -> np.ndarray:
-    array = np.asarray(embeddings, np.float32)
-    if array.ndim != 2 + axes.count(",") or not len(array) or not np.isfinite(array).all():
-        raise UsageError(
-            f"{name} are {list(array.shape)}; expected [images or 1, {axes}] of finite numbers"
-        )
-    return array
-
-
-def _select_row(embeddings: Conditioning, index: int) -> Conditioning:
-    """One prompt's embeddings; one for all is enough."""
-    for name, value in embeddings.items():
-        if index >= len(value) > 1:
-            raise UsageError(
-                f"{len(value)} embeddings ({name}) for image {index + 1}",
-                hint="pass one for each prompt, or one for all",
-            )
-    return {name: value[min(index, len(value) - 1)] for name, value in embeddings.items()}
-
-
-def group_by_length(
-    conditioning: Mapping[Request, ConditioningSchedule], max_size: int
-) -> Iterator[list[Request]]:
-    """Images whose contexts have one length, at most `max_size` together, the shortest first."""
-    lengths = {
-        request: next(iter(schedule.inputs.values())).shape[1] if schedule.inputs else 0
-        for request, schedule in conditioning.items()
-    }
-    for length in sorted(set(lengths.values())):
-        group = [request for request, tokens in lengths.items() if tokens == length]
-        for i in range(0, len(group), max_size):
-            yield group[i : i + max_size]
+def _build_schedule(
+    negative: Rows, positive: Rows, timeline: PromptTimeline
+) -> ConditioningSchedule:
+    """Every different row once, [...] each -> [D, ...], and which of them each evaluation reads."""
+    rows = {**negative, **positive}
+    first = next(iter(positive.values()))
+    for name, value in first.items():
+        for row in rows.values():
+            if row[name].shape != value.shape:
+                kind = "" if name == "context" else "pooled "
+                raise UsageError(
+                    f"the negative prompt's {kind}embeddings are {list(row[name].shape)}, the "
+                    f"prompt's {list(value.shape)}",
+                    hint="pass both in one shape",
+                )
+    places = {key: i for i, key in enumerate(rows)}
+    start = -1 if negative else 0
+    selections = tuple(
+        tuple(places[i, text] for i, text in enumerate(texts[start + 1 :], start))
+        for texts in timeline.evaluations
+    )
+    inputs = {name: np.stack([row[name] for row in rows.values()]) for name in first}
+    return ConditioningSchedule(inputs, len(negative), selections)
 
 
 def build_time_ids(options: GenerationOptions, size: tuple[int, int]) -> np.ndarray:

@@ -23,7 +23,6 @@ MAX_WEIGHT = 10.0
 MAX_PRODUCT = 100.0  # of weights within weights
 MAX_CHUNKS = 16
 OPENING = {")": "(", "]": "["}
-AND = re.compile(r"\bAND\b")
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 NUMBER = re.compile(r":\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\Z")
 
@@ -35,10 +34,12 @@ class Chunks:
     Attributes:
         ids: [chunks, length] int32.
         weights: [chunks, length] float32, of each token.
+        last_tokens: Tokens of the last chunk, without start and end.
     """
 
     ids: np.ndarray
     weights: np.ndarray
+    last_tokens: int
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -95,7 +96,7 @@ def _pad(rows: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> Chunks:
         ids[i, 1 : 1 + len(row)] = [token for token, _ in row]
         ids[i, 1 + len(row)] = tokenizer.end
         weights[i, 1 : 1 + len(row)] = [weight for _, weight in row]
-    return Chunks(ids, weights)
+    return Chunks(ids, weights, len(rows[-1]))
 
 
 def _split_at_breaks(text: str, tokenizer: Tokenizer) -> Iterator[str]:
@@ -146,29 +147,6 @@ def parse_prompt_attention(
             if text:
                 yield text, weights[start]
             start = i
-
-
-def check_unsupported_syntax(prompt: str, joined: bool = True) -> None:
-    """Raise UsageError for syntax of the AUTOMATIC1111 web UI that is not supported: prompts that
-    change during the run, `[from:to:0.5]` and `[a|b]`, and several prompts joined by `AND`.
-
-    Args:
-        prompt: As the user wrote it.
-        joined: Whether `AND` is syntax, as it is there in all but negative prompts.
-    """
-    letters, is_bracket, _ = _unescape(prompt, ())
-    for low, high in _match_brackets(letters, is_bracket):
-        inside = "".join(letters[low + 1 : high])
-        if letters[low] == "[" and ("|" in inside or NUMBER.search(inside)):
-            raise UsageError(
-                f"{f'[{inside}]'[:60]!r} changes the prompt during the run, which is unsupported",
-                hint="leave it out, or write \\[ for a bracket",
-            )
-    if joined and AND.search(prompt):
-        raise UsageError(
-            "the prompt has AND, which joins several prompts and is unsupported",
-            hint="write it in lower case to have it read as text",
-        )
 
 
 def _multiply_weights(factors: dict[int, float | None], count: int) -> Iterator[float]:

@@ -20,7 +20,7 @@ from sdrt.runtime.images import open_image, parse_parameters, read_parameters, u
 from sdrt.runtime.lora.tags import LoraTag, LoraWeight, parse_tags
 from sdrt.runtime.options import SIZES_IN_TEXT
 from sdrt.runtime.samplers.registry import AUTOMATIC_SCHEDULES
-from sdrt.runtime.text.prompt_weighting import check_unsupported_syntax
+from sdrt.runtime.text.prompt_schedule import refuse_single_weight
 
 log = logging.getLogger(__name__)
 OURS = "sdrt "  # how `Version` begins
@@ -166,8 +166,7 @@ def restored_from(path: Path) -> Restored:
     if settings.get("Version", "").startswith(OURS):
         arguments["bundle"] = settings.get("Model")
     else:
-        check_unsupported_syntax(settings["Prompt"])
-        check_unsupported_syntax(settings["Negative prompt"], joined=False)
+        refuse_single_weight(settings["Prompt"])
         arguments |= _foreign_arguments(settings, arguments)
     needed = {name: words for key, (name, words) in NEEDED.items() if key in settings}
     return Restored(arguments, loras, needed)

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import logging
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from PIL import Image
 from sdrt import load
 from sdrt.bundle import open_bundle
 from sdrt.errors import UsageError
+from sdrt.json_validation import shorten
 from sdrt.runtime import GenerationOptions, Pipeline, Preview, Step
 from sdrt.runtime.arguments import parse_options
 from sdrt.runtime.images import SUFFIXES, make_grid, save_image
@@ -34,6 +36,7 @@ from sdrt.runtime.safety_checker import is_flagged, is_flat
 
 from .terminal import print_line, terminal_graphics
 
+log = logging.getLogger(__name__)
 PREVIEW_SIDE = 256
 FLAGGED = "seed {}: the safety checker flagged the image, so it is black"
 
@@ -129,6 +132,10 @@ def run(args: argparse.Namespace) -> None:
             watchers.append(stack.enter_context(_preview(chosen, args.output)))
         on_step = partial(_notify, watchers) if watchers else None  # None: one call may do it all
         job = chosen.create_job(args.prompt or None, options)
+        for prompt in args.prompt if args.verbose else ():
+            steps, weighting = options.num_inference_steps, options.weighting
+            count = chosen.count_tokens(prompt, num_inference_steps=steps, weighting=weighting)
+            log.debug("%s: %s", shorten(prompt), count)
         writer = stack.enter_context(ThreadPoolExecutor(1))
         total = 1 if args.grid else max(1, len(args.prompt)) * args.num_images_per_prompt
         finished: list[tuple[Request, Image.Image]] = []

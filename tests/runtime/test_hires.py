@@ -91,7 +91,8 @@ def test_both_passes_match_a_loop_of_diffusers(pipe, scheduler, upscaler, steps,
 
 def job_of(pipe):
     job = pipe.create_job(PROMPT, sdrt.runtime.GenerationOptions(seed=3))
-    return job.requests, job.options, job.size
+    timelines = [job.get_timeline(request) for request in job.requests]
+    return job.requests, timelines, job.options, job.size
 
 
 def enlarge(pipe, latents, upscaler):

@@ -228,7 +228,8 @@ def test_one_image_is_the_same_whatever_is_in_its_batch(pipe):
 
 def conditioning(pipe, prompt, **options):
     job = pipe.validate(prompt, parse_options({"seed": 0, "guidance_scale": 1.0, **options}))
-    return pipe.encode_conditioning(job.requests, job.options, job.size)[0].inputs
+    timelines = [job.get_timeline(request) for request in job.requests]
+    return pipe.encode_conditioning(job.requests, timelines, job.options, job.size)[0].inputs
 
 
 def test_weights_act_on_both_contexts_and_not_on_pooled(pipe):

@@ -334,11 +334,21 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, capsys, setting, me
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("prompt", ["a [cat:dog:0.5]", "a [cat|dog]", "a cat AND a dog"])
-def test_prompts_that_the_web_ui_reads_otherwise_are_refused(tmp_path, capsys, prompt):
-    path = theirs(tmp_path / "a.png", f"{A1111}, Version: v1.10.1", prompt)
+def test_prompts_that_the_web_ui_reads_otherwise_are_refused(tmp_path, capsys):
+    path = theirs(tmp_path / "a.png", f"{A1111}, Version: v1.10.1", "a red circle:1.5")
     assert main(["run", "--from", str(path), "--output", str(tmp_path)]) == 2
-    assert "unsupported" in capsys.readouterr().err
+    assert "multiplies its guidance by 1.5" in capsys.readouterr().err
+
+
+def test_changing_and_joined_prompts_of_the_web_ui_are_made(pipe, tmp_path):
+    prompt = "a [red:blue:0.5] circle AND a [square|cross]:0.4"
+    path = theirs(tmp_path / "a.png", f"{A1111}, Version: v1.10.1", prompt)
+    result = again(path)
+    options = {"negative_prompt": "green", "guidance_scale": 7.0, "seed": 7, "rng": "cuda"}
+    own = pipe.with_scheduler("DPM++ 2M Karras")
+    expected = own(prompt, num_inference_steps=5, **options)
+    assert np.array_equal(pixels(result), pixels(expected.images[0]))
+    assert expected.parameters[0].startswith(f"{prompt}\n")
 
 
 def test_lora_files_outside_their_folder_must_be_typed(pipe, tmp_path, lora, capsys):
