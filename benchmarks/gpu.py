@@ -246,10 +246,14 @@ def main() -> None:
             print(f"{name}: {figures['engines'][name].get('failed', 'done')}", file=sys.stderr)
     print(text_of(figures["engines"]))
     print(json.dumps(figures["ceilings"]))
+    done = [name for name, of in figures["engines"].items() if of["parts"]]
+    print(f"measured {', '.join(done) or 'nothing'}, of {len(chosen)} that run here")
     if args.save and args.device == "cuda":
         gpu = detect_gpus().gpus[0]
         save(f"gpu_{gpu.sm}", claims_of(gpu.name, figures["engines"]), figures)
         draw(figures["engines"], gpu.name, FOLDER / f"gpu_{gpu.sm}.svg")
+    if not done:
+        sys.exit(1)
 
 
 def describe_gpu(args: argparse.Namespace) -> dict[str, Any]:
