@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO := $(VENV)/.demo
 export SDRT_HOME ?= $(CURDIR)/build/sdrt
 
-.PHONY: demo test test-fast test-rest test-slow test-full test-fleet test-rig gpu-check check lint types mutations wheel bundle bench fuzz lock audit docs clean kill-points
+.PHONY: demo test test-fast test-rest test-slow test-full test-fleet test-rig onnxruntime-gpu gpu-check check lint types mutations wheel bundle bench fuzz lock audit docs clean kill-points
 
 # Takes what `make test` has set up, or the smallest install that makes an image.
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO))
@@ -38,8 +38,15 @@ test-slow: $(READY)
 test-full: test test-rest test-slow
 
 # Stand-ins of the CUDA driver and of TensorRT, which take the place of a GPU in their process.
-test-rig: $(READY)
+test-rig: $(READY) onnxruntime-gpu
 	$(PYTEST) -m rig
+
+# ONNX Runtime's CUDA provider, for a test that runs it over stand-ins of CUDA; 250 MB, in build.
+onnxruntime-gpu: build/onnxruntime-gpu
+build/onnxruntime-gpu: $(READY) constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $@ \
+		onnxruntime-gpu==$(shell sed -n 's/^onnxruntime==//p' constraints.txt)
+	touch $@
 
 # On a machine with a GPU: everything that needs one; results go to benchmarks/results.
 gpu-check: $(READY)

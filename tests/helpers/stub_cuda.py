@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from disk_cache import REPOSITORY
@@ -58,11 +59,13 @@ def build_libraries(folder: Path) -> None:
         subprocess.run(["gcc", *options, *sources, "-o", str(folder / library)], check=True)
 
 
-def run_with_provider(libraries: Path, code: str, package: Path) -> subprocess.CompletedProcess:
-    """Run Python code in a process in which `onnxruntime` is the package for GPUs; package: a
-    folder with `sdrt` linked into it.
+def run_with_provider(libraries: Path, code: str, *arguments: str) -> str:
+    """Run Python code in a process in which `onnxruntime` is the package for GPUs; returns what it
+    wrote to standard output.
     """
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries), "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(package_folder()), str(package)])
-    command = [shutil.which("python"), "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries)}
+    environment["PYTHONPATH"] = str(package_folder())
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

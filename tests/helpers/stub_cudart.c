@@ -112,6 +112,10 @@ int cudaLaunchKernel(const void *f, Dim3 grid, Dim3 block, void **arguments, siz
     count.launches++;
     return SUCCESS;
 }
+int __cudaLaunchKernel(const void *f, Dim3 grid, Dim3 block, void **arguments, size_t shared, void *stream) {
+    return cudaLaunchKernel(f, grid, block, arguments, shared, stream);
+}
+int cudaLaunchKernelExC(const void *configuration, const void *f, void **arguments) { count.launches++; return SUCCESS; }
 unsigned __cudaPushCallConfiguration(Dim3 grid, Dim3 block, size_t shared, void *stream) {
     pushed.grid = grid, pushed.block = block, pushed.shared = shared, pushed.stream = stream;
     return SUCCESS;
