@@ -174,14 +174,20 @@ class Device:
                 yield graph
             except BaseException:
                 _, captured = driver.cuStreamEndCapture(self.stream)
-                if int(captured or 0) and not self.fatal_error:
-                    driver.cuGraphDestroy(captured)
+                self._destroy_captured(captured)
                 raise
             captured = self.check(driver.cuStreamEndCapture(self.stream))
             try:
                 graph.instantiate(captured)
             finally:
-                self.check(driver.cuGraphDestroy(captured))
+                self._destroy_captured(captured)
+
+    def _destroy_captured(self, captured: Any) -> None:
+        """The answer may be an error of earlier work, which the next call has too: raising it here
+        would lose the graph that was made.
+        """
+        if int(captured or 0) and not self.fatal_error:
+            driver.cuGraphDestroy(captured)
 
 
 class CudaGraph:
@@ -198,9 +204,9 @@ class CudaGraph:
         self._device.check(driver.cuGraphLaunch(self._executable, self._device.stream))
 
     def close(self) -> None:
-        if self._executable is not None and not self._device.fatal_error:
-            self._device.check(driver.cuGraphExecDestroy(self._executable))
-        self._executable = None
+        executable, self._executable = self._executable, None
+        if executable is not None and not self._device.fatal_error:
+            self._device.check(driver.cuGraphExecDestroy(executable))
 
 
 class PinnedArray:

@@ -361,8 +361,14 @@ int f_cuGraphInstantiateWithFlags(void **executable, void *graph, u64 flags) {
     num_graphs++;
     return OK;
 }
-int f_cuGraphDestroy(void *graph) { ENTER free(((Queue *)graph)->items); free(graph); num_graphs--; return OK; }
-int f_cuGraphExecDestroy(void *graph) { ENTER free(((Queue *)graph)->items); free(graph); num_graphs--; return OK; }
+/* What they return may be an error of earlier work: the graph is gone all the same. */
+static void drop_graph(Queue *graph) {
+    pthread_mutex_lock(&lock);
+    free(graph->items); free(graph); num_graphs--;
+    pthread_mutex_unlock(&lock);
+}
+int f_cuGraphDestroy(void *graph) { drop_graph(graph); ENTER return OK; }
+int f_cuGraphExecDestroy(void *graph) { drop_graph(graph); ENTER return OK; }
 int f_cuGraphLaunch(void *graph, void *handle) {
     ENTER
     Stream *stream = as_stream(handle);

@@ -294,7 +294,7 @@ def interrupt_everywhere(rig, count, step, inject, attempt):
         except SdrtError as error:
             errors.append(error)
         inject(-1)
-        assert rig.used == 0, (point, rig.failed_in)
+        assert (rig.used, rig.graphs) == (0, 0), (point, rig.failed_in)
     return errors
 
 
