@@ -124,9 +124,9 @@ def check_memory(bundle: Bundle, gpu: Gpu | None, sequential: bool, streamed: bo
         f"{needed.activations / 1e6:,.0f} for an image of {size[0]}x{size[1]})"
     )
     if free is None:
-        log.info("Memory: %s", numbers)
+        log.debug("Memory: %s", numbers)
         return
-    log.info("Memory: %s; %s MB free", numbers, f"{free / 1e6:,.0f}")
+    log.debug("Memory: %s; %s MB free", numbers, f"{free / 1e6:,.0f}")
     if needed.total > free:
         less = compute_budget(manifest, size, 2, sequential=True, streamed=streamed).total
         fits = less < min(free, needed.total)

@@ -245,6 +245,7 @@ def select_backend(
     *,
     gpus: GpuInventory | None = None,
     failed: Mapping[str, str] | None = None,
+    kind: str | None = None,
 ) -> Candidate:
     """Select the backend for a bundle.
 
@@ -254,6 +255,7 @@ def select_backend(
         options: See `list_backends`.
         gpus: See `list_backends`.
         failed: Candidates that failed to load, by title, each with the error.
+        kind: Of device, `cpu` or `cuda`; None for any.
 
     Raises:
         UsageError: The backend is unknown, or the options do not fit it.
@@ -277,14 +279,22 @@ def select_backend(
         if backend not in ("auto", name):
             continue
         candidate = create()
+        if kind not in (None, candidate.device.partition(":")[0]):
+            continue
         reason = candidate.unavailable_reason or (failed or {}).get(candidate.title)
         if backend == "auto" and candidate.backend == "openvino" and size < OPENVINO_MIN_BYTES:
             reason = f"slower to start; chosen for bundles over {OPENVINO_MIN_BYTES / 1e6:.0f} MB"
         if reason is None:
             return replace(candidate, skipped=tuple(skipped))
         skipped.append((candidate.title, reason))
-    reasons = "; ".join(f"{title}: {reason}" for title, reason in skipped)
-    raise BackendError(f"no backend can run here: {reasons}", hint="run `sdrt doctor`")
+    titles: dict[str, list[str]] = {}
+    for title, reason in skipped:
+        titles.setdefault(reason, []).append(title)
+    reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in titles.items())
+    hint = "run `sdrt doctor`, or leave the device out" if kind else "run `sdrt doctor`"
+    raise BackendError(
+        f"no backend can run {f'on {kind}' if kind else 'here'}: {reasons}", hint=hint
+    )
 
 
 def log_selection(candidate: Candidate, bundle: Bundle) -> None:

@@ -289,10 +289,12 @@ def _actual(
     if single:
         return _from_file(open_file(path), replacements)
     near = difflib.get_close_matches(model, [*EMBEDDED, *KNOWN], n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    known = (
+        f"known names are {', '.join([*EMBEDDED, *KNOWN])}; or give a hub id (org/name), a folder, "
+    )
     raise CheckpointError(
-        f"no model called {model!r}: {hint}known names are {', '.join([*EMBEDDED, *KNOWN])}; "
-        "or give a hub id (org/name), a folder, or a .safetensors file"
+        f"{model} is not a {SUFFIX} file" if path.is_file() else f"no model called {model!r}",
+        hint=f"did you mean {' or '.join(near)}?" if near else f"{known}or a {SUFFIX} file",
     )
 
 

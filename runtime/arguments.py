@@ -122,6 +122,7 @@ INSTEAD = {
     **dict.fromkeys(("scheduler", "sampler", "sampler_name"), _SCHEDULER),
     **dict.fromkeys(("lora", "loras", "cross_attention_kwargs"), _LORA),
 }
+OF_A_CALL = ("prompt", "output_type", "return_dict", "on_step", "progress")
 CALLBACK_TENSORS = ("latents",)
 
 
@@ -173,10 +174,12 @@ def _suggest(name: str) -> str:
     """What to write instead of a name that is not an option."""
     if name in INSTEAD:
         return INSTEAD[name]
-    names = [*PARSERS, *DIFFUSERS]
-    similar = difflib.get_close_matches(name, names, n=1)
-    suggestion = ALIASES.get(name.casefold()) or (similar[0] if similar else None)
-    return f"did you mean {suggestion}?" if suggestion else f"one of {', '.join(names)}"
+    names = [*PARSERS, *DIFFUSERS, *OF_A_CALL, *ALIASES]
+    similar = [name.casefold(), *difflib.get_close_matches(name.casefold(), names, n=1)]
+    meant = next((entry for entry in similar if entry in names), None)
+    if meant is None:
+        return "see help(sdrt.GenerationOptions) for all options"
+    return f"did you mean {ALIASES.get(meant, meant)}?"
 
 
 def _size_from_sides(sides: Mapping[str, Any], passed: Mapping[str, Any]) -> dict[str, Any]:

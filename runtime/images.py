@@ -11,13 +11,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from sdrt.atomic_files import write_atomic, write_numbered
-from sdrt.errors import SdrtError, UsageError
+from sdrt.atomic_files import NO_SPACE, write_atomic, write_numbered
+from sdrt.errors import StorageError, UsageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MAX_SIDE = 8192
@@ -304,17 +305,26 @@ def image_to_bytes(
         quality: 0 to 100, of JPEG and WEBP.
     """
     buffer = BytesIO()
+    options = {"compress_level": COMPRESSION} if kind == "PNG" else {"quality": quality}
+    image.save(buffer, kind, **options, **metadata_options(parameters, kind))
+    return buffer.getvalue()
+
+
+def metadata_options(parameters: str, kind: str) -> dict[str, Any]:
+    """The arguments of Pillow's `save` that write a `parameters` text into a PNG, JPEG or WebP
+    file; none for files of another kind.
+    """
     if kind == "PNG":
         info = PngInfo()
         if parameters:
             (info.add_text if parameters.isascii() else info.add_itxt)("parameters", parameters)
-        image.save(buffer, kind, pnginfo=info, compress_level=COMPRESSION)
-    else:
-        exif = Image.Exif()
-        comment = parameters.encode("utf-16-be")[:MAX_COMMENT]
-        exif.get_ifd(EXIF)[USER_COMMENT] = b"UNICODE\0" + comment
-        image.save(buffer, kind, quality=quality, exif=exif)
-    return buffer.getvalue()
+        return {"pnginfo": info}
+    if kind not in SUFFIXES.values():
+        return {}
+    exif = Image.Exif()
+    comment = parameters.encode("utf-16-be")[:MAX_COMMENT]
+    exif.get_ifd(EXIF)[USER_COMMENT] = b"UNICODE\0" + comment
+    return {"exif": exif}
 
 
 def read_parameters(image: Image.Image) -> str:
@@ -346,7 +356,7 @@ def save_image(image: Image.Image, path: Path, parameters: str, replace: bool = 
 
     Raises:
         UsageError: The path cannot be written.
-        SdrtError: The disk is full or fails.
+        StorageError: The disk is full or fails.
     """
     content = image_to_bytes(image, parameters, SUFFIXES.get(path.suffix.lower(), "PNG"), QUALITY)
     try:
@@ -354,7 +364,8 @@ def save_image(image: Image.Image, path: Path, parameters: str, replace: bool = 
             return write_numbered(path, content)
         write_atomic(path, content)
     except OSError as error:
-        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-        kind = SdrtError if failed else UsageError
-        raise kind(f"failed to write {path}: {error.strerror or error}") from error
+        failed = error.errno in (*NO_SPACE, errno.EIO, errno.EROFS)
+        kind = StorageError if failed else UsageError
+        hint = "free some space, or pass another --output" if error.errno in NO_SPACE else None
+        raise kind(f"failed to write {path}: {error.strerror or error}", hint=hint) from error
     return path

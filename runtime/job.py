@@ -153,6 +153,16 @@ def parse_output_size(manifest: Manifest, options: GenerationOptions) -> tuple[i
     return size
 
 
+def describe_size(size: tuple[int, int], validated: Sequence[tuple[int, int]]) -> str:
+    """A warning of a size, (width, height), that is not one of those validated."""
+    name, *names = (f"{width}x{height}" for width, height in (size, *validated))
+    tiles = all(size[0] > width or size[1] > height for width, height in validated)
+    return (
+        f"{name} is not one of the sizes that this bundle was validated at ({', '.join(names)})"
+        f"{', and is decoded in tiles' if tiles else ''}; to validate it, build with --size {name}"
+    )
+
+
 def apply_eta(scheduler_config: Mapping[str, Any], options: GenerationOptions) -> Mapping[str, Any]:
     """The scheduler's configuration with a call's eta.
 

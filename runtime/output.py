@@ -1,24 +1,72 @@
 """What a call of the pipeline returns. Knows Pillow images; not how they are generated."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any, Literal
+from pathlib import Path
+from typing import IO, Any, Literal
 
 import numpy as np
 from PIL.Image import Image
 
 from .denoising import Step
-from .images import make_grid
+from .images import SUFFIXES, make_grid, metadata_options
 
 OutputType = Literal["pil", "np", "latent"]
 OUTPUT_TYPES = ("pil", "np", "latent")
 StepCallback = Callable[[Step], None] | None
 
 
+class AnnotatedImage(Image):
+    """A generated image. `save` writes its settings (`info["parameters"]`) into PNG, JPEG and WebP
+    files, as `sdrt run` does; images that are derived from it are plain ones.
+    """
+
+    def save(
+        self,
+        fp: "str | bytes | os.PathLike[Any] | IO[bytes]",
+        format: str | None = None,
+        **params: Any,
+    ) -> None:
+        """As Pillow's. Passed `pnginfo` and `exif` take the place of the settings."""
+        name = os.fsdecode(fp) if isinstance(fp, str | bytes | os.PathLike) else ""
+        kind = format or SUFFIXES.get(Path(name).suffix.lower(), "")
+        text = self.info.get("parameters", "")
+        super().save(fp, format, **{**metadata_options(text, kind.upper()), **params})
+
+
+def annotate_image(image: Image, parameters: str) -> AnnotatedImage:
+    """The image with its settings; the pixels are shared."""
+    annotated = AnnotatedImage()
+    annotated.__dict__ |= image.__dict__ | {"info": {**image.info, "parameters": parameters}}
+    return annotated
+
+
+class IndexedOutput:
+    """Access to an output as to those of diffusers: `output[0]`, `output["images"]`."""
+
+    __slots__ = ()
+    __iter__ = None  # neither images nor names, one of which each reader would expect
+    images: Any
+    flagged: list[bool]
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, list[bool]]:
+        """The images, and whether each is flagged."""
+        return self.images, self.flagged
+
+    @property
+    def nsfw_content_detected(self) -> list[bool]:
+        """diffusers' name of `flagged`."""
+        return self.flagged
+
+
 @dataclass(frozen=True, slots=True)
-class Output:
+class Output(IndexedOutput):
     """The images of a call, in the order of its prompts. A notebook shows them.
 
     Attributes:
@@ -45,7 +93,7 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ArrayOutput:
+class ArrayOutput(IndexedOutput):
     """The result of a call with `output_type` "np" or "latent"; as `Output` but for `images`.
 
     Attributes:

@@ -101,7 +101,9 @@ def float_parser(low: float, high: float, expected: str | None = None) -> Parser
     return parse
 
 
-def int_parser(low: int, high: int, expected: str | None = None) -> Parser[int]:
+def int_parser(
+    low: int, high: int, expected: str | None = None, hint: str | None = None
+) -> Parser[int]:
     """For an integer within bounds, also as an integral float; bools are not numbers."""
     expectation = expected or f"an integer from {low} to {high}"
 
@@ -110,7 +112,7 @@ def int_parser(low: int, high: int, expected: str | None = None) -> Parser[int]:
         if isinstance(number, float) and number.is_integer():
             number = int(number)
         if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
-            raise invalid_argument(name, number, expectation)
+            raise invalid_argument(name, number, expectation, hint)
         return number
 
     return parse
@@ -170,7 +172,8 @@ def sequence_parser(
 
 def seed_parser(limit: int) -> Parser[int | tuple[int, ...]]:
     """For the seed of the first image, or one for each."""
-    one = int_parser(0, limit - 1, f"an integer from 0 to {limit - 1}, or None for a random one")
+    expected = f"an integer from 0 to {limit - 1}"
+    one = int_parser(0, limit - 1, expected, "leave it out for a random seed")
     many = sequence_parser(one, "an integer, or one for each image")
 
     def parse(name: str, value: object) -> int | tuple[int, ...]:

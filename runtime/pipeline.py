@@ -5,9 +5,9 @@ Knows the stages of a call (`stages.py`); not how each is done.
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
 from PIL.Image import Image
@@ -28,6 +28,7 @@ from .output import (
     Output,
     OutputType,
     StepCallback,
+    annotate_image,
     as_tuple,
     show_progress,
 )
@@ -44,13 +45,13 @@ from .safety_checker import detect_marks
 from .samplers.table import sampler_table
 from .stages import PipelineStages, Prompt, read_latents
 from .text.token_count import TokenCount, count_tokens
+from .unsupported import refuse_attribute, refuse_change
 
 T = TypeVar("T")
 ImageStream = Iterator[tuple[Request, Image]]
 PRECISIONS = {"float32": "fp32", "float16": "fp16"}  # by dtype
 
 
-@dataclass(frozen=True, slots=True)
 class Pipeline(PipelineStages):
     """Generates images with a bundle's engines. `sdrt.load` creates one; call it with a prompt.
 
@@ -67,6 +68,23 @@ class Pipeline(PipelineStages):
     - An iterator of `steps` or `stream` belongs to one thread at a time. It counts as a call until
       it is exhausted, closed or deleted.
     """
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:  # type checkers report an attribute that is not there by themselves
+
+        def __getattr__(self, name: str) -> None:
+            raise refuse_attribute(name, dir(type(self)))
+
+        @staticmethod
+        def from_pretrained(*_: object, **__: object) -> None:
+            raise refuse_attribute("from_pretrained")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise refuse_change(f"{name} = ...")
+
+    def __delattr__(self, name: str) -> None:
+        raise refuse_change(f"del {name}")
 
     def __repr__(self) -> str:
         """One line: bundle, backend, precision and first size."""
@@ -168,7 +186,8 @@ class Pipeline(PipelineStages):
 
         if output_type == "pil":
             images = in_order(self._stream(job, on_step))
-            return Output(images, seeds, texts, *detect_marks(images))
+            marks = detect_marks(images)
+            return Output([*map(annotate_image, images, texts)], seeds, texts, *marks)
         if output_type == "np":
             pairs = in_order(self._generate(job, on_step, self._decode_array, decode=False))
             arrays = np.stack([array for array, _ in pairs])

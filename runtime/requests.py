@@ -59,14 +59,15 @@ def parse_requests(prompt: str | Sequence[str] | None, options: GenerationOption
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if len(negatives) != len(prompts):
         raise UsageError(
-            f"{len(negatives)} negative prompts for {len(prompts)} prompts",
+            f"negative_prompt is a list of {len(negatives)} for {_count(len(prompts), 'prompt')}",
             hint="pass one for each prompt, or one for all",
         )
     count = options.num_images_per_prompt
     total = len(prompts) * count
     if not 1 <= total <= MAX_IMAGES:
         raise UsageError(
-            f"{count} images of {len(prompts)} prompts; expected 1 to {MAX_IMAGES} in all"
+            f"{_count(count, 'image')} of {_count(len(prompts), 'prompt')}; expected 1 to "
+            f"{MAX_IMAGES} in all"
         )
     return [
         Request(i, i // count, prompts[i // count], seed, negatives[i // count])
@@ -106,6 +107,10 @@ def _parse_prompts(prompt: str | Sequence[str] | None, options: GenerationOption
     return [parsed] if isinstance(parsed, str) else list(parsed)
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _assign_seeds(seed: Seed, total: int) -> list[int]:
     """One seed for each image: those passed, or counting on from one."""
     if seed is None:
@@ -113,7 +118,8 @@ def _assign_seeds(seed: Seed, total: int) -> list[int]:
     seeds = [seed + i for i in range(total)] if isinstance(seed, int) else list(seed)
     if len(seeds) != total:
         raise UsageError(
-            f"{len(seeds)} seeds for {total} images", hint="pass one for each image, or one for all"
+            f"seed is a list of {len(seeds)} for {_count(total, 'image')}",
+            hint="pass one for each image, or one for all",
         )
     if max(seeds) >= 2**64:
         raise UsageError(f"seed is {max(seeds)}; expected an integer from 0 to {2**64 - 1}")

@@ -37,6 +37,7 @@ from .job import (
     build_table,
     check_prompts,
     count_prompt_steps,
+    describe_size,
     parse_output_size,
 )
 from .leases import Leases
@@ -115,12 +116,7 @@ class PipelineStages:
             rows = max(run.get_num_rows(get_timeline(request)) for request in job.requests)
             job = replace(job, max_batch=min(job.max_batch, self._max_batch(run, rows)))
             if run.size not in self.manifest.sizes:
-                log.warning(
-                    "%dx%d is not one of the sizes that this bundle was validated at (%s); what is "
-                    "larger is decoded in tiles",
-                    *run.size,
-                    ", ".join(f"{width}x{height}" for width, height in self.manifest.sizes),
-                )
+                log.warning("%s", describe_size(run.size, self.manifest.sizes))
         return job
 
     def validate(self, prompt: Prompt, options: GenerationOptions) -> GenerationJob:

@@ -8,7 +8,8 @@
     InflightBatcher(pipe)                   many calls in one batch
 
 `load` opens a bundle that `sdrt build` wrote. Every error that is raised on purpose is an
-`SdrtError`: UsageError, BundleError, CheckpointError, BackendError, ParityError, DeviceLostError.
+`SdrtError`: UsageError, BundleError, CheckpointError, BackendError, ParityError,
+DeviceLostError, StorageError.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -25,8 +27,10 @@ from .errors import (
     DeviceLostError,
     ParityError,
     SdrtError,
+    StorageError,
     UsageError,
 )
+from .signatures import explain_arguments
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -79,6 +83,7 @@ __all__ = [  # noqa: RUF022 (what a reader needs first)
     "BackendError",
     "DeviceLostError",
     "ParityError",
+    "StorageError",
     "__version__",
 ]
 # Where the names are that are imported when they are first used.
@@ -106,9 +111,29 @@ _LAZY = {
 }
 
 
+_BUILT = "is chosen when a bundle is built: see help(sdrt.build)"
+_DOWNLOAD = "is for sdrt.build, which downloads; load reads a bundle"
+# What users of diffusers pass to `load`, and what to do here.
+_INSTEAD = {
+    **dict.fromkeys(("torch_dtype", "dtype", "variant"), f"the precision {_BUILT}"),
+    **dict.fromkeys(("vae", "unet", "text_encoder", "safety_checker"), f"a component {_BUILT}"),
+    **dict.fromkeys(("revision", "cache_dir", "token", "local_files_only"), f"it {_DOWNLOAD}"),
+    **dict.fromkeys(("provider", "providers", "engine"), 'use backend="onnxruntime"'),
+    **dict.fromkeys(("device_map", "device_id"), 'use device="cuda:0"'),
+    **dict.fromkeys(("model", "model_id", "path"), "the first argument is the bundle's name"),
+    "scheduler": "use load(...).with_scheduler(...)",
+    "use_safetensors": "leave it out: weights are always safetensors",
+}
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        hint = "; use sdrt.load(...)" if name.endswith(("Pipeline", "from_pretrained")) else ""
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}{hint}",
+            name=name,
+            obj=sys.modules[__name__],
+        )
     value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
@@ -118,6 +143,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+@explain_arguments(_INSTEAD)
 def load(
     bundle: str | os.PathLike[str] | None = None,
     *,
@@ -190,20 +216,14 @@ def _load_on_backend(
     bundle: Bundle, backend: str, options: LoadOptions, kind: str | None
 ) -> Pipeline:
     """A pipeline on the first backend that loads; kind: of device, where one was asked for."""
-    from .engine import list_backends, log_selection, select_backend
+    from .engine import log_selection, select_backend
     from .engine.memory_budget import check_memory
     from .runtime import load_pipeline
 
     log, low_memory = logging.getLogger(__name__), options.low_memory
     failed: dict[str, str] = {}
-    if kind:
-        failed = {
-            candidate.title: f"device={kind!r} excludes it"
-            for candidate in list_backends(options)
-            if candidate.device.partition(":")[0] != kind
-        }
     while True:
-        candidate = select_backend(backend, bundle.bytes, options, failed=failed)
+        candidate = select_backend(backend, bundle.bytes, options, failed=failed, kind=kind)
         log_selection(candidate, bundle)
         if options.torch_compile:
             log.warning("torch.compile: the first image of a size and batch takes a minute or so")

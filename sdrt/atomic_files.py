@@ -24,12 +24,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from .errors import BundleError, SdrtError
+from .errors import BundleError, StorageError
 
 log = logging.getLogger(__name__)
 QUIET_WAIT, POLL_INTERVAL = 0.5, 0.005  # seconds that a wait is not worth a word, and between tries
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 _unfinished: set[Path] = set()
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -224,13 +225,13 @@ def _translate_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise SdrtError(
+        if error.errno in NO_SPACE:
+            raise StorageError(
                 f"no space left to write {target}; nothing was changed",
                 hint="free some space, or set --output or SDRT_HOME to another disk",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
-            raise SdrtError(
+            raise StorageError(
                 f"cannot write {target}: {error.strerror}",
                 hint="set --output or SDRT_HOME to another folder",
             ) from error

@@ -6,7 +6,8 @@
     ├── CheckpointError      4   a model cannot be found, read or understood
     ├── BackendError         5   no backend serves, or one failed
     ├── ParityError          6   a component differs from torch by more than its floor
-    └── DeviceLostError      7   a GPU failed for good; only a new process can use it again
+    ├── DeviceLostError      7   a GPU failed for good; only a new process can use it again
+    └── StorageError         8   a disk is full or fails, or a folder cannot be written
 
 A message says what was found and what was expected; a hint says what to do about it. An
 interrupted command exits with 130.
@@ -67,3 +68,9 @@ class DeviceLostError(SdrtError):
     """A GPU failed for good: no other backend or size helps, only a new process."""
 
     exit_code = 7
+
+
+class StorageError(SdrtError):
+    """A disk is full or fails, or a folder cannot be written."""
+
+    exit_code = 8

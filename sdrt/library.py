@@ -12,8 +12,16 @@ from .bundle import Bundle, open_bundle, parse_size
 from .bundle.manifest import Manifest, read_manifest
 from .bundle.store import list_bundles
 from .errors import BundleError, SdrtError, UsageError
+from .signatures import explain_arguments
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}
+# What users of diffusers pass, and what to do here.
+INSTEAD = {
+    **dict.fromkeys(("torch_dtype", "dtype", "variant", "fp16", "half"), 'use precision="fp16"'),
+    **dict.fromkeys(("size", "width", "height", "resolution"), 'use sizes=["512x768"]'),
+    **dict.fromkeys(("lora", "adapter"), 'use loras=["style.safetensors:0.8"]'),
+    "use_safetensors": "leave it out: only safetensors files are read",
+}
 SD2_CONTEXT_WIDTH = 1024
 
 
@@ -33,6 +41,7 @@ class BundleInfo:
     sizes: tuple[tuple[int, int], ...]
 
 
+@explain_arguments(INSTEAD)
 def build(
     model: str,
     *,
@@ -85,7 +94,8 @@ def build(
         CheckpointError: The model cannot be found, read or understood.
         ParityError: A component differs too much from torch; nothing is published.
         BundleError: The folder exists already.
-        SdrtError: A package that builds need is not installed, or the disk is full.
+        StorageError: The disk is full, or the folder cannot be written.
+        SdrtError: A package that builds need is not installed.
     """
     _check_precision(precision)
     try:

@@ -69,8 +69,10 @@ def read_key_digests(path: Path) -> tuple[bytes, ...]:
     """
     try:
         lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read API keys from {path}: {error}") from error
+    except OSError as error:
+        raise UsageError(f"cannot read API keys from {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"cannot read API keys from {path}: it is not UTF-8") from error
     keys = tuple(_parse_keys(path, lines))
     if not keys:
         raise UsageError(

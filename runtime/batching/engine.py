@@ -25,6 +25,7 @@ from sdrt.runtime.denoising import BatchBuilder, DenoisingState, LatentEdit, bui
 from sdrt.runtime.hires import prepare_hires_state
 from sdrt.runtime.lora.sets import Named, group_by_lora_set
 from sdrt.runtime.lora.switch import LoraSwitch
+from sdrt.runtime.output import annotate_image
 from sdrt.runtime.parsing import float_parser, int_parser, parse_callable
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.requests import Request
@@ -391,7 +392,7 @@ class InflightBatcher:
             self._finish(handle, as_sdrt_error(error))
             return
         handle.times.prepared = handle.times.denoised = handle.times.decoded = time.monotonic()
-        self._finish(handle, GeneratedImage(image, text, handle.request.seed))
+        self._finish(handle, GeneratedImage(annotate_image(image, text), text, handle.request.seed))
 
     def _prepare_state(self, handle: RequestHandle) -> tuple[DenoisingState, LatentEdit | None]:
         group = handle.group
@@ -496,7 +497,9 @@ class InflightBatcher:
                 self._finish(handle, as_sdrt_error(error))
                 continue
             handle.times.decoded = time.monotonic()
-            self._finish(handle, GeneratedImage(image, text, handle.request.seed))
+            self._finish(
+                handle, GeneratedImage(annotate_image(image, text), text, handle.request.seed)
+            )
 
     def _prepare_hires_pass(self, handle: RequestHandle, run: DenoisingState) -> None:
         """Put a request whose first pass is finished back into the loop."""

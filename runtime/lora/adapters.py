@@ -23,13 +23,16 @@ from sdrt.json_validation import read_json
 
 from .deltas import Change
 from .layouts import BIAS, PARTS, LayerKey, flat, format_keys, is_unused, parse_changes
-from .names import PICKLES, find_lora_by_name, loras_folder
+from .names import NO_PICKLES, PICKLES, SUFFIX, find_lora_by_name, loras_folder
 from .sets import LoraSet, format_tags, merge_loras
 from .settings import FILE
 from .tags import LoraWeight, parse_weight
 
 log = logging.getLogger(__name__)
 
+OTHER_ARCHITECTURE = (
+    "the LoRA was made for another architecture; use one for this model's (see `sdrt inspect`)"
+)
 PEFT = "base_model.model."  # before the names of tensors in PEFT's own files
 
 
@@ -62,16 +65,16 @@ def find_lora(name: str | os.PathLike[str]) -> Path:
     path = Path(name).expanduser()
     known = loras_folder()
     if path.suffix.lower() in PICKLES:
-        raise CheckpointError(f"{path} is a pickle, which is refused; ask for a .safetensors file")
-    for candidate in (path, known / f"{name}.safetensors", known / path):
+        raise CheckpointError(f"{path} is a pickle, which is refused", hint=NO_PICKLES)
+    for candidate in (path, known / f"{name}{SUFFIX}", known / path):
         if candidate.is_file():
             return candidate
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder", hint=f"pass the {SUFFIX} file in it")
     try:
         return find_lora_by_name(str(name))
     except UsageError as error:
-        raise CheckpointError(
-            f"there is no LoRA file {path}, nor one of that name in {known}: {error}"
-        ) from None
+        raise CheckpointError(error.message, hint=error.hint) from None
 
 
 def read_lora(name: str | os.PathLike[str], weight: float | LoraWeight) -> Lora:
@@ -81,9 +84,9 @@ def read_lora(name: str | os.PathLike[str], weight: float | LoraWeight) -> Lora:
         tensors = Tensors(path)
         changes = parse_changes(tensors, tensors.metadata, _peft_config(path, tensors))
     except CheckpointError as error:
-        raise CheckpointError(f"{path.name}: {error}") from error
+        raise CheckpointError(f"{path.name}: {error.message}", hint=error.hint) from error
     except SdrtError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(error.message, hint=error.hint) from error
     return Lora(path.stem, changes, parse_weight(weight))
 
 
@@ -105,7 +108,8 @@ def check_parts(loras: Sequence[Lora], parts: Collection[str]) -> None:
         if surplus:
             raise CheckpointError(
                 f"{lora.name}: this model has no place for {surplus[0]}: {format_keys(surplus)} do "
-                "not fit; the LoRA was made for another architecture"
+                "not fit",
+                hint=OTHER_ARCHITECTURE,
             )
 
 
@@ -139,7 +143,8 @@ def compute_deltas(
         if missing := [change.key for module, change in own.items() if module not in names]:
             raise CheckpointError(
                 f"{lora.name}: this model's {part} has no {missing[0]}: {format_keys(missing)} of "
-                f"{len(own)} do not fit; the LoRA was made for another architecture"
+                f"{len(own)} do not fit",
+                hint=OTHER_ARCHITECTURE,
             )
         for module, change in own.items():
             touched.setdefault(names[module], []).append((lora.weight.of(part), change))

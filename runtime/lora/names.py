@@ -17,6 +17,7 @@ from sdrt.errors import SdrtError, UsageError
 SUFFIX = ".safetensors"
 PICKLES = (".pt", ".ckpt", ".bin", ".pth", ".pkl")
 ALIAS = "ss_output_name"  # the name that kohya's trainer wrote into the file
+NO_PICKLES = f"ask its author for a {SUFFIX} file, or convert it where that is safe"
 MAX_NAMED = 5  # names that a message lists
 MAX_COMPARED = 100  # letters of a name that near ones are looked for
 
@@ -53,17 +54,21 @@ def find_lora_by_name(name: str) -> Path:
             if len(hits) == 1:
                 return listed[hits[0]]
             if hits:
-                raise UsageError(f"There are several LoRAs named {name!r}; name one: {_some(hits)}")
+                raise UsageError(
+                    f"There are several LoRAs named {name!r}", hint=f"name one: {_some(hits)}"
+                )
     if pickles := [path.name for _, path in _files() if path.stem == name]:
-        raise UsageError(f"{pickles[0]} is a pickle, which is refused; ask for a {SUFFIX} file")
-    raise UsageError(f"There is no LoRA named {name[:MAX_COMPARED]!r} in {_place()}; {near(name)}")
+        raise UsageError(f"{pickles[0]} is a pickle, which is refused", hint=NO_PICKLES)
+    raise UsageError(
+        f"There is no LoRA named {name[:MAX_COMPARED]!r} in {_place()}", hint=near(name)
+    )
 
 
 def near(name: str) -> str:
     """What to say of the names that there are, to whoever gave another."""
     listed = list_loras()
     if not listed:
-        return f"no LoRA is there: put {SUFFIX} files into it"
+        return f"put {SUFFIX} files into that folder, or pass a file's path"
     names = {known.casefold(): file for file in listed for known in (file, listed[file].stem)}
     folded = name[:MAX_COMPARED].casefold()
     matches = difflib.get_close_matches(folded, names, n=MAX_NAMED, cutoff=0.5)

@@ -95,8 +95,9 @@ def refuse_tags(requests: Iterable[Request], options: GenerationOptions) -> None
         for tag in parse_tags(prompt)[1]:
             raise UsageError(
                 f"A call does not apply the tag {tag} of its prompt, as other calls may run at the "
-                f"same time; call pipe.set_lora({{{tag.name!r}: {tag.weight.unet:g}}}) first and "
-                f"leave the tag out, or {LITERAL}"
+                "same time",
+                hint=f"call pipe.set_lora({{{tag.name!r}: {tag.weight.unet:g}}}) first and leave "
+                f"the tag out; {LITERAL}",
             )
 
 

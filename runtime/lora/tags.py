@@ -101,7 +101,9 @@ def check_untagged(prompt: str, what: str, instead: str) -> None:
     for match in TAG.finditer(prompt, 0, prompt.rfind(">") + 1):
         if match[1] in (*LORA_KINDS, *OTHER_KINDS):
             tag = _quoted(match)
-            raise UsageError(f"The tag {tag} in the {what} is not applied; {instead}, or {LITERAL}")
+            raise UsageError(
+                f"The tag {tag} in the {what} is not applied", hint=f"{instead}; {LITERAL}"
+            )
 
 
 def _tag(match: re.Match[str]) -> LoraTag:
@@ -109,7 +111,8 @@ def _tag(match: re.Match[str]) -> LoraTag:
     if kind not in LORA_KINDS:
         raise UsageError(
             f"The tag {_quoted(match)} names an extra network of the kind {kind[:40]!r}; only "
-            f"<lora:NAME:WEIGHT> is supported; {LITERAL}"
+            "<lora:NAME:WEIGHT> is supported",
+            hint=LITERAL,
         )
     if not name.strip():
         raise UsageError(f"The tag {_quoted(match)} has no name; expected <lora:NAME:WEIGHT>")
@@ -130,7 +133,7 @@ def _weight(match: re.Match[str], arguments: list[str]) -> LoraWeight:
     try:
         return parse_weight(LoraWeight(text_encoder, unet))
     except UsageError as error:
-        raise UsageError(f"{error}, in the tag {_quoted(match)}") from None
+        raise UsageError(f"{error.message}, in the tag {_quoted(match)}") from None
 
 
 def _arguments(match: re.Match[str], arguments: list[str]) -> Iterator[tuple[str, str]]:

@@ -157,22 +157,35 @@ def schedule_from_config(
             "unsupported scheduler option clip_sample=True: clipping is not linear in the model "
             "outputs, and only DDIM, DDPM and LCM have a step of their own for it"
         )
-    known = {field.name for field in fields(NoiseSchedule)}
-    ignored = {key for key in set(merged) - known - IGNORED - set(REFUSED) if key[:1] != "_"}
+    ignored = {key for key in merged if not is_scheduler_option(key)}
     ignored |= {
         k
         for k in SOLVER_OPTIONS.keys() - options
         if merged.pop(k, SOLVER_OPTIONS[k]) != SOLVER_OPTIONS[k]
     }
     if ignored:
-        log.warning("ignored scheduler options: %s", ", ".join(sorted(ignored)))
+        _warn(tuple(sorted(ignored)))
     try:
-        values = {key: READERS[key](merged[key], key) for key in merged.keys() & known}
+        values = {key: READERS[key](merged[key], key) for key in merged.keys() & FIELDS}
     except ValueError as error:
         raise UsageError(f"scheduler option {error}") from error
     schedule = NoiseSchedule(**values)
     _check(schedule)
     return schedule
+
+
+FIELDS = {field.name for field in fields(NoiseSchedule)}
+
+
+def is_scheduler_option(key: str) -> bool:
+    """Whether any scheduler reads a key of a configuration."""
+    return key in FIELDS | IGNORED | REFUSED.keys() or key[:1] == "_"
+
+
+@lru_cache(maxsize=64)
+def _warn(ignored: tuple[str, ...]) -> None:
+    """Once: tables of many lengths are built of one configuration."""
+    log.warning("ignored scheduler options: %s", ", ".join(ignored))
 
 
 def _check(schedule: NoiseSchedule) -> None:

@@ -59,6 +59,7 @@ _RECORD = record(
         "data_offsets": array(integer(0, 2**48), 2, 2),
     },
 )
+RENEW = "download it again, or, if it is part of a bundle, run `sdrt build` again with --force"
 _ANY = text(r"[\s\S]*", "text")
 _METADATA = mapping(_ANY, _ANY, 10_000)
 
@@ -74,12 +75,16 @@ def read_header(path: Path, error_class: type[SdrtError] = SdrtError) -> Header:
         with path.open("rb") as file:
             size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER:
+                raise error_class(f"{path} is not a safetensors file", hint=RENEW)
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = _header(file.read(length), size)
+    except FileNotFoundError as error:
+        raise error_class(f"{path} is missing", hint=RENEW) from error
     except (OSError, ValueError) as error:
         raise error_class(
-            f"{path} is not a whole safetensors file: {error}; fetch it again"
+            f"{path} is not a complete safetensors file: {error}", hint=RENEW
         ) from error
     return header
 

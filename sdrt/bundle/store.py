@@ -97,6 +97,13 @@ def find_bundle(name: str | os.PathLike[str] | None) -> Path:
             raise BundleError(f"{folder} cannot be read: {error.strerror}") from error
     if name in (*embedded_names(), *embedded_control_names()):
         return materialize(str(name), home())
+    if Path(name).is_file():
+        build = f"`sdrt build --model {name}` makes one of it"
+        is_checkpoint = Path(name).suffix == ".safetensors"
+        raise BundleError(
+            f"{name} is a file; a bundle is a folder",
+            hint=build if is_checkpoint else "`sdrt list` shows the bundles",
+        )
     names = sorted({bundle_name(folder) for folder in list_bundles()})
     near = difflib.get_close_matches(str(name), names, n=1)
     raise BundleError(

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sdrt.errors import SdrtError, UsageError
+from sdrt.atomic_files import NO_SPACE
+from sdrt.errors import SdrtError, StorageError, UsageError
 
 from .arguments import (
     add_bench,
@@ -30,7 +31,7 @@ from .arguments import (
     add_verify,
 )
 from .build import add_build, build
-from .parser import CommandParser
+from .parser import CommandParser, name_flags
 from .terminal import LogFormatter, LogHandler, report_error
 from .upscale import add_upscale, upscale
 
@@ -42,9 +43,10 @@ EXAMPLES = """examples:
   sdrt doctor
 
 exit codes:
-  0 success        1 failure, such as a full disk or a missing package
+  0 success        1 failure, such as a missing package
   2 arguments      3 bundle        4 checkpoint        5 backend
-  6 parity with PyTorch            130 interrupted
+  6 parity with PyTorch            7 lost GPU
+  8 storage, such as a full disk   130 interrupted
 
 `sdrt COMMAND --help` describes a command
 """
@@ -173,21 +175,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not typed:
         build_parser().print_help(sys.stderr)
         return UsageError.exit_code
+    if typed[0] == "help":
+        typed = [*typed[1:2], "--help"]
+    flags: Mapping[str, str] = {}
     try:
         args = _parse(build_parser(), typed)
+        flags = args.flags
         _configure_logging(args)
         command: Callable[[argparse.Namespace], None] = args.command
         command(_restore(args, typed) if getattr(args, "source", None) else args)
     except SdrtError as error:
-        report_error(error)
+        report_error(name_flags(error, flags) if isinstance(error, UsageError) else error)
         return error.exit_code
     except KeyboardInterrupt:
         print("Interrupted. No partial files were left behind.", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        report_error(StorageError(f"failed to write: {error.strerror}", hint="free some space"))
+        _drop_output()
+        return StorageError.exit_code
     return 0
+
+
+def _drop_output() -> None:
+    """Let nothing more be written to standard output, where the last of it failed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _configure_logging(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +27,16 @@ from sdrt.runtime.arguments import parse_options
 from sdrt.runtime.images import SUFFIXES, make_grid, save_image
 from sdrt.runtime.job import GenerationJob
 from sdrt.runtime.loading import unloaded_pipeline
-from sdrt.runtime.lora.adapters import find_lora, parse_lora
+from sdrt.runtime.lora.adapters import find_lora, parse_lora, read_lora
 from sdrt.runtime.lora.sets import LoraSet, check_lora_set, group_by_lora_set, merge_loras
 from sdrt.runtime.lora.switch import stream_by_lora_set
 from sdrt.runtime.lora.tags import parse_weight
 from sdrt.runtime.options import PARSERS
 from sdrt.runtime.requests import Request
 from sdrt.runtime.safety_checker import is_flagged, is_flat
+from sdrt.runtime.samplers.noise_schedule import FIELDS, is_scheduler_option
 
+from .parser import closest
 from .terminal import print_line, terminal_graphics
 
 log = logging.getLogger(__name__)
@@ -43,11 +46,7 @@ FLAGGED = "seed {}: the safety checker flagged the image, so it is black"
 
 def options_from_arguments(args: argparse.Namespace) -> GenerationOptions:
     """The generation options of a command line: its arguments that are named like one."""
-    named = {name: getattr(args, name, None) for name in PARSERS}
-    passed = {name: value for name, value in named.items() if value is not None}
-    return parse_options(
-        {name: PARSERS[name](args.flags.get(name, name), value) for name, value in passed.items()}
-    )
+    return parse_options({name: getattr(args, name, None) for name in PARSERS})
 
 
 def open_pipeline(args: argparse.Namespace) -> Pipeline:
@@ -95,15 +94,29 @@ def check_arguments(args: argparse.Namespace) -> GenerationOptions:
     pipe = unloaded_pipeline(open_bundle(args.bundle))
     if pipe.accepts_prompt and not args.prompt:
         raise UsageError("no prompt was given", hint='for example `sdrt run "a red circle"`')
+    check_quotes(args.prompt)
     chosen = with_scheduler(pipe, args.scheduler, args.scheduler_option)
     job = chosen.validate(args.prompt or None, options)
-    group_by_lora_set(job.requests, options, _loras(args))
+    loras = _loras(args)
+    group_by_lora_set(job.requests, options, loras)
+    for path, weight in loras:
+        read_lora(path, weight)
     return options
+
+
+def check_quotes(prompts: Sequence[str]) -> None:
+    """Raise UsageError for prompts of one word, which are one prompt whose quotes are missing."""
+    if len(prompts) > 1 and not any(re.search(r"[\s,]", prompt) for prompt in prompts):
+        raise UsageError(
+            f"{len(prompts)} prompts of one word",
+            hint=f'quote the prompt: `sdrt run "{" ".join(prompts)}"`; for an image of each word, '
+            f'add a comma: `sdrt run "{prompts[0]}," ...`',
+        )
 
 
 def with_scheduler(pipe: Pipeline, name: str | None, settings: Sequence[str]) -> Pipeline:
     """The pipeline with a scheduler, and options of it."""
-    chosen = pipe.with_scheduler(name) if name else pipe
+    chosen = pipe if name is None else pipe.with_scheduler(name)
     if not settings:
         return chosen
     config = dict(chosen.scheduler_config)
@@ -117,6 +130,12 @@ def with_scheduler(pipe: Pipeline, name: str | None, settings: Sequence[str]) ->
             config[key] = json.loads(text)
         except ValueError:
             config[key] = text
+        if not is_scheduler_option(key):
+            near = closest(key, FIELDS)
+            raise UsageError(
+                f"unknown --scheduler-option {key}",
+                hint=f"did you mean {near}?" if near else f"one of {', '.join(sorted(FIELDS))}",
+            )
     return chosen.with_scheduler(config)
 
 

@@ -23,6 +23,7 @@ from sdrt.engine import (
 )
 from sdrt.errors import BackendError, ParityError, SdrtError
 from sdrt.runtime import Pipeline, load_pipeline
+from sdrt.runtime.parsing import parse_device
 from sdrt.runtime.reference_outputs import (
     GUIDED_STEPS,
     PROMPT,
@@ -51,7 +52,8 @@ def verify(args: argparse.Namespace) -> None:
     """Print every check; raise ParityError if one fails, BundleError for damaged files."""
     bundle = open_bundle(args.bundle)
     check_files(bundle.folder, bundle.manifest.files, list_graphs(bundle.manifest), rehash=True)
-    candidate = select_backend(args.backend, bundle.bytes, LoadOptions(args.device))
+    index, kind = parse_device("device", args.device)
+    candidate = select_backend(args.backend, bundle.bytes, LoadOptions(index), kind=kind)
     log_selection(candidate, bundle)
     checks = [
         Check("files", f"{len(bundle.manifest.files)} match their recorded sha256", "all", True)

@@ -68,7 +68,7 @@ def grown(bundle, factor):
 
 def test_the_budget_is_printed_and_refused_with_the_numbers(shapes, caplog):
     bundle = open_bundle(shapes)
-    with caplog.at_level(logging.INFO, logger="sdrt"):
+    with caplog.at_level(logging.DEBUG, logger="sdrt"):
         check_memory(bundle, None, sequential=False)
     assert "Memory: at least" in caplog.text and "MB free" in caplog.text
     for in_turn in (False, True):

@@ -259,7 +259,7 @@ def forgotten(index, shards):
         (moved, "does not tell the truth: .* is not in .*-00002-of-00002.safetensors"),
         (forgotten, "conv_in.weight in .* is not in it"),
         (lambda i, s: i.write_text('{"weight_map": 3}'), "no weight_map"),
-        (lambda i, s: (i.parent / s[0]).write_bytes(b"cut"), "not a whole safetensors file"),
+        (lambda i, s: (i.parent / s[0]).write_bytes(b"cut"), "not a complete safetensors file"),
     ],
 )
 def test_shards_that_do_not_fit_are_refused(folder, damage, message):

@@ -176,7 +176,7 @@ def test_each_prompt_has_its_negative_prompt(pipe):
         assert f"\nNegative prompt: {negative}\n" in text
     twice = pipe(PROMPT, negative_prompt=["red"], num_images_per_prompt=2, **STEPS)
     assert all("Negative prompt: red" in text for text in twice.parameters)
-    with pytest.raises(UsageError, match="3 negative prompts for 2 prompts"):
+    with pytest.raises(UsageError, match="negative_prompt is a list of 3 for 2 prompts"):
         pipe(prompts, negative_prompt=["a", "b", "c"])
 
 

@@ -55,7 +55,7 @@ def test_a_generator_that_was_used_is_refused(pipe):
 
 
 def test_one_torch_generator_for_several_images_is_refused(pipe):
-    with pytest.raises(UsageError, match="1 seeds for 2 images"):
+    with pytest.raises(UsageError, match="seed is a list of 1 for 2 images"):
         pipe(PROMPT, generator=torch.Generator().manual_seed(5), num_images_per_prompt=2, **STEPS)
 
 

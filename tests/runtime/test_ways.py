@@ -335,7 +335,7 @@ def test_images_that_do_not_fit_are_refused(pipe, options, message):
         ({"prompt_embeds": np.zeros((1, 32, 128), np.float32)}, "both"),
         ({"negative_prompt_embeds": np.zeros((1, 16, 128), np.float32)}, "one shape"),
         ({"timesteps": [100, 900]}, "descending"),
-        ({"seed": [1, 2]}, "2 seeds for 1"),
+        ({"seed": [1, 2]}, "seed is a list of 2 for 1 image"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(pipe, options, message):

@@ -235,16 +235,15 @@ def test_a_full_or_read_only_disk_leaves_the_old_and_nothing_else(tmp_path):
         pytest.skip(f"no file system of its own: {result.stderr.strip()}")
     lines = result.stdout.splitlines()
     assert len(lines) == 2 * 14, result.stderr
-    full = (
-        f"SdrtError: no space left to write {folder}/b OSError: [Errno 28] No space left on device"
-    )
+    no_space = "OSError: [Errno 28] No space left on device"
+    full = f"StorageError: no space left to write {folder}/b {no_space}"
     seen = set()
     for said, there in zip(lines[::2], lines[1::2], strict=True):
-        folder_made, file_made = "SdrtError" not in said, "OSError" not in said
+        folder_made, file_made = "StorageError" not in said, "OSError" not in said
         seen.add((folder_made, file_made))
         assert there.split() == ["b", "f", *sorted({"on"[folder_made], "on"[file_made]})]
     assert lines[0] == "12 made made" and lines[-4] == f"0 {full}" and len(seen) == 3
-    assert lines[-2].startswith(f"read-only SdrtError: cannot write {folder}/b: Read-only file")
+    assert lines[-2].startswith(f"read-only StorageError: cannot write {folder}/b: Read-only file")
 
 
 def test_a_folder_without_permission_is_said(target):

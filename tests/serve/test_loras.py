@@ -189,7 +189,7 @@ def test_lora_name_matching(folder, embedded):
         (other / "damaged.safetensors").write_bytes(b"?")
         assert find_lora_by_name("other/third") == other / "third.safetensors"
         for name in ("third", "Third One", "THIRD"):
-            with pytest.raises(UsageError, match=r"several .* name one: other/third, sub/third"):
+            with pytest.raises(UsageError, match=r"several .*\nhint: name one: other/third, sub"):
                 find_lora_by_name(name)
         with pytest.raises(UsageError, match=r"old\.pt is a pickle"):
             find_lora_by_name("old")

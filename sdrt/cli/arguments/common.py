@@ -17,6 +17,19 @@ def integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
 
 
+def number(text: str) -> float:
+    """A number; raises the error that argparse reports."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def device(text: str) -> int | str:
+    """The number of a GPU, or what `sdrt.load` takes instead."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
 def height_and_width(text: str) -> tuple[int, int]:
     """`"1024x768"`, width first -> (768, 1024), as models expect it."""
     across, x, down = text.lower().partition("x")
@@ -43,5 +56,9 @@ def add_bundle(to: Arguments) -> None:
 def add_backend(to: Arguments) -> None:
     to.add_argument("--backend", choices=BACKENDS, default="auto", help="default: auto")
     to.add_argument(
-        "--device", type=integer, default=0, metavar="N", help="which NVIDIA GPU (default: 0)"
+        "--device",
+        type=device,
+        default=0,
+        metavar="N|cpu|cuda",
+        help="which NVIDIA GPU, or the kind of device (default: 0, of any kind)",
     )

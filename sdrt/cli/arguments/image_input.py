@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from .common import number
+
 
 def add_image_input(to: argparse.ArgumentParser) -> None:
     start = to.add_argument_group("Image input")
@@ -15,7 +17,7 @@ def add_image_input(to: argparse.ArgumentParser) -> None:
     )
     start.add_argument(
         "--strength",
-        type=float,
+        type=number,
         metavar="0..1",
         help="denoising strength (default: 0.8, or 1.0 with --mask)",
     )

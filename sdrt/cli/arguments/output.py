@@ -9,6 +9,7 @@ from .common import integer
 def add_output(to: argparse.ArgumentParser) -> None:
     output = to.add_argument_group("Output")
     output.add_argument(
+        "-o",
         "--output",
         type=Path,
         default=Path(),
@@ -17,6 +18,7 @@ def add_output(to: argparse.ArgumentParser) -> None:
         "(default: the current folder)",
     )
     output.add_argument(
+        "-n",
         "--num-images",
         dest="num_images_per_prompt",
         type=integer,

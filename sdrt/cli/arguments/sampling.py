@@ -4,7 +4,7 @@ import argparse
 
 from sdrt.errors import UsageError
 
-from .common import Arguments, integer
+from .common import Arguments, integer, number
 
 
 def add_sampling(to: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def add_guidance(to: argparse.ArgumentParser) -> None:
     )
     guidance.add_argument(
         "--guidance-rescale",
-        type=float,
+        type=number,
         default=0.0,
         metavar="0..1",
         help="against overexposed images (default: 0)",
@@ -83,7 +83,7 @@ def add_guidance(to: argparse.ArgumentParser) -> None:
 def add_guidance_scale(to: Arguments) -> None:
     to.add_argument(
         "--guidance-scale",
-        type=float,
+        type=number,
         default=7.5,
         metavar="G",
         help="how closely to follow the prompt, also called CFG scale (default: 7.5)",

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from sdrt.errors import UsageError
 
-from .common import BACKENDS, add_bundle, integer
+from .common import BACKENDS, add_bundle, integer, number
+
+MAX_QUEUE = 10_000  # images
 
 if TYPE_CHECKING:
     from sdrt.serve.model_manager import ModelSource
@@ -52,7 +54,7 @@ def add_serve(to: argparse.ArgumentParser) -> None:
     )
     to.add_argument(
         "--drain",
-        type=float,
+        type=number,
         default=30.0,
         metavar="SECONDS",
         help="graceful shutdown timeout (default: 30)",
@@ -103,7 +105,7 @@ def _add_ray(to: argparse.ArgumentParser) -> None:
     )
     ray.add_argument(
         "--gpus-per-replica",
-        type=float,
+        type=number,
         metavar="N",
         help="GPUs of one replica (default: 1 if the cluster has GPUs, else 0)",
     )
@@ -169,6 +171,9 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
     local = is_loopback(args.host)
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port {args.port}; expected 0 to 65535")
+    for name in ("slots", "waiting"):
+        if not 1 <= getattr(args, name) <= MAX_QUEUE:
+            raise UsageError(f"--{name} {getattr(args, name)}; expected 1 to {MAX_QUEUE}")
     if not 0.0 <= args.drain <= 86_400.0:
         raise UsageError(f"--drain {args.drain:g}; expected 0 to 86400 seconds")
     if not (local or args.keys or args.no_keys):

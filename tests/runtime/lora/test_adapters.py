@@ -167,7 +167,7 @@ def test_a_factor_of_another_shape_is_refused(tiny, weights, tmp_path):
 
 def test_files_that_are_none_are_refused(tiny):
     checkpoint = find_checkpoint(str(tiny))
-    with pytest.raises(CheckpointError, match="no LoRA file"):
+    with pytest.raises(CheckpointError, match="no LoRA named"):
         checkpoint.with_loras(["none.safetensors"])
     with pytest.raises(CheckpointError, match="pickle"):
         checkpoint.with_loras(["l.pt:0.5"])

@@ -302,7 +302,11 @@ def test_tags_are_text_where_the_weighting_syntax_is_off(lora_pipe):
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        (f"{PROMPT} <lora:frist:1>", {}, r"no LoRA named 'frist' in .*loras; did you mean first"),
+        (
+            f"{PROMPT} <lora:frist:1>",
+            {},
+            r"no LoRA named 'frist' in .*loras\nhint: did you mean first",
+        ),
         (f"{PROMPT} <lora:first:x>", {}, "not a number"),
         (f"{PROMPT} <hypernet:first:1>", {}, "hypernet"),
         (f"{PROMPT} <lora:first:6> <lora:first:6>", {}, "LoRA weight 12"),

@@ -105,7 +105,7 @@ def test_a_tag_that_is_not_understood_is_refused_by_name(tag, message):
 
 @pytest.mark.parametrize("tag", ["<lora:x:1>", "<lyco:x>", "<hypernet:x:1>"])
 def test_a_tag_where_none_is_applied(tag):
-    with pytest.raises(UsageError, match=f"{tag} in the negative prompt .*put it"):
+    with pytest.raises(UsageError, match=f"{tag} in the negative prompt (.|\\n)*hint: put it"):
         check_untagged(f"blurry {tag}", "negative prompt", "put it into the prompt")
 
 

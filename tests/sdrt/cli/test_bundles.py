@@ -69,5 +69,5 @@ def test_the_embedded_bundle_is_listed_where_nothing_was_built(tmp_path, monkeyp
 
 def test_a_home_that_cannot_exist_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SDRT_HOME", "/proc/nowhere")
-    assert main(["list"]) == 1
+    assert main(["list"]) == 8
     assert "cannot write /proc/nowhere" in capsys.readouterr().err

@@ -5,11 +5,13 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from sdrt.cli.main import build_parser, commands, main
+from sdrt.errors import StorageError
 
 pytestmark = pytest.mark.integration
 
@@ -60,7 +62,7 @@ def test_run_json_grid_and_folder(shapes, tmp_path, capsys):
         (["run"], 2, "no prompt"),
         (["run", PROMPT, "--size", "512"], 2, "WIDTHxHEIGHT"),
         (["run", PROMPT, "--seed", "-1"], 2, "--seed is -1"),
-        (["run", PROMPT, "--lora", "nope"], 4, "no LoRA file"),
+        (["run", PROMPT, "--lora", "nope"], 4, "no LoRA named"),
         (["run", PROMPT, "--depth", "nope.png"], 2, "does not exist"),
         (["run", PROMPT, "--scheduler", "DPM++ 2M Karas"], 2, "did you mean DPM++ 2M Karras"),
         (["run", PROMPT, "--bundle", "shappes"], 3, "did you mean shapes?"),
@@ -340,3 +342,33 @@ def test_help_imports_neither_numpy_nor_pillow():
     code = "import sys, sdrt.cli.main as m; m.build_parser().format_help(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"numpy", "PIL", "psutil", "filelock", "shtab"} & set(done.stdout.split())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("command", [["list"], ["doctor", "--json"]])
+def test_a_full_disk_behind_standard_output_has_its_own_code(shapes, command):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sdrt", *command], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == StorageError.exit_code == 8
+    assert done.stderr == "error: failed to write: No space left on device\nhint: free some space\n"
+
+
+def test_a_full_disk_leaves_what_is_there(shapes, tmp_path):
+    """A limit on the size of files stands in for a disk without space."""
+    resource = pytest.importorskip("resource")
+    arguments = ["run", PROMPT, "--steps", "1", "--seed", "0", "-q", "--output", "a.png"]
+    (tmp_path / "a.png").write_bytes(b"earlier")
+    command = [sys.executable, "-m", "sdrt", *arguments]
+    limit = 1000  # bytes, less than an image
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 8 and done.stderr.startswith("error: failed to write a.png")
+    assert "hint: free some space" in done.stderr and not done.stdout
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"earlier"]
