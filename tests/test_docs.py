@@ -112,7 +112,8 @@ def test_the_files_that_a_page_names_exist(page):
 def test_links_between_files_lead_somewhere(page):
     links = [link for link in LINK.findall(page.read_text("utf-8"))]
     missing = [link for link in links if not (page.parent / link).exists()]
-    assert [link for link in missing if Path(link).name not in GENERATED] == []
+    linked = GENERATED - {"cli.md"}  # a reader of the repository has no such page
+    assert [link for link in missing if Path(link).name not in linked] == []
 
 
 def model_rows():
