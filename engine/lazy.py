@@ -88,6 +88,11 @@ class LazyEngine:
         with self._slot.acquire(self):
             return self._get_or_load()(feeds)
 
+    def warm_up(self) -> None:
+        """Load the engine now, unless another may have to make room for it."""
+        if self._slot is None:
+            self._get_or_load()
+
     def loaded(self) -> Engine:
         """The engine itself; raises BackendError when closed, and whatever loading it raises."""
         with self._slot.acquire(self) if self._slot else contextlib.nullcontext():

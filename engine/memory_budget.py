@@ -6,7 +6,8 @@ calls.
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import Manifest
@@ -114,11 +115,22 @@ def _ask_driver(gpu: Gpu) -> int | None:
         return device.memory()[0]
 
 
-def check_memory(bundle: Bundle, gpu: Gpu | None, sequential: bool, streamed: bool = False) -> None:
-    """Log what one guided image needs; raise BackendError if it is not free."""
+def check_memory(
+    bundle: Bundle,
+    gpu: Gpu | None,
+    sequential: bool,
+    streamed: bool = False,
+    control_bundles: Sequence[Bundle] = (),
+) -> None:
+    """Log what one guided image needs; raise BackendError if it is not free.
+
+    control_bundles: whose nets stay loaded next to the UNet, as its second graph does
+    """
     manifest, free = bundle.manifest, free_bytes(gpu)
     size = manifest.sizes[0]
+    nets = sum(of.bytes for of in control_bundles)
     needed = compute_budget(manifest, size, 2, sequential=sequential, streamed=streamed)
+    needed = replace(needed, weights=needed.weights + nets)
     numbers = (
         f"at least {needed.total / 1e6:,.0f} MB (weights {needed.weights / 1e6:,.0f}, activations "
         f"{needed.activations / 1e6:,.0f} for an image of {size[0]}x{size[1]})"
@@ -128,7 +140,7 @@ def check_memory(bundle: Bundle, gpu: Gpu | None, sequential: bool, streamed: bo
         return
     log.debug("Memory: %s; %s MB free", numbers, f"{free / 1e6:,.0f}")
     if needed.total > free:
-        less = compute_budget(manifest, size, 2, sequential=True, streamed=streamed).total
+        less = nets + compute_budget(manifest, size, 2, sequential=True, streamed=streamed).total
         fits = less < min(free, needed.total)
         where = f"on GPU {gpu.index}" if gpu else "of host memory"
         raise BackendError(

@@ -60,21 +60,44 @@ def _add_to_input(graph: ir.Graph, node: ir.Node, index: int, name: str) -> None
 
 
 def _add_to_value(graph: ir.Graph, value: ir.Value | None, name: str) -> None:
-    """Add a new input of the graph to a value, for all that read it."""
+    """Add a new input of the graph to a value, for all that read it.
+
+    Where something is added to the value, such as a branch of which it is the skip connection, the
+    input is added to their sum instead. Backends fuse the plain graph's additions into
+    convolutions, with another rounding; they still do, so that zeros give the plain graph's output
+    bit by bit.
+    """
     assert value is not None
-    producer = value.producer()
-    assert producer is not None
-    readers = list(value.uses())
-    total = _sum_with_input(graph, value, name)
-    graph.insert_after(producer, total)
-    for reader, index in readers:
-        reader.replace_input_with(index, total.outputs[0])
+    pending, total = [value], None
+    while pending:
+        value = pending.pop()
+        readers = list(value.uses())
+        sums = [node for node, _ in readers if _adds_maps(node)]
+        pending += [node.outputs[0] for node in sums]
+        others = [(node, index) for node, index in readers if node not in sums]
+        if others:
+            added = total.inputs[1] if total else None
+            total = _sum_with_input(graph, value, name, added)
+            producer = value.producer()
+            assert producer is not None
+            graph.insert_after(producer, total)
+            for node, index in others:
+                node.replace_input_with(index, total.outputs[0])
 
 
-def _sum_with_input(graph: ir.Graph, value: ir.Value, name: str) -> ir.Node:
-    added = ir.Value(name=name, shape=value.shape, type=value.type)
-    graph.inputs.append(added)
-    total = ir.node("Add", [value, added], name=f"add_{name}")
+def _adds_maps(node: ir.Node) -> bool:
+    """Whether a node adds two feature maps, [B, C, H, W]."""
+    return node.op_type == "Add" and all(len(v.shape or ()) == 4 for v in node.inputs if v)
+
+
+def _sum_with_input(
+    graph: ir.Graph, value: ir.Value, name: str, added: ir.Value | None = None
+) -> ir.Node:
+    """A node that adds an input of the graph, which is a new one unless it is passed."""
+    if added is None:
+        added = ir.Value(name=name, shape=value.shape, type=value.type)
+        graph.inputs.append(added)
+    total = ir.node("Add", [value, added], name=f"add_{name}_to_{value.name}")
     output = total.outputs[0]
-    output.name, output.shape, output.type = f"{name}_sum", value.shape, value.type
+    output.name, output.shape, output.type = f"{value.name}_{name}", value.shape, value.type
     return total

@@ -44,6 +44,14 @@ class GenerationKwargs(TypedDict, total=False):
     strength: float | None
     mask_image: ImageLike | None
     depth_map: ImageLike | None
+    control_image: ImageLike | Sequence[ImageLike] | None
+    controlnet: str | Sequence[str] | None
+    controlnet_conditioning_scale: float | Sequence[float] | None
+    control_guidance_start: float | Sequence[float] | None
+    control_guidance_end: float | Sequence[float] | None
+    guess_mode: bool | None
+    adapter_conditioning_scale: float | Sequence[float] | None
+    adapter_conditioning_factor: float | None
     latents: ArrayLike | None
     prompt_embeds: ArrayLike | None
     negative_prompt_embeds: ArrayLike | None
@@ -102,6 +110,8 @@ ALIASES = {
     "hr_prompt": "hires_prompt",
     "hr_negative_prompt": "hires_negative_prompt",
     "hr_cfg": "hires_guidance_scale",
+    **dict.fromkeys(("controlnet_image", "controlnet_cond", "control"), "control_image"),
+    **dict.fromkeys(("control_scale", "conditioning_scale"), "controlnet_conditioning_scale"),
 }
 # Names of diffusers and others that are not options, and what to do.
 _SCHEDULER = 'use pipe.with_scheduler("DPM++ 2M Karras")'

@@ -13,6 +13,7 @@ import numpy as np
 from sdrt.errors import UsageError
 
 from .conditioning_schedule import ConditioningSchedule
+from .controlnet.control import Control
 from .denoising import DenoisingState, LatentEdit, get_history_layout
 from .initial_latents import ImageInputs, InitialState
 from .job import GenerationJob
@@ -31,6 +32,7 @@ class Batch:
         initial_states: Of each image.
         image_inputs: The call's, which all of them share.
         timeline: The first one's; the others share its `GenerationJob.get_run_key`.
+        control: The same, of its ControlNets and T2I-Adapters.
     """
 
     requests: Sequence[Request]
@@ -38,6 +40,7 @@ class Batch:
     initial_states: Sequence[InitialState]
     image_inputs: ImageInputs
     timeline: PromptTimeline
+    control: Control | None = None
 
 
 def group_alike(
@@ -62,7 +65,11 @@ def build_states(batch: Batch, job: GenerationJob) -> list[DenoisingState]:
     table, guidance = job.get_table(batch.timeline), job.get_guidance(batch.timeline)
     layout = get_history_layout(table, guidance)
     return [
-        DenoisingState(table, guidance, layout, start.columns, conditioning, start.extra_channels)
+        DenoisingState(
+            *(table, guidance, layout, start.columns, conditioning),
+            start.extra_channels,
+            batch.control,
+        )
         for conditioning, start in zip(batch.conditioning, batch.initial_states, strict=True)
     ]
 

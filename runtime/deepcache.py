@@ -41,8 +41,12 @@ def with_feature_reuse(
     return replace(table, full_evaluations=full)
 
 
-def check_feature_reuse(manifest: Manifest, engines: Container[str], backend: str) -> None:
-    """Raise UsageError where the bundle or the backend cannot reuse features."""
+def check_feature_reuse(
+    manifest: Manifest, engines: Container[str], backend: str, has_control: bool
+) -> None:
+    """Raise UsageError where the bundle, the backend or the call cannot reuse features."""
+    if has_control:  # the deep layers' feature would hold the control of an earlier evaluation
+        raise UsageError("feature_reuse with control_image", hint="leave one of them out")
     if SHALLOW not in manifest.components:
         model = manifest.source.split(",")[0]
         raise UsageError(

@@ -12,10 +12,12 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from sdrt.bundle.manifest import FEATURE, SHALLOW
-from sdrt.engine import Engine, NumpyHistory
+from sdrt.bundle.manifest import CONTROL, FEATURE, SHALLOW
+from sdrt.engine import Engine, Feeds, NumpyHistory
 
 from .conditioning_schedule import ConditioningSchedule
+from .controlnet.control import Control
+from .controlnet.residuals import ControlledRows, ResidualBatch
 from .samplers.table import SamplerTable, split_outputs
 
 # (evaluations done, latents [B, C, H/8, W/8]) -> the latents to continue from
@@ -175,6 +177,7 @@ class DenoisingState:
         columns: Sequence[np.ndarray],
         conditioning: ConditioningSchedule,
         extra_channels: np.ndarray,
+        control: Control | None = None,
     ) -> None:
         """Start a run.
 
@@ -186,7 +189,9 @@ class DenoisingState:
                 where the run starts from them.
             conditioning: Other inputs of the UNet.
             extra_channels: [E, H/8, W/8], concatenated to the latents; E is 0 for most models.
+            control: Of the run's ControlNets and T2I-Adapters.
         """
+        self.control = control
         self.table, self.guidance, self.layout = table, guidance, layout
         self.conditioning, self.extra_channels = conditioning, extra_channels
         start, *others = columns
@@ -224,6 +229,11 @@ class DenoisingState:
     def component(self) -> str:
         """Which network the next evaluation runs: the full UNet, or its shallow part."""
         return "unet" if self.table.is_full(self.evaluations_done) else SHALLOW
+
+    @property
+    def control_cost(self) -> float:
+        """Of the ControlNets in the next evaluation, relative to the model."""
+        return self.control.cost(self.evaluations_done) if self.control else 0.0
 
     def store_feature(self, feature: np.ndarray) -> None:
         """Store a full evaluation's feature [rows, ...] if the next evaluation reads one."""
@@ -278,6 +288,7 @@ class BatchBuilder:
         self._sample = self._timesteps = np.empty(0, np.float32)
         self._conditioning: dict[str, np.ndarray] = {}
         self._conditioning_rows: dict[int, tuple[int, ...]] = {}  # written, by their first place
+        self._residuals: ResidualBatch | None = None
 
     def evaluate(self, engines: Mapping[str, Engine], states: Sequence[DenoisingState]) -> None:
         """Advance every state by one evaluation.
@@ -300,6 +311,8 @@ class BatchBuilder:
         feeds = {"sample": self._sample, "timestep": self._timesteps, **self._conditioning}
         if component == SHALLOW:
             feeds[FEATURE] = self._gather_features(placed)
+        elif residuals := self._compute_residuals(engines, placed, feeds):
+            component, feeds = CONTROL, {**feeds, **residuals}
         outputs = engines[component](feeds)
         at = 0
         for state, rows in placed:
@@ -307,6 +320,22 @@ class BatchBuilder:
                 state.store_feature(outputs[FEATURE][at : at + rows])
             state.advance(outputs["output"][at : at + rows])
             at += rows
+
+    def _compute_residuals(
+        self, engines: Mapping[str, Engine], placed: list[tuple[DenoisingState, int]], feeds: Feeds
+    ) -> Feeds:
+        """The inputs of the UNet that control adds; none where no image is under control."""
+        images, first = [], 0
+        for state, rows in placed:
+            negative = rows - len(state.guidance.weights)
+            k = state.evaluations_done
+            images.append(ControlledRows(state.control, k, first, rows, negative))
+            first += rows
+        if not any(image.is_active for image in images):
+            return {}
+        if self._residuals is None:
+            self._residuals = ResidualBatch(engines[CONTROL], feeds, self._min_rows)
+        return self._residuals.compute(engines, images, feeds)
 
     def _gather_features(self, placed: list[tuple[DenoisingState, int]]) -> np.ndarray:
         """[rows, ...] of every state's last full evaluation, padded as the batch is."""
@@ -331,7 +360,7 @@ class BatchBuilder:
         for state, rows in placed:
             self._sample[at : at + rows, channels:] = state.extra_channels
             at += rows
-        self._placed = placed
+        self._placed, self._residuals = placed, None
 
     def _write_conditioning(self, at: int, state: DenoisingState) -> None:
         """Write the rows of conditioning that an image reads next, unless they are there."""

@@ -13,6 +13,7 @@ from sdrt.bundle import parse_size
 from sdrt.bundle.manifest import Manifest
 from sdrt.errors import UsageError
 
+from .controlnet.unit import ControlUnit
 from .deepcache import with_feature_reuse
 from .denoising import Guidance, Step
 from .options import GenerationOptions
@@ -41,6 +42,7 @@ class GenerationJob:
         hires: The pass at a higher resolution that follows; None for none.
         evaluations_before: Of the pass that this one follows.
         first_pass_steps: The `prompt_steps` of that pass; None for none.
+        control_units: Of its ControlNets and T2I-Adapters.
     """
 
     requests: Sequence[Request]
@@ -54,6 +56,7 @@ class GenerationJob:
     hires: "HiresPass | None" = None
     evaluations_before: int = 0
     first_pass_steps: int | None = None
+    control_units: tuple[ControlUnit, ...] = ()
 
     def get_timeline(self, request: Request) -> PromptTimeline:
         """The texts that an image's evaluations read."""

@@ -3,7 +3,7 @@
 Knows which of a bundle's components are loaded at once, and which when they are first used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sdrt.json_validation import read_config
 from sdrt.process_stats import resident_bytes
 from sdrt.progress import log_progress
 
+from .controlnet.net import load_control_nets
 from .lora.adapters import Adapters
 from .opening import open_concurrently
 from .pipeline import Pipeline
@@ -29,28 +30,36 @@ EMBEDDING = "token_embedding.weight"
 EAGER = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "safety_checker")
 
 
-def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False) -> Pipeline:
+def load_pipeline(
+    bundle: Bundle,
+    candidate: Candidate,
+    sequential: bool = False,
+    control_bundles: Sequence[Bundle] = (),
+) -> Pipeline:
     """Load a bundle's engines on a backend.
 
     Args:
         bundle: The opened bundle.
         candidate: The backend.
         sequential: Whether one component at a time is loaded, when it is used; only the first now.
+        control_bundles: Of ControlNets and T2I-Adapters, which load when they are first used.
 
     Raises:
         BackendError: If an engine fails to load.
+        UsageError: For a net that does not fit the bundle.
     """
     load = candidate.load
     assert load is not None
     check_makes_images(bundle)
     manifest, slot = bundle.manifest, ExclusiveSlot() if sequential else None
+    nets = load_control_nets(manifest, control_bundles)
     concurrent = candidate.device == "cpu"
 
     def lazy(of: Bundle, name: str, turn: ExclusiveSlot | None = slot) -> LazyEngine:
         def open_engine() -> Engine:
             return _load_engines(of, [name], load, concurrent)[name]
 
-        return LazyEngine(open_engine, manifest.components.get(name), turn)
+        return LazyEngine(open_engine, of.manifest.components.get(name), turn)
 
     precision = candidate.reduced_precision or ""
     if precision not in manifest.admitted:
@@ -70,6 +79,9 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False
     if SHALLOW in manifest.components and not candidate.backend.startswith("tensorrt"):
         # It is small and alternates with the UNet, so both stay loaded.
         engines[SHALLOW] = lazy(bundle, SHALLOW, None)
+    for net, of in zip(nets.values(), control_bundles, strict=True):
+        # They alternate with the UNet too.
+        engines[net.engine_name] = lazy(of, net.kind, None)
     if exact := bundle.in_float32("vae_decoder"):
         engines["vae_decoder_float32"] = lazy(exact, "vae_decoder")
     adapters = Adapters(bundle, engines)
@@ -87,12 +99,16 @@ def load_pipeline(bundle: Bundle, candidate: Candidate, sequential: bool = False
         precision=precision,
         memory_estimator=MemoryEstimator(bundle, candidate.gpu, candidate.title, resident_bytes()),
         upscalers=Upscalers(load),
+        control_nets=nets,
     )
 
 
-def unloaded_pipeline(bundle: Bundle) -> Pipeline:
-    """A pipeline that validates calls but cannot run them. Only the manifest and the scheduler's
+def unloaded_pipeline(bundle: Bundle, control_bundles: Sequence[Bundle] = ()) -> Pipeline:
+    """A pipeline that validates calls but cannot run them. Only manifests and the scheduler's
     configuration are read.
+
+    Raises:
+        UsageError: For a net that does not fit the bundle.
     """
 
     check_makes_images(bundle)
@@ -106,7 +122,12 @@ def unloaded_pipeline(bundle: Bundle) -> Pipeline:
     }
     config = _scheduler_config(bundle)
     adapters = Adapters(bundle, engines)
-    return Pipeline(bundle.manifest, None, engines, config, "", adapters, bundle_config=config)
+    nets = load_control_nets(bundle.manifest, control_bundles)
+    return Pipeline(
+        *(bundle.manifest, None, engines, config, "", adapters),
+        bundle_config=config,
+        control_nets=nets,
+    )
 
 
 def _load_engines(

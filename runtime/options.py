@@ -20,12 +20,15 @@ from .parsing import (
     choice_parser,
     float_parser,
     int_parser,
+    numbers_parser,
     parse_array,
     parse_callable,
     parse_depth_map,
     parse_flag,
     parse_image,
+    parse_images,
     parse_interval,
+    parse_names,
     parse_size_option,
     parse_texts,
     seed_parser,
@@ -35,6 +38,7 @@ from .parsing import (
 MAX_STEPS = 1000
 MAX_IMAGES = 1000
 MAX_GUIDANCE = 100.0
+MAX_CONTROL_SCALE = 10.0
 MAX_REUSE = 100  # evaluations of which one is full
 LONG_PROMPTS = ("chunk", "cut")
 Seed = int | Sequence[int] | None
@@ -84,6 +88,17 @@ class GenerationOptions:
             image itself is returned, in the call's size.
         mask_image: Light in the area to replace, in the size of `image`.
         depth_map: For depth models; near is light, floats have any range.
+        control_image: What each ControlNet or T2I-Adapter reads, one image or one for each net,
+            in their order; resized to the call's size.
+        controlnet: Names of the loaded nets that this call uses; None is all of them.
+        controlnet_conditioning_scale: Of the nets' residuals, -10 to 10; one or one for each net.
+        control_guidance_start: The part of the run at which a net begins, 0 to 1; one or one for
+            each net.
+        control_guidance_end: The part of the run at which a net stops; the same.
+        guess_mode: Whether ControlNets steer the prompt's row alone, so that they act without a
+            prompt too.
+        adapter_conditioning_scale: Of T2I-Adapters, instead of `controlnet_conditioning_scale`.
+        adapter_conditioning_factor: Of T2I-Adapters, instead of `control_guidance_end`.
         latents: [B, C, H/8, W/8] starting noise of unit variance, instead of the seeds'.
         prompt_embeds: [B or 1, tokens, width], instead of prompts.
         negative_prompt_embeds: The same, instead of negative prompts.
@@ -137,6 +152,14 @@ class GenerationOptions:
     strength: float | None = None
     mask_image: Image | None = None
     depth_map: Image | None = None
+    control_image: Sequence[Image] | None = None
+    controlnet: Sequence[str] | None = None
+    controlnet_conditioning_scale: float | Sequence[float] = 1.0
+    control_guidance_start: float | Sequence[float] = 0.0
+    control_guidance_end: float | Sequence[float] = 1.0
+    guess_mode: bool = False
+    adapter_conditioning_scale: float | Sequence[float] | None = None
+    adapter_conditioning_factor: float | None = None
     latents: np.ndarray | None = field(default=None, compare=False)
     prompt_embeds: np.ndarray | None = field(default=None, compare=False)
     negative_prompt_embeds: np.ndarray | None = field(default=None, compare=False)
@@ -284,6 +307,14 @@ PARSERS: dict[str, Parser[Any]] = {
     "strength": float_parser(0.0, 1.0),
     "mask_image": parse_image,
     "depth_map": parse_depth_map,
+    "control_image": parse_images,
+    "controlnet": parse_names,
+    "controlnet_conditioning_scale": numbers_parser(-MAX_CONTROL_SCALE, MAX_CONTROL_SCALE),
+    "control_guidance_start": numbers_parser(0.0, 1.0),
+    "control_guidance_end": numbers_parser(0.0, 1.0),
+    "guess_mode": parse_flag,
+    "adapter_conditioning_scale": numbers_parser(-MAX_CONTROL_SCALE, MAX_CONTROL_SCALE),
+    "adapter_conditioning_factor": float_parser(0.0, 1.0),
     "latents": parse_array,
     "prompt_embeds": parse_array,
     "negative_prompt_embeds": parse_array,

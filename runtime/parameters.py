@@ -10,6 +10,7 @@ from typing import Any
 from sdrt.bundle.manifest import Manifest
 from sdrt.version import __version__
 
+from .controlnet.text import describe_units
 from .images import format_parameters, quote
 from .job import GenerationJob, HiresPass
 from .lora.adapters import Adapters
@@ -45,7 +46,7 @@ def describe_image(
     settings |= {"Seed": request.seed, "Size": f"{width}x{height}", "Model": manifest.name}
     if differing := config_overrides(title, job.scheduler_config, bundle_config):
         settings["Sampler options"] = json.dumps(differing, sort_keys=True)
-    settings |= options.nondefault_settings
+    settings |= options.nondefault_settings | describe_units(job.control_units)
     if job.hires:
         settings |= describe_hires(job.hires, job, request)
     prompt = request.recorded_prompt or request.prompt

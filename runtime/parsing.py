@@ -170,6 +170,34 @@ def sequence_parser(
     return parse
 
 
+def numbers_parser(low: float, high: float) -> Parser[float | tuple[float, ...]]:
+    """For a number within bounds, or one for each of several things."""
+    one = float_parser(low, high)
+    many = sequence_parser(one, f"a number from {low:g} to {high:g}, or several")
+
+    def parse(name: str, value: object) -> float | tuple[float, ...]:
+        return many(name, value) if _to_list(value) is not None else one(name, value)
+
+    return parse
+
+
+def parse_names(name: str, value: object) -> tuple[str, ...]:
+    """One name or several."""
+    parsed = parse_texts(name, value)
+    names = (parsed,) if isinstance(parsed, str) else parsed
+    if not names:
+        raise invalid_argument(name, value, "a name, or a list of names")
+    return names
+
+
+def parse_paths(name: str, value: object) -> tuple[str | os.PathLike[str], ...]:
+    """Names or paths: one, several or none."""
+    items = value if isinstance(value, list | tuple) else [value]
+    if invalid := [item for item in items if not isinstance(item, str | os.PathLike)]:
+        raise invalid_argument(name, invalid[0], "a name or a folder, or a list of them")
+    return tuple(items)
+
+
 def seed_parser(limit: int) -> Parser[int | tuple[int, ...]]:
     """For the seed of the first image, or one for each."""
     expected = f"an integer from 0 to {limit - 1}"
@@ -270,6 +298,13 @@ def parse_image(name: str, value: object) -> Image.Image:
             first axis of one image; C is 1, 3 or 4. Integers are 0 to 255, floats 0 to 1.
     """
     return _parse_image(name, value, scaled=True)
+
+
+def parse_images(name: str, value: object) -> tuple[Image.Image, ...]:
+    """One image or several, each as for `parse_image`."""
+    if isinstance(value, list | tuple) and len(value):
+        return tuple(parse_image(name, item) for item in value)
+    return (parse_image(name, value),)
 
 
 def parse_depth_map(name: str, value: object) -> Image.Image:

@@ -93,8 +93,11 @@ def build_sampling_program(
         state.layout is layout and state.guidance is guidance and not state.evaluations_done
         for state in states
     )
-    # A program has one context, and the columns of one negative and one positive output.
-    is_plain = len(guidance.weights) == 1 and all(s.conditioning.is_constant for s in states)
+    # A program has one context, and the columns of one negative and one positive output; nets run
+    # between the evaluations.
+    is_plain = len(guidance.weights) == 1 and all(
+        state.conditioning.is_constant and state.control is None for state in states
+    )
     if not (alike and is_plain and is_linear(first.table, guidance)):
         return None
     batch = len(states)

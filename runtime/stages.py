@@ -19,6 +19,9 @@ from sdrt.errors import SdrtError
 
 from .batch import Batch, build_latent_edit, build_states, group_alike
 from .conditioning_schedule import ConditioningSchedule, build_constant_schedule
+from .controlnet.control import prepare_control
+from .controlnet.net import ControlNet
+from .controlnet.unit import build_control_units
 from .deepcache import check_feature_reuse, with_feature_reuse
 from .denoising import DenoisingState, LatentEdit, denoise
 from .embedded_guidance import (
@@ -84,6 +87,7 @@ class PipelineStages:
         leases: Of the calls that run.
         precision: That the backend computes in, where it is not the bundle's.
         upscalers: Of second passes.
+        control_nets: ControlNets and T2I-Adapters by name.
     """
 
     manifest: Manifest
@@ -99,6 +103,7 @@ class PipelineStages:
     leases: Leases = field(default_factory=Leases, repr=False, compare=False)
     precision: str = ""
     upscalers: Upscalers = field(default_factory=Upscalers, repr=False, compare=False)
+    control_nets: Mapping[str, ControlNet] = field(default_factory=dict, repr=False)
 
     # Validate
 
@@ -166,8 +171,9 @@ class PipelineStages:
         guidance = build_guidance(
             options, table.evaluations, has_negative_row=self._has_negative_row
         )
+        control_units = build_control_units(options, self.control_nets)
         if options.feature_reuse > 1:
-            check_feature_reuse(manifest, self.engines, self.backend)
+            check_feature_reuse(manifest, self.engines, self.backend, bool(control_units))
             table = with_feature_reuse(table, options.feature_reuse, guidance.num_rows.tolist())
         return GenerationJob(
             requests,
@@ -178,6 +184,7 @@ class PipelineStages:
             size,
             max_batch=manifest.batch[2],
             prompt_steps=count_prompt_steps(config, options, skipped_steps),
+            control_units=control_units,
         )
 
     def _max_batch(self, job: GenerationJob, rows: int) -> int:
@@ -186,7 +193,7 @@ class PipelineStages:
         """
         limit = max(1, 2 * job.max_batch // max(rows, 2))  # the bundle counts two rows an image
         is_checked = job.size == self.manifest.sizes[0] and rows <= 2  # when it was loaded
-        if self.memory_estimator is None or is_checked:
+        if self.memory_estimator is None or (is_checked and not job.control_units):
             return limit
         unet = self.engines["unet"]
         keeps_scores = isinstance(unet, UnfusedAttention) and unet.keeps_scores
@@ -263,7 +270,7 @@ class PipelineStages:
     ) -> list[ConditioningSchedule] | None:
         """Token ids of every image, where the engine encodes them as part of the run; else None."""
         encodes_text = can_encode_text(self.manifest, self.engines, job.options)
-        if not (encodes_text and is_linear(job.table, job.guidance)):
+        if job.control_units or not (encodes_text and is_linear(job.table, job.guidance)):
             return None
         if not all(timeline.is_plain for timeline in timelines):
             return None
@@ -283,11 +290,14 @@ class PipelineStages:
         by_request = dict(zip(job.requests, conditioning, strict=True))
         shape = self.latent_shape(job)
         inputs = encode_image_inputs(self.encode, job, shape, self.in_channels)
+        units, evaluations = job.control_units, job.table.evaluations
+        control = prepare_control(units, self.engines, job.size, evaluations)
         groups = group_alike(by_request, job.max_batch, job.get_pass_keys)
         for requests in groups if together else zip(job.requests):
             states = [build_initial_state(request, job, shape, inputs) for request in requests]
             conditioning = [by_request[request] for request in requests]
-            yield Batch(requests, conditioning, states, inputs, job.get_timeline(requests[0]))
+            timeline = job.get_timeline(requests[0])
+            yield Batch(requests, conditioning, states, inputs, timeline, control)
 
     def prepare_states(
         self, job: GenerationJob

@@ -34,6 +34,8 @@ from .signatures import explain_arguments
 from .version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .bundle import Bundle
     from .engine import LoadOptions
     from .library import BundleInfo, build, build_upscaler, bundles
@@ -154,6 +156,7 @@ def load(
     low_memory: bool = False,
     compile: bool = False,
     cuda_graphs: bool = False,
+    controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
 ) -> Pipeline:
     """Open a bundle and load its engines.
 
@@ -175,6 +178,8 @@ def load(
             size and batch takes a minute or more then.
         cuda_graphs: Whether to replay CUDA graphs, with backend torch on a GPU only: the kernels of
             a component are one launch.
+        controlnet: ControlNets and T2I-Adapters that `sdrt build --controlnet` wrote, by name or
+            folder. A call uses them with `control_image`; each loads when it is first used.
 
     Raises:
         BundleError: If the bundle is missing or damaged.
@@ -192,6 +197,7 @@ def load(
         invalid_argument,
         parse_device,
         parse_flag,
+        parse_paths,
         parse_text,
     )
 
@@ -202,18 +208,24 @@ def load(
     backend, precision = parse_text("backend", backend), parse_text("precision", precision)
     if not isinstance(bundle, str | os.PathLike | None):
         raise invalid_argument("bundle", bundle, "a bundle's name or folder")
+    nets = parse_paths("controlnet", controlnet)
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
     with log_progress(lambda: "checking the bundle's files"):
-        opened = open_bundle(bundle)
-    check_makes_images(opened)
+        opened = [open_bundle(name) for name in (bundle, *nets)]
+    check_makes_images(opened[0])
     if precision == "exact":
-        opened = replace(opened, manifest=replace(opened.manifest, admitted={}))
-    return _load_on_backend(opened, backend, LoadOptions(index, stream, *flags.values()), kind)
+        opened = [replace(of, manifest=replace(of.manifest, admitted={})) for of in opened]
+    options = LoadOptions(index, stream, *flags.values())
+    return _load_on_backend(opened[0], opened[1:], backend, options, kind)
 
 
 def _load_on_backend(
-    bundle: Bundle, backend: str, options: LoadOptions, kind: str | None
+    bundle: Bundle,
+    control_bundles: Sequence[Bundle],
+    backend: str,
+    options: LoadOptions,
+    kind: str | None,
 ) -> Pipeline:
     """A pipeline on the first backend that loads; kind: of device, where one was asked for."""
     from .engine import log_selection, select_backend
@@ -229,8 +241,8 @@ def _load_on_backend(
             log.warning("torch.compile: the first image of a size and batch takes a minute or so")
         try:
             streamed = low_memory and candidate.streams_weights
-            check_memory(bundle, candidate.gpu, low_memory, streamed)
-            return load_pipeline(bundle, candidate, low_memory)
+            check_memory(bundle, candidate.gpu, low_memory, streamed, control_bundles)
+            return load_pipeline(bundle, candidate, low_memory, control_bundles)
         except (BackendError, ParityError) as error:
             log.warning("%s failed to load: %s", candidate.label, error)
             failed[candidate.title] = str(error)

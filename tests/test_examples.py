@@ -14,6 +14,7 @@ IMAGES = {
     "text_to_image": ["text_to_image"],
     "compare_samplers": ["compare_samplers"],
     "image_to_image": ["image_to_image_0.3", "image_to_image_0.6", "image_to_image_0.9"],
+    "controlnet": ["control_steered", "control_free", "control_edges"],
     "hires": ["hires_0.35", "hires_0.7"],
     "inpainting": ["inpainting_original", "inpainting"],
     "changing_prompts": [

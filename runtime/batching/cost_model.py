@@ -61,6 +61,7 @@ class SizeCosts:
         drift: What calls take now, relative to `call_seconds`.
         shallow_ratio: A call of the shallow part relative to one of the full model; learned from
             its calls, so that it is not loaded just to be measured.
+        control_ratio: What ControlNets take, relative to what their weights suggest; learned too.
     """
 
     call_seconds: dict[int, float]
@@ -69,6 +70,7 @@ class SizeCosts:
     decode_seconds: float
     drift: float = 1.0
     shallow_ratio: float = 1.0
+    control_ratio: float = 1.0
 
     def seconds(self, rows: int) -> float:
         """Seconds of a call: interpolated between measured rows, proportional beyond them."""
@@ -86,6 +88,11 @@ class SizeCosts:
         """Learn from a call of the shallow part, which never takes longer than a full one."""
         ratio = min(seconds / self.seconds(rows), 1.0)
         self.shallow_ratio += LEARNING_RATE * (ratio - self.shallow_ratio)
+
+    def observe_control(self, rows: int, control_cost: float, seconds: float) -> None:
+        """Learn from a call with ControlNets of this cost, relative to the model's."""
+        extra = (seconds / self.seconds(rows) - 1.0) / control_cost
+        self.control_ratio += LEARNING_RATE * (min(max(extra, 0.1), 10.0) - self.control_ratio)
 
 
 @dataclass(slots=True)
@@ -129,7 +136,10 @@ class CostModel:
         max_rows = max(1, min(known.max_rows, round(known.max_rows / ratio)))
         decode_seconds = ratio * known.decode_seconds
         return SizeCosts(
-            calls, call_bytes, max_rows, decode_seconds, known.drift, known.shallow_ratio
+            *(calls, call_bytes, max_rows, decode_seconds),
+            known.drift,
+            known.shallow_ratio,
+            known.control_ratio,
         )
 
     def estimates(self, max_rows: int | None = None) -> CostEstimates:
@@ -140,6 +150,7 @@ class CostModel:
             prepare_seconds=lambda key: self.encode_seconds,
             decode_seconds=lambda key: self.for_key(key).decode_seconds,
             shallow_ratio=lambda key: self.for_key(key).shallow_ratio,
+            control_ratio=lambda key: self.for_key(key).control_ratio,
         )
 
     def missing_bytes(self, size: Size, rows: int) -> int:

@@ -21,6 +21,7 @@ from typing import Any, Literal, Unpack
 
 from sdrt.errors import DeviceLostError
 from sdrt.runtime.arguments import GenerationKwargs, merge_arguments, parse_options
+from sdrt.runtime.controlnet.unit import mean_cost
 from sdrt.runtime.denoising import BatchBuilder, DenoisingState, LatentEdit, build_step
 from sdrt.runtime.hires import prepare_hires_state
 from sdrt.runtime.lora.sets import Named, group_by_lora_set
@@ -170,6 +171,7 @@ class InflightBatcher:
             scheduled.full_fraction = table.full_fraction
             if job.hires:
                 scheduled.later_pass = schedule_pass(job.hires, request, group)
+            scheduled.control_cost = mean_cost(job.control_units, table.evaluations)
             scheduled.has_deadline = deadline is not None
             default = self.estimates.default_deadline(scheduled)
             scheduled.deadline = default if deadline is None else now + deadline
@@ -406,6 +408,8 @@ class InflightBatcher:
         try:
             for request, run, edit in group.prepared:  # in order; skips cancelled ones
                 if request is handle.request:
+                    if run.control:  # not in the loop, where others would wait for it
+                        run.control.load_engines(self.pipe.engines)
                     return run, edit
         except Exception as error:
             group.failed = error
@@ -427,6 +431,7 @@ class InflightBatcher:
         """Evaluate the model once for a batch."""
         runs = [handle.run for handle in handles if handle.run is not None]
         batch_key, rows = handles[0].scheduled.batch_key, sum(run.num_rows for run in runs)
+        control_cost = sum(run.num_rows * run.control_cost for run in runs) / rows
         began = time.monotonic()
         try:
             self._batch_builder.evaluate(self.pipe.engines, runs)
@@ -441,7 +446,10 @@ class InflightBatcher:
             self.cost_model.for_key(batch_key),
             handles[0].scheduled.component == "unet",
         )
-        (costs.observe if is_full else costs.observe_shallow)(rows, seconds)
+        if control_cost:
+            costs.observe_control(rows, control_cost, seconds)
+        else:
+            (costs.observe if is_full else costs.observe_shallow)(rows, seconds)
         if self._observer:
             self._observer.batch_evaluated(rows, seconds)
         for handle, run in zip(handles, runs, strict=True):

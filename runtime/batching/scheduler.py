@@ -52,6 +52,7 @@ class ScheduledRequest:
         full_fraction: Fraction of its evaluations that run the full model; the others run its
             shallow part.
         later_pass: The pass that follows, if any.
+        control_cost: Of its ControlNets, relative to the model, on average over its evaluations.
     """
 
     batch_key: Hashable
@@ -65,6 +66,7 @@ class ScheduledRequest:
     component: str = "unet"
     full_fraction: float = 1.0
     later_pass: ScheduledPass | None = None
+    control_cost: float = 0.0
 
     @property
     def total_evaluations_left(self) -> int:
@@ -121,6 +123,7 @@ class CostEstimates:
         prepare_seconds: From a slot to the first evaluation.
         decode_seconds: From the last evaluation to the image.
         shallow_ratio: A call of the model's shallow part relative to one of the full model.
+        control_ratio: What control takes, relative to its `control_cost`.
     """
 
     call_seconds: Callable[[Hashable, int], float]
@@ -128,12 +131,15 @@ class CostEstimates:
     prepare_seconds: Callable[[Hashable], float]
     decode_seconds: Callable[[Hashable], float]
     shallow_ratio: Callable[[Hashable], float] = lambda _: 1.0
+    control_ratio: Callable[[Hashable], float] = lambda _: 1.0
 
     def evaluation_seconds(self, batch: Sequence[ScheduledRequest]) -> float:
         """Seconds of a call that a batch shares, on average over its evaluations."""
         key, full = batch[0].batch_key, max(request.full_fraction for request in batch)
-        seconds = self.call_seconds(key, sum(request.num_rows for request in batch))
-        return seconds * (full + (1.0 - full) * self.shallow_ratio(key))
+        rows = sum(request.num_rows for request in batch)
+        control = sum(request.num_rows * request.control_cost for request in batch) / rows
+        relative = full + (1.0 - full) * self.shallow_ratio(key)
+        return self.call_seconds(key, rows) * (relative + control * self.control_ratio(key))
 
     def solo_seconds(self, request: ScheduledRequest) -> float:
         """Seconds that a request takes if nothing else runs."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from sdrt.errors import UsageError
 from sdrt.json_validation import shorten
+from sdrt.runtime.controlnet.text import SETTING, argument_from_setting, parse_setting
 from sdrt.runtime.hires_options import HIRES_SIZE_IN_TEXT
 from sdrt.runtime.images import open_image, parse_parameters, read_parameters, unquote
 from sdrt.runtime.lora.tags import LoraTag, LoraWeight, parse_tags
@@ -150,7 +151,7 @@ def restored_from(path: Path) -> Restored:
             )
         if name in NEUTRAL:
             log.debug("%s: %s is passed over", name, shorten(value))
-        elif name not in {*ARGUMENTS, *NEEDED, *READ_APART}:
+        elif name not in {*ARGUMENTS, *NEEDED, *READ_APART} and not SETTING.fullmatch(name):
             raise UsageError(
                 f"{path} was made with {name!r} ({shorten(value)}), which is unsupported here, "
                 "so that the image would be another one"
@@ -169,6 +170,12 @@ def restored_from(path: Path) -> Restored:
         refuse_single_weight(settings["Prompt"])
         arguments |= _foreign_arguments(settings, arguments)
     needed = {name: words for key, (name, words) in NEEDED.items() if key in settings}
+    units = [value for key, value in settings.items() if SETTING.fullmatch(key)]
+    if units:
+        typed = " ".join(argument_from_setting(unit) for unit in units)
+        needed["control"] = f"{typed}, with the control images"
+        if any(parse_setting(unit).get("Guess Mode") == "True" for unit in units):
+            arguments["guess_mode"] = True
     return Restored(arguments, loras, needed)
 
 

@@ -8,18 +8,19 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from PIL import Image
 
 from sdrt import load
-from sdrt.bundle import open_bundle
+from sdrt.bundle import Bundle, open_bundle
 from sdrt.errors import UsageError
 from sdrt.json_validation import shorten
 from sdrt.runtime import GenerationOptions, Pipeline, Preview, Step
@@ -36,6 +37,7 @@ from sdrt.runtime.requests import Request
 from sdrt.runtime.safety_checker import is_flagged, is_flat
 from sdrt.runtime.samplers.noise_schedule import FIELDS, is_scheduler_option
 
+from .control import control_options, open_control_bundles
 from .parser import closest
 from .terminal import print_line, terminal_graphics
 
@@ -44,9 +46,12 @@ PREVIEW_SIDE = 256
 FLAGGED = "seed {}: the safety checker flagged the image, so it is black"
 
 
-def options_from_arguments(args: argparse.Namespace) -> GenerationOptions:
+def options_from_arguments(
+    args: argparse.Namespace, control_bundles: Mapping[str, Bundle] = MappingProxyType({})
+) -> GenerationOptions:
     """The generation options of a command line: its arguments that are named like one."""
-    return parse_options({name: getattr(args, name, None) for name in PARSERS})
+    named = {name: getattr(args, name, None) for name in PARSERS}
+    return parse_options(named | control_options(args.control, control_bundles))
 
 
 def open_pipeline(args: argparse.Namespace) -> Pipeline:
@@ -60,6 +65,7 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         low_memory=args.low_memory,
         compile=args.compile,
         cuda_graphs=args.cuda_graphs,
+        controlnet=list(open_control_bundles(args.control)),
     )
     if loras := _loras(args):
         pipe.set_lora(dict(loras))
@@ -90,8 +96,9 @@ def check_arguments(args: argparse.Namespace) -> GenerationOptions:
                 f"{args.flags[name]} requires --image",
                 hint="pass the image to edit with --image FILE",
             )
-    options = options_from_arguments(args)
-    pipe = unloaded_pipeline(open_bundle(args.bundle))
+    nets = open_control_bundles(args.control)
+    options = options_from_arguments(args, nets)
+    pipe = unloaded_pipeline(open_bundle(args.bundle), list(nets.values()))
     if pipe.accepts_prompt and not args.prompt:
         raise UsageError("no prompt was given", hint='for example `sdrt run "a red circle"`')
     check_quotes(args.prompt)

@@ -21,3 +21,22 @@ def add_image_input(to: argparse.ArgumentParser) -> None:
         metavar="0..1",
         help="denoising strength (default: 0.8, or 1.0 with --mask)",
     )
+
+
+def add_control(to: argparse.ArgumentParser) -> None:
+    control = to.add_argument_group("Control")
+    control.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="NET=FILE[:SCALE[:START:END]]",
+        help="steer by an image with a ControlNet or T2I-Adapter, repeatable: a bundle of `sdrt "
+        "build --controlnet`, its image, the strength of its control (default: 1), and the part "
+        "of the run it is used in (default: 0:1)",
+    )
+    control.add_argument(
+        "--guess-mode",
+        action="store_true",
+        default=None,
+        help="let ControlNets steer the prompt's side of guidance only",
+    )

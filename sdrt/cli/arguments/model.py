@@ -6,7 +6,7 @@ from .common import add_backend, add_bundle
 
 
 def add_model(to: argparse.ArgumentParser) -> None:
-    to.set_defaults(loras={})
+    to.set_defaults(loras={}, control=[])
     model = to.add_argument_group("Model and backend")
     add_bundle(model)
     model.add_argument(

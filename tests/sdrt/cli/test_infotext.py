@@ -56,6 +56,7 @@ IMAGES = [
 ]
 # These have tests of their own, below or where a model takes them.
 ELSEWHERE = {"eta", "num_images_per_prompt", "long_prompts", "weighting", "depth_map"}
+ELSEWHERE |= {name for name in PARSERS if "control" in name or "adapter" in name} | {"guess_mode"}
 SIZES = {name for name in PARSERS if ("_size" in name and "hires" not in name) or "crops" in name}
 
 

@@ -1,0 +1,259 @@
+"""Control against diffusers' own pipelines, on a tiny model of random weights."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from control_nets import tiny_adapter, tiny_controlnet
+from exports import built_control
+from PIL import Image
+
+import sdrt
+from sdrt.cli.main import main
+from sdrt.errors import UsageError
+from sdrt.runtime.batching.engine import InflightBatcher
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.reference,
+    pytest.mark.exports,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+PROMPT = "a red circle on a blue background"
+STEPS, SIDE = 6, 32
+
+
+@pytest.fixture(scope="module")
+def parts(tiny):
+    from safetensors.torch import load_file
+
+    vae = diffusers.AutoencoderKL.from_config(
+        {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+        | diffusers.AutoencoderKL.load_config(tiny / "vae")
+    )
+    vae.load_state_dict(load_file(tiny / "vae" / "diffusion_pytorch_model.safetensors"))
+    return {
+        "vae": vae.eval(),
+        "unet": diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet").eval(),
+        "text_encoder": transformers.CLIPTextModel.from_pretrained(tiny / "text_encoder").eval(),
+        "tokenizer": transformers.CLIPTokenizer.from_pretrained(
+            str(tiny / "tokenizer"), pad_token="<|endoftext|>", model_max_length=32
+        ),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def nets(parts, home):
+    """diffusers' nets by the names of their bundles."""
+    nets = {
+        "first": tiny_controlnet(parts["unet"], 1),
+        "second": tiny_controlnet(parts["unet"], 2),
+        "sketch": tiny_adapter((8, 16)),
+    }
+    for name, net in nets.items():
+        net.save_pretrained(home / "nets" / name)
+        built_control(str(home / "nets" / name), name=name, sizes=((SIDE, SIDE),))
+    yield nets
+    for name in nets:
+        main(["remove", name])
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_bundle, nets):
+    with sdrt.load(tiny_bundle, backend="onnxruntime", controlnet=list(nets)) as loaded:
+        yield loaded
+
+
+def noise(seed):
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), np.uint8))
+
+
+def mask():
+    light = np.zeros((SIDE, SIDE), np.uint8)
+    light[8:24, 0:16] = 255
+    return Image.fromarray(light)
+
+
+def expected(kind, parts, own, seed, **arguments):
+    config = own.scheduler_config
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    theirs = getattr(diffusers, kind)(**parts, scheduler=scheduler, **arguments.pop("nets"))
+    theirs.set_progress_bar_config(disable=True)
+    return theirs(
+        prompt=PROMPT,
+        num_inference_steps=STEPS,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="np",
+        **arguments,
+    ).images[0]
+
+
+def decibels(own, reference, seed, **options):
+    *_, last = own.steps(PROMPT, num_inference_steps=STEPS, seed=seed, **options)
+    actual = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
+    return 10 * np.log10(1.0 / max(np.mean((actual.astype(np.float64) - reference) ** 2), 1e-12))
+
+
+CASES = [
+    ("DDIMScheduler", {}),
+    ("EulerAncestralDiscreteScheduler", {"controlnet_conditioning_scale": 0.6}),
+    ("HeunDiscreteScheduler", {"control_guidance_start": 0.2, "control_guidance_end": 0.7}),
+    ("DPMSolverMultistepScheduler", {"guess_mode": True, "guidance_scale": 4.0}),
+    ("PNDMScheduler", {"guess_mode": True, "guidance_scale": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "options"), CASES)
+def test_a_net_steers_as_in_diffusers(pipe, parts, nets, scheduler, options):
+    own, kind = pipe.with_scheduler(scheduler), "StableDiffusionControlNetPipeline"
+    net = {"controlnet": nets["first"]}
+    reference = expected(kind, parts, own, 3, nets=net, image=noise(9), **options)
+    plain = decibels(own, reference, 3, guidance_scale=options.get("guidance_scale", 7.5))
+    options = {"controlnet": "first", "control_image": noise(9), **options}
+    assert decibels(own, reference, 3, **options) >= 50 > plain
+
+
+def test_two_nets_at_once_are_summed(pipe, parts, nets):
+    own, kind = pipe.with_scheduler("DDIMScheduler"), "StableDiffusionControlNetPipeline"
+    both = diffusers.MultiControlNetModel([nets["first"], nets["second"]])
+    scales = {
+        "controlnet_conditioning_scale": [0.7, 1.2],
+        "control_guidance_start": [0.0, 0.4],
+        "control_guidance_end": [0.5, 1.0],
+    }
+    images = [noise(9), noise(8)]
+    reference = expected(kind, parts, own, 4, nets={"controlnet": both}, image=images, **scales)
+    options = {"controlnet": ["first", "second"], "control_image": images, **scales}
+    assert decibels(own, reference, 4, **options) >= 50
+
+
+def test_control_of_an_image_to_image_run(pipe, parts, nets):
+    own, kind = pipe.with_scheduler("DDIMScheduler"), "StableDiffusionControlNetImg2ImgPipeline"
+    own_noise = {"image": noise(7), "strength": 0.6}
+    reference = expected(
+        *(kind, parts, own, 5),
+        nets={"controlnet": nets["first"]},
+        control_image=noise(9),
+        controlnet_conditioning_scale=1.0,
+        **own_noise,
+    )
+    options = {"controlnet": "first", "control_image": noise(9), **own_noise}
+    assert decibels(own, reference, 5, **options) >= 50
+
+
+def test_a_t2i_adapter_steers_as_in_diffusers(pipe, parts, nets):
+    own, kind = pipe.with_scheduler("DDIMScheduler"), "StableDiffusionAdapterPipeline"
+    factors = {"adapter_conditioning_scale": 0.8}
+    reference = expected(
+        *(kind, parts, own, 6),
+        nets={"adapter": nets["sketch"]},
+        image=noise(9),
+        height=SIDE,
+        width=SIDE,
+        **factors,
+    )
+    options = {"controlnet": "sketch", "control_image": noise(9), **factors}
+    assert decibels(own, reference, 6, **options) >= 50
+
+
+REQUESTS = [
+    {"controlnet": "first", "control_image": 9, "seed": 1},
+    {"seed": 2},
+    {"controlnet": "second", "control_image": 8, "seed": 3, "control_guidance_end": 0.5},
+    {"controlnet": ["first", "second"], "control_image": [9, 8], "seed": 4, "guess_mode": True},
+    {
+        "controlnet": ["sketch", "first"],
+        "control_image": [9, 8],
+        "seed": 5,
+        "controlnet_conditioning_scale": [0.3, 1.1],
+        "control_guidance_start": 0.3,
+    },
+    {"seed": 6, "guidance_scale": 1.0},
+    {"controlnet": "first", "control_image": 9, "seed": 7, "guidance_scale": 1.0},
+]
+
+
+def with_images(request):
+    """The request with images in place of their numbers."""
+    images = request.get("control_image")
+    if images is None:
+        return {"num_inference_steps": STEPS, **request}
+    several = [noise(i) for i in images] if isinstance(images, list) else noise(images)
+    return {"num_inference_steps": STEPS, **request, "control_image": several}
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch"])
+def test_images_in_flight_share_calls_and_keep_their_bytes(tiny_bundle, nets, backend):
+    requests = [with_images(request) for request in REQUESTS]
+    with sdrt.load(tiny_bundle, backend=backend, controlnet=list(nets)) as pipe:
+        plain = np.asarray(pipe(PROMPT, **requests[1]).images[0])
+        counted = CountedEngine(pipe.engines["unet_control"])
+        pipe = replace(pipe, engines={**pipe.engines, "unet_control": counted})
+        with InflightBatcher(pipe, rows=16, deterministic=backend != "onnxruntime") as batcher:
+
+            def run(*requests):
+                handles = [h for r in requests for h in batcher.submit(PROMPT, r)]
+                return [np.asarray(handle.future.result(60).image) for handle in handles]
+
+            alone = [run(request)[0] for request in requests]
+            together = run(*requests)
+        assert max(counted.rows) > 2
+        for one, other in zip(alone, together, strict=True):
+            assert np.array_equal(one, other)
+        if backend == "onnxruntime":
+            assert np.array_equal(alone[1], plain)
+
+
+class CountedEngine:
+    """An engine that stores the rows of its calls."""
+
+    def __init__(self, engine):
+        self.engine, self.inputs, self.outputs = engine, engine.inputs, engine.outputs
+        self.rows = []
+
+    def __call__(self, feeds):
+        self.rows.append(len(feeds["sample"]))
+        return self.engine(feeds)
+
+
+BAD = {
+    "no image": ({"controlnet": "first"}, "control_image"),
+    "no such net": ({"controlnet": "third", "control_image": 9}, "third"),
+    "more scales than nets": (
+        {"controlnet": "first", "control_image": 9, "controlnet_conditioning_scale": [1, 2]},
+        "controlnet_conditioning_scale",
+    ),
+    "an empty interval": (
+        {
+            "controlnet": "first",
+            "control_image": 9,
+            "control_guidance_start": 0.5,
+            "control_guidance_end": 0.5,
+        },
+        "control_guidance",
+    ),
+    "beyond the run": (
+        {"controlnet": "first", "control_image": 9, "control_guidance_end": 1.5},
+        "control_guidance_end",
+    ),
+    "reuse": ({"controlnet": "first", "control_image": 9, "feature_reuse": 2}, "reuse"),
+    "hires": ({"controlnet": "first", "control_image": 9, "hires_scale": 2.0}, "hires"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_control_is_refused_by_name(pipe, bad):
+    request, words = BAD[bad]
+    with pytest.raises(UsageError, match=words):
+        pipe(PROMPT, **with_images(request))
+
+
+def test_a_net_of_another_family_is_refused_at_load(tiny_xl_bundle, nets):
+    with pytest.raises(UsageError, match="first"):
+        sdrt.load(tiny_xl_bundle, backend="onnxruntime", controlnet="first")
