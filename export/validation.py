@@ -18,16 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.bundle import graph_name
+from sdrt.bundle.bundle import embeddings_component, graph_name
 from sdrt.bundle.manifest import (
     CONTROL,
+    EMBEDDINGS_GRAPH,
     FEATURE,
     FLOAT32_GRAPH,
     SHALLOW,
+    TEXT_ENCODERS,
+    TOKEN_EMBEDDINGS,
     Component,
     Manifest,
     TensorSpec,
 )
+from sdrt.bundle.token_embeddings import read_table, write_embeddings_graph
 from sdrt.engine import Candidate, GpuInventory, list_backends, parity, select_backend
 from sdrt.errors import ParityError
 from sdrt.runtime import load_pipeline
@@ -177,6 +181,8 @@ class Validator:
         """Validate the exported graph and the graphs that are derived from it."""
         component = Component(*specs, dtype, {})
         components = {recipe.name: self._validate(recipe.name, recipe, component, cases)}
+        if recipe.name in TEXT_ENCODERS:
+            self._add_embeddings_graph(recipe, cases, component)
         if recipe.is_image and dtype == "float16":
             self._add_float32_graph(recipe, cases, component)
         if config is not None:
@@ -206,6 +212,21 @@ class Validator:
         values = self._compare(recipe.name, recipe, component, cases, FLOAT32_GRAPH)
         log.info("      in float32: %s", _format_measures(values))
         parity.check(f"{recipe.name} in float32", values, "float16")
+
+    def _add_embeddings_graph(
+        self, recipe: Recipe, cases: list[Case], component: Component
+    ) -> None:
+        """Add and validate a text encoder's graph for words that its vocabulary does not have."""
+        folder, component = self.folder / recipe.name, embeddings_component(component)
+        write_embeddings_graph(folder, component)
+        _, table = read_table(folder)
+        cases = [
+            replace(case, inputs={**case.inputs, TOKEN_EMBEDDINGS: table[case.inputs["input_ids"]]})
+            for case in cases
+        ]
+        values = self._compare(recipe.name, recipe, component, cases, EMBEDDINGS_GRAPH)
+        log.info("      from token embeddings: %s", _format_measures(values))
+        parity.check(f"{recipe.name} from token embeddings", values, component.dtype)
 
     def _compare(
         self,

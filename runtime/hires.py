@@ -30,6 +30,7 @@ from .lora.tags import check_untagged
 from .options import DEFAULTS, GenerationOptions
 from .prompt_timeline import PromptTimeline
 from .requests import Request
+from .textual_inversion.words import EmbeddingSet
 from .upscaling import LatentUpscaler, Upscalers
 
 Size = tuple[int, int]
@@ -61,6 +62,7 @@ class Stages(Protocol):
         timelines: Sequence[PromptTimeline],
         options: GenerationOptions,
         size: Size,
+        embeddings: EmbeddingSet | None = None,
     ) -> list[ConditioningSchedule]: ...
     def latent_shape(self, job: GenerationJob) -> tuple[int, int, int]: ...
     def encode(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
@@ -188,7 +190,7 @@ def prepare_hires_batches(
     second = replace(hires.job, requests=changed)
     timelines = dict(zip(requests, map(second.get_timeline, changed), strict=True))
     conditioning = stages.encode_conditioning(
-        changed, [*timelines.values()], second.options, second.size
+        changed, [*timelines.values()], second.options, second.size, job.embeddings
     )
     by_request = dict(zip(requests, conditioning, strict=True))
     shape = stages.latent_shape(second)

@@ -21,6 +21,7 @@ from .prompt_timeline import PromptTimeline, build_prompt_timeline
 from .requests import Request
 from .samplers.registry import SAMPLERS, sampler_name
 from .samplers.table import SamplerTable, sampler_table
+from .textual_inversion.words import EmbeddingSet
 from .upscaling import Upscaler
 
 ETA_SCHEDULERS = ("DDIMScheduler", "TCDScheduler")
@@ -39,6 +40,7 @@ class GenerationJob:
         size: (width, height) in pixels.
         max_batch: How many images are generated together at most.
         prompt_steps: Steps that changing prompts count.
+        embeddings: The words of textual inversion that its prompts may have.
         hires: The pass at a higher resolution that follows; None for none.
         evaluations_before: Of the pass that this one follows.
         first_pass_steps: The `prompt_steps` of that pass; None for none.
@@ -53,6 +55,7 @@ class GenerationJob:
     size: tuple[int, int]
     max_batch: int
     prompt_steps: int
+    embeddings: EmbeddingSet
     hires: "HiresPass | None" = None
     evaluations_before: int = 0
     first_pass_steps: int | None = None

@@ -10,8 +10,9 @@ from typing import Any
 
 from sdrt.bundle import Bundle
 from sdrt.bundle.bundle import check_makes_images
-from sdrt.bundle.manifest import CONTROL, SHALLOW, WEIGHTS
+from sdrt.bundle.manifest import CONTROL, SHALLOW, TEXT_ENCODERS, WEIGHTS, Manifest
 from sdrt.bundle.safetensors import read_header
+from sdrt.bundle.token_embeddings import TABLE, read_table, with_token_embeddings
 from sdrt.engine import Candidate, Engine, ExclusiveSlot, LazyEngine
 from sdrt.engine.memory_estimator import MemoryEstimator
 from sdrt.errors import BundleError
@@ -24,9 +25,10 @@ from .lora.adapters import Adapters
 from .opening import open_concurrently
 from .pipeline import Pipeline
 from .text.tokenizer import Tokenizer
+from .textual_inversion.engine import WordEngine, word_engine_name
+from .textual_inversion.store import EmbeddingStore
 from .upscaling import Upscalers
 
-EMBEDDING = "token_embedding.weight"
 EAGER = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "safety_checker")
 
 
@@ -84,9 +86,15 @@ def load_pipeline(
         engines[net.engine_name] = lazy(of, net.kind, None)
     if exact := bundle.in_float32("vae_decoder"):
         engines["vae_decoder_float32"] = lazy(exact, "vae_decoder")
-    adapters = Adapters(bundle, engines)
     first = _open_tokenizer(bundle, "text_encoder", "tokenizer")
     second = _open_tokenizer(bundle, "text_encoder_2", "tokenizer_2")
+    tokenizers = _by_encoder(first, second)
+    for name, tokenizer in tokenizers.items():
+        open_words = partial(_load_word_engine, bundle, name, tokenizer.end, load)
+        engines[word_engine_name(name)] = LazyEngine(open_words, None, slot)
+    adapters = Adapters(bundle, engines)
+    embeddings = EmbeddingStore(tokenizers, {name: _width(manifest, name) for name in tokenizers})
+    embeddings.read_folder()
     return Pipeline(
         manifest,
         first,
@@ -100,6 +108,7 @@ def load_pipeline(
         memory_estimator=MemoryEstimator(bundle, candidate.gpu, candidate.title, resident_bytes()),
         upscalers=Upscalers(load),
         control_nets=nets,
+        embeddings=embeddings,
     )
 
 
@@ -165,8 +174,26 @@ def _open_tokenizer(bundle: Bundle, encoder: str, folder: str) -> Tokenizer | No
     return Tokenizer.from_folder(bundle.folder / folder, bundle.manifest.max_tokens, rows)
 
 
+def _by_encoder(first: Tokenizer | None, second: Tokenizer | None) -> dict[str, Tokenizer]:
+    both = zip(TEXT_ENCODERS, (first, second), strict=True)
+    return {name: tokenizer for name, tokenizer in both if tokenizer is not None}
+
+
+def _width(manifest: Manifest, encoder: str) -> int:
+    """Of a text encoder's embeddings."""
+    return int(manifest.components[encoder].outputs[0].shape[-1])
+
+
+def _load_word_engine(
+    bundle: Bundle, name: str, end: int, load: Callable[[Bundle, str], Engine]
+) -> WordEngine:
+    """The engine for words that the vocabulary does not have; end: the id that ends a prompt."""
+    table = read_table(bundle.graph(name).parent)
+    return WordEngine(load(with_token_embeddings(bundle, name), name), *table, end)
+
+
 def _count_embeddings(weights: Path) -> int | None:
     """How many tokens a text encoder has; None if its weights do not show it."""
     records = read_header(weights, BundleError).records
-    shapes = [record.shape for name, record in records.items() if name.endswith(EMBEDDING)]
+    shapes = [record.shape for name, record in records.items() if name.endswith(TABLE)]
     return shapes[0][0] if len(shapes) == 1 and len(shapes[0]) == 2 else None

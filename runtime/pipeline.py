@@ -4,8 +4,8 @@ Knows the stages of a call (`stages.py`); not how each is done.
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
@@ -45,6 +45,7 @@ from .safety_checker import detect_marks
 from .samplers.table import sampler_table
 from .stages import PipelineStages, Prompt, read_latents
 from .text.token_count import TokenCount, count_tokens
+from .textual_inversion.store import Source as EmbeddingSource
 from .unsupported import refuse_attribute, refuse_change
 
 T = TypeVar("T")
@@ -295,6 +296,38 @@ class Pipeline(PipelineStages):
                 self.adapters.set(weights)
             finally:
                 self.chunk_cache.clear()
+
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: EmbeddingSource | Sequence[EmbeddingSource],
+        token: str | Sequence[str] | None = None,
+    ) -> None:
+        """Load embeddings, so that prompts may use their words, as diffusers' method of this name.
+
+        They act on all pipelines over these engines, from the next call on: one that runs keeps the
+        words that it began with. In models with two text encoders a file holds vectors for both.
+
+        Args:
+            pretrained_model_name_or_path: A `.safetensors` file, the name of one in the folder
+                `embeddings` of sdrt's home, a folder that diffusers wrote, or tensors by name; or
+                several.
+            token: The word of each; several for one source are a word for each of its vectors.
+                None is the word that the file has, or its name.
+
+        Raises:
+            CheckpointError: For a file that is not an embedding or does not fit this model, and for
+                a word that is in the vocabulary or loaded already. Nothing is changed then.
+            UsageError: For arguments that do not fit together.
+        """
+        self.embeddings.load(pretrained_model_name_or_path, token)
+
+    def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
+        """Forget the words that `load_textual_inversion` loaded; None for all.
+
+        Raises:
+            UsageError: For a word that is not loaded.
+        """
+        self.embeddings.unload(tokens)
 
     def close(self) -> None:
         """Release the engines' memory, also of pipelines over the same engines.

@@ -61,6 +61,9 @@ from .text.conditioning import (
     tokenize_prompts,
 )
 from .text.tokenizer import Tokenizer
+from .textual_inversion.engine import word_engine_name
+from .textual_inversion.store import EmbeddingStore
+from .textual_inversion.words import EmbeddingSet
 from .upscaling import Upscalers
 from .vae import Tiling, decode_latents, encode_pixels
 
@@ -85,6 +88,7 @@ class PipelineStages:
         bundle_config: The bundle's own scheduler configuration.
         memory_estimator: Whether a size has room; None is not checked.
         leases: Of the calls that run.
+        embeddings: The words of textual inversion.
         precision: That the backend computes in, where it is not the bundle's.
         upscalers: Of second passes.
         control_nets: ControlNets and T2I-Adapters by name.
@@ -101,6 +105,9 @@ class PipelineStages:
     bundle_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     memory_estimator: MemoryEstimator | None = field(default=None, repr=False, compare=False)
     leases: Leases = field(default_factory=Leases, repr=False, compare=False)
+    embeddings: EmbeddingStore = field(
+        default_factory=lambda: EmbeddingStore({}, {}), repr=False, compare=False
+    )
     precision: str = ""
     upscalers: Upscalers = field(default_factory=Upscalers, repr=False, compare=False)
     control_nets: Mapping[str, ControlNet] = field(default_factory=dict, repr=False)
@@ -185,6 +192,7 @@ class PipelineStages:
             max_batch=manifest.batch[2],
             prompt_steps=count_prompt_steps(config, options, skipped_steps),
             control_units=control_units,
+            embeddings=self.embeddings.current,
         )
 
     def _max_batch(self, job: GenerationJob, rows: int) -> int:
@@ -225,12 +233,23 @@ class PipelineStages:
     @property
     def text_encoders(self) -> list[PromptEncoder]:
         """One, two in models such as SDXL, none in unconditional ones."""
-        tokenizers = {"text_encoder": self.tokenizer, "text_encoder_2": self.tokenizer_2}
-        max_rows = self.manifest.batch[2]
+        return self._text_encoders(self.embeddings.current)
+
+    def _text_encoders(self, embeddings: EmbeddingSet) -> list[PromptEncoder]:
+        """The text encoders for a call with these words."""
+        words = self.embeddings.for_call(embeddings).by_encoder
+        max_rows, cache = self.manifest.batch[2], self.chunk_cache
         return [
-            PromptEncoder(name, self.engines[name], tokenizer, max_rows, self.chunk_cache)
-            for name, tokenizer in tokenizers.items()
-            if tokenizer is not None
+            PromptEncoder(
+                name,
+                self.engines[name],
+                own.tokenizer,
+                max_rows,
+                cache,
+                self.engines.get(word_engine_name(name)),
+                own,
+            )
+            for name, own in words.items()
         ]
 
     def encode_conditioning(
@@ -239,6 +258,7 @@ class PipelineStages:
         timelines: Sequence[PromptTimeline],
         options: GenerationOptions,
         size: tuple[int, int],
+        embeddings: EmbeddingSet | None = None,
     ) -> list[ConditioningSchedule]:
         """Of every image, what the UNet reads besides latents and timestep.
 
@@ -247,6 +267,7 @@ class PipelineStages:
             timelines: Of each, the texts that it reads.
             options: Of their call.
             size: (width, height) of the images.
+            embeddings: The words of textual inversion; by default those of a call that begins now.
 
         Raises:
             UsageError: For embeddings or options that the model does not accept.
@@ -255,7 +276,7 @@ class PipelineStages:
             return [build_constant_schedule({}) for _ in requests]
         width = self.guidance_embedding_width
         conditioning = build_conditioning(
-            self.text_encoders,
+            self._text_encoders(embeddings or self.embeddings.current),
             requests,
             timelines,
             without_guidance(options) if width else options,
@@ -274,7 +295,8 @@ class PipelineStages:
             return None
         if not all(timeline.is_plain for timeline in timelines):
             return None
-        return tokenize_prompts(self.text_encoders[0], timelines, job.options)
+        encoder = self._text_encoders(job.embeddings)[0]
+        return tokenize_prompts(encoder, timelines, job.options)
 
     def _prepare_batches(
         self, job: GenerationJob, *, encode_text: bool = True, together: bool = True
@@ -286,7 +308,9 @@ class PipelineStages:
         timelines = [job.get_timeline(request) for request in job.requests]
         conditioning = None if encode_text else self._tokenize(job, timelines)
         if not conditioning:
-            conditioning = self.encode_conditioning(job.requests, timelines, job.options, job.size)
+            conditioning = self.encode_conditioning(
+                job.requests, timelines, job.options, job.size, job.embeddings
+            )
         by_request = dict(zip(job.requests, conditioning, strict=True))
         shape = self.latent_shape(job)
         inputs = encode_image_inputs(self.encode, job, shape, self.in_channels)

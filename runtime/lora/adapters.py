@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.manifest import CONTROL, NAMES, SHALLOW, TRANSPOSED
+from sdrt.bundle.manifest import CONTROL, NAMES, SHALLOW, TEXT_ENCODERS, TRANSPOSED
 from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import Engine
 from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
 from sdrt.json_validation import read_json
+from sdrt.runtime.textual_inversion.engine import word_engine_name
 
 from .deltas import Change
 from .layouts import BIAS, PARTS, LayerKey, flat, format_keys, is_unused, parse_changes
@@ -187,6 +188,8 @@ class Adapters:
         self._bundle = bundle
         self._engines = {part: engines[part] for part in set(PARTS) & set(engines)}
         self._shallow, self._control = engines.get(SHALLOW), engines.get(CONTROL)
+        words = {part: engines.get(word_engine_name(part)) for part in TEXT_ENCODERS}
+        self._word_engines = {part: engine for part, engine in words.items() if engine is not None}
 
     def set(self, chosen: Mapping[str | os.PathLike[str], float | LoraWeight]) -> None:
         """Apply these files and no others. Nothing changes if one of them does not fit."""
@@ -214,6 +217,8 @@ class Adapters:
         self._engines[part].refit(weights)
         if part == "unet" and self._control is not None:
             self._control.refit(weights)
+        if part in self._word_engines:
+            self._word_engines[part].refit(weights)
         if part == "unet" and self._shallow is not None:
             reads = self._bundle.manifest.components[SHALLOW].weights
             self._shallow.refit({name: weights[name] for name in reads if name in weights})

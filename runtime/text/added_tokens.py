@@ -66,25 +66,39 @@ def normalize(text: str) -> str:
 class AddedTokens:
     """Finds added tokens in prompts."""
 
-    def __init__(self, tokens: Mapping[int, AddedToken]) -> None:
-        """Create a matcher of these tokens, by id."""
+    def __init__(
+        self,
+        tokens: Mapping[int, AddedToken],
+        words: Mapping[AddedToken, tuple[int, ...]] | None = None,
+    ) -> None:
+        """Create a matcher.
+
+        Args:
+            tokens: By id.
+            words: Tokens that stand for several ids, or for ids outside the vocabulary.
+        """
         # Of two tokens of one text the first counts; transformers' choice varies from run to run.
         ordered = sorted(tokens.items())
         self._ids = {token.content: number for number, token in ordered}
-        every = [token for _, token in ordered]
+        self._word_ids = {token.content: ids for token, ids in (words or {}).items()}
+        every = [*(token for _, token in ordered), *(words or ())]
         self._as_written = _Matcher((t.content, t) for t in every if not t.normalized)
         self._normalized = _Matcher((normalize(t.content), t) for t in every if t.normalized)
         self._has_syntax = any(SYNTAX.search(token.content) for token in every)
         self._vectors = {name: all_of for name in self._ids if (all_of := self._all_vectors(name))}
 
-    def split(self, prompt: str) -> Iterator[tuple[str, int | None]]:
+    def split(self, prompt: str) -> Iterator[tuple[str, tuple[int, ...] | None]]:
         """Added tokens with their ids, and the normalized text between them with None."""
         for piece, token in self._as_written.split(self._expand(prompt)):
             if token is not None:
-                yield piece, self._ids[token.content]
+                yield piece, self._ids_of(token)
                 continue
             for part, match in self._normalized.split(normalize(piece)):
-                yield part, None if match is None else self._ids[match.content]
+                yield part, None if match is None else self._ids_of(match)
+
+    def _ids_of(self, token: AddedToken) -> tuple[int, ...]:
+        ids = self._word_ids.get(token.content)
+        return (self._ids[token.content],) if ids is None else ids
 
     def literal(self, prompt: str) -> list[range]:
         """Where a prompt has added tokens, if any of them could be mistaken for syntax."""

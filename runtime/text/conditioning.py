@@ -18,6 +18,8 @@ from sdrt.runtime.options import SIZE_OPTIONS, GenerationOptions
 from sdrt.runtime.prompt_timeline import PromptTimeline
 from sdrt.runtime.requests import Request
 from sdrt.runtime.sampling_program import INPUT_IDS, TOKEN_WEIGHTS
+from sdrt.runtime.textual_inversion.engine import WORD_EMBEDDINGS, has_words
+from sdrt.runtime.textual_inversion.words import EncoderWords
 
 from .prompt_embeds import read_embeddings, select_row
 from .prompt_weighting import Chunks, apply_weights, chunks_from_prompt
@@ -58,6 +60,8 @@ class PromptEncoder:
         tokenizer: Text to token ids.
         max_rows: Rows of one call.
         cache: Chunks encoded before; updated, and the oldest are removed.
+        word_engine: The encoder for chunks that have words of textual inversion.
+        words: The embeddings of these words.
     """
 
     name: str
@@ -65,6 +69,8 @@ class PromptEncoder:
     tokenizer: Tokenizer
     max_rows: int
     cache: EncodedChunkCache
+    word_engine: Engine | None = None
+    words: EncoderWords | None = None
 
     def tokenize(self, texts: Iterable[str], options: GenerationOptions) -> dict[str, Chunks]:
         """Every text's chunks of token ids."""
@@ -93,13 +99,12 @@ class PromptEncoder:
         """
         self.check_clip_skip(clip_skip)
         rows = {row.tobytes(): row for text in chunks for row in text.ids}
-        places = {key: (self.name, key, clip_skip) for key in rows}
+        places = {key: (self.name, self._digest(row) + key, clip_skip) for key, row in rows.items()}
         hits = ((key, self.cache.get(place)) for key, place in places.items())
         encoded = {key: hit for key, hit in hits if hit is not None}
         missing = [key for key in rows if key not in encoded]
-        for i in range(0, len(missing), self.max_rows):
-            keys = missing[i : i + self.max_rows]
-            outputs = self.engine({"input_ids": np.stack([rows[key] for key in keys])})
+        for keys in self._batches(rows, missing):
+            outputs = self._call(np.stack([rows[key] for key in keys]))
             layers, pooled = outputs["contexts"], outputs.get("pooled")
             for j, key in enumerate(keys):
                 # [rows, layers, tokens, width] -> [tokens, width]
@@ -108,6 +113,27 @@ class PromptEncoder:
                 encoded[key] = EncodedChunk(context, vector)
         self._store({places[key]: encoded[key] for key in missing})
         return encoded
+
+    def _digest(self, ids: np.ndarray) -> bytes:
+        """What tells a chunk from another of the same ids: the words' vectors, if it has words."""
+        return self.words.digest if self.words is not None and has_words(ids) else b""
+
+    def _batches(
+        self, rows: Mapping[bytes, np.ndarray], keys: list[bytes]
+    ) -> Iterator[list[bytes]]:
+        """Chunks for one call each: those with words of textual inversion, and the others."""
+        for wordy in (False, True):
+            alike = [key for key in keys if has_words(rows[key]) == wordy]
+            for i in range(0, len(alike), self.max_rows):
+                yield alike[i : i + self.max_rows]
+
+    def _call(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """The encoder's outputs; without words of textual inversion, those of the plain graph."""
+        if not has_words(ids):
+            return self.engine({"input_ids": ids})
+        assert self.word_engine is not None
+        assert self.words is not None
+        return self.word_engine({"input_ids": ids, WORD_EMBEDDINGS: self.words.vectors})
 
     def _store(self, encoded: EncodedChunkCache) -> None:
         """Cache these and remove the oldest; all who share the cache do it in turn."""
@@ -240,12 +266,15 @@ def tokenize_prompts(
 
     Returns:
         Of every image `input_ids` [2 or 1, chunks, tokens] int32 and their `weights` float32; None
-        where there are more chunks than the encoder accepts in one call.
+        where there are more chunks than the encoder accepts in one call, or words of textual
+        inversion.
     """
     encoder.check_clip_skip(options.clip_skip)
     _check_supported(options, ("context",))
     pairs = [timeline.evaluations[0][0 if options.guided else 1 :] for timeline in timelines]
     chunks = encoder.tokenize(dict.fromkeys([*chain(*pairs), ""]), options)
+    if any(has_words(text.ids) for text in chunks.values()):
+        return None
     tokenized = [_stack_chunks([chunks[text] for text in pair], chunks[""]) for pair in pairs]
     unique = {ids.tobytes() for tensors in tokenized for row in tensors[INPUT_IDS] for ids in row}
     if len(unique) > 2 * encoder.max_rows:

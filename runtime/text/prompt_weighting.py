@@ -15,7 +15,7 @@ import numpy as np
 
 from sdrt.errors import UsageError
 
-from .tokenizer import Tokenizer, check_prompt
+from .tokenizer import FIRST_WORD_ID, Tokenizer, check_prompt
 
 log = logging.getLogger(__name__)
 EMPHASIS = 1.1
@@ -72,6 +72,8 @@ def chunks_from_prompt(
             if i:
                 rows.append([])
             for word, ids in tokenizer.words(piece):
+                if chunking and _starts_chunk(ids, len(rows[-1]), room):
+                    rows.append([])
                 for token in ids:
                     if len(rows[-1]) == room and chunking:
                         rows.append([])
@@ -86,6 +88,13 @@ def chunks_from_prompt(
             f"the prompt has {len(rows)} chunks of {room} tokens; expected at most {MAX_CHUNKS}"
         )
     return _pad(rows, tokenizer)
+
+
+def _starts_chunk(ids: tuple[int, ...], length: int, room: int) -> bool:
+    """Whether the vectors of a word of textual inversion would be cut apart at a chunk's end, where
+    the AUTOMATIC1111 web UI begins another chunk.
+    """
+    return ids[0] >= FIRST_WORD_ID and length + len(ids) > room >= len(ids)
 
 
 def _pad(rows: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> Chunks:

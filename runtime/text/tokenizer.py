@@ -4,6 +4,7 @@ Radford et al. 2021 (arXiv:2103.00020); byte-level pairs of Sennrich et al. 2016
 with `</w>` at the end of a word. Knows text and token ids.
 """
 
+import copy
 import itertools
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -15,13 +16,14 @@ import numpy as np
 from sdrt.errors import BundleError, UsageError
 from sdrt.json_validation import MAX_JSON, read_bytes, read_json, shorten
 
-from .added_tokens import AddedToken, AddedTokens, added_tokens_from_json
+from .added_tokens import AddedToken, AddedTokens, added_tokens_from_json, normalize
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 MAX_PROMPT = 10_000
 MAX_TOKENS = 1_000_000
+FIRST_WORD_ID = MAX_TOKENS  # ids from here on are words of textual inversion
 _Added = dict[int, AddedToken]
 
 
@@ -49,6 +51,7 @@ class Tokenizer:
         self.length = length
         ids = vocab | {token.content: number for number, token in added.items()}
         self.start, self.end, self.unknown, self.pad = (ids[roles[role]] for role in ROLES)
+        self._added = added
         self.added = AddedTokens(added)
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self._letters = byte_letters()
@@ -86,6 +89,17 @@ class Tokenizer:
                 raise BundleError(f"{folder}/merges.txt: {' '.join(pair)!r} is not in vocab.json")
         return cls(vocab, merges, length, roles, added)  # type: ignore[arg-type]
 
+    def with_words(self, words: Mapping[AddedToken, tuple[int, ...]]) -> "Tokenizer":
+        """One that also reads these words, each as its ids, from `FIRST_WORD_ID` on."""
+        other = copy.copy(self)
+        other.added = AddedTokens(self._added, words)
+        return other
+
+    def has_token(self, word: str) -> bool:
+        """Whether a word, in lower case, is one token of the vocabulary, or an added one."""
+        added = (normalize(token.content) for token in self._added.values())
+        return word in self.vocab or f"{word}</w>" in self.vocab or word in added
+
     def __call__(self, texts: list[str]) -> np.ndarray:
         """Token ids [len(texts), length] int32: start, the text's, end, padding."""
         return np.array([self._pad(text) for text in texts], np.int32)
@@ -96,9 +110,9 @@ class Tokenizer:
 
     def words(self, text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Each word of a text with its token ids."""
-        for piece, number in self.added.split(check_prompt(text)):
-            if number is not None:
-                yield piece, (number,)
+        for piece, ids in self.added.split(check_prompt(text)):
+            if ids is not None:
+                yield piece, ids
                 continue
             for word in _split_words(piece):
                 yield word, self._word_ids(word)

@@ -17,21 +17,27 @@ from .integrity import check_files
 from .manifest import (
     CONTROL,
     CONTROL_GRAPH,
+    EMBEDDINGS_GRAPH,
     FLOAT32_GRAPH,
     MANIFEST,
     SHALLOW,
     SHALLOW_GRAPH,
     SMALL_FILES,
+    TEXT_ENCODERS,
+    TOKEN_EMBEDDINGS,
     UPSCALER,
     WEIGHTS,
     Component,
     Manifest,
+    TensorSpec,
     read_manifest,
 )
 from .store import find_bundle
 
 # Over the UNet's weights.
 DERIVED_GRAPHS = {SHALLOW: f"unet/{SHALLOW_GRAPH}", CONTROL: f"unet/{CONTROL_GRAPH}"}
+# Not listed in the manifests of earlier builds; derived again before they are used.
+UNLISTED_GRAPHS = {f"{part}/{EMBEDDINGS_GRAPH}" for part in TEXT_ENCODERS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,13 @@ def weights_name(component: str) -> str:
     return str(Path(graph_name(component)).with_name(WEIGHTS))
 
 
+def embeddings_component(component: Component) -> Component:
+    """A text encoder with the input `token_embeddings` [rows, tokens, width]."""
+    rows_and_tokens, width = component.inputs[0].shape, component.outputs[0].shape[-1:]
+    embeddings = TensorSpec(TOKEN_EMBEDDINGS, component.dtype, (*rows_and_tokens, *width))
+    return replace(component, inputs=(*component.inputs, embeddings))
+
+
 def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
     """Read and check a bundle; raises BundleError: missing, damaged, of another format."""
     folder = find_bundle(name)
@@ -109,6 +122,7 @@ def check_makes_images(bundle: Bundle) -> None:
 def check_contents(folder: Path, manifest: Manifest) -> None:
     """Raise BundleError unless the components' folders hold the files that the manifest lists and
     no others, which nothing verifies. Plans are not part of a bundle: their sidecars verify them.
+    Graphs that are derived from others are derived again before they are used.
 
     Links out of the bundle and special files are refused; hard links are not, since their content
     is compared with the manifest.
@@ -127,10 +141,11 @@ def check_contents(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"{folder / name} is a link out of the bundle, to {path}")
         if path.exists() and not path.is_file():
             raise BundleError(f"{folder / name} is not a file")
+    allowed = {*manifest.files, *UNLISTED_GRAPHS}
     for top in sorted({name.split("/")[0] for name in manifest.files}):
         for path in sorted((folder / top).rglob("[!.]*")):
             name = path.relative_to(folder).as_posix()
-            if name not in manifest.files and not path.is_dir():
+            if name not in allowed and not path.is_dir():
                 raise BundleError(
                     f"{path} is not listed in {MANIFEST}",
                     hint="delete it, or build the bundle again",
@@ -141,6 +156,9 @@ def list_graphs(manifest: Manifest) -> dict[str, Component]:
     """Every graph that a bundle may hold, and the component whose inputs and outputs it has."""
     parts = manifest.components.items()
     exact = {graph_name(part, FLOAT32_GRAPH): component for part, component in parts}
+    for part, component in parts:
+        if part in TEXT_ENCODERS:
+            exact[graph_name(part, EMBEDDINGS_GRAPH)] = embeddings_component(component)
     return exact | {graph_name(part): component for part, component in parts}
 
 

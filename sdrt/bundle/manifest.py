@@ -55,6 +55,10 @@ WEIGHTS = "model.safetensors"
 # Graphs derived from the UNet's are stored next to it and share its weights.
 SHALLOW_GRAPH = "shallow.onnx"
 CONTROL_GRAPH = "control.onnx"
+# A text encoder's graph that reads the embeddings of its tokens, see `token_embeddings.py`.
+EMBEDDINGS_GRAPH = "embeddings.onnx"
+TOKEN_EMBEDDINGS = "token_embeddings"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 # All that a bundle may hold besides graphs and their weights.
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 SMALL_FILES = {f"tokenizer{which}/{name}" for which in ("", "_2") for name in TOKENIZER_FILES}

@@ -1,0 +1,144 @@
+"""The words that a call may use besides its model's vocabulary, and their embeddings.
+
+Knows tokenizers and vectors; not files.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from sdrt.errors import CheckpointError
+from sdrt.runtime.text.added_tokens import AddedToken, normalize
+from sdrt.runtime.text.tokenizer import FIRST_WORD_ID, Tokenizer
+
+MAX_WORDS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A word and its vectors.
+
+    Attributes:
+        word: As prompts have it, in any case.
+        by_encoder: [n, width] float32 by text encoder; one n for all.
+        sha256: Of the file, or of the vectors where there is none.
+    """
+
+    word: str
+    by_encoder: Mapping[str, np.ndarray]
+    sha256: str
+
+    @property
+    def num_vectors(self) -> int:
+        """How many tokens the word is."""
+        return len(next(iter(self.by_encoder.values())))
+
+    @property
+    def names(self) -> list[str]:
+        """What prompts call it: the word, and each further vector alone, as in diffusers."""
+        return [self.word, *(f"{self.word}_{i}" for i in range(1, self.num_vectors))]
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderWords:
+    """What one text encoder reads.
+
+    Attributes:
+        tokenizer: With the words.
+        vectors: [all words' vectors, width] float32; the id `FIRST_WORD_ID` + i is row i.
+        digest: Tells sets of vectors apart.
+    """
+
+    tokenizer: Tokenizer
+    vectors: np.ndarray
+    digest: bytes = b""
+
+
+@dataclass(frozen=True)
+class EmbeddingSet:
+    """The words of a call. Immutable: a call keeps the set that it began with.
+
+    Attributes:
+        tokenizers: Of the text encoders, without the words.
+        loaded: By name or file, by the caller.
+        bundled: Of the LoRA files in use.
+        listed: Of the folder `embeddings`; a word of the others takes precedence.
+    """
+
+    tokenizers: Mapping[str, Tokenizer]
+    loaded: tuple[Embedding, ...] = ()
+    bundled: tuple[Embedding, ...] = ()
+    listed: tuple[Embedding, ...] = ()
+
+    @cached_property
+    def embeddings(self) -> tuple[Embedding, ...]:
+        """All words, without those of the folder that others replace."""
+        first = (*self.loaded, *self.bundled)
+        taken = {normalize(name) for embedding in first for name in embedding.names}
+        rest = (e for e in self.listed if taken.isdisjoint(map(normalize, e.names)))
+        return (*first, *rest)
+
+    @cached_property
+    def by_encoder(self) -> dict[str, EncoderWords]:
+        """What each text encoder reads."""
+        return {name: self._encoder_words(name) for name in self.tokenizers}
+
+    def find_used(self, texts: Iterable[str]) -> list[Embedding]:
+        """The embeddings whose words are in some of these texts."""
+        tokenizer = next((words.tokenizer for words in self.by_encoder.values()), None)
+        if tokenizer is None or not self.embeddings:
+            return []
+        ids = {i for text in texts for _, own in tokenizer.added.split(text) for i in own or ()}
+        first, used = FIRST_WORD_ID, []
+        for embedding in self.embeddings:
+            following = first + embedding.num_vectors
+            if not ids.isdisjoint(range(first, following)):
+                used.append(embedding)
+            first = following
+        return used
+
+    def _encoder_words(self, name: str) -> EncoderWords:
+        tokenizer = self.tokenizers[name]
+        if not self.embeddings:
+            return EncoderWords(tokenizer, np.zeros((0, 0), np.float32))
+        vectors = np.concatenate([embedding.by_encoder[name] for embedding in self.embeddings])
+        words: dict[AddedToken, tuple[int, ...]] = {}
+        first = FIRST_WORD_ID
+        for embedding in self.embeddings:
+            ids = tuple(range(first, first + embedding.num_vectors))
+            rows = [ids, *((i,) for i in ids[1:])]
+            words |= dict(zip(map(_token, embedding.names), rows, strict=True))
+            first += embedding.num_vectors
+        digest = hashlib.sha256(vectors.tobytes()).digest()
+        return EncoderWords(tokenizer.with_words(words), vectors, digest)
+
+
+def check_words(embeddings: Sequence[Embedding], tokenizers: Mapping[str, Tokenizer]) -> None:
+    """Raise CheckpointError for a word that is a token of a vocabulary, or comes twice."""
+    if len(embeddings) > MAX_WORDS:
+        raise CheckpointError(f"{len(embeddings)} embeddings; expected at most {MAX_WORDS}")
+    seen: dict[str, str] = {}
+    for embedding in embeddings:
+        for name in embedding.names:
+            key = normalize(name)
+            if any(tokenizer.has_token(key) for tokenizer in tokenizers.values()):
+                raise CheckpointError(
+                    f"the word {name!r} is a token of the model's vocabulary already",
+                    hint="give the embedding another word",
+                )
+            if key in seen:
+                raise CheckpointError(
+                    f"the word {name!r} of {embedding.word!r} is one of {seen[key]!r} already",
+                    hint="give one of the embeddings another word, or unload the other first",
+                )
+            seen[key] = embedding.word
+
+
+def _token(word: str) -> AddedToken:
+    """A word between spaces or signs where it is letters, so that `cat` is not in `category`; a
+    word such as `<cat>` matches anywhere.
+    """
+    return AddedToken(word, single_word=word[0].isalnum() and word[-1].isalnum())
