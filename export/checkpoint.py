@@ -4,6 +4,7 @@ Knows files and configuration; `modules.py` knows what to make of them. No pickl
 """
 
 import difflib
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,7 @@ from .weights import (
     weight_files,
 )
 
+log = logging.getLogger("sdrt.build")
 KNOWN = {
     "stable-diffusion-v1-4": "CompVis/stable-diffusion-v1-4",
     "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -103,6 +105,11 @@ class Checkpoint:
         """The same with LoRA files added, each `NAME` or `NAME:WEIGHT`; raises CheckpointError."""
         read = [read_lora(*parse_lora(text)) for text in named]
         check_parts(read, self.parts)
+        if any(lora.embeddings for lora in read):
+            log.warning(
+                "a LoRA file's own embeddings are not merged: their words are text in prompts; "
+                "pass the files when the bundle runs (--lora) to use them"
+            )
         said = "".join(f", lora {lora.name}:{lora.weight}" for lora in read)
         return replace(self, source=self.source + said, loras=(*self.loras, *read))
 

@@ -218,7 +218,7 @@ class Validator:
     ) -> None:
         """Add and validate a text encoder's graph for words that its vocabulary does not have."""
         folder, component = self.folder / recipe.name, embeddings_component(component)
-        write_embeddings_graph(folder, component)
+        write_embeddings_graph(folder, component.inputs[-1])
         _, table = read_table(folder)
         cases = [
             replace(case, inputs={**case.inputs, TOKEN_EMBEDDINGS: table[case.inputs["input_ids"]]})

@@ -92,9 +92,8 @@ def load_pipeline(
     for name, tokenizer in tokenizers.items():
         open_words = partial(_load_word_engine, bundle, name, tokenizer.end, load)
         engines[word_engine_name(name)] = LazyEngine(open_words, None, slot)
-    adapters = Adapters(bundle, engines)
     embeddings = EmbeddingStore(tokenizers, {name: _width(manifest, name) for name in tokenizers})
-    embeddings.read_folder()
+    adapters = Adapters(bundle, engines, embeddings)
     return Pipeline(
         manifest,
         first,
@@ -130,7 +129,7 @@ def unloaded_pipeline(bundle: Bundle, control_bundles: Sequence[Bundle] = ()) ->
         name: LazyEngine(open_engine, components[name]) for name in components
     }
     config = _scheduler_config(bundle)
-    adapters = Adapters(bundle, engines)
+    adapters = Adapters(bundle, engines, EmbeddingStore({}, {}))
     nets = load_control_nets(bundle.manifest, control_bundles)
     return Pipeline(
         *(bundle.manifest, None, engines, config, "", adapters),

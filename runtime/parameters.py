@@ -18,6 +18,7 @@ from .lora.names import names_outside_folder
 from .options import format_number
 from .requests import Request
 from .samplers.registry import config_overrides, sampler_title
+from .textual_inversion.words import EmbeddingSet
 
 RNG_NAMES = {"cpu": "CPU", "cuda": "NV"}
 
@@ -28,6 +29,7 @@ def describe_image(
     manifest: Manifest,
     adapters: Adapters,
     bundle_config: Mapping[str, Any],
+    embeddings: EmbeddingSet,
 ) -> str:
     """The text of one image's file.
 
@@ -37,6 +39,7 @@ def describe_image(
         manifest: Of the bundle.
         adapters: The LoRA files in use.
         bundle_config: The bundle's own scheduler configuration.
+        embeddings: The words of textual inversion that its prompts may have.
     """
     options, (width, height) = job.options, job.size
     title = sampler_title(job.scheduler_config)
@@ -57,6 +60,12 @@ def describe_image(
             settings["Lora"] = adapters.text.strip()
     if outside := names_outside_folder([file for file, _ in adapters.chosen]):
         settings["Lora files"] = ", ".join(outside)
+    texts = [request.prompt, request.negative_prompt]
+    if job.hires:
+        second = job.hires.get_request(request)
+        texts += [second.prompt, second.negative_prompt]
+    if used := embeddings.find_used(texts):
+        settings["TI hashes"] = ", ".join(f"{e.word}: {e.short_hash}" for e in used)
     settings |= {"RNG": RNG_NAMES[options.rng], "Version": f"sdrt {__version__}"}
     return format_parameters(prompt, request.negative_prompt, settings)
 

@@ -470,7 +470,8 @@ class PipelineStages:
 
     def parameters_text(self, request: Request, job: GenerationJob) -> str:
         """The settings of an image, for its file."""
-        return describe_image(request, job, self.manifest, self.adapters, self.bundle_config)
+        words = self.embeddings.for_call(job.embeddings)
+        return describe_image(request, job, self.manifest, self.adapters, self.bundle_config, words)
 
     def grid_parameters_text(self, job: GenerationJob) -> str:
         """The settings of all images of a job, for the file of their grid."""

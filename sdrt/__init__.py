@@ -157,6 +157,7 @@ def load(
     compile: bool = False,
     cuda_graphs: bool = False,
     controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    embeddings: Sequence[str | os.PathLike[str]] = (),
 ) -> Pipeline:
     """Open a bundle and load its engines.
 
@@ -180,10 +181,13 @@ def load(
             a component are one launch.
         controlnet: ControlNets and T2I-Adapters that `sdrt build --controlnet` wrote, by name or
             folder. A call uses them with `control_image`; each loads when it is first used.
+        embeddings: Files of textual inversion, each `FILE`, `FILE:WORD` or the name of one in the
+            folder `embeddings` of sdrt's home, whose files prompts may also use by name.
 
     Raises:
         BundleError: If the bundle is missing or damaged.
         BackendError: If no backend can run it.
+        CheckpointError: If an embedding cannot be read or does not fit the model.
         UsageError: For arguments that do not fit together.
     """
     from dataclasses import replace
@@ -216,8 +220,15 @@ def load(
     check_makes_images(opened[0])
     if precision == "exact":
         opened = [replace(of, manifest=replace(of.manifest, admitted={})) for of in opened]
+    words = parse_paths("embeddings", embeddings)
     options = LoadOptions(index, stream, *flags.values())
-    return _load_on_backend(opened[0], opened[1:], backend, options, kind)
+    pipe = _load_on_backend(opened[0], opened[1:], backend, options, kind)
+    try:
+        pipe.embeddings.open(words)
+    except BaseException:
+        pipe.close()
+        raise
+    return pipe
 
 
 def _load_on_backend(

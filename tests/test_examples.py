@@ -21,6 +21,7 @@ IMAGES = {
         *(f"prompt_{name}" for name in ("circle", "early", "late", "turns", "joined"))
     ],
     "lora": ["lora_0.0", "lora_0.5", "lora_1.0"],
+    "textual_inversion": ["sun_blue", "sun_black"],
     "custom_loop": ["custom_loop"],
     "inflight_batching": ["inflight_0", "inflight_1", "inflight_2"],
     "openai_client": ["openai_client"],

@@ -7,7 +7,7 @@ names of their tensors (`layouts.py`) nor what those compute (`deltas.py`).
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ from sdrt.engine import Engine
 from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
 from sdrt.json_validation import read_json
 from sdrt.runtime.textual_inversion.engine import word_engine_name
+from sdrt.runtime.textual_inversion.files import read_bundled
+from sdrt.runtime.textual_inversion.layouts import split_bundled
+from sdrt.runtime.textual_inversion.store import EmbeddingStore
+from sdrt.runtime.textual_inversion.words import Embedding
 
 from .deltas import Change
 from .layouts import BIAS, PARTS, LayerKey, flat, format_keys, is_unused, parse_changes
@@ -39,11 +43,15 @@ PEFT = "base_model.model."  # before the names of tensors in PEFT's own files
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A file's name, its changes by part and module, and how much of them is added."""
+    """A file's name, its changes by part and module, and how much of them is added.
+
+    embeddings: the tensors of the words of textual inversion that the file holds too
+    """
 
     name: str
     changes: Mapping[LayerKey, Change]
     weight: LoraWeight
+    embeddings: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -88,7 +96,7 @@ def read_lora(name: str | os.PathLike[str], weight: float | LoraWeight) -> Lora:
         raise CheckpointError(f"{path.name}: {error.message}", hint=error.hint) from error
     except SdrtError as error:
         raise CheckpointError(error.message, hint=error.hint) from error
-    return Lora(path.stem, changes, parse_weight(weight))
+    return Lora(path.stem, changes, parse_weight(weight), split_bundled(tensors))
 
 
 def _peft_config(path: Path, keys: Iterable[str]) -> dict[str, Any] | None:
@@ -182,10 +190,12 @@ class Adapters:
     weights, so that removing a file leaves nothing of it.
     """
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]) -> None:
+    def __init__(
+        self, bundle: Bundle, engines: Mapping[str, Engine], embeddings: EmbeddingStore
+    ) -> None:
         self.chosen: LoraSet = ()
         self._stamps: dict[Path, tuple[int, int]] = {}
-        self._bundle = bundle
+        self._bundle, self._embeddings = bundle, embeddings
         self._engines = {part: engines[part] for part in set(PARTS) & set(engines)}
         self._shallow, self._control = engines.get(SHALLOW), engines.get(CONTROL)
         words = {part: engines.get(word_engine_name(part)) for part in TEXT_ENCODERS}
@@ -197,6 +207,8 @@ class Adapters:
         stamps = {path: _stamp(path) for path, _ in files}
         loras = tuple(read_lora(path, weight) for path, weight in files)
         check_parts(loras, self._engines)
+        words = [word for lora in loras for word in self._read_words(lora)]
+        self._embeddings.check_bundled(words)
         refits = {part: self._refit(part, loras) for part in self._engines}
         try:
             for part, weights in refits.items():
@@ -204,9 +216,17 @@ class Adapters:
         except BaseException:  # whatever it is, no half of a change stays
             for part in self._engines:
                 self._give(part, {})
+            self._embeddings.set_bundled(())
             self.chosen, self._stamps = (), {}
             raise
+        self._embeddings.set_bundled(words)
         self.chosen, self._stamps = files, stamps
+
+    def _read_words(self, lora: Lora) -> list[Embedding]:
+        try:
+            return read_bundled(lora.embeddings, self._embeddings.widths)
+        except CheckpointError as error:
+            raise CheckpointError(f"{lora.name}: {error.message}", hint=error.hint) from error
 
     @property
     def is_outdated(self) -> bool:

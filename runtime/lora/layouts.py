@@ -8,13 +8,14 @@ factors compute, nor the settings that scale them.
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sdrt.errors import CheckpointError
 from sdrt.json_validation import shorten
+from sdrt.runtime.textual_inversion.layouts import BUNDLED
 
 from .deltas import Change
 from .settings import add_settings
@@ -49,7 +50,6 @@ UNPREFIXED = {  # how a module begins that stands without the name of its part
     r"|conv_in|conv_out|conv_norm_out|time_embed|time_embedding|add_embedding)([._]|$)",
     "text_encoder": r"(text_model[._])?(encoder[._]layers|embeddings|final_layer_norm)([._]|$)",
 }
-EMBEDDING = "bundle_emb."
 FACTORS = {
     "lora_down": "down",
     "lora_A": "down",
@@ -142,11 +142,11 @@ def parse_changes(
     """
     changes: dict[LayerKey, Change] = {}
     modules: dict[LayerKey, str] = {}
-    unknown, words = [], set()
+    unknown = []
     for key, tensor in tensors.items():
-        if key.startswith(EMBEDDING):
-            words.add(key.removeprefix(EMBEDDING).partition(".")[0])
-        elif not (matched := _parse_key(key)):
+        if key.startswith(BUNDLED):
+            continue
+        if not (matched := _parse_key(key)):
             unknown.append(key)
         else:
             place, head, module, kind = matched
@@ -159,12 +159,6 @@ def parse_changes(
     unknown += _resolve_ia3_scales(changes)
     if unknown:
         raise CheckpointError(_unknown(unknown))
-    if words:
-        log.warning(
-            "the LoRA file also holds embeddings, which are not supported: in a prompt these words "
-            "are ordinary text: %s",
-            _named(words),
-        )
     add_settings(changes, modules, metadata, config)
     return _finish_layers(changes)
 
@@ -324,11 +318,6 @@ def _unknown(keys: Sequence[str]) -> str:
         f"{format_keys(keys)} of no known layout; expected kohya's lora_unet_.. and lora_te_.., or "
         f"PEFT's unet. and text_encoder.; supported are {SUPPORTED}"
     )
-
-
-def _named(names: Iterable[str]) -> str:
-    named = sorted(map(shorten, names))
-    return ", ".join(named[:MAX_NAMED]) + (", .." if len(named) > MAX_NAMED else "")
 
 
 def format_keys(keys: Sequence[str]) -> str:

@@ -84,6 +84,7 @@ class LoraSwitch:
 
     def renew(self, broken: Pipeline, pipe: Pipeline) -> None:
         """Let a pipeline that was reloaded carry what the broken one did."""
+        pipe.embeddings.adopt(broken.embeddings)
         with self._changing:
             carried = broken.adapters.chosen
             if pipe.adapters.chosen != carried:

@@ -7,6 +7,7 @@ AUTOMATIC1111 web UI. Knows files; their layouts are parsed by `layouts.py`.
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,12 @@ import numpy as np
 
 from sdrt.bundle.safetensors import Tensors
 from sdrt.bundle.store import home
-from sdrt.errors import CheckpointError, SdrtError
+from sdrt.errors import CheckpointError, SdrtError, UsageError
 from sdrt.json_validation import shorten
 from sdrt.runtime.lora.tags import TAG
 from sdrt.runtime.text.added_tokens import MAX_CONTENT
 
-from .layouts import Vectors, parse_vectors, split_bundled
+from .layouts import Vectors, parse_vectors
 from .words import Embedding
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,17 @@ class SkippedEmbedding:
 
 def embeddings_folder() -> Path:
     return (home() / "embeddings").absolute()
+
+
+def parse_embedding(text: str) -> tuple[str, list[str] | None]:
+    """`"FILE"`, `"FILE:WORD"` or, of a word for each vector, `"FILE:WORD,WORD"` -> the file, or its
+    name in the folder, and the words; None for those that the file says itself.
+    """
+    suffixes = "|".join(map(re.escape, (SUFFIX, *PICKLES)))
+    match = re.fullmatch(rf"(?is)(.*?(?:{suffixes})|[^:]+)(?::(.+))?", text)
+    if match is None:
+        raise UsageError(f"the embedding {text!r}; expected FILE or FILE:WORD")
+    return match[1], match[2].split(",") if match[2] else None
 
 
 def find_embedding(name: str | os.PathLike[str]) -> Path:
@@ -99,10 +111,14 @@ def embeddings_from_tensors(
     return name_vectors(vectors, "", words, widths, sha256.hexdigest())
 
 
-def read_bundled(tensors: Mapping[str, np.ndarray], widths: Widths) -> list[Embedding]:
-    """The embeddings that a LoRA file holds; raises CheckpointError as `read_embedding`."""
+def read_bundled(
+    tensors: Mapping[str, Mapping[str, np.ndarray]], widths: Widths
+) -> list[Embedding]:
+    """The embeddings of a LoRA file, from the tensors of each word; raises CheckpointError as
+    `read_embedding`.
+    """
     embeddings = []
-    for word, own in split_bundled(tensors).items():
+    for word, own in tensors.items():
         try:
             embeddings += embeddings_from_tensors(own, [word], widths)
         except CheckpointError as error:

@@ -23,6 +23,7 @@ from .files import (
     embeddings_from_tensors,
     find_embedding,
     list_folder,
+    parse_embedding,
     read_embedding,
 )
 from .words import Embedding, EmbeddingSet, check_words
@@ -47,6 +48,13 @@ class EmbeddingStore:
         self.skipped: tuple[SkippedEmbedding, ...] = ()
         self.widths = widths
         self._lock = threading.Lock()
+
+    def open(self, named: Sequence[str | os.PathLike[str]]) -> None:
+        """Read the folder, and load files by `FILE`, `NAME` or `FILE:WORD`; raises as `load`."""
+        self.read_folder()
+        for item in named:
+            source, words = parse_embedding(os.fspath(item))
+            self.load(source, words)
 
     def load(self, source: Source | Sequence[Source], words: Words = None) -> None:
         """Load embeddings next to those that are loaded; all of them or none.
@@ -86,14 +94,20 @@ class EmbeddingStore:
             remaining = tuple(e for key, e in loaded.items() if key not in gone)
             self.current = replace(self.current, loaded=remaining)
 
+    def check_bundled(self, embeddings: Sequence[Embedding]) -> None:
+        """Raise CheckpointError for words of LoRA files that collide."""
+        check_words((*self.current.loaded, *embeddings), self.current.tokenizers)
+
     def set_bundled(self, embeddings: Sequence[Embedding]) -> None:
-        """Use the embeddings of these LoRA files and of no others; raises CheckpointError for words
-        that collide.
-        """
+        """Use the embeddings of these LoRA files and of no others."""
         with self._lock:
-            if tuple(embeddings) != self.current.bundled:
-                check_words((*self.current.loaded, *embeddings), self.current.tokenizers)
+            if embeddings or self.current.bundled:
                 self.current = replace(self.current, bundled=tuple(embeddings))
+
+    def adopt(self, other: "EmbeddingStore") -> None:
+        """Use the words of a pipeline that was replaced."""
+        with self._lock:
+            self.current, self.skipped = other.current, other.skipped
 
     def read_folder(self) -> None:
         """Read the folder `embeddings`; a file that does not fit is skipped, and logged."""

@@ -37,6 +37,11 @@ class Embedding:
         return len(next(iter(self.by_encoder.values())))
 
     @property
+    def short_hash(self) -> str:
+        """As the AUTOMATIC1111 web UI writes it into an image's text."""
+        return self.sha256[:12]
+
+    @property
     def names(self) -> list[str]:
         """What prompts call it: the word, and each further vector alone, as in diffusers."""
         return [self.word, *(f"{self.word}_{i}" for i in range(1, self.num_vectors))]

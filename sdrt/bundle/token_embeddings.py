@@ -19,7 +19,7 @@ from sdrt.errors import BundleError
 from sdrt.json_validation import read_bytes
 
 from .bundle import Bundle, embeddings_component
-from .manifest import EMBEDDINGS_GRAPH, WEIGHTS, Component, FileRecord, TensorSpec
+from .manifest import EMBEDDINGS_GRAPH, WEIGHTS, FileRecord, TensorSpec
 from .onnx_check import (
     BYTES,
     GRAPH,
@@ -47,7 +47,7 @@ def with_token_embeddings(bundle: Bundle, name: str) -> Bundle:
     """
     path = bundle.graph(name).with_name(EMBEDDINGS_GRAPH)
     component = embeddings_component(bundle.manifest.components[name])
-    data = write_embeddings_graph(path.parent, component)
+    data = write_embeddings_graph(path.parent, component.inputs[-1])
     record = FileRecord(len(data), hashlib.sha256(data).hexdigest())
     manifest = replace(
         bundle.manifest,
@@ -57,14 +57,14 @@ def with_token_embeddings(bundle: Bundle, name: str) -> Bundle:
     return replace(bundle, manifest=manifest, graph_file=EMBEDDINGS_GRAPH)
 
 
-def write_embeddings_graph(folder: Path, component: Component) -> bytes:
+def write_embeddings_graph(folder: Path, spec: TensorSpec) -> bytes:
     """Derive the graph of an encoder's folder, write it unless it is there, and return it.
 
-    component: with the input `token_embeddings`
+    spec: of the input `token_embeddings`
     """
     source, path = folder / "model.onnx", folder / EMBEDDINGS_GRAPH
     try:
-        data = derive_embeddings_graph(read_bytes(source, MAX_GRAPH), component.inputs[-1])
+        data = derive_embeddings_graph(read_bytes(source, MAX_GRAPH), spec)
     except (OSError, ValueError) as error:
         raise BundleError(
             f"{source} cannot be made to read token embeddings: {error}",

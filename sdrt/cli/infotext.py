@@ -8,6 +8,7 @@ refused by name.
 import argparse
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,10 @@ from sdrt.runtime.lora.tags import LoraTag, LoraWeight, parse_tags
 from sdrt.runtime.options import SIZES_IN_TEXT
 from sdrt.runtime.samplers.registry import AUTOMATIC_SCHEDULES
 from sdrt.runtime.text.prompt_schedule import refuse_single_weight
+from sdrt.runtime.textual_inversion.words import EmbeddingSet
 
 log = logging.getLogger(__name__)
+EMBEDDING_HASH = re.compile(r"(?:\A|, )(.+?): ([0-9a-f]{12})(?=, |\Z)")
 OURS = "sdrt "  # how `Version` begins
 
 
@@ -33,12 +36,14 @@ class Restored:
 
     arguments: by the command line's names; what is typed with `--from` overrides them
     loras: every LoRA's weight by its name
+    embedding_hashes: of the words of textual inversion that it used
     needed: arguments that the text cannot hold and that must be typed, with what they are
     """
 
     arguments: Mapping[str, Any]
     loras: Mapping[str, LoraWeight]
     needed: Mapping[str, str]
+    embedding_hashes: Mapping[str, str]
 
 
 def _numbers(text: str) -> list[float]:
@@ -119,6 +124,7 @@ LOST = {
     "Callback": "a function called after every step",
 }
 READ_APART = {
+    "TI hashes",
     "Prompt",
     "Negative prompt",
     "Prompts",
@@ -176,7 +182,26 @@ def restored_from(path: Path) -> Restored:
         needed["control"] = f"{typed}, with the control images"
         if any(parse_setting(unit).get("Guess Mode") == "True" for unit in units):
             arguments["guess_mode"] = True
-    return Restored(arguments, loras, needed)
+    words = dict(EMBEDDING_HASH.findall(settings.get("TI hashes", "")))
+    return Restored(arguments, loras, needed, words)
+
+
+def check_embeddings(hashes: Mapping[str, str], embeddings: EmbeddingSet) -> None:
+    """Raise UsageError for a word of an image that is not loaded; warn of another file's."""
+    loaded = {embedding.word: embedding.short_hash for embedding in embeddings.embeddings}
+    for word, short_hash in hashes.items():
+        if word not in loaded:
+            raise UsageError(
+                f"the image used the embedding {word!r} ({short_hash}), which is not loaded",
+                hint=f"pass --embedding FILE:{word}, or put its file into $SDRT_HOME/embeddings",
+            )
+        if loaded[word] != short_hash:
+            log.warning(
+                "the image used another embedding %r: %s, here is %s",
+                word,
+                short_hash,
+                loaded[word],
+            )
 
 
 def _read(
@@ -239,6 +264,7 @@ def apply_typed(args: argparse.Namespace, restored: Restored) -> argparse.Namesp
         if getattr(args, name) in (None, []):
             raise UsageError(f"{args.source}: its text does not hold everything; give {words}")
     args.loras = dict(restored.loras)
+    args.embedding_hashes = dict(restored.embedding_hashes)
     if args.scheduler != restored.arguments.get("scheduler"):
         theirs = restored.arguments.get("scheduler_option", [])
         args.scheduler_option = args.scheduler_option[len(theirs) :]

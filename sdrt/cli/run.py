@@ -38,6 +38,7 @@ from sdrt.runtime.safety_checker import is_flagged, is_flat
 from sdrt.runtime.samplers.noise_schedule import FIELDS, is_scheduler_option
 
 from .control import control_options, open_control_bundles
+from .infotext import check_embeddings
 from .parser import closest
 from .terminal import print_line, terminal_graphics
 
@@ -66,9 +67,15 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         compile=args.compile,
         cuda_graphs=args.cuda_graphs,
         controlnet=list(open_control_bundles(args.control)),
+        embeddings=args.embedding,
     )
-    if loras := _loras(args):
-        pipe.set_lora(dict(loras))
+    try:
+        if loras := _loras(args):
+            pipe.set_lora(dict(loras))
+        check_embeddings(args.embedding_hashes, pipe.embeddings.current)
+    except BaseException:
+        pipe.close()
+        raise
     return pipe
 
 

@@ -53,6 +53,18 @@ def add_bundle(to: Arguments) -> None:
     to.add_argument("--bundle", metavar="NAME|FOLDER", help=DEFAULT_BUNDLE)
 
 
+def add_embedding(to: Arguments) -> None:
+    """`--embedding` of commands that read prompts."""
+    to.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE|NAME[:WORD]",
+        help="let prompts use the word of a textual inversion file, repeatable; those in "
+        "$SDRT_HOME/embeddings need no option: their names are words",
+    )
+
+
 def add_backend(to: Arguments) -> None:
     to.add_argument("--backend", choices=BACKENDS, default="auto", help="default: auto")
     to.add_argument(

@@ -2,11 +2,11 @@
 
 import argparse
 
-from .common import add_backend, add_bundle
+from .common import add_backend, add_bundle, add_embedding
 
 
 def add_model(to: argparse.ArgumentParser) -> None:
-    to.set_defaults(loras={}, control=[])
+    to.set_defaults(loras={}, control=[], embedding_hashes={})
     model = to.add_argument_group("Model and backend")
     add_bundle(model)
     model.add_argument(
@@ -16,6 +16,7 @@ def add_model(to: argparse.ArgumentParser) -> None:
         metavar="FILE|NAME[:WEIGHT]",
         help="add a LoRA for this run, repeatable; NAME is a file in $SDRT_HOME/loras",
     )
+    add_embedding(model)
     add_backend(model)
     model.add_argument(
         "--exact", action="store_true", help="use no lower precision than the bundle's"

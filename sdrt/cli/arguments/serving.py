@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sdrt.errors import UsageError
 
-from .common import BACKENDS, add_bundle, integer, number
+from .common import BACKENDS, add_bundle, add_embedding, integer, number
 
 MAX_QUEUE = 10_000  # images
 
@@ -38,6 +38,7 @@ def add_serve(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="inference backend (default: auto)"
     )
+    add_embedding(to)
     to.add_argument(
         "--exact", action="store_true", help="never use a lower precision than the bundle's"
     )
@@ -159,7 +160,13 @@ def sources_from_arguments(args: argparse.Namespace) -> "dict[str, ModelSource]"
             raise UsageError(
                 f"two bundles have the name {bundle.manifest.name}", hint="serve only one of them"
             )
-        one = partial(load, bundle.folder, backend=args.backend, precision=precision)
+        one = partial(
+            load,
+            bundle.folder,
+            backend=args.backend,
+            precision=precision,
+            embeddings=args.embedding,
+        )
         sources[bundle.manifest.name] = ModelSource(one, bundle.folder / "plans")
     return sources
 

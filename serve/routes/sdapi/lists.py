@@ -3,10 +3,12 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from sdrt.runtime.batching.cost_model import get_memory_info
 from sdrt.runtime.lora.names import list_loras, read_alias
+from sdrt.runtime.textual_inversion.words import Embedding
 from sdrt.runtime.upscaling import LATENT_UPSCALERS
 from sdrt.serve.dependencies import get_context
 from sdrt.serve.errors import ApiError, json_response
@@ -20,7 +22,6 @@ API = "/sdapi/v1"
 # By path: lists in A1111's format that never change.
 CONSTANT_LISTS: dict[str, Any] = {
     "latent-upscale-modes": [{"name": upscaler.title} for upscaler in LATENT_UPSCALERS],
-    "embeddings": {"loaded": {}, "skipped": {}},
     "hypernetworks": [],
     "face-restorers": [],
     "realesrgan-models": [],
@@ -32,7 +33,7 @@ CONSTANT_LISTS: dict[str, Any] = {
     "extensions": [],
 }
 # Nothing to refresh: read on every request, or only when the server starts.
-REFRESH_PATHS = ("refresh-checkpoints", "refresh-vae", "refresh-loras", "refresh-embeddings")
+REFRESH_PATHS = ("refresh-checkpoints", "refresh-vae", "refresh-loras")
 
 
 def _constant_handler(value: Any) -> Any:
@@ -87,6 +88,33 @@ async def loras() -> Response:
             for name, path in list_loras().items()
         ]
     )
+
+
+@router.get(f"{API}/embeddings")
+async def embeddings(request: Request) -> Response:
+    """The default model's words, and the files of `$SDRT_HOME/embeddings` that it cannot use."""
+    store = get_context(request).models.get(None).engine.pipe.embeddings
+    return json_response(
+        {
+            "loaded": {e.word: _describe_embedding(e) for e in store.current.embeddings},
+            "skipped": {file.name: {"reason": file.reason} for file in store.skipped},
+        }
+    )
+
+
+@router.post(f"{API}/refresh-embeddings")
+async def refresh_embeddings(request: Request) -> Response:
+    """Read `$SDRT_HOME/embeddings` again; requests that have begun keep the words they had."""
+    models = get_context(request).models
+    for model in filter(None, map(models.find, models.sources)):
+        await run_in_threadpool(model.engine.pipe.embeddings.read_folder)
+    return json_response(None)
+
+
+def _describe_embedding(embedding: Embedding) -> dict[str, Any]:
+    widths = [vectors.shape[1] for vectors in embedding.by_encoder.values()]
+    unknown = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name"))
+    return {**unknown, "shape": sum(widths), "vectors": embedding.num_vectors}
 
 
 @router.get(f"{API}/cmd-flags")

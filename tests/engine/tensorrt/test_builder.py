@@ -16,6 +16,8 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection
 from unet_configs import FAMILIES, THREE, XL
 
 from sdrt.bundle import open_bundle
+from sdrt.bundle.manifest import EMBEDDINGS_GRAPH, TOKEN_EMBEDDINGS, TensorSpec
+from sdrt.bundle.token_embeddings import with_token_embeddings, write_embeddings_graph
 from sdrt.cli.main import main
 from sdrt.engine.plans import PlanKey
 from sdrt.engine.tensorrt import builder as tensorrt_builder
@@ -369,4 +371,18 @@ def test_the_paired_text_encoders_of_xl_are_tensorrt_graphs(tmp_path):
     config._attn_implementation = "sdpa"
     module = modules.PairedTextEncoder(CLIPTextModelWithProjection(config))
     ids = {"input_ids": torch.zeros((2, 77), dtype=torch.int32)}
-    parsed(exported(tmp_path, "text_encoder_2", module, ids))
+    graph = exported(tmp_path, "text_encoder_2", module, ids)
+    parsed(graph)
+    words = TensorSpec(TOKEN_EMBEDDINGS, "float16", ("rows", 77, 16))
+    write_embeddings_graph(graph.parent, words)
+    parsed(graph.with_name(EMBEDDINGS_GRAPH))
+
+
+@pytest.mark.trt
+def test_the_text_encoder_that_reads_words_has_a_plan(shapes, tmp_path):
+    bundle = open_bundle(shutil.copytree(shapes, tmp_path / "bundle"))
+    reading = with_token_embeddings(bundle, "text_encoder")
+    options = PlanOptions(targets=("sm_89",))
+    plans = [get_plan(b, "text_encoder", RTX, None, options) for b in (bundle, reading)]
+    assert plans[0].path != plans[1].path
+    assert plans[1].path.stat().st_size > 1000

@@ -5,10 +5,20 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from exports import exported_once
 from safetensors.torch import save_file
 from tiny_checkpoints import write_text_encoder
 
 import sdrt
+from sdrt.bundle.bundle import embeddings_component
+from sdrt.bundle.manifest import EMBEDDINGS_GRAPH, Component
+from sdrt.bundle.token_embeddings import read_table, write_embeddings_graph
+from sdrt.engine.onnxruntime.cpu import OrtEngine
+from sdrt.export.modules import PairedTextEncoder
+from sdrt.runtime import Tokenizer
+from sdrt.runtime.text.tokenizer import FIRST_WORD_ID
+from sdrt.runtime.textual_inversion.engine import WORD_EMBEDDINGS, WordEngine
+from sdrt.runtime.textual_inversion.words import Embedding, EmbeddingSet
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -121,3 +131,44 @@ def test_images_of_xl_match_diffusers(tiny_xl, tiny_xl_bundle, tmp_path):
         pipe = loaded.with_scheduler("Euler")
         pipe.load_textual_inversion(save_embeddings(tmp_path, paired=True), token=[*WORDS])
         assert decibels(pipe, expected, weighting=False) > 50
+
+
+def test_an_encoder_that_pools_at_the_highest_id_pools_at_the_end(tiny_xl, tmp_path):
+    """By its configuration texts end with 2: transformers then pools at the highest id, a word's. So
+    the reference is one whose configuration has the end.
+    """
+    texts = ["a <zorb> circle", "<blim>, a red cross"]
+    options = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2}
+    options |= {"num_hidden_layers": 2, "projection_dim": 20, "max_position_embeddings": 32}
+    tokenizer = Tokenizer.from_folder(tiny_xl / "tokenizer", 32)
+    size = len(tokenizer.vocab)
+    torch.manual_seed(2)
+    config = transformers.CLIPTextConfig(**options, vocab_size=size, eos_token_id=2)
+    model = transformers.CLIPTextModelWithProjection(config).eval()
+    ids = torch.tensor(tokenizer(texts))
+    outputs, axes = ("contexts", "pooled"), {"input_ids": {0: "rows"}}
+    module = PairedTextEncoder(model)
+    inputs, results = exported_once(module, {"input_ids": ids.int()}, outputs, axes, tmp_path)
+    component = embeddings_component(Component(inputs, results, "float32", {}))
+    write_embeddings_graph(tmp_path, component.inputs[-1])
+    inner = OrtEngine("text_encoder_2", tmp_path / EMBEDDINGS_GRAPH, component)
+    engine = WordEngine(inner, *read_table(tmp_path), tokenizer.end)
+
+    name = "text_encoder_2"
+    embeddings = tuple(
+        Embedding(word, {name: vectors(word, name, n).numpy()}, "") for word, n in WORDS.items()
+    )
+    words = EmbeddingSet({name: tokenizer}, embeddings).by_encoder[name]
+    own = words.tokenizer(texts)
+    actual = engine({"input_ids": own, WORD_EMBEDDINGS: words.vectors})
+
+    model.resize_token_embeddings(size + len(words.vectors), mean_resizing=False)
+    model.get_input_embeddings().weight.data[size:] = torch.from_numpy(words.vectors)
+    ids = torch.tensor(np.where(own >= FIRST_WORD_ID, own - FIRST_WORD_ID + size, own)).long()
+    with torch.no_grad():
+        at_a_word = model(ids).text_embeds
+        getattr(model, "text_model", model).eos_token_id = tokenizer.end
+        expected = model(ids, output_hidden_states=True)
+    assert np.allclose(actual["pooled"], expected.text_embeds, atol=1e-5)
+    assert np.allclose(actual["contexts"][:, -1], expected.hidden_states[-2], atol=1e-5)
+    assert not np.allclose(actual["pooled"], at_a_word, atol=1e-3)

@@ -15,6 +15,7 @@ from sdrt.runtime.textual_inversion.files import (
     read_bundled,
     read_embedding,
 )
+from sdrt.runtime.textual_inversion.layouts import split_bundled
 
 ONE, TWO = {"text_encoder": 16}, {"text_encoder": 16, "text_encoder_2": 24}
 
@@ -70,12 +71,12 @@ def test_the_embeddings_of_a_lora_file():
         "bundle_emb.<s0>.string_to_param.*": np.ones((2, 16), np.float16),
         "bundle_emb.plain.emb_params": np.ones((1, 16), np.float32),
     }
-    first, second = read_bundled(tensors, ONE)
+    first, second = read_bundled(split_bundled(tensors), ONE)
     assert (first.word, first.num_vectors, second.word) == ("<s0>", 2, "plain")
     pair = {"bundle_emb.w.clip_l": np.ones((1, 16)), "bundle_emb.w.clip_g": np.ones((1, 24))}
-    assert read_bundled(pair, TWO)[0].by_encoder.keys() == TWO.keys()
+    assert read_bundled(split_bundled(pair), TWO)[0].by_encoder.keys() == TWO.keys()
     with pytest.raises(CheckpointError, match="embedding 'w'"):
-        read_bundled(pair, ONE)
+        read_bundled(split_bundled(pair), ONE)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`sdrt run --from`: what goes into an image's text makes the same pixels again."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -63,10 +64,16 @@ SIZES = {name for name in PARSERS if ("_size" in name and "hires" not in name) o
 @pytest.fixture(autouse=True)
 def loaded(pipe, monkeypatch):
     """The command line runs on the pipeline that the test does."""
-    monkeypatch.setattr(cli_run, "load", lambda *_, **__: pipe)
+
+    def load(*_, embeddings, **__):
+        pipe.embeddings.open(embeddings)
+        return pipe
+
+    monkeypatch.setattr(cli_run, "load", load)
     monkeypatch.setattr(Pipeline, "close", lambda self: None)
     yield
     pipe.set_lora({})
+    pipe.unload_textual_inversion()
 
 
 @pytest.fixture
@@ -391,3 +398,20 @@ def test_odd_texts_are_restored_or_refused(tmp_path):
             except UsageError:
                 refused += 1
     assert refused > 30
+
+
+def test_words_of_textual_inversion_come_back_by_their_hashes(pipe, tmp_path, capsys):
+    file = tmp_path / "dot.safetensors"
+    rng = np.random.default_rng(0)
+    save_file({"emb_params": rng.normal(0, 0.02, (2, 128)).astype(np.float32)}, file)
+    pipe.load_textual_inversion(file, token="<dot>")
+    try:
+        path = saved(pipe, tmp_path / "a.png", "a <dot> on a blue background")
+    finally:
+        pipe.unload_textual_inversion()
+    short_hash = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    assert restored_from(path).embedding_hashes == {"<dot>": short_hash}
+    assert_again(path, "--embedding", f"{file}:<dot>")
+    pipe.unload_textual_inversion()
+    assert main(["run", "--from", str(path), "--output", str(tmp_path)]) == 2
+    assert "--embedding FILE:<dot>" in capsys.readouterr().err

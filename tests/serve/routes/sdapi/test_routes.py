@@ -1,6 +1,7 @@
 """The `/sdapi` endpoints, called by a client library written for them."""
 
 import base64
+import shutil
 import threading
 from io import BytesIO
 
@@ -8,7 +9,11 @@ import numpy as np
 import pytest
 import webuiapi
 from PIL import Image
+from safetensors.numpy import save_file
 from serving import PROMPT, client, get_engine, wait_for
+
+from sdrt.bundle.token_embeddings import read_table
+from sdrt.runtime.textual_inversion.files import embeddings_folder
 
 pytestmark = pytest.mark.integration
 
@@ -162,3 +167,27 @@ def test_invalid_images_are_rejected(server, image):
         body = {"prompt": "x", "init_images": [image]}
         assert http.post("/sdapi/v1/img2img", json=body).status_code == 400
         assert http.post("/sdapi/v1/png-info", json={"image": image}).status_code == 400
+
+
+def test_embeddings_of_the_folder_are_words_once_refreshed(api, pipe, shapes):
+    _, table = read_table(shapes / "text_encoder")
+    folder = embeddings_folder()
+    folder.mkdir()
+    try:
+        vectors = np.array(table[pipe.tokenizer.ids("green square")])
+        save_file({"emb_params": vectors}, folder / "gsq.safetensors")
+        save_file({"emb_params": vectors[:, :5].copy()}, folder / "narrow.safetensors")
+        assert api.get_embeddings()["loaded"] == {}
+        api.session.post(f"{api.baseurl}/refresh-embeddings").raise_for_status()
+        listed = api.get_embeddings()
+        assert (listed["loaded"]["gsq"]["shape"], listed["loaded"]["gsq"]["vectors"]) == (128, 2)
+        assert "5 wide" in listed["skipped"]["narrow"]["reason"]
+        response = api.txt2img(prompt="a gsq", seed=3, width=64, height=64)
+        expected = pipe.with_scheduler("Euler")(
+            "a green square", seed=3, num_inference_steps=4, guidance_scale=7.0
+        )
+        assert np.array_equal(response.image, expected.images[0])
+        assert 'TI hashes: "gsq: ' in response.info["infotexts"][0]
+    finally:
+        shutil.rmtree(folder)
+        api.session.post(f"{api.baseurl}/refresh-embeddings").raise_for_status()
