@@ -135,16 +135,6 @@ def parse_texts(name: str, value: object) -> str | tuple[str, ...]:
     return tuple(str(text) for text in value)
 
 
-def parse_paths(name: str, value: object) -> list[str]:
-    """Paths or names, as strings."""
-    if not isinstance(value, list | tuple):
-        raise invalid_argument(name, value, "a list of files or names")
-    paths = [str(entry) for entry in value if isinstance(entry, str | os.PathLike)]
-    if len(paths) < len(value):
-        raise invalid_argument(name, value, "a list of files or names")
-    return paths
-
-
 def parse_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise invalid_argument(name, value, "True or False")

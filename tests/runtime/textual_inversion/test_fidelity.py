@@ -134,7 +134,7 @@ def test_images_of_xl_match_diffusers(tiny_xl, tiny_xl_bundle, tmp_path):
 
 
 def test_an_encoder_that_pools_at_the_highest_id_pools_at_the_end(tiny_xl, tmp_path):
-    """By its configuration texts end with 2: transformers then pools at the highest id, a word's. So
+    """By its configuration texts end with 2, and transformers pools at the highest id, a word's. So
     the reference is one whose configuration has the end.
     """
     texts = ["a <zorb> circle", "<blim>, a red cross"]
