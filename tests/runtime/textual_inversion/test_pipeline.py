@@ -182,3 +182,10 @@ def test_nothing_is_loaded_if_one_embedding_does_not_fit(pipe, vectors_of):
 def test_a_model_without_prompts_takes_no_embeddings():
     with pytest.raises(UsageError, match="no prompt"):
         EmbeddingStore({}, {}).load({"<w>": np.ones((1, 4), np.float32)})
+
+
+def test_words_come_and_go_during_a_run_and_are_counted(pipe, vectors_of):
+    pipe.load_textual_inversion({"<rc>": vectors_of("red circle")})
+    own, plain = ("a [{}:cross:0.5] AND a {}:0.5".replace("{}", w) for w in ("<rc>", "red circle"))
+    assert generate(pipe, own) == generate(pipe, plain)
+    assert pipe.count_tokens("a <rc>") == pipe.count_tokens("a red circle")
