@@ -17,6 +17,9 @@ OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
 }
 
 
+IMAGE_TOKENS = 4  # of an IP-Adapter's image, in the base adapters
+
+
 def axis_lengths(manifest: Manifest, size: tuple[int, int], rows: int = 1) -> dict[str, int]:
     """The length of every named axis.
 
@@ -29,6 +32,7 @@ def axis_lengths(manifest: Manifest, size: tuple[int, int], rows: int = 1) -> di
     return {
         "rows": rows,
         "tokens": manifest.max_tokens,
+        "image_tokens": IMAGE_TOKENS,
         "width": width,
         "height": height,
         "latent_width": width // manifest.downscale,

@@ -29,13 +29,14 @@ from sdrt.bundle.store import home
 from sdrt.errors import BackendError, BundleError
 from sdrt.json_validation import json_object, read_bytes, shorten
 
-from .axes import axis_lengths, spec_shape
+from .axes import IMAGE_TOKENS, axis_lengths, spec_shape
 from .plan_signing import TRUST_VARIABLE, is_signature_valid, sign, trusted_hashes
 
 log = logging.getLogger(__name__)
 VAE_ROWS = 1  # the runtime decodes and encodes one image at a time
 MAX_SIDECAR = 1_000_000  # bytes
 MAX_CHUNKS = 16  # of a prompt, each of the text encoder's length
+MAX_IMAGE_TOKENS = 257  # of a full-face IP-Adapter's image; the others have 4 and 16
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # for each input: minimum, optimum, maximum
 
@@ -235,7 +236,12 @@ def create_profiles(
     profiles = []
     for size in manifest.sizes:
         fixed = {name: (length,) * 3 for name, length in axis_lengths(manifest, size).items()}
-        lengths = {**fixed, "rows": rows, "tokens": (tokens, tokens, MAX_CHUNKS * tokens)}
+        lengths = {
+            **fixed,
+            "rows": rows,
+            "tokens": (tokens, tokens, MAX_CHUNKS * tokens),
+            "image_tokens": (1, IMAGE_TOKENS, MAX_IMAGE_TOKENS),
+        }
         profile = {spec.name: _range(component, spec, lengths) for spec in inputs}
         if profile not in profiles:
             profiles.append(profile)

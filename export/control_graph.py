@@ -1,7 +1,9 @@
-"""The UNet's graph with residuals of a ControlNet and a T2I-Adapter as inputs, over the same stored
-weights, derived from the plain graph: another export would double the time of a build.
+"""The UNet's graph with residuals of a ControlNet and a T2I-Adapter, and keys and values of an
+IP-Adapter, as inputs, over the same stored weights. It is derived from the plain graph: another
+export would double the time of a build.
 
-Knows where a U-Net's skips are in a graph that torch exported; not what makes the residuals.
+Knows where a U-Net's skips and cross-attention layers are in a graph that torch exported; not what
+makes the inputs.
 """
 
 from pathlib import Path
@@ -17,6 +19,7 @@ from sdrt.bundle.manifest import (
 )
 
 from .graph import graph_specs
+from .image_attention import add_image_attention
 from .unet_config import UnetConfig
 
 
@@ -40,6 +43,7 @@ def write_control_graph(folder: Path, config: UnetConfig, dtype: str) -> Compone
     _add_to_input(graph, ups[0], 0, MID_RESIDUAL)
     for i, place in enumerate(config.adapter_places):
         _add_to_value(graph, mid if place is None else skips[place], f"{ADAPTER_STATE}_{i}")
+    add_image_attention(graph, config)
     ir.save(model, folder / CONTROL_GRAPH)
     return Component(graph_specs(graph.inputs), graph_specs(graph.outputs), dtype, {})
 

@@ -51,6 +51,8 @@ class Attention(nn.Module):
         """upcast: attend in float32, where a model's half-precision scores overflow."""
         super().__init__()
         self.heads, self.upcast = heads, upcast
+        # Keys and values [B, heads, T, C / heads] of an image prompt, and its scale [B, 1, 1, 1].
+        self.image_prompt: tuple[Tensor, Tensor, Tensor] | None = None
         source = channels if context is None else context
         self.to_q = nn.Linear(channels, channels, bias=qkv_bias)
         self.to_k = nn.Linear(source, channels, bias=qkv_bias)
@@ -63,11 +65,16 @@ class Attention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, C / heads]
             for t in (self.to_q(x), self.to_k(source), self.to_v(source))
         )
-        if self.upcast and x.dtype != torch.float32:
-            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(x.dtype)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)
+        out = self._attend(q, k, v)
+        if self.image_prompt is not None:
+            keys, values, scale = self.image_prompt
+            out = out + scale * self._attend(q, keys, values)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.upcast and q.dtype != torch.float32:
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class SpatialAttention(Attention):

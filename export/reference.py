@@ -14,6 +14,7 @@ from torch import nn
 
 from sdrt.bundle.manifest import CONTROL, FEATURE, Manifest
 from sdrt.engine import Feeds
+from sdrt.engine.axes import IMAGE_TOKENS
 from sdrt.runtime import GenerationOptions, randn, sampler_table
 from sdrt.runtime.embedded_guidance import GUIDANCE, guidance_embedding
 from sdrt.runtime.images import images_from_decoded, pixels_from_latents
@@ -144,14 +145,12 @@ class TorchReference:
         return {"output": output, FEATURE: feature}
 
     def control(self, module: Any, outputs: Sequence[str], plain: Case) -> None:
-        """A case of a UNet with residuals that are zeros, which is the plain one's, and one where
-        they are not.
+        """A case of a UNet with further inputs that are zeros, which is the plain one's, and one
+        where they are not.
         """
         sides = plain.inputs["sample"].shape[2:]
-        zeros = {
-            name: np.zeros((1, *shape), np.float32)
-            for name, shape in module.config.residual_shapes(*sides).items()
-        }
+        shapes = module.config.residual_shapes(*sides) | module.ip_adapter_shapes(IMAGE_TOKENS)
+        zeros = {name: np.zeros((1, *shape), np.float32) for name, shape in shapes.items()}
         off = Case({**plain.inputs, **zeros}, plain.outputs)
         on = self.synthetic(CONTROL, module.controlled, outputs, off.inputs)
         self.control_cases = [off, on]

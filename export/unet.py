@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdrt.bundle.manifest import ADAPTER_STATE, DOWN_RESIDUAL, MID_RESIDUAL
+from sdrt.bundle.manifest import (
+    ADAPTER_STATE,
+    DOWN_RESIDUAL,
+    IP_ADAPTER_KV,
+    IP_ADAPTER_SCALE,
+    MID_RESIDUAL,
+)
 
 from .layers import Downsample, Upsample, timestep_embedding
 from .unet_config import TIME_IDS, UnetConfig
@@ -212,15 +218,49 @@ class Unet(UnetEncoder):
         feature = last.layers(x, skips, time, context, slice(below))
         return self._out(last.layers(feature, skips, time, context, slice(below, None))), feature
 
-    def controlled(self, **inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def controlled(
+        self,
+        ip_adapter_kv: Tensor | None = None,
+        ip_adapter_scale: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The output with the residuals of a ControlNet and of a T2I-Adapter among the inputs: at
         skips and the middle (Zhang et al. 2023, arXiv:2302.05543), within the way down (Mou et al.
-        2023, arXiv:2302.08453).
+        2023, arXiv:2302.08453); and with cross-attention to an image's tokens as well (Ye et al.
+        2023, arXiv:2308.06721).
+
+        ip_adapter_kv [B, T, 2 * channels of all layers], ip_adapter_scale [B, layers]
         """
         residuals = {name: x for name, x in inputs.items() if name.startswith(RESIDUALS)}
         plain = {name: x for name, x in inputs.items() if name not in residuals}
+        if ip_adapter_kv is not None and ip_adapter_scale is not None:
+            self._set_image_prompt(ip_adapter_kv, ip_adapter_scale)
         output: Tensor | tuple[Tensor, Tensor] = self(**plain, residuals=residuals)
+        for layer in self.cross_attentions:
+            layer.image_prompt = None
         return output
+
+    def ip_adapter_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Of the inputs of an IP-Adapter by name; none without cross-attention."""
+        widths = [2 * layer.to_k.out_features for layer in self.cross_attentions]
+        shapes = {IP_ADAPTER_KV: (tokens, sum(widths)), IP_ADAPTER_SCALE: (len(widths),)}
+        return shapes if widths else {}
+
+    @property
+    def cross_attentions(self) -> list[Any]:
+        """Every cross-attention layer in the order of IP-Adapter's files: the middle is last."""
+        parts = [part for part in (self.down_blocks, self.up_blocks, self.mid_block) if part]
+        return [m for part in parts for name, m in part.named_modules() if name.endswith("attn2")]
+
+    def _set_image_prompt(self, keys_values: Tensor, scales: Tensor) -> None:
+        layers = self.cross_attentions
+        widths = [layer.to_k.out_features for layer in layers for _ in range(2)]
+        split = keys_values.split(widths, dim=-1)
+        for i, layer in enumerate(layers):
+            keys, values = (
+                t.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for t in split[2 * i : 2 * i + 2]
+            )
+            layer.image_prompt = keys, values, scales[:, i, None, None, None]
 
     def shallow(
         self,

@@ -157,6 +157,21 @@ class UnetConfig:
             shapes[f"{ADAPTER_STATE}_{i}"] = skips[-1 if place is None else place]
         return shapes
 
+    @property
+    def cross_attention_counts(self) -> tuple[int, int, int]:
+        """Cross-attention layers on the way down, in the middle and on the way up."""
+        layers, last = self.layers_per_block, len(self.block_out_channels) - 1
+        down, up = (
+            [stage for stage, kind in enumerate(kinds) if kind.startswith("CrossAttn")]
+            for kinds in (self.down_block_types, self.up_block_types)
+        )
+        attends = self.mid_block_type == "UNetMidBlock2DCrossAttn"
+        return (
+            sum(sum(self.depths(stage, layers)) for stage in down),
+            sum(self.depths(last, 1)) if attends else 0,
+            sum(sum(self.depths(last - index, layers + 1, up=True)) for index in up),
+        )
+
     def resnet(self, channels_in: int, channels_out: int) -> ResnetBlock:
         return ResnetBlock(
             channels_in,

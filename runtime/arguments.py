@@ -52,6 +52,8 @@ class GenerationKwargs(TypedDict, total=False):
     guess_mode: bool | None
     adapter_conditioning_scale: float | Sequence[float] | None
     adapter_conditioning_factor: float | None
+    ip_adapter_image: ImageLike | Sequence[ImageLike] | None
+    ip_adapter_scale: float | Sequence[float] | None
     latents: ArrayLike | None
     prompt_embeds: ArrayLike | None
     negative_prompt_embeds: ArrayLike | None
@@ -116,7 +118,7 @@ ALIASES = {
 # Names of diffusers and others that are not options, and what to do.
 _SCHEDULER = 'use pipe.with_scheduler("DPM++ 2M Karras")'
 _LORA = 'use pipe.set_lora({"name": 0.8})'
-_IP_ADAPTER = "IP-Adapter is unsupported"
+_IP_ADAPTER = "use ip_adapter_image, and ip_adapter_scale"
 _PROMPT = "both text encoders of a model get the same prompt"
 INSTEAD = {
     "output_type": "pass it to pipe(...); elsewhere images are PIL images",
@@ -124,7 +126,6 @@ INSTEAD = {
     "progress": "pass it to pipe(...)",
     "prompt_2": _PROMPT,
     "negative_prompt_2": _PROMPT,
-    "ip_adapter_image": _IP_ADAPTER,
     "ip_adapter_image_embeds": _IP_ADAPTER,
     "denoising_start": "a run starts from an image with image=... and strength=...",
     "denoising_end": "a run is stopped with pipe.steps(...)",

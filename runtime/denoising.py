@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from sdrt.bundle.manifest import CONTROL, FEATURE, SHALLOW
+from sdrt.bundle.manifest import CONTROL, FEATURE, IP_ADAPTER_KV, SHALLOW
 from sdrt.engine import Engine, Feeds, NumpyHistory
 
 from .conditioning_schedule import ConditioningSchedule
@@ -231,6 +231,11 @@ class DenoisingState:
         return "unet" if self.table.is_full(self.evaluations_done) else SHALLOW
 
     @property
+    def has_image_prompt(self) -> bool:
+        """Whether the UNet reads an IP-Adapter's tokens."""
+        return IP_ADAPTER_KV in self.conditioning.inputs
+
+    @property
     def control_cost(self) -> float:
         """Of the ControlNets in the next evaluation, relative to the model."""
         return self.control.cost(self.evaluations_done) if self.control else 0.0
@@ -324,14 +329,16 @@ class BatchBuilder:
     def _compute_residuals(
         self, engines: Mapping[str, Engine], placed: list[tuple[DenoisingState, int]], feeds: Feeds
     ) -> Feeds:
-        """The inputs of the UNet that control adds; none where no image is under control."""
+        """The inputs of the UNet that control adds; none where no image is under control or has an
+        image prompt.
+        """
         images, first = [], 0
         for state, rows in placed:
             negative = rows - len(state.guidance.weights)
             k = state.evaluations_done
             images.append(ControlledRows(state.control, k, first, rows, negative))
             first += rows
-        if not any(image.is_active for image in images):
+        if not (any(image.is_active for image in images) or IP_ADAPTER_KV in feeds):
             return {}
         if self._residuals is None:
             self._residuals = ResidualBatch(engines[CONTROL], feeds, self._min_rows)

@@ -10,7 +10,15 @@ from typing import Any
 
 from sdrt.bundle import Bundle
 from sdrt.bundle.bundle import check_makes_images
-from sdrt.bundle.manifest import CONTROL, SHALLOW, TEXT_ENCODERS, WEIGHTS, Manifest
+from sdrt.bundle.manifest import (
+    CONTROL,
+    IP_ADAPTER,
+    IP_ADAPTER_PARTS,
+    SHALLOW,
+    TEXT_ENCODERS,
+    WEIGHTS,
+    Manifest,
+)
 from sdrt.bundle.safetensors import read_header
 from sdrt.bundle.token_embeddings import TABLE, read_table, with_token_embeddings
 from sdrt.engine import Candidate, Engine, ExclusiveSlot, LazyEngine
@@ -21,6 +29,7 @@ from sdrt.process_stats import resident_bytes
 from sdrt.progress import log_progress
 
 from .controlnet.net import load_control_nets
+from .ip_adapter import load_ip_adapter
 from .lora.adapters import Adapters
 from .opening import open_concurrently
 from .pipeline import Pipeline
@@ -44,7 +53,8 @@ def load_pipeline(
         bundle: The opened bundle.
         candidate: The backend.
         sequential: Whether one component at a time is loaded, when it is used; only the first now.
-        control_bundles: Of ControlNets and T2I-Adapters, which load when they are first used.
+        control_bundles: Of ControlNets, T2I-Adapters and an IP-Adapter, which load when they are
+            first used.
 
     Raises:
         BackendError: If an engine fails to load.
@@ -54,7 +64,9 @@ def load_pipeline(
     assert load is not None
     check_makes_images(bundle)
     manifest, slot = bundle.manifest, ExclusiveSlot() if sequential else None
-    nets = load_control_nets(manifest, control_bundles)
+    ip_adapter = load_ip_adapter(manifest, control_bundles)
+    net_bundles = [of for of in control_bundles if IP_ADAPTER not in of.manifest.components]
+    nets = load_control_nets(manifest, net_bundles)
     concurrent = candidate.device == "cpu"
 
     def lazy(of: Bundle, name: str, turn: ExclusiveSlot | None = slot) -> LazyEngine:
@@ -81,9 +93,13 @@ def load_pipeline(
     if SHALLOW in manifest.components and not candidate.backend.startswith("tensorrt"):
         # It is small and alternates with the UNet, so both stay loaded.
         engines[SHALLOW] = lazy(bundle, SHALLOW, None)
-    for net, of in zip(nets.values(), control_bundles, strict=True):
+    for net, of in zip(nets.values(), net_bundles, strict=True):
         # They alternate with the UNet too.
         engines[net.engine_name] = lazy(of, net.kind, None)
+    for of in control_bundles:
+        for name in IP_ADAPTER_PARTS:
+            if name in of.manifest.components:
+                engines[name] = lazy(of, name)
     if exact := bundle.in_float32("vae_decoder"):
         engines["vae_decoder_float32"] = lazy(exact, "vae_decoder")
     first = _open_tokenizer(bundle, "text_encoder", "tokenizer")
@@ -107,6 +123,7 @@ def load_pipeline(
         memory_estimator=MemoryEstimator(bundle, candidate.gpu, candidate.title, resident_bytes()),
         upscalers=Upscalers(load),
         control_nets=nets,
+        ip_adapter=ip_adapter,
         embeddings=embeddings,
     )
 
@@ -130,11 +147,13 @@ def unloaded_pipeline(bundle: Bundle, control_bundles: Sequence[Bundle] = ()) ->
     }
     config = _scheduler_config(bundle)
     adapters = Adapters(bundle, engines, EmbeddingStore({}, {}))
-    nets = load_control_nets(bundle.manifest, control_bundles)
+    net_bundles = [of for of in control_bundles if IP_ADAPTER not in of.manifest.components]
+    nets = load_control_nets(bundle.manifest, net_bundles)
     return Pipeline(
         *(bundle.manifest, None, engines, config, "", adapters),
         bundle_config=config,
         control_nets=nets,
+        ip_adapter=load_ip_adapter(bundle.manifest, control_bundles),
     )
 
 

@@ -99,6 +99,10 @@ class GenerationOptions:
             prompt too.
         adapter_conditioning_scale: Of T2I-Adapters, instead of `controlnet_conditioning_scale`.
         adapter_conditioning_factor: Of T2I-Adapters, instead of `control_guidance_end`.
+        ip_adapter_image: The image prompt, for an IP-Adapter; of several images the tokens follow
+            each other.
+        ip_adapter_scale: Of the image prompt, 0 to 10; one, or one for each cross-attention layer
+            in the order of diffusers: the way down, the way up, the middle.
         latents: [B, C, H/8, W/8] starting noise of unit variance, instead of the seeds'.
         prompt_embeds: [B or 1, tokens, width], instead of prompts.
         negative_prompt_embeds: The same, instead of negative prompts.
@@ -160,6 +164,8 @@ class GenerationOptions:
     guess_mode: bool = False
     adapter_conditioning_scale: float | Sequence[float] | None = None
     adapter_conditioning_factor: float | None = None
+    ip_adapter_image: Sequence[Image] | None = None
+    ip_adapter_scale: float | Sequence[float] = 1.0
     latents: np.ndarray | None = field(default=None, compare=False)
     prompt_embeds: np.ndarray | None = field(default=None, compare=False)
     negative_prompt_embeds: np.ndarray | None = field(default=None, compare=False)
@@ -238,6 +244,8 @@ class GenerationOptions:
             "CFG rescale": self.guidance_rescale and format_number(self.guidance_rescale),
             "CFG interval": (low, high) != (0.0, 1.0)
             and f"{format_number(low)}:{format_number(high)}",
+            "IP-Adapter scale": self.ip_adapter_image is not None
+            and _format_row(np.atleast_1d(self.ip_adapter_scale).tolist()),
             "Feature reuse": self.feature_reuse > 1 and self.feature_reuse,
             "Long prompts": self.long_prompts != "chunk" and self.long_prompts,
             "Emphasis": not self.weighting and "None",
@@ -315,6 +323,8 @@ PARSERS: dict[str, Parser[Any]] = {
     "guess_mode": parse_flag,
     "adapter_conditioning_scale": numbers_parser(-MAX_CONTROL_SCALE, MAX_CONTROL_SCALE),
     "adapter_conditioning_factor": float_parser(0.0, 1.0),
+    "ip_adapter_image": parse_images,
+    "ip_adapter_scale": numbers_parser(0.0, MAX_CONTROL_SCALE),
     "latents": parse_array,
     "prompt_embeds": parse_array,
     "negative_prompt_embeds": parse_array,

@@ -24,6 +24,7 @@ CONDITIONING_OPTIONS = (
     "target_size",
     "hires_scale",
     "hires_size",
+    "ip_adapter_image",
 )
 
 

@@ -33,6 +33,7 @@ from .embedded_guidance import (
 from .hires import build_hires_pass, prepare_hires_batches
 from .images import image_to_array, images_from_decoded
 from .initial_latents import build_initial_state, check_task, encode_image_inputs
+from .ip_adapter import IpAdapter, add_image_prompt, check_ip_adapter
 from .job import (
     GenerationJob,
     apply_eta,
@@ -92,6 +93,7 @@ class PipelineStages:
         precision: That the backend computes in, where it is not the bundle's.
         upscalers: Of second passes.
         control_nets: ControlNets and T2I-Adapters by name.
+        ip_adapter: Of image prompts.
     """
 
     manifest: Manifest
@@ -111,6 +113,7 @@ class PipelineStages:
     precision: str = ""
     upscalers: Upscalers = field(default_factory=Upscalers, repr=False, compare=False)
     control_nets: Mapping[str, ControlNet] = field(default_factory=dict, repr=False)
+    ip_adapter: IpAdapter | None = None
 
     # Validate
 
@@ -178,6 +181,7 @@ class PipelineStages:
         guidance = build_guidance(
             options, table.evaluations, has_negative_row=self._has_negative_row
         )
+        check_ip_adapter(options, self.ip_adapter)
         control_units = build_control_units(options, self.control_nets)
         if options.feature_reuse > 1:
             check_feature_reuse(manifest, self.engines, self.backend, bool(control_units))
@@ -284,14 +288,18 @@ class PipelineStages:
             size=size,
             zero_empty_prompt=self.manifest.zero_empty_prompt,
         )
-        return add_guidance_embedding(conditioning, options, width) if width else conditioning
+        if width:
+            conditioning = add_guidance_embedding(conditioning, options, width)
+        return add_image_prompt(conditioning, self.engines, options, self.ip_adapter)
 
     def _tokenize(
         self, job: GenerationJob, timelines: Sequence[PromptTimeline]
     ) -> list[ConditioningSchedule] | None:
         """Token ids of every image, where the engine encodes them as part of the run; else None."""
         encodes_text = can_encode_text(self.manifest, self.engines, job.options)
-        if job.control_units or not (encodes_text and is_linear(job.table, job.guidance)):
+        if job.control_units or job.options.ip_adapter_image is not None:
+            return None
+        if not (encodes_text and is_linear(job.table, job.guidance)):
             return None
         if not all(timeline.is_plain for timeline in timelines):
             return None

@@ -22,7 +22,7 @@ INSTEAD = {
     "scheduler": _SCHEDULER,
     **dict.fromkeys(("to", "cuda", "cpu", "half", "float"), _PLACE),
     **dict.fromkeys(("*lora*", "*_adapters"), _LORA),
-    "*ip_adapter*": "IP-Adapters are part of a bundle; see `sdrt build --help`",
+    "*ip_adapter*": "load an IP-Adapter with the pipeline: sdrt.load(..., ip_adapter=NAME)",
     "*textual_inversion": "textual inversions are part of a bundle; see `sdrt build --help`",
     "*freeu": "FreeU is unsupported",
     "enable_*_offload": _MEMORY,

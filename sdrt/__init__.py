@@ -38,7 +38,14 @@ if TYPE_CHECKING:
 
     from .bundle import Bundle
     from .engine import LoadOptions
-    from .library import BundleInfo, build, build_upscaler, bundles
+    from .library import (
+        BundleInfo,
+        build,
+        build_controlnet,
+        build_ip_adapter,
+        build_upscaler,
+        bundles,
+    )
     from .runtime import (
         ArrayOutput,
         GenerationKwargs,
@@ -62,6 +69,8 @@ __all__ = [  # noqa: RUF022 (what a reader needs first)
     "load",
     "Pipeline",
     "build",
+    "build_controlnet",
+    "build_ip_adapter",
     "build_upscaler",
     "bundles",
     "upscale",
@@ -103,7 +112,13 @@ _LAZY = {
         ),
         "sdrt.runtime",
     ),
-    **dict.fromkeys(("BundleInfo", "build", "build_upscaler", "bundles"), "sdrt.library"),
+    **dict.fromkeys(
+        (
+            *("BundleInfo", "build", "build_controlnet", "build_ip_adapter", "build_upscaler"),
+            "bundles",
+        ),
+        "sdrt.library",
+    ),
     "upscale": "sdrt.upscaler",
     "InflightBatcher": "sdrt.runtime.batching.engine",
     **dict.fromkeys(
@@ -157,6 +172,7 @@ def load(
     compile: bool = False,
     cuda_graphs: bool = False,
     controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    ip_adapter: str | os.PathLike[str] | None = None,
     embeddings: Sequence[str | os.PathLike[str]] = (),
 ) -> Pipeline:
     """Open a bundle and load its engines.
@@ -181,6 +197,8 @@ def load(
             a component are one launch.
         controlnet: ControlNets and T2I-Adapters that `sdrt build --controlnet` wrote, by name or
             folder. A call uses them with `control_image`; each loads when it is first used.
+        ip_adapter: An IP-Adapter that `sdrt build --ip-adapter` wrote, by name or folder. A call
+            uses it with `ip_adapter_image`.
         embeddings: Files of textual inversion, each `FILE`, `FILE:WORD` or the name of one in the
             folder `embeddings` of sdrt's home, whose files prompts may also use by name.
 
@@ -213,6 +231,8 @@ def load(
     if not isinstance(bundle, str | os.PathLike | None):
         raise invalid_argument("bundle", bundle, "a bundle's name or folder")
     nets = parse_paths("controlnet", controlnet)
+    if ip_adapter is not None:
+        nets = (*nets, *parse_paths("ip_adapter", ip_adapter))
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
     with log_progress(lambda: "checking the bundle's files"):

@@ -218,6 +218,46 @@ def build_upscaler(
     return open_bundle(build_upscaler_bundle(plan))
 
 
+def build_ip_adapter(
+    ip_adapter: str | os.PathLike[str],
+    *,
+    image_encoder: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    precision: str = "fp32",
+    backend: str = "auto",
+    force: bool = False,
+) -> Bundle:
+    """Build the bundle of an IP-Adapter, as `sdrt build --ip-adapter` does.
+
+    Args:
+        ip_adapter: A `.safetensors` file.
+        image_encoder: The folder of the image encoder that it was trained with.
+        output: The bundle's folder; by default one in `$SDRT_HOME/bundles`.
+        name: The bundle's name; by default the file's.
+        precision: `fp32` or `fp16`.
+        backend: The backend that validates the bundle.
+        force: Whether to replace a bundle that exists.
+
+    Raises:
+        UsageError: An argument is out of range, or there is no image encoder.
+        CheckpointError: The files cannot be read, or do not fit each other.
+        ParityError: The networks differ too much from torch; nothing is published.
+        BundleError: The folder exists already.
+        SdrtError: A package that builds need is not installed.
+    """
+    _check_precision(precision)
+    try:
+        from .export.ip_adapter_bundle import IpAdapterBuildPlan, build_ip_adapter_bundle
+    except ImportError as error:
+        raise _lacking(error) from error
+    encoder = None if image_encoder is None else Path(image_encoder)
+    folder = None if output is None else Path(output)
+    dtype = PRECISIONS[precision]
+    plan = IpAdapterBuildPlan(Path(ip_adapter), encoder, folder, name, dtype, backend, force)
+    return open_bundle(build_ip_adapter_bundle(plan))
+
+
 def _check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdrt.bundle.manifest import ADAPTER_STATE, DOWN_RESIDUAL, MID_RESIDUAL
+from sdrt.bundle.manifest import (
+    ADAPTER_STATE,
+    DOWN_RESIDUAL,
+    IP_ADAPTER_KV,
+    IP_ADAPTER_SCALE,
+    MID_RESIDUAL,
+)
 from sdrt.engine import Engine, Feeds
 from sdrt.engine.axes import spec_shape
 
@@ -67,6 +73,11 @@ class ResidualBatch:
             for spec in unet.inputs
             if spec.name.startswith(RESIDUALS)
         }
+        self._unused = {  # an IP-Adapter's, which are zeros in a batch without image prompts
+            spec.name: np.zeros(spec_shape(spec, {"rows": rows, "image_tokens": 1}), spec.dtype)
+            for spec in unet.inputs
+            if spec.name in (IP_ADAPTER_KV, IP_ADAPTER_SCALE) and spec.name not in feeds
+        }
         self._written: set[int] = set()  # images by their first row
 
     def compute(
@@ -94,7 +105,7 @@ class ResidualBatch:
                 self._written.add(image.first)
                 self._write_nets(image, outputs)
                 self._write_adapters(image, rows)
-        return self._buffers
+        return {**self._buffers, **self._unused}
 
     def _run_nets(
         self, engines: Mapping[str, Engine], images: Sequence[ControlledRows], feeds: Feeds

@@ -19,6 +19,7 @@ from .manifest import (
     CONTROL_GRAPH,
     EMBEDDINGS_GRAPH,
     FLOAT32_GRAPH,
+    IP_ADAPTER,
     MANIFEST,
     SHALLOW,
     SHALLOW_GRAPH,
@@ -104,7 +105,13 @@ def open_bundle(name: str | os.PathLike[str] | None = None) -> Bundle:
 
 
 def check_makes_images(bundle: Bundle) -> None:
-    """Raise BundleError for a control bundle or an upscaler, which serve those of models."""
+    """Raise BundleError for a bundle of networks that serve those of models."""
+    if IP_ADAPTER in bundle.manifest.components:
+        name = bundle.manifest.name
+        raise BundleError(
+            f"{name} is an IP-Adapter, which generates no image alone",
+            hint=f"run `sdrt run PROMPT --ip-adapter {name}=IMAGE` with a model of its family",
+        )
     if UPSCALER in bundle.manifest.components:
         name = bundle.manifest.name
         raise BundleError(

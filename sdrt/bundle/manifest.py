@@ -38,11 +38,15 @@ CONTROLNET, T2I_ADAPTER = "controlnet", "t2i_adapter"
 CONTROL_NETS = (CONTROLNET, T2I_ADAPTER)
 CONTROL_IMAGE = "control_image"  # what they read, [rows, 3, H, W] in 0..1
 UPSCALER = "upscaler"  # the only component of an upscaler's bundle
+# Of an IP-Adapter's bundle, and what they give to the UNet's cross-attention layers.
+IMAGE_ENCODER, IP_ADAPTER = IP_ADAPTER_PARTS = "image_encoder", "ip_adapter"
+IP_ADAPTER_KV, IP_ADAPTER_SCALE = "ip_adapter_kv", "ip_adapter_scale"
 COMPONENTS = (
     *("text_encoder", "text_encoder_2", "unet", SHALLOW, CONTROL, "vae_decoder", "vae_encoder"),
     "safety_checker",
     *CONTROL_NETS,
     UPSCALER,
+    *IP_ADAPTER_PARTS,
 )
 DTYPES = ("float32", "float16", "int64", "int32")
 MAX_FILES = 1000
@@ -80,8 +84,9 @@ class Component:
     `unet_shallow` is `unet/shallow.onnx`, the layers of the UNet nearest to its input and output:
     its input `feature` is an output of the UNet. weights: those that it reads of the UNet's
     `unet_control` is `unet/control.onnx`, the UNet with the residuals of a ControlNet and of a
-    T2I-Adapter as further inputs; zeros are as none. A `controlnet` puts out residuals of the same
-    names, [rows, C, 1, 1] where it pools them, a `t2i_adapter` the other ones.
+    T2I-Adapter, and the keys and values of an IP-Adapter, as further inputs; zeros are as none. A
+    `controlnet` puts out residuals of the same names, [rows, C, 1, 1] where it pools them, a
+    `t2i_adapter` the other ones.
     activations: bytes that are alive at once when one row of the first size runs; 0 if unknown
     """
 

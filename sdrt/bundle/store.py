@@ -12,7 +12,7 @@ from sdrt.atomic_files import locked, restore_backup, sibling, write_atomic
 from sdrt.errors import BundleError
 
 from .embedded import embedded_control_names, embedded_folder, embedded_names, materialize
-from .manifest import CONTROL_NETS, MANIFEST, UPSCALER
+from .manifest import CONTROL_NETS, IP_ADAPTER, MANIFEST, UPSCALER
 
 
 def home() -> Path:
@@ -45,8 +45,9 @@ def is_control_bundle(folder: Path) -> bool:
 
 
 def generates_images(folder: Path) -> bool:
-    """Whether a bundle's folder holds a model, not a net or an upscaler that others use."""
-    return not is_control_bundle(folder) and not (folder / UPSCALER).is_dir()
+    """Whether a bundle's folder holds a model, not networks that others use."""
+    others = (UPSCALER, IP_ADAPTER)
+    return not is_control_bundle(folder) and not any((folder / name).is_dir() for name in others)
 
 
 def bundle_name(folder: Path) -> str:

@@ -42,6 +42,17 @@ def add_build(to: argparse.ArgumentParser) -> None:
         metavar="ID|FOLDER|FILE",
         help="ESRGAN weights for `sdrt upscale` and `sdrt run --hires-upscaler`: their own bundle",
     )
+    source.add_argument(
+        "--ip-adapter",
+        metavar="FILE",
+        help="an IP-Adapter, whose images are prompts: its own bundle, which serves every model of "
+        "its family",
+    )
+    to.add_argument(
+        "--image-encoder",
+        metavar="FOLDER",
+        help="the CLIP vision model that an IP-Adapter was trained with",
+    )
     to.add_argument("--revision", metavar="NAME", help="a Hub model's branch, tag or commit")
     _add_output(to)
     _add_parts(to)
@@ -143,6 +154,11 @@ def build(args: argparse.Namespace) -> None:
     if args.upscaler:
         print(_build_upscaler(args).folder)
         return
+    if args.ip_adapter:
+        print(_build_ip_adapter(args).folder)
+        return
+    if args.image_encoder:
+        raise UsageError("--image-encoder is an option of --ip-adapter")
     kind = cli_plans.plan_kind(args)
     if args.bundle:
         bundle = open_bundle(args.bundle)
@@ -165,6 +181,21 @@ def _build_upscaler(args: argparse.Namespace) -> "Bundle":
         backend=cli_plans.validation_backend(args.backend),
         force=args.force,
         revision=args.revision,
+    )
+
+
+def _build_ip_adapter(args: argparse.Namespace) -> "Bundle":
+    from sdrt.library import build_ip_adapter
+
+    _refuse_model_options(args, "--ip-adapter")
+    return build_ip_adapter(
+        args.ip_adapter,
+        image_encoder=args.image_encoder,
+        output=args.output,
+        name=_parse_name(args.name),
+        precision="fp16" if args.fp16 else "fp32",
+        backend=cli_plans.validation_backend(args.backend),
+        force=args.force,
     )
 
 

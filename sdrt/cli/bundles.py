@@ -7,6 +7,7 @@ from typing import Any
 
 from sdrt.atomic_files import locked
 from sdrt.bundle import Bundle
+from sdrt.bundle.bundle import check_makes_images
 from sdrt.bundle.embedded import embedded_names, materialize
 from sdrt.bundle.manifest import CONTROLNET, MANIFEST, T2I_ADAPTER, read_manifest
 from sdrt.bundle.store import (
@@ -15,9 +16,7 @@ from sdrt.bundle.store import (
     clear_default,
     default_name,
     find_bundle,
-    generates_images,
     home,
-    is_control_bundle,
     set_default,
 )
 from sdrt.bundle.store import (
@@ -87,16 +86,7 @@ def list_bundles(args: argparse.Namespace) -> None:
 def use(args: argparse.Namespace) -> None:
     """Set the default bundle."""
     folder = find_bundle(args.name)
-    if is_control_bundle(folder):
-        raise BundleError(
-            f"{args.name} is a control bundle, which makes no image alone",
-            hint=f"run `sdrt run PROMPT --control {args.name}=IMAGE`",
-        )
-    if not generates_images(folder):
-        raise BundleError(
-            f"{args.name} is an upscaler, which makes no image alone",
-            hint=f"run `sdrt upscale IMAGE --upscaler {args.name}`",
-        )
+    check_makes_images(Bundle(folder, read_manifest(folder)))
     set_default(folder.name if folder.parent == bundles_folder() else str(args.name))
     print(folder)
 

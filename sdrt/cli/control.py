@@ -1,4 +1,4 @@
-"""`--control` of `sdrt run`: its nets, and the options that it stands for.
+"""`--control` and `--ip-adapter` of `sdrt run`: their nets, and the options that it stands for.
 
 Knows the form of the argument; what the options mean is decided in `sdrt.runtime`.
 """
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.bundle import Bundle, open_bundle
-from sdrt.runtime.controlnet.text import parse_control_argument
+from sdrt.errors import UsageError
+from sdrt.runtime.controlnet.text import ControlArgument, parse_control_argument
 from sdrt.runtime.images import open_image
 
 
@@ -30,3 +31,24 @@ def control_options(arguments: Sequence[str], bundles: Mapping[str, Bundle]) -> 
         "control_guidance_start": [one.start for one in parsed],
         "control_guidance_end": [one.end for one in parsed],
     }
+
+
+def parse_ip_adapter(text: str) -> ControlArgument:
+    """`NAME=FILE[:SCALE]`; raises UsageError for another form."""
+    hint = "for example face=portrait.png:0.7"
+    try:
+        parsed = parse_control_argument(text)
+    except UsageError as error:
+        raise UsageError(f"--ip-adapter {text!r} is not NAME=FILE[:SCALE]", hint=hint) from error
+    if (parsed.start, parsed.end) != (0.0, 1.0):
+        raise UsageError(f"--ip-adapter {text!r} has a part of the run", hint=hint)
+    return parsed
+
+
+def ip_adapter_options(text: str | None) -> dict[str, Any]:
+    """The options of an `--ip-adapter` argument; none without."""
+    if text is None:
+        return {}
+    parsed = parse_ip_adapter(text)
+    image = open_image(Path(parsed.file))
+    return {"ip_adapter_image": [image], "ip_adapter_scale": parsed.scale}

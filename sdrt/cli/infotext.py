@@ -115,6 +115,7 @@ NEEDED = {
     "Denoising strength": ("image", "--image, the image that it started from"),
     "Mask": ("mask_image", "--mask, its mask"),
     "Depth map": ("depth_map", "--depth, its depth map"),
+    "IP-Adapter scale": ("ip_adapter", "--ip-adapter NAME=FILE:SCALE, its image prompt"),
     "Lora files": ("lora", "--lora for each of its LoRAs, as not all are in the folder loras"),
 }
 LOST = {

@@ -37,7 +37,12 @@ from sdrt.runtime.requests import Request
 from sdrt.runtime.safety_checker import is_flagged, is_flat
 from sdrt.runtime.samplers.noise_schedule import FIELDS, is_scheduler_option
 
-from .control import control_options, open_control_bundles
+from .control import (
+    control_options,
+    ip_adapter_options,
+    open_control_bundles,
+    parse_ip_adapter,
+)
 from .infotext import check_embeddings
 from .parser import closest
 from .terminal import print_line, terminal_graphics
@@ -52,7 +57,8 @@ def options_from_arguments(
 ) -> GenerationOptions:
     """The generation options of a command line: its arguments that are named like one."""
     named = {name: getattr(args, name, None) for name in PARSERS}
-    return parse_options(named | control_options(args.control, control_bundles))
+    named |= control_options(args.control, control_bundles) | ip_adapter_options(args.ip_adapter)
+    return parse_options(named)
 
 
 def open_pipeline(args: argparse.Namespace) -> Pipeline:
@@ -67,6 +73,7 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         compile=args.compile,
         cuda_graphs=args.cuda_graphs,
         controlnet=list(open_control_bundles(args.control)),
+        ip_adapter=args.ip_adapter and parse_ip_adapter(args.ip_adapter).net,
         embeddings=args.embedding,
     )
     try:
@@ -105,7 +112,10 @@ def check_arguments(args: argparse.Namespace) -> GenerationOptions:
             )
     nets = open_control_bundles(args.control)
     options = options_from_arguments(args, nets)
-    pipe = unloaded_pipeline(open_bundle(args.bundle), list(nets.values()))
+    others = list(nets.values())
+    if args.ip_adapter:
+        others.append(open_bundle(parse_ip_adapter(args.ip_adapter).net))
+    pipe = unloaded_pipeline(open_bundle(args.bundle), others)
     if pipe.accepts_prompt and not args.prompt:
         raise UsageError("no prompt was given", hint='for example `sdrt run "a red circle"`')
     check_quotes(args.prompt)

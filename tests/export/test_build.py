@@ -287,8 +287,14 @@ def test_below_the_floor_nothing_is_published(tiny, tmp_path, monkeypatch):
     [
         (lambda f: shutil.rmtree(f / "vae"), "vae/config.json is missing"),
         (lambda f: (f / "tokenizer" / "merges.txt").unlink(), "merges.txt is missing"),
-        (lambda f: truncate(f / "unet" / "diffusion_pytorch_model.safetensors"), "whole"),
-        (lambda f: overlap(f / "unet" / "diffusion_pytorch_model.safetensors"), "whole"),
+        (
+            lambda f: truncate(f / "unet" / "diffusion_pytorch_model.safetensors"),
+            "complete safetensors",
+        ),
+        (
+            lambda f: overlap(f / "unet" / "diffusion_pytorch_model.safetensors"),
+            "complete safetensors",
+        ),
         (
             lambda f: change_weights(f / "text_encoder" / "model.safetensors", poison),
             "NaN",

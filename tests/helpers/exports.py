@@ -39,6 +39,15 @@ def built_control(*arguments, **options) -> Path:
         return build_control_bundle(ControlBuildPlan(*arguments, **options))
 
 
+def built_ip_adapter(*arguments, **options) -> Path:
+    """The same with `build_ip_adapter_bundle(IpAdapterBuildPlan(...))`."""
+    from sdrt.export import validation
+    from sdrt.export.ip_adapter_bundle import IpAdapterBuildPlan, build_ip_adapter_bundle
+
+    with mock.patch.object(validation, "export_graph", exported_once):
+        return build_ip_adapter_bundle(IpAdapterBuildPlan(*arguments, **options))
+
+
 def load_component(name: str, checkpoint):
     """One of a checkpoint's components as a torch module; name: such as `vae_decoder`."""
     from sdrt.export import modules

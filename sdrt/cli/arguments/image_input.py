@@ -35,6 +35,12 @@ def add_control(to: argparse.ArgumentParser) -> None:
         "of the run it is used in (default: 0:1)",
     )
     control.add_argument(
+        "--ip-adapter",
+        metavar="NAME=FILE[:SCALE]",
+        help="an image as a prompt: a bundle of `sdrt build --ip-adapter`, the image, and the "
+        "strength of its part (default: 1)",
+    )
+    control.add_argument(
         "--guess-mode",
         action="store_true",
         default=None,

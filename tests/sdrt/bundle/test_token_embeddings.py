@@ -1,12 +1,13 @@
 """The derived graph of a text encoder: the same outputs, from embeddings that were looked up."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 
 from sdrt.bundle import open_bundle
-from sdrt.bundle.manifest import EMBEDDINGS_GRAPH, TOKEN_EMBEDDINGS
+from sdrt.bundle.manifest import EMBEDDINGS_GRAPH, MANIFEST, TOKEN_EMBEDDINGS
 from sdrt.bundle.token_embeddings import derive_embeddings_graph, read_table, with_token_embeddings
 from sdrt.engine import list_backends
 from sdrt.errors import BundleError
@@ -16,9 +17,12 @@ NAME = "text_encoder"
 
 @pytest.fixture
 def bundle(shapes, tmp_path):
-    """A copy, in which nothing was derived before."""
+    """A copy as older builds wrote it, in which nothing was derived."""
     folder = shutil.copytree(shapes, tmp_path / "bundle")
-    (folder / NAME / EMBEDDINGS_GRAPH).unlink(missing_ok=True)
+    (folder / NAME / EMBEDDINGS_GRAPH).unlink()
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["files"][f"{NAME}/{EMBEDDINGS_GRAPH}"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
     return open_bundle(folder)
 
 

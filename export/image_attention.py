@@ -1,0 +1,133 @@
+"""A second attention in every cross-attention layer of a UNet's graph: to an image's tokens.
+
+Knows where the layers are in a graph that torch exported; not what makes keys and values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sdrt.bundle.manifest import IP_ADAPTER_KV, IP_ADAPTER_SCALE
+
+from .unet_config import UnetConfig
+
+Dim = int | str | ir.SymbolicDim
+
+
+def add_image_attention(graph: ir.Graph, config: UnetConfig) -> None:
+    """Let every cross-attention layer attend to an image's tokens as well (Ye et al. 2023,
+    arXiv:2308.06721): with the same queries, and keys and values that are inputs of the graph.
+
+    The inputs are `ip_adapter_kv` [rows, image_tokens, 2 * channels of all layers], each layer's
+    keys before its values, and `ip_adapter_scale` [rows, layers].
+    """
+    layers = _cross_attentions(graph, config)
+    if not layers:
+        return
+    context = next(value for value in graph.inputs if value.name == "context")
+    widths = [width for node in layers for width in [_width(node)] * 2]
+    rows = _dims(context)[0]
+    nodes = _Nodes(graph)
+    kv = _add_input(graph, IP_ADAPTER_KV, [rows, "image_tokens", sum(widths)], context)
+    scale = _add_input(graph, IP_ADAPTER_SCALE, [rows, len(layers)], context)
+    keys_values = nodes.split(kv, 2, widths)
+    scales = nodes.split(scale, 1, [1] * len(layers))
+    graph.insert_before(graph[0], nodes.take())
+    for i, node in enumerate(layers):
+        _attend(nodes, node, keys_values[2 * i : 2 * i + 2], scales[i])
+        graph.insert_after(node, nodes.take())
+
+
+def _cross_attentions(graph: ir.Graph, config: UnetConfig) -> list[ir.Node]:
+    """Every cross-attention in the order of IP-Adapter's files: the middle, which the graph has
+    between the way down and the way up, is last.
+    """
+    nodes = [node for node in graph if node.op_type == "Attention" and _reads_tokens(node)]
+    down, mid, up = config.cross_attention_counts
+    assert len(nodes) == down + mid + up
+    return nodes[:down] + nodes[down + mid :] + nodes[down : down + mid]
+
+
+def _reads_tokens(node: ir.Node) -> bool:
+    key = node.inputs[1]
+    return key is not None and str(_dims(key)[2]) == "tokens"
+
+
+def _dims(value: ir.Value) -> list[Any]:
+    return list(value.shape or ())
+
+
+def _width(node: ir.Node) -> int:
+    _, heads, _, channels = _dims(node.outputs[0])
+    return int(heads) * int(channels)
+
+
+def _add_input(graph: ir.Graph, name: str, shape: Sequence[Dim], like: ir.Value) -> ir.Value:
+    added = ir.Value(name=name, shape=ir.Shape(shape), type=like.type)
+    graph.inputs.append(added)
+    return added
+
+
+@dataclass
+class _Nodes:
+    """New nodes, to be inserted into the graph."""
+
+    graph: ir.Graph
+    pending: list[ir.Node] = field(default_factory=list)
+
+    def take(self) -> list[ir.Node]:
+        nodes, self.pending = self.pending, []
+        return nodes
+
+    def add(self, kind: str, name: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        node = ir.node(kind, inputs, attributes, name=name)
+        node.outputs[0].name, node.outputs[0].type = name, inputs[0].type
+        self.pending.append(node)
+        return node.outputs[0]
+
+    def split(self, value: ir.Value, axis: int, widths: Sequence[int]) -> Sequence[ir.Value]:
+        sizes = self.constant(f"{value.name}_sizes", widths)
+        node = ir.node("Split", [value, sizes], {"axis": axis}, num_outputs=len(widths))
+        node.name = f"split_{value.name}"
+        for i, (output, width) in enumerate(zip(node.outputs, widths, strict=True)):
+            output.name, output.type = f"{value.name}_{i}", value.type
+            output.shape = ir.Shape([*_dims(value)[:axis], width])
+        self.pending.append(node)
+        return node.outputs
+
+    def constant(self, name: str, values: Sequence[int]) -> ir.Value:
+        tensor = ir.tensor(np.array(values, np.int64), name=name)
+        value = ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype))
+        value.const_value = tensor
+        self.graph.initializers[name] = value
+        return value
+
+
+def _attend(nodes: _Nodes, node: ir.Node, keys_values: Sequence[ir.Value], scale: ir.Value) -> None:
+    """Add a second attention of the same query, times a scale, to a cross-attention's output."""
+    output, query = node.outputs[0], node.inputs[0]
+    assert query is not None
+    readers, prefix = list(output.uses()), f"image_{node.name}"
+    _, heads, _, channels = _dims(output)
+    by_head = nodes.constant(f"{prefix}_heads", [0, 0, int(heads), int(channels)])
+    pair = []
+    for part in keys_values:
+        split = nodes.add("Reshape", f"{part.name}_heads", part, by_head)
+        pair.append(nodes.add("Transpose", f"{part.name}_by_head", split, perm=[0, 2, 1, 3]))
+    alone = nodes.constant(f"{prefix}_alone", [-1, 1, 1, 1])
+    factor = nodes.add("Reshape", f"{scale.name}_alone", scale, alone)
+    if output.dtype != factor.dtype:  # a model that attends in float32
+        pair = [nodes.add("Cast", f"{part.name}_cast", part, to=output.dtype) for part in pair]
+        factor = nodes.add("Cast", f"{factor.name}_cast", factor, to=output.dtype)
+        for part in (*pair, factor):
+            part.type = output.type
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    attended = nodes.add("Attention", prefix, query, *pair, **attributes)
+    scaled = nodes.add("Mul", f"{prefix}_scaled", attended, factor)
+    total = nodes.add("Add", f"{prefix}_sum", output, scaled)
+    total.shape = output.shape
+    for reader, index in readers:
+        reader.replace_input_with(index, total)
