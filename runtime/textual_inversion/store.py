@@ -115,9 +115,10 @@ class EmbeddingStore:
             return
         embeddings, skipped = list_folder(self.widths)
         listed: list[Embedding] = []
+        names: dict[str, str] = {}
         for embedding in embeddings:
             try:
-                check_words([*listed, embedding], self.current.tokenizers)
+                names |= check_words([embedding], self.current.tokenizers, names)
                 listed.append(embedding)
             except CheckpointError as error:
                 skipped.append(SkippedEmbedding(embedding.word, error.message))

@@ -4,6 +4,7 @@ Knows tokenizers and vectors; not files.
 """
 
 import hashlib
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,11 +122,22 @@ class EmbeddingSet:
         return EncoderWords(tokenizer.with_words(words), vectors, digest)
 
 
-def check_words(embeddings: Sequence[Embedding], tokenizers: Mapping[str, Tokenizer]) -> None:
-    """Raise CheckpointError for a word that is a token of a vocabulary, or comes twice."""
+def check_words(
+    embeddings: Sequence[Embedding],
+    tokenizers: Mapping[str, Tokenizer],
+    others: dict[str, str] | None = None,
+) -> dict[str, str]:
+    """Raise CheckpointError for a word that is a token of a vocabulary, or comes twice.
+
+    others: what this returned of further embeddings
+
+    Returns:
+        By name, normalized, the word of its embedding.
+    """
     if len(embeddings) > MAX_WORDS:
         raise CheckpointError(f"{len(embeddings)} embeddings; expected at most {MAX_WORDS}")
     seen: dict[str, str] = {}
+    taken = ChainMap(seen, others or {})
     for embedding in embeddings:
         for name in embedding.names:
             key = normalize(name)
@@ -134,12 +146,13 @@ def check_words(embeddings: Sequence[Embedding], tokenizers: Mapping[str, Tokeni
                     f"the word {name!r} is a token of the model's vocabulary already",
                     hint="give the embedding another word",
                 )
-            if key in seen:
+            if key in taken:
                 raise CheckpointError(
-                    f"the word {name!r} of {embedding.word!r} is one of {seen[key]!r} already",
+                    f"the word {name!r} of {embedding.word!r} is one of {taken[key]!r} already",
                     hint="give one of the embeddings another word, or unload the other first",
                 )
             seen[key] = embedding.word
+    return seen
 
 
 def _token(word: str) -> AddedToken:
