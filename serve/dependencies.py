@@ -119,6 +119,9 @@ class ServerContext:
                 "size",
                 "invalid_value",
             )
+        self._check_size(request, (width, height))
+        if request.hires_size:
+            self._check_size(request, request.hires_size)
         count, steps = (
             request.options["num_images_per_prompt"],
             request.options["num_inference_steps"],
@@ -133,6 +136,21 @@ class ServerContext:
                 f"{count} images of {request.size} with {steps} steps; images times steps may be "
                 f"at most {limit} at this size",
                 code="too_much_work",
+            )
+
+    def _check_size(self, request: EngineRequest, size: tuple[int, int]) -> None:
+        """Raise ApiError 400 for an image of more pixels than this server generates."""
+        sizes = request.model.pipe.manifest.sizes
+        width, height = self.settings.max_size or (
+            2 * side for side in max(sizes, key=lambda sides: sides[0] * sides[1])
+        )
+        if size[0] * size[1] > width * height:
+            raise ApiError(
+                400,
+                f"size {size[0]}x{size[1]}; this server generates images of at most as many pixels "
+                f"as {width}x{height} for {request.model.name} (`sdrt serve --max-size`)",
+                "size",
+                "invalid_value",
             )
 
 

@@ -23,6 +23,8 @@ class Settings:
         waiting: Queued images of each engine.
         deterministic: Whether results are bitwise independent of batching.
         drain_seconds: Time limit for running requests at shutdown.
+        max_size: (width, height) of the largest images; None is twice the sides of a bundle's
+            largest size. A larger image would hold up all others of its engine.
         max_work: Images × pixels × steps of one request.
         max_body_bytes: Size of a request body.
         body_seconds: Time limit for receiving a body.
@@ -39,6 +41,7 @@ class Settings:
     deterministic: bool = False
     drain_seconds: float = 30.0
     log_prompts: bool = False
+    max_size: tuple[int, int] | None = None
     max_work: int = 2**30
     max_body_bytes: int = 32 * 2**20
     body_seconds: float = 60.0

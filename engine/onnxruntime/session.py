@@ -3,6 +3,7 @@
 Imports onnxruntime, so import it only where this backend is used.
 """
 
+import logging
 from pathlib import Path
 
 import onnxruntime as ort
@@ -11,6 +12,7 @@ from sdrt.engine.protocol import Feeds
 from sdrt.errors import BackendError
 from sdrt.process_stats import cpu_count
 
+log = logging.getLogger(__name__)
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -24,7 +26,8 @@ def explain_missing_provider(provider: str) -> str | None:
 
 def session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    # What it logs as an error is raised as well; the log's lines are for those who ask for more.
+    options.log_severity_level = 2 if log.isEnabledFor(logging.DEBUG) else 4
     options.intra_op_num_threads = cpu_count()
     # Spinning threads burn a core between calls; evaluations are long enough to wake them.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

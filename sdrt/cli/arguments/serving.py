@@ -60,6 +60,11 @@ def add_serve(to: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="graceful shutdown timeout (default: 30)",
     )
+    to.add_argument(
+        "--max-size",
+        metavar="WxH",
+        help="most pixels of an image (default: twice the sides of a bundle's largest size)",
+    )
     to.add_argument("--log-prompts", action="store_true", help="log prompts")
     to.add_argument(
         "--log-format",
@@ -173,6 +178,7 @@ def sources_from_arguments(args: argparse.Namespace) -> "dict[str, ModelSource]"
 
 def settings_from_arguments(args: argparse.Namespace) -> "Settings":
     """The server's settings; raises UsageError for invalid ones, and for open access by default."""
+    from sdrt.bundle import parse_size
     from sdrt.serve.settings import LOCAL_HOSTS, Settings, is_loopback, read_key_digests
 
     local = is_loopback(args.host)
@@ -196,6 +202,7 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
         hosts=(*LOCAL_HOSTS, *named) if local or named else None,
         slots=args.slots,
         waiting=args.waiting,
+        max_size=parse_size(args.max_size) if args.max_size else None,
         deterministic=args.deterministic,
         drain_seconds=args.drain,
         log_prompts=args.log_prompts,

@@ -271,6 +271,20 @@ def test_request_over_the_work_limit_is_rejected(shapes):
         assert Image.open(BytesIO(base64.b64decode(body["data"][0]["b64_json"]))).size == (128, 128)
 
 
+def test_an_image_that_would_hold_up_all_others_is_refused(shapes):
+    ask = {"prompt": PROMPT, "num_inference_steps": 1}
+    with run_server(shapes) as server, client(server) as http:
+        for more in ({"size": "256x128"}, {"size": "128x64", "hires_scale": 2.0}):
+            response = http.post("/v1/images/generations", json={**ask, **more})
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (400, "size")
+            assert "128x128" in error["message"] and "--max-size" in error["message"]
+    with run_server(shapes, max_size=(256, 64)) as server, client(server) as http:
+        for size, status in (("128x128", 200), ("256x128", 400)):
+            response = http.post("/v1/images/generations", json={**ask, "size": size})
+            assert response.status_code == status
+
+
 def test_unmet_deadline_is_rejected_with_retry_after(api, server):
     with pytest.raises(openai.InternalServerError) as caught:
         generate(api, extra_body={"deadline_seconds": 0.0001, "num_inference_steps": 50})
