@@ -9,7 +9,14 @@ from sdrt.engine.torch import ops
 from sdrt.engine.torch.placement import place_constants
 
 pytestmark = pytest.mark.integration
-LENGTHS = {"rows": 2, "latent_height": 4, "latent_width": 4, "height": 32, "width": 32}
+LENGTHS = {
+    "rows": 2,
+    "latent_height": 4,
+    "latent_width": 4,
+    "image_tokens": 4,
+    "height": 32,
+    "width": 32,
+}
 # Where the second text encoder of XL gathers, it joins row numbers, which are shapes, to positions.
 COPIES = {"text_encoder_2": 1}
 
