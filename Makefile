@@ -79,9 +79,9 @@ lint: $(READY)
 types: $(READY)
 	rm -rf build/types && mkdir -p build/types
 	$(PYTHON) tools/link_package.py build/types
-	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p sdrt
-	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --platform darwin -p sdrt
-	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --platform win32 -p sdrt
+	printf '%s\n' linux darwin win32 | xargs -P $(WORKERS) -I{} sh -c \
+		"cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir .mypy_cache_{} --platform {} -p sdrt"
 
 # Removes each check of SECURITY.md in turn: its test must fail.
 mutations: $(READY)
