@@ -99,11 +99,30 @@ class _Nodes:
         return node.outputs
 
     def constant(self, name: str, values: Sequence[int]) -> ir.Value:
-        tensor = ir.tensor(np.array(values, np.int64), name=name)
-        value = ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype))
+        return self._initializer(name, ir.tensor(np.array(values, np.int64), name=name))
+
+    def scalar(self, name: str, value: float, like: ir.Value) -> ir.Value:
+        assert like.dtype is not None
+        return self._initializer(name, ir.tensor(value, dtype=like.dtype, name=name))
+
+    def cast(self, value: ir.Value, like: ir.Value) -> ir.Value:
+        """The value in the type of another: a model may attend in float32."""
+        if value.dtype == like.dtype:
+            return value
+        converted = self.add("Cast", f"{value.name}_cast", value, to=like.dtype)
+        converted.type = like.type
+        return converted
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
         value.const_value = tensor
         self.graph.initializers[name] = value
         return value
+
+
+def _logit_scale(attention: ir.Node, channels: int) -> float:
+    scale = attention.attributes.get("scale")
+    return float(channels**-0.5 if scale is None else scale.value)
 
 
 def _attend(nodes: _Nodes, node: ir.Node, keys_values: Sequence[ir.Value], scale: ir.Value) -> None:
@@ -113,19 +132,19 @@ def _attend(nodes: _Nodes, node: ir.Node, keys_values: Sequence[ir.Value], scale
     readers, prefix = list(output.uses()), f"image_{node.name}"
     _, heads, _, channels = _dims(output)
     by_head = nodes.constant(f"{prefix}_heads", [0, 0, int(heads), int(channels)])
+    # Written out: TensorRT for RTX 1.7 crashes on a second Attention of one query.
     pair = []
-    for part in keys_values:
-        split = nodes.add("Reshape", f"{part.name}_heads", part, by_head)
-        pair.append(nodes.add("Transpose", f"{part.name}_by_head", split, perm=[0, 2, 1, 3]))
+    for part, perm in zip(keys_values, ([0, 2, 3, 1], [0, 2, 1, 3]), strict=True):
+        split = nodes.cast(nodes.add("Reshape", f"{part.name}_heads", part, by_head), output)
+        pair.append(nodes.add("Transpose", f"{part.name}_by_head", split, perm=perm))
+    keys, values = pair
     alone = nodes.constant(f"{prefix}_alone", [-1, 1, 1, 1])
-    factor = nodes.add("Reshape", f"{scale.name}_alone", scale, alone)
-    if output.dtype != factor.dtype:  # a model that attends in float32
-        pair = [nodes.add("Cast", f"{part.name}_cast", part, to=output.dtype) for part in pair]
-        factor = nodes.add("Cast", f"{factor.name}_cast", factor, to=output.dtype)
-        for part in (*pair, factor):
-            part.type = output.type
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    attended = nodes.add("Attention", prefix, query, *pair, **attributes)
+    factor = nodes.cast(nodes.add("Reshape", f"{scale.name}_alone", scale, alone), output)
+    root = nodes.scalar(f"{prefix}_root", _logit_scale(node, int(channels)), output)
+    scaled_query = nodes.add("Mul", f"{prefix}_query", query, root)
+    logits = nodes.add("MatMul", f"{prefix}_logits", scaled_query, keys)
+    weights = nodes.add("Softmax", f"{prefix}_weights", logits, axis=-1)
+    attended = nodes.add("MatMul", prefix, weights, values)
     scaled = nodes.add("Mul", f"{prefix}_scaled", attended, factor)
     total = nodes.add("Add", f"{prefix}_sum", output, scaled)
     total.shape = output.shape
