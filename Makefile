@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := $(VENV)/.demo
 export SDRT_HOME ?= $(CURDIR)/build/sdrt
+# The tests start hundreds of processes that import the same sources.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast test-rest test-slow test-full test-fleet test-rig onnxruntime-gpu gpu-check check lint types mutations wheel bundle bench fuzz lock audit docs clean kill-points
 

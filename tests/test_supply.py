@@ -15,8 +15,6 @@ from pathlib import Path
 import lock
 import pytest
 import third_party
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -135,6 +133,9 @@ def check_contents(wheel):
 
 
 def check_bill(bill, wheel):
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator  # takes seconds
+
     text = json.dumps(bill)
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     (digest,) = bill["metadata"]["component"]["hashes"]

@@ -6,15 +6,13 @@ only values that fit: those requests come through to the engine.
 
 import base64
 import copy
+import subprocess
+import sys
 from collections import Counter
 from io import BytesIO
 
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, given, settings
 from PIL import Image
-from schemathesis.checks import not_a_server_error
-from schemathesis.generation import GenerationMode
 from serving import run_server
 
 from sdrt.serve.app import create_app
@@ -22,7 +20,6 @@ from sdrt.serve.settings import Settings
 
 pytestmark = pytest.mark.integration
 
-HEALTH = list(HealthCheck)
 FITTING = {
     "model": ["shapes", None],
     "size": ["auto", "64x64", None],
@@ -74,9 +71,12 @@ def server(shapes):
         yield running
 
 
-guard, _ = create_app({}, Settings())
-schema = schemathesis.openapi.from_dict(guard.app.openapi())
-narrow = schemathesis.openapi.from_dict(fitting(guard.app.openapi()))
+@pytest.fixture(scope="module")
+def openapi():
+    guard, _ = create_app({}, Settings())
+    return guard.app.openapi()
+
+
 GENERATING = (
     "/v1/images/generations",
     "/v1/images/edits",
@@ -87,19 +87,51 @@ GENERATING = (
 
 def check(case, server):
     """No 5xx except a rejection with Retry-After."""
+    from schemathesis.checks import not_a_server_error
+
     response = case.call(base_url=f"http://127.0.0.1:{server.port}", timeout=60)
     if not (response.status_code == 503 and "retry-after" in response.headers):
         case.validate_response(response, checks=[not_a_server_error])
     return response.status_code
 
 
-def check_fitting(server, path, examples):
-    """Requests with supported values; some of them succeed."""
-    statuses = Counter()
+def run_cases(check_case, strategy, examples, **options):
+    """Call `check_case` with so many requests."""
+    from hypothesis import HealthCheck, given, settings
 
-    @given(case=narrow[path]["POST"].as_strategy(generation_mode=GenerationMode.POSITIVE))
-    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=HEALTH)
-    def sample_body(case):
+    limits = settings(
+        max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), **options
+    )
+    limits(given(case=strategy)(check_case))()
+
+
+def check_every_endpoint(server, openapi, examples, **options):
+    """Requests that the schema allows, and requests that it rules out."""
+    import schemathesis
+    from hypothesis import strategies
+    from schemathesis.generation import GenerationMode
+
+    schema = schemathesis.openapi.from_dict(openapi)
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert {operation.path for operation in operations} == set(openapi["paths"])
+    for operation in operations:
+
+        def check_case(case):
+            check(case, server)
+
+        modes = [operation.as_strategy(generation_mode=mode) for mode in GenerationMode]
+        run_cases(check_case, strategies.one_of(modes), examples, **options)
+
+
+def check_fitting(server, openapi, path, examples, **options):
+    """Requests with supported values; some of them succeed."""
+    import schemathesis
+    from schemathesis.generation import GenerationMode
+
+    statuses = Counter()
+    operation = schemathesis.openapi.from_dict(fitting(openapi))[path]["POST"]
+
+    def check_case(case):
         steps = "num_inference_steps" if "/v1/images" in path else "steps"
         case.body.setdefault(steps, 4)  # half a strength of one step would be none
         if path.endswith("/edits"):
@@ -108,29 +140,38 @@ def check_fitting(server, path, examples):
                 case.body["mask"] = png("RGBA")
         statuses[check(case, server)] += 1
 
-    sample_body()
+    strategy = operation.as_strategy(generation_mode=GenerationMode.POSITIVE)
+    run_cases(check_case, strategy, examples, **options)
     assert statuses[200] >= 1, statuses
 
 
-@schema.parametrize()
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=HEALTH)
-def test_fuzz_every_endpoint(case, server):
-    check(case, server)
+def test_fuzz_every_endpoint(server, openapi):
+    check_every_endpoint(server, openapi, 15, derandomize=True)
 
 
 @pytest.mark.parametrize("path", GENERATING)
-def test_fuzz_valid_requests(server, path):
-    check_fitting(server, path, 15)
+def test_fuzz_valid_requests(server, openapi, path):
+    check_fitting(server, openapi, path, 15, derandomize=True)
+
+
+@pytest.mark.rest
+def test_every_field_at_its_bounds(server, tmp_path):
+    """Schemathesis' own command, in its phase that gives each field its limits in turn."""
+    config = tmp_path / "schemathesis.toml"
+    config.write_text("[checks.not_a_server_error]\nexpected-statuses = ['2xx', '4xx', 503]\n")
+    command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()"]
+    command += ["--config-file", config, "run", "--phases", "coverage"]
+    command += ["--checks", "not_a_server_error", f"http://127.0.0.1:{server.port}/openapi.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
-@schema.parametrize()
-@settings(max_examples=500, deadline=None, suppress_health_check=HEALTH)
-def test_fuzz_every_endpoint_long(case, server):
-    check(case, server)
+def test_fuzz_every_endpoint_long(server, openapi):
+    check_every_endpoint(server, openapi, 500)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", GENERATING)
-def test_fuzz_valid_requests_long(server, path):
-    check_fitting(server, path, 500)
+def test_fuzz_valid_requests_long(server, openapi, path):
+    check_fitting(server, openapi, path, 500, derandomize=True)
