@@ -1,6 +1,7 @@
 """Where a run starts: noise from a seed, latents, or an image under noise.
 
-Noise is sampled in diffusers' order: the encoder's, the starting noise, then the fresh noises.
+Noise is sampled in diffusers' order: the encoder's, the starting noise, the masked image's, then
+the fresh noises.
 Knows options and the encoder's moments; not the loop.
 """
 
@@ -166,6 +167,8 @@ def build_initial_state(
     extra = [] if inputs.depth is None else [inputs.depth]
     if inputs.masked_image is not None and inputs.mask is not None:
         extra = [inputs.mask, inputs.masked_image.sample(noise)]
+    elif inputs.blends_mask and inputs.image is not None:
+        inputs.image.sample(noise)  # diffusers encodes the masked image of every model
     fresh = [noise.randn(shape) for _ in range(table.num_noises)]
     return InitialState(
         [start, *fresh, *([image_latents] if table.starts_from_image else [])],
