@@ -4,10 +4,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from control_nets import tiny_adapter, tiny_controlnet
+from diffusers_images import (
+    PROMPT,
+    SIDE,
+    STEPS,
+    decibels,
+    diffusers_image,
+    left_half,
+    load_parts,
+    noise,
+)
 from exports import built_control
-from PIL import Image
+from tiny_checkpoints import write_tiny
 
 import sdrt
 from sdrt.cli.main import main
@@ -15,36 +24,16 @@ from sdrt.errors import UsageError
 from sdrt.runtime.batching.engine import InflightBatcher
 
 diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
 pytestmark = [
     pytest.mark.reference,
     pytest.mark.exports,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
-PROMPT = "a red circle on a blue background"
-STEPS, SIDE = 6, 32
 
 
 @pytest.fixture(scope="module")
 def parts(tiny):
-    from safetensors.torch import load_file
-
-    vae = diffusers.AutoencoderKL.from_config(
-        {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-        | diffusers.AutoencoderKL.load_config(tiny / "vae")
-    )
-    vae.load_state_dict(load_file(tiny / "vae" / "diffusion_pytorch_model.safetensors"))
-    return {
-        "vae": vae.eval(),
-        "unet": diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet").eval(),
-        "text_encoder": transformers.CLIPTextModel.from_pretrained(tiny / "text_encoder").eval(),
-        "tokenizer": transformers.CLIPTokenizer.from_pretrained(
-            str(tiny / "tokenizer"), pad_token="<|endoftext|>", model_max_length=32
-        ),
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
+    return load_parts(tiny)
 
 
 @pytest.fixture(scope="module")
@@ -69,54 +58,26 @@ def pipe(tiny_bundle, nets):
         yield loaded
 
 
-def noise(seed):
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), np.uint8))
-
-
-def mask():
-    light = np.zeros((SIDE, SIDE), np.uint8)
-    light[8:24, 0:16] = 255
-    return Image.fromarray(light)
-
-
-def expected(kind, parts, own, seed, **arguments):
-    config = own.scheduler_config
-    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    theirs = getattr(diffusers, kind)(**parts, scheduler=scheduler, **arguments.pop("nets"))
-    theirs.set_progress_bar_config(disable=True)
-    return theirs(
-        prompt=PROMPT,
-        num_inference_steps=STEPS,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="np",
-        **arguments,
-    ).images[0]
-
-
-def decibels(own, reference, seed, **options):
-    *_, last = own.steps(PROMPT, num_inference_steps=STEPS, seed=seed, **options)
-    actual = np.clip(own.decode_to_array(last.latents)[0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
-    return 10 * np.log10(1.0 / max(np.mean((actual.astype(np.float64) - reference) ** 2), 1e-12))
-
-
 CASES = [
     ("DDIMScheduler", {}),
     ("EulerAncestralDiscreteScheduler", {"controlnet_conditioning_scale": 0.6}),
     ("HeunDiscreteScheduler", {"control_guidance_start": 0.2, "control_guidance_end": 0.7}),
     ("DPMSolverMultistepScheduler", {"guess_mode": True, "guidance_scale": 4.0}),
     ("PNDMScheduler", {"guess_mode": True, "guidance_scale": 1.0}),
+    ("UniPCMultistepScheduler", {"control_guidance_end": 0.6}),
+    ("DPM++ 2M SDE", {"controlnet_conditioning_scale": 1.4}),
 ]
 
 
+@pytest.mark.parametrize("seed", [3, 11])
 @pytest.mark.parametrize(("scheduler", "options"), CASES)
-def test_a_net_steers_as_in_diffusers(pipe, parts, nets, scheduler, options):
+def test_a_net_steers_as_in_diffusers(pipe, parts, nets, scheduler, options, seed):
     own, kind = pipe.with_scheduler(scheduler), "StableDiffusionControlNetPipeline"
     net = {"controlnet": nets["first"]}
-    reference = expected(kind, parts, own, 3, nets=net, image=noise(9), **options)
-    plain = decibels(own, reference, 3, guidance_scale=options.get("guidance_scale", 7.5))
+    reference = diffusers_image(kind, parts, own, seed, nets=net, image=noise(9), **options)
+    plain = decibels(own, reference, seed, guidance_scale=options.get("guidance_scale", 7.5))
     options = {"controlnet": "first", "control_image": noise(9), **options}
-    assert decibels(own, reference, 3, **options) >= 50 > plain
+    assert decibels(own, reference, seed, **options) >= 50 > plain
 
 
 def test_two_nets_at_once_are_summed(pipe, parts, nets):
@@ -128,7 +89,8 @@ def test_two_nets_at_once_are_summed(pipe, parts, nets):
         "control_guidance_end": [0.5, 1.0],
     }
     images = [noise(9), noise(8)]
-    reference = expected(kind, parts, own, 4, nets={"controlnet": both}, image=images, **scales)
+    net = {"controlnet": both}
+    reference = diffusers_image(kind, parts, own, 4, nets=net, image=images, **scales)
     options = {"controlnet": ["first", "second"], "control_image": images, **scales}
     assert decibels(own, reference, 4, **options) >= 50
 
@@ -136,7 +98,7 @@ def test_two_nets_at_once_are_summed(pipe, parts, nets):
 def test_control_of_an_image_to_image_run(pipe, parts, nets):
     own, kind = pipe.with_scheduler("DDIMScheduler"), "StableDiffusionControlNetImg2ImgPipeline"
     own_noise = {"image": noise(7), "strength": 0.6}
-    reference = expected(
+    reference = diffusers_image(
         *(kind, parts, own, 5),
         nets={"controlnet": nets["first"]},
         control_image=noise(9),
@@ -147,10 +109,53 @@ def test_control_of_an_image_to_image_run(pipe, parts, nets):
     assert decibels(own, reference, 5, **options) >= 50
 
 
+EDITS = [
+    ("DDIMScheduler", {"strength": 1.0}),
+    ("EulerAncestralDiscreteScheduler", {"strength": 0.7, "control_guidance_end": 0.5}),
+    ("DPM++ 2M SDE", {"strength": 0.7, "guess_mode": True}),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "options"), EDITS)
+def test_control_of_inpainting(pipe, parts, nets, scheduler, options):
+    own, kind = pipe.with_scheduler(scheduler), "StableDiffusionControlNetInpaintPipeline"
+    options = {"image": noise(7), "mask_image": left_half(), "control_image": noise(9), **options}
+    net = {"controlnet": nets["first"]}
+    # diffusers' default is 0.5
+    scale = {"controlnet_conditioning_scale": 1.0}
+    reference = diffusers_image(kind, parts, own, 5, nets=net, **scale, **options)
+    assert decibels(own, reference, 5, controlnet="first", **options) >= 50
+
+
+@pytest.fixture(scope="module")
+def inpainting(tmp_path_factory, embedded, build_once):
+    """(checkpoint, bundle) of a model that also reads a mask and what it leaves of an image."""
+    folder = tmp_path_factory.mktemp("inpainting")
+    model = write_tiny(folder / "model", embedded, in_channels=9)
+    return model, build_once(str(model), folder / "bundle", sizes=((SIDE, SIDE),))
+
+
+@pytest.mark.build
+@pytest.mark.parametrize(("scheduler", "options"), EDITS)
+def test_control_of_an_inpainting_model(inpainting, nets, scheduler, options):
+    model, bundle = inpainting
+    options = {"image": noise(7), "mask_image": left_half(), "control_image": noise(9), **options}
+    with sdrt.load(bundle, backend="onnxruntime", controlnet="first") as pipe:
+        own, kind = pipe.with_scheduler(scheduler), "StableDiffusionControlNetInpaintPipeline"
+        reference = diffusers_image(
+            *(kind, load_parts(model), own, 5),
+            nets={"controlnet": nets["first"]},
+            controlnet_conditioning_scale=1.0,
+            **options,
+        )
+        plain = {name: options[name] for name in ("image", "mask_image", "strength")}
+        assert decibels(own, reference, 5, **options) >= 50 > decibels(own, reference, 5, **plain)
+
+
 def test_a_t2i_adapter_steers_as_in_diffusers(pipe, parts, nets):
     own, kind = pipe.with_scheduler("DDIMScheduler"), "StableDiffusionAdapterPipeline"
     factors = {"adapter_conditioning_scale": 0.8}
-    reference = expected(
+    reference = diffusers_image(
         *(kind, parts, own, 6),
         nets={"adapter": nets["sketch"]},
         image=noise(9),
