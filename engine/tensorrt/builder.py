@@ -20,7 +20,7 @@ from sdrt.errors import BackendError
 from sdrt.process_stats import forget_peak, peak_bytes
 
 from .progress import Progress, create_monitor, interruptible
-from .variants import RTX, get_logger, load_module
+from .variants import RTX, get_features, get_logger, load_module
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ def parse_network(trt: Any, builder: Any, graph: Path) -> tuple[Any, Any]:
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, get_logger(trt))
-    if not parser.parse_from_file(str(graph)):
+    content = rewrite_graph(trt, graph)
+    if not (parser.parse(content, str(graph)) if content else parser.parse_from_file(str(graph))):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         texts = [
             f"{error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors
@@ -44,12 +45,33 @@ def parse_network(trt: Any, builder: Any, graph: Path) -> tuple[Any, Any]:
     return network, parser
 
 
+def rewrite_graph(trt: Any, graph: Path) -> bytes | None:
+    """The graph in terms that an older TensorRT parses; None where it takes the bundle's own.
+
+    Raises:
+        BackendError: onnx is missing, or has an operator that cannot be rewritten.
+    """
+    if get_features(trt).attention:
+        return None
+    try:
+        from .opset20 import opset20_graph
+    except ImportError as error:
+        raise BackendError(
+            f"TensorRT {trt.__version__} takes graphs rewritten by onnx, which fails to import: "
+            f"{error}",
+            hint="pip install onnx, or TensorRT 10.14 or later",
+        ) from error
+    return opset20_graph(graph)
+
+
 def attention_layers(trt: Any, network: Any) -> Iterator[tuple[str, Any]]:
-    """The name of every attention in a network, and its `IAttention`.
+    """The name of every attention in a network, and its `IAttention`; none before TensorRT 10.14.
 
     `get_layer` returns the base class, and TensorRT's Python bindings have no cast. Assigning
     `__class__` is how the bindings' own helpers downcast.
     """
+    if not get_features(trt).attention:
+        return
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:

@@ -21,8 +21,9 @@ from sdrt.engine.plan_signing import read_signed, write_signed
 from sdrt.engine.plans import Plan, Profile
 from sdrt.errors import BackendError
 
+from .builder import rewrite_graph
 from .inspector import inspect_layers
-from .variants import RTX, get_logger, load_module
+from .variants import RTX, get_features, get_logger, load_module
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,13 @@ class LoadedPlan:
         trt, engine = self._trt, self._engine
         refitter = trt.Refitter(engine, self._logger)
         parser_refitter = trt.OnnxParserRefitter(refitter, self._logger)
-        if not parser_refitter.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
+        content = rewrite_graph(trt, graph)
+        accepted = (
+            parser_refitter.refit_from_bytes(content, str(graph))
+            if content
+            else parser_refitter.refit_from_file(str(graph))
+        )
+        if not accepted or not refitter.refit_cuda_engine():
             missing = ", ".join(refitter.get_missing_weights()[:3])
             raise BackendError(
                 f"TensorRT failed to refit {self.plan.path} with the bundle's weights ({missing})"
@@ -239,8 +246,9 @@ class LoadedPlan:
 
     def is_capturable(self, binding: ShapeBinding) -> bool:
         """Whether calls may be captured, as far as TensorRT tells."""
-        ask = getattr(binding.context, "is_stream_capturable", None)  # of TensorRT for RTX alone
-        if binding.capturable and ask is not None and not ask(int(self.device.stream)):
+        asks = get_features(self._trt).asks_capturable
+        stream = int(self.device.stream)
+        if binding.capturable and asks and not binding.context.is_stream_capturable(stream):
             component = self.plan.key.component
             log.warning("%s runs without a CUDA graph: its plan cannot be captured", component)
             binding.capturable = False

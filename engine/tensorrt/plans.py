@@ -3,7 +3,8 @@
 Knows the kinds of TensorRT, their GPUs and packages; TensorRT itself only where a plan is built.
 """
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from functools import partial
 
 from sdrt.bundle import Bundle
@@ -18,7 +19,7 @@ from sdrt.engine.plans import (
 )
 from sdrt.errors import BackendError, UsageError
 
-from .builder import build_plan
+from .builder import build_plan, rewrite_graph
 from .variants import FULL, PORTABLE, RTX, RTX_TARGETS, load_module
 
 LEVEL = 3
@@ -48,9 +49,10 @@ def required_key(
     Raises BackendError where the kind cannot build, UsageError for a target that it lacks.
     """
     streamed = options.streamed and component == "unet"
+    trt = load_module(kind)
     settings = BuildSettings(
         kind=kind,
-        version=str(load_module(kind).__version__),
+        version=str(trt.__version__),
         targets=select_targets(kind, gpu, options.targets),
         gpu=gpu.name if gpu and kind == FULL else "",
         level=LEVEL if options.level is None else options.level,
@@ -60,7 +62,9 @@ def required_key(
         streamed=streamed,
         user_allocation=kind == RTX and not streamed,  # the two exclude each other
     )
-    return plan_key(bundle, component, settings)
+    key = plan_key(bundle, component, settings)
+    content = rewrite_graph(trt, bundle.graph(component))
+    return replace(key, graph=hashlib.sha256(content).hexdigest()) if content else key
 
 
 def select_targets(kind: str, gpu: Gpu | None, asked: tuple[str, ...]) -> tuple[str, ...]:

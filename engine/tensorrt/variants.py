@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +23,8 @@ INSTALL = {FULL: "pip install 'sdrt[gpu]'", RTX: "pip install 'sdrt[rtx]'"}
 RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 PORTABLE = RTX_TARGETS[1:]  # Turing refuses products in single precision, so it is asked for
 
-OLDEST = 75  # compute capability that TensorRT 10.14 and later serve
+OLDEST = 75  # compute capability that TensorRT 10.5 and later serve
+ATTENTION_SINCE = (10, 14)
 log = logging.getLogger(__name__)
 
 
@@ -72,6 +74,26 @@ def load_module(kind: str) -> ModuleType:
         return importlib.import_module(MODULES[kind])
     except (ImportError, OSError) as error:
         raise BackendError(f"{kind} cannot be imported: {error}; {INSTALL[kind]}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What this package looks for in TensorRT that not every version from 10.3 on has.
+
+    Attributes:
+        attention: It parses opset 23 with `Attention`, and has `IAttention`.
+        asks_capturable: A context tells whether its calls can be captured into a CUDA graph.
+    """
+
+    attention: bool
+    asks_capturable: bool
+
+
+def get_features(trt: Any) -> Features:
+    """The features of a TensorRT module of either kind, by its name and version."""
+    rtx = trt.__name__ == MODULES[RTX]
+    version = tuple(int(part) for part in trt.__version__.split(".")[:2])
+    return Features(attention=rtx or version >= ATTENTION_SINCE, asks_capturable=rtx)
 
 
 @functools.cache

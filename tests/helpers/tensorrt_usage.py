@@ -16,6 +16,7 @@ CLASSES = {  # what a variable of this name holds
     "attention": "IAttention",
     "query": "ITensor",
     "runtime": "Runtime",
+    "strategy": "ExecutionContextAllocationStrategy",
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
     "refitter": "Refitter",
@@ -62,6 +63,8 @@ def used():
             if not parts:
                 continue
             kind = OWN.get((name, parts[0])) or CLASSES.get(parts[0])
+            if parts[1] in ("__name__", "__version__"):
+                continue
             if parts[0] == "trt":
                 yield "", ".".join(parts[1:])
             elif kind and (kind, parts[1]) not in OTHER:
