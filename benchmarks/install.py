@@ -76,10 +76,10 @@ class Trial:
     def environment(self) -> dict[str, str]:
         """Without this environment's folder and settings."""
         own = {"VIRTUAL_ENV", "PYTHONPATH", "SDRT_HOME", "SDRT_TEST_CACHE", "MAKEFLAGS"}
-        kept = {name: value for name, value in os.environ.items() if name not in own}
-        parts = kept["PATH"].split(os.pathsep)
-        kept["PATH"] = os.pathsep.join(part for part in parts if part != f"{sys.prefix}/bin")
-        return kept | {"SDRT_HOME": str(self.home)}
+        environment = {name: value for name, value in os.environ.items() if name not in own}
+        parts = environment["PATH"].split(os.pathsep)
+        environment["PATH"] = os.pathsep.join(part for part in parts if part != f"{sys.prefix}/bin")
+        return environment | {"SDRT_HOME": str(self.home)}
 
     def install(self, *steps: str) -> float:
         """Create the environment and run pip on the requirements of each step."""

@@ -107,10 +107,10 @@ def _creators(
     """
     gpus = detect_gpus() if gpus is None else gpus
     if options.device and not 0 <= options.device < len(gpus.gpus):
-        available = ", ".join(f"{gpu.index} {gpu.name}" for gpu in gpus.gpus)
+        listed = ", ".join(f"{gpu.index} {gpu.name}" for gpu in gpus.gpus)
+        available = f"; available: {listed}" if listed else f": {gpus.unavailable_reason}"
         raise UsageError(
-            f"there is no GPU {options.device}; available: {available or gpus.unavailable_reason}",
-            hint="run `sdrt doctor` to list the GPUs",
+            f"there is no GPU {options.device}{available}", hint="`sdrt doctor` lists the GPUs"
         )
     with_stream: list[tuple[str, Callable[[], Candidate]]] = [
         (FULL, partial(_tensorrt, FULL, gpus, options)),

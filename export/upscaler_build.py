@@ -19,11 +19,17 @@ from sdrt.bundle.manifest import MANIFEST, UPSCALER, Component, Manifest, json_f
 from sdrt.bundle.store import bundles_folder
 from sdrt.engine import Candidate, parity
 from sdrt.errors import CheckpointError
+from sdrt.runtime.reference_outputs import (
+    REFERENCE_FILE,
+    ReferenceOutputs,
+    reference_outputs_to_json,
+)
 
 from .activation_memory import alive_bytes
 from .esrgan import RrdbNet, load_rrdb
 from .graph import OPSET, export_graph
 from .hub import HUB_ID, fetch_single_file
+from .reference import TorchReference
 from .validation import select_validation_backend
 from .weights import PICKLES, read_safetensors
 
@@ -72,6 +78,7 @@ def build_upscaler_bundle(plan: UpscalerBuildPlan) -> Path:
     with publish_folder(target, MANIFEST, plan.force) as folder:
         log.info("building %s from %s, scale %d", target, path, net.config.scale)
         manifest = _initial_manifest(name, plan, net.config.scale)
+        _write_reference(net, manifest, folder)
         component = _build_component(net, manifest, plan.dtype, candidate, folder)
         manifest = replace(
             manifest,
@@ -131,6 +138,15 @@ def _initial_manifest(name: str, plan: UpscalerBuildPlan, scale: int) -> Manifes
         multiple=MULTIPLE,
         family=f"upscaler x{scale}",
     )
+
+
+def _write_reference(net: RrdbNet, manifest: Manifest, folder: Path) -> None:
+    """Samples of torch's output, which `sdrt verify` compares with."""
+    reference = TorchReference(manifest, folder)
+    with torch.no_grad():
+        reference.synthetic(UPSCALER, net, ("enlarged",), {"image": _example_image(TILE, 0)})
+    outputs = ReferenceOutputs(reference.samples, [])
+    (folder / REFERENCE_FILE).write_text(reference_outputs_to_json(outputs))
 
 
 def _build_component(

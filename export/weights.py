@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdrt import json_validation
-from sdrt.bundle.safetensors import RENEW, read_header
+from sdrt.bundle.safetensors import DOWNLOAD_AGAIN, read_header
 from sdrt.errors import CheckpointError
 
 STEMS = ("model", "diffusion_pytorch_model")
@@ -94,7 +94,7 @@ def open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a complete safetensors file: {error}", hint=RENEW
+            f"{path} is not a complete safetensors file: {error}", hint=DOWNLOAD_AGAIN
         ) from error
 
 

@@ -35,6 +35,8 @@ PACKAGES = ("sdrt", "engine", "runtime", "export", "serve")
 RESULTS = "benchmarks/results"
 LAYOUT = "<!-- layout -->"
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
+CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
+SHORT_CODE = 24  # characters that are not broken over lines
 MATHML: dict[str, str] = {}  # of the page that is being rendered, by placeholder
 
 
@@ -66,6 +68,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     for target, source in PROJECT_PAGES.items():
         markdown = markdown.replace(f"]({up}../{source}", f"]({up}{target}")
     markdown = markdown.replace(LAYOUT, layout_table()) if LAYOUT in markdown else markdown
+    if markdown.count("\n## ") < 2:  # the width is for tables
+        page.meta["hide"] = [*page.meta.get("hide", []), "toc"]
     MATHML.clear()
     return FORMULA.sub(stash_formula, markdown) if "$$" in markdown else markdown
 
@@ -73,7 +77,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     for placeholder, formula in MATHML.items():
         html = html.replace(placeholder, formula)
-    return html
+    return CODE.sub(allow_breaks, html)
+
+
+def allow_breaks(match: re.Match[str]) -> str:
+    """Code in a line may break after a sign between words, so that tables fit their page."""
+    if len(match[0]) <= SHORT_CODE:
+        return f"<span>{match[0]}</span>"
+    return re.sub(r"(::|[/_=,.])(?=\w)", r"\1<wbr>", match[0])
 
 
 def stash_formula(match: re.Match[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sdrt.errors import SdrtError
+from sdrt.errors import BundleError, SdrtError
 from sdrt.json_validation import array, integer, json_object, mapping, one_of, record, shorten, text
 
 DTYPES = {
@@ -59,7 +59,9 @@ _RECORD = record(
         "data_offsets": array(integer(0, 2**48), 2, 2),
     },
 )
-RENEW = "download it again, or, if it is part of a bundle, run `sdrt build` again with --force"
+DOWNLOAD_AGAIN = "download it again"
+REBUILD = "copy the bundle again, or run `sdrt build` again with --force"
+NOT_SAFETENSORS = "pass a .safetensors file"
 _ANY = text(r"[\s\S]*", "text")
 _METADATA = mapping(_ANY, _ANY, 10_000)
 
@@ -69,6 +71,8 @@ def read_header(path: Path, error_class: type[SdrtError] = SdrtError) -> Header:
     lies inside, no name twice, every tensor of the length of its shape, all side by side from the
     header to the end of the file without a hole or an overlap.
     """
+    is_part_of_bundle = issubclass(error_class, BundleError)
+    renew = REBUILD if is_part_of_bundle else DOWNLOAD_AGAIN
     try:
         if not path.is_file() and path.exists():
             raise ValueError("it is no file")
@@ -76,15 +80,18 @@ def read_header(path: Path, error_class: type[SdrtError] = SdrtError) -> Header:
             size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_HEADER:
-                raise error_class(f"{path} is not a safetensors file", hint=RENEW)
+                named = path.suffix == ".safetensors" or is_part_of_bundle
+                hint = renew if named else NOT_SAFETENSORS
+                raise error_class(f"{path} is not a safetensors file", hint=hint)
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = _header(file.read(length), size)
     except FileNotFoundError as error:
-        raise error_class(f"{path} is missing", hint=RENEW) from error
+        hint = renew if is_part_of_bundle else "check the path"
+        raise error_class(f"{path} is missing", hint=hint) from error
     except (OSError, ValueError) as error:
         raise error_class(
-            f"{path} is not a complete safetensors file: {error}", hint=RENEW
+            f"{path} is not a complete safetensors file: {error}", hint=renew
         ) from error
     return header
 

@@ -38,7 +38,7 @@ from .upscale import add_upscale, upscale
 EXAMPLES = """examples:
   sdrt run "a red circle on a blue background" --seed 0
   sdrt build --model stable-diffusion-v1-5 --fp16
-  sdrt run "a lighthouse at dusk" --steps 30 --num-images 4 --grid --output lighthouse.png
+  sdrt run "a lighthouse at dusk" --num-images 4 --grid --output lighthouse.png
   sdrt serve --port 7860
   sdrt doctor
 

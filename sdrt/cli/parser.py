@@ -52,6 +52,14 @@ class CommandParser(argparse.ArgumentParser):
         """The option that is typed, by the name of its value."""
         return {a.dest: a.option_strings[-1] for a in self._actions if a.option_strings}
 
+    def format_help(self) -> str:
+        """With a usage of one line: the groups below it list the options."""
+        if self.usage is None and not self._subparsers:
+            formatter = self._get_formatter()
+            names = [formatter._format_args(a, a.dest) for a in self._get_positional_actions()]
+            self.usage = " ".join(["%(prog)s [OPTIONS]", *names])
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
         text = re.sub(r"^argument (\S+): ", r"\1 ", message)
         raise UsageError(text, hint=f"run `{self.prog} --help`")

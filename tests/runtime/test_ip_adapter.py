@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sdrt
+from sdrt.cli.main import main
 from sdrt.errors import UsageError
 from sdrt.runtime.batching.engine import InflightBatcher
 
@@ -167,3 +168,10 @@ def test_bad_image_prompts_are_refused(pipe, tiny_bundle, tiny_xl_bundle, adapte
         without(PROMPT, ip_adapter_image=photo())
     with pytest.raises(UsageError, match="keys and values"):
         sdrt.load(tiny_xl_bundle, backend="onnxruntime", ip_adapter=adapter[2])
+
+
+def test_the_bundle_of_an_adapter_is_verified_without_a_model(adapter, capsys):
+    assert main(["verify", "--bundle", str(adapter[2]), "-q"]) == 0
+    printed = capsys.readouterr().out
+    assert "image_encoder, float32" in printed and "ip_adapter, float32" in printed
+    assert "full pipeline" not in printed

@@ -152,6 +152,8 @@ def test_a_bundle_is_built_and_used_everywhere(tiny_upscaler, shapes, tmp_path, 
     assert Image.open(tmp_path / "b.png").size == (300, 180)
     with pytest.raises(SdrtError, match="upscaler"):
         sdrt.load(name)
+    assert main(["verify", "--bundle", name, "-q"]) == 0
+    assert "upscaler, float32" in capsys.readouterr().out
 
 
 @pytest.mark.build

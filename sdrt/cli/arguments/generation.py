@@ -17,7 +17,7 @@ def add_run(to: argparse.ArgumentParser) -> None:
         "prompt",
         nargs="*",
         metavar="PROMPT",
-        help="(word:1.3), [word] and BREAK are understood; omit it for unconditional models",
+        help="what to show; (word:1.3) and [word] weight words. Omit it for unconditional models",
     )
     to.add_argument(
         "--from",

@@ -27,6 +27,6 @@ def add_model(to: argparse.ArgumentParser) -> None:
         action="store_true",
         help="use torch.compile with --backend torch; takes about a minute",
     )
-    to.add_argument(
+    model.add_argument(
         "--cuda-graphs", action="store_true", help="replay CUDA graphs with --backend torch"
     )

@@ -115,9 +115,9 @@ def test_several_prompts_are_not_refused(shapes, tmp_path, capsys, prompts):
     ("option", "code", "message"),
     [
         (("--lora", "nope"), 4, "There is no LoRA named 'nope' in"),
-        (("--lora", "image.png"), 4, "is not a safetensors file"),
+        (("--lora", "image.png"), 4, "is not a safetensors file\nhint: pass a .safetensors file"),
         (("--lora", "."), 4, "is a folder\nhint: pass the .safetensors file"),
-        (("--lora", "text.safetensors"), 4, "is not a safetensors file"),
+        (("--lora", "text.safetensors"), 4, "is not a safetensors file\nhint: download it again"),
         (("--bundle", "image.png"), 3, "is a file; a bundle is a folder\nhint: `sdrt list`"),
         (("--bundle", "text.safetensors"), 3, "hint: `sdrt build --model"),
     ],
