@@ -27,6 +27,7 @@ from .metrics import Metrics
 from .middleware import SecurityMiddleware
 from .model_manager import ModelManager, ModelSource
 from .routes import health, openai
+from .routes.sdapi import control as sdapi_control
 from .routes.sdapi import extras as sdapi_extras
 from .routes.sdapi import lists as sdapi_lists
 from .routes.sdapi import options as sdapi_options
@@ -54,7 +55,15 @@ def create_app(
     app.state.context = ServerContext(settings, models, metrics)
     app.state.jobs = sdapi_routes.JobRegistry()
     app.state.sd_options = sdapi_options.ServerOptions()
-    for module in (openai, sdapi_routes, sdapi_options, sdapi_extras, sdapi_lists, health):
+    for module in (
+        openai,
+        sdapi_routes,
+        sdapi_options,
+        sdapi_extras,
+        sdapi_lists,
+        sdapi_control,
+        health,
+    ):
         app.include_router(module.router)
     for kind in (HTTPException, SdrtError, RequestValidationError, ClientDisconnected, Exception):
         app.add_exception_handler(kind, _handle_exception)

@@ -23,6 +23,8 @@ from .schemas import GenerationRequest
 from .sse import EventStreamResponse, format_event
 
 PROGRESS_POLL_SECONDS, KEEPALIVE_SECONDS = 0.5, 15.0
+# Options that a body has under their own names.
+OPTIONAL = ("guidance_rescale", "guidance_interval", "clip_skip", *HIRES_PARSERS)
 KEEPALIVE_COMMENT = b":\n\n"  # keeps proxies from closing an idle stream
 T = TypeVar("T")
 
@@ -35,7 +37,7 @@ def build_openai_request(
     Args:
         model: The model to use.
         body: The validated body.
-        inputs: Options that came as files: image, mask_image, strength.
+        inputs: Options of its images: image, mask_image, strength, those of control.
 
     Raises:
         ApiError: 400 for fields that cannot be combined.
@@ -56,7 +58,7 @@ def build_openai_request(
         "seed": body.seed,
         "num_images_per_prompt": _value_or(body.n, 1),
         "size": None if body.size in (None, "auto") else normalize_size(str(body.size)),
-        **{name: value for name in HIRES_PARSERS if (value := getattr(body, name)) is not None},
+        **{name: value for name in OPTIONAL if (value := getattr(body, name)) is not None},
         **inputs,
     }
     priority = _value_or(body.priority, 0)

@@ -11,7 +11,34 @@ MAX_CHARACTERS = 32_000
 MAX_BLUR = 64
 
 
-class GenerationRequest(BaseModel):
+class ControlFields(BaseModel):
+    """What ControlNets, T2I-Adapters and an IP-Adapter read, under diffusers' names."""
+
+    control_image: str | list[str] | None = Field(
+        None, description="base64; one for each net, in their order"
+    )
+    controlnet: str | list[str] | None = Field(
+        None, description="names of the nets to use; default: all that are loaded"
+    )
+    controlnet_conditioning_scale: float | list[float] | None = Field(
+        None, description="one, or one for each net; default: 1"
+    )
+    control_guidance_start: float | list[float] | None = Field(
+        None, description="the part of the run at which a net begins; default: 0"
+    )
+    control_guidance_end: float | list[float] | None = Field(
+        None, description="the part of the run at which a net stops; default: 1"
+    )
+    guess_mode: bool | None = Field(None, description="steers the prompt's row alone")
+    ip_adapter_image: str | list[str] | None = Field(
+        None, description="base64; the image prompt of an IP-Adapter"
+    )
+    ip_adapter_scale: float | list[float] | None = Field(
+        None, description="of the image prompt; one, or one for each layer; default: 1"
+    )
+
+
+class GenerationRequest(ControlFields):
     """OpenAI's image request and this server's extensions. Unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -49,6 +76,16 @@ class GenerationRequest(BaseModel):
         ge=1,
         le=100,
         description="DeepCache: run the full UNet every Nth evaluation, if the model supports it",
+    )
+    guidance_rescale: float | None = Field(None, ge=0.0, le=1.0, description="default: 0")
+    guidance_interval: list[float] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="the part of the run with guidance; default: [0, 1]",
+    )
+    clip_skip: int | None = Field(
+        None, ge=0, le=100, description="layers to leave out at the text encoder's end; default: 0"
     )
     hires_scale: float | None = Field(
         None, ge=1.0, le=8.0, description="a second pass at this multiple of the size (hires fix)"

@@ -40,12 +40,23 @@ export async function samplers() {
   return (await request("/sdapi/v1/samplers")).json();
 }
 
+/** What prompts can name, by group: LoRAs, and embeddings of the default model. */
+export async function words() {
+  const get = async (path) => (await request(`/sdapi/v1/${path}`)).json();
+  const [loras, embeddings] = await Promise.all([get("loras"), get("embeddings")]);
+  return {
+    LoRA: loras.map(({ name }) => ({ label: name, text: `<lora:${name}:1>` })),
+    Embedding: Object.keys(embeddings.loaded).map((word) => ({ label: word, text: word })),
+  };
+}
+
 /** Streams the events of one image: first {type: "accepted"}, then those of the server. Throws
  * ApiError. Aborting `signal` cancels the generation. */
 export async function* generate(settings, signal) {
-  const { start, mask, ...rest } = settings;
+  const { start, mask, control_image, ip_adapter_image, ...rest } = settings;
+  const images = Object.entries({ control_image, ip_adapter_image }).filter(([, image]) => image);
   const fields = { ...rest, n: 1, stream: true, partial_images: 100, progress: true, output_format: "png" };
-  const [path, options] = start ? edit(fields, start, mask) : generation(fields);
+  const [path, options] = start ? edit(fields, start, mask, images) : await generation(fields, images);
   const response = await request(path, { ...options, method: "POST", signal });
   yield { type: "accepted" };
   for await (const event of readEvents(response.body)) {
@@ -54,16 +65,18 @@ export async function* generate(settings, signal) {
   }
 }
 
-function generation({ seed, ...fields }) {
+async function generation({ seed, ...fields }, images) {
+  for (const [name, image] of images) fields[name] = await base64FromImage(image);
   // Seeds have 64 bits, JavaScript numbers 53: the digits are inserted as text.
   const body = `${JSON.stringify(fields).slice(0, -1)},"seed":${seed}}`;
   return ["/v1/images/generations", { body, headers: { "Content-Type": "application/json" } }];
 }
 
-function edit(fields, start, mask) {
+function edit(fields, start, mask, images) {
   const body = new FormData();
   body.set("image", start, "start");
   if (mask) body.set("mask", mask, "mask.png");
+  for (const [name, image] of images) body.set(name, image, name);
   for (const [name, value] of Object.entries(fields)) body.set(name, String(value));
   return ["/v1/images/edits", { body }];
 }
@@ -160,6 +173,14 @@ function parseEvent(block) {
   }
   if (!data.length || data[0] === "[DONE]") return null;
   return { type, ...JSON.parse(data.join("\n")) };
+}
+
+async function base64FromImage(image) {
+  const reader = new FileReader();
+  const loaded = new Promise((resolve, reject) => Object.assign(reader, { onload: resolve, onerror: reject }));
+  reader.readAsDataURL(image);
+  await loaded;
+  return reader.result;
 }
 
 /** Decodes an image from base64; the first byte gives its type. */

@@ -1,10 +1,11 @@
 // The form: reads, validates, fills and saves its fields. Knows nothing of requests.
 
+import { CONTROL_NUMBERS, controlSettings, fillControl, isControlUsed, setUpControl } from "./control.js";
 import { editMask, setUpMask } from "./mask.js";
 
 const $ = (id) => document.getElementById(id);
 const DRAFT = "sdrt.form";
-const NUMBERS = ["num_inference_steps", "guidance_scale", "count", "strength"];
+const NUMBERS = ["num_inference_steps", "guidance_scale", "count", "strength", ...CONTROL_NUMBERS];
 const TEXTS = ["prompt", "negative_prompt", "scheduler", "model"];
 const CUSTOM = "custom";
 const MAX_SEED = 2n ** 64n - 1n;
@@ -21,6 +22,8 @@ export function setUpForm() {
   $("random-seed").addEventListener("click", () => setSeed(""));
   $("start-file").addEventListener("change", () => setStart($("start-file").files[0] ?? null));
   setUpMask();
+  setUpControl();
+  $("insert").addEventListener("change", insertWord);
   $("mask-open").addEventListener("click", async () => {
     mask = await editMask(start, mask);
     showStart();
@@ -56,6 +59,26 @@ export function offerSamplers(samplers) {
   const before = $("scheduler").value || loadDraft().scheduler;
   for (const { name, aliases } of samplers) addOption($("scheduler"), name, aliases);
   selectOption($("scheduler"), before);
+}
+
+/** Lists words for the prompt by group, each {label, text}; hidden without any. */
+export function offerWords(groups) {
+  $("insert").replaceChildren(new Option("Insert…", ""));
+  for (const [label, words] of Object.entries(groups)) {
+    const group = document.createElement("optgroup");
+    group.label = label;
+    group.append(...words.map(({ label, text }) => new Option(label, text)));
+    if (words.length) $("insert").append(group);
+  }
+  $("insert").hidden = $("insert").options.length < 2;
+}
+
+function insertWord() {
+  const word = $("insert").value;
+  $("insert").value = "";
+  $("prompt").setRangeText(` ${word} `, $("prompt").selectionStart, $("prompt").selectionEnd, "end");
+  $("prompt").dispatchEvent(new Event("input", { bubbles: true }));
+  $("prompt").focus();
 }
 
 export const chosenModel = () => $("model").value;
@@ -131,6 +154,7 @@ export function settingsFromForm(showError) {
   for (const id of ["num_inference_steps", "guidance_scale"]) settings[id] = $(id).valueAsNumber;
   for (const id of ["scheduler", "model"]) if ($(id).value) settings[id] = $(id).value;
   if (sizeOf()) settings.size = sizeOf();
+  Object.assign(settings, controlSettings());
   if (start) Object.assign(settings, { start, mask, strength: $("strength").valueAsNumber });
   const count = $("count").valueAsNumber;
   return Array.from({ length: count }, (_, i) => ({ ...settings, seed: String(first + BigInt(i)) }));
@@ -140,6 +164,7 @@ function validationError(id) {
   const field = $(id);
   if (id === "prompt") return field.value.trim() ? "" : "Enter a prompt that describes the image.";
   if (id === "strength" && !start) return "";
+  if (CONTROL_NUMBERS.includes(id) && !isControlUsed(id)) return "";
   if (["width", "height"].includes(id)) {
     const { ariaLabel, step, min, max } = field;
     return !isCustom() || field.checkValidity() ? "" : `${ariaLabel} must be a multiple of ${step} from ${min} to ${max}.`;
@@ -165,7 +190,10 @@ export function fillForm(settings) {
     if (settings[id] !== undefined) setValue($(id), settings[id]);
   }
   if (settings.seed !== undefined) setSeed(settings.seed);
-  if ("start" in settings) setStart(settings.start, settings.mask);
+  if ("start" in settings) {
+    setStart(settings.start, settings.mask);
+    fillControl(settings);
+  }
   saveDraft();
   return unavailable;
 }

@@ -1,6 +1,7 @@
 // The page: connects the form, the queue, the history and the display.
 
-import { setKeyDialog, model, models, samplers } from "./api.js";
+import { setKeyDialog, model, models, samplers, words } from "./api.js";
+import { offerControl, setImage } from "./control.js";
 import * as form from "./form.js";
 import { openHistory } from "./history.js";
 import { parseSettings, readPngText } from "./parameters.js";
@@ -161,6 +162,7 @@ async function showModel() {
   try {
     const details = await model(form.chosenModel(), showMessage);
     form.offerSizes(details.sizes, details.size_multiple);
+    offerControl(details);
     showExamples(details, choosePrompt);
     showMessage("");
   } catch (error) {
@@ -244,7 +246,9 @@ function setUpDrops() {
     event.preventDefault();
     document.body.classList.remove("dropping");
     const [file] = event.dataTransfer.files;
-    if (event.target.closest("#start") && file?.type.startsWith("image/")) form.setStart(file);
+    const place = file?.type.startsWith("image/") && event.target.closest(".picker")?.id;
+    if (place === "start") form.setStart(file);
+    else if (place) setImage(place, file);
     else receive(file);
   });
 }
@@ -269,6 +273,7 @@ async function load() {
     form.offerModels(await models());
     form.offerSamplers(await samplers());
     await showModel();
+    form.offerWords(await words());
   } catch (error) {
     showError(error.message);
   }

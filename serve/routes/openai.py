@@ -1,5 +1,6 @@
 """OpenAI's image and model endpoints with this server's extensions."""
 
+import base64
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,18 +15,21 @@ from starlette.responses import Response
 
 from sdrt.bundle import parse_size
 from sdrt.runtime.images import image_from_bytes
+from sdrt.serve.control import CONTROL_IMAGES, build_control_options
 from sdrt.serve.dependencies import ServerContext, get_context
 from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.generation import build_openai_request, respond
 from sdrt.serve.image_encoding import MAX_PIXELS, mask_from_alpha
 from sdrt.serve.model_cards import get_card
 from sdrt.serve.model_manager import LoadedModel
-from sdrt.serve.schemas import EditRequest, GenerationRequest
+from sdrt.serve.schemas import ControlFields, EditRequest, GenerationRequest
 from sdrt.serve.strict_json import StrictRoute
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
 IMAGE_FIELDS = ("image", "image[]")
+# Fields that a form may repeat.
+LIST_FIELDS = (*ControlFields.model_fields, "guidance_interval")
 FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
@@ -57,6 +61,8 @@ def _describe_model(context: ServerContext, name: str) -> dict[str, Any]:
         "sizes": sizes,
         "default_size": sizes[0] if sizes else None,
         "size_multiple": manifest.multiple if manifest else None,
+        "controlnets": list(loaded.pipe.control_nets) if loaded else [],
+        "ip_adapter": loaded.pipe.ip_adapter.name if loaded and loaded.pipe.ip_adapter else None,
         "description": card.description,
         "prompt_examples": card.prompt_examples,
     }
@@ -67,7 +73,9 @@ async def generations(request: Request, body: GenerationRequest) -> Response:
     """Generate images from a prompt."""
     context = get_context(request)
     model = context.models.get(body.model)
-    return await respond(request, body, build_openai_request(model, body, {}), "image_generation")
+    inputs = await context.run_in_thread(build_control_options, body)
+    engine_request = build_openai_request(model, body, inputs)
+    return await respond(request, body, engine_request, "image_generation")
 
 
 EDIT_FORM = {
@@ -84,13 +92,14 @@ async def edits(request: Request) -> Response:
     context = get_context(request)
     _require_form(request)
     try:
-        async with request.form(max_files=4, max_fields=60) as form:
-            body = _parse_edit_form(form)
+        async with request.form(max_files=16, max_fields=80) as form:
+            body = await _parse_edit_form(form)
             files = {name: await _read_upload(form, name) for name in (*IMAGE_FIELDS, "mask")}
     except MultiPartException as error:
         raise ApiError(400, f"invalid form: {error.message}", code="invalid_form") from None
     model = context.models.get(body.model)
     inputs = await context.run_in_thread(_decode_uploads, files)
+    inputs |= await context.run_in_thread(build_control_options, body)
     if body.size in (None, "auto"):
         body.size = _nearest_size(model, inputs["image"])
     inputs |= {"strength": body.strength}
@@ -104,16 +113,29 @@ def _require_form(request: Request) -> None:
         raise ApiError(415, message, code="invalid_type")
 
 
-def _parse_edit_form(form: FormData) -> EditRequest:
-    """Validate the fields of the form, whose numbers are text; rejects duplicate fields."""
-    fields = {name: value for name, value in form.items() if name not in (*IMAGE_FIELDS, "mask")}
+async def _parse_edit_form(form: FormData) -> EditRequest:
+    """Validate the fields of the form, whose numbers are text; rejects duplicates but of lists."""
+    fields: dict[str, Any] = {}
     for name in form:
-        if len(form.getlist(name)) > 1:
+        if name in (*IMAGE_FIELDS, "mask"):
+            continue
+        values = [await _read_field(name, value) for value in form.getlist(name)]
+        fields[name] = values if name in LIST_FIELDS and len(values) > 1 else values[0]
+        if len(values) > 1 and name not in LIST_FIELDS:
             raise ApiError(400, f"duplicate field {name!r}", name)
     try:
         return EditRequest.model_validate(fields, strict=False)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from None
+
+
+async def _read_field(name: str, value: UploadFile | str) -> str:
+    """The text of a field; of an image that is a file, its base64."""
+    if isinstance(value, str):
+        return value
+    if name not in CONTROL_IMAGES:
+        raise ApiError(400, f"{name} must be text, not a file", name)
+    return base64.b64encode(await value.read()).decode("ascii")
 
 
 async def _read_upload(form: FormData, name: str) -> bytes | None:

@@ -16,9 +16,9 @@ PROMPT = "a red circle on a blue background"
 
 
 @contextmanager
-def run_server(bundle, names=("shapes",), **settings):
+def run_server(bundle, names=("shapes",), controlnet=(), **settings):
     """A ready server in a thread; stopped and joined afterwards."""
-    load = partial(sdrt.load, bundle, backend="onnxruntime")
+    load = partial(sdrt.load, bundle, backend="onnxruntime", controlnet=controlnet)
     server = Server(dict.fromkeys(names, ModelSource(load)), Settings(port=0, **settings))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -12,6 +12,9 @@ from .common import BACKENDS, add_bundle, add_embedding, integer, number
 MAX_QUEUE = 10_000  # images
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sdrt.bundle import Bundle
     from sdrt.serve.model_manager import ModelSource
     from sdrt.serve.settings import Settings
 
@@ -37,6 +40,19 @@ def add_serve(to: argparse.ArgumentParser) -> None:
     )
     to.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="inference backend (default: auto)"
+    )
+    to.add_argument(
+        "--controlnet",
+        action="append",
+        default=[],
+        metavar="NAME|FOLDER",
+        help="ControlNet or T2I-Adapter that requests may use, for the bundles that it fits; "
+        "repeatable",
+    )
+    to.add_argument(
+        "--ip-adapter",
+        metavar="NAME|FOLDER",
+        help="IP-Adapter that requests may use, for the bundles that it fits",
     )
     add_embedding(to)
     to.add_argument(
@@ -158,9 +174,11 @@ def sources_from_arguments(args: argparse.Namespace) -> "dict[str, ModelSource]"
     from sdrt.serve.model_manager import ModelSource
 
     precision = "exact" if args.exact else "auto"
-    sources = {}
-    for name in args.bundle or [None]:
-        bundle = open_bundle(name)
+    bundles = [open_bundle(name) for name in args.bundle or [None]]
+    nets = _assign_nets(bundles, [open_bundle(name) for name in args.controlnet])
+    adapters = _assign_nets(bundles, [open_bundle(args.ip_adapter)] if args.ip_adapter else [])
+    sources: dict[str, ModelSource] = {}
+    for bundle, own_nets, own_adapters in zip(bundles, nets, adapters, strict=True):
         if bundle.manifest.name in sources:
             raise UsageError(
                 f"two bundles have the name {bundle.manifest.name}", hint="serve only one of them"
@@ -170,10 +188,30 @@ def sources_from_arguments(args: argparse.Namespace) -> "dict[str, ModelSource]"
             bundle.folder,
             backend=args.backend,
             precision=precision,
+            controlnet=own_nets,
+            ip_adapter=next(iter(own_adapters), None),
             embeddings=args.embedding,
         )
         sources[bundle.manifest.name] = ModelSource(one, bundle.folder / "plans")
     return sources
+
+
+def _assign_nets(bundles: "Sequence[Bundle]", nets: "Sequence[Bundle]") -> list[list[Path]]:
+    """The folders of the nets that fit each bundle; raises UsageError for a net that fits none."""
+    from sdrt.runtime.loading import unloaded_pipeline
+
+    fitting: list[list[Path]] = [[] for _ in bundles]
+    for net in nets:
+        reasons = []
+        for bundle, own in zip(bundles, fitting, strict=True):
+            try:
+                unloaded_pipeline(bundle, [net])
+                own.append(net.folder)
+            except UsageError as error:
+                reasons.append(error)
+        if len(reasons) == len(bundles):
+            raise reasons[0]
+    return fitting
 
 
 def settings_from_arguments(args: argparse.Namespace) -> "Settings":

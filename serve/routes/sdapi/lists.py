@@ -14,6 +14,7 @@ from sdrt.serve.dependencies import get_context
 from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.strict_json import StrictRoute
 
+from .control import SCRIPT
 from .sampling import list_samplers, list_schedulers
 
 router = APIRouter(route_class=StrictRoute)
@@ -28,7 +29,6 @@ CONSTANT_LISTS: dict[str, Any] = {
     "prompt-styles": [],
     "sd-vae": [],
     "sd-modules": [],
-    "scripts": {"txt2img": [], "img2img": []},
     "script-info": [],
     "extensions": [],
 }
@@ -88,6 +88,14 @@ async def loras() -> Response:
             for name, path in list_loras().items()
         ]
     )
+
+
+@router.get(f"{API}/scripts")
+async def scripts(request: Request) -> Response:
+    """ControlNet where the default model has a net or an IP-Adapter: clients look for it here."""
+    pipe = get_context(request).models.get(None).pipe
+    names = [SCRIPT] if pipe.control_nets or pipe.ip_adapter else []
+    return json_response({"txt2img": names, "img2img": names})
 
 
 @router.get(f"{API}/embeddings")

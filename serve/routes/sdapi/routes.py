@@ -25,6 +25,7 @@ from sdrt.serve.model_manager import LoadedModel
 from sdrt.serve.schemas import HiresRequest, ImageToImageRequest, PngInfoRequest, TextToImageRequest
 from sdrt.serve.strict_json import StrictRoute
 
+from .control import InputImage, build_control_options, take_units
 from .fields import IGNORED, IMG2IMG_ONLY, TXT2IMG_ONLY, check_fields
 from .hires import build_hires_options
 from .inpainting import InpaintingSettings, PreparedInput, prepare_input
@@ -38,22 +39,30 @@ T = TypeVar("T")
 @router.post("/txt2img")
 async def txt2img(request: Request, body: HiresRequest) -> Response:
     """Generate images from a prompt."""
-    check_fields(body.model_extra or {}, IGNORED | IMG2IMG_ONLY)
-    options = request_options(request, body.override_settings)
-    model = get_context(request).models.get(options["sd_model_checkpoint"])
-    hires = build_hires_options(model, body)
-    engine_request = build_sdapi_request(model, body, options, hires)
+    extra, units = take_units(body.model_extra or {})
+    check_fields(extra, IGNORED | IMG2IMG_ONLY)
+    context, options = get_context(request), request_options(request, body.override_settings)
+    model = context.models.get(options["sd_model_checkpoint"])
+    size = _requested_size(model, body)
+    control = await context.run_in_thread(build_control_options, model, units, size, None)
+    inputs = {**build_hires_options(model, body), **control}
+    engine_request = build_sdapi_request(model, body, options, inputs)
     return await _run_job(request, body, engine_request, options, None)
 
 
 @router.post("/img2img")
 async def img2img(request: Request, body: ImageToImageRequest) -> Response:
     """Generate images from a prompt and an input image."""
-    check_fields(body.model_extra or {}, IGNORED | TXT2IMG_ONLY)
+    extra, units = take_units(body.model_extra or {})
+    check_fields(extra, IGNORED | TXT2IMG_ONLY)
     context, options = get_context(request), request_options(request, body.override_settings)
     model = context.models.get(options["sd_model_checkpoint"])
-    prepared = await context.run_in_thread(_prepare, body, _requested_size(model, body))
-    inputs = {**prepared.options, "strength": _value_or(body.denoising_strength, 0.75)}
+    size = _requested_size(model, body)
+    prepared = await context.run_in_thread(_prepare, body, size)
+    start = InputImage(prepared.image, bool(body.mask) and _inpainting_settings(body).only_masked)
+    control = await context.run_in_thread(build_control_options, model, units, size, start)
+    strength = _value_or(body.denoising_strength, 0.75)
+    inputs = {**prepared.options, "strength": strength, **control}
     engine_request = build_sdapi_request(model, body, options, inputs)
     return await _run_job(request, body, engine_request, options, prepared)
 

@@ -16,6 +16,7 @@ from sdrt.serve.app import create_app
 from sdrt.serve.model_manager import ModelSource
 from sdrt.serve.routes.sdapi import fields as sdapi_fields
 from sdrt.serve.routes.sdapi import options as sdapi_options
+from sdrt.serve.routes.sdapi.control import ControlNetUnit
 from sdrt.serve.schemas import HiresRequest, ImageToImageRequest
 from sdrt.serve.settings import Settings
 
@@ -484,6 +485,13 @@ def test_docs_describe_every_used_field():
     for name, field in (hires | ImageToImageRequest.model_fields).items():
         default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
         assert f"| `{name}` | {default} | {field.description or ''} |\n" in text
+
+
+def test_docs_describe_every_field_of_a_controlnet_unit():
+    assert rows("Units of ControlNet") == set(ControlNetUnit.model_fields)
+    for name, field in ControlNetUnit.model_fields.items():
+        row = f"| `{name}` | `{json.dumps(field.default)}` | {field.description or ''} |\n"
+        assert row in DOCS.read_text()
 
 
 def test_docs_name_every_field_and_option():

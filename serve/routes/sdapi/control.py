@@ -1,0 +1,286 @@
+"""Units of the ControlNet extension of A1111 (`alwayson_scripts.controlnet`) as generation
+options, and the lists that its clients read.
+
+Follows the rule of `fields`: what would change the image and is not supported is rejected by name.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from PIL.Image import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.responses import Response
+
+from sdrt.runtime.images import convert_to_rgb
+from sdrt.serve.dependencies import get_context
+from sdrt.serve.errors import ApiError, json_response
+from sdrt.serve.image_encoding import decode_base64_image
+from sdrt.serve.model_manager import LoadedModel
+from sdrt.serve.strict_json import StrictRoute
+
+from .fields import is_neutral
+from .inpainting import CROP, FILL, JUST_RESIZE, Size, resize_image
+from .options import match_model_name
+
+router = APIRouter(prefix="/controlnet", route_class=StrictRoute)
+log = logging.getLogger("sdrt.serve")
+
+SCRIPT = "controlnet"
+VERSION = 3  # of the extension's API
+MAX_UNITS = 8
+# The extension's names of its modes, and those of its older versions.
+RESIZE_MODES = {
+    "just resize": JUST_RESIZE,
+    "inner fit (scale to fit)": CROP,
+    "crop and resize": CROP,
+    "scale to fit (inner fit)": CROP,
+    "outer fit (shrink to fit)": FILL,
+    "resize and fill": FILL,
+    "envelope (outer fit)": FILL,
+    "0": JUST_RESIZE,
+    "1": CROP,
+    "2": FILL,
+}
+# Preprocessors that leave an image as it is, and those of IP-Adapters, which have no other.
+NO_MODULE = ("none", "")
+IP_ADAPTER_MODULES = ("ip-adapter", "clip")
+# By field: the values that change nothing; the first is reported.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "control_mode": ("Balanced", 0, "0"),
+    "guessmode": (False, 0),
+    "mask": (None, ""),
+    "mask_image": (None, ""),
+    "effective_region_mask": (None, ""),
+    "hr_option": ("Both", "HiResFixOption.BOTH", 0),
+    "union_control_type": ("Unknown",),
+    "batch_images": ("", None),
+    "ipadapter_input": (None, []),
+    "advanced_weighting": (None, []),
+    "pulid_mode": ("Fidelity",),
+    "batch_modifiers": ([],),
+}
+# By field: why it has no effect here.
+IGNORED: dict[str, str] = {
+    **dict.fromkeys(("low_vram", "lowvram"), "memory is planned for all components"),
+    **dict.fromkeys(
+        ("processor_res", "threshold_a", "threshold_b", "pixel_perfect"), "read by preprocessors"
+    ),
+    **dict.fromkeys(("save_detected_map", "use_preview_as_input", "loopback"), "of the web page"),
+    **dict.fromkeys(("is_ui", "input_mode", "batch_image_dir", "output_dir"), "of the web page"),
+    **dict.fromkeys(("generated_image", "batch_mask_dir", "animatediff_batch"), "of the web page"),
+    "inpaint_crop_input_image": "read with inpaint_full_res",
+}
+
+
+class ControlNetUnit(BaseModel):
+    """One unit; other fields are checked by name."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    model: str | None = Field(None, description="a net of controlnet/model_list, or an IP-Adapter")
+    image: str | dict[str, str | None] | None = Field(
+        None, description="base64; without it that of img2img"
+    )
+    input_image: str | None = Field(None, description="an older name of image")
+    weight: float | None = Field(1.0, ge=0.0, le=2.0)
+    guidance_start: float | None = Field(0.0, ge=0.0, le=1.0)
+    guidance_end: float | None = Field(1.0, ge=0.0, le=1.0)
+    resize_mode: str | int | None = Field(
+        "Crop and Resize", description="of a control image of another ratio"
+    )
+    module: str | None = Field(
+        "none", description="rejected unless none: send images that are preprocessed"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class InputImage:
+    """The image of img2img, which units without an image of their own read."""
+
+    image: Image
+    only_masked: bool
+
+
+def take_units(extra: Mapping[str, Any]) -> tuple[dict[str, Any], list[ControlNetUnit]]:
+    """The fields without the units, and the units that are enabled.
+
+    Args:
+        extra: The fields of a request that its schema does not define.
+
+    Raises:
+        ApiError: 400 for what is not a list of units.
+    """
+    scripts = extra.get("alwayson_scripts")
+    if not isinstance(scripts, dict):
+        return dict(extra), []
+    others, units = {}, []
+    for name, script in scripts.items():
+        if name.casefold() == SCRIPT:
+            units += _parse_units(script.get("args") if isinstance(script, dict) else script)
+        else:
+            others[name] = script
+    return {**extra, "alwayson_scripts": others}, units
+
+
+def _parse_units(arguments: Any) -> list[ControlNetUnit]:
+    listed = [arguments] if isinstance(arguments, dict) else arguments or []
+    if not isinstance(listed, list) or not all(isinstance(unit, dict | None) for unit in listed):
+        raise _error("args: expected a list of units")
+    enabled = [unit for unit in listed if unit and unit.get("enabled", True) not in (False, 0)]
+    if len(enabled) > MAX_UNITS:
+        raise _error(f"{len(enabled)} units; expected at most {MAX_UNITS}")
+    try:
+        units = [ControlNetUnit.model_validate(unit) for unit in enabled]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"][:1]))
+        raise _error(f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    for unit in units:
+        _check_unit(unit)
+    return units
+
+
+def _check_unit(unit: ControlNetUnit) -> None:
+    for name, value in (unit.model_extra or {}).items():
+        if name == "enabled":
+            continue
+        if name in IGNORED:
+            log.debug("Ignoring %s of a ControlNet unit: %s", name, IGNORED[name])
+        elif name not in NEUTRAL:
+            raise _error(f"unknown field {name!r}; remove it")
+        elif not is_neutral(value, NEUTRAL[name]):
+            raise _error(f"{name} is not supported; remove it or send {NEUTRAL[name][0]!r}")
+    if str(unit.resize_mode).casefold() not in (*RESIZE_MODES, "none"):
+        modes = "Just Resize, Crop and Resize or Resize and Fill"
+        raise _error(f"resize_mode {unit.resize_mode!r}; expected {modes}")
+
+
+def _error(message: str) -> ApiError:
+    return ApiError(
+        400, f"alwayson_scripts: controlnet: {message}", "alwayson_scripts", "unsupported_parameter"
+    )
+
+
+def build_control_options(
+    model: LoadedModel, units: Sequence[ControlNetUnit], size: Size, start: InputImage | None
+) -> dict[str, Any]:
+    """The options of a request's units; empty without one.
+
+    Args:
+        model: The model to use.
+        units: Those that are enabled.
+        size: (width, height) of the images.
+        start: The input of img2img, if any.
+
+    Raises:
+        ApiError: 400 for a net that is not loaded, and for what is not supported.
+        UsageError: For an image that cannot be decoded.
+    """
+    adapter = model.pipe.ip_adapter
+    nets: list[tuple[str, ControlNetUnit]] = []
+    prompts: list[ControlNetUnit] = []
+    for unit in units:
+        known = [*model.pipe.control_nets, *([adapter.name] if adapter else [])]
+        name = match_model_name(unit.model or "", known)
+        if name is None:
+            loaded = f"loaded are {', '.join(known)}" if known else "none is loaded"
+            raise _error(f"unknown model {unit.model!r}; {loaded} (`sdrt serve --controlnet`)")
+        is_prompt = adapter is not None and name == adapter.name
+        _check_module(unit, is_prompt)
+        if is_prompt:
+            prompts.append(unit)
+        else:
+            nets.append((name, unit))
+    options: dict[str, Any] = _image_prompt_options(prompts, start)
+    if nets:
+        options |= {
+            "controlnet": [name for name, _ in nets],
+            "control_image": [_fit(_read_image(unit, start), size, unit) for _, unit in nets],
+            "controlnet_conditioning_scale": [_value(unit.weight, 1.0) for _, unit in nets],
+            "control_guidance_start": [_value(unit.guidance_start, 0.0) for _, unit in nets],
+            "control_guidance_end": [_value(unit.guidance_end, 1.0) for _, unit in nets],
+        }
+    return options
+
+
+def _check_module(unit: ControlNetUnit, is_prompt: bool) -> None:
+    module = (unit.module or "none").casefold()
+    if module in NO_MODULE or (is_prompt and module.startswith(IP_ADAPTER_MODULES)):
+        return
+    raise _error(
+        f"module {unit.module!r} is not supported: send the image that it would make, with module "
+        "'none'"
+    )
+
+
+def _image_prompt_options(
+    units: Sequence[ControlNetUnit], start: InputImage | None
+) -> dict[str, Any]:
+    if not units:
+        return {}
+    if len(units) > 1:
+        raise _error(f"{len(units)} units of an IP-Adapter; expected one")
+    (unit,) = units
+    if (_value(unit.guidance_start, 0.0), _value(unit.guidance_end, 1.0)) != (0.0, 1.0):
+        raise _error("guidance_start and guidance_end of an IP-Adapter; expected 0 and 1")
+    image = _read_image(unit, start)
+    return {"ip_adapter_image": [image], "ip_adapter_scale": _value(unit.weight, 1.0)}
+
+
+def _read_image(unit: ControlNetUnit, start: InputImage | None) -> Image:
+    source: Any = unit.image or unit.input_image
+    if isinstance(source, dict):
+        if source.get("mask"):
+            raise _error("mask of an image is not supported; remove it")
+        source = source.get("image")
+    if start is not None and start.only_masked:
+        raise _error("inpaint_full_res true is not supported with units; send false")
+    if source:
+        return decode_base64_image(source)
+    if start is None:
+        raise _error(f"unit of {unit.model!r} without an image; send one as base64")
+    return start.image
+
+
+def _fit(image: Image, size: Size, unit: ControlNetUnit) -> Image:
+    mode = RESIZE_MODES.get(str(unit.resize_mode).casefold(), CROP)
+    return resize_image(convert_to_rgb(image), size, mode)
+
+
+def _value(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+@router.get("/version")
+async def version() -> Response:
+    """The version of the extension's API."""
+    return json_response({"version": VERSION})
+
+
+@router.get("/model_list")
+async def model_list(request: Request) -> Response:
+    """The nets and the IP-Adapter of the default model, as `model` names them."""
+    pipe = get_context(request).models.get(None).pipe
+    adapter = [pipe.ip_adapter.name] if pipe.ip_adapter else []
+    return json_response({"model_list": [*pipe.control_nets, *adapter]})
+
+
+@router.get("/module_list")
+async def module_list() -> Response:
+    """The preprocessors: none."""
+    return json_response({"module_list": ["none"], "module_detail": {}})
+
+
+@router.get("/settings")
+async def settings() -> Response:
+    """How many units a request may have."""
+    return json_response({"control_net_unit_count": MAX_UNITS})
+
+
+@router.post("/detect")
+async def detect() -> Response:
+    """Rejected: there are no preprocessors."""
+    raise ApiError(400, "detect is not supported: there are no preprocessors")
