@@ -114,7 +114,8 @@ class _Nodes:
         return converted
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        shape = ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype))
         value.const_value = tensor
         self.graph.initializers[name] = value
         return value
