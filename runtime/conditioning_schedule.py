@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sdrt.bundle.manifest import IP_ADAPTER_KV, IP_ADAPTER_SCALE
 from sdrt.engine import Feeds
+
+IMAGE_PROMPT = (IP_ADAPTER_KV, IP_ADAPTER_SCALE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,8 +39,17 @@ class ConditioningSchedule:
 
     @property
     def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """The shape of one row of every input; rows of equal shapes can share a batch."""
-        return tuple((name, value.shape[1:]) for name, value in self.inputs.items())
+        """The shape of one row of every input but an image prompt's; rows of equal shapes can share
+        a batch, if their image prompts have one number of tokens or are missing.
+        """
+        named = self.inputs.items()
+        return tuple((name, value.shape[1:]) for name, value in named if name not in IMAGE_PROMPT)
+
+    @property
+    def image_tokens(self) -> int:
+        """Of an image prompt; 0 without."""
+        keys_values = self.inputs.get(IP_ADAPTER_KV)
+        return 0 if keys_values is None else keys_values.shape[1]
 
     def select_rows(self, evaluation: int, count: int) -> tuple[int, ...]:
         """The last `count` rows of an evaluation, or all for 0: without guidance the negative one

@@ -233,7 +233,7 @@ class DenoisingState:
     @property
     def has_image_prompt(self) -> bool:
         """Whether the UNet reads an IP-Adapter's tokens."""
-        return IP_ADAPTER_KV in self.conditioning.inputs
+        return self.conditioning.image_tokens > 0
 
     @property
     def control_cost(self) -> float:
@@ -360,7 +360,8 @@ class BatchBuilder:
         self._timesteps = np.zeros(count, np.float32)
         self._conditioning = {
             name: np.zeros((count, *value.shape[1:]), value.dtype)
-            for name, value in first.conditioning.inputs.items()
+            for state, _ in placed  # some have an image prompt, for the others it is zeros
+            for name, value in state.conditioning.inputs.items()
         }
         self._conditioning_rows = {}
         at = 0

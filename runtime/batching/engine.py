@@ -381,6 +381,7 @@ class InflightBatcher:
         with self._changed:
             handle.scheduled.batch_key = (*handle.scheduled.batch_key[:2], shapes)  # type: ignore[index]
             handle.scheduled.component = run.component
+            handle.scheduled.image_tokens = run.conditioning.image_tokens
             handle.run, handle.edit, handle.state = run, edit, "running"
             self._changed.notify_all()
 

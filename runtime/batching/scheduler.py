@@ -53,6 +53,7 @@ class ScheduledRequest:
             shallow part.
         later_pass: The pass that follows, if any.
         control_cost: Of its ControlNets, relative to the model, on average over its evaluations.
+        image_tokens: Of its image prompt; 0 without, which shares calls with any number.
     """
 
     batch_key: Hashable
@@ -67,6 +68,7 @@ class ScheduledRequest:
     full_fraction: float = 1.0
     later_pass: ScheduledPass | None = None
     control_cost: float = 0.0
+    image_tokens: int = 0
 
     @property
     def total_evaluations_left(self) -> int:
@@ -105,11 +107,14 @@ def select_batch(
     """
     first = ordered[0]
     free, batch = max(max_rows(first.batch_key), first.num_rows), []
+    tokens = 0
     for request in ordered:
         same = request.batch_key == first.batch_key and request.component == first.component
-        if same and request.num_rows <= free:
+        alike = not (tokens and request.image_tokens) or request.image_tokens == tokens
+        if same and alike and request.num_rows <= free:
             batch.append(request)
             free -= request.num_rows
+            tokens = tokens or request.image_tokens
     return batch
 
 

@@ -61,6 +61,36 @@ def load_reference(unet, weights: dict):
     return unet.eval()
 
 
+def photo(seed: int = 9):
+    """Blocks of random colours, higher than wide."""
+    import numpy as np
+    from PIL import Image
+
+    blocks = np.random.default_rng(seed).integers(0, 255, (6, 5, 3), np.uint8)
+    return Image.fromarray(blocks.repeat(8, 0).repeat(8, 1))
+
+
+def load_pipeline(kind: str, own, adapter: tuple[Path, Path], scale, **parts):
+    """One of diffusers' pipelines with an adapter, and with the scheduler of ours."""
+    import diffusers
+
+    file, encoder = adapter
+    config = own.scheduler_config
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    pipe = getattr(diffusers, kind)(**parts, scheduler=scheduler)
+    pipe.load_ip_adapter(
+        str(file.parent),
+        subfolder="",
+        weight_name=file.name,
+        image_encoder_folder=encoder.name,
+        low_cpu_mem_usage=False,
+        local_files_only=True,
+    )
+    pipe.set_ip_adapter_scale(scale)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def image_states(config, count: int = 2):
     import torch
 

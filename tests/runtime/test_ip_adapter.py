@@ -8,14 +8,15 @@ import pytest
 import torch
 import transformers
 from exports import built_ip_adapter
-from ip_adapters import write_ip_adapter
-from PIL import Image
+from ip_adapters import load_pipeline, photo, write_ip_adapter
 from safetensors.torch import load_file
 
 import sdrt
 from sdrt.cli.main import main
 from sdrt.errors import UsageError
+from sdrt.runtime.arguments import parse_options
 from sdrt.runtime.batching.engine import InflightBatcher
+from sdrt.runtime.denoising import BatchBuilder
 
 pytestmark = [
     pytest.mark.reference,
@@ -61,31 +62,11 @@ def pipe(tiny_bundle, adapter):
         yield loaded
 
 
-def photo(seed=9):
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 255, (6, 5, 3), np.uint8)
-    return Image.fromarray(blocks.repeat(8, 0).repeat(8, 1))
-
-
 def reference(parts, tiny, adapter, own, scale, **arguments):
     """diffusers' image, [H, W, 3] in [0, 1]."""
-    file, encoder, _ = adapter
-    config = own.scheduler_config
-    theirs = diffusers.StableDiffusionPipeline(
-        **parts,
-        unet=diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet").eval(),
-        scheduler=getattr(diffusers, config["_class_name"]).from_config(config),
-    )
-    theirs.load_ip_adapter(
-        str(file.parent),
-        subfolder="",
-        weight_name=file.name,
-        image_encoder_folder=encoder.name,
-        low_cpu_mem_usage=False,
-        local_files_only=True,
-    )
-    theirs.set_ip_adapter_scale(scale)
-    theirs.set_progress_bar_config(disable=True)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet").eval()
+    kind = "StableDiffusionPipeline"
+    theirs = load_pipeline(kind, own, adapter[:2], scale, **parts, unet=unet)
     generator = torch.Generator("cpu").manual_seed(3)
     return theirs(
         PROMPT,
@@ -156,6 +137,37 @@ def test_images_in_flight_have_the_bytes_of_images_alone(tiny_bundle, adapter, b
         alone = [run(request)[0] for request in requests]
         for one, other in zip(alone, run(*requests), strict=True):
             assert np.array_equal(one, other)
+
+
+def prepared_state(pipe, options):
+    job = pipe.create_job(PROMPT, parse_options({"num_inference_steps": STEPS, **options}))
+    ((_, state, _),) = pipe.prepare_states(job)
+    return state
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch"])
+def test_rows_with_and_without_image_prompts_share_a_call(tiny_bundle, adapter, backend):
+    requests = [
+        {"seed": 1},
+        {"seed": 2, "ip_adapter_image": photo(1)},
+        {"seed": 3, "guidance_scale": 1.0},
+    ]
+    with sdrt.load(tiny_bundle, backend=backend, ip_adapter=adapter[2]) as pipe:
+        scales = np.linspace(0.0, 1.0, pipe.ip_adapter.layers).tolist()
+        requests.append({"seed": 4, "ip_adapter_image": photo(2), "ip_adapter_scale": scales})
+
+        def run(requests):
+            states = [prepared_state(pipe, request) for request in requests]
+            keys = {state.conditioning.shapes for state in states}
+            assert len(keys) == 1  # what the batcher groups by
+            builder = BatchBuilder(8)  # results of some backends depend on the rows of a call
+            for _ in range(STEPS):
+                builder.evaluate(pipe.engines, states)
+            return [state.latents for state in states]
+
+        alone = [run([request])[0] for request in requests]
+        for one, other in zip(alone, run(requests), strict=True):
+            assert one.tobytes() == other.tobytes()
 
 
 def test_bad_image_prompts_are_refused(pipe, tiny_bundle, tiny_xl_bundle, adapter):

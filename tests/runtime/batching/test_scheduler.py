@@ -104,6 +104,14 @@ def test_a_batch_has_one_key_and_fits():
     ]  # more than max_rows runs alone
 
 
+def test_image_prompts_share_calls_with_those_of_their_length_and_with_none():
+    base, plus = scheduled(1, image_tokens=4), scheduled(1, image_tokens=16)
+    plain, other = scheduled(1), scheduled(1, image_tokens=4)
+    ordered = [plain, base, plus, other]
+    assert select_batch(ordered, ESTIMATES.max_rows) == [plain, base, other]
+    assert select_batch([plus, other, plain], ESTIMATES.max_rows) == [plus, plain]
+
+
 @pytest.mark.integration
 def test_short_requests_do_not_starve_a_long_one():
     long = scheduled(50, rows=8)
