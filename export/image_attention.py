@@ -37,8 +37,9 @@ def add_image_attention(graph: ir.Graph, config: UnetConfig) -> None:
     scales = nodes.split(scale, 1, [1] * len(layers))
     graph.insert_before(graph[0], nodes.take())
     for i, node in enumerate(layers):
-        _attend(nodes, node, keys_values[2 * i : 2 * i + 2], scales[i])
-        graph.insert_after(node, nodes.take())
+        joined = _join_of_heads(node)
+        _attend(nodes, node, joined, keys_values[2 * i : 2 * i + 2], scales[i])
+        graph.insert_after(joined, nodes.take())
 
 
 def _cross_attentions(graph: ir.Graph, config: UnetConfig) -> list[ir.Node]:
@@ -121,33 +122,54 @@ class _Nodes:
         return value
 
 
+def _join_of_heads(attention: ir.Node) -> ir.Node:
+    """What reshapes an attention's output to [rows, positions, channels]. The sum is there: up to
+    it, backends fuse the attention to the text as they do in the plain graph.
+    """
+    node = attention
+    while node.op_type != "Reshape":
+        ((node, _),) = node.outputs[0].uses()
+    return node
+
+
 def _logit_scale(attention: ir.Node, channels: int) -> float:
     scale = attention.attributes.get("scale")
     return float(channels**-0.5 if scale is None else scale.value)
 
 
-def _attend(nodes: _Nodes, node: ir.Node, keys_values: Sequence[ir.Value], scale: ir.Value) -> None:
+def _attend(
+    nodes: _Nodes,
+    node: ir.Node,
+    join: ir.Node,
+    keys_values: Sequence[ir.Value],
+    scale: ir.Value,
+) -> None:
     """Add a second attention of the same query, times a scale, to a cross-attention's output."""
-    output, query = node.outputs[0], node.inputs[0]
+    output, query, joined = node.outputs[0], node.inputs[0], join.outputs[0]
     assert query is not None
-    readers, prefix = list(output.uses()), f"image_{node.name}"
+    readers, prefix = list(joined.uses()), f"image_{node.name}"
     _, heads, _, channels = _dims(output)
     by_head = nodes.constant(f"{prefix}_heads", [0, 0, int(heads), int(channels)])
-    # Written out: TensorRT for RTX 1.7 crashes on a second Attention of one query.
-    pair = []
-    for part, perm in zip(keys_values, ([0, 2, 3, 1], [0, 2, 1, 3]), strict=True):
-        split = nodes.cast(nodes.add("Reshape", f"{part.name}_heads", part, by_head), output)
-        pair.append(nodes.add("Transpose", f"{part.name}_by_head", split, perm=perm))
-    keys, values = pair
     alone = nodes.constant(f"{prefix}_alone", [-1, 1, 1, 1])
     factor = nodes.cast(nodes.add("Reshape", f"{scale.name}_alone", scale, alone), output)
     root = nodes.scalar(f"{prefix}_root", _logit_scale(node, int(channels)), output)
-    scaled_query = nodes.add("Mul", f"{prefix}_query", query, root)
-    logits = nodes.add("MatMul", f"{prefix}_logits", scaled_query, keys)
+    # Written out: TensorRT for RTX 1.7 crashes on a second Attention of one query. Scaled are keys
+    # and values, which are small, not the query and the result.
+    pair = []
+    for part, perm, by in zip(
+        keys_values, ([0, 2, 3, 1], [0, 2, 1, 3]), (root, factor), strict=True
+    ):
+        split = nodes.cast(nodes.add("Reshape", f"{part.name}_heads", part, by_head), output)
+        scaled = nodes.add("Mul", f"{part.name}_scaled", split, by)
+        pair.append(nodes.add("Transpose", f"{part.name}_by_head", scaled, perm=perm))
+    keys, values = pair
+    logits = nodes.add("MatMul", f"{prefix}_logits", query, keys)
     weights = nodes.add("Softmax", f"{prefix}_weights", logits, axis=-1)
     attended = nodes.add("MatMul", prefix, weights, values)
-    scaled = nodes.add("Mul", f"{prefix}_scaled", attended, factor)
-    total = nodes.add("Add", f"{prefix}_sum", output, scaled)
-    total.shape = output.shape
+    turned = nodes.add("Transpose", f"{prefix}_by_position", attended, perm=[0, 2, 1, 3])
+    width = nodes.constant(f"{prefix}_width", [0, 0, int(heads) * int(channels)])
+    own = nodes.cast(nodes.add("Reshape", f"{prefix}_joined", turned, width), joined)
+    total = nodes.add("Add", f"{prefix}_sum", joined, own)
+    total.shape = joined.shape
     for reader, index in readers:
         reader.replace_input_with(index, total)

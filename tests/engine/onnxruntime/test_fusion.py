@@ -67,6 +67,11 @@ def test_fused_attention_is_loaded_from_the_cache_and_computes_the_same(bundle, 
     assert json.loads(plan.with_suffix(".json").read_text())["parity"]["cosine"] > 0.9999
 
 
+def test_control_inputs_leave_attention_fused(bundle, tmp_path):
+    write_fused_graph(bundle.graph("unet_control"), tmp_path / "fused.onnx")
+    assert counted(tmp_path / "fused.onnx") == FUSED["unet"]
+
+
 def test_other_weights_are_for_fused_graphs_too(bundle):
     component = bundle.manifest.components["unet"]
     feeds = feeds_of(component)
