@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TINY_VAE = "madebyollin/taesd"
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+BATCH = "1:1:4"  # MIN:OPT:MAX, unless it is passed
 
 
 def add_build(to: argparse.ArgumentParser) -> None:
@@ -141,7 +142,7 @@ def _add_shapes(to: argparse.ArgumentParser) -> None:
     )
     shapes.add_argument(
         "--batch",
-        default="1:1:4",
+        default=BATCH,
         metavar="MIN:OPT:MAX|auto",
         help="images per call (default: 1:1:4)",
     )
@@ -173,6 +174,7 @@ def _build_upscaler(args: argparse.Namespace) -> "Bundle":
     from sdrt.library import build_upscaler
 
     _refuse_model_options(args, "--upscaler")
+    _refuse_shapes(args, "--upscaler")
     return build_upscaler(
         args.upscaler,
         output=args.output,
@@ -188,6 +190,7 @@ def _build_ip_adapter(args: argparse.Namespace) -> "Bundle":
     from sdrt.library import build_ip_adapter
 
     _refuse_model_options(args, "--ip-adapter")
+    _refuse_shapes(args, "--ip-adapter")
     return build_ip_adapter(
         args.ip_adapter,
         image_encoder=args.image_encoder,
@@ -238,6 +241,12 @@ def _refuse_model_options(args: argparse.Namespace, source: str) -> None:
         if value is not None and value is not False and value != []:
             option = f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} is an option of models, not of {source}")
+
+
+def _refuse_shapes(args: argparse.Namespace, source: str) -> None:
+    for option, has_value in (("--size", args.size), ("--batch", args.batch != BATCH)):
+        if has_value:
+            raise UsageError(f"{option} is an option of models and ControlNets, not of {source}")
 
 
 def _build_control_bundle(args: argparse.Namespace) -> "Bundle":

@@ -11,6 +11,7 @@ from unet_configs import THREE
 
 from sdrt.bundle import open_bundle
 from sdrt.bundle.manifest import IP_ADAPTER_KV
+from sdrt.cli.main import main
 from sdrt.engine import select_backend
 from sdrt.errors import CheckpointError, UsageError
 from sdrt.export.ip_adapter_bundle import IpAdapterBuildPlan, build_ip_adapter_bundle
@@ -45,6 +46,14 @@ def test_an_image_becomes_keys_and_values_as_in_diffusers(unet, kind, tmp_path):
         processors = [p for n, p in reference.attn_processors.items() if "attn2" in n]
         expected = [layer[0](tokens) for p in processors for layer in (p.to_k_ip, p.to_v_ip)]
     np.testing.assert_allclose(actual, torch.cat(expected, dim=-1), atol=2e-5)
+
+
+@pytest.mark.parametrize("option", ["--size", "--batch"])
+@pytest.mark.parametrize("source", ["--ip-adapter", "--upscaler"])
+def test_options_of_models_are_refused_by_name(capsys, source, option):
+    value = {"--size": "64x64", "--batch": "auto"}[option]
+    assert main(["build", source, "file.safetensors", option, value]) == UsageError.exit_code
+    assert f"{option} is an option of models" in capsys.readouterr().err
 
 
 def test_bad_input_leaves_nothing_behind(unet, tmp_path):
