@@ -26,7 +26,7 @@ from .errors import (
 from .metrics import Metrics
 from .middleware import SecurityMiddleware
 from .model_manager import ModelManager, ModelSource
-from .routes import health, openai
+from .routes import health, jobs, openai
 from .routes.sdapi import control as sdapi_control
 from .routes.sdapi import extras as sdapi_extras
 from .routes.sdapi import lists as sdapi_lists
@@ -41,29 +41,26 @@ CONTENT_SECURITY_POLICY = "default-src 'self'; img-src 'self' blob: data:; frame
 
 
 def create_app(
-    sources: Mapping[str, ModelSource], settings: Settings
+    sources: Mapping[str, ModelSource],
+    settings: Settings,
+    running_jobs: jobs.RunningJobs | None = None,
 ) -> tuple[SecurityMiddleware, ModelManager]:
     """Build the application and its model manager, whose models are not loaded yet.
 
     Args:
         sources: The models by name; the first is the default.
         settings: The configuration.
+        running_jobs: Those of a server that stores jobs.
     """
     metrics = Metrics()
     models = ModelManager(sources, settings, metrics)
     app = FastAPI(title="sdrt", version=__version__, docs_url=None, redoc_url=None)
     app.state.context = ServerContext(settings, models, metrics)
+    app.state.running_jobs = running_jobs or jobs.RunningJobs()
     app.state.jobs = sdapi_routes.JobRegistry()
     app.state.sd_options = sdapi_options.ServerOptions()
-    for module in (
-        openai,
-        sdapi_routes,
-        sdapi_options,
-        sdapi_extras,
-        sdapi_lists,
-        sdapi_control,
-        health,
-    ):
+    sdapi = sdapi_routes, sdapi_options, sdapi_extras, sdapi_lists, sdapi_control
+    for module in (openai, jobs, *sdapi, health):
         app.include_router(module.router)
     for kind in (HTTPException, SdrtError, RequestValidationError, ClientDisconnected, Exception):
         app.add_exception_handler(kind, _handle_exception)

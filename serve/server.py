@@ -17,8 +17,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from sdrt.errors import DeviceLostError, UsageError
 
 from .app import create_app
+from .job_store import open_job_store
 from .middleware import SecurityMiddleware
 from .model_manager import ModelSource
+from .routes.jobs import RunningJobs
 from .settings import Settings
 
 log = logging.getLogger("sdrt.serve")
@@ -46,6 +48,7 @@ def serve(sources: Mapping[str, ModelSource], settings: Settings) -> None:
         server.run()
     finally:
         server.models.close()
+        server.jobs.close()
     if error := server.models.load_error or server.device_error:
         raise error
 
@@ -54,7 +57,9 @@ class Server(uvicorn.Server):
     """A uvicorn server that loads its models in the background and drains before it exits."""
 
     def __init__(self, sources: Mapping[str, ModelSource], settings: Settings) -> None:
-        app, self.models = create_app(sources, settings)
+        self.jobs = RunningJobs(open_job_store(settings))
+        self.loop: asyncio.AbstractEventLoop | None = None
+        app, self.models = create_app(sources, settings, self.jobs)
         super().__init__(_uvicorn_config(app, settings))
         self.socket = _bind_socket(settings)
         self.port: int = self.socket.getsockname()[1]
@@ -75,6 +80,7 @@ class Server(uvicorn.Server):
         super().run(sockets or [self.socket])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
         await super().startup(sockets)
         names = ", ".join(self.models.sources)
         log.info("Listening on %s; loading %s; not ready yet", self.address, names)
@@ -119,6 +125,9 @@ class Server(uvicorn.Server):
         if not self.models.drain():
             log.warning("Drain timeout reached; remaining requests were cancelled")
         self.models.close()
+        if self.loop is not None:
+            stored = asyncio.run_coroutine_threadsafe(self.jobs.finish(CLOSE_SECONDS), self.loop)
+            stored.result()
         self.should_exit = True
 
 

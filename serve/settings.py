@@ -23,6 +23,8 @@ class Settings:
         waiting: Queued images of each engine.
         deterministic: Whether results are bitwise independent of batching.
         drain_seconds: Time limit for running requests at shutdown.
+        jobs_folder: Where jobs are stored; None: there are none.
+        keep_jobs_seconds: How long a job stays after it has ended.
         max_size: (width, height) of the largest images; None is twice the sides of a bundle's
             largest size. A larger image would hold up all others of its engine.
         max_work: Images × pixels × steps of one request.
@@ -40,6 +42,8 @@ class Settings:
     waiting: int = 64
     deterministic: bool = False
     drain_seconds: float = 30.0
+    jobs_folder: Path | None = None
+    keep_jobs_seconds: float = 86_400.0
     log_prompts: bool = False
     max_size: tuple[int, int] | None = None
     max_work: int = 2**30

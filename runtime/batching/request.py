@@ -97,6 +97,13 @@ class RequestGroup:
     failed: Exception | None = None
 
 
+def _running_future() -> "Future[GeneratedImage]":
+    """A future that only the engine ends: cancelling a task that awaits it leaves it as it is."""
+    future: Future[GeneratedImage] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 @dataclass(slots=True, eq=False)
 class RequestHandle:
     """One image in flight. `future` gives the `GeneratedImage`, or raises the error."""
@@ -108,7 +115,7 @@ class RequestHandle:
     group: RequestGroup = field(repr=False)
     on_cancel: Callable[["RequestHandle"], None] = field(repr=False)
     state: State = "waiting"
-    future: "Future[GeneratedImage]" = field(default_factory=Future, repr=False)
+    future: "Future[GeneratedImage]" = field(default_factory=_running_future, repr=False)
     run: DenoisingState | None = field(default=None, repr=False)
     edit: LatentEdit | None = field(default=None, repr=False)
     cancel_requested: bool = False

@@ -29,6 +29,7 @@ def run_server(bundle, names=("shapes",), controlnet=(), **settings):
         server.should_exit = True
         thread.join()
         server.models.close()
+        server.jobs.close()
 
 
 def wait_for(condition, seconds=30.0):

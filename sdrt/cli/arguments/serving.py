@@ -81,6 +81,19 @@ def add_serve(to: argparse.ArgumentParser) -> None:
         metavar="WxH",
         help="most pixels of an image (default: twice the sides of a bundle's largest size)",
     )
+    to.add_argument(
+        "--jobs",
+        type=Path,
+        metavar="FOLDER",
+        help="store the jobs of /v1/jobs here, with their images (default: there are no jobs)",
+    )
+    to.add_argument(
+        "--keep-jobs",
+        type=number,
+        default=24.0,
+        metavar="HOURS",
+        help="how long a job stays after it has ended (default: 24)",
+    )
     to.add_argument("--log-prompts", action="store_true", help="log prompts")
     to.add_argument(
         "--log-format",
@@ -227,6 +240,10 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
             raise UsageError(f"--{name} {getattr(args, name)}; expected 1 to {MAX_QUEUE}")
     if not 0.0 <= args.drain <= 86_400.0:
         raise UsageError(f"--drain {args.drain:g}; expected 0 to 86400 seconds")
+    if not 0.0 < args.keep_jobs <= 87_600.0:
+        raise UsageError(f"--keep-jobs {args.keep_jobs:g}; expected up to 87600 hours")
+    if args.ray and args.jobs:
+        raise UsageError("--jobs with --ray is unsupported", hint="leave one of them out")
     if not (local or args.keys or args.no_keys):
         raise UsageError(
             f"--host {args.host} is reachable from other machines; choose who has access",
@@ -243,5 +260,7 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
         max_size=parse_size(args.max_size) if args.max_size else None,
         deterministic=args.deterministic,
         drain_seconds=args.drain,
+        jobs_folder=args.jobs,
+        keep_jobs_seconds=3600.0 * args.keep_jobs,
         log_prompts=args.log_prompts,
     )

@@ -1,0 +1,302 @@
+"""Jobs: image requests that are submitted, polled and fetched later, in the style of OpenAI's
+asynchronous endpoints.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request
+from starlette.responses import Response
+
+from sdrt.runtime.batching.request import GeneratedImage, RequestCancelled, RequestHandle
+from sdrt.runtime.images import image_to_bytes
+from sdrt.serve.control import build_control_options
+from sdrt.serve.dependencies import get_context
+from sdrt.serve.errors import ApiError, api_error_from_exception, json_response
+from sdrt.serve.generation import build_openai_request
+from sdrt.serve.job_store import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    LOST,
+    JobStore,
+    StoredJob,
+    new_job_id,
+)
+from sdrt.serve.schemas import GenerationRequest
+from sdrt.serve.sse import EventStreamResponse, format_event
+from sdrt.serve.strict_json import StrictRoute
+
+router = APIRouter(prefix="/v1/jobs", route_class=StrictRoute)
+
+POLL_SECONDS, KEEPALIVE_SECONDS = 0.25, 15.0
+MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+
+@dataclass(slots=True)
+class RunningJobs:
+    """The store of a server and its unfinished jobs.
+
+    Attributes:
+        store: None: jobs are switched off.
+        handles: The images of each job, by its id.
+        cancelled: The ids of those that clients have cancelled.
+        tasks: What stores their results.
+        lock: Held while a request with an idempotency key is looked up and stored.
+    """
+
+    store: JobStore | None = None
+    handles: dict[str, Sequence[RequestHandle]] = field(default_factory=dict)
+    cancelled: set[str] = field(default_factory=set)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def finish(self, seconds: float) -> None:
+        """Wait until the results of jobs that have ended are stored."""
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=seconds)
+
+    def close(self) -> None:
+        """Let another process use the folder."""
+        if self.store is not None:
+            self.store.close()
+
+
+def _get_jobs(request: Request) -> tuple[RunningJobs, JobStore]:
+    jobs: RunningJobs = request.app.state.running_jobs
+    if jobs.store is None:
+        message = "this server stores no jobs; start it with --jobs FOLDER"
+        raise ApiError(400, message, code="jobs_unavailable")
+    return jobs, jobs.store
+
+
+def _get_owner(request: Request) -> str:
+    """The digest of the request's API key; empty without keys."""
+    keys, index = get_context(request).settings.keys, request.state.owner
+    return keys[index].hex() if keys and index is not None else ""
+
+
+def _find(request: Request, store: JobStore, job_id: str) -> StoredJob:
+    if job := store.find(job_id, _get_owner(request)):
+        return job
+    raise ApiError(404, f"unknown job {job_id!r}", code="job_not_found")
+
+
+@router.post("")
+async def create_job(
+    request: Request,
+    body: GenerationRequest,
+    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+) -> Response:
+    """Submit a request; poll the job, or follow its events."""
+    jobs, store = _get_jobs(request)
+    if body.stream:
+        raise ApiError(400, "stream is not supported by jobs; follow their events", "stream")
+    content = body.model_dump_json().encode("utf-8", "surrogatepass")
+    digest = hashlib.sha256(content).hexdigest()
+    if idempotency_key is None:
+        return await _submit(request, body, digest, None)
+    async with jobs.lock:  # so that two equal requests do not both find no job
+        known = store.find_by_key(idempotency_key, _get_owner(request))
+        if known is None:
+            return await _submit(request, body, digest, idempotency_key)
+    if known.digest != digest:
+        message = "another request was sent with this Idempotency-Key"
+        raise ApiError(409, message, code="idempotency_key_reused")
+    return json_response(_describe(jobs, store, known))
+
+
+async def _submit(
+    request: Request, body: GenerationRequest, digest: str, idempotency_key: str | None
+) -> Response:
+    """Start a new job and store it."""
+    (jobs, store), context = _get_jobs(request), get_context(request)
+    model = context.models.get(body.model)
+    inputs = await context.run_in_thread(build_control_options, body)
+    engine_request = build_openai_request(model, body, inputs)
+    job = StoredJob(
+        id=new_job_id(),
+        owner=_get_owner(request),
+        model=model.name,
+        digest=digest,
+        idempotency_key=idempotency_key,
+        output_format=body.output_format or "png",
+        size=engine_request.output_size,
+        created_at=time.time(),
+    )
+    handles = (await context.submit(engine_request)).handles
+    jobs.handles[job.id] = handles
+    try:
+        await context.run_in_thread(store.add, job)
+    except BaseException:
+        _cancel(jobs.handles.pop(job.id))
+        raise
+    task = asyncio.create_task(_follow(request, jobs, store, job, body))
+    jobs.tasks.add(task)
+    task.add_done_callback(jobs.tasks.discard)
+    return json_response(_describe(jobs, store, job), 202)
+
+
+async def _follow(
+    request: Request, jobs: RunningJobs, store: JobStore, job: StoredJob, body: GenerationRequest
+) -> None:
+    """Store a job's images when they are finished, or why there are none."""
+    run_in_thread = get_context(request).run_in_thread
+    try:
+        futures = [asyncio.wrap_future(handle.future) for handle in jobs.handles[job.id]]
+        images = await asyncio.gather(*futures)
+        files = [await run_in_thread(partial(_encode, image, body)) for image in images]
+        seeds = [image.seed for image in images]
+        await run_in_thread(partial(store.complete, job, files, seeds))
+    except (RequestCancelled, asyncio.CancelledError):
+        _cancel(jobs.handles[job.id])
+        if job.id in jobs.cancelled:
+            store.end(job, CANCELLED)
+        else:  # by a server that ends
+            store.end(job, FAILED, error=LOST)
+    except Exception as error:
+        _cancel(jobs.handles[job.id])
+        api_error = api_error_from_exception(error)
+        cause = {"code": api_error.code or "error", "message": api_error.message}
+        store.end(job, FAILED, error=cause)
+    finally:
+        del jobs.handles[job.id]
+        jobs.cancelled.discard(job.id)
+
+
+def _encode(image: GeneratedImage, body: GenerationRequest) -> bytes:
+    quality = 100 if body.output_compression is None else body.output_compression
+    kind = (body.output_format or "png").upper()
+    return image_to_bytes(image.image, image.parameters, kind, quality)
+
+
+def _cancel(handles: Sequence[RequestHandle]) -> None:
+    for handle in handles:
+        handle.cancel()
+
+
+def _describe(jobs: RunningJobs, store: JobStore, job: StoredJob) -> dict[str, Any]:
+    """The job object of responses and events."""
+    status, progress = _get_progress(jobs, job)
+    images = [
+        {"url": f"/v1/jobs/{job.id}/images/{index}", "seed": seed}
+        for index, seed in enumerate(job.seeds)
+    ]
+    return {
+        "id": job.id,
+        "object": "image.job",
+        "status": status,
+        "progress": progress,
+        "model": job.model,
+        "size": job.size,
+        "output_format": job.output_format,
+        "created_at": int(job.created_at),
+        "completed_at": None if job.completed_at is None else int(job.completed_at),
+        "expires_at": None if job.completed_at is None else int(store.expires_at(job) or 0),
+        "error": job.error,
+        "data": images,
+    }
+
+
+def _get_progress(jobs: RunningJobs, job: StoredJob) -> tuple[str, int]:
+    """The status, and the share of the evaluations that are done, in per cent."""
+    if job.status == COMPLETED:
+        return job.status, 100
+    handles = jobs.handles.get(job.id, ())
+    total = sum(handle.num_evaluations for handle in handles)
+    done = sum(handle.evaluations_done for handle in handles)
+    started = any(handle.state != "waiting" for handle in handles)
+    status = "in_progress" if job.completed_at is None and started else job.status
+    return status, 99 * done // total if total else 0
+
+
+@router.get("")
+async def list_jobs(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 20) -> Response:
+    """The jobs that came with the same API key, newest first."""
+    jobs, store = _get_jobs(request)
+    store.remove_expired()
+    own = store.owned_by(_get_owner(request))
+    data = [_describe(jobs, store, job) for job in own[:limit]]
+    return json_response({"object": "list", "data": data, "has_more": len(own) > limit})
+
+
+@router.get("/{job_id}")
+async def get_job(request: Request, job_id: str) -> Response:
+    """One job: its status, its progress and, once it is completed, its images."""
+    jobs, store = _get_jobs(request)
+    store.remove_expired()
+    return json_response(_describe(jobs, store, _find(request, store, job_id)))
+
+
+@router.get("/{job_id}/images/{index}")
+async def get_image(request: Request, job_id: str, index: int) -> Response:
+    """One image of a completed job."""
+    _, store = _get_jobs(request)
+    job = _find(request, store, job_id)
+    if job.status != COMPLETED or not 0 <= index < len(job.seeds):
+        raise ApiError(404, f"job {job_id!r} has no image {index}", code="image_not_found")
+    content = await get_context(request).run_in_thread(store.read_image, job, index)
+    return Response(content, media_type=MEDIA_TYPES[job.output_format])
+
+
+@router.get("/{job_id}/events")
+async def follow_job(request: Request, job_id: str) -> Response:
+    """Server-sent events: `job` at every change, until the job has ended."""
+    jobs, store = _get_jobs(request)
+    _find(request, store, job_id)
+    return EventStreamResponse(_job_events(request, jobs, store, job_id))
+
+
+async def _job_events(
+    request: Request, jobs: RunningJobs, store: JobStore, job_id: str
+) -> AsyncGenerator[bytes, None]:
+    before, quiet = None, 0.0
+    while not await request.is_disconnected():
+        job = _find(request, store, job_id)
+        described = _describe(jobs, store, job)
+        if described != before:
+            before, quiet = described, 0.0
+            yield format_event("job", described)
+        if job.completed_at is not None:
+            return
+        await asyncio.sleep(POLL_SECONDS)
+        quiet += POLL_SECONDS
+        if quiet >= KEEPALIVE_SECONDS:
+            quiet = 0.0
+            yield b":\n\n"
+
+
+@router.post("/{job_id}/cancel")
+async def cancel_job(request: Request, job_id: str) -> Response:
+    """Cancel a job; one that has ended stays as it is."""
+    jobs, store = _get_jobs(request)
+    job = _find(request, store, job_id)
+    await _cancel_running(jobs, job)
+    return json_response(_describe(jobs, store, _find(request, store, job_id)))
+
+
+async def _cancel_running(jobs: RunningJobs, job: StoredJob) -> None:
+    """Cancel a job and wait until that is stored."""
+    if job.id in jobs.handles:
+        jobs.cancelled.add(job.id)
+        _cancel(jobs.handles[job.id])
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5.0):
+                while job.id in jobs.handles:
+                    await asyncio.sleep(0.01)
+
+
+@router.delete("/{job_id}")
+async def delete_job(request: Request, job_id: str) -> Response:
+    """Cancel a job if it runs, and delete its images."""
+    jobs, store = _get_jobs(request)
+    job = _find(request, store, job_id)
+    await _cancel_running(jobs, job)
+    await get_context(request).run_in_thread(store.remove, job)
+    return json_response({"id": job.id, "object": "image.job.deleted", "deleted": True})
