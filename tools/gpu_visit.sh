@@ -107,7 +107,7 @@ setup() {
     rm -rf "$WORK/package"
     part link 20 "$PYTHON" tools/link_package.py "$WORK/package"
     if [ -n "$(command -v nvidia-smi)" ]; then part nvidia-smi 20 nvidia-smi -q; else skip nvidia-smi "no such command"; fi
-    part packages 60 "$PYTHON" tools/gpu_packages.py
+    part packages 120 "$PYTHON" tools/gpu_packages.py
     if [ -z "$DRY" ]; then
         setsid nohup timeout 400 "$PYTHON" -c "
 import sys

@@ -117,7 +117,7 @@ def test_key_file(shapes, tmp_path):
         (["--port", "70000"], 2, "70000"),
         (["--drain", "-1"], 2, "--drain"),
         (["--drain", "nan"], 2, "--drain"),
-        (["--slots", "0"], 2, "slots is 0"),
+        (["--slots", "0"], 2, "--slots 0"),
         (["--bundle", "none-such"], 3, "none-such"),
         (["--host", "203.0.113.1", "--no-keys"], 2, "cannot listen"),
     ],
