@@ -52,6 +52,7 @@ class Tokenizer:
         ids = vocab | {token.content: number for number, token in added.items()}
         self.start, self.end, self.unknown, self.pad = (ids[roles[role]] for role in ROLES)
         self._added = added
+        self._added_words = {normalize(token.content) for token in added.values()}
         self.added = AddedTokens(added)
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self._letters = byte_letters()
@@ -97,8 +98,7 @@ class Tokenizer:
 
     def has_token(self, word: str) -> bool:
         """Whether a word, in lower case, is one token of the vocabulary, or an added one."""
-        added = (normalize(token.content) for token in self._added.values())
-        return word in self.vocab or f"{word}</w>" in self.vocab or word in added
+        return word in self.vocab or f"{word}</w>" in self.vocab or word in self._added_words
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """Token ids [len(texts), length] int32: start, the text's, end, padding."""

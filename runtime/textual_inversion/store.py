@@ -26,7 +26,7 @@ from .files import (
     parse_embedding,
     read_embedding,
 )
-from .words import Embedding, EmbeddingSet, check_words
+from .words import Embedding, EmbeddingSet, check_count, check_words
 
 log = logging.getLogger(__name__)
 Source = str | os.PathLike[str] | Mapping[str, np.ndarray]
@@ -75,9 +75,10 @@ class EmbeddingStore:
         for item, names in zip(sources, _assign_words(sources, words), strict=True):
             added += self._read(item, names)
         with self._lock:
-            loaded = (*self.current.loaded, *added)
-            check_words((*loaded, *self.current.bundled), self.current.tokenizers)
-            self.current = replace(self.current, loaded=loaded)
+            current = self.current
+            check_count(len(current.loaded) + len(current.bundled) + len(added))
+            check_words(added, current.tokenizers, current.taken)
+            self.current = replace(current, loaded=(*current.loaded, *added))
         for embedding in added:
             log.info("embedding %s: %d vectors", embedding.word, embedding.num_vectors)
 
@@ -85,7 +86,7 @@ class EmbeddingStore:
         """Forget loaded words, None for all; raises UsageError for one that is not loaded."""
         names = [words] if isinstance(words, str) else words
         with self._lock:
-            loaded = {normalize(e.word): e for e in self.current.loaded}
+            loaded = {e.keys[0]: e for e in self.current.loaded}
             for name in loaded if names is None else names:
                 if normalize(name) not in loaded:
                     have = ", ".join(e.word for e in self.current.loaded) or "none"

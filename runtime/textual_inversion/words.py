@@ -18,9 +18,9 @@ from sdrt.runtime.text.tokenizer import FIRST_WORD_ID, Tokenizer
 MAX_WORDS = 10_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Embedding:
-    """A word and its vectors.
+    """A word and its vectors. What is derived of it is stored, as sets change and words stay.
 
     Attributes:
         word: As prompts have it, in any case.
@@ -42,10 +42,20 @@ class Embedding:
         """As the AUTOMATIC1111 web UI writes it into an image's text."""
         return self.sha256[:12]
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """What prompts call it: the word, and each further vector alone, as in diffusers."""
         return [self.word, *(f"{self.word}_{i}" for i in range(1, self.num_vectors))]
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Its names as they are compared, normalized."""
+        return [*map(normalize, self.names)]
+
+    @cached_property
+    def tokens(self) -> list[AddedToken]:
+        """One for each of its names."""
+        return [*map(_token, self.names)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +92,14 @@ class EmbeddingSet:
     @cached_property
     def embeddings(self) -> tuple[Embedding, ...]:
         """All words, without those of the folder that others replace."""
+        rest = (e for e in self.listed if self.taken.keys().isdisjoint(e.keys))
+        return (*self.loaded, *self.bundled, *rest)
+
+    @cached_property
+    def taken(self) -> dict[str, str]:
+        """By name, normalized, the words that precede those of the folder."""
         first = (*self.loaded, *self.bundled)
-        taken = {normalize(name) for embedding in first for name in embedding.names}
-        rest = (e for e in self.listed if taken.isdisjoint(map(normalize, e.names)))
-        return (*first, *rest)
+        return {key: embedding.word for embedding in first for key in embedding.keys}
 
     @cached_property
     def by_encoder(self) -> dict[str, EncoderWords]:
@@ -116,10 +130,16 @@ class EmbeddingSet:
         for embedding in self.embeddings:
             ids = tuple(range(first, first + embedding.num_vectors))
             rows = [ids, *((i,) for i in ids[1:])]
-            words |= dict(zip(map(_token, embedding.names), rows, strict=True))
+            words |= zip(embedding.tokens, rows, strict=True)
             first += embedding.num_vectors
-        digest = hashlib.sha256(vectors.tobytes()).digest()
+        digest = hashlib.sha256(vectors).digest()
         return EncoderWords(tokenizer.with_words(words), vectors, digest)
+
+
+def check_count(count: int) -> None:
+    """Raise CheckpointError for more embeddings than a set may have."""
+    if count > MAX_WORDS:
+        raise CheckpointError(f"{count} embeddings; expected at most {MAX_WORDS}")
 
 
 def check_words(
@@ -129,18 +149,16 @@ def check_words(
 ) -> dict[str, str]:
     """Raise CheckpointError for a word that is a token of a vocabulary, or comes twice.
 
-    others: what this returned of further embeddings
+    others: the same of further embeddings, which are not checked again
 
     Returns:
         By name, normalized, the word of its embedding.
     """
-    if len(embeddings) > MAX_WORDS:
-        raise CheckpointError(f"{len(embeddings)} embeddings; expected at most {MAX_WORDS}")
+    check_count(len(embeddings))
     seen: dict[str, str] = {}
     taken = ChainMap(seen, others or {})
     for embedding in embeddings:
-        for name in embedding.names:
-            key = normalize(name)
+        for name, key in zip(embedding.names, embedding.keys, strict=True):
             if any(tokenizer.has_token(key) for tokenizer in tokenizers.values()):
                 raise CheckpointError(
                     f"the word {name!r} is a token of the model's vocabulary already",
