@@ -1,6 +1,6 @@
 """How long it takes to exchange one embedding of many.
 
-    python benchmarks/embedding_switch.py [--bundle NAME|FOLDER] [--files 200] [--vectors 8] [--save]
+    python benchmarks/embedding_switch.py [--bundle NAME|FOLDER] [--files 200] [--save]
 
 The files are made here. A switch unloads a word, loads its file again and reads a prompt with it.
 """

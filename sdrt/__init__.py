@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         build_upscaler,
         bundles,
     )
+    from .preprocessors import preprocess
     from .runtime import (
         ArrayOutput,
         GenerationKwargs,
@@ -73,6 +74,7 @@ __all__ = [  # noqa: RUF022 (what a reader needs first)
     "build_ip_adapter",
     "build_upscaler",
     "bundles",
+    "preprocess",
     "upscale",
     "BundleInfo",
     "GenerationOptions",
@@ -119,6 +121,7 @@ _LAZY = {
         ),
         "sdrt.library",
     ),
+    "preprocess": "sdrt.preprocessors",
     "upscale": "sdrt.upscaler",
     "InflightBatcher": "sdrt.runtime.batching.engine",
     **dict.fromkeys(

@@ -32,6 +32,7 @@ from .arguments import (
 )
 from .build import add_build, build
 from .parser import CommandParser, name_flags
+from .preprocess import add_preprocess, preprocess
 from .terminal import LogFormatter, LogHandler, report_error
 from .upscale import add_upscale, upscale
 
@@ -94,6 +95,13 @@ def commands() -> tuple[Command, ...]:
             upscale,
             add_upscale,
             ("photo.png --scale 2", "*.png --upscaler RealESRGAN_x4plus --output large"),
+        ),
+        Command(
+            "preprocess",
+            "compute a control image from a photograph",
+            preprocess,
+            add_preprocess,
+            ("canny photo.png --size 512x512 --output edges.png",),
         ),
         Command("list", "list the bundles", list_bundles, add_json, ("", "--json")),
         Command("use", "set the default bundle", use, add_name, ("stable-diffusion-v1-5-fp16",)),
