@@ -37,9 +37,9 @@ def load_parts(checkpoint):
 
 def diffusers_image(kind, parts, own, seed, *, nets, **arguments):
     """[H, W, 3] in [0, 1] of a pipeline of this class, with the scheduler of ours."""
-    paired = "text_encoder_2" in parts
-    options = {"add_watermarker": False} if paired else {"safety_checker": None}
-    options |= {} if paired else {"feature_extractor": None, "requires_safety_checker": False}
+    unchecked = dict.fromkeys(("safety_checker", "feature_extractor"))
+    unchecked["requires_safety_checker"] = False
+    options = {} if "text_encoder_2" in parts else unchecked
     config = own.scheduler_config
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     pipe = getattr(diffusers, kind)(**parts, **options, scheduler=scheduler, **nets)
