@@ -132,7 +132,7 @@ class EmbeddingSet:
             rows = [ids, *((i,) for i in ids[1:])]
             words |= zip(embedding.tokens, rows, strict=True)
             first += embedding.num_vectors
-        digest = hashlib.sha256(vectors).digest()
+        digest = hashlib.sha256(vectors.data).digest()
         return EncoderWords(tokenizer.with_words(words), vectors, digest)
 
 
