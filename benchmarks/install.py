@@ -9,10 +9,10 @@ and nothing of this environment. Three are what a newcomer does:
 - clone: `make demo`, and in another clone `pip install '.[cpu]'`, to the image
 - contributor: `make test-fast`
 
-The extras (openvino, serve, build, ray, rtx) are installed once each. The first trial is run once
-more and not counted, so that pip's cache is warm; times are medians: of the clock, and of all the
-processors' work, which other programs on the machine hardly change. Needs pip's index, 6 GB of disk
-and half an hour. `--save` saves after every trial.
+The extras (openvino, serve, build, ray, rtx) are installed once each. Where there are several runs,
+the first trial is run once more and not counted, so that pip's cache is warm; times are medians: of
+the clock, and of all the processors' work, which other programs on the machine hardly change. Needs
+pip's index, 6 GB of disk and half an hour. `--save` saves after every trial, next to the others.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from results import save
+from results import FOLDER, save
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red circle on a blue background"
@@ -205,8 +205,10 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="keep the figures for the pages")
     args = parser.parse_args()
     names = args.trials.split(",")
-    TRIALS[names[0]][1]()  # warms pip's cache
-    figures: dict[str, Any] = {}
+    if args.runs > 1:
+        TRIALS[names[0]][1]()  # warms pip's cache
+    path = FOLDER / "install.json"
+    figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
     for name in names:
         figures[name] = measure(name, args.runs)
         claims = {TRIALS[key][0]: claim(figures[key]) for key in TRIALS if key in figures}
