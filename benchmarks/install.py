@@ -181,7 +181,7 @@ def measure(name: str, runs: int) -> dict[str, Any]:
         results.append(TRIALS[name][1]())
         print(f"{name:12} load {loads[-1]:4.1f}  {results[-1]}", flush=True)
     medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
-    return {"medians": medians, "runs": results, "loads": loads}
+    return {"medians": medians, "runs": results, "loads": loads, "nice": os.nice(0)}
 
 
 def claim(figures: dict[str, Any]) -> str:
@@ -193,7 +193,8 @@ def claim(figures: dict[str, Any]) -> str:
     load = f"{min(loads)}" if min(loads) == max(loads) else f"{min(loads)} to {max(loads)}"
     runs = f"median of {len(loads)}" if len(loads) > 1 else "one run"
     time = f"{seconds:.0f} s{f' ({parts})' if parts else ''}, {cpu:.0f} s of CPU"
-    return f"{time}, {disk}; {runs}, load {load}"
+    priority = f", nice {figures['nice']}" if figures["nice"] else ""
+    return f"{time}, {disk}; {runs}, load {load}{priority}"
 
 
 def main() -> None:

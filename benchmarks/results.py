@@ -1,6 +1,6 @@
 """Benchmark results, a JSON file each, and what is written from them: tables and plots.
 
-    python benchmarks/results.py            # update the README, docs/benchmarks and the plots
+    python benchmarks/results.py            # update the README, docs and the plots
     python benchmarks/results.py --check    # fail and name the files that are out of date
 
 A benchmark run with `--save` stores its figures in `benchmarks/results/` with the command, the
@@ -25,7 +25,11 @@ from sdrt.engine.selection import is_installed
 
 FOLDER = Path(__file__).parent / "results"
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "benchmarks").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "getting-started" / "installation.md",
+    *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
+)
 BLOCK = re.compile(r"<!-- results: (?!end)([\w ]+?) -->\n(.*?)<!-- results: end -->", re.DOTALL)
 COLUMNS = {
     "diffusers, fp32": "reference fp32",

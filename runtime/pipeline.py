@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, Unpack, overload
 
 import numpy as np
 from PIL.Image import Image
@@ -46,7 +46,7 @@ from .samplers.table import sampler_table
 from .stages import PipelineStages, Prompt, read_latents
 from .text.token_count import TokenCount, count_tokens
 from .textual_inversion.store import Source as EmbeddingSource
-from .unsupported import refuse_attribute, refuse_change
+from .unsupported import refuse_attribute, refuse_change, refuse_copy
 
 T = TypeVar("T")
 ImageStream = Iterator[tuple[Request, Image]]
@@ -86,6 +86,9 @@ class Pipeline(PipelineStages):
 
     def __delattr__(self, name: str) -> None:
         raise refuse_change(f"del {name}")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise refuse_copy()
 
     def __repr__(self) -> str:
         """One line: bundle, backend, precision and first size."""

@@ -23,7 +23,7 @@ INSTEAD = {
     **dict.fromkeys(("to", "cuda", "cpu", "half", "float"), _PLACE),
     **dict.fromkeys(("*lora*", "*_adapters"), _LORA),
     "*ip_adapter*": "load an IP-Adapter with the pipeline: sdrt.load(..., ip_adapter=NAME)",
-    "*textual_inversion": "textual inversions are part of a bundle; see `sdrt build --help`",
+    "*textual_inversion": "use pipe.load_textual_inversion and pipe.unload_textual_inversion",
     "*freeu": "FreeU is unsupported",
     "enable_*_offload": _MEMORY,
     **dict.fromkeys(("enable_*", "disable_*", "*_attention*", "*fuse_qkv*", "upcast_vae"), _ALWAYS),
@@ -56,6 +56,12 @@ def refuse_attribute(name: str, names: Iterable[str] = ()) -> UnsupportedAttribu
     if hint is None and (near := difflib.get_close_matches(name, public, n=1)):
         hint = f"did you mean {near[0]}?"
     return UnsupportedAttribute(f"a pipeline has no {name!r}", hint=hint)
+
+
+def refuse_copy() -> UsageError:
+    """The error for `pickle`, `copy` and what hands a pipeline to another process."""
+    hint = "call sdrt.load in every process; threads can share one pipeline"
+    return UsageError("a pipeline cannot be pickled or copied", hint=hint)
 
 
 def refuse_change(statement: str) -> UnsupportedAttribute:

@@ -1,5 +1,8 @@
 """What users of diffusers try on a pipeline: every mistake has a hint, and `hasattr` is false."""
 
+import copy
+import pickle
+
 import pytest
 
 import sdrt
@@ -100,3 +103,10 @@ def test_a_missing_kind_of_device_is_said_in_one_line():
         sdrt.load("shapes", device="cuda")
     assert error.value.message.startswith("no backend can run on cuda: ")
     assert "on cpu" not in error.value.message and len(error.value.message) < 300
+
+
+@pytest.mark.parametrize("take", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_pipeline_is_not_for_another_process(pipe, take):
+    with pytest.raises(UsageError) as error:
+        take(pipe)
+    assert "sdrt.load in every process" in error.value.hint
