@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,9 @@ class Trial:
         self.began, self.cpu = time.perf_counter(), cpu_seconds()
 
     def result(self, venv: Path, **parts: float) -> Result:
-        """What it took since the start, and what the environment takes on disk."""
+        """What it took since the start, and what it added to the environment on the disk."""
         total = {"seconds": time.perf_counter() - self.began, "cpu": cpu_seconds() - self.cpu}
-        return {**parts, **total, "megabytes": megabytes(venv)}
+        return {**parts, **total, "megabytes": megabytes(venv) - empty_megabytes()}
 
     def environment(self) -> dict[str, str]:
         """Without this environment's folder and settings."""
@@ -110,6 +111,14 @@ def new_trial() -> Iterator[Trial]:
 def megabytes(folder: Path) -> float:
     """What a folder takes on disk."""
     return sum(p.lstat().st_blocks * 512 for p in folder.rglob("*") if not p.is_dir()) / 1e6
+
+
+@cache
+def empty_megabytes() -> float:
+    """What an environment takes with nothing but its pip."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([PYTHON, "-m", "venv", folder], check=True)
+        return megabytes(Path(folder))
 
 
 def wheel() -> Result:
@@ -181,20 +190,19 @@ def measure(name: str, runs: int) -> dict[str, Any]:
         results.append(TRIALS[name][1]())
         print(f"{name:12} load {loads[-1]:4.1f}  {results[-1]}", flush=True)
     medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
-    return {"medians": medians, "runs": results, "loads": loads, "nice": os.nice(0)}
+    return {"medians": medians, "runs": results, "loads": loads}
 
 
 def claim(figures: dict[str, Any]) -> str:
-    """`31 s (install 28 s, image 3 s), 20 s of CPU, 251 MB; median of 3, load 1.2 to 2.4`."""
+    """`31 s (install 28 s, image 3 s), 20 s of CPU, +220 MB; median of 3, load 1.2 to 2.4`."""
     medians, loads = dict(figures["medians"]), figures["loads"]
     seconds, cpu, size = (medians.pop(key) for key in ("seconds", "cpu", "megabytes"))
     parts = ", ".join(f"{key} {value:.0f} s" for key, value in medians.items())
-    disk = f"{size / 1e3:.1f} GB" if size >= 1e3 else f"{size:.0f} MB"
+    disk = f"+{size / 1e3:.1f} GB" if size >= 1e3 else f"+{size:.0f} MB"
     load = f"{min(loads)}" if min(loads) == max(loads) else f"{min(loads)} to {max(loads)}"
     runs = f"median of {len(loads)}" if len(loads) > 1 else "one run"
     time = f"{seconds:.0f} s{f' ({parts})' if parts else ''}, {cpu:.0f} s of CPU"
-    priority = f", nice {figures['nice']}" if figures["nice"] else ""
-    return f"{time}, {disk}; {runs}, load {load}{priority}"
+    return f"{time}, {disk}; {runs}, load {load}"
 
 
 def main() -> None:
