@@ -71,11 +71,11 @@ class Candidate:
         return f"{LABELS.get(self.backend, self.backend)} ({self.device.upper()})"
 
     def precision_label(self, bundle: Bundle) -> str:
-        """What the UNet computes in: `fp32`, `fp16` or `bf16`."""
+        """What the UNet computes in: `fp32`, `fp16` or `bf16`; without one, the first component."""
         if self.reduced_precision in bundle.manifest.admitted:
             return str(self.reduced_precision).rpartition("-")[2]
         components = bundle.manifest.components
-        dtype = components[bundle.manifest.control_net or "unet"].dtype
+        dtype = components["unet" if "unet" in components else next(iter(components))].dtype
         return PRECISION_LABELS.get(dtype, dtype)
 
 

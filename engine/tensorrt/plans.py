@@ -77,9 +77,10 @@ def select_targets(kind: str, gpu: Gpu | None, asked: tuple[str, ...]) -> tuple[
             "TensorRT for RTX builds anywhere: --backend tensorrt-rtx"
         )
     if unknown := [target for target in asked or usual if target not in known]:
+        example = f"sm_{unknown[0]}" if f"sm_{unknown[0]}" in known else known[0]
         raise UsageError(
-            f"target {unknown[0]!r}; {kind} builds here for {', '.join(known)}; "
-            f"type for example --target {known[0]}"
+            f"target is {unknown[0]!r}; {kind} builds here for {', '.join(known)}",
+            hint=f"for example --target {example}",
         )
     return tuple(sorted(set(asked or usual), key=known.index))
 

@@ -31,7 +31,9 @@ def read_report(path: Path, bundle: str, run: BenchSettings) -> dict[str, Any]:
         part, *_ = old["engines"][0]["parts"].values()
         turns = part["turns"]
         turns[0]["seconds"]
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except OSError as error:
+        raise UsageError(f"failed to read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise UsageError(
             f"{path} is not a report of sdrt bench --json ({type(error).__name__}: {error})"
         ) from error

@@ -109,7 +109,7 @@ def find_bundle(name: str | os.PathLike[str] | None) -> Path:
     near = difflib.get_close_matches(str(name), names, n=1)
     raise BundleError(
         f"no bundle called {str(name)!r}; found {', '.join(names) or 'none'}",
-        hint=f"did you mean {near[0]}?" if near else f"run `sdrt build --model {name}`",
+        hint=f"did you mean {near[0]}?" if near else "`sdrt build` makes one of a model",
     )
 
 
