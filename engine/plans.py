@@ -71,6 +71,7 @@ class BuildSettings:
     stripped: bool = False
     streamed: bool = False
     user_allocation: bool = False
+    refittable: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class PlanKey:
         streamed: Whether weights can stay in host memory.
         user_allocation: Whether TensorRT for RTX allocates nothing while the plan runs, without
             which it does not support CUDA graphs.
+        refittable: A digest of the names of the weights that can be replaced; empty if none can.
     """
 
     component: str
@@ -105,6 +107,7 @@ class PlanKey:
     weights: str
     streamed: bool = False
     user_allocation: bool = False
+    refittable: str = ""
 
     @property
     def digest(self) -> str:
@@ -275,6 +278,7 @@ def key_differences(key: PlanKey, required: PlanKey, ignored: Sequence[str] = ()
         "workspace": "its workspace limit differs",
         "streamed": "weight streaming is {0}, not {1}",
         "user_allocation": "allocation by the user is {0}, not {1}",
+        "refittable": "the weights that can be replaced differ",
         "graph": "the graph has changed",
         "weights": "the weights have changed",
     }

@@ -58,6 +58,16 @@ class UnfusedAttention(Protocol):
         ...
 
 
+@runtime_checkable
+class LimitedRows(Protocol):
+    """An engine that was compiled for a number of rows. Test with `isinstance`."""
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows of a call."""
+        ...
+
+
 def check_feeds(name: str, specs: tuple[TensorSpec, ...], feeds: Feeds) -> dict[str, np.ndarray]:
     """Return the feeds as contiguous arrays of the declared dtypes.
 

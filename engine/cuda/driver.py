@@ -264,3 +264,8 @@ def get_device(index: int) -> Device:
         if index not in _devices:
             _devices[index] = Device(index)
         return _devices[index]
+
+
+def keep_for_ever(value: object) -> None:
+    """Let no destructor run, at the interpreter's exit neither."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.atomic_files import write_atomic
+from sdrt.bundle.graph_weights import read_graph_weights
 from sdrt.bundle.store import home
 from sdrt.engine.plans import PlanKey
 from sdrt.errors import BackendError
 from sdrt.process_stats import forget_peak, peak_bytes
 
 from .progress import Progress, create_monitor, interruptible
+from .refitting import mark_refittable
 from .variants import RTX, get_features, get_logger, load_module
 
 log = logging.getLogger(__name__)
@@ -106,6 +108,8 @@ def _serialized(trt: Any, key: PlanKey, graph: Path, progress: Progress) -> Any:
     logger.errors = []
     builder = trt.Builder(logger)
     network, parser = parse_network(trt, builder, graph)
+    if key.refittable:
+        mark_refittable(network, read_graph_weights(graph).layers)
     config = builder.create_builder_config()
     monitor = create_monitor(trt, progress)
     config.progress_monitor = monitor
@@ -130,14 +134,17 @@ def _configure(trt: Any, builder: Any, config: Any, key: PlanKey) -> None:
     if key.stripped:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+    if key.refittable:  # excludes the other two kinds of refitting
+        config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
     if key.streamed:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if key.user_allocation:
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if key.kind == RTX:
-        config.num_compute_capabilities = len(key.targets)
-        for i, target in enumerate(key.targets):
-            name = target.replace("sm_", "SM")
+        # A plan for GPUs that need not be here cannot execute what prepares replaceable weights.
+        names = ["CURRENT"] if key.refittable else [t.replace("sm_", "SM") for t in key.targets]
+        config.num_compute_capabilities = len(names)
+        for i, name in enumerate(names):
             config.set_compute_capability(trt.ComputeCapability.__members__[name], i)
     for ranges in key.profiles:
         profile = builder.create_optimization_profile()

@@ -31,6 +31,12 @@ class TrtEngine:
             raise BackendError(f"{self.name} is closed")
         return self._plan
 
+    @property
+    def max_rows(self) -> int:
+        """Most rows of a call, by the plan's profiles."""
+        first = self.inputs[0].name
+        return max(profile[first][2][0] for profile in self.plan.plan.key.profiles)
+
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
         arrays = check_feeds(self.name, self.inputs, feeds)
         device = self.plan.device
@@ -48,13 +54,9 @@ class TrtEngine:
             return {spec.name: binding.tensors[spec.name].array.copy() for spec in self.outputs}
 
     def refit(self, weights: Feeds) -> None:
-        """Plans accept the bundle's own weights only: that is what keeps their speed."""
-        if weights:
-            raise BackendError(
-                f"the plan of {self.name} does not accept other weights",
-                hint="add them when the bundle is built (`sdrt build --lora`), or pass --backend "
-                "onnxruntime",
-            )
+        """See `Engine.refit`; for plans that were built with `--switch-lora`."""
+        with self.plan.device.use(self.stream):
+            self.plan.refit(weights)
 
     def close(self) -> None:
         plan, self._plan = self._plan, None

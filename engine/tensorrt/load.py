@@ -3,6 +3,8 @@
 Knows plans and loaded plans; not what is run with them. Not yet run on a GPU.
 """
 
+import itertools
+
 from sdrt.bundle import Bundle
 from sdrt.engine.cuda.driver import get_device
 from sdrt.engine.gpu import Gpu
@@ -13,6 +15,8 @@ from .engine import TrtEngine, TrtUnet
 from .loaded_plan import LoadedPlan, loaded_plans
 from .plans import PlanOptions, get_plan
 from .sampling_graph import SamplingGraphCache
+
+_numbers = itertools.count(1)
 
 
 def load_engine(bundle: Bundle, name: str, kind: str, gpu: Gpu, options: LoadOptions) -> TrtEngine:
@@ -33,7 +37,9 @@ def load_engine(bundle: Bundle, name: str, kind: str, gpu: Gpu, options: LoadOpt
             loaded.sampling_graphs = SamplingGraphCache(loaded, gpu.sm)
         return loaded
 
-    loaded = loaded_plans.acquire((str(plan.path), plan.sha256, gpu.index), load)
+    # Pipelines share plans, but not the weights that each replaces.
+    number = next(_numbers) if plan.key.refittable else 0
+    loaded = loaded_plans.acquire((str(plan.path), plan.sha256, gpu.index, number), load)
     create = TrtUnet if name == "unet" else TrtEngine
     engine = create(name, component, loaded, options.cuda_stream)
     validate_plan(bundle, name, engine, plan)

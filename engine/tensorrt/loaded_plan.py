@@ -5,7 +5,6 @@ device's arena, one at a time. Not yet run on a GPU.
 """
 
 import contextlib
-import ctypes
 import logging
 import threading
 from collections import OrderedDict
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.bundle.manifest import Component, TensorSpec
-from sdrt.engine.cuda.driver import CudaGraph, Device, MirroredBuffer
+from sdrt.engine.cuda.driver import CudaGraph, Device, MirroredBuffer, keep_for_ever
 from sdrt.engine.gpu import GPU_LOCK
 from sdrt.engine.plan_signing import read_signed, write_signed
 from sdrt.engine.plans import Plan, Profile
@@ -23,12 +22,13 @@ from sdrt.errors import BackendError
 
 from .builder import rewrite_graph
 from .inspector import inspect_layers
+from .refitting import PlanRefitter, Weights, fixed_weights_error
 from .variants import RTX, get_features, get_logger, load_module
 
 log = logging.getLogger(__name__)
 
 MAX_SHAPES = 8
-PlanId = tuple[str, str, int]  # path, sha256, GPU
+PlanId = tuple[str, str, int, int]  # path, sha256, GPU, number; see `load_engine`
 
 
 @dataclass(slots=True)
@@ -48,24 +48,35 @@ class ShapeBinding:
     graph: CudaGraph | None = None
     capturable: bool = True
 
+    def close_graph(self) -> None:
+        graph, self.graph = self.graph, None
+        if graph:
+            graph.close()
+
 
 class LoadedPlan:
     """A plan on a GPU, shared by every pipeline of the process that uses it."""
 
     def __init__(self, plan: Plan, component: Component, graph: Path, device: Device) -> None:
         self.plan, self.component, self.device = plan, component, device
+        self._graph = graph
         self._trt = trt = load_module(plan.key.kind)
         self._logger = get_logger(trt)
         self._bindings: OrderedDict[tuple[Any, ...], ShapeBinding] = OrderedDict()
         self.sampling_graphs: Any = None  # a UNet's `SamplingGraphCache`
+        self.weights_version = 0  # raised by every change, which invalidates captured graphs
+        self._refitter: PlanRefitter | None = None
         with device.use(), GPU_LOCK:
             self._check_memory()
             self._runtime = trt.Runtime(self._logger)
             self._engine = self._deserialize()
             if plan.key.stripped:
-                self._refit(graph)
+                self._fill(graph)
             if plan.key.streamed:
                 self._stream_weights()
+            if plan.key.refittable:
+                of = trt, self._engine, self._logger
+                self._refitter = PlanRefitter(*of, plan.key.component, graph)
             self._cache_path = plan.path.with_suffix(".kernels")
             self._cache_bytes = 0
             self._cache = self._open_runtime_cache()
@@ -111,7 +122,7 @@ class LoadedPlan:
             engine.streamable_weights_size / 1e6,
         )
 
-    def _refit(self, graph: Path) -> None:
+    def _fill(self, graph: Path) -> None:
         """Fill a plan that was built without weights from the bundle's file."""
         trt, engine = self._trt, self._engine
         refitter = trt.Refitter(engine, self._logger)
@@ -127,6 +138,27 @@ class LoadedPlan:
             raise BackendError(
                 f"TensorRT failed to refit {self.plan.path} with the bundle's weights ({missing})"
             )
+
+    def refit(self, weights: Weights) -> None:
+        """See `Engine.refit`; the caller holds the device.
+
+        Raises BackendError where the plan was not built for it, or TensorRT refuses.
+        """
+        if self._refitter is None:
+            if weights:
+                raise fixed_weights_error(self.plan.key, self._graph.parent.parent)
+            return
+        chosen = self._refitter.select(weights)
+        if not self._refitter.has_changes(chosen):
+            return
+        with GPU_LOCK:
+            self.device.synchronize()  # undefined while other work of the engine is pending
+            self.weights_version += 1
+            for binding in self._bindings.values():
+                binding.close_graph()
+            self._logger.errors = []
+            self._refitter.replace(chosen, int(self.device.stream))
+            self.device.synchronize()
 
     def _open_runtime_cache(self) -> Any:
         """The kernels that TensorRT for RTX compiled earlier; None for full TensorRT."""
@@ -239,9 +271,7 @@ class LoadedPlan:
             return True
         context.set_device_memory(device.arena, device.arena_size)
         binding.arena_version = device.arena_version
-        if binding.graph:
-            binding.graph.close()
-            binding.graph = None
+        binding.close_graph()
         return False
 
     def is_capturable(self, binding: ShapeBinding) -> bool:
@@ -288,8 +318,7 @@ class LoadedPlan:
         binding.graph = graph
 
     def _release(self, binding: ShapeBinding) -> None:
-        if binding.graph:
-            binding.graph.close()
+        binding.close_graph()
         binding.context = None
         for tensor in binding.tensors.values():
             tensor.close()
@@ -308,13 +337,9 @@ class LoadedPlan:
                 self._release(binding)
             self._bindings.clear()
             self._cache = None
+            self._refitter = None
             self._engine = None
             self._runtime = None
-
-
-def keep_for_ever(value: object) -> None:
-    """Let no destructor run, at the interpreter's exit neither."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 def find_profile(

@@ -3,23 +3,28 @@
 Knows the kinds of TensorRT, their GPUs and packages; TensorRT itself only where a plan is built.
 """
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, replace
 from functools import partial
 
 from sdrt.bundle import Bundle
+from sdrt.bundle.bundle import weights_name
+from sdrt.bundle.graph_weights import read_graph_weights
 from sdrt.engine.gpu import Gpu
 from sdrt.engine.plans import (
     BuildSettings,
     Plan,
     PlanKey,
     get_or_build_plan,
+    plan_from_json,
     plan_key,
     plans_folder,
 )
 from sdrt.errors import BackendError, UsageError
 
 from .builder import build_plan, rewrite_graph
+from .refitting import LORA_COMPONENTS
 from .variants import FULL, PORTABLE, RTX, RTX_TARGETS, load_module
 
 LEVEL = 3
@@ -33,12 +38,15 @@ class PlanOptions:
     level: builder optimisation, 0 to 5. workspace: bytes of scratch memory, 0 for unlimited.
         None takes a plan of any, and builds one of the default.
     streamed: the UNet's weights may stay with the host
+    switch_lora: whether LoRA files can be applied to the plans. None: where the bundle has such
+        plans already.
     """
 
     targets: tuple[str, ...] = ()
     level: int | None = None
     workspace: int | None = None
     streamed: bool = False
+    switch_lora: bool | None = None
 
 
 def required_key(
@@ -50,21 +58,78 @@ def required_key(
     """
     streamed = options.streamed and component == "unet"
     trt = load_module(kind)
+    refittable = "" if streamed else _refittable(bundle, component, gpu, options)
     settings = BuildSettings(
         kind=kind,
         version=str(trt.__version__),
         targets=select_targets(kind, gpu, options.targets),
-        gpu=gpu.name if gpu and kind == FULL else "",
+        gpu=gpu.name if gpu and (kind == FULL or refittable) else "",
         level=LEVEL if options.level is None else options.level,
         workspace=options.workspace or 0,
         # Filling weights in needs a GPU already when the plan is built.
-        stripped=gpu is not None and gpu.sm in (options.targets or (gpu.sm,)) and not streamed,
+        stripped=gpu is not None
+        and gpu.sm in (options.targets or (gpu.sm,))
+        and not (streamed or refittable),
         streamed=streamed,
         user_allocation=kind == RTX and not streamed,  # the two exclude each other
+        refittable=refittable,
     )
     key = plan_key(bundle, component, settings)
     content = rewrite_graph(trt, bundle.graph(component))
     return replace(key, graph=hashlib.sha256(content).hexdigest()) if content else key
+
+
+def _refittable(bundle: Bundle, component: str, gpu: Gpu | None, options: PlanOptions) -> str:
+    """The digest of the weights that LoRA files may change in a plan; empty if none."""
+    if component not in LORA_COMPONENTS:
+        return ""
+    if options.switch_lora:
+        check_switchable(gpu, options.targets)
+    elif not _continues_switchable(bundle, component, gpu, options):
+        return ""
+    return read_graph_weights(bundle.graph(component)).digest
+
+
+def _continues_switchable(
+    bundle: Bundle, component: str, gpu: Gpu | None, options: PlanOptions
+) -> bool:
+    """Whether nobody asked, such plans are here, and another can be built."""
+    if options.switch_lora is False or gpu is None or {*options.targets} - {gpu.sm}:
+        return False
+    return has_refittable_plan(bundle, component)
+
+
+def has_refittable_plan(bundle: Bundle, component: str) -> bool:
+    """Whether LoRA files can be applied to a plan of this user over a component's weights, of
+    whatever graph, GPU and version.
+    """
+    record = bundle.manifest.files.get(weights_name(component))
+    weights = record.sha256 if record else ""
+    for sidecar in sorted(plans_folder(bundle).glob("*/*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            plan = plan_from_json(sidecar)
+            if plan.key.refittable and plan.key.weights == weights and plan.is_trusted:
+                return True
+    return False
+
+
+def check_switchable(gpu: Gpu | None, targets: tuple[str, ...]) -> None:
+    """Raise BackendError where no plan can be built whose weights are replaced later: TensorRT
+    prepares them on the GPU, for that GPU.
+    """
+    if gpu is None:
+        raise BackendError(
+            "plans to which LoRA files can be applied are built on the GPU that runs them, and "
+            "there is none here",
+            hint="run the same command there, or merge the files: `sdrt build --model MODEL --lora "
+            "FILE`",
+        )
+    if unserved := [target for target in targets if target != gpu.sm]:
+        raise UsageError(
+            f"--switch-lora with --target {unserved[0]}: such plans are for the GPU at hand, "
+            f"{gpu.name} ({gpu.sm})",
+            hint="leave --target out",
+        )
 
 
 def select_targets(kind: str, gpu: Gpu | None, asked: tuple[str, ...]) -> tuple[str, ...]:

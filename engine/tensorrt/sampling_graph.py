@@ -59,6 +59,7 @@ class SamplingGraph:
         )
         self._graph: CudaGraph | None = None
         self._arena_version, self._capturable = -1, True
+        self._weights_versions: list[int] = []
         self._bindings = bindings
         self._buffers: dict[str, MirroredBuffer] = {}
         try:
@@ -94,7 +95,7 @@ class SamplingGraph:
         rebound = any(new is not old for new, old in pairs)
         self._bindings = bindings
         self._fill(program)
-        if self._graph is None or self._arena_version != self._device.arena_version or rebound:
+        if rebound or not self._is_current():
             self._prepare(program)
         if self._graph is None:
             self._enqueue_all(program)
@@ -106,6 +107,12 @@ class SamplingGraph:
             return SamplingResult(latents)
         finite = [not count for count in self._buffers["not_finite"].array]
         return SamplingResult(latents, pixels.array.copy(), finite)
+
+    def _is_current(self) -> bool:
+        """Whether there is a graph, of the arena and the weights that there are."""
+        if self._graph is None or self._arena_version != self._device.arena_version:
+            return False
+        return self._weights_versions == self._plans.weights_versions
 
     def _fill(self, program: SamplingProgram) -> None:
         """Copy the program's inputs into pinned memory."""
@@ -128,6 +135,7 @@ class SamplingGraph:
             continue  # one of them moved the arena under another
         self.close_graph()
         self._arena_version = self._device.arena_version
+        self._weights_versions = self._plans.weights_versions
         self._capturable &= all([plan.is_capturable(binding) for plan, binding in pairs])
         if not self._capturable:
             return
@@ -286,6 +294,12 @@ class ProgramPlans:
     unet: LoadedPlan
     encoder: LoadedPlan | None
     decoder: LoadedPlan | None
+
+    @property
+    def weights_versions(self) -> list[int]:
+        """Of every plan's `weights_version`."""
+        plans = (self.unet, self.encoder, self.decoder)
+        return [plan.weights_version for plan in plans if plan]
 
     def pairs(self, bindings: ProgramBindings) -> list[tuple[LoadedPlan, ShapeBinding]]:
         """Every binding with its plan."""

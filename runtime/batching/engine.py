@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
+from sdrt.engine.protocol import LimitedRows
 from sdrt.errors import DeviceLostError
 from sdrt.runtime.arguments import GenerationKwargs, merge_arguments, parse_options
 from sdrt.runtime.controlnet.unit import mean_cost
@@ -105,6 +106,8 @@ class InflightBatcher:
         """Measure what calls cost, unless cached, and start the threads."""
         with self.pipe.leases.call():
             max_rows = self._rows or 2 * self.slots
+            if isinstance(unet := self.pipe.engines["unet"], LimitedRows):
+                max_rows = min(max_rows, unet.max_rows)
             self.cost_model = load_cost_model(self.pipe, max_rows, self._cost_cache)
         if self._deterministic and self._rows is None:
             self._rows = max(2, *(size.max_rows for size in self.cost_model.sizes.values()))

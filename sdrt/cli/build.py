@@ -231,7 +231,7 @@ def _build_bundle(args: argparse.Namespace) -> "Bundle":
 # Options of models, which no ControlNet has.
 MODEL_OPTIONS = (
     *("vae", "unet", "text_encoder", "text_encoder_2", "safety_checker", "lora"),
-    *("prediction_type", "zero_snr", "feature_reuse"),
+    *("prediction_type", "zero_snr", "feature_reuse", "switch_lora"),
 )
 
 

@@ -33,6 +33,13 @@ def add_arguments(to: argparse.ArgumentParser) -> None:
         help="allow the UNet's weights to stay in host memory, for `sdrt run --low-memory`",
     )
     plans.add_argument(
+        "--switch-lora",
+        action="store_true",
+        help="let LoRA files be applied without a rebuild (`sdrt run --lora`, `pipe.set_lora`), "
+        "for the GPU at hand; such plans may run slower (default: as the bundle's plans are, else "
+        "off)",
+    )
+    plans.add_argument(
         "--workspace", type=int, metavar="MB", help="maximum scratch memory (default: no limit)"
     )
 
@@ -43,12 +50,13 @@ def plan_kind(args: argparse.Namespace) -> str | None:
     Raises UsageError for what does not fit, before any work.
     """
     from sdrt.engine import select_backend
-    from sdrt.engine.tensorrt.plans import select_targets
+    from sdrt.engine.tensorrt.plans import check_switchable, select_targets
 
     if args.backend not in KINDS:
-        if args.target or args.bundle:
-            option = "--target" if args.target else "--bundle"
-            raise UsageError(f"{option} requires --backend tensorrt or tensorrt-rtx")
+        for name in ("target", "switch_lora", "bundle"):
+            if getattr(args, name):
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{option} requires --backend tensorrt or tensorrt-rtx")
         chosen = select_backend().backend if args.backend == "auto" else ""
         return chosen if chosen in KINDS else None
 
@@ -56,6 +64,10 @@ def plan_kind(args: argparse.Namespace) -> str | None:
         if (value := getattr(args, name)) is not None and not 0 <= value <= limit:
             raise UsageError(f"--{name.replace('_', '-')} {value}; expected 0 to {limit}")
     select_targets(args.backend, _gpu(), tuple(args.target))
+    if args.switch_lora:
+        check_switchable(_gpu(), tuple(args.target))
+        if args.stream_weights:
+            raise UsageError("--switch-lora and --stream-weights exclude each other")
     return str(args.backend)
 
 
@@ -89,7 +101,11 @@ def _build(bundle: "Bundle", kind: str, args: argparse.Namespace) -> None:
 
     workspace = None if args.workspace is None else args.workspace * 1_000_000
     options = PlanOptions(
-        tuple(args.target), args.optimization_level, workspace, args.stream_weights
+        tuple(args.target),
+        args.optimization_level,
+        workspace,
+        args.stream_weights,
+        args.switch_lora or None,
     )
     # Runs of plans do not reuse features; the plan with residuals is built where it is needed.
     absent = (SHALLOW, CONTROL)

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FILES = (
     *("builder.py", "engine.py", "inspector.py"),
-    *("loaded_plan.py", "progress.py", "variants.py"),
+    *("loaded_plan.py", "progress.py", "refitting.py", "variants.py"),
 )
 CLASSES = {  # what a variable of this name holds
     "builder": "Builder",

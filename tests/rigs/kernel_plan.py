@@ -153,6 +153,9 @@ class KernelArithmetic:
             )
         )
 
+    def prototype(self, name: str) -> tuple[str, int]:
+        raise AssertionError("a kernel has no weights")
+
     def refit(self, weights: Mapping[str, tuple[str, int, int]]) -> None:
         raise AssertionError("a kernel has no weights")
 

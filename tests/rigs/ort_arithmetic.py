@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from cuda.bindings import driver
 from runtime_rig import ask, report
@@ -31,6 +32,8 @@ class OrtArithmetic:
         self._functions: list[Any] = []  # graphs call them as long as the engine lives
         self._shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
         self.refits = 0
+        model = onnx.load(graph, load_external_data=False)
+        self._initializers = {i.name: (tuple(i.dims), i.data_type) for i in model.graph.initializer}
         self._open()
         self.inputs = {i.name: DTYPES[i.type] for i in self._session.get_inputs()}
         self.outputs = {o.name: DTYPES[o.type] for o in self._session.get_outputs()}
@@ -39,8 +42,8 @@ class OrtArithmetic:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         self._values = {n: ort.OrtValue.ortvalue_from_numpy(w) for n, w in self._weights.items()}
-        for name, value in self._values.items():
-            options.add_initializer(name, value)
+        if self._values:  # read before the graph is optimised, unlike `add_initializer`'s
+            options.add_external_initializers(list(self._values), list(self._values.values()))
         providers = ["CPUExecutionProvider"]
         self._session = ort.InferenceSession(str(self._graph), options, providers=providers)
 
@@ -72,14 +75,12 @@ class OrtArithmetic:
 
     def refit(self, weights: Mapping[str, tuple[str, int, int]]) -> None:
         self._weights |= {
-            name: view(address, (count,), dtype).reshape(self._shape_of(name)).copy()
-            for name, (dtype, address, count) in weights.items()
+            name: view(address, self._initializers[name][0], dtype).copy()
+            for name, (dtype, address, _) in weights.items()
         }
         self.refits += 1
         self._open()
 
-    def _shape_of(self, name: str) -> tuple[int, ...]:
-        import onnx
-
-        model = onnx.load(self._graph, load_external_data=False)
-        return next(tuple(i.dims) for i in model.graph.initializer if i.name == name)
+    def prototype(self, name: str) -> tuple[str, int]:
+        shape, kind = self._initializers[name]
+        return onnx.helper.tensor_dtype_to_np_dtype(kind).name, int(np.prod(shape))

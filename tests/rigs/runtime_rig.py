@@ -15,6 +15,7 @@ run in TensorRT, nor does a passing test mean that TensorRT ran on a GPU.
 import enum
 import json
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -62,8 +63,12 @@ class Arithmetic(Protocol):
         """Put one call into a stream."""
         ...
 
+    def prototype(self, name: str) -> tuple[str, int]:
+        """A weight's dtype and count."""
+        ...
+
     def refit(self, weights: Mapping[str, tuple[str, int, int]]) -> None:
-        """Replace weights: dtype, address of the device's memory, and count, by name."""
+        """Replace weights: dtype, address of memory, and count, by name."""
         ...
 
 
@@ -92,8 +97,21 @@ class DynamicShapesKernelSpecializationStrategy(enum.Enum):
 
 
 class Weights:
-    def __init__(self, dtype: DataType, address: int, count: int) -> None:
-        self.dtype, self.address, self.size = dtype, address, count
+    """Of an array, which it does not copy, or of memory."""
+
+    def __init__(self, of: np.ndarray | DataType, address: int = 0, count: int = 0) -> None:
+        if isinstance(of, DataType):
+            self.dtype, self.address, self.size = of, address, count
+            return
+        if not of.flags.c_contiguous or not of.flags.aligned:
+            report("weights that are not contiguous or not aligned")
+        self.dtype, self.address, self.size = DataType(of.dtype.name), of.ctypes.data, of.size
+        self.array = weakref.ref(of)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the array that it is of was released."""
+        return self.address == 0 or (hasattr(self, "array") and self.array() is None)
 
 
 class RuntimeCache:
@@ -288,11 +306,16 @@ class Context:
 
 
 class Refitter:
-    """Weights that were fused are refitted together, or not at all: here those of one block."""
+    """Weights that were fused are refitted together, or not at all: here those of one block. No
+    weight is replaced that was not marked, nor while anything of the engine is pending, in whatever
+    stream.
+    """
 
     def __init__(self, engine: Engine, logger: Any) -> None:
+        if not engine.plan["stripped"] and not engine.plan["refittable"]:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
         self.engine = engine
-        self._weights: dict[str, tuple[str, int, int]] = {}
+        self._weights: dict[str, tuple[Weights, TensorLocation]] = {}
 
     def get_all_weights(self) -> list[str]:
         return list(self.engine.plan["refittable"])
@@ -305,30 +328,46 @@ class Refitter:
         together = [name for name in self.get_all_weights() if self._block(name) in touched]
         return [name for name in together if name not in self._weights]
 
-    def set_named_weights(self, name: str, weights: Weights, location: TensorLocation) -> bool:
-        size = weights.size * np.dtype(weights.dtype.value).itemsize
+    def set_named_weights(
+        self, name: str, weights: Weights, location: TensorLocation = TensorLocation.HOST
+    ) -> bool:
+        assert self.engine.arithmetic is not None
         if name not in self.get_all_weights():
             return False
-        if location is not TensorLocation.DEVICE or extent(weights.address) < size:
+        if (weights.dtype.value, weights.size) != self.engine.arithmetic.prototype(name):
+            return False
+        size = weights.size * np.dtype(weights.dtype.value).itemsize
+        if (location is TensorLocation.DEVICE) != bool(extent(weights.address)):
+            report(f"{name}: {weights.address:#x} is not where it is said to be")
+            return False
+        if location is TensorLocation.DEVICE and extent(weights.address) < size:
             report(f"{name}: no {size} bytes of the device at {weights.address:#x}")
             return False
-        self._weights[name] = weights.dtype.value, weights.address, weights.size
+        self._weights[name] = weights, location
         return True
 
     def refit_cuda_engine(self) -> bool:
         if self._weights:
-            report("weights of the device are refitted without a stream")
+            report("weights are refitted without a stream")
         self.engine.fill()
         return True
 
     def refit_cuda_engine_async(self, stream: int) -> bool:
-        for other in self.engine.streams - {int(stream)}:
+        for other in self.engine.streams | {int(stream)}:
             if int(driver.cuStreamQuery(other)[0]):
-                report("weights are refitted while another stream works")
+                report("weights are refitted while work is pending")
+                return False
+        if int(ask(driver.cuStreamIsCapturing(stream))):
+            report("weights are refitted in a capture")
+            return False
         if self.get_missing_weights():
             return False
-        ask(driver.cuStreamSynchronize(stream))
+        if gone := [name for name, (weights, _) in self._weights.items() if weights.is_gone]:
+            report(f"the array of {gone[0]} was released before the refit")
+            return False
         assert self.engine.arithmetic is not None
-        self.engine.arithmetic.refit(self._weights)
+        self.engine.arithmetic.refit(
+            {name: (w.dtype.value, w.address, w.size) for name, (w, _) in self._weights.items()}
+        )
         self.engine.refits += 1
         return True

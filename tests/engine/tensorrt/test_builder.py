@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from component_graphs import exported, unet_inputs
 from exports import load_component
 from pixel_configs import SMALL as PIXELS
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModelWithProjection
@@ -28,9 +29,7 @@ from sdrt.engine.tensorrt.variants import PORTABLE, RTX, RTX_TARGETS
 from sdrt.errors import BackendError
 from sdrt.export import modules
 from sdrt.export.checkpoint import find_checkpoint
-from sdrt.export.graph import export_graph
 from sdrt.export.pixel_unet import PixelUnet, PixelUnetConfig
-from sdrt.export.recipes import RECIPES
 from sdrt.export.safety_checker import SafetyChecker
 from sdrt.export.tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from sdrt.export.unet import Unet
@@ -40,18 +39,6 @@ from sdrt.export.vae import AutoencoderKL, VaeConfig, VaeDecoder, VaeEncoder
 pytestmark = pytest.mark.integration
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-AXES = {recipe.name: recipe for recipe in RECIPES}
-
-
-def exported(folder, name, module, inputs, dtype=torch.float16):
-    """One component's graph in the dtype, with the recipe's axes; returns its path."""
-    recipe = AXES[name]
-    cast = {
-        k: v.to(dtype) if v.is_floating_point() and v.ndim > 1 else v for k, v in inputs.items()
-    }
-    axes = {key: recipe.axes.get(key, {0: "rows"}) for key in inputs}
-    export_graph(module.eval().to(dtype), cast, recipe.outputs, axes, folder)
-    return folder / "model.onnx"
 
 
 def parsed(graph):
@@ -82,19 +69,6 @@ def build(folder, component, graph, profile, targets=("sm_89",)):
     marks = {"level": 3, "workspace": 0, "stripped": False, "graph": "", "weights": ""}
     key = PlanKey(component, RTX, "1", targets, "", "", (profile,), **marks, user_allocation=True)
     return tensorrt_builder.build_plan(key, graph, folder / "plan")
-
-
-def unet_inputs(config, tokens=7, side=8):
-    extras = {
-        "sample": torch.randn(2, config.in_channels, side, side),
-        "timestep": torch.tensor([3.0, 700.0]),
-        "context": torch.randn(2, tokens, config.cross_attention_dim),
-    }
-    if config.pooled_width:
-        extras |= {"pooled": torch.randn(2, config.pooled_width), "time_ids": torch.rand(2, 6)}
-    if config.time_cond_proj_dim:
-        extras["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim)
-    return extras
 
 
 SMALL = {

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 from ort_arithmetic import OrtArithmetic
 from runtime_rig import *  # noqa: F403
 from runtime_rig import Engine, ILogger, Refitter
@@ -27,12 +28,15 @@ class BuilderFlag(enum.Enum):
     WEIGHT_STREAMING, REQUIRE_USER_ALLOCATION = range(4, 6)
 
 
+REFITS = {BuilderFlag.REFIT_IDENTICAL, BuilderFlag.REFIT_INDIVIDUAL}
+
+
 class MemoryPoolType(enum.Enum):
     WORKSPACE = 0
 
 
 class ComputeCapability(enum.IntEnum):
-    SM75, SM80, SM86, SM89, SM120, SM121 = 75, 80, 86, 89, 120, 121
+    CURRENT, SM75, SM80, SM86, SM89, SM120, SM121 = 1, 75, 80, 86, 89, 120, 121
 
 
 class LayerType(enum.Enum):
@@ -51,9 +55,12 @@ class BuilderConfig:
 
     def __init__(self) -> None:
         self.flags = {BuilderFlag.TF32}
+        self.capabilities: list[ComputeCapability] = []
         self.profiles: list[dict[str, Any]] = []
 
     def set_flag(self, flag: BuilderFlag) -> None:
+        if flag in REFITS:  # each unsets the other
+            self.flags -= REFITS
         self.flags.add(flag)
 
     def clear_flag(self, flag: BuilderFlag) -> None:
@@ -64,6 +71,7 @@ class BuilderConfig:
 
     def set_compute_capability(self, capability: ComputeCapability, index: int) -> None:
         assert index < self.num_compute_capabilities
+        self.capabilities.append(capability)
 
     def add_optimization_profile(self, profile: Any) -> int:
         self.profiles.append(profile.ranges)
@@ -85,9 +93,12 @@ class Network:
 
     def __init__(self) -> None:
         self.graph = ""
+        self.weights: set[str] = set()
         self.refittable: list[str] = []
 
     def mark_weights_refittable(self, name: str) -> bool:
+        if name not in self.weights:
+            return False
         self.refittable.append(name)
         return True
 
@@ -112,12 +123,16 @@ class Builder:
         if streamed and own:
             self.logger.log(ILogger.ERROR, "user allocation excludes weight streaming")
             return None
+        individual = BuilderFlag.REFIT_INDIVIDUAL in flags
+        if individual and config.capabilities != [ComputeCapability.CURRENT]:
+            self.logger.log(ILogger.ERROR, "CPU-only AoT does not support weights engines")
+            return None
         plan = {
             "graph": network.graph,
             "stripped": BuilderFlag.STRIP_PLAN in flags,
             "streamed": streamed,
             "user_allocation": own,
-            "refittable": network.refittable if BuilderFlag.REFIT_INDIVIDUAL in flags else [],
+            "refittable": network.refittable if individual else [],
             "profiles": config.profiles,
         }
         return json.dumps(plan).encode()
@@ -131,7 +146,11 @@ class OnnxParser:
 
     def parse_from_file(self, path: str) -> bool:
         self.network.graph = str(Path(path).resolve())
-        return Path(path).exists()
+        if not Path(path).exists():
+            return False
+        model = onnx.load(path, load_external_data=False)
+        self.network.weights = {initializer.name for initializer in model.graph.initializer}
+        return True
 
 
 class Runtime:
