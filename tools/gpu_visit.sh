@@ -163,7 +163,9 @@ sanitize() {
 }
 
 [ "${1:-}" = --dry ] && { DRY=1; shift; }
-[ $# -eq 0 ] && { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 2; }
+usage() { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//'; }
+[[ "${1:-}" == @(-h|--help) ]] && { usage; exit 0; }
+[ $# -eq 0 ] && { usage; exit 2; }
 for step in "$@"; do
     [[ " $STEPS " == *" $step "* ]] || { echo "gpu_visit.sh: no step $step; expected $STEPS" >&2; exit 2; }
 done

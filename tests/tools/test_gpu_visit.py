@@ -62,6 +62,8 @@ def test_it_says_what_it_does_and_which_steps_there_are(tmp_path):
     done = visit(tmp_path)
     assert done.returncode == 2 and "sanitize  compute-sanitizer" in done.stdout
     assert "set -u" not in done.stdout
+    asked = visit(tmp_path, "--help")
+    assert asked.returncode == 0 and asked.stdout == done.stdout
     done = visit(tmp_path, "setup", "everything")
     assert done.returncode == 2 and "no step everything; expected pack setup" in done.stderr
 
