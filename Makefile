@@ -89,14 +89,16 @@ types: $(READY)
 mutations: $(READY)
 	$(BIN)/python tools/mutations.py --save
 
-# Writes the bundles of the embedded model and its ControlNet, without their weights, into the
-# package; commit the result.
+# Writes the bundles of the embedded model, its ControlNet and its IP-Adapter, without their weights,
+# into the package; commit the result.
 bundle: $(READY)
 	$(BIN)/sdrt build --model shapes --feature-reuse --force --quiet --output build/shapes
 	$(BIN)/python tools/embed_bundle.py build/shapes shapes
 	$(BIN)/sdrt build --controlnet outline --size 64x64 --name outline --force --quiet \
 		--output build/outline.bundle
 	$(BIN)/python tools/embed_bundle.py build/outline.bundle outline
+	$(BIN)/sdrt build --ip-adapter likeness --force --quiet --output build/likeness.bundle
+	$(BIN)/python tools/embed_bundle.py build/likeness.bundle likeness
 
 # The same commit gives the same bytes. A CycloneDX bill of materials is written next to the wheel.
 wheel: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)

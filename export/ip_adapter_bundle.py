@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sdrt.atomic_files import publish_folder
+from sdrt.bundle.embedded import MODELS
 from sdrt.bundle.integrity import describe_files
 from sdrt.bundle.manifest import (
     IMAGE_ENCODER,
@@ -50,13 +51,14 @@ from .weights import PICKLES, TO_CONVERT, read_json, read_safetensors, weight_fi
 
 log = logging.getLogger("sdrt.build")
 Load = Callable[[], Any]
+EMBEDDED = "likeness"  # the IP-Adapter of the embedded model
 
 
 @dataclass(frozen=True, slots=True)
 class IpAdapterBuildPlan:
     """The arguments of `sdrt build --ip-adapter`.
 
-    ip_adapter: the adapter's weights, `.safetensors`
+    ip_adapter: the adapter's weights, `.safetensors`; or the embedded one's name
     image_encoder: the folder of the encoder that it was trained with, in transformers' layout
     name: None for the file's
     """
@@ -83,14 +85,10 @@ def build_ip_adapter_bundle(plan: IpAdapterBuildPlan) -> Path:
         BundleError: The folder exists already.
         UsageError: No image encoder.
     """
-    if plan.image_encoder is None:
-        raise UsageError(
-            "an IP-Adapter reads images through an image encoder",
-            hint="add --image-encoder FOLDER, such as models/image_encoder of h94/IP-Adapter",
-        )
+    file, encoder = _find_files(plan)
     candidate = select_validation_backend(plan.backend)
-    config = _load_adapter(plan.ip_adapter).config
-    parts = _find_parts(plan.ip_adapter, plan.image_encoder, config)
+    config = _load_adapter(file).config
+    parts = _find_parts(file, encoder, config)
     name = plan.name or plan.ip_adapter.stem + ("-fp16" if plan.dtype == "float16" else "")
     target = (plan.output or bundles_folder() / name).expanduser()
     with publish_folder(target, MANIFEST, plan.force) as folder:
@@ -106,6 +104,19 @@ def build_ip_adapter_bundle(plan: IpAdapterBuildPlan) -> Path:
         manifest = replace(manifest, components=components, files=describe_files(folder))
         (folder / MANIFEST).write_text(json_from_manifest(manifest))
     return target
+
+
+def _find_files(plan: IpAdapterBuildPlan) -> tuple[Path, Path]:
+    """The adapter's file, and its image encoder's folder."""
+    if str(plan.ip_adapter) == EMBEDDED and plan.image_encoder is None:
+        folder = MODELS / EMBEDDED
+        return folder / "ip_adapter.safetensors", folder / "image_encoder"
+    if plan.image_encoder is None:
+        raise UsageError(
+            "an IP-Adapter reads images through an image encoder",
+            hint="add --image-encoder FOLDER, such as models/image_encoder of h94/IP-Adapter",
+        )
+    return plan.ip_adapter, plan.image_encoder
 
 
 def _find_parts(file: Path, encoder: Path, config: IpAdapterConfig) -> list[tuple[Load, Recipe]]:
@@ -134,9 +145,10 @@ def _recipe(name: str, source: str, shape: tuple[int, ...], output: str) -> Reci
 
 def _initial_manifest(plan: IpAdapterBuildPlan, name: str, config: IpAdapterConfig) -> Manifest:
     """The manifest without what is known only once the components are built."""
+    encoder = f", image encoder {plan.image_encoder}" if plan.image_encoder else ""
     return Manifest(
         name=name,
-        source=f"{plan.ip_adapter}, image encoder {plan.image_encoder}",
+        source=f"{plan.ip_adapter}{encoder}",
         sizes=((224, 224),),
         batch=(1, 1, 4),
         latent_channels=4,

@@ -1,6 +1,7 @@
 """The embedded bundle is what a build of its checkpoint writes today: run by `make wheel`."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +41,17 @@ def test_the_controlnet_is_that_of_a_fresh_build(tmp_path):
     built = open_bundle(
         build_control_bundle(ControlBuildPlan("outline", tmp_path / "built", sizes=((64, 64),)))
     )
+    exported = {name for name in built.manifest.files if name != REFERENCE_FILE}
+    assert exported and embedded.manifest.files.keys() == built.manifest.files.keys()
+    assert all(embedded.manifest.files[n] == built.manifest.files[n] for n in exported)
+
+
+def test_the_ip_adapter_is_that_of_a_fresh_build(tmp_path):
+    from sdrt.export.ip_adapter_bundle import IpAdapterBuildPlan, build_ip_adapter_bundle
+
+    embedded = open_bundle(materialize("likeness", tmp_path))
+    plan = IpAdapterBuildPlan(Path("likeness"), None, tmp_path / "built")
+    built = open_bundle(build_ip_adapter_bundle(plan))
     exported = {name for name in built.manifest.files if name != REFERENCE_FILE}
     assert exported and embedded.manifest.files.keys() == built.manifest.files.keys()
     assert all(embedded.manifest.files[n] == built.manifest.files[n] for n in exported)

@@ -12,27 +12,35 @@ log = logging.getLogger(__name__)
 
 
 class Optimizers:
-    """Muon for matrices and convolutions (as matrices), AdamW for the rest, one schedule for both.
+    """Muon for matrices and convolutions (as matrices), AdamW for the rest, one schedule for both;
+    AdamW for all without `matrix_lr`, where the processor has no bf16.
 
     The learning rate warms up over 2 % of the steps and falls linearly to nothing.
     """
 
-    def __init__(self, model: nn.Module, steps: int, *, matrix_lr: float, other_lr: float) -> None:
+    def __init__(
+        self, model: nn.Module, steps: int, *, matrix_lr: float | None, other_lr: float
+    ) -> None:
         named = [(n, p) for n, p in model.named_parameters()]
         is_matrix = {
-            n: p.ndim >= 2 and "embedding" not in n and min(p.flatten(1).shape) > 8
+            n: matrix_lr is not None
+            and p.ndim >= 2
+            and "embedding" not in n
+            and min(p.flatten(1).shape) > 8
             for n, p in named
         }
         self.sources = [p for n, p in named if is_matrix[n]]
         self.views = [nn.Parameter(p.detach().view(p.shape[0], -1)) for p in self.sources]
         others = [p for n, p in named if not is_matrix[n]]
-        self.all = [
-            torch.optim.Muon(
-                self.views, lr=matrix_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-            ),
-            torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.99), weight_decay=0.0),
+        self.all: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.99), weight_decay=0.0)
         ]
-        self.base = [matrix_lr, other_lr]
+        self.base = [other_lr]
+        if matrix_lr is not None:
+            muon = torch.optim.Muon(
+                self.views, lr=matrix_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            )
+            self.all, self.base = [muon, *self.all], [matrix_lr, *self.base]
         self.steps = steps
 
     def step(self, index: int) -> None:
@@ -45,7 +53,7 @@ class Optimizers:
             optimizer.step()
         for parameter in self.sources:
             parameter.grad = None
-        self.all[1].zero_grad()
+        self.all[-1].zero_grad()
 
     def state(self) -> list[dict]:
         return [optimizer.state_dict() for optimizer in self.all]

@@ -1,5 +1,5 @@
-"""The bundles of the embedded model and of its ControlNet, which ship without their weights and get
-them on first use.
+"""The bundles of the embedded model, its ControlNet and its IP-Adapter, which ship without their
+weights and get them on first use.
 
 - `models/<name>` is the checkpoint: float16 safetensors.
 - `models/<name>.bundle` has all files of the bundle but `model.safetensors`: graphs, manifest,
@@ -22,7 +22,7 @@ import numpy as np
 from sdrt.atomic_files import build_once
 from sdrt.errors import BundleError
 
-from .manifest import CONTROLNET, MANIFEST, TRANSPOSED, WEIGHTS, read_manifest
+from .manifest import CONTROLNET, IP_ADAPTER, MANIFEST, TRANSPOSED, WEIGHTS, read_manifest
 from .safetensors import DTYPES, Tensors, read_header
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -34,19 +34,26 @@ CHECKPOINT_FILES = {
     "vae_decoder": "vae/diffusion_pytorch_model.safetensors",
     "vae_encoder": "vae/diffusion_pytorch_model.safetensors",
     "controlnet": "diffusion_pytorch_model.safetensors",
+    "image_encoder": "image_encoder/model.safetensors",
+    "ip_adapter": "ip_adapter.safetensors",
 }
-MODULE_PREFIX = "model."  # of the text encoder's tensors in a bundle
+MODULE_PREFIX = "model."  # of the text and image encoder's tensors in a bundle
+NETS = (CONTROLNET, IP_ADAPTER)
 PADDING = "__pad."
 
 
 def embedded_names() -> list[str]:
     """The models whose bundles ship with the package."""
-    return [name for name in _shipped() if name not in embedded_control_names()]
+    return [name for name in _shipped() if name not in embedded_net_names()]
 
 
-def embedded_control_names() -> list[str]:
-    """The control bundles that ship with the package, for its models."""
-    return [name for name in _shipped() if (MODELS / f"{name}.bundle" / CONTROLNET).is_dir()]
+def embedded_net_names() -> list[str]:
+    """The bundles of a ControlNet or IP-Adapter that ship with the package, for its models."""
+    return [name for name in _shipped() if any((_folder(name) / net).is_dir() for net in NETS)]
+
+
+def _folder(name: str) -> Path:
+    return MODELS / f"{name}.bundle"
 
 
 def _shipped() -> list[str]:
@@ -58,7 +65,7 @@ def embedded_folder(name: str, home: Path) -> Path:
 
     Each version of the bundle has a folder of its own.
     """
-    manifest = (MODELS / f"{name}.bundle" / MANIFEST).read_bytes()
+    manifest = (_folder(name) / MANIFEST).read_bytes()
     return home / "embedded" / hashlib.sha256(manifest).hexdigest()[:12] / name
 
 
@@ -78,7 +85,7 @@ def materialize(name: str, home: Path) -> Path:
 
 
 def _write_bundle(name: str, folder: Path) -> None:
-    shipped, checkpoint = MODELS / f"{name}.bundle", MODELS / name
+    shipped, checkpoint = _folder(name), MODELS / name
     manifest = read_manifest(shipped)
     for file, record in manifest.files.items():
         path = folder / file

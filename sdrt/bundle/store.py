@@ -11,7 +11,7 @@ from pathlib import Path
 from sdrt.atomic_files import locked, restore_backup, sibling, write_atomic
 from sdrt.errors import BundleError
 
-from .embedded import embedded_control_names, embedded_folder, embedded_names, materialize
+from .embedded import embedded_folder, embedded_names, embedded_net_names, materialize
 from .manifest import CONTROL_NETS, IP_ADAPTER, MANIFEST, UPSCALER
 
 
@@ -34,7 +34,7 @@ def list_bundles() -> list[Path]:
     # What begins with a dot is not finished.
     built = [path.parent for path in bundles_folder().glob(f"[!.]*/{MANIFEST}")]
     built.sort(key=lambda folder: (folder / MANIFEST).stat().st_mtime, reverse=True)
-    names = (*embedded_names(), *embedded_control_names())
+    names = (*embedded_names(), *embedded_net_names())
     embedded = [embedded_folder(name, home()) for name in names]
     return built + [folder for folder in embedded if folder.is_dir()]
 
@@ -96,7 +96,7 @@ def find_bundle(name: str | os.PathLike[str] | None) -> Path:
                 return folder
         except OSError as error:
             raise BundleError(f"{folder} cannot be read: {error.strerror}") from error
-    if name in (*embedded_names(), *embedded_control_names()):
+    if name in (*embedded_names(), *embedded_net_names()):
         return materialize(str(name), home())
     if Path(name).is_file():
         build = f"`sdrt build --model {name}` makes one of it"

@@ -17,7 +17,7 @@ from typing import Any
 
 from sdrt.atomic_files import is_locked, locked
 from sdrt.bundle import Bundle
-from sdrt.bundle.embedded import embedded_control_names, embedded_folder, embedded_names
+from sdrt.bundle.embedded import embedded_folder, embedded_names, embedded_net_names
 from sdrt.bundle.integrity import forget_verified, stale_entries
 from sdrt.bundle.manifest import read_manifest
 from sdrt.bundle.store import bundles_folder, home, list_bundles
@@ -126,7 +126,7 @@ def leftovers(machine: GpuInventory) -> Iterator[Leftover]:
 
 
 def _outdated_embedded_models() -> Iterator[Leftover]:
-    names = (*embedded_names(), *embedded_control_names())
+    names = (*embedded_names(), *embedded_net_names())
     current = {embedded_folder(name, home()).parent for name in names}
     for folder in _subfolders(home() / "embedded"):
         if folder not in current:

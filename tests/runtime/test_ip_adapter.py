@@ -98,6 +98,15 @@ def test_an_image_prompts_as_in_diffusers(pipe, parts, tiny, adapter, scheduler,
     assert decibels(own, expected, **options) >= 50 > plain
 
 
+@pytest.mark.parametrize("backend", ["openvino", "torch"])
+def test_other_backends_prompt_as_diffusers_does(tiny_bundle, parts, tiny, adapter, backend):
+    with sdrt.load(tiny_bundle, backend=backend, ip_adapter=adapter[2]) as loaded:
+        own = loaded.with_scheduler("DDIMScheduler")
+        expected = reference(parts, tiny, adapter, own, 0.7, ip_adapter_image=photo())
+        options = {"ip_adapter_image": photo(), "ip_adapter_scale": 0.7}
+        assert decibels(own, expected, **options) >= 50
+
+
 def test_the_tokens_of_several_images_follow_each_other(pipe, parts, tiny, adapter):
     own, images = pipe.with_scheduler("DDIMScheduler"), [photo(1), photo(2)]
     expected = reference(*(parts, tiny, adapter, own, 1.0), ip_adapter_image=[images])

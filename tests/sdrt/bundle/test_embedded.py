@@ -12,9 +12,9 @@ import pytest
 from sdrt.bundle import open_bundle
 from sdrt.bundle.embedded import (
     MODELS,
-    embedded_control_names,
     embedded_folder,
     embedded_names,
+    embedded_net_names,
     materialize,
 )
 from sdrt.bundle.integrity import hash_file
@@ -156,8 +156,9 @@ def test_inspecting_without_any_bundle_shows_the_embedded_one(place, capsys):
 
 
 def test_what_ships_is_small():
-    assert embedded_names() == ["shapes"] and embedded_control_names() == ["outline"]
-    for folder, limit in (("shapes.bundle", 1e6), ("outline.bundle", 1e5), ("outline", 3e6)):
+    assert embedded_names() == ["shapes"] and embedded_net_names() == ["likeness", "outline"]
+    limits = {"shapes.bundle": 1e6, "outline.bundle": 1e5, "likeness.bundle": 5e5}
+    for folder, limit in {**limits, "outline": 3e6, "likeness": 2e6}.items():
         files = [path for path in (MODELS / folder).rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) < limit
 
