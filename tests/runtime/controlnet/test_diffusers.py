@@ -167,6 +167,20 @@ def test_a_t2i_adapter_steers_as_in_diffusers(pipe, parts, nets):
     assert decibels(own, reference, 6, **options) >= 50
 
 
+@pytest.mark.build
+def test_half_precision_is_close_to_diffusers(tiny, parts, nets, home, tmp_path, build_once):
+    options = {"sizes": ((SIDE, SIDE),), "dtype": "float16"}
+    bundle = build_once(str(tiny), tmp_path / "model", **options)
+    net = built_control(str(home / "nets" / "first"), tmp_path / "half", name="half", **options)
+    with sdrt.load(bundle, backend="onnxruntime", controlnet=str(net)) as pipe:
+        own, kind = pipe.with_scheduler("DDIMScheduler"), "StableDiffusionControlNetPipeline"
+        arguments = {"nets": {"controlnet": nets["first"]}, "image": noise(9)}
+        reference = diffusers_image(kind, parts, own, 3, **arguments)
+        assert (
+            decibels(own, reference, 3, control_image=noise(9)) >= 35 > decibels(own, reference, 3)
+        )
+
+
 REQUESTS = [
     {"controlnet": "first", "control_image": 9, "seed": 1},
     {"seed": 2},
