@@ -32,7 +32,7 @@ def run_server(bundle, names=("shapes",), controlnet=(), **settings):
         server.jobs.close()
 
 
-def wait_for(condition, seconds=30.0):
+def wait_for(condition, seconds=120.0):
     """Poll until a condition holds; fails the test on a timeout."""
     end = time.monotonic() + seconds
     while not condition():
