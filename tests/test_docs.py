@@ -54,7 +54,7 @@ def runnable(name, slow):
 
 
 def run_blocks(blocks, folder, home):
-    """Run them in order in a process each; Python blocks one after the other in one."""
+    """Run them in order, each in a process of its own."""
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "SDRT_HOME": str(home),
