@@ -133,6 +133,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py --save
 	$(BIN)/python benchmarks/build.py --divisor 4 --size 256x256 --fp32 --work build/narrow --save
 	$(BIN)/python benchmarks/scaling.py --work build/narrow --save
+	$(BIN)/python benchmarks/hoisting.py --work build/narrow --rounds 5 --save
 	$(BIN)/python benchmarks/serve_cost.py --save
 	$(BIN)/python benchmarks/serve_load.py --requests 100 --save
 	$(BIN)/python benchmarks/serve_sim.py --save
