@@ -55,6 +55,7 @@ KNOWN = {
     "stable-diffusion-v1-4": "CompVis/stable-diffusion-v1-4",
     "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stable-diffusion-xl-base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
+    "stable-diffusion-xl-refiner-1.0": "stabilityai/stable-diffusion-xl-refiner-1.0",
     "ssd-1b": "segmind/SSD-1B",
 }
 EMBEDDED = ("shapes",)
@@ -121,10 +122,15 @@ class Checkpoint:
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        """One, two in models such as XL, none in unconditional ones."""
+        """One, two in models such as XL, of which a refiner has the second; none in unconditional
+        ones.
+        """
         if self.unconditional:
             return ()
-        return tuple(TOKENIZERS)[: 2 if self.part_folder("text_encoder_2").is_dir() else 1]
+        first, second = TOKENIZERS
+        if not self.part_folder(second).is_dir():
+            return (first,)
+        return (first, second) if self.part_folder(first).is_dir() else (second,)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -198,19 +204,22 @@ class Checkpoint:
         return scheduler_of_pipeline(stored) if self._corrects_scheduler else stored
 
     @property
+    def _index(self) -> dict[str, Any]:
+        """What diffusers' pipeline says of the model; nothing where there is no such file."""
+        path = self.folder / "model_index.json"
+        return read_json(path) if path.is_file() else {}
+
+    @property
     def _corrects_scheduler(self) -> bool:
         """Whether diffusers' pipeline corrects its scheduler: that of 1.x and 2.x does, those of XL
         and of latent consistency models do not.
         """
-        path = self.folder / "model_index.json"
-        kind = str(read_json(path).get("_class_name")) if path.is_file() else ""
-        return len(self.text_encoders) == 1 and not kind.startswith("LatentConsistency")
+        kind = str(self._index.get("_class_name"))
+        return self.text_encoders == ("text_encoder",) and not kind.startswith("LatentConsistency")
 
     def tokenizers(self) -> dict[str, CheckpointTokenizer]:
         """Every text encoder's tokenizer; raises CheckpointError."""
-        path = self.folder / "model_index.json"
-        index = read_json(path) if path.is_file() else {}
-        tokenizers = {}
+        index, tokenizers = self._index, {}
         for part in self.text_encoders:
             match index.get(TOKENIZERS[part]):
                 case [_, str(kind)]:
@@ -221,11 +230,16 @@ class Checkpoint:
         return tokenizers
 
     def zeroes_empty_prompt(self) -> bool:
-        """Whether an empty negative prompt is zeros: with two text encoders, unless the model
-        turns that off."""
-        path = self.folder / "model_index.json"
-        flag = read_json(path).get("force_zeros_for_empty_prompt", True) if path.is_file() else True
-        return len(self.text_encoders) > 1 and bool(flag)
+        """Whether an empty negative prompt is zeros: in models such as XL, unless the model turns
+        that off."""
+        flag = self._index.get("force_zeros_for_empty_prompt", True)
+        return "text_encoder_2" in self.text_encoders and bool(flag)
+
+    @property
+    def requires_aesthetics_score(self) -> bool | None:
+        """Whether the UNet reads an aesthetic score; None where no file says."""
+        flag = self._index.get("requires_aesthetics_score")
+        return None if flag is None else bool(flag)
 
     def weight_files(self, part: str) -> list[Path]:
         """The part's safetensors files, full precision preferred; raises CheckpointError."""

@@ -4,9 +4,10 @@ Knows configurations and whether they fit each other; reads no weights.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from sdrt.bundle.manifest import REFINER_TIME_IDS
 from sdrt.errors import CheckpointError, UsageError
 
 from .checkpoint import Checkpoint
@@ -66,6 +67,12 @@ class ModelSpec:
         return self.downscale * int(2 ** (len(self.unet.block_out_channels) - 1))
 
     @property
+    def reads_aesthetic_score(self) -> bool:
+        """Whether it is a refiner, which reads a score instead of the target's size."""
+        unet = self.unet
+        return isinstance(unet, UnetConfig) and unet.num_time_ids == REFINER_TIME_IDS
+
+    @property
     def pooled_width(self) -> int:
         """Channels of the second text encoder's pooled output."""
         return int(list(self.text_encoders.values())[-1].get("projection_dim", 512))
@@ -94,7 +101,7 @@ def parse_model_spec(checkpoint: Checkpoint) -> ModelSpec:
     max_tokens = prompt_length(encoders, tokenizers)
     raw = checkpoint.config("unet")
     unconditional = checkpoint.unconditional
-    return ModelSpec(
+    spec = ModelSpec(
         unet=PixelUnetConfig.from_json(raw) if unconditional else UnetConfig.from_json(raw),
         vae=None if unconditional else _vae_config(checkpoint.config("vae")),
         text_encoders=encoders,
@@ -104,6 +111,16 @@ def parse_model_spec(checkpoint: Checkpoint) -> ModelSpec:
         scheduler=checkpoint.scheduler_config(),
         zero_empty_prompt=checkpoint.zeroes_empty_prompt(),
     )
+    return replace(spec, unet=_with_time_ids(spec))
+
+
+def _with_time_ids(spec: ModelSpec) -> UnetConfig | PixelUnetConfig:
+    """The UNet with the number of its time ids, by the width of the pooled prompt."""
+    unet = spec.unet
+    if isinstance(unet, PixelUnetConfig) or unet.addition_embed_type is None:
+        return unet
+    refiner = replace(unet, num_time_ids=REFINER_TIME_IDS)
+    return refiner if refiner.pooled_width == spec.pooled_width else unet
 
 
 def _vae_config(raw: Mapping[str, Any]) -> VaeConfig | TinyVaeConfig:
@@ -116,12 +133,12 @@ def _check_fit(spec: ModelSpec, checkpoint: Checkpoint) -> None:
     if isinstance(spec.unet, PixelUnetConfig):
         return
     unet, hint = spec.unet, _component_hint(checkpoint)
-    if unet.pooled_width and len(spec.text_encoders) < 2:
+    if unet.pooled_width and "text_encoder_2" not in spec.text_encoders:
         raise CheckpointError(
             f"the UNet expects a pooled prompt, and {checkpoint.folder} has no text_encoder_2",
             hint="pass --text-encoder-2, or a UNet of the same model family",
         )
-    if not unet.pooled_width and len(spec.text_encoders) > 1:
+    if not unet.pooled_width and "text_encoder_2" in spec.text_encoders:
         raise CheckpointError(
             "the UNet expects no pooled prompt, and the model has a text_encoder_2: the UNet is "
             "of another model family",
@@ -139,6 +156,18 @@ def _check_fit(spec: ModelSpec, checkpoint: Checkpoint) -> None:
                 f"{actual}: one of them is of another model family",
                 hint=hint,
             )
+    _check_aesthetic_score(spec, checkpoint)
+
+
+def _check_aesthetic_score(spec: ModelSpec, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless `model_index.json` and the UNet agree on the score."""
+    says = checkpoint.requires_aesthetics_score
+    if isinstance(spec.unet, UnetConfig) and says not in (None, spec.reads_aesthetic_score):
+        raise CheckpointError(
+            f"{checkpoint.folder}/model_index.json has requires_aesthetics_score={says}, and the "
+            f"UNet reads {spec.unet.num_time_ids} time ids: one of them is another model's",
+            hint="take both from one repository",
+        )
 
 
 def _component_hint(checkpoint: Checkpoint) -> str | None:

@@ -39,7 +39,7 @@ class TextEncoder(nn.Module):
 
 
 class PairedTextEncoder(nn.Module):
-    """One of two text encoders, as in SDXL: input_ids [B, N] int32 -> contexts
+    """A text encoder of models such as SDXL: input_ids [B, N] int32 -> contexts
     [B, layers, N, width], the hidden states before every layer without the final norm, so that the
     last is the penultimate layer's; and from a model with a text projection also its pooled output,
     [B, width].

@@ -83,7 +83,8 @@ class TorchReference:
     def text_encoder_2(self, module: nn.Module) -> list[Case]:
         ids = self._tokenize("tokenizer_2")
         contexts, pooled = (output.numpy() for output in module(torch.from_numpy(ids)))
-        context = np.concatenate([self.conditioning["context"], contexts[1:, -1]], axis=-1)
+        first = [self.conditioning["context"]] if "context" in self.conditioning else []
+        context = np.concatenate([*first, contexts[1:, -1]], axis=-1)
         self.conditioning = {"context": context, "pooled": pooled[1:]}
         return [Case({"input_ids": ids}, {"contexts": contexts, "pooled": pooled})]
 
@@ -125,7 +126,8 @@ class TorchReference:
     def _unet_conditioning(self, module: Any, size: Size, timestep: float) -> Feeds:
         inputs = {"timestep": np.full(1, timestep, np.float32), **self.conditioning}
         if getattr(module, "add_embedding", None) is not None:
-            inputs["time_ids"] = build_time_ids(GenerationOptions(), size)[1:]
+            count = module.config.num_time_ids
+            inputs["time_ids"] = build_time_ids(GenerationOptions(), size, count)[1:]
         if width := getattr(module.config, "time_cond_proj_dim", None):
             inputs[GUIDANCE] = guidance_embedding(1.0, width)[None]
         return inputs

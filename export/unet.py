@@ -19,7 +19,7 @@ from sdrt.bundle.manifest import (
 )
 
 from .layers import Downsample, Upsample, timestep_embedding
-from .unet_config import TIME_IDS, UnetConfig
+from .unet_config import UnetConfig
 
 RESIDUALS = (DOWN_RESIDUAL, MID_RESIDUAL, ADAPTER_STATE)
 
@@ -159,7 +159,7 @@ class UnetEncoder(nn.Module):
         time: Tensor = self.time_embedding(features.to(sample.dtype), timestep_cond)
         if self.add_embedding is not None and pooled is not None and time_ids is not None:
             item = timestep_embedding(time_ids.flatten(), self.config.addition_time_embed_dim or 0)
-            reported = item.unflatten(0, (-1, TIME_IDS)).flatten(1).to(sample.dtype)
+            reported = item.unflatten(0, (-1, self.config.num_time_ids)).flatten(1).to(sample.dtype)
             time = time + self.add_embedding(torch.cat([pooled, reported], dim=-1))
         return time
 
@@ -167,8 +167,9 @@ class UnetEncoder(nn.Module):
 class Unet(UnetEncoder):
     """sample [B, in, H, W], timestep [B] float32, context [B, M, K] -> [B, out, H, W].
 
-    pooled [B, pooled_width] and time_ids [B, 6] float32 where the configuration adds them: the
-    prompt as a whole, and the sizes of Podell et al. 2023 (arXiv:2307.01952), section 2.2.
+    pooled [B, pooled_width] and time_ids [B, num_time_ids] float32 where the configuration adds
+    them: the prompt as a whole, and the sizes of Podell et al. 2023 (arXiv:2307.01952), section
+    2.2, in a refiner with an aesthetic score.
     timestep_cond [B, time_cond_proj_dim] where the configuration has it: the guidance scale, Luo et
     al. 2023 (arXiv:2310.04378), section 4.2.
 

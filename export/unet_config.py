@@ -7,13 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdrt.bundle.manifest import ADAPTER_STATE, DOWN_RESIDUAL, MID_RESIDUAL
+from sdrt.bundle.manifest import (
+    ADAPTER_STATE,
+    DOWN_RESIDUAL,
+    MID_RESIDUAL,
+    REFINER_TIME_IDS,
+    TIME_IDS,
+)
 from sdrt.errors import CheckpointError
 
 from .config import read_config
 from .layers import ResnetBlock, SpatialTransformer
 
-TIME_IDS = 6  # the original's height and width, the crop's top and left, the target's both
 # One for all stages; one for each; or one for each transformer of each stage.
 Depths = int | tuple[int | tuple[int, ...], ...]
 
@@ -28,9 +33,9 @@ class UnetConfig:
     with a depth map. `mid_block_type` is None in models distilled without one, and UNetMidBlock2D
     is a residual block alone. `transformer_layers_per_block` counts on the way down, and on the way
     up unless `reverse_transformer_layers_per_block` does. `addition_embed_type` is text_time in
-    models that are also conditioned on the pooled prompt and on sizes. `time_cond_proj_dim` is the
-    width of the guidance scale's embedding in models that take one, which are distilled from guided
-    ones.
+    models that are also conditioned on the pooled prompt and on sizes. `num_time_ids` counts these
+    numbers; no file says it, the width of the pooled prompt does. `time_cond_proj_dim` is the width
+    of the guidance scale's embedding in models that take one, which are distilled from guided ones.
     """
 
     in_channels: int = 4
@@ -53,6 +58,7 @@ class UnetConfig:
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     time_cond_proj_dim: int | None = None
+    num_time_ids: int = TIME_IDS
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "UnetConfig":
@@ -95,24 +101,24 @@ class UnetConfig:
 
     def _check_addition(self) -> None:
         """Raise CheckpointError unless the added conditioning is none, or the pooled prompt and
-        six numbers of sizes.
+        numbers.
         """
         kind, item = self.addition_embed_type, self.addition_time_embed_dim
         width = self.projection_class_embeddings_input_dim
         if kind is None and item is None and width is None:
             return
-        if kind != "text_time" or not item or not width or width <= TIME_IDS * item:
+        if kind != "text_time" or not item or not width or width <= REFINER_TIME_IDS * item:
             raise CheckpointError(
                 f"UnetConfig: addition_embed_type={kind!r} with addition_time_embed_dim={item!r} "
                 f"and projection_class_embeddings_input_dim={width!r}; expected none of them, or "
-                f"text_time with a width beyond {TIME_IDS} times the second"
+                f"text_time with a width beyond {REFINER_TIME_IDS} times the second"
             )
 
     @property
     def pooled_width(self) -> int:
         """Width of the pooled prompt that the model is conditioned on; 0 if there is none."""
         item, width = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
-        return width - TIME_IDS * item if width and item else 0
+        return width - self.num_time_ids * item if width and item else 0
 
     @property
     def attends(self) -> bool:

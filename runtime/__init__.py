@@ -12,7 +12,8 @@ from .options import GenerationOptions
 from .output import ArrayOutput, Output
 from .pipeline import Pipeline
 from .preview import Preview
-from .samplers.table import SamplerTable, sample, sampler_table
+from .samplers.table import sample, sampler_table
+from .samplers.table_data import SamplerTable
 from .text.tokenizer import Tokenizer
 
 __all__ = [

@@ -41,6 +41,7 @@ class GenerationKwargs(TypedDict, total=False):
     num_images_per_prompt: int | None
     size: str | Sequence[int] | None
     image: ImageLike | None
+    image_latents: ArrayLike | None
     strength: float | None
     mask_image: ImageLike | None
     depth_map: ImageLike | None
@@ -80,6 +81,11 @@ class GenerationKwargs(TypedDict, total=False):
     hires_prompt: str | Sequence[str] | None
     hires_negative_prompt: str | Sequence[str] | None
     hires_guidance_scale: float | None
+    denoising_start: float | None
+    denoising_end: float | None
+    aesthetic_score: float | None
+    negative_aesthetic_score: float | None
+    refiner_switch_at: float | None
     callback_on_step_end: Callback | None
     height: int | None
     width: int | None
@@ -112,6 +118,7 @@ ALIASES = {
     "hr_prompt": "hires_prompt",
     "hr_negative_prompt": "hires_negative_prompt",
     "hr_cfg": "hires_guidance_scale",
+    **dict.fromkeys(("refiner_start", "refiner_switch", "high_noise_frac"), "refiner_switch_at"),
     **dict.fromkeys(("controlnet_image", "controlnet_cond", "control"), "control_image"),
     **dict.fromkeys(("control_scale", "conditioning_scale"), "controlnet_conditioning_scale"),
 }
@@ -127,8 +134,6 @@ INSTEAD = {
     "prompt_2": _PROMPT,
     "negative_prompt_2": _PROMPT,
     "ip_adapter_image_embeds": _IP_ADAPTER,
-    "denoising_start": "a run starts from an image with image=... and strength=...",
-    "denoising_end": "a run is stopped with pipe.steps(...)",
     "padding_mask_crop": "crop image and mask_image before the call",
     **dict.fromkeys(("scheduler", "sampler", "sampler_name"), _SCHEDULER),
     **dict.fromkeys(("lora", "loras", "cross_attention_kwargs"), _LORA),

@@ -13,7 +13,7 @@ import numpy as np
 from sdrt.bundle.manifest import SHALLOW, Manifest
 from sdrt.errors import UsageError
 
-from .samplers.table import SamplerTable
+from .samplers.table_data import SamplerTable
 
 
 def with_feature_reuse(

@@ -18,7 +18,7 @@ from sdrt.engine import Engine, Feeds, NumpyHistory
 from .conditioning_schedule import ConditioningSchedule
 from .controlnet.control import Control
 from .controlnet.residuals import ControlledRows, ResidualBatch
-from .samplers.table import SamplerTable, split_outputs
+from .samplers.table_data import SamplerTable, split_outputs
 
 # (evaluations done, latents [B, C, H/8, W/8]) -> the latents to continue from
 LatentEdit = Callable[[int, np.ndarray], np.ndarray]

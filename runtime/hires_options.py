@@ -62,7 +62,7 @@ def check_hires(options: Any, defaults: Mapping[str, Any]) -> None:
         return
     if options.hires_scale is not None and options.hires_size is not None:
         raise UsageError("both hires_scale and hires_size", hint="pass one of them")
-    for name in ("image", "timesteps", "sigmas"):
+    for name in ("image", "image_latents", "timesteps", "sigmas", "denoising_end"):
         if getattr(options, name) is not None:
             raise UsageError(
                 f"{name} with a hires pass, which is for runs from noise with a sampler's own grid",

@@ -94,6 +94,9 @@ def encode_image_inputs(
     check_task(options, num_extra, shape[0])
     latent_size = (shape[2], shape[1])
     depth = depth_to_array(options.depth_map, latent_size) if options.depth_map else None
+    if options.image_latents is not None:
+        latents = options.image_latents[0]
+        return ImageInputs(LatentDistribution(latents, np.zeros_like(latents)), depth=depth)
     if options.image is None:
         return ImageInputs(depth=depth)
     pixels = image_to_array(options.image, job.size)
@@ -156,14 +159,13 @@ def build_initial_state(
     image_latents = np.zeros(shape, np.float32)
     if inputs.image is not None and (table.starts_from_image or inputs.masked_image is None):
         image_latents = inputs.image.sample(noise)
-    start = noise.randn(shape)
+    if options.image_latents is not None:
+        image_latents = _select_latents("image_latents", options.image_latents, request)
+    # diffusers samples no starting noise for a run that takes over noisy latents.
+    continues = options.denoising_start is not None
+    start = np.zeros(shape, np.float32) if continues else noise.randn(shape)
     if options.latents is not None:
-        if request.index >= len(options.latents):
-            raise UsageError(
-                f"{len(options.latents)} latents for image {request.index + 1}",
-                hint="pass latents for every image",
-            )
-        start = np.asarray(options.latents[request.index], np.float32)
+        start = _select_latents("latents", np.asarray(options.latents), request)
     extra = [] if inputs.depth is None else [inputs.depth]
     if inputs.masked_image is not None and inputs.mask is not None:
         extra = [inputs.mask, inputs.masked_image.sample(noise)]
@@ -175,3 +177,14 @@ def build_initial_state(
         image_latents,
         np.concatenate(extra) if extra else np.zeros((0, *shape[1:]), np.float32),
     )
+
+
+def _select_latents(name: str, latents: np.ndarray, request: Request) -> np.ndarray:
+    """[C, H/8, W/8] of one image, float32; one of `image_latents` alone is for all images."""
+    index = 0 if name == "image_latents" and len(latents) == 1 else request.index
+    if index >= len(latents):
+        raise UsageError(
+            f"{len(latents)} {name} for image {request.index + 1}",
+            hint="pass latents for every image",
+        )
+    return np.asarray(latents[index], np.float32)

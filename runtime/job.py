@@ -20,7 +20,8 @@ from .options import GenerationOptions
 from .prompt_timeline import PromptTimeline, build_prompt_timeline
 from .requests import Request
 from .samplers.registry import SAMPLERS, sampler_name
-from .samplers.table import SamplerTable, sampler_table
+from .samplers.table import sampler_table
+from .samplers.table_data import SamplerTable
 from .textual_inversion.words import EmbeddingSet
 from .upscaling import Upscaler
 
@@ -150,11 +151,35 @@ def parse_output_size(manifest: Manifest, options: GenerationOptions) -> tuple[i
     """
     sizes, multiple = manifest.sizes, manifest.multiple
     size = parse_size(options.size) if options.size else sizes[0]
+    if options.image_latents is not None:
+        size = _size_of_latents(manifest, options, options.image_latents)
     if size not in sizes and any(side % multiple for side in size):
         available = ", ".join(f"{width}x{height}" for width, height in sizes)
         raise UsageError(
             f"size {size[0]}x{size[1]} is not in this bundle, which has {available}",
             hint=f"pass one of these, or multiples of {multiple}",
+        )
+    return size
+
+
+def _size_of_latents(
+    manifest: Manifest, options: GenerationOptions, latents: np.ndarray
+) -> tuple[int, int]:
+    """(width, height) of the image of latents; raises UsageError where they are another model's or
+    another size's.
+    """
+    _, channels, height, width = latents.shape
+    size = width * manifest.downscale, height * manifest.downscale
+    if channels != manifest.latent_channels:
+        raise UsageError(
+            f"image_latents have {channels} channels; those of this model have "
+            f"{manifest.latent_channels}",
+            hint="pass latents of a model of the same family",
+        )
+    if options.size and parse_size(options.size) != size:
+        raise UsageError(
+            f"image_latents are of {size[0]}x{size[1]}, and size is {options.size}",
+            hint="leave size out",
         )
     return size
 
@@ -205,7 +230,9 @@ def build_table(
         timesteps=options.timesteps,
         sigmas=options.sigmas,
         denoise_from=options.num_skipped_steps,
-        image=options.image is not None and not replaced,
+        image=options.starts_from_image and not replaced,
+        denoising_start=options.denoising_start,
+        denoising_end=options.denoising_end,
     )
 
 

@@ -34,6 +34,7 @@ from .parsing import (
     seed_parser,
     sequence_parser,
 )
+from .refiner_options import REFINER_PARSERS, check_refiner, is_latents, parse_image_latents
 
 MAX_STEPS = 1000
 MAX_IMAGES = 1000
@@ -53,9 +54,16 @@ PASSED_IN_TEXT = {
     "Mask": "mask_image",
     "Depth map": "depth_map",
     "Latents": "latents",
+    "Image latents": "image_latents",
     "Prompt embeds": "prompt_embeds",
     "Negative prompt embeds": "negative_prompt_embeds",
     "Callback": "callback_on_step_end",
+}
+PARTS_IN_TEXT = {
+    "Denoising start": "denoising_start",
+    "Denoising end": "denoising_end",
+    "Aesthetic score": "aesthetic_score",
+    "Negative aesthetic score": "negative_aesthetic_score",
 }
 Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 
@@ -83,7 +91,9 @@ class GenerationOptions:
         num_images_per_prompt: Images of every prompt.
         size: "WIDTHxHEIGHT" or (width, height); None is the bundle's first. Others than the
             bundle's are not validated, and larger ones go through the autoencoder in tiles.
-        image: The image to start from.
+        image: The image to start from. An array [B, 4, H, W] of floats is `image_latents`.
+        image_latents: [B or 1, C, H/8, W/8], instead of `image`: the latents of an encoded image,
+            or with `denoising_start` those of another call with `output_type="latent"`.
         strength: How far the run changes `image`, 0 to 1; None is 0.8, with a mask 1. At 0 the
             image itself is returned, in the call's size.
         mask_image: Light in the area to replace, in the size of `image`.
@@ -134,6 +144,14 @@ class GenerationOptions:
         hires_prompt: Of the second pass; None is the first's.
         hires_negative_prompt: The same.
         hires_guidance_scale: The same.
+        denoising_start: The fraction of the run that another model has done: this one takes over
+            the noisy latents in `image` and adds no noise. Above 0, below 1.
+        denoising_end: The fraction at which the run stops, for another model to go on from its
+            latents; they are those of `output_type="latent"`.
+        aesthetic_score: That a refiner is conditioned on; None is 6.
+        negative_aesthetic_score: The same for what is steered away from; None is 2.5.
+        refiner_switch_at: The fraction of the run after which the refiner of `sdrt.load` takes
+            over; None is a run without it.
         callback_on_step_end: Called as (pipeline, index, timestep, {"latents": ...}) after every
             evaluation; latents in a returned mapping replace the batch's.
 
@@ -153,6 +171,7 @@ class GenerationOptions:
     num_images_per_prompt: int = 1
     size: str | None = None
     image: Image | None = None
+    image_latents: np.ndarray | None = field(default=None, compare=False)
     strength: float | None = None
     mask_image: Image | None = None
     depth_map: Image | None = None
@@ -192,16 +211,25 @@ class GenerationOptions:
     hires_prompt: str | Sequence[str] | None = None
     hires_negative_prompt: str | Sequence[str] | None = None
     hires_guidance_scale: float | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
+    refiner_switch_at: float | None = None
     callback_on_step_end: Callback | None = None
 
     def __post_init__(self) -> None:
         """Parse every value; raises UsageError for one that does not fit."""
+        if self.image_latents is None and is_latents(self.image):
+            object.__setattr__(self, "image_latents", self.image)
+            object.__setattr__(self, "image", None)
         for name, parse in PARSERS.items():
             value = getattr(self, name)
             parsed = DEFAULTS[name] if value is None else parse(name, value)
             object.__setattr__(self, name, parsed)
         _check_together(self)
         check_hires(self, DEFAULTS)
+        check_refiner(self)
 
     @property
     def guided(self) -> bool:
@@ -210,7 +238,7 @@ class GenerationOptions:
     @property
     def num_skipped_steps(self) -> int:
         """Steps that a run from an image skips, as diffusers counts them."""
-        if self.image is None:
+        if not self.starts_from_image or self.denoising_start is not None:
             return 0
         if self.returns_image:
             return self.num_inference_steps - 1
@@ -224,13 +252,19 @@ class GenerationOptions:
         return 0.8 if self.mask_image is None else 1.0
 
     @property
+    def starts_from_image(self) -> bool:
+        """Whether the run starts from an image or from its latents."""
+        return self.image is not None or self.image_latents is not None
+
+    @property
     def has_hires_pass(self) -> bool:
         return self.hires_scale is not None or self.hires_size is not None
 
     @property
     def returns_image(self) -> bool:
         """Whether the image to start from is the result, unchanged."""
-        return self.image is not None and self.effective_strength == 0.0
+        starts_here = self.denoising_start is None and self.denoising_end is None
+        return self.image is not None and starts_here and self.effective_strength == 0.0
 
     @property
     def nondefault_settings(self) -> dict[str, str]:
@@ -239,7 +273,9 @@ class GenerationOptions:
         """
         low, high = self.guidance_interval
         values = {
-            "Denoising strength": self.image is not None and format_number(self.effective_strength),
+            "Denoising strength": self.starts_from_image
+            and self.denoising_start is None
+            and format_number(self.effective_strength),
             "Clip skip": self.clip_skip and self.clip_skip + 1,  # others count the last layer too
             "CFG rescale": self.guidance_rescale and format_number(self.guidance_rescale),
             "CFG interval": (low, high) != (0.0, 1.0)
@@ -247,6 +283,10 @@ class GenerationOptions:
             "IP-Adapter scale": self.ip_adapter_image is not None
             and _format_row(np.atleast_1d(self.ip_adapter_scale).tolist()),
             "Feature reuse": self.feature_reuse > 1 and self.feature_reuse,
+            **{
+                name: (value := getattr(self, option)) is not None and format_number(value)
+                for name, option in PARTS_IN_TEXT.items()
+            },
             "Long prompts": self.long_prompts != "chunk" and self.long_prompts,
             "Emphasis": not self.weighting and "None",
             **{name: _format_size(getattr(self, option)) for name, option in SIZES_IN_TEXT.items()},
@@ -277,13 +317,15 @@ def _format_row(values: Sequence[float] | None) -> str:
 
 def _check_together(options: GenerationOptions) -> None:
     """Raise UsageError for options that do not go together."""
-    if options.image is None:
-        for name in ("mask_image", "strength"):
-            if getattr(options, name) is not None:
-                raise UsageError(f"{name} requires image", hint="pass the image to start from")
+    for name in ("mask_image", "strength"):
+        has_image = options.image is not None or (name == "strength" and options.starts_from_image)
+        if getattr(options, name) is not None and not has_image:
+            raise UsageError(f"{name} requires image", hint="pass the image to start from")
+    if options.image is not None and options.image_latents is not None:
+        raise UsageError("both image and image_latents", hint="pass one of them")
     if any(options.negative_prompt) and options.negative_prompt_embeds is not None:
         raise UsageError("both negative_prompt and negative_prompt_embeds", hint="pass one of them")
-    if options.image is not None:
+    if options.starts_from_image:
         if options.latents is not None:
             raise UsageError("both image and latents", hint="a run starts from one of them")
         if options.timesteps is not None or options.sigmas is not None:
@@ -291,7 +333,8 @@ def _check_together(options: GenerationOptions) -> None:
                 "image with timesteps or sigmas", hint="strength decides where the run starts"
             )
         steps, strength = options.num_inference_steps, options.effective_strength
-        if not options.returns_image and int(steps * strength) < 1:
+        runs = options.returns_image or options.denoising_start is not None
+        if not runs and int(steps * strength) < 1:
             raise UsageError(
                 f"strength {strength:g} of {steps} steps is less than one step",
                 hint="raise either of them",
@@ -312,6 +355,7 @@ PARSERS: dict[str, Parser[Any]] = {
     "num_images_per_prompt": int_parser(1, MAX_IMAGES),
     "size": parse_size_option,
     "image": parse_image,
+    "image_latents": parse_image_latents,
     "strength": float_parser(0.0, 1.0),
     "mask_image": parse_image,
     "depth_map": parse_depth_map,
@@ -338,6 +382,7 @@ PARSERS: dict[str, Parser[Any]] = {
     "long_prompts": choice_parser(*LONG_PROMPTS),
     "weighting": parse_flag,
     **HIRES_PARSERS,
+    **REFINER_PARSERS,
     "callback_on_step_end": parse_callable,
 }
 DEFAULTS = {option.name: option.default for option in fields(GenerationOptions)}

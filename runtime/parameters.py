@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sdrt.bundle.manifest import Manifest
+from sdrt.bundle.manifest import TEXT_ENCODERS, Manifest
 from sdrt.version import __version__
 
 from .controlnet.text import describe_units
@@ -44,7 +44,7 @@ def describe_image(
     options, (width, height) = job.options, job.size
     title = sampler_title(job.scheduler_config)
     settings: dict[str, object] = {"Steps": options.num_inference_steps, "Sampler": title}
-    if "text_encoder" in manifest.components:
+    if any(name in manifest.components for name in TEXT_ENCODERS):
         settings["CFG scale"] = format_number(options.guidance_scale)
     settings |= {"Seed": request.seed, "Size": f"{width}x{height}", "Model": manifest.name}
     if differing := config_overrides(title, job.scheduler_config, bundle_config):

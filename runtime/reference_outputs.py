@@ -74,7 +74,7 @@ def reference_inputs(
     """
     fixed = {
         "input_ids": ids,
-        "time_ids": build_time_ids(GenerationOptions(), size)[1:],
+        "time_ids": build_time_ids(GenerationOptions(), size, *shapes.get("time_ids", ())[1:])[1:],
         "timestep": np.full(1, TIMESTEP, np.float32),
     }
     feeds = {}

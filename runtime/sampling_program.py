@@ -13,7 +13,7 @@ from sdrt.engine import Engine, ProgramEngine, SamplingProgram, SamplingResult, 
 
 from .denoising import DenoisingState, Guidance
 from .options import GenerationOptions
-from .samplers.table import SamplerTable
+from .samplers.table_data import SamplerTable
 
 # Entries of a conditioning whose text the engine encodes itself.
 INPUT_IDS, TOKEN_WEIGHTS = "input_ids", "weights"

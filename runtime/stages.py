@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL.Image import Image, fromarray
 
-from sdrt.bundle.manifest import Manifest
+from sdrt.bundle.manifest import TEXT_ENCODERS, Manifest
 from sdrt.engine import Engine, SamplingResult
 from sdrt.engine.memory_estimator import MemoryEstimator
 from sdrt.engine.protocol import UnfusedAttention
@@ -51,6 +51,7 @@ from .options import GenerationOptions
 from .output import StepCallback
 from .parameters import describe_grid, describe_image
 from .prompt_timeline import PromptTimeline
+from .refiner import check_refiner_task
 from .requests import Request, parse_requests, parse_unconditional_requests
 from .safety_checker import apply_safety_checker, is_flagged
 from .samplers.registry import config_from_name
@@ -146,6 +147,7 @@ class PipelineStages:
         refuse_negative_tags(requests, options)
         channels = manifest.latent_channels
         check_task(options, self.in_channels - channels, channels)
+        check_refiner_task(manifest, options)
         if self.guidance_embedding_width:
             check_guidance(options)
         job = self.build_job(requests, options, size)
@@ -214,7 +216,7 @@ class PipelineStages:
     @property
     def accepts_prompt(self) -> bool:
         """Whether there is a text encoder; an unconditional model has none."""
-        return "text_encoder" in self.manifest.components
+        return any(name in self.manifest.components for name in TEXT_ENCODERS)
 
     @property
     def _has_negative_row(self) -> bool:
@@ -287,6 +289,7 @@ class PipelineStages:
             input_names=[spec.name for spec in self.manifest.components["unet"].inputs],
             size=size,
             zero_empty_prompt=self.manifest.zero_empty_prompt,
+            num_time_ids=self.manifest.num_time_ids,
         )
         if width:
             conditioning = add_guidance_embedding(conditioning, options, width)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from disk_cache import cache_folder, prune
-from tiny_checkpoints import write_tiny, write_tiny_xl
+from tiny_checkpoints import write_tiny, write_tiny_refiner, write_tiny_xl
 
 # Before any test file imports what reads it: no test reaches the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -163,6 +163,17 @@ def tiny_xl(tmp_path_factory, embedded):
 def tiny_xl_bundle(tiny_xl, build_once):
     target = tiny_xl.parent / "tiny-xl-bundle"
     return build_once(str(tiny_xl), target, sizes=((32, 32), (48, 32)))
+
+
+@pytest.fixture(scope="session")
+def tiny_refiner(tmp_path_factory, embedded):
+    return write_tiny_refiner(tmp_path_factory.mktemp("tiny_refiner") / "tiny-refiner", embedded)
+
+
+@pytest.fixture(scope="session")
+def tiny_refiner_bundle(tiny_refiner, build_once):
+    target = tiny_refiner.parent / "tiny-refiner-bundle"
+    return build_once(str(tiny_refiner), target, sizes=((32, 32),))
 
 
 @pytest.fixture

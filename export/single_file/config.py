@@ -5,18 +5,19 @@ Knows published names and shapes, and what all published models of a family shar
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from sdrt.bundle.manifest import REFINER_TIME_IDS, TIME_IDS
 from sdrt.errors import CheckpointError
 
-from .parts import LATER_TEXT, OPTIONS, PartLocation, seems_to_be
+from .parts import ADDED, LATER_TEXT, OPTIONS, PartLocation, seems_to_be
 
 Weights = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
-SIZES, PUBLISHED_SIZE_WIDTH = 6, 256  # sizes that XL is given, and how wide the embedding of one is
+PUBLISHED_SIZE_WIDTH = 256  # of the embedding of one of the sizes that XL is given
 OPEN_CLIP_WIDTHS = (1024, 1280)  # of the text encoders of 2.x and the second of XL
 HEAD = 64  # channels of an attention head; all but 1.x have heads of one width
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -38,6 +39,7 @@ class Family:
     prefixes: of each part's keys. open_clip: parts in OpenCLIP's layout, whose prompts are padded
         with "!"
     unet, vae: configuration that no shape tells
+    index: what diffusers' `model_index.json` says of the model and no shape tells
     """
 
     name: str
@@ -46,8 +48,19 @@ class Family:
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
     scheduler: Mapping[str, Any]
+    index: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_time_ids(self) -> int:
+        """Of a UNet that is given sizes."""
+        return REFINER_TIME_IDS if "text_encoder" not in self.prefixes else TIME_IDS
 
 
+XL_SCHEDULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    "timestep_spacing": "leading",
+    **PUBLISHED_SCHEDULE,
+}
 FAMILIES = (
     Family(
         "Stable Diffusion 1.x",
@@ -76,11 +89,16 @@ FAMILIES = (
         ("text_encoder_2",),
         {"sample_size": 128},
         {"scaling_factor": 0.13025},
-        {
-            "_class_name": "EulerDiscreteScheduler",
-            "timestep_spacing": "leading",
-            **PUBLISHED_SCHEDULE,
-        },
+        XL_SCHEDULER,
+    ),
+    Family(
+        "Stable Diffusion XL's refiner",
+        {"unet": UNET, "vae": VAE, "text_encoder_2": LATER_TEXT},
+        ("text_encoder_2",),
+        {"sample_size": 128},
+        {"scaling_factor": 0.13025},
+        XL_SCHEDULER,
+        {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False},
     ),
 )
 
@@ -92,14 +110,14 @@ def family_of(shapes: Shapes, parts_found: Mapping[str, PartLocation]) -> Family
         shapes: of the file's tensors by their names in it.
         found: where the file has which part.
     """
-    first, second, xl = FAMILIES
+    first, second, xl, refiner = FAMILIES
     unet, text = parts_found.get("unet"), parts_found.get("text_encoder")
     names = [name for name in shapes if unet and name.startswith(unet.prefix)]
-    added = (".label_emb.0.0.weight", ".add_embedding.linear_1.weight")
     # 2.x may be in the layout of XL: then that text encoder is all that it has there.
     of_xl = [n for n in shapes if n.startswith("conditioner.") and not n.startswith(LATER_TEXT)]
-    if of_xl or any(f".{name}".endswith(added) for name in names):
-        return xl
+    if of_xl or any(f".{name}".endswith(ADDED) for name in names):
+        later = parts_found.get("text_encoder_2")
+        return refiner if later and later.prefix == LATER_TEXT else xl
     if text and (text.layout == "open_clip" or text.prefix.startswith("cond_stage_model.")):
         return second if text.layout == "open_clip" else first
     linear = any(name.endswith("proj_in.weight") and len(shapes[name]) == 2 for name in names)
@@ -120,7 +138,8 @@ def check_whole(
     have = [f"its {part} ({location.prefix}..)" for part, location in parts_found.items()]
     prefix = family.prefixes[lacking[0]]
     if lacking[0] == "text_encoder" and family is FAMILIES[0]:
-        prefix = " or ".join(family.prefixes["text_encoder"] for family in FAMILIES)
+        prefixes = [family.prefixes.get("text_encoder") for family in FAMILIES]
+        prefix = " or ".join(filter(None, prefixes))
     begun = sorted({name.split(".")[0] for name in keys})[:5]
     advice = [f"{OPTIONS[part]} FILE" for part in lacking]
     what = seems_to_be(keys)
@@ -154,21 +173,22 @@ def configs_of(
         heads = [width // HEAD for width in config_read["block_out_channels"]]
         configs["unet"] = {"attention_head_dim": heads, **config_read, **family.unet}
         if added := config_read.get("projection_class_embeddings_input_dim"):
-            second = configs.get("text_encoder_2", {})
-            configs["unet"] |= addition_config(added, second.get("projection_dim", pooled))
+            width = configs.get("text_encoder_2", {}).get("projection_dim", pooled)
+            configs["unet"] |= addition_config(added, width, family.num_time_ids)
     return configs
 
 
-def addition_config(width: int, pooled: int | None) -> dict[str, Any]:
+def addition_config(width: int, pooled: int | None, sizes: int = TIME_IDS) -> dict[str, Any]:
     """Of a UNet that is given the pooled prompt and sizes: how wide the embedding of a size is.
 
     width: of both together. pooled: of the prompt; None for that of the published models, or where
         the UNet is not theirs for one that is refused for want of a text encoder
+    sizes: how many there are
     """
     if pooled is None:
-        size_width = min(PUBLISHED_SIZE_WIDTH, (width - 1) // SIZES)
+        size_width = min(PUBLISHED_SIZE_WIDTH, (width - 1) // sizes)
     else:
-        size_width = (width - pooled) // SIZES
+        size_width = (width - pooled) // sizes
     return {"addition_embed_type": "text_time", "addition_time_embed_dim": size_width}
 
 
@@ -183,7 +203,11 @@ def unet_config(weights: Weights) -> dict[str, Any]:
         "out_channels": _shape(weights, "conv_out.weight")[0],
         "up_block_types": [f"{_attends(weights, f'up_blocks.{i}.')}UpBlock2D" for i in stages],
     }
-    ways_up = [_one(_depths(weights, f"up_blocks.{i}.")) for i in stages]
+    on_way_up = [_depths(weights, f"up_blocks.{i}.") for i in stages]
+    # A stage without transformers has the depth of its counterpart, which nothing reads.
+    ways_up = [
+        _one(own) if own else down for own, down in zip(on_way_up, depths[::-1], strict=True)
+    ]
     if ways_up != depths[::-1]:
         config["reverse_transformer_layers_per_block"] = ways_up
     if "time_embedding.cond_proj.weight" in weights:

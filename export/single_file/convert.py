@@ -41,7 +41,7 @@ from .parts import (
 from .quantized import check_used, weights_without_scales
 
 LATENT_CHANNELS = 4  # of Stable Diffusion 1.x, 2.x and XL
-VERSION = 2  # of what is made of a file: folders that an earlier one made are not used
+VERSION = 3  # of what is made of a file: folders that an earlier one made are not used
 NOTES = "notes.json"
 SCALE_TOLERANCE = 1e-4
 # What no shape tells, by part: it is taken from the model that a part is given to.
@@ -206,6 +206,8 @@ def _convert_model(
     (folder / "scheduler").mkdir(parents=True)
     scheduler = json.dumps(file.family.scheduler)
     (folder / "scheduler" / "scheduler_config.json").write_text(scheduler)
+    if file.family.index:
+        (folder / "model_index.json").write_text(json.dumps(dict(file.family.index)))
     for place in places:
         (folder / place.part).mkdir()
         config = configs[place.part]

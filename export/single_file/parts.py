@@ -19,6 +19,8 @@ OPTIONS = {
 }
 # The place of the text encoder of 2.x and of XL's refiner, in the layout that XL was published in.
 LATER_TEXT = "conditioner.embedders.0.model."
+# The input of the UNet's layers for the pooled prompt and sizes, which 2.x does not have.
+ADDED = (".label_emb.0.0.weight", ".add_embedding.linear_1.weight")
 # Where each part's names may begin, the most telling first; "" for a file of that part alone.
 PREFIXES = {
     "unet": ("model.diffusion_model.", "diffusion_model.", "unet.", ""),
@@ -29,7 +31,7 @@ PREFIXES = {
         *("text_encoder.", "clip_l.transformer.", ""),
     ),
     "text_encoder_2": (
-        *("conditioner.embedders.1.model.", "conditioner.embedders.1.transformer."),
+        *("conditioner.embedders.1.model.", "conditioner.embedders.1.transformer.", LATER_TEXT),
         *("text_encoder_2.", "clip_g.transformer.", ""),
     ),
 }
@@ -40,6 +42,7 @@ _TEXT = {
     ),
     "open_clip": re.compile(r"(token_embedding|transformer\.resblocks\.\d+)\."),
 }
+_TEXT_PARTS = ("text_encoder", "text_encoder_2")
 SIGNS = {
     "unet": {
         "original": re.compile(r"(input_blocks|middle_block|output_blocks)\.\d+\."),
@@ -76,7 +79,6 @@ _OTHERS = (
     (r"(control_model\.|controlnet_|.*input_hint_block|.*zero_convs)", "a ControlNet", ""),
     (r"(ip_adapter|image_proj)\.", "an IP-Adapter", ""),
     (r".*motion_modules", "a motion module for video", ""),
-    (rf"{re.escape(LATER_TEXT)}", "a refiner of Stable Diffusion XL", ""),
     (r"(.*\.)?joint_blocks\.", "a model of Stable Diffusion 3", ""),
     (r"(.*\.)?(double_blocks|double_stream_modulation\w*)\.", "a model of the FLUX family", ""),
     (r"(.*\.)?(RRDB_trunk|rdb\d|conv_body)\.", "an upscaler", ""),
@@ -112,6 +114,10 @@ def find_parts(keys: Collection[str]) -> dict[str, PartLocation]:
     cached = {part: item for part, item in actual.items() if item is not None}
     if "text_encoder_2" in cached and not cached["text_encoder_2"].prefix:
         del cached["text_encoder_2"]
+    later = [part for part in _TEXT_PARTS if part in cached and cached[part].prefix == LATER_TEXT]
+    if later:  # it is the first of 2.x, the second of a refiner
+        is_refiner = any(f".{key}".endswith(ADDED) for key in keys)
+        del cached[_TEXT_PARTS[0 if is_refiner else 1]]
     return cached
 
 
@@ -137,11 +143,8 @@ def shapes_nothing_of(part: str, name: str, last_layer_unread: bool) -> bool:
 
 def seems_to_be(keys: Collection[str]) -> str | None:
     """What a file that is no whole model seems to be, with what to do about it; None if unknown."""
-    unet = [key for key in keys if key.startswith("model.diffusion_model.")]
-    of_2x = unet and not any(".label_emb." in key for key in unet)
-    telling = [key for key in keys if not (of_2x and key.startswith(LATER_TEXT))]
     for pattern, what, hint in _OTHERS:
-        if any(re.match(pattern, key) for key in telling):
+        if any(re.match(pattern, key) for key in keys):
             return f"it seems to be {what}" + (f": {hint}" if hint else ", which is not read here")
     names = {"unet": "a UNet", "vae": "an autoencoder", "text_encoder": "a text encoder"}
     actual = find_parts(keys)

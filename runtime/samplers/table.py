@@ -10,7 +10,7 @@ Knows the solvers; not latents, models or guidance schedules.
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,110 +21,11 @@ from sdrt.errors import UsageError
 from . import discrete, karras, spacing
 from .noise_schedule import NoiseSchedule, denoised_and_noise, schedule_from_config
 from .registry import SAMPLERS, SamplerSpec, sampler_name
+from .run_part import RunPart, count_steps_before, truncate_table
+from .table_data import DenoisedClipping, SamplerTable
 
 MAX_STEPS = 1000
 LONG = 100  # steps; of longer tables only a few are cached
-
-
-@dataclass(frozen=True, slots=True)
-class DenoisedClipping:
-    """`clip_sample`: the denoised image of each evaluation is clipped. Clipping is not linear, so
-    it is not in the table but a step of its own after each row.
-
-    Attributes:
-        bound: Largest absolute value.
-        denoised: [N, 2] factors of the model's input and of its guided output in the denoised
-            image.
-        weights: [N] factor of the denoised image in the next row.
-    """
-
-    bound: float
-    denoised: np.ndarray
-    weights: np.ndarray
-
-    def correction(self, k: int, x: np.ndarray, output: np.ndarray) -> np.ndarray:
-        """What clipping adds to the row after evaluation k; x is that evaluation's input."""
-        input_scale, output_scale = self.denoised[k].astype(np.float32)
-        denoised = input_scale * x + output_scale * output
-        return np.float32(self.weights[k]) * (np.clip(denoised, -self.bound, self.bound) - denoised)
-
-
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class SamplerTable:
-    """A sampling run of N model evaluations with M added noises. Compared by identity.
-
-    Attributes:
-        timesteps: [N] float64, the timestep of each evaluation as passed to the model.
-        matrix: [N + 1, 1 + N + M + ..] float64. Row k < N is the model input of evaluation k,
-            scaled as the model expects it; the last row is the result. Columns, in order: the
-            initial noise of unit variance, the N outputs, the M added noises in the order of use;
-            the image's latents if the run starts from an image (`denoise_from`, `image`); with
-            `edits`, N edits, the k-th added to the latents after evaluation k.
-        num_noises: M.
-        alphas_sigmas: [N + 1, 2] float64; each row is `alpha * denoised + sigma * noise`, the
-            result (1, 0).
-        scales: [N + 1] float64; the solver's latents are a row times this (edits add to those).
-        recurrence: [N + 1, columns + N] float64; the same rows as a short recurrence: the matrix's
-            columns without edits, then one for each earlier row from the second on.
-        clip: Clipping after each row, if any.
-        full_evaluations: [N] bool, whether an evaluation runs the full model; the others run its
-            shallow part with the feature of the last full one (see `deepcache.py`). None: all.
-    """
-
-    timesteps: np.ndarray
-    matrix: np.ndarray
-    num_noises: int
-    alphas_sigmas: np.ndarray
-    scales: np.ndarray
-    recurrence: np.ndarray
-    clip: DenoisedClipping | None = None
-    full_evaluations: np.ndarray | None = None
-
-    @property
-    def evaluations(self) -> int:
-        return len(self.timesteps)
-
-    @property
-    def starts_from_image(self) -> bool:
-        """Whether the table has a column for an image's latents."""
-        return self.recurrence.shape[1] > 1 + 2 * self.evaluations + self.num_noises
-
-    def is_full(self, k: int) -> bool:
-        """Whether evaluation k runs the full model."""
-        return self.full_evaluations is None or bool(self.full_evaluations[k])
-
-    @property
-    def full_fraction(self) -> float:
-        """The fraction of evaluations that run the full model."""
-        return 1.0 if self.full_evaluations is None else float(self.full_evaluations.mean())
-
-    def with_guidance(self, guidance_scale: float | np.ndarray) -> np.ndarray:
-        """The matrix over both outputs of every evaluation, [N + 1, 1 + 2 N + ..] float64.
-
-        Column k becomes two, unconditional first: `(1 - g) * uncond + g * cond` (Ho and Salimans
-        2022, arXiv:2207.12598, with g = 1 for no guidance).
-
-        Args:
-            guidance_scale: One for all evaluations, or [N].
-        """
-        scale = np.broadcast_to(guidance_scale, (self.evaluations,))
-        return split_outputs(self.matrix, np.stack([1.0 - scale, scale], axis=1))
-
-
-def split_outputs(matrix: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-    """A matrix, or a recurrence, over all R outputs of every evaluation.
-
-    Args:
-        matrix: [N + 1, 1 + N + ..], over one output of every evaluation.
-        coefficients: [N, R], how that output is combined from R outputs.
-
-    Returns:
-        [N + 1, 1 + N * R + ..].
-    """
-    count, per = coefficients.shape
-    start, outputs, rest = np.split(matrix, [1, 1 + count], axis=1)
-    split = outputs[:, :, None] * coefficients
-    return np.concatenate([start, split.reshape(count + 1, per * count), rest], axis=1)
 
 
 class Recorder:
@@ -214,6 +115,8 @@ def sampler_table(
     denoise_from: int = 0,
     image: bool = False,
     edits: bool = False,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
 ) -> SamplerTable:
     """The table of a scheduler configuration for a number of steps.
 
@@ -226,6 +129,9 @@ def sampler_table(
             of that step.
         image: Start from an image even if no step is left out.
         edits: Give the latents after every evaluation a column of their own.
+        denoising_start: The fraction of the run at which it takes over an image's noisy latents,
+            in the solver's scale, instead of `denoise_from`.
+        denoising_end: The fraction at which it stops; the result is the solver's latents there.
 
     Returns:
         The table; cached, and its arrays are read-only.
@@ -233,7 +139,7 @@ def sampler_table(
     Raises:
         UsageError: An unknown scheduler; an option that is not linear; steps outside 1 to the
             number of training steps, or that the solver does not support; timesteps or sigmas that
-            do not descend.
+            do not descend; a start or an end that leaves no step.
     """
     own = tuple(
         None if values is None else tuple(float(value) for value in values)
@@ -242,10 +148,11 @@ def sampler_table(
     if None not in own:
         raise UsageError("both timesteps and sigmas were given; expected one of them")
     text = json.dumps(dict(config), sort_keys=True)
-    begin = denoise_from, image or bool(denoise_from)
+    has_image = image or bool(denoise_from) or denoising_start is not None
+    part = RunPart(denoise_from, has_image, denoising_start, denoising_end)
     long = isinstance(num_inference_steps, int) and num_inference_steps > LONG
     return (_cached_long_table if long else _cached_table)(
-        text, num_inference_steps, own, begin, edits
+        text, num_inference_steps, own, part, edits
     )
 
 
@@ -254,12 +161,12 @@ GridValues = tuple[float, ...] | None
 
 @lru_cache(maxsize=64)
 def _cached_table(
-    config_json: str, steps: int, own: tuple[GridValues, ...], begin: tuple[int, bool], edits: bool
+    config_json: str, steps: int, own: tuple[GridValues, ...], part: RunPart, edits: bool
 ) -> SamplerTable:
     config = json.loads(config_json)
     try:
         with np.errstate(all="ignore"):  # results that are not finite are refused
-            return _build_table(config, steps, own, begin, edits)
+            return _build_part(config, steps, own, part, edits)
     except (ArithmeticError, ValueError) as error:
         raise UsageError(
             f"{steps} steps of {sampler_name(config)} cannot be computed: {error}; expected finite "
@@ -267,14 +174,28 @@ def _cached_table(
         ) from error
 
 
-def _build_table(
-    config: dict[str, Any],
-    steps: int,
-    own: tuple[GridValues, ...],
-    begin: tuple[int, bool],
-    edits: bool,
+def _build_part(
+    config: dict[str, Any], steps: int, own: tuple[GridValues, ...], part: RunPart, edits: bool
 ) -> SamplerTable:
-    denoise_from, image = begin
+    """The table of a part of a run."""
+    sampler = SAMPLERS[sampler_name(config)]
+    total = schedule_from_config(config, sampler.defaults, sampler.options).num_train_timesteps
+    if part.denoising_start is not None:
+        timesteps = _build_table(config, steps, own, RunPart(), edits).timesteps
+        if sampler.extra_evaluations:  # PLMS repeats a step, which begins once
+            timesteps = np.array(sorted(set(timesteps.tolist()), reverse=True))
+        skipped = count_steps_before(
+            timesteps, part.denoising_start, total, sampler.evaluations_per_step
+        )
+        part = replace(part, denoise_from=skipped)
+    table = _build_table(config, steps, own, part, edits)
+    return table if part.denoising_end is None else truncate_table(table, part.denoising_end, total)
+
+
+def _build_table(
+    config: dict[str, Any], steps: int, own: tuple[GridValues, ...], part: RunPart, edits: bool
+) -> SamplerTable:
+    denoise_from, image = part.denoise_from, part.image
     sampler = SAMPLERS[sampler_name(config)]
     schedule = schedule_from_config(config, sampler.defaults, sampler.options)
     grid = _build_grid(sampler, schedule, steps, *own)
@@ -283,7 +204,9 @@ def _build_table(
     grid = grid.skip(denoise_from)
     recorder = Recorder(sampler.max_evaluations(len(grid.timesteps)), schedule.clip_sample)
     x = sampler.family.init_noise_sigma(schedule, grid) * recorder.start
-    if image:
+    if part.denoising_start is not None:
+        x = recorder.image
+    elif image:
         image_scale, noise_scale = sampler.family.add_noise_scales(schedule, grid)
         x = image_scale * recorder.image + noise_scale * recorder.start
     sampler.solve(schedule, grid, x, recorder)

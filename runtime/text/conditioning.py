@@ -11,11 +11,13 @@ from itertools import chain
 
 import numpy as np
 
+from sdrt.bundle.manifest import REFINER_TIME_IDS, TIME_IDS
 from sdrt.engine import Engine
 from sdrt.errors import UsageError
 from sdrt.runtime.conditioning_schedule import ConditioningSchedule, build_constant_schedule
 from sdrt.runtime.options import SIZE_OPTIONS, GenerationOptions
 from sdrt.runtime.prompt_timeline import PromptTimeline
+from sdrt.runtime.refiner_options import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from sdrt.runtime.requests import Request
 from sdrt.runtime.sampling_program import INPUT_IDS, TOKEN_WEIGHTS
 from sdrt.runtime.textual_inversion.engine import WORD_EMBEDDINGS, has_words
@@ -228,6 +230,7 @@ def build_conditioning(
     input_names: Collection[str],
     size: tuple[int, int],
     zero_empty_prompt: bool = False,
+    num_time_ids: int = TIME_IDS,
 ) -> list[ConditioningSchedule]:
     """Encode what the UNet reads of every image.
 
@@ -239,17 +242,18 @@ def build_conditioning(
         input_names: Of the UNet.
         size: (width, height) of the images.
         zero_empty_prompt: Whether an empty negative prompt is zeros instead of encoded.
+        num_time_ids: That the UNet reads; a refiner has an aesthetic score among them.
 
     Raises:
         UsageError: For embeddings that do not fit, and for sizes that the model does not read.
     """
-    _check_supported(options, input_names)
+    _check_supported(options, input_names, num_time_ids)
     has_pooled = "pooled" in input_names
     conditioning = _encode_prompts(
         encoders, requests, timelines, options, has_pooled, zero_empty_prompt
     )
     if "time_ids" in input_names:
-        negative, positive = build_time_ids(options, size)
+        negative, positive = build_time_ids(options, size, num_time_ids)
         return [schedule.with_input("time_ids", positive, negative) for schedule in conditioning]
     return conditioning
 
@@ -291,13 +295,21 @@ def _stack_chunks(texts: Sequence[Chunks], empty: Chunks) -> Conditioning:
     return {INPUT_IDS: np.stack(ids), TOKEN_WEIGHTS: np.stack(weights).astype(np.float32)}
 
 
-def _check_supported(options: GenerationOptions, input_names: Collection[str]) -> None:
+def _check_supported(
+    options: GenerationOptions, input_names: Collection[str], num_time_ids: int = TIME_IDS
+) -> None:
     """Raise UsageError for conditioning that this model does not read."""
-    for name, related in (("time_ids", SIZE_OPTIONS), ("pooled", ("pooled_prompt_embeds",))):
-        for option in (*related, *(f"negative_{size}" for size in related)):
-            if name not in input_names and getattr(options, option) is not None:
+    is_refiner = num_time_ids == REFINER_TIME_IDS
+    for related, is_read, models in (
+        (SIZE_OPTIONS[:2], "time_ids" in input_names, "models such as SDXL"),
+        (SIZE_OPTIONS[2:], "time_ids" in input_names and not is_refiner, "models such as SDXL"),
+        (("pooled_prompt_embeds",), "pooled" in input_names, "models such as SDXL"),
+        (("aesthetic_score",), is_refiner, "refiners"),
+    ):
+        for option in (*related, *(f"negative_{name}" for name in related)):
+            if not is_read and getattr(options, option) is not None:
                 raise UsageError(
-                    f"{option} is unsupported by this model", hint="it is for models such as SDXL"
+                    f"{option} is unsupported by this model", hint=f"it is for {models}"
                 )
 
 
@@ -377,18 +389,26 @@ def _build_schedule(
     return ConditioningSchedule(inputs, len(negative), selections)
 
 
-def build_time_ids(options: GenerationOptions, size: tuple[int, int]) -> np.ndarray:
+def build_time_ids(
+    options: GenerationOptions, size: tuple[int, int], count: int = TIME_IDS
+) -> np.ndarray:
     """The sizes that SDXL is conditioned on: Podell et al. 2023 (arXiv:2307.01952), section 2.2.
 
     Args:
-        options: The call's sizes, (height, width) each.
+        options: The call's sizes, (height, width) each, and aesthetic scores.
         size: (width, height) of the image, the default of both sizes.
+        count: 6, or 5 of a refiner, which reads an aesthetic score instead of the target's size.
 
     Returns:
-        [2, 6] float32, negative first.
+        [2, count] float32, negative first.
     """
     width, height = size
     defaults = dict(zip(SIZE_OPTIONS, ((height, width), (0, 0), (height, width)), strict=True))
     positive = {name: getattr(options, name) or defaults[name] for name in SIZE_OPTIONS}
     negative = {n: getattr(options, f"negative_{n}") or positive[n] for n in SIZE_OPTIONS}
+    if count == REFINER_TIME_IDS:
+        score, low = options.aesthetic_score, options.negative_aesthetic_score
+        target = SIZE_OPTIONS[-1]
+        positive[target] = (AESTHETIC_SCORE if score is None else score,)
+        negative[target] = (NEGATIVE_AESTHETIC_SCORE if low is None else low,)
     return np.array([[*chain(*sizes.values())] for sizes in (negative, positive)], np.float32)

@@ -63,6 +63,9 @@ CONTROL_GRAPH = "control.onnx"
 EMBEDDINGS_GRAPH = "embeddings.onnx"
 TOKEN_EMBEDDINGS = "token_embeddings"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# How many numbers models such as XL read besides the prompt: the original's height and width, the
+# crop's top and left, the target's height and width; in a refiner an aesthetic score instead.
+TIME_IDS, REFINER_TIME_IDS = 6, 5
 # All that a bundle may hold besides graphs and their weights.
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 SMALL_FILES = {f"tokenizer{which}/{name}" for which in ("", "_2") for name in TOKENIZER_FILES}
@@ -138,6 +141,18 @@ class Manifest:
     prediction: str = ""
     family: str = ""
     format: int = FORMAT
+
+    @property
+    def num_time_ids(self) -> int:
+        """How many time ids the UNet reads; 0 for none."""
+        unet = self.components.get("unet")
+        specs = [spec for spec in (unet.inputs if unet else ()) if spec.name == "time_ids"]
+        return int(specs[0].shape[-1]) if specs else 0
+
+    @property
+    def is_refiner(self) -> bool:
+        """Whether it is a refiner, which continues what another model has begun."""
+        return self.num_time_ids == REFINER_TIME_IDS
 
     @property
     def control_net(self) -> str | None:

@@ -30,6 +30,10 @@ def bench(args: argparse.Namespace) -> None:
     SdrtError for what became slower.
     """
     bundle = open_bundle(args.bundle)
+    if bundle.manifest.is_refiner:
+        raise UsageError(
+            f"{bundle.manifest.name} is a refiner; `sdrt bench` measures models that run from noise"
+        )
     if "text_encoder" not in bundle.manifest.components:
         raise UsageError(
             f"{bundle.manifest.name} accepts no prompt; `sdrt bench` measures models that do"

@@ -103,6 +103,8 @@ ARGUMENTS: dict[str, tuple[str, Callable[[str], Any]]] = {
             ("CFG Scale", "guidance_scale", float),
         )
     },
+    "Aesthetic score": ("aesthetic_score", float),
+    "Negative aesthetic score": ("negative_aesthetic_score", float),
     "Timesteps": ("timesteps", _numbers),
     "Sigmas": ("sigmas", _numbers),
     **{name: (option, _pair) for name, option in SIZES_IN_TEXT.items()},
@@ -123,6 +125,9 @@ LOST = {
     "Prompt embeds": "embeddings instead of a prompt",
     "Negative prompt embeds": "embeddings instead of a negative prompt",
     "Callback": "a function called after every step",
+    "Image latents": "latents instead of an image",
+    "Denoising start": "another model's latents",
+    "Denoising end": "a run that another model goes on with",
 }
 READ_APART = {
     "TI hashes",

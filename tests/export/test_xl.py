@@ -13,6 +13,7 @@ from sdrt.errors import CheckpointError
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.checkpoint import find_checkpoint
 from sdrt.export.hub import needed_names
+from sdrt.export.model_spec import read_model_spec
 
 
 @pytest.fixture
@@ -29,6 +30,7 @@ def change_config(folder, **options):
     ("damage", "message"),
     [
         (lambda f: shutil.rmtree(f / "text_encoder_2"), "has no text_encoder_2"),
+        (lambda f: shutil.rmtree(f / "text_encoder"), "context of 40 channels, .* 24"),
         (
             lambda f: (f / "text_encoder_2" / "config.json").unlink(),
             "text_encoder_2/config.json is",
@@ -54,6 +56,20 @@ def test_a_checkpoint_that_is_not_whole_is_refused(copy, tmp_path, damage, messa
     with pytest.raises(CheckpointError, match=message):
         build_bundle(BuildPlan(str(copy), tmp_path / "b"))
     assert not (tmp_path / "b").exists()
+
+
+def test_a_score_that_the_unet_does_not_read_is_refused(copy, tmp_path):
+    (copy / "model_index.json").write_text('{"requires_aesthetics_score": true}')
+    with pytest.raises(CheckpointError, match=r"score=True, .* reads 6"):
+        build_bundle(BuildPlan(str(copy), tmp_path / "b"))
+
+
+def test_a_refiner_is_known_by_its_parts(tiny_refiner):
+    checkpoint = find_checkpoint(str(tiny_refiner))
+    assert checkpoint.parts == ("text_encoder_2", "unet", "vae")
+    spec = read_model_spec(checkpoint)
+    assert spec.reads_aesthetic_score and not spec.zero_empty_prompt
+    assert (spec.unet.num_time_ids, spec.unet.pooled_width) == (5, 20)
 
 
 def test_a_unet_of_another_family_is_refused(tiny, tiny_xl, tmp_path):

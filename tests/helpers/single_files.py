@@ -45,6 +45,7 @@ PREFIX = {
     ("2.x", "text_encoder"): "cond_stage_model.model.",
     ("XL", "text_encoder"): "conditioner.embedders.0.transformer.",
     ("XL", "text_encoder_2"): "conditioner.embedders.1.model.",
+    ("refiner", "text_encoder_2"): "conditioner.embedders.0.model.",
 }
 SUFFIXES = {
     "time_embedding.linear_": "time_embed.",
@@ -144,6 +145,18 @@ UNETS = {
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 112,
     },
+    "refiner": {
+        "block_out_channels": (64, 128, 128),
+        "attention_head_dim": (1, 2, 2),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 2),
+        "use_linear_projection": True,
+        "cross_attention_dim": 128,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 104,
+    },
     "XL, unlike depths": {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -157,7 +170,7 @@ UNETS = {
         "projection_class_embeddings_input_dim": 112,
     },
 }
-SAMPLE_SIZES = {"1.x": 64, "2.x": 96, "XL": 128}
+SAMPLE_SIZES = {"1.x": 64, "2.x": 96, "XL": 128, "refiner": 128}
 
 
 def text_config(vocabulary, **options):
@@ -189,12 +202,14 @@ def tiny_parts(case, vocabulary):
         **UNETS[case],
     }
     vae = {"block_out_channels": [32] * 4, "layers_per_block": 1}
-    vae["scaling_factor"] = 0.13025 if family == "XL" else 0.18215
+    vae["scaling_factor"] = 0.13025 if family in ("XL", "refiner") else 0.18215
     open_clip = {"hidden_act": "gelu", "num_hidden_layers": 3}
     texts = {"text_encoder": text_config(vocabulary, **(open_clip if family == "2.x" else {}))}
-    if family == "XL":
+    if family in ("XL", "refiner"):
         wide = {**open_clip, "hidden_size": 128, "num_attention_heads": 2, "projection_dim": 64}
         texts["text_encoder_2"] = text_config(vocabulary, **wide)
+    if family == "refiner":
+        del texts["text_encoder"]
     parts = {
         "unet": (unet, Unet(UnetConfig(**unet)).state_dict()),
         "vae": (vae, AutoencoderKL(VaeConfig.from_json(vae)).state_dict()),
@@ -223,7 +238,7 @@ def single_file(family, parts):
                 else t
                 for n, t in weights.items()
             }
-        elif (family, part) in (("2.x", "text_encoder"), ("XL", "text_encoder_2")):
+        elif part == "text_encoder_2" or family == "2.x":
             own = {**original_text(weights), "logit_scale": torch.ones(())}
         else:
             own = {**weights, "text_model.embeddings.position_ids": torch.arange(32)[None]}

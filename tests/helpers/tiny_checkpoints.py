@@ -66,6 +66,38 @@ def write_text_encoder(folder: Path, part: str, kind: str, **options) -> None:
     getattr(transformers, kind)(config).save_pretrained(folder / part)
 
 
+def write_tiny_refiner(folder: Path, embedded: Path, **unet_options) -> Path:
+    """Shaped like XL's refiner: the second text encoder alone, 24 wide, a pooled prompt of 20, five
+    time ids, and no transformers at the last resolution but in the middle.
+    """
+    options = {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [8, 16, 16],
+        "transformer_layers_per_block": 2,
+        "attention_head_dim": [2, 4, 4],
+        "use_linear_projection": True,
+        "cross_attention_dim": 24,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 60,
+    }
+    write_tiny_xl(folder, embedded, **{**options, **unet_options})
+    for name in ("text_encoder", "tokenizer"):
+        shutil.rmtree(folder / name)
+    index = {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline",
+        "force_zeros_for_empty_prompt": False,
+        "requires_aesthetics_score": True,
+        "text_encoder": [None, None],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": [None, None],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 def write_tiny_xl(folder: Path, embedded: Path, **unet_options) -> Path:
     """Shaped like XL: two text encoders, 16 and 24 wide, and a pooled prompt of 20."""
     options = {

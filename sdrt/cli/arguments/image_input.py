@@ -21,6 +21,15 @@ def add_image_input(to: argparse.ArgumentParser) -> None:
         metavar="0..1",
         help="denoising strength (default: 0.8, or 1.0 with --mask)",
     )
+    start.add_argument(
+        "--aesthetic-score", type=float, metavar="SCORE", help="for refiners (default: 6)"
+    )
+    start.add_argument(
+        "--negative-aesthetic-score",
+        type=float,
+        metavar="SCORE",
+        help="the same, of what to steer away from (default: 2.5)",
+    )
 
 
 def add_control(to: argparse.ArgumentParser) -> None:

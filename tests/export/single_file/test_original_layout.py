@@ -94,17 +94,24 @@ def test_there_and_back_is_the_same(case, written, vocabulary):
             assert {key: reported[key] for key in config} == config
         getattr(modules, f"load_{part}")(checkpoint, spec)
     pads = [item.roles["pad_token"] for item in checkpoint.tokenizers().values()]
-    assert pads == {"1.x": [END], "2.x": ["!"], "XL": [END, "!"]}[family]
+    expected = {"1.x": [END], "2.x": ["!"], "XL": [END, "!"], "refiner": ["!"]}
+    assert pads == expected[family]
+    assert spec.reads_aesthetic_score == (family == "refiner")
+    assert spec.zero_empty_prompt == (family == "XL")
 
 
 @pytest.mark.slow
-def test_a_build_from_a_file_is_that_from_the_folder(written, vocabulary, tmp_path):
-    family, parts = tiny_parts("XL", vocabulary)
+@pytest.mark.parametrize("case", ["XL", "refiner"])
+def test_a_build_from_a_file_is_that_from_the_folder(case, written, vocabulary, tmp_path):
+    family, parts = tiny_parts(case, vocabulary)
     file = written(single_file(family, parts))
     folder = tmp_path / "folder"
     converted_folder = find_checkpoint(str(file)).folder
     for name in ("scheduler", "tokenizer", "tokenizer_2"):
-        shutil.copytree(converted_folder / name, folder / name)
+        if (converted_folder / name).is_dir():
+            shutil.copytree(converted_folder / name, folder / name)
+    if case == "refiner":
+        shutil.copy(converted_folder / "model_index.json", folder)
     for part, (config, weights) in parts.items():
         (folder / part).mkdir()
         (folder / part / "config.json").write_text(json.dumps(config))
@@ -113,7 +120,8 @@ def test_a_build_from_a_file_is_that_from_the_folder(written, vocabulary, tmp_pa
         build_bundle(BuildPlan(str(model), tmp_path / name, sizes=((32, 32),)))
         for name, model in (("a", file), ("b", folder))
     ]
-    for part in ("unet", "vae_decoder", "vae_encoder", "text_encoder", "text_encoder_2"):
+    texts = [part for part in parts if part.startswith("text")]
+    for part in ("unet", "vae_decoder", "vae_encoder", *texts):
         one, other = (bundle / part / "model.safetensors" for bundle in built)
         assert one.read_bytes() == other.read_bytes()
 
@@ -142,13 +150,13 @@ def test_what_a_file_says_of_its_prediction(
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("case", ["2.x", "XL"])
+@pytest.mark.parametrize("case", ["2.x", "XL", "refiner"])
 def test_the_references_conversion_agrees(case, vocabulary):
     utilities = pytest.importorskip("diffusers.loaders.single_file_utils")
     family, parts = tiny_parts(case, vocabulary)
     tensors = single_file(family, parts)
     _, own = converted(tensors)
-    part = "text_encoder_2" if family == "XL" else "text_encoder"
+    part = "text_encoder" if family == "2.x" else "text_encoder_2"
     prefix = PREFIX[family, part]
     model = type("Model", (), {"config": None})()
     model.config = type("Config", (), {"hidden_size": parts[part][0]["hidden_size"]})()

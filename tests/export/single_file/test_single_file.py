@@ -186,7 +186,7 @@ def test_a_suffix_may_be_in_capitals(name, tensors, written):
         (["decoder.up_blocks.0.resnets.0.conv1.weight"], "an autoencoder alone"),
         (["input_blocks.0.0.weight"], "a UNet alone: type --model MODEL --unet FILE"),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "text encoder alone: .*--text-encoder"),
-        (["conditioner.embedders.0.model.ln_final.weight"], "a refiner of Stable Diffusion XL"),
+        (["conditioner.embedders.0.model.token_embedding.weight"], "a text encoder alone"),
         (["model.diffusion_model.joint_blocks.0.x"], "a model of Stable Diffusion 3"),
         (["double_blocks.0.img_attn.norm.key_norm.scale"], "a model of the FLUX family"),
         (["something.else"], "give what it lacks with --unet FILE --vae FILE --text-encoder FILE"),
