@@ -31,7 +31,8 @@ def parse_image_latents(name: str, value: object) -> np.ndarray:
 
 def is_latents(value: object) -> bool:
     """Whether what is passed as an image is latents, as diffusers tells them from images."""
-    if len(shape := getattr(value, "shape", ())) != 4 or shape[1] != LATENT_CHANNELS:
+    shape: tuple[int, ...] = tuple(getattr(value, "shape", None) or ())
+    if len(shape) != 4 or shape[1] != LATENT_CHANNELS:
         return False
     array = to_array(value)
     return array is not None and array.dtype.kind == "f"
