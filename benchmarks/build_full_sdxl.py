@@ -1,4 +1,5 @@
-"""Time and peak memory of exporting full-size SDXL's UNet and text encoders in fp16.
+"""Time and peak memory of exporting full-size SDXL's UNet and text encoders in fp16, or with
+`--components refiner_unet` its refiner's UNet.
 
     python benchmarks/build_full_sdxl.py [--components unet,text_encoder,text_encoder_2] [--save]
 
@@ -15,14 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from published import TEXT, XL_TEXT_2, XL_UNET
+from published import TEXT, XL_REFINER_UNET, XL_TEXT_2, XL_UNET
 from results import save
 
+from sdrt.bundle.manifest import REFINER_TIME_IDS
 from sdrt.process_stats import peak_bytes
 
+REFINER_UNET = "refiner_unet"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 CLOSE = 0.999  # least cosine between ONNX Runtime's answer and torch's, in half precision
 
@@ -40,12 +44,15 @@ def load_module(component: str) -> Any:
     with torch.device("meta"):
         if component == "unet":
             module: Any = Unet(UnetConfig.from_json(XL_UNET))
+        elif component == REFINER_UNET:
+            config = UnetConfig.from_json(XL_REFINER_UNET)
+            module = Unet(replace(config, num_time_ids=REFINER_TIME_IDS))
         else:
             second = component == "text_encoder_2"
-            config = transformers.CLIPTextConfig(**(XL_TEXT_2 if second else TEXT))
-            config._attn_implementation = "sdpa"
+            text = transformers.CLIPTextConfig(**(XL_TEXT_2 if second else TEXT))
+            text._attn_implementation = "sdpa"
             kind = "CLIPTextModelWithProjection" if second else "CLIPTextModel"
-            module = PairedTextEncoder(getattr(transformers, kind)(config))
+            module = PairedTextEncoder(getattr(transformers, kind)(text))
     module = module.half().to_empty(device="cpu").eval().requires_grad_(False)
     for name, weight in module.named_parameters():
         if weight.ndim > 1:
@@ -63,16 +70,18 @@ def feeds_of(component: str) -> dict[str, Any]:
     import torch
 
     torch.manual_seed(1)
-    if component != "unet":
+    if component not in ("unet", REFINER_UNET):
         ids = torch.randint(0, 49406, (2, 77), dtype=torch.int32)
         ids[:, 9:] = 49407
         return {"input_ids": ids}
+    is_refiner = component == REFINER_UNET
+    after = [6.0] if is_refiner else [1024.0, 1024.0]
     return {
         "sample": torch.randn(2, 4, 16, 24).half(),
         "timestep": torch.tensor([3.0, 700.0]),
-        "context": torch.randn(2, 77, 2048).half(),
+        "context": torch.randn(2, 77, 1280 if is_refiner else 2048).half(),
         "pooled": torch.randn(2, 1280).half(),
-        "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * 2),
+        "time_ids": torch.tensor([[1024.0, 1024.0, 0.0, 0.0, *after]] * 2),
     }
 
 
@@ -84,7 +93,8 @@ def export(component: str, folder: Path) -> dict[str, Any]:
     from sdrt.export.graph import export_graph
     from sdrt.export.recipes import RECIPES
 
-    recipe = next(item for item in RECIPES if item.name == component)
+    name = "unet" if component == REFINER_UNET else component
+    recipe = next(item for item in RECIPES if item.name == name)
     outputs = recipe.outputs
     module, feeds = load_module(component), feeds_of(component)
     with torch.no_grad():
@@ -178,7 +188,8 @@ def main() -> None:
     for what, said in claims.items():
         print(f"{what}: {said}")
     if args.save:
-        save("build_full_sdxl_fp16", claims, figures)
+        is_refiner = args.components == REFINER_UNET
+        save(f"build_full_sdxl_{'refiner_' if is_refiner else ''}fp16", claims, figures)
 
 
 if __name__ == "__main__":
