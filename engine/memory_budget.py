@@ -115,21 +115,40 @@ def _ask_driver(gpu: Gpu) -> int | None:
         return device.memory()[0]
 
 
+def _join_budgets(
+    manifests: Sequence[Manifest], size: tuple[int, int], sequential: bool, streamed: bool
+) -> MemoryBudget:
+    """Of models that generate one guided image together: of a refiner, its decoder counts too,
+    which is not loaded.
+    """
+    budgets = [
+        compute_budget(manifest, size, 2, sequential=sequential, streamed=streamed)
+        for manifest in manifests
+    ]
+    if sequential:
+        return max(budgets, key=lambda budget: budget.total)
+    weights = sum(budget.weights for budget in budgets)
+    return MemoryBudget(weights, max(budget.activations for budget in budgets))
+
+
 def check_memory(
     bundle: Bundle,
     gpu: Gpu | None,
     sequential: bool,
     streamed: bool = False,
     control_bundles: Sequence[Bundle] = (),
+    refiner: Bundle | None = None,
 ) -> None:
     """Log what one guided image needs; raise BackendError if it is not free.
 
     control_bundles: whose nets stay loaded next to the UNet, as its second graph does
+    refiner: whose text encoder and UNet are loaded too, or one of them at a time
     """
     manifest, free = bundle.manifest, free_bytes(gpu)
     size = manifest.sizes[0]
     nets = sum(of.bytes for of in control_bundles)
-    needed = compute_budget(manifest, size, 2, sequential=sequential, streamed=streamed)
+    others = [refiner.manifest] if refiner else []
+    needed = _join_budgets([manifest, *others], size, sequential, streamed)
     needed = replace(needed, weights=needed.weights + nets)
     numbers = (
         f"at least {needed.total / 1e6:,.0f} MB (weights {needed.weights / 1e6:,.0f}, activations "
@@ -140,7 +159,7 @@ def check_memory(
         return
     log.debug("Memory: %s; %s MB free", numbers, f"{free / 1e6:,.0f}")
     if needed.total > free:
-        less = nets + compute_budget(manifest, size, 2, sequential=True, streamed=streamed).total
+        less = nets + _join_budgets([manifest, *others], size, True, streamed).total
         fits = less < min(free, needed.total)
         where = f"on GPU {gpu.index}" if gpu else "of host memory"
         raise BackendError(

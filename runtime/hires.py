@@ -21,7 +21,7 @@ from sdrt.errors import SdrtError, UsageError
 
 from .batch import Batch, build_latent_edit, build_states, group_alike
 from .conditioning_schedule import ConditioningSchedule
-from .denoising import DenoisingState, LatentEdit, Step, denoise
+from .denoising import DenoisingState, LatentEdit
 from .hires_options import HIRES_PARSERS, MAX_HIRES_STEPS
 from .images import MAX_SIDE, image_to_array, images_from_decoded
 from .initial_latents import LatentDistribution, build_initial_state, encode_image_inputs
@@ -222,16 +222,6 @@ def prepare_hires_state(
     (batch,) = prepare_hires_batches(stages, job, [request], latents[None])
     (state,) = build_states(batch, job.hires.job)
     return state, build_latent_edit(stages, batch, job.hires.job)
-
-
-def denoise_passes(stages: Stages, batch: Batch, job: GenerationJob) -> Iterator[Step]:
-    """Both passes of a batch as one loop, whose second pass is of one batch again."""
-    edit = build_latent_edit(stages, batch, job)
-    for step in denoise(stages.engines, build_states(batch, job), edit):
-        yield job.place_step(step)
-    if job.hires is not None:
-        (second,) = prepare_hires_batches(stages, job, batch.requests, step.latents)
-        yield from denoise_passes(stages, second, job.hires.job)
 
 
 def _upscale_latents(stages: Stages, hires: HiresPass, latents: np.ndarray) -> np.ndarray:

@@ -162,7 +162,9 @@ def build_initial_state(
     if options.image_latents is not None:
         image_latents = _select_latents("image_latents", options.image_latents, request)
     # diffusers samples no starting noise for a run that takes over noisy latents.
-    continues = options.denoising_start is not None
+    continues = job.continues_after is not None
+    for _ in range(job.continues_after or 0):
+        noise.randn(shape)
     start = np.zeros(shape, np.float32) if continues else noise.randn(shape)
     if options.latents is not None:
         start = _select_latents("latents", np.asarray(options.latents), request)

@@ -46,6 +46,10 @@ class GenerationJob:
         evaluations_before: Of the pass that this one follows.
         first_pass_steps: The `prompt_steps` of that pass; None for none.
         control_units: Of its ControlNets and T2I-Adapters.
+        refiner: The rest of the run, by a refiner; None for none.
+        first_evaluation: Where it begins in the run that prompts change in.
+        continues_after: Noises sampled by the pass whose noisy latents it takes over; None for a
+            run under noise of its own.
     """
 
     requests: Sequence[Request]
@@ -61,17 +65,26 @@ class GenerationJob:
     evaluations_before: int = 0
     first_pass_steps: int | None = None
     control_units: tuple[ControlUnit, ...] = ()
+    refiner: "RefinerPass | None" = None
+    first_evaluation: int = 0
+    continues_after: int | None = None
+
+    @property
+    def later_pass(self) -> "HiresPass | RefinerPass | None":
+        """What follows, if anything does."""
+        return self.hires or self.refiner
 
     def get_timeline(self, request: Request) -> PromptTimeline:
         """The texts that an image's evaluations read."""
-        return build_prompt_timeline(
+        timeline = build_prompt_timeline(
             request.prompt,
             request.negative_prompt,
-            self.table.evaluations,
+            self.first_evaluation + self.table.evaluations,
             self.prompt_steps,
             first_pass_steps=self.first_pass_steps,
             weighting=self.options.weighting,
         )
+        return timeline.skip(self.first_evaluation) if self.first_evaluation else timeline
 
     def get_guidance(self, timeline: PromptTimeline) -> Guidance:
         """The guidance of an image, by all prompts that are joined in its own."""
@@ -96,14 +109,14 @@ class GenerationJob:
     def get_pass_keys(self, request: Request) -> tuple[Hashable, ...]:
         """Equal for images that share the numbers of all passes."""
         keys = [self.get_run_key(self.get_timeline(request))]
-        if self.hires:
-            keys.append(self.hires.job.get_run_key(self.hires.get_timeline(request)))
+        if later := self.later_pass:
+            keys.append(later.job.get_run_key(later.get_timeline(request)))
         return tuple(keys)
 
     @property
     def total_evaluations(self) -> int:
         """Of all passes."""
-        after = self.hires.job.table.evaluations if self.hires else 0
+        after = self.later_pass.job.table.evaluations if self.later_pass else 0
         return self.evaluations_before + self.table.evaluations + after
 
     def place_step(self, step: Step) -> Step:
@@ -143,6 +156,25 @@ class HiresPass:
     def get_timeline(self, request: Request) -> PromptTimeline:
         """The texts that an image's evaluations read in this pass."""
         return self.job.get_timeline(self.get_request(request))
+
+
+@dataclass(frozen=True, slots=True)
+class RefinerPass:
+    """The validated part of a run that a refiner does.
+
+    Attributes:
+        job: Its call, without requests.
+        name: Of its bundle.
+        switch_at: The fraction of the run before it.
+    """
+
+    job: GenerationJob
+    name: str
+    switch_at: float
+
+    def get_timeline(self, request: Request) -> PromptTimeline:
+        """The texts that an image's evaluations read in this part."""
+        return self.job.get_timeline(request)
 
 
 def parse_output_size(manifest: Manifest, options: GenerationOptions) -> tuple[int, int]:
@@ -214,10 +246,12 @@ def build_table(
     scheduler_config: Mapping[str, Any],
     options: GenerationOptions,
     skipped_steps: int | None = None,
+    denoising_start: float | None = None,
 ) -> SamplerTable:
     """The sampler's table of a call.
 
     skipped_steps: of a pass that starts from latents; None where the options say all
+    denoising_start: of a pass that takes over another's noisy latents; the same
     """
     if skipped_steps is not None:
         steps = options.num_inference_steps
@@ -231,7 +265,7 @@ def build_table(
         sigmas=options.sigmas,
         denoise_from=options.num_skipped_steps,
         image=options.starts_from_image and not replaced,
-        denoising_start=options.denoising_start,
+        denoising_start=denoising_start or options.denoising_start,
         denoising_end=options.denoising_end,
     )
 
@@ -277,8 +311,8 @@ def check_prompts(job: GenerationJob, *, has_negative_row: bool) -> None:
             guidance is not by a second row.
     """
     timelines = [job.get_timeline(request) for request in job.requests]
-    if job.hires:
-        timelines += [job.hires.get_timeline(request) for request in job.requests]
+    if later := job.later_pass:
+        timelines += [later.get_timeline(request) for request in job.requests]
     if not has_negative_row and any(len(timeline.prompts) > 1 for timeline in timelines):
         raise UsageError(
             "AND is unsupported by this model: it has no negative prompt to compose with",

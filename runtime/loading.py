@@ -4,6 +4,7 @@ Knows which of a bundle's components are loaded at once, and which when they are
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,13 @@ from .ip_adapter import load_ip_adapter
 from .lora.adapters import Adapters
 from .opening import open_concurrently
 from .pipeline import Pipeline
+from .refiner import check_refiner_fit
 from .text.tokenizer import Tokenizer
 from .textual_inversion.engine import WordEngine, word_engine_name
 from .textual_inversion.store import EmbeddingStore
 from .upscaling import Upscalers
 
+REFINER_PARTS = ("text_encoder_2", "unet")  # what a refiner runs after a base
 EAGER = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "safety_checker")
 
 
@@ -46,6 +49,7 @@ def load_pipeline(
     candidate: Candidate,
     sequential: bool = False,
     control_bundles: Sequence[Bundle] = (),
+    refiner: Bundle | None = None,
 ) -> Pipeline:
     """Load a bundle's engines on a backend.
 
@@ -55,15 +59,42 @@ def load_pipeline(
         sequential: Whether one component at a time is loaded, when it is used; only the first now.
         control_bundles: Of ControlNets, T2I-Adapters and an IP-Adapter, which load when they are
             first used.
+        refiner: Of a refiner, which does the last part of runs; its text encoder and UNet load.
 
     Raises:
         BackendError: If an engine fails to load.
         UsageError: For a net that does not fit the bundle.
     """
+    check_makes_images(bundle)
+    slot = ExclusiveSlot() if sequential else None
+    if refiner is not None:
+        check_refiner_fit(bundle.manifest, refiner.manifest)
+        base = _load_bundle(bundle, candidate, slot, control_bundles, EAGER)
+        try:
+            # Only one component of both is loaded at a time.
+            second = _load_bundle(refiner, candidate, slot, (), REFINER_PARTS)
+        except BaseException:
+            base.close()
+            raise
+        return replace(base, refiner=replace(second, leases=base.leases))
+    return _load_bundle(bundle, candidate, slot, control_bundles, EAGER)
+
+
+def _load_bundle(
+    bundle: Bundle,
+    candidate: Candidate,
+    slot: ExclusiveSlot | None,
+    control_bundles: Sequence[Bundle],
+    eager: Sequence[str],
+) -> Pipeline:
+    """One bundle's engines.
+
+    slot: of which one component at a time is loaded, if any
+    eager: the components that are loaded now
+    """
     load = candidate.load
     assert load is not None
-    check_makes_images(bundle)
-    manifest, slot = bundle.manifest, ExclusiveSlot() if sequential else None
+    manifest = bundle.manifest
     ip_adapter = load_ip_adapter(manifest, control_bundles)
     net_bundles = [of for of in control_bundles if IP_ADAPTER not in of.manifest.components]
     nets = load_control_nets(manifest, net_bundles)
@@ -79,9 +110,9 @@ def load_pipeline(
     if precision not in manifest.admitted:
         precision = ""
     config = _scheduler_config(bundle)
-    names = [name for name in EAGER if name in manifest.components]
+    names = [name for name in eager if name in manifest.components]
     engines: dict[str, Engine] = {}
-    if sequential:
+    if slot is not None:
         in_order = {name: lazy(bundle, name) for name in names}
         in_order[names[0]].loaded()  # so that a backend that fails to load is noticed now
         engines.update(in_order)
@@ -128,15 +159,19 @@ def load_pipeline(
     )
 
 
-def unloaded_pipeline(bundle: Bundle, control_bundles: Sequence[Bundle] = ()) -> Pipeline:
+def unloaded_pipeline(
+    bundle: Bundle, control_bundles: Sequence[Bundle] = (), refiner: Bundle | None = None
+) -> Pipeline:
     """A pipeline that validates calls but cannot run them. Only manifests and the scheduler's
     configuration are read.
 
     Raises:
-        UsageError: For a net that does not fit the bundle.
+        UsageError: For a net or a refiner that does not fit the bundle.
     """
 
     check_makes_images(bundle)
+    if refiner is not None:
+        check_refiner_fit(bundle.manifest, refiner.manifest)
 
     def open_engine() -> Engine:
         raise AssertionError("this pipeline has no engines")
@@ -154,6 +189,7 @@ def unloaded_pipeline(bundle: Bundle, control_bundles: Sequence[Bundle] = ()) ->
         bundle_config=config,
         control_nets=nets,
         ip_adapter=load_ip_adapter(bundle.manifest, control_bundles),
+        refiner=unloaded_pipeline(refiner) if refiner else None,
     )
 
 

@@ -12,7 +12,7 @@ from sdrt.version import __version__
 
 from .controlnet.text import describe_units
 from .images import format_parameters, quote
-from .job import GenerationJob, HiresPass
+from .job import GenerationJob, HiresPass, RefinerPass
 from .lora.adapters import Adapters
 from .lora.names import names_outside_folder
 from .options import format_number
@@ -50,6 +50,9 @@ def describe_image(
     if differing := config_overrides(title, job.scheduler_config, bundle_config):
         settings["Sampler options"] = json.dumps(differing, sort_keys=True)
     settings |= options.nondefault_settings | describe_units(job.control_units)
+    if job.refiner:
+        settings |= describe_refiner(job.refiner)
+        del settings["Denoising end"]
     if job.hires:
         settings |= describe_hires(job.hires, job, request)
     prompt = request.recorded_prompt or request.prompt
@@ -90,6 +93,24 @@ def describe_hires(hires: HiresPass, job: GenerationJob, request: Request) -> di
     if options.hires_steps:
         settings["Hires steps"] = options.hires_steps
     return settings | {"Hires upscaler": hires.upscaler.title}
+
+
+def describe_refiner(refiner: RefinerPass) -> dict[str, object]:
+    """The settings of a refiner's part of a run, under A1111's names."""
+    options = refiner.job.options
+    scores = {
+        name: format_number(score)
+        for name, score in (
+            ("Aesthetic score", options.aesthetic_score),
+            ("Negative aesthetic score", options.negative_aesthetic_score),
+        )
+        if score is not None
+    }
+    return {
+        "Refiner": refiner.name,
+        "Refiner switch at": format_number(refiner.switch_at),
+        **scores,
+    }
 
 
 def describe_grid(first_image: str, job: GenerationJob) -> str:

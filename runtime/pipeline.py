@@ -16,7 +16,6 @@ from sdrt.errors import UsageError
 
 from .arguments import GenerationKwargs, parse_options
 from .denoising import Step
-from .hires import denoise_passes
 from .job import GenerationJob
 from .leases import LeasedIterator
 from .lora.sets import refuse_tags
@@ -240,7 +239,7 @@ class Pipeline(PipelineStages):
                 "together, of prompts of similar length",
                 hint="loop over fewer images",
             )
-        return denoise_passes(self, batches[0], job)
+        return self.denoise_passes(batches[0], job)
 
     def count_tokens(self, prompt: str, **options: Unpack[GenerationKwargs]) -> TokenCount:
         """Count a prompt's tokens, of 75 that the model reads at a time.
@@ -341,7 +340,8 @@ class Pipeline(PipelineStages):
             UsageError: Inside a call of this thread, as `set_lora` does.
         """
         with self.leases.change("close", closing=True):
-            for engine in self.engines.values():
+            others = self.refiner.engines if self.refiner else {}
+            for engine in (*self.engines.values(), *others.values()):
                 engine.close()
             self.upscalers.close()
 

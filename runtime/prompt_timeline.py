@@ -40,6 +40,11 @@ class PromptTimeline:
         texts = self.evaluations
         return (False, *(a != b for a, b in pairwise(texts)))
 
+    def skip(self, count: int) -> "PromptTimeline":
+        """The timeline without its first `count` evaluations."""
+        prompts = tuple(texts[count:] for texts in self.prompts)
+        return PromptTimeline(prompts, self.negative[count:], self.weights)
+
     @property
     def is_plain(self) -> bool:
         """Whether it is one prompt that never changes."""

@@ -38,11 +38,11 @@ def is_latents(value: object) -> bool:
     return array is not None and array.dtype.kind == "f"
 
 
+SCORES = ("aesthetic_score", "negative_aesthetic_score")
 REFINER_PARSERS: dict[str, Parser[Any]] = {
     "denoising_start": _RANGE,
     "denoising_end": _RANGE,
-    "aesthetic_score": float_parser(0.0, MAX_AESTHETIC_SCORE),
-    "negative_aesthetic_score": float_parser(0.0, MAX_AESTHETIC_SCORE),
+    **dict.fromkeys(SCORES, float_parser(0.0, MAX_AESTHETIC_SCORE)),
     "refiner_switch_at": _RANGE,
 }
 
@@ -78,7 +78,11 @@ def _check_ensemble(options: Any) -> None:
             *("denoising_start", "denoising_end", "image", "image_latents", "timesteps", "sigmas"),
             *("control_image", "ip_adapter_image", "prompt_embeds", "negative_prompt_embeds"),
         )
-    } | {"a hires pass": options.has_hires_pass, "feature_reuse": options.feature_reuse > 1}
+    } | {
+        "a hires pass": options.has_hires_pass,
+        "feature_reuse": options.feature_reuse > 1,
+        "guidance_interval": options.guidance_interval != (0.0, 1.0),
+    }
     for name, is_passed in conflicting.items():
         if is_passed:
             raise UsageError(

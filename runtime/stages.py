@@ -23,7 +23,7 @@ from .controlnet.control import prepare_control
 from .controlnet.net import ControlNet
 from .controlnet.unit import build_control_units
 from .deepcache import check_feature_reuse, with_feature_reuse
-from .denoising import DenoisingState, LatentEdit, denoise
+from .denoising import DenoisingState, LatentEdit, Step, denoise
 from .embedded_guidance import (
     add_guidance_embedding,
     check_guidance,
@@ -51,7 +51,12 @@ from .options import GenerationOptions
 from .output import StepCallback
 from .parameters import describe_grid, describe_image
 from .prompt_timeline import PromptTimeline
-from .refiner import check_refiner_task
+from .refiner import (
+    build_refiner_pass,
+    check_refiner_task,
+    prepare_refiner_batches,
+    split_options,
+)
 from .requests import Request, parse_requests, parse_unconditional_requests
 from .safety_checker import apply_safety_checker, is_flagged
 from .samplers.registry import config_from_name
@@ -95,6 +100,7 @@ class PipelineStages:
         upscalers: Of second passes.
         control_nets: ControlNets and T2I-Adapters by name.
         ip_adapter: Of image prompts.
+        refiner: Of the last part of runs; its engines are its text encoder's and its UNet's.
     """
 
     manifest: Manifest
@@ -115,6 +121,7 @@ class PipelineStages:
     upscalers: Upscalers = field(default_factory=Upscalers, repr=False, compare=False)
     control_nets: Mapping[str, ControlNet] = field(default_factory=dict, repr=False)
     ip_adapter: IpAdapter | None = None
+    refiner: "PipelineStages | None" = field(default=None, repr=False, compare=False)
 
     # Validate
 
@@ -125,15 +132,22 @@ class PipelineStages:
             UsageError: For what does not fit the bundle, or this machine's memory.
         """
         job = self.validate(prompt, options)
-        passes = [(job, job.get_timeline)]
-        if job.hires:
-            passes.append((job.hires.job, job.hires.get_timeline))
-        for run, get_timeline in passes:
+        passes = [(self, job, job.get_timeline)]
+        if later := job.later_pass:
+            passes.append((self._stages_of_later_pass(job), later.job, later.get_timeline))
+        for stages, run, get_timeline in passes:
             rows = max(run.get_num_rows(get_timeline(request)) for request in job.requests)
-            job = replace(job, max_batch=min(job.max_batch, self._max_batch(run, rows)))
-            if run.size not in self.manifest.sizes:
-                log.warning("%s", describe_size(run.size, self.manifest.sizes))
+            job = replace(job, max_batch=min(job.max_batch, stages._max_batch(run, rows)))
+            if run.size not in stages.manifest.sizes:
+                log.warning("%s", describe_size(run.size, stages.manifest.sizes))
         return job
+
+    def _stages_of_later_pass(self, job: GenerationJob) -> "PipelineStages":
+        """Whose engines run what follows a job."""
+        if job.refiner is None:
+            return self
+        assert self.refiner is not None
+        return self.refiner
 
     def validate(self, prompt: Prompt, options: GenerationOptions) -> GenerationJob:
         """Validate a call by the manifest alone: no engine need be loaded.
@@ -147,10 +161,14 @@ class PipelineStages:
         refuse_negative_tags(requests, options)
         channels = manifest.latent_channels
         check_task(options, self.in_channels - channels, channels)
-        check_refiner_task(manifest, options)
+        check_refiner_task(manifest, options, self.refiner is not None)
         if self.guidance_embedding_width:
             check_guidance(options)
-        job = self.build_job(requests, options, size)
+        if self.refiner is not None and options.refiner_switch_at is not None:
+            job = self.build_job(requests, split_options(options)[0], size)
+            job = replace(job, refiner=build_refiner_pass(self.refiner, job, options))
+        else:
+            job = self.build_job(requests, options, size)
         if options.has_hires_pass:
             job = replace(job, hires=build_hires_pass(self, job))
         check_prompts(job, has_negative_row=self._has_negative_row)
@@ -167,6 +185,7 @@ class PipelineStages:
         size: tuple[int, int],
         scheduler_config: Mapping[str, Any] | None = None,
         skipped_steps: int | None = None,
+        denoising_start: float | None = None,
     ) -> GenerationJob:
         """One pass over validated requests.
 
@@ -176,10 +195,11 @@ class PipelineStages:
             size: (width, height).
             scheduler_config: None is the pipeline's.
             skipped_steps: As for `build_table`.
+            denoising_start: The same.
         """
         manifest = self.manifest
         config = apply_eta(scheduler_config or self.scheduler_config, options)
-        table = build_table(config, options, skipped_steps)
+        table = build_table(config, options, skipped_steps, denoising_start)
         guidance = build_guidance(
             options, table.evaluations, has_negative_row=self._has_negative_row
         )
@@ -199,6 +219,7 @@ class PipelineStages:
             prompt_steps=count_prompt_steps(config, options, skipped_steps),
             control_units=control_units,
             embeddings=self.embeddings.current,
+            continues_after=None if options.denoising_start is None else 0,
         )
 
     def _max_batch(self, job: GenerationJob, rows: int) -> int:
@@ -390,12 +411,31 @@ class PipelineStages:
         self, batch: Batch, job: GenerationJob, on_step: StepCallback, decode: bool
     ) -> Iterator[tuple[Sequence[Request], SamplingResult]]:
         """The result of a batch, or of the second pass's batches."""
-        result = self._denoise(batch, job, on_step, decode and job.hires is None)
-        if job.hires is None:
+        later = job.later_pass
+        result = self._denoise(batch, job, on_step, decode and later is None)
+        if later is None:
             yield batch.requests, result
             return
-        for second in prepare_hires_batches(self, job, batch.requests, result.latents):
-            yield second.requests, self._denoise(second, job.hires.job, on_step, decode)
+        stages, decode = self._stages_of_later_pass(job), decode and job.refiner is None
+        for second in self._prepare_later_batches(job, batch.requests, result.latents):
+            yield second.requests, stages._denoise(second, later.job, on_step, decode)
+
+    def _prepare_later_batches(
+        self, job: GenerationJob, requests: Sequence[Request], latents: np.ndarray
+    ) -> Iterator[Batch]:
+        """The batches of what follows, of the latents [B, C, H/8, W/8] that end a job."""
+        if job.refiner is None:
+            return prepare_hires_batches(self, job, requests, latents)
+        return prepare_refiner_batches(self._stages_of_later_pass(job), job, requests, latents)
+
+    def denoise_passes(self, batch: Batch, job: GenerationJob) -> Iterator[Step]:
+        """All passes of a batch as one loop, whose second pass is of one batch again."""
+        edit = build_latent_edit(self, batch, job)
+        for step in denoise(self.engines, build_states(batch, job), edit):
+            yield job.place_step(step)
+        if later := job.later_pass:
+            (second,) = self._prepare_later_batches(job, batch.requests, step.latents)
+            yield from self._stages_of_later_pass(job).denoise_passes(second, later.job)
 
     def _denoise(
         self, batch: Batch, job: GenerationJob, on_step: StepCallback, decode: bool

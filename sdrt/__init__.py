@@ -176,6 +176,7 @@ def load(
     cuda_graphs: bool = False,
     controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     ip_adapter: str | os.PathLike[str] | None = None,
+    refiner: str | os.PathLike[str] | None = None,
     embeddings: Sequence[str | os.PathLike[str]] = (),
 ) -> Pipeline:
     """Open a bundle and load its engines.
@@ -202,6 +203,8 @@ def load(
             folder. A call uses them with `control_image`; each loads when it is first used.
         ip_adapter: An IP-Adapter that `sdrt build --ip-adapter` wrote, by name or folder. A call
             uses it with `ip_adapter_image`.
+        refiner: A refiner's bundle, by name or folder: a call with `refiner_switch_at` does the
+            last part of its run with it.
         embeddings: Files of textual inversion, each `FILE`, `FILE:WORD` or the name of one in the
             folder `embeddings` of sdrt's home, whose files prompts may also use by name.
 
@@ -236,16 +239,19 @@ def load(
     nets = parse_paths("controlnet", controlnet)
     if ip_adapter is not None:
         nets = (*nets, *parse_paths("ip_adapter", ip_adapter))
+    refiners = parse_paths("refiner", refiner) if refiner is not None else ()
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
     with log_progress(lambda: "checking the bundle's files"):
-        opened = [open_bundle(name) for name in (bundle, *nets)]
+        opened = [open_bundle(name) for name in (bundle, *refiners, *nets)]
     check_makes_images(opened[0])
     if precision == "exact":
         opened = [replace(of, manifest=replace(of.manifest, admitted={})) for of in opened]
     words = parse_paths("embeddings", embeddings)
     options = LoadOptions(index, stream, *flags.values())
-    pipe = _load_on_backend(opened[0], opened[1:], backend, options, kind)
+    second = opened[1] if refiners else None
+    others = opened[1 + len(refiners) :]
+    pipe = _load_on_backend(opened[0], others, backend, options, kind, second)
     try:
         pipe.embeddings.open(words)
     except BaseException:
@@ -260,6 +266,7 @@ def _load_on_backend(
     backend: str,
     options: LoadOptions,
     kind: str | None,
+    refiner: Bundle | None,
 ) -> Pipeline:
     """A pipeline on the first backend that loads; kind: of device, where one was asked for."""
     from .engine import log_selection, select_backend
@@ -269,14 +276,15 @@ def _load_on_backend(
     log, low_memory = logging.getLogger(__name__), options.low_memory
     failed: dict[str, str] = {}
     while True:
-        candidate = select_backend(backend, bundle.bytes, options, failed=failed, kind=kind)
+        size = bundle.bytes + (refiner.bytes if refiner else 0)
+        candidate = select_backend(backend, size, options, failed=failed, kind=kind)
         log_selection(candidate, bundle)
         if options.torch_compile:
             log.warning("torch.compile: the first image of a size and batch takes a minute or so")
         try:
             streamed = low_memory and candidate.streams_weights
-            check_memory(bundle, candidate.gpu, low_memory, streamed, control_bundles)
-            return load_pipeline(bundle, candidate, low_memory, control_bundles)
+            check_memory(bundle, candidate.gpu, low_memory, streamed, control_bundles, refiner)
+            return load_pipeline(bundle, candidate, low_memory, control_bundles, refiner)
         except (BackendError, ParityError) as error:
             log.warning("%s failed to load: %s", candidate.label, error)
             failed[candidate.title] = str(error)

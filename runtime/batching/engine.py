@@ -30,8 +30,9 @@ from sdrt.runtime.lora.switch import LoraSwitch
 from sdrt.runtime.output import annotate_image
 from sdrt.runtime.parsing import float_parser, int_parser, parse_callable
 from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.refiner import prepare_refiner_state
 from sdrt.runtime.requests import Request
-from sdrt.runtime.stages import Prompt
+from sdrt.runtime.stages import PipelineStages, Prompt
 
 from .admission import check_deadlines, check_memory_for, check_queue
 from .cost_model import CostModel, is_model_callable, load_cost_model
@@ -172,8 +173,8 @@ class InflightBatcher:
                 (job.size, group.loras), rows, table.evaluations, now, now, priority
             )
             scheduled.full_fraction = table.full_fraction
-            if job.hires:
-                scheduled.later_pass = schedule_pass(job.hires, request, group)
+            if job.later_pass:
+                scheduled.later_pass = schedule_pass(job.later_pass, request, group)
             scheduled.control_cost = mean_cost(job.control_units, table.evaluations)
             scheduled.has_deadline = deadline is not None
             default = self.estimates.default_deadline(scheduled)
@@ -438,7 +439,7 @@ class InflightBatcher:
         control_cost = sum(run.num_rows * run.control_cost for run in runs) / rows
         began = time.monotonic()
         try:
-            self._batch_builder.evaluate(self.pipe.engines, runs)
+            self._batch_builder.evaluate(self._stages_of(handles[0]).engines, runs)
         except Exception as error:
             for handle in handles:
                 self._finish(handle, as_sdrt_error(error))
@@ -450,7 +451,9 @@ class InflightBatcher:
             self.cost_model.for_key(batch_key),
             handles[0].scheduled.component == "unet",
         )
-        if control_cost:
+        if handles[0].is_in_refiner:
+            pass  # the costs are the base's
+        elif control_cost:
             costs.observe_control(rows, control_cost, seconds)
         else:
             (costs.observe if is_full else costs.observe_shallow)(rows, seconds)
@@ -458,6 +461,13 @@ class InflightBatcher:
             self._observer.batch_evaluated(rows, seconds)
         for handle, run in zip(handles, runs, strict=True):
             self._after_evaluation(handle, run)
+
+    def _stages_of(self, handle: RequestHandle) -> PipelineStages:
+        """Whose engines run the pass that a request is in."""
+        if not handle.is_in_refiner:
+            return self.pipe
+        assert self.pipe.refiner is not None
+        return self.pipe.refiner
 
     def _after_evaluation(self, handle: RequestHandle, run: DenoisingState) -> None:
         """After an evaluation: apply edits, call `on_step`, hand finished latents to the
@@ -498,7 +508,7 @@ class InflightBatcher:
             assert handle.run is not None
             group = handle.group
             if handle.state == "upscaling":
-                self._prepare_hires_pass(handle, handle.run)
+                self._prepare_later_pass(handle, handle.run)
                 continue
             pipe = replace(self.pipe, scheduler_config=group.job.scheduler_config)
             try:
@@ -513,13 +523,16 @@ class InflightBatcher:
                 handle, GeneratedImage(annotate_image(image, text), text, handle.request.seed)
             )
 
-    def _prepare_hires_pass(self, handle: RequestHandle, run: DenoisingState) -> None:
+    def _prepare_later_pass(self, handle: RequestHandle, run: DenoisingState) -> None:
         """Put a request whose first pass is finished back into the loop."""
+        job, request = handle.group.job, handle.request
         try:
             with handle.lease_context():
-                second = prepare_hires_state(
-                    self.pipe, handle.group.job, handle.request, run.latents
-                )
+                if job.refiner:
+                    refiner = self._stages_of(handle)
+                    second = prepare_refiner_state(refiner, job, request, run.latents)
+                else:
+                    second = prepare_hires_state(self.pipe, job, request, run.latents)
         except Exception as error:
             self._finish(handle, as_sdrt_error(error))
             return

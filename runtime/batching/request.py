@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from sdrt.errors import BackendError, SdrtError
 from sdrt.runtime.denoising import DenoisingState, LatentEdit, Step
-from sdrt.runtime.job import GenerationJob, HiresPass
+from sdrt.runtime.job import GenerationJob, HiresPass, RefinerPass
 from sdrt.runtime.leases import Lease
 from sdrt.runtime.lora.sets import LoraSet
 from sdrt.runtime.requests import Request
@@ -128,8 +128,13 @@ class RequestHandle:
     @property
     def job(self) -> GenerationJob:
         """Of the pass that it is in."""
-        hires = self.group.job.hires
-        return hires.job if hires and not self.scheduled.later_pass else self.group.job
+        later = self.group.job.later_pass
+        return later.job if later and not self.scheduled.later_pass else self.group.job
+
+    @property
+    def is_in_refiner(self) -> bool:
+        """Whether it is in the part of the run that a refiner does."""
+        return self.group.job.refiner is not None and not self.scheduled.later_pass
 
     def lease_context(self) -> AbstractContextManager[None]:
         """Hold the request's lease in this thread, so that callbacks do not wait for it."""
@@ -145,11 +150,16 @@ class RequestHandle:
         self.on_cancel(self)
 
 
-def schedule_pass(hires: HiresPass, request: Request, group: RequestGroup) -> ScheduledPass:
-    """What the scheduler knows of a pass that comes later."""
-    job, timeline = hires.job, hires.get_timeline(request)
+def schedule_pass(
+    later: HiresPass | RefinerPass, request: Request, group: RequestGroup
+) -> ScheduledPass:
+    """What the scheduler knows of a pass that comes later. A refiner shares no calls with a base;
+    its calls are taken to cost as much.
+    """
+    job, timeline = later.job, later.get_timeline(request)
     table, rows = job.get_table(timeline), job.get_num_rows(timeline)
-    return ScheduledPass((job.size, group.loras), rows, table.evaluations, table.full_fraction)
+    model = later.name if isinstance(later, RefinerPass) else group.loras
+    return ScheduledPass((job.size, model), rows, table.evaluations, table.full_fraction)
 
 
 class Observer(Protocol):

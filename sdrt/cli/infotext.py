@@ -103,6 +103,8 @@ ARGUMENTS: dict[str, tuple[str, Callable[[str], Any]]] = {
             ("CFG Scale", "guidance_scale", float),
         )
     },
+    "Refiner": ("refiner", str),
+    "Refiner switch at": ("refiner_switch_at", float),
     "Aesthetic score": ("aesthetic_score", float),
     "Negative aesthetic score": ("negative_aesthetic_score", float),
     "Timesteps": ("timesteps", _numbers),

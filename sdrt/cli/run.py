@@ -33,6 +33,7 @@ from sdrt.runtime.lora.sets import LoraSet, check_lora_set, group_by_lora_set, m
 from sdrt.runtime.lora.switch import stream_by_lora_set
 from sdrt.runtime.lora.tags import parse_weight
 from sdrt.runtime.options import PARSERS
+from sdrt.runtime.refiner_options import DEFAULT_SWITCH
 from sdrt.runtime.requests import Request
 from sdrt.runtime.safety_checker import is_flagged, is_flat
 from sdrt.runtime.samplers.noise_schedule import FIELDS, is_scheduler_option
@@ -58,6 +59,8 @@ def options_from_arguments(
     """The generation options of a command line: its arguments that are named like one."""
     named = {name: getattr(args, name, None) for name in PARSERS}
     named |= control_options(args.control, control_bundles) | ip_adapter_options(args.ip_adapter)
+    if args.refiner and named["refiner_switch_at"] is None:
+        named["refiner_switch_at"] = DEFAULT_SWITCH
     return parse_options(named)
 
 
@@ -74,6 +77,7 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         cuda_graphs=args.cuda_graphs,
         controlnet=list(open_control_bundles(args.control)),
         ip_adapter=args.ip_adapter and parse_ip_adapter(args.ip_adapter).net,
+        refiner=args.refiner,
         embeddings=args.embedding,
     )
     try:
@@ -115,7 +119,8 @@ def check_arguments(args: argparse.Namespace) -> GenerationOptions:
     others = list(nets.values())
     if args.ip_adapter:
         others.append(open_bundle(parse_ip_adapter(args.ip_adapter).net))
-    pipe = unloaded_pipeline(open_bundle(args.bundle), others)
+    refiner = open_bundle(args.refiner) if args.refiner else None
+    pipe = unloaded_pipeline(open_bundle(args.bundle), others, refiner)
     if pipe.accepts_prompt and not args.prompt:
         raise UsageError("no prompt was given", hint='for example `sdrt run "a red circle"`')
     check_quotes(args.prompt)

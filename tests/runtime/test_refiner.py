@@ -1,6 +1,7 @@
 """A refiner, alone and after a base: tiny ones of random weights, against diffusers."""
 
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,14 @@ import torch
 from PIL import Image
 
 import sdrt
-from sdrt.errors import UsageError
+from sdrt.bundle import open_bundle
+from sdrt.cli.main import main
+from sdrt.engine import memory_budget
+from sdrt.engine.memory_budget import compute_budget
+from sdrt.errors import BackendError, UsageError
 from sdrt.runtime import GenerationOptions
+from sdrt.runtime.arguments import parse_options
+from sdrt.runtime.images import save_image
 from sdrt.runtime.text.conditioning import build_time_ids
 
 diffusers = pytest.importorskip("diffusers")
@@ -161,11 +168,12 @@ def test_two_calls_are_an_ensemble_as_in_diffusers(base, refiner, begin, refine,
         PROMPT, seed=seed, denoising_end=SWITCH, num_inference_steps=STEPS, output_type="latent"
     ).images
     assert decibels(handed, latents, np.abs(handed).max()) >= 50
-    expected = refine(second, seed=seed, denoising_start=SWITCH, image=latents)
-    actual = second(PROMPT, seed=seed, denoising_start=SWITCH, image=latents, **OPTIONS).images
+    part = {"seed": seed, "denoising_start": SWITCH, "image": latents}
+    expected = refine(second, **part)
+    actual = second(PROMPT, **part, **OPTIONS).images
     assert decibels(actual, expected) >= 50
     alone = first(PROMPT, seed=seed, **OPTIONS).images
-    assert decibels(alone, expected) < 50
+    assert np.abs(alone - actual).max() > 1e-4
 
 
 def test_latents_of_an_encoded_image_are_an_image_to_start_from(refiner, refine):
@@ -224,3 +232,160 @@ def test_a_score_of_another_model_is_refused(base, name):
     with pytest.raises(UsageError, match=f"{name} is unsupported") as caught:
         base(PROMPT, num_inference_steps=2, **{name: 6.0})
     assert "refiners" in str(caught.value.hint)
+
+
+@pytest.fixture(scope="module")
+def ensemble(tiny_xl_bundle, tiny_refiner_bundle):
+    with sdrt.load(tiny_xl_bundle, backend="onnxruntime", refiner=tiny_refiner_bundle) as loaded:
+        yield loaded
+
+
+def run_in_two_calls(begin, refine, first, second, seed, **options):
+    """diffusers' two calls with one generator; the latents of the result."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    part = {"generator": generator, "output_type": "latent", **options}
+    latents = begin(first, denoising_end=SWITCH, **part)
+    return refine(second, denoising_start=SWITCH, image=latents, **part)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", [*SCHEDULERS, "EulerAncestralDiscreteScheduler"])
+def test_one_call_is_diffusers_two_with_one_generator(ensemble, begin, refine, name, seed):
+    own = ensemble.with_scheduler(name)
+    expected = run_in_two_calls(begin, refine, own, own, seed)
+    latents = {"num_inference_steps": STEPS, "output_type": "latent", "refiner_switch_at": SWITCH}
+    actual = own(PROMPT, seed=seed, **latents).images
+    assert decibels(actual, expected, np.abs(actual).max()) >= 50
+
+
+def test_scores_and_sizes_go_to_the_model_that_reads_them(ensemble, begin, refine):
+    own = ensemble.with_scheduler("Euler")
+    generator = torch.Generator("cpu").manual_seed(0)
+    part = {"generator": generator, "output_type": "latent", "original_size": (48, 40)}
+    latents = begin(own, denoising_end=SWITCH, target_size=(64, 64), **part)
+    scores = {"aesthetic_score": 9.0, "negative_aesthetic_score": 1.0}
+    expected = refine(own, denoising_start=SWITCH, image=latents, **scores, **part)
+    options = {"num_inference_steps": STEPS, "refiner_switch_at": SWITCH, **scores}
+    sizes = {"original_size": (48, 40), "target_size": (64, 64)}
+    actual = own(PROMPT, seed=0, output_type="latent", **options, **sizes).images
+    assert decibels(actual, expected, np.abs(actual).max()) >= 50
+
+
+ONE_CALL = {"num_inference_steps": STEPS, "refiner_switch_at": SWITCH}
+
+
+def test_without_a_switch_the_base_runs_alone(ensemble, base):
+    options = {"seed": 3, "num_inference_steps": 3}
+    alone, other = (p(PROMPT, **options).images[0] for p in (ensemble, base))
+    assert alone.tobytes() == other.tobytes()
+    both = ensemble(PROMPT, **options, refiner_switch_at=0.5).images[0]
+    assert both.tobytes() != alone.tobytes()
+
+
+def test_the_steps_are_counted_over_both_models(ensemble):
+    steps = list(ensemble.with_scheduler("Euler").steps(PROMPT, seed=0, **ONE_CALL))
+    assert [step.index for step in steps] == list(range(1, STEPS + 1))
+    assert {step.total for step in steps} == {STEPS}
+
+
+def test_in_flight_each_image_is_the_one_it_would_be_alone(ensemble):
+    """Requests with other switches, and without a refiner, share calls of the base."""
+    own = ensemble.with_scheduler("Euler")
+    calls = [{"refiner_switch_at": at, "seed": i} for i, at in enumerate((0.8, 0.5, None, 0.8))]
+    options = [{"num_inference_steps": 4 + i, **call} for i, call in enumerate(calls)]
+    alone = [own(PROMPT, **call) for call in options]
+    with sdrt.InflightBatcher(ensemble) as batcher:
+        handles = [batcher.submit(PROMPT, scheduler="Euler", **call)[0] for call in options]
+        results = [handle.future.result(120) for handle in handles]
+    for result, output in zip(results, alone, strict=True):
+        difference = np.asarray(result.image, int) - np.asarray(output.images[0], int)
+        assert np.abs(difference).max() <= 1
+        assert result.parameters == output.parameters[0]
+
+
+def test_low_memory_makes_the_same_image(tiny_xl_bundle, tiny_refiner_bundle, ensemble):
+    options = {"seed": 0, **ONE_CALL}
+    expected = ensemble(PROMPT, **options).images[0]
+    with sdrt.load(
+        tiny_xl_bundle, backend="onnxruntime", refiner=tiny_refiner_bundle, low_memory=True
+    ) as pipe:
+        assert pipe(PROMPT, **options).images[0].tobytes() == expected.tobytes()
+
+
+def test_a_changing_prompt_goes_on_in_the_refiner(ensemble):
+    """The change at 0.9 is in the refiner's part."""
+    own, latents = ensemble.with_scheduler("Euler"), {"output_type": "latent", "seed": 0}
+    changing = own(f"[{PROMPT}:{NEGATIVE}:0.9]", **latents, **ONE_CALL).images
+    plain = own(PROMPT, **latents, **ONE_CALL).images
+    assert np.abs(changing - plain).max() > 1e-4
+    job = own.validate(f"[{PROMPT}:{NEGATIVE}:0.9]", parse_options({"seed": 0, **ONE_CALL}))
+    texts = job.refiner.get_timeline(job.requests[0]).prompts[0]
+    assert texts == (PROMPT, NEGATIVE)
+    assert set(job.get_timeline(job.requests[0]).prompts[0]) == {PROMPT}
+
+
+def test_the_memory_of_both_counts(tiny_xl_bundle, tiny_refiner_bundle, monkeypatch):
+    base, refiner = open_bundle(tiny_xl_bundle), open_bundle(tiny_refiner_bundle)
+    alone = compute_budget(base.manifest, (32, 32), 2).total
+    monkeypatch.setattr(memory_budget, "free_bytes", lambda gpu: alone)
+    memory_budget.check_memory(base, None, False)
+    with pytest.raises(BackendError, match="are free") as caught:
+        memory_budget.check_memory(base, None, False, refiner=refiner)
+    assert "--low-memory" in str(caught.value.hint)
+
+
+def test_the_text_of_an_image_makes_it_again(
+    ensemble, tiny_xl_bundle, tiny_refiner_bundle, tmp_path
+):
+    scores = {"aesthetic_score": 7.5}
+    out = ensemble(PROMPT, seed=0, num_inference_steps=4, refiner_switch_at=0.6, **scores)
+    text = out.parameters[0]
+    name = open_bundle(tiny_refiner_bundle).manifest.name
+    assert f"Refiner: {name}, Refiner switch at: 0.6, Aesthetic score: 7.5" in text
+    assert "Denoising" not in text
+    save_image(out.images[0], tmp_path / "a.png", text)
+    typed = ["--bundle", str(tiny_xl_bundle), "--refiner", str(tiny_refiner_bundle)]
+    typed += ["--backend", "onnxruntime", "-q", "--output", str(tmp_path / "b.png")]
+    assert main(["run", "--from", str(tmp_path / "a.png"), *typed]) == 0
+    again = Image.open(tmp_path / "b.png")
+    assert again.text["parameters"] == text
+    assert np.array_equal(np.asarray(again), np.asarray(out.images[0]))
+
+
+def test_a_refiner_is_no_base_and_a_base_no_refiner(tiny_xl_bundle, tiny_refiner_bundle, shapes):
+    for first, second, message in (
+        (tiny_refiner_bundle, tiny_refiner_bundle, "cannot be the base of another"),
+        (tiny_xl_bundle, tiny_xl_bundle, "is not a refiner"),
+        (shapes, tiny_refiner_bundle, "0 time ids of the base|time ids"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            sdrt.load(first, backend="onnxruntime", refiner=second)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image": source()}, "image with refiner_switch_at"),
+        ({"hires_scale": 2.0}, "a hires pass with refiner_switch_at"),
+        ({"guidance_interval": (0.2, 0.8)}, "guidance_interval with refiner_switch_at"),
+        ({"denoising_end": 0.9}, "denoising_end with refiner_switch_at"),
+        ({"refiner_switch_at": 1.0}, "refiner_switch_at is 1"),
+        ({"size": "48x32"}, "size 48x32 does not fit the refiner"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_what_an_ensemble_does_not_take_is_refused(ensemble, options, message):
+    with pytest.raises(UsageError, match=message):
+        ensemble(PROMPT, **{**ONE_CALL, "seed": 0, **options})
+
+
+def test_a_switch_without_a_refiner_is_refused(base):
+    with pytest.raises(UsageError, match="refiner_switch_at without a refiner"):
+        base(PROMPT, refiner_switch_at=0.8)
+
+
+def test_a_refiner_of_another_noise_schedule_is_refused(ensemble):
+    config = {**ensemble.refiner.bundle_config, "beta_end": 0.02}
+    other = replace(ensemble, refiner=replace(ensemble.refiner, bundle_config=config))
+    with pytest.raises(UsageError, match=r"has beta_end 0\.02"):
+        other(PROMPT, seed=0, **ONE_CALL)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .hires import add_hires
-from .image_input import add_control, add_image_input
+from .image_input import add_control, add_image_input, add_refiner
 from .model import add_model
 from .output import add_output
 from .prompt import add_prompt
@@ -33,6 +33,7 @@ def add_run(to: argparse.ArgumentParser) -> None:
     add_image_input(to)
     add_hires(to)
     add_control(to)
+    add_refiner(to)
     add_prompt(to)
     add_model(to)
 

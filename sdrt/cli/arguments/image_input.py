@@ -32,6 +32,20 @@ def add_image_input(to: argparse.ArgumentParser) -> None:
     )
 
 
+def add_refiner(to: argparse.ArgumentParser) -> None:
+    refiner = to.add_argument_group("Refiner", "Another model does the last part of the run.")
+    refiner.add_argument(
+        "--refiner", metavar="NAME", help="a refiner's bundle, for a base such as SDXL"
+    )
+    refiner.add_argument(
+        "--refiner-switch",
+        dest="refiner_switch_at",
+        type=float,
+        metavar="0..1",
+        help="the part of the run before it (default: 0.8, with --refiner)",
+    )
+
+
 def add_control(to: argparse.ArgumentParser) -> None:
     control = to.add_argument_group("Control")
     control.add_argument(

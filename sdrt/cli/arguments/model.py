@@ -6,7 +6,7 @@ from .common import add_backend, add_bundle, add_embedding
 
 
 def add_model(to: argparse.ArgumentParser) -> None:
-    to.set_defaults(loras={}, control=[], ip_adapter=None, embedding_hashes={})
+    to.set_defaults(loras={}, control=[], ip_adapter=None, refiner=None, embedding_hashes={})
     model = to.add_argument_group("Model and backend")
     add_bundle(model)
     model.add_argument(
