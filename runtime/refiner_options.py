@@ -3,6 +3,7 @@
 Knows their values; not models.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5  # diffusers' defaults
 MAX_AESTHETIC_SCORE = 1000.0
 DEFAULT_SWITCH = 0.8
 LATENT_CHANNELS = 4  # of models that diffusers hands latents to as an image
-_RANGE = float_parser(np.nextafter(0.0, 1.0), np.nextafter(1.0, 0.0), "above 0 and below 1")
+_RANGE = float_parser(math.nextafter(0.0, 1.0), math.nextafter(1.0, 0.0), "above 0 and below 1")
 
 
 def parse_image_latents(name: str, value: object) -> np.ndarray:

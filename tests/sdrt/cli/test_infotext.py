@@ -58,6 +58,7 @@ IMAGES = [
 # These have tests of their own, below or where a model takes them.
 ELSEWHERE = {"eta", "num_images_per_prompt", "long_prompts", "weighting", "depth_map"}
 ELSEWHERE |= {name for name in PARSERS if "control" in name or "adapter" in name} | {"guess_mode"}
+ELSEWHERE |= {name for name in PARSERS if "aesthetic" in name or "refiner" in name}
 SIZES = {name for name in PARSERS if ("_size" in name and "hires" not in name) or "crops" in name}
 
 
@@ -145,6 +146,7 @@ def test_what_a_text_cannot_hold_must_be_typed(pipe, tmp_path, files, capsys, ty
 def test_every_option_is_tested_for_its_return():
     tested = {name for options in CARRIED + IMAGES for name in options}
     lost = {"latents", "callback_on_step_end", *(name for name in PARSERS if "embeds" in name)}
+    lost |= {"image_latents", "denoising_start", "denoising_end"}
     assert tested | ELSEWHERE | SIZES | lost == {*PARSERS}
 
 
@@ -155,6 +157,9 @@ def test_every_option_is_tested_for_its_return():
         {"callback_on_step_end": lambda *_: None},
         {"prompt_embeds": np.ones((1, 32, 128), np.float32)},
         {"negative_prompt_embeds": np.ones((1, 32, 128), np.float32)},
+        {"image_latents": np.ones((1, 4, 8, 8), np.float32)},
+        {"denoising_start": 0.5, "image_latents": np.ones((1, 4, 8, 8), np.float32)},
+        {"denoising_end": 0.5},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -163,7 +168,7 @@ def test_what_a_text_cannot_hold_at_all_is_refused(pipe, tmp_path, options):
     path = saved(pipe, tmp_path / "a.png", prompt, **options)
     with pytest.raises(UsageError, match="its text does not hold"):
         restored_from(path)
-    assert len(LOST) == 4
+    assert len(LOST) == 7
 
 
 @pytest.mark.parametrize(
