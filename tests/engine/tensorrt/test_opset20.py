@@ -131,7 +131,7 @@ def test_every_family_of_unets_computes_the_same(family, dtype, limit, tmp_path)
     assert counts[0] > 0 and counts[1] >= 2 * counts[0]
 
 
-@pytest.mark.trt
+@pytest.mark.slow
 def test_tensorrt_for_rtx_builds_a_rewritten_unet(tmp_path, monkeypatch):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     monkeypatch.setattr(tensorrt_builder, "get_features", lambda _: OLD)
