@@ -87,10 +87,11 @@ def second(embedded):
     )
 
 
-def distilled(embedded):
+def distilled(embedded, **parts):
     return pipeline(
         embedded,
         "LatentConsistencyModelPipeline",
+        **parts,
         unet=unet(time_cond_proj_dim=32),
         scheduler=diffusers.LCMScheduler(**BETAS, original_inference_steps=50),
     )
@@ -128,9 +129,9 @@ def with_tiny_vae(embedded):
 FAMILIES = {"1.x": first, "2.x": second, "LCM": distilled, "XL": xl, "tiny VAE": with_tiny_vae}
 
 
-def saved(embedded, folder, family):
+def saved(embedded, folder, family, **parts):
     """The reference pipeline, and the folder that it saves itself in."""
-    reference = FAMILIES[family](embedded)
+    reference = FAMILIES[family](embedded, **parts)
     reference.save_pretrained(folder)
     reference.set_progress_bar_config(disable=True)
     return reference
