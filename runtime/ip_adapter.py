@@ -78,6 +78,16 @@ def _control_inputs(base: Manifest) -> dict[str, TensorSpec]:
     return {spec.name: spec for spec in component.inputs} if component else {}
 
 
+def check_is_ip_adapter(manifest: Manifest) -> None:
+    """Raise UsageError for a bundle of another kind."""
+    if IP_ADAPTER in manifest.components:
+        return
+    hint = "build one with `sdrt build --ip-adapter FILE`"
+    if manifest.control_net is not None:
+        hint = "pass it as a ControlNet: `--control`, or sdrt.load(..., controlnet=NAME)"
+    raise UsageError(f"{manifest.name} is not an IP-Adapter", hint=hint)
+
+
 def check_ip_adapter(options: GenerationOptions, adapter: IpAdapter | None) -> None:
     """Raise UsageError unless a call's image prompt fits the pipeline and its other options."""
     if options.ip_adapter_image is None:

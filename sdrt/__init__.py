@@ -220,6 +220,7 @@ def load(
     from .bundle.bundle import check_makes_images
     from .engine import PRECISIONS, LoadOptions
     from .progress import log_progress
+    from .runtime.ip_adapter import check_is_ip_adapter
     from .runtime.parsing import (
         int_parser,
         invalid_argument,
@@ -245,6 +246,8 @@ def load(
     with log_progress(lambda: "checking the bundle's files"):
         opened = [open_bundle(name) for name in (bundle, *refiners, *nets)]
     check_makes_images(opened[0])
+    if ip_adapter is not None:
+        check_is_ip_adapter(opened[-1].manifest)
     if precision == "exact":
         opened = [replace(of, manifest=replace(of.manifest, admitted={})) for of in opened]
     words = parse_paths("embeddings", embeddings)

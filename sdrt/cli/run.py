@@ -26,6 +26,7 @@ from sdrt.json_validation import shorten
 from sdrt.runtime import GenerationOptions, Pipeline, Preview, Step
 from sdrt.runtime.arguments import parse_options
 from sdrt.runtime.images import SUFFIXES, make_grid, save_image
+from sdrt.runtime.ip_adapter import check_is_ip_adapter
 from sdrt.runtime.job import GenerationJob
 from sdrt.runtime.loading import unloaded_pipeline
 from sdrt.runtime.lora.adapters import find_lora, parse_lora, read_lora
@@ -119,6 +120,7 @@ def check_arguments(args: argparse.Namespace) -> GenerationOptions:
     others = list(nets.values())
     if args.ip_adapter:
         others.append(open_bundle(parse_ip_adapter(args.ip_adapter).net))
+        check_is_ip_adapter(others[-1].manifest)
     refiner = open_bundle(args.refiner) if args.refiner else None
     pipe = unloaded_pipeline(open_bundle(args.bundle), others, refiner)
     if pipe.accepts_prompt and not args.prompt:

@@ -6,6 +6,7 @@ from PIL import Image, ImageDraw
 
 import sdrt
 from sdrt.cli.main import main
+from sdrt.errors import UsageError
 
 pytestmark = pytest.mark.integration
 PROMPT = "a red circle on a blue background"
@@ -81,3 +82,11 @@ def test_zero_control_has_the_bytes_of_none(shapes, edges):
         edges = Image.open(edges)
         off = pipe(PROMPT, control_image=edges, controlnet_conditioning_scale=0.0, **options)
     assert plain.tobytes() == off.images[0].tobytes()
+
+
+def test_a_controlnet_is_no_ip_adapter(shapes, edges, tmp_path, capsys):
+    adapter = ["--bundle", shapes, "--ip-adapter", f"outline={edges}"]
+    assert run(PROMPT, *adapter, "--output", tmp_path / "image.png") == 2
+    assert "outline is not an IP-Adapter" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="outline is not an IP-Adapter"):
+        sdrt.load(shapes, ip_adapter="outline")
