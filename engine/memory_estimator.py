@@ -23,7 +23,7 @@ Size = tuple[int, int]
 SCORE_BYTES = 4  # of one score, float32 on CPUs
 # Memory that a call adds to the process, in multiples of the manifest's activations: measured at
 # 256, 512, 640 and 768 pixels a side, within 25 %. Other backends are not measured: a lower bound.
-OVERHEAD = {"onnxruntime on cpu": 3.0, "torch on cpu": 1.8, "openvino on cpu": 1.2}
+OVERHEAD = {"onnxruntime on cpu": 3.0, "torch on cpu": 1.8, "openvino on cpu": 2.4}
 
 
 @dataclass(slots=True)
@@ -34,6 +34,7 @@ class MemoryEstimator:
         gpu: The GPU it runs on; None for the host.
         backend: Its title, such as `onnxruntime on cpu`.
         baseline_bytes: The process's memory after loading.
+        reduced_precision: Whether activations have half the bytes of float32.
         largest_fit: The largest need that fitted on a GPU, where backends do not return memory.
     """
 
@@ -41,6 +42,7 @@ class MemoryEstimator:
     gpu: Gpu | None
     backend: str
     baseline_bytes: int
+    reduced_precision: bool = False
     largest_fit: int = 0
 
     def required_bytes(self, size: Size, rows: int, keeps_scores: bool) -> int:
@@ -53,7 +55,8 @@ class MemoryEstimator:
         names = [name for name in manifest.components if name.startswith(("unet", "vae_decoder"))]
         scratch = max(activation_bytes(manifest, name, size, rows) for name in names)
         scores = self._score_bytes(size) * rows if keeps_scores else 0
-        return int(OVERHEAD.get(self.backend, 1.0) * scratch) + scores
+        overhead = OVERHEAD.get(self.backend, 1.0) / (2.0 if self.reduced_precision else 1.0)
+        return int(overhead * scratch) + scores
 
     def _score_bytes(self, size: Size) -> int:
         """Bytes of one row's score matrix in the largest attention."""

@@ -151,7 +151,9 @@ def _load_bundle(
         second,
         bundle_config=config,
         precision=precision,
-        memory_estimator=MemoryEstimator(bundle, candidate.gpu, candidate.title, resident_bytes()),
+        memory_estimator=MemoryEstimator(
+            bundle, candidate.gpu, candidate.title, resident_bytes(), bool(precision)
+        ),
         upscalers=Upscalers(load),
         control_nets=nets,
         ip_adapter=ip_adapter,

@@ -15,6 +15,7 @@ IMAGES = {
     "compare_samplers": ["compare_samplers"],
     "image_to_image": ["image_to_image_0.3", "image_to_image_0.6", "image_to_image_0.9"],
     "controlnet": ["control_steered", "control_free", "control_edges"],
+    "ip_adapter": [f"ip_adapter_{name}" for name in ("example", "alike", "free")],
     "hires": ["hires_0.35", "hires_0.7"],
     "inpainting": ["inpainting_original", "inpainting"],
     "changing_prompts": [

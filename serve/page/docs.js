@@ -1,6 +1,6 @@
 // Reference of the HTTP API, rendered from /openapi.json. Works offline; sends no other request.
 
-const METHODS = ["get", "post"];
+const METHODS = ["get", "post", "delete"];
 
 /** Creates an element with children; strings become text, never markup. */
 function element(name, attributes, ...children) {

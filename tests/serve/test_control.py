@@ -146,15 +146,18 @@ def test_a_client_of_a1111_steers_with_units(server, pipe, edges):
     assert api.controlnet_version() == 3
     unit = webuiapi.ControlNetUnit(image=edges, model="outline [0123abcd]", weight=0.8)
     common = {"prompt": PROMPT, "steps": STEPS, "seed": SEED, "cfg_scale": 7.5}
-    image = api.txt2img(**common, width=64, height=64, controlnet_units=[unit]).image
+
+    def scripts():  # the client would change its default argument, for all calls that follow
+        return {"controlnet_units": [unit], "alwayson_scripts": {}}
+
+    image = api.txt2img(**common, width=64, height=64, **scripts()).image
     scale = {"controlnet_conditioning_scale": 0.8}
     assert np.array_equal(image, draw(pipe, control_image=edges, **scale))
-    # the client keeps the scripts of a call in its default argument
     plain = api.txt2img(**common, width=64, height=64, alwayson_scripts={}).image
     assert np.array_equal(plain, draw(pipe))
     start = Image.new("RGB", (64, 64), "blue")
     size = {"width": 64, "height": 64, "denoising_strength": 0.9}
-    result = api.img2img(images=[start], **common, **size, controlnet_units=[unit])
+    result = api.img2img(images=[start], **common, **size, **scripts())
     assert np.array_equal(
         result.image, draw(pipe, image=start, strength=0.9, control_image=edges, **scale)
     )

@@ -89,7 +89,7 @@ def test_run_json_grid_and_folder(shapes, tmp_path, capsys):
         (["use", "nope"], 3, "no bundle called"),
         (["remove", "nope"], 3, "no bundle called"),
         (["run", PROMPT, "--backend", "tensorrt"], 5, "no backend can run here"),
-        (["run", PROMPT, "--bundle", "nope"], 3, "sdrt build --model nope"),
+        (["run", PROMPT, "--bundle", "nope"], 3, "`sdrt build` makes one"),
         (["run", "a\udcffb"], 2, "surrogate"),
         (["build", "--model", "shape"], 4, "did you mean shapes"),
         (["build", "--model", "shapes", "--batch", "4:1:1"], 2, "MIN:OPT:MAX"),
