@@ -18,7 +18,7 @@ demo: $(if $(wildcard $(READY)),$(READY),$(DEMO))
 # A file stays on one worker; tests/conftest.py sorts them. Graphs that tests export are cached in
 # build/test-cache, or SDRT_TEST_CACHE.
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-SKIPPED := not gpu and not release and not slow
+SKIPPED := not gpu and not release and not rig and not slow
 FULL := (build or grid or rest or trt)
 
 # Before a commit: a sample of the grids, every kind of check.
