@@ -163,6 +163,7 @@ class KernelArithmetic:
 def create_module(target: str, extra_channels: int) -> ModuleType:
     """What `engine/tensorrt` imports as TensorRT for RTX."""
     module = ModuleType("tensorrt_rtx")
+    module.__version__ = "1.7.1"
     vars(module).update({k: v for k, v in vars(runtime_rig).items() if not k.startswith("_")})
 
     class Runtime:

@@ -121,7 +121,10 @@ def exported(folder, overrides, dtype=torch.float32):
 
 
 @pytest.mark.build
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    ["1.x", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "1.x")],
+)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float16, 2e-2)])
 def test_every_family_of_unets_computes_the_same(family, dtype, limit, tmp_path):
     graph, feeds = exported(tmp_path, FAMILIES[family], dtype)

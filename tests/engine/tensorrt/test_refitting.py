@@ -52,7 +52,7 @@ def lora_targets(graph):
 
 @pytest.mark.trt
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "XL")) for f in FAMILIES]
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "1.x")) for f in FAMILIES]
 )
 def test_every_layer_of_every_family_is_known_by_its_name(family, tmp_path):
     config = UnetConfig.from_json({**THREE, **FAMILIES[family]})
