@@ -1,9 +1,10 @@
 """OpenAI image requests: conversion to an engine request, the JSON response, the event stream."""
 
+import base64
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 from PIL.Image import Image
@@ -12,21 +13,21 @@ from starlette.responses import Response
 from sdrt.runtime import Preview, Step
 from sdrt.runtime.batching.request import GeneratedImage, RequestHandle
 from sdrt.runtime.hires_options import HIRES_PARSERS
+from sdrt.runtime.images import image_to_bytes
 from sdrt.runtime.safety_checker import FLAT_WARNING, is_flat
 
 from .dependencies import EngineRequest, ServerContext, get_context, normalize_size
 from .errors import ApiError, json_response
-from .image_encoding import encode_base64_image, enlarge_preview
+from .image_encoding import enlarge_preview
 from .job import ImageJob, get_failure
 from .model_manager import LoadedModel
-from .schemas import GenerationRequest
+from .schemas import GenerationRequest, value_or
 from .sse import EventStreamResponse, format_event
 
 PROGRESS_POLL_SECONDS, KEEPALIVE_SECONDS = 0.5, 15.0
 # Options that a body has under their own names.
 OPTIONAL = ("guidance_rescale", "guidance_interval", "clip_skip", *HIRES_PARSERS)
 KEEPALIVE_COMMENT = b":\n\n"  # keeps proxies from closing an idle stream
-T = TypeVar("T")
 
 
 def build_openai_request(
@@ -52,24 +53,20 @@ def build_openai_request(
         raise ApiError(400, "png has no quality setting; use jpeg or webp", "output_compression")
     options = {
         "negative_prompt": body.negative_prompt or "",
-        "num_inference_steps": _value_or(body.num_inference_steps, 20),
-        "guidance_scale": _value_or(body.guidance_scale, 7.5),
-        "feature_reuse": _value_or(body.feature_reuse, 1),
+        "num_inference_steps": value_or(body.num_inference_steps, 20),
+        "guidance_scale": value_or(body.guidance_scale, 7.5),
+        "feature_reuse": value_or(body.feature_reuse, 1),
         "seed": body.seed,
-        "num_images_per_prompt": _value_or(body.n, 1),
+        "num_images_per_prompt": value_or(body.n, 1),
         "size": None if body.size in (None, "auto") else normalize_size(str(body.size)),
         **{name: value for name in OPTIONAL if (value := getattr(body, name)) is not None},
         **inputs,
     }
-    priority = _value_or(body.priority, 0)
+    priority = value_or(body.priority, 0)
     return EngineRequest(
         *(model, body.prompt, options, body.scheduler, priority, body.deadline_seconds),
         loras=body.loras,
     )
-
-
-def _value_or(value: T | None, default: T) -> T:
-    return default if value is None else value
 
 
 async def respond(
@@ -111,11 +108,15 @@ def _image_warning(image: Image) -> dict[str, str]:
     return {"warning": FLAT_WARNING} if is_flat(image) else {}
 
 
-def _encode_image(image: Image, body: GenerationRequest, parameters: str = "") -> str:
+def encode_image_file(image: Image, body: GenerationRequest, parameters: str = "") -> bytes:
+    """An image in the format and quality that a body asks for."""
     image_format = (body.output_format or "png").upper()
-    return encode_base64_image(
-        image, parameters, image_format, _value_or(body.output_compression, 100)
-    )
+    quality = value_or(body.output_compression, 100)
+    return image_to_bytes(image, parameters, image_format, quality)
+
+
+def _encode_image(image: Image, body: GenerationRequest, parameters: str = "") -> str:
+    return base64.b64encode(encode_image_file(image, body, parameters)).decode("ascii")
 
 
 def _image_metadata(body: GenerationRequest, engine_request: EngineRequest) -> dict[str, Any]:

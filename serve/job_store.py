@@ -126,18 +126,19 @@ class JobStore:
                 yield job
 
     def find(self, job_id: str, owner: str) -> StoredJob | None:
-        """A job of one owner."""
+        """A job of one owner that has not expired."""
         job = self.jobs.get(job_id)
-        return job if job and job.owner == owner else None
+        return job if job and job.owner == owner and not self._has_expired(job) else None
 
     def owned_by(self, owner: str) -> list[StoredJob]:
-        """The jobs of one owner, newest first."""
-        jobs = [job for job in self.jobs.values() if job.owner == owner]
-        return sorted(jobs, key=lambda job: job.created_at, reverse=True)
+        """The jobs of one owner that have not expired, newest first."""
+        own = [job for job in list(self.jobs.values()) if self.find(job.id, owner)]
+        return sorted(own, key=lambda job: job.created_at, reverse=True)
 
     def find_by_key(self, key: str, owner: str) -> StoredJob | None:
         """The job of one owner with an idempotency key."""
-        return next((job for job in self.owned_by(owner) if job.idempotency_key == key), None)
+        keyed = (job for job in list(self.jobs.values()) if job.idempotency_key == key)
+        return next((job for job in keyed if self.find(job.id, owner)), None)
 
     def add(self, job: StoredJob) -> None:
         """Store a new job; raises OSError."""
@@ -174,12 +175,15 @@ class JobStore:
         self.jobs.pop(job.id, None)
         shutil.rmtree(self.folder / job.id, ignore_errors=True)
 
+    def _has_expired(self, job: StoredJob) -> bool:
+        moment = self.expires_at(job)
+        return moment is not None and moment < time.time()
+
     def remove_expired(self) -> None:
         """Remove jobs that have ended long ago, and the oldest of too many."""
         ended = [job for job in list(self.jobs.values()) if job.completed_at is not None]
         ended.sort(key=lambda job: job.completed_at or 0.0)
         surplus = max(0, len(self.jobs) - MAX_JOBS + 1)
-        now = time.time()
         for index, job in enumerate(ended):
-            if index < surplus or (self.expires_at(job) or now) < now:
+            if index < surplus or self._has_expired(job):
                 self.remove(job)

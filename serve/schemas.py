@@ -1,14 +1,21 @@
 """Request bodies, validated field by field; the OpenAPI schema is generated from them."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
 
 MAX_STEPS = 1000
 MAX_IMAGES = 10
 MAX_SEED = 2**64 - 1
 MAX_CHARACTERS = 32_000
 MAX_BLUR = 64
+
+
+def value_or(value: T | None, default: T) -> T:
+    """A field's value, or its default if it is null."""
+    return default if value is None else value
 
 
 class ControlFields(BaseModel):

@@ -8,18 +8,16 @@ import hashlib
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
 
-from sdrt.runtime.batching.request import GeneratedImage, RequestCancelled, RequestHandle
-from sdrt.runtime.images import image_to_bytes
+from sdrt.runtime.batching.request import RequestCancelled, RequestHandle
 from sdrt.serve.control import build_control_options
 from sdrt.serve.dependencies import get_context
 from sdrt.serve.errors import ApiError, api_error_from_exception, json_response
-from sdrt.serve.generation import build_openai_request
+from sdrt.serve.generation import build_openai_request, encode_image_file
 from sdrt.serve.job_store import (
     CANCELLED,
     COMPLETED,
@@ -151,9 +149,12 @@ async def _follow(
     try:
         futures = [asyncio.wrap_future(handle.future) for handle in jobs.handles[job.id]]
         images = await asyncio.gather(*futures)
-        files = [await run_in_thread(partial(_encode, image, body)) for image in images]
+        files = [
+            await run_in_thread(encode_image_file, item.image, body, item.parameters)
+            for item in images
+        ]
         seeds = [image.seed for image in images]
-        await run_in_thread(partial(store.complete, job, files, seeds))
+        await run_in_thread(store.complete, job, files, seeds)
     except (RequestCancelled, asyncio.CancelledError):
         _cancel(jobs.handles[job.id])
         if job.id in jobs.cancelled:
@@ -168,12 +169,6 @@ async def _follow(
     finally:
         del jobs.handles[job.id]
         jobs.cancelled.discard(job.id)
-
-
-def _encode(image: GeneratedImage, body: GenerationRequest) -> bytes:
-    quality = 100 if body.output_compression is None else body.output_compression
-    kind = (body.output_format or "png").upper()
-    return image_to_bytes(image.image, image.parameters, kind, quality)
 
 
 def _cancel(handles: Sequence[RequestHandle]) -> None:
@@ -197,11 +192,15 @@ def _describe(jobs: RunningJobs, store: JobStore, job: StoredJob) -> dict[str, A
         "size": job.size,
         "output_format": job.output_format,
         "created_at": int(job.created_at),
-        "completed_at": None if job.completed_at is None else int(job.completed_at),
-        "expires_at": None if job.completed_at is None else int(store.expires_at(job) or 0),
+        "completed_at": _whole_seconds(job.completed_at),
+        "expires_at": _whole_seconds(store.expires_at(job)),
         "error": job.error,
         "data": images,
     }
+
+
+def _whole_seconds(moment: float | None) -> int | None:
+    return None if moment is None else int(moment)
 
 
 def _get_progress(jobs: RunningJobs, job: StoredJob) -> tuple[str, int]:
@@ -220,7 +219,6 @@ def _get_progress(jobs: RunningJobs, job: StoredJob) -> tuple[str, int]:
 async def list_jobs(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 20) -> Response:
     """The jobs that came with the same API key, newest first."""
     jobs, store = _get_jobs(request)
-    store.remove_expired()
     own = store.owned_by(_get_owner(request))
     data = [_describe(jobs, store, job) for job in own[:limit]]
     return json_response({"object": "list", "data": data, "has_more": len(own) > limit})
@@ -230,7 +228,6 @@ async def list_jobs(request: Request, limit: Annotated[int, Query(ge=1, le=1000)
 async def get_job(request: Request, job_id: str) -> Response:
     """One job: its status, its progress and, once it is completed, its images."""
     jobs, store = _get_jobs(request)
-    store.remove_expired()
     return json_response(_describe(jobs, store, _find(request, store, job_id)))
 
 

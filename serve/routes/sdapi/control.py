@@ -19,6 +19,7 @@ from sdrt.serve.dependencies import get_context
 from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.image_encoding import decode_base64_image
 from sdrt.serve.model_manager import LoadedModel
+from sdrt.serve.schemas import value_or
 from sdrt.serve.strict_json import StrictRoute
 
 from .fields import is_neutral
@@ -199,9 +200,9 @@ def build_control_options(
         options |= {
             "controlnet": [name for name, _ in nets],
             "control_image": [_fit(_read_image(unit, start), size, unit) for _, unit in nets],
-            "controlnet_conditioning_scale": [_value(unit.weight, 1.0) for _, unit in nets],
-            "control_guidance_start": [_value(unit.guidance_start, 0.0) for _, unit in nets],
-            "control_guidance_end": [_value(unit.guidance_end, 1.0) for _, unit in nets],
+            "controlnet_conditioning_scale": [value_or(unit.weight, 1.0) for _, unit in nets],
+            "control_guidance_start": [value_or(unit.guidance_start, 0.0) for _, unit in nets],
+            "control_guidance_end": [value_or(unit.guidance_end, 1.0) for _, unit in nets],
         }
     return options
 
@@ -224,10 +225,10 @@ def _image_prompt_options(
     if len(units) > 1:
         raise _error(f"{len(units)} units of an IP-Adapter; expected one")
     (unit,) = units
-    if (_value(unit.guidance_start, 0.0), _value(unit.guidance_end, 1.0)) != (0.0, 1.0):
+    if (value_or(unit.guidance_start, 0.0), value_or(unit.guidance_end, 1.0)) != (0.0, 1.0):
         raise _error("guidance_start and guidance_end of an IP-Adapter; expected 0 and 1")
     image = _read_image(unit, start)
-    return {"ip_adapter_image": [image], "ip_adapter_scale": _value(unit.weight, 1.0)}
+    return {"ip_adapter_image": [image], "ip_adapter_scale": value_or(unit.weight, 1.0)}
 
 
 def _read_image(unit: ControlNetUnit, start: InputImage | None) -> Image:
@@ -248,10 +249,6 @@ def _read_image(unit: ControlNetUnit, start: InputImage | None) -> Image:
 def _fit(image: Image, size: Size, unit: ControlNetUnit) -> Image:
     mode = RESIZE_MODES.get(str(unit.resize_mode).casefold(), CROP)
     return resize_image(convert_to_rgb(image), size, mode)
-
-
-def _value(value: float | None, default: float) -> float:
-    return default if value is None else value
 
 
 @router.get("/version")

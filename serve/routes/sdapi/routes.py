@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -22,7 +22,13 @@ from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.image_encoding import decode_base64_image, encode_base64_image, enlarge_preview
 from sdrt.serve.job import ImageJob
 from sdrt.serve.model_manager import LoadedModel
-from sdrt.serve.schemas import HiresRequest, ImageToImageRequest, PngInfoRequest, TextToImageRequest
+from sdrt.serve.schemas import (
+    HiresRequest,
+    ImageToImageRequest,
+    PngInfoRequest,
+    TextToImageRequest,
+    value_or,
+)
 from sdrt.serve.strict_json import StrictRoute
 
 from .control import InputImage, build_control_options, take_units
@@ -33,7 +39,6 @@ from .options import FORMATS, RNG, check_options, get_server_options, request_op
 from .sampling import resolve_scheduler_config
 
 router = APIRouter(prefix="/sdapi/v1", route_class=StrictRoute)
-T = TypeVar("T")
 
 
 @router.post("/txt2img")
@@ -61,7 +66,7 @@ async def img2img(request: Request, body: ImageToImageRequest) -> Response:
     prepared = await context.run_in_thread(_prepare, body, size)
     start = InputImage(prepared.image, bool(body.mask) and _inpainting_settings(body).only_masked)
     control = await context.run_in_thread(build_control_options, model, units, size, start)
-    strength = _value_or(body.denoising_strength, 0.75)
+    strength = value_or(body.denoising_strength, 0.75)
     inputs = {**prepared.options, "strength": strength, **control}
     engine_request = build_sdapi_request(model, body, options, inputs)
     return await _run_job(request, body, engine_request, options, prepared)
@@ -91,9 +96,9 @@ def _inpainting_settings(body: ImageToImageRequest) -> InpaintingSettings:
     if body.mask_blur is not None:
         blur = (body.mask_blur, body.mask_blur)
     return InpaintingSettings(
-        blur=(_value_or(blur[0], 4), _value_or(blur[1], 4)),
+        blur=(value_or(blur[0], 4), value_or(blur[1], 4)),
         invert=bool(body.inpainting_mask_invert),
-        only_masked=_value_or(body.inpaint_full_res, True),
+        only_masked=value_or(body.inpaint_full_res, True),
         padding=body.inpaint_full_res_padding or 0,
         fill=not body.inpainting_fill,
     )
@@ -124,11 +129,11 @@ def build_sdapi_request(
     width, height = _requested_size(model, body)
     generation = {
         "negative_prompt": body.negative_prompt or "",
-        "num_inference_steps": _value_or(body.steps, 20),
-        "guidance_scale": _value_or(body.cfg_scale, 7.0),
+        "num_inference_steps": value_or(body.steps, 20),
+        "guidance_scale": value_or(body.cfg_scale, 7.0),
         "seed": None if body.seed in (None, -1) else body.seed,
         "rng": RNG[str(options["randn_source"]).casefold()],
-        "num_images_per_prompt": _value_or(body.batch_size, 1) * _value_or(body.n_iter, 1),
+        "num_images_per_prompt": value_or(body.batch_size, 1) * value_or(body.n_iter, 1),
         "size": f"{width}x{height}",
         "clip_skip": options["CLIP_stop_at_last_layers"] - 1,
         **inputs,
@@ -136,10 +141,6 @@ def build_sdapi_request(
     sampler = body.sampler_name or body.sampler_index
     config = resolve_scheduler_config(model.pipe, sampler, body.scheduler, body.eta)
     return EngineRequest(model, body.prompt or "", generation, config)
-
-
-def _value_or(value: T | None, default: T) -> T:
-    return default if value is None else value
 
 
 @dataclass(slots=True, eq=False)

@@ -127,7 +127,7 @@ def test_what_cannot_be_generated_is_no_job(http, server, body, word):
 
 
 def test_a_failed_job_says_why(server, http, monkeypatch):
-    monkeypatch.setattr("sdrt.serve.routes.jobs._encode", lambda *_: 1 / 0)
+    monkeypatch.setattr("sdrt.serve.routes.jobs.encode_image_file", lambda *_: 1 / 0)
     job = wait_for_end(http, submit(http))
     assert job["status"] == "failed" and job["error"]["code"] == "internal_error"
 
@@ -157,6 +157,8 @@ def test_ended_jobs_expire(tmp_path, http, server):
     again = JobStore(tmp_path, 0.0)
     again.open()
     again.jobs = dict(store.jobs)
+    assert again.find(job["id"], "") is None and again.owned_by("") == []
+    assert store.find(job["id"], "")
     again.remove_expired()
     assert job["id"] not in again.jobs
 
