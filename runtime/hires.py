@@ -19,9 +19,8 @@ from sdrt.bundle.manifest import Manifest
 from sdrt.engine import Engine
 from sdrt.errors import SdrtError, UsageError
 
-from .batch import Batch, build_latent_edit, build_states, group_alike
+from .batch import Batch, group_alike
 from .conditioning_schedule import ConditioningSchedule
-from .denoising import DenoisingState, LatentEdit
 from .hires_options import HIRES_PARSERS, MAX_HIRES_STEPS
 from .images import MAX_SIDE, image_to_array, images_from_decoded
 from .initial_latents import LatentDistribution, build_initial_state, encode_image_inputs
@@ -209,19 +208,6 @@ def prepare_hires_batches(
         ]
         rows = [by_request[request] for request in group]
         yield Batch(group, rows, states, inputs, timelines[group[0]])
-
-
-def prepare_hires_state(
-    stages: Stages, job: GenerationJob, request: Request, latents: np.ndarray
-) -> tuple[DenoisingState, LatentEdit | None]:
-    """One image at the beginning of its second pass, and what edits its latents.
-
-    latents: [C, H/8, W/8] that end the first pass
-    """
-    assert job.hires is not None
-    (batch,) = prepare_hires_batches(stages, job, [request], latents[None])
-    (state,) = build_states(batch, job.hires.job)
-    return state, build_latent_edit(stages, batch, job.hires.job)
 
 
 def _upscale_latents(stages: Stages, hires: HiresPass, latents: np.ndarray) -> np.ndarray:

@@ -16,9 +16,8 @@ import numpy as np
 from sdrt.bundle.manifest import TIME_IDS, Manifest
 from sdrt.errors import UsageError
 
-from .batch import Batch, build_latent_edit, build_states, group_alike
+from .batch import Batch, group_alike
 from .conditioning_schedule import ConditioningSchedule
-from .denoising import DenoisingState, LatentEdit
 from .initial_latents import ImageInputs, LatentDistribution, build_initial_state
 from .job import GenerationJob, RefinerPass
 from .options import GenerationOptions
@@ -197,16 +196,3 @@ def prepare_refiner_batches(
         states = [build_initial_state(request, second, shape, starts[request]) for request in group]
         rows = [by_request[request] for request in group]
         yield Batch(group, rows, states, ImageInputs(), timelines[group[0]])
-
-
-def prepare_refiner_state(
-    refiner: RefinerStages, job: GenerationJob, request: Request, latents: np.ndarray
-) -> tuple[DenoisingState, LatentEdit | None]:
-    """One image at the beginning of its refiner's part, and what edits its latents.
-
-    latents: [C, H/8, W/8] that the base hands over
-    """
-    assert job.refiner is not None
-    (batch,) = prepare_refiner_batches(refiner, job, [request], latents[None])
-    (state,) = build_states(batch, job.refiner.job)
-    return state, build_latent_edit(refiner, batch, job.refiner.job)

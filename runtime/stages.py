@@ -428,6 +428,19 @@ class PipelineStages:
             return prepare_hires_batches(self, job, requests, latents)
         return prepare_refiner_batches(self._stages_of_later_pass(job), job, requests, latents)
 
+    def prepare_later_state(
+        self, job: GenerationJob, request: Request, latents: np.ndarray
+    ) -> tuple[DenoisingState, LatentEdit | None]:
+        """One image at the beginning of what follows, and what edits its latents there.
+
+        latents: [C, H/8, W/8] that end the job
+        """
+        assert job.later_pass is not None
+        later = job.later_pass.job
+        (batch,) = self._prepare_later_batches(job, [request], latents[None])
+        (state,) = build_states(batch, later)
+        return state, build_latent_edit(self._stages_of_later_pass(job), batch, later)
+
     def denoise_passes(self, batch: Batch, job: GenerationJob) -> Iterator[Step]:
         """All passes of a batch as one loop, whose second pass is of one batch again."""
         edit = build_latent_edit(self, batch, job)

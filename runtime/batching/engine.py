@@ -24,13 +24,11 @@ from sdrt.errors import DeviceLostError
 from sdrt.runtime.arguments import GenerationKwargs, merge_arguments, parse_options
 from sdrt.runtime.controlnet.unit import mean_cost
 from sdrt.runtime.denoising import BatchBuilder, DenoisingState, LatentEdit, build_step
-from sdrt.runtime.hires import prepare_hires_state
 from sdrt.runtime.lora.sets import Named, group_by_lora_set
 from sdrt.runtime.lora.switch import LoraSwitch
 from sdrt.runtime.output import annotate_image
 from sdrt.runtime.parsing import float_parser, int_parser, parse_callable
 from sdrt.runtime.pipeline import Pipeline
-from sdrt.runtime.refiner import prepare_refiner_state
 from sdrt.runtime.requests import Request
 from sdrt.runtime.stages import PipelineStages, Prompt
 
@@ -525,14 +523,11 @@ class InflightBatcher:
 
     def _prepare_later_pass(self, handle: RequestHandle, run: DenoisingState) -> None:
         """Put a request whose first pass is finished back into the loop."""
-        job, request = handle.group.job, handle.request
         try:
             with handle.lease_context():
-                if job.refiner:
-                    refiner = self._stages_of(handle)
-                    second = prepare_refiner_state(refiner, job, request, run.latents)
-                else:
-                    second = prepare_hires_state(self.pipe, job, request, run.latents)
+                second = self.pipe.prepare_later_state(
+                    handle.group.job, handle.request, run.latents
+                )
         except Exception as error:
             self._finish(handle, as_sdrt_error(error))
             return
