@@ -91,10 +91,15 @@ class Pipeline(PipelineStages):
 
     def __repr__(self) -> str:
         """One line: bundle, backend, precision and first size."""
-        dtype = self.precision or PRECISIONS.get(self.manifest.components["unet"].dtype, "")
         size = "x".join(map(str, self.manifest.sizes[0]))
         backend = self.backend.replace(" on ", "/")
-        return f"Pipeline({', '.join(filter(None, (self.manifest.name, backend, dtype, size)))})"
+        parts = self.manifest.name, backend, self.compute_precision, size
+        return f"Pipeline({', '.join(filter(None, parts))})"
+
+    @property
+    def compute_precision(self) -> str:
+        """What the backend computes in: that it chose, or the bundle's."""
+        return self.precision or PRECISIONS.get(self.manifest.components["unet"].dtype, "")
 
     @overload
     def __call__(

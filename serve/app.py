@@ -26,7 +26,7 @@ from .errors import (
 from .metrics import Metrics
 from .middleware import SecurityMiddleware
 from .model_manager import ModelManager, ModelSource
-from .routes import health, jobs, openai
+from .routes import estimates, extra_networks, health, jobs, openai
 from .routes.sdapi import control as sdapi_control
 from .routes.sdapi import extras as sdapi_extras
 from .routes.sdapi import lists as sdapi_lists
@@ -60,7 +60,7 @@ def create_app(
     app.state.jobs = sdapi_routes.JobRegistry()
     app.state.sd_options = sdapi_options.ServerOptions()
     sdapi = sdapi_routes, sdapi_options, sdapi_extras, sdapi_lists, sdapi_control
-    for module in (openai, jobs, *sdapi, health):
+    for module in (openai, estimates, extra_networks, jobs, *sdapi, health):
         app.include_router(module.router)
     for kind in (HTTPException, SdrtError, RequestValidationError, ClientDisconnected, Exception):
         app.add_exception_handler(kind, _handle_exception)

@@ -84,7 +84,7 @@ class ServerContext:
         Raises:
             ApiError, UsageError, RequestRejected: The engine does not accept the request.
         """
-        self._check_work(request)
+        self.check_work(request)
         if self.settings.log_prompts:
             log.info("prompt: %r", request.prompt)
         job = ImageJob()
@@ -103,7 +103,7 @@ class ServerContext:
             loras=request.loras,
         )
 
-    def _check_work(self, request: EngineRequest) -> None:
+    def check_work(self, request: EngineRequest) -> None:
         """Raise ApiError 400 for an unsupported size or for more work than one request may need."""
         upscaler = request.options.get("hires_upscaler") or ""
         if not UPSCALER_NAME.fullmatch(upscaler):  # a client names no folder of this machine

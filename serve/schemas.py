@@ -134,6 +134,26 @@ class EditRequest(GenerationRequest):
     input_fidelity: Literal["high", "low"] | None = Field(None, description="ignored")
 
 
+class EstimateRequest(GenerationRequest):
+    """A request whose cost is asked for."""
+
+    strength: float | None = Field(
+        None, gt=0.0, le=1.0, description="of an edit, whose image is not sent"
+    )
+
+
+class TokenCountRequest(BaseModel):
+    """A prompt to count."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(max_length=MAX_CHARACTERS)
+    model: str | None = Field(None, description="a model of /v1/models; default: the first")
+    num_inference_steps: int | None = Field(
+        20, ge=1, le=MAX_STEPS, description="for prompts that change during the run"
+    )
+
+
 class TextToImageRequest(BaseModel):
     """A1111's txt2img request. As in A1111, numbers may be strings and integers floats. Other
     fields are checked by `routes.sdapi.fields`.

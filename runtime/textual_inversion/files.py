@@ -157,6 +157,11 @@ def list_folder(widths: Widths) -> tuple[list[Embedding], list[SkippedEmbedding]
     return embeddings, skipped
 
 
+def list_embedding_files() -> dict[str, Path]:
+    """The folder's files by the word that each is called."""
+    return {path.stem: path for path in _files() if path.suffix.lower() == SUFFIX}
+
+
 def _files() -> list[Path]:
     """All files of the folder that might be embeddings, sorted, none outside of it."""
     folder = embeddings_folder()

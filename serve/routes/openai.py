@@ -14,7 +14,9 @@ from starlette.formparsers import MultiPartException
 from starlette.responses import Response
 
 from sdrt.bundle import parse_size
+from sdrt.bundle.manifest import SHALLOW
 from sdrt.runtime.images import image_from_bytes
+from sdrt.runtime.upscaling import list_upscalers
 from sdrt.serve.control import CONTROL_IMAGES, build_control_options
 from sdrt.serve.dependencies import ServerContext, get_context
 from sdrt.serve.errors import ApiError, json_response
@@ -37,7 +39,10 @@ FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 async def models(request: Request) -> Response:
     """The models of this server."""
     context = get_context(request)
-    data = [_describe_model(context, name) for name in context.models.sources]
+    data = [
+        await context.run_in_thread(_describe_model, context, name)
+        for name in context.models.sources
+    ]
     return json_response({"object": "list", "data": data})
 
 
@@ -45,12 +50,14 @@ async def models(request: Request) -> Response:
 async def model(request: Request, name: str) -> Response:
     """One model."""
     context = get_context(request)
-    return json_response(_describe_model(context, context.models.resolve_name(name)))
+    resolved = context.models.resolve_name(name)
+    return json_response(await context.run_in_thread(_describe_model, context, resolved))
 
 
 def _describe_model(context: ServerContext, name: str) -> dict[str, Any]:
     sizes, loaded = context.models.sizes(name), context.models.find(name)
-    manifest = loaded.pipe.manifest if loaded else None
+    pipe = loaded.pipe if loaded else None
+    manifest = pipe.manifest if pipe else None
     card = get_card(manifest.source if manifest else "")
     return {
         "id": name,
@@ -61,8 +68,12 @@ def _describe_model(context: ServerContext, name: str) -> dict[str, Any]:
         "sizes": sizes,
         "default_size": sizes[0] if sizes else None,
         "size_multiple": manifest.multiple if manifest else None,
-        "controlnets": list(loaded.pipe.control_nets) if loaded else [],
-        "ip_adapter": loaded.pipe.ip_adapter.name if loaded and loaded.pipe.ip_adapter else None,
+        "backend": pipe.backend if pipe else None,
+        "precision": pipe.compute_precision if pipe else None,
+        "feature_reuse": pipe is not None and SHALLOW in pipe.engines,
+        "upscalers": list_upscalers(),
+        "controlnets": list(pipe.control_nets) if pipe else [],
+        "ip_adapter": pipe.ip_adapter.name if pipe and pipe.ip_adapter else None,
         "description": card.description,
         "prompt_examples": card.prompt_examples,
     }
