@@ -26,7 +26,10 @@ from .sse import EventStreamResponse, format_event
 
 PROGRESS_POLL_SECONDS, KEEPALIVE_SECONDS = 0.5, 15.0
 # Options that a body has under their own names.
-OPTIONAL = ("guidance_rescale", "guidance_interval", "clip_skip", *HIRES_PARSERS)
+OPTIONAL = (
+    *("guidance_rescale", "guidance_interval", "clip_skip", "refiner_switch_at"),
+    *HIRES_PARSERS,
+)
 KEEPALIVE_COMMENT = b":\n\n"  # keeps proxies from closing an idle stream
 
 

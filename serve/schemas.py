@@ -94,6 +94,9 @@ class GenerationRequest(ControlFields):
     clip_skip: int | None = Field(
         None, ge=0, le=100, description="layers to leave out at the text encoder's end; default: 0"
     )
+    refiner_switch_at: float | None = Field(
+        None, gt=0.0, lt=1.0, description="the part of the run before the model's refiner"
+    )
     hires_scale: float | None = Field(
         None, ge=1.0, le=8.0, description="a second pass at this multiple of the size (hires fix)"
     )
@@ -173,6 +176,13 @@ class TextToImageRequest(BaseModel):
     scheduler: str | None = Field(None, max_length=100, description="for example Karras")
     eta: float | None = Field(
         None, description="amount of fresh noise; default: that of the sampler"
+    )
+    refiner_checkpoint: str | None = Field(
+        "", max_length=1000, description="the model's refiner; empty or None: no refiner"
+    )
+    refiner_switch_at: float | None = Field(
+        None,
+        description="the part of the run before the refiner, in (0, 1); default: 0.8",
     )
     batch_size: int | None = Field(1, ge=1, le=MAX_IMAGES)
     n_iter: int | None = Field(1, ge=1, le=MAX_IMAGES)

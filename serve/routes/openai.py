@@ -74,6 +74,7 @@ def _describe_model(context: ServerContext, name: str) -> dict[str, Any]:
         "upscalers": list_upscalers(),
         "controlnets": list(pipe.control_nets) if pipe else [],
         "ip_adapter": pipe.ip_adapter.name if pipe and pipe.ip_adapter else None,
+        "refiner": pipe.refiner.manifest.name if pipe and pipe.refiner else None,
         "description": card.description,
         "prompt_examples": card.prompt_examples,
     }

@@ -16,9 +16,10 @@ PROMPT = "a red circle on a blue background"
 
 
 @contextmanager
-def run_server(bundle, names=("shapes",), controlnet=(), **settings):
+def run_server(bundle, names=("shapes",), controlnet=(), refiner=None, **settings):
     """A ready server in a thread; stopped and joined afterwards."""
-    load = partial(sdrt.load, bundle, backend="onnxruntime", controlnet=controlnet)
+    options = {"controlnet": controlnet, "refiner": refiner}
+    load = partial(sdrt.load, bundle, backend="onnxruntime", **options)
     server = Server(dict.fromkeys(names, ModelSource(load)), Settings(port=0, **settings))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -142,7 +142,7 @@ def test_a_client_of_a1111_steers_with_units(server, pipe, edges):
     api = webuiapi.WebUIApi(port=server.port, sampler=None, scheduler=None)
     assert api.get_scripts()["txt2img"] == ["controlnet"]
     assert api.controlnet_model_list() == ["outline"]
-    assert api.controlnet_module_list() == ["none"]
+    assert api.controlnet_module_list() == ["none", "canny"]
     assert api.controlnet_version() == 3
     unit = webuiapi.ControlNetUnit(image=edges, model="outline [0123abcd]", weight=0.8)
     common = {"prompt": PROMPT, "steps": STEPS, "seed": SEED, "cfg_scale": 7.5}
@@ -188,7 +188,9 @@ def test_a_control_image_of_another_ratio_is_resized_by_mode(http, pipe, edges, 
     ("fields", "word"),
     [
         ({"model": "canny"}, "canny"),
-        ({"module": "canny"}, "module"),
+        ({"module": "depth_midas"}, "module"),
+        ({"module": "canny", "threshold_a": 300}, "low_threshold"),
+        ({"module": "canny", "processor_res": 10**6}, "processor_res"),
         ({"control_mode": "ControlNet is more important"}, "control_mode"),
         ({"mask": "x"}, "mask"),
         ({"image": None}, "without an image"),
@@ -203,6 +205,65 @@ def test_units_that_are_not_understood_are_rejected_by_name(http, edges, fields,
     response = txt2img(http, unit)
     assert response.status_code == 400
     assert word in response.json()["detail"]
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """Noise that is smooth enough for edges, wider than high."""
+    noise = np.random.default_rng(0).integers(0, 255, (6, 12, 3), np.uint8)
+    return Image.fromarray(noise).resize((120, 60), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("fields", [{}, {"pixel_perfect": True, "processor_res": 30}])
+def test_a_unit_computes_edges_in_the_size_of_the_images(http, pipe, photo, fields):
+    thresholds = {"threshold_a": 20, "threshold_b": 60}
+    unit = {"model": "outline", "module": "Canny", "image": encode(photo), **thresholds, **fields}
+    cropped = photo.resize((128, 64), Image.Resampling.LANCZOS).crop((32, 0, 96, 64))
+    edges = sdrt.preprocess("canny", cropped, low_threshold=20, high_threshold=60)
+    assert np.array_equal(first_image(txt2img(http, unit)), draw(pipe, control_image=edges))
+    other = first_image(txt2img(http, {**unit, "threshold_b": 900, "threshold_a": 900}))
+    assert not np.array_equal(other, draw(pipe, control_image=edges))
+
+
+def test_a_unit_computes_edges_at_the_resolution_it_asks_for(http, pipe, photo):
+    unit = {"model": "outline", "module": "canny", "image": encode(photo), "processor_res": 96}
+    large = photo.resize((192, 96), Image.Resampling.LANCZOS)
+    edges = sdrt.preprocess("canny", large).resize((128, 64), Image.Resampling.LANCZOS)
+    expected = draw(pipe, control_image=edges.crop((32, 0, 96, 64)))
+    assert np.array_equal(first_image(txt2img(http, unit)), expected)
+
+
+def test_detect_computes_what_a_unit_would(server, http, photo):
+    """Under the names of the extension, and those of a client that has older ones."""
+    body = {"controlnet_module": "canny", "controlnet_processor_res": -1}
+    body |= {"controlnet_threshold_a": -1, "controlnet_threshold_b": -1}
+    response = http.post(
+        "/controlnet/detect", json={**body, "controlnet_input_images": [encode(photo)]}
+    )
+    assert response.status_code == 200, response.text
+    expected = np.asarray(sdrt.preprocess("canny", photo))
+    assert np.array_equal(decode(response.json()["images"][0]), expected) and expected.any()
+    result = webuiapi.WebUIApi(port=server.port).controlnet_detect(
+        [photo], module="canny", processor_res=60, threshold_a=64, threshold_b=64
+    )
+    edges = sdrt.preprocess("canny", photo, low_threshold=64, high_threshold=64)
+    assert np.array_equal(result.image, edges)
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"controlnet_module": "openpose"}, "openpose"),
+        ({"controlnet_input_images": []}, "controlnet_input_images"),
+        ({"controlnet_masks": ["x"]}, "controlnet_masks"),
+        ({"controlnet_processor_res": 0}, "processor_res"),
+        ({"controlnet_res": 5}, "controlnet_res"),
+    ],
+)
+def test_what_detect_does_not_compute_is_rejected_by_name(http, photo, fields, word):
+    body = {"controlnet_module": "canny", "controlnet_input_images": [encode(photo)], **fields}
+    response = http.post("/controlnet/detect", json=body)
+    assert response.status_code == 400 and word in response.text
 
 
 def test_disabled_units_change_nothing(http, pipe, edges):

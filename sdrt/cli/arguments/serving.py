@@ -54,6 +54,11 @@ def add_serve(to: argparse.ArgumentParser) -> None:
         metavar="NAME|FOLDER",
         help="IP-Adapter that requests may use, for the bundles that it fits",
     )
+    to.add_argument(
+        "--refiner",
+        metavar="NAME|FOLDER",
+        help="refiner that requests may use, for the bundles that it fits",
+    )
     add_embedding(to)
     to.add_argument(
         "--exact", action="store_true", help="never use a lower precision than the bundle's"
@@ -190,8 +195,11 @@ def sources_from_arguments(args: argparse.Namespace) -> "dict[str, ModelSource]"
     bundles = [open_bundle(name) for name in args.bundle or [None]]
     nets = _assign_nets(bundles, [open_bundle(name) for name in args.controlnet])
     adapters = _assign_nets(bundles, [open_bundle(args.ip_adapter)] if args.ip_adapter else [])
+    refiners = _assign_refiner(bundles, open_bundle(args.refiner) if args.refiner else None)
     sources: dict[str, ModelSource] = {}
-    for bundle, own_nets, own_adapters in zip(bundles, nets, adapters, strict=True):
+    for bundle, own_nets, own_adapters, refiner in zip(
+        bundles, nets, adapters, refiners, strict=True
+    ):
         if bundle.manifest.name in sources:
             raise UsageError(
                 f"two bundles have the name {bundle.manifest.name}", hint="serve only one of them"
@@ -203,6 +211,7 @@ def sources_from_arguments(args: argparse.Namespace) -> "dict[str, ModelSource]"
             precision=precision,
             controlnet=own_nets,
             ip_adapter=next(iter(own_adapters), None),
+            refiner=refiner,
             embeddings=args.embedding,
         )
         sources[bundle.manifest.name] = ModelSource(one, bundle.folder / "plans")
@@ -225,6 +234,28 @@ def _assign_nets(bundles: "Sequence[Bundle]", nets: "Sequence[Bundle]") -> list[
         if len(reasons) == len(bundles):
             raise reasons[0]
     return fitting
+
+
+def _assign_refiner(bundles: "Sequence[Bundle]", refiner: "Bundle | None") -> "list[Path | None]":
+    """The folder of the refiner for each bundle that it can follow; raises UsageError if it can
+    follow none.
+    """
+    from sdrt.runtime.refiner import check_refiner_fit
+
+    if refiner is None:
+        return [None] * len(bundles)
+    folders: list[Path | None] = []
+    reasons = []
+    for bundle in bundles:
+        try:
+            check_refiner_fit(bundle.manifest, refiner.manifest)
+            folders.append(refiner.folder)
+        except UsageError as error:
+            folders.append(None)
+            reasons.append(error)
+    if len(reasons) == len(bundles):
+        raise reasons[0]
+    return folders
 
 
 def settings_from_arguments(args: argparse.Namespace) -> "Settings":

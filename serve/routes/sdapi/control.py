@@ -17,14 +17,15 @@ from starlette.responses import Response
 from sdrt.runtime.images import convert_to_rgb
 from sdrt.serve.dependencies import get_context
 from sdrt.serve.errors import ApiError, json_response
-from sdrt.serve.image_encoding import decode_base64_image
+from sdrt.serve.image_encoding import decode_base64_image, encode_base64_image
 from sdrt.serve.model_manager import LoadedModel
-from sdrt.serve.schemas import value_or
+from sdrt.serve.schemas import MAX_IMAGES, value_or
 from sdrt.serve.strict_json import StrictRoute
 
 from .fields import is_neutral
 from .inpainting import CROP, FILL, JUST_RESIZE, Size, resize_image
 from .options import match_model_name
+from .preprocessing import MODULES, Preprocessor, parse_module
 
 router = APIRouter(prefix="/controlnet", route_class=StrictRoute)
 log = logging.getLogger("sdrt.serve")
@@ -45,8 +46,7 @@ RESIZE_MODES = {
     "1": CROP,
     "2": FILL,
 }
-# Preprocessors that leave an image as it is, and those of IP-Adapters, which have no other.
-NO_MODULE = ("none", "")
+# Preprocessors of IP-Adapters, which have no other.
 IP_ADAPTER_MODULES = ("ip-adapter", "clip")
 # By field: the values that change nothing; the first is reported.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -66,9 +66,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 # By field: why it has no effect here.
 IGNORED: dict[str, str] = {
     **dict.fromkeys(("low_vram", "lowvram"), "memory is planned for all components"),
-    **dict.fromkeys(
-        ("processor_res", "threshold_a", "threshold_b", "pixel_perfect"), "read by preprocessors"
-    ),
     **dict.fromkeys(("save_detected_map", "use_preview_as_input", "loopback"), "of the web page"),
     **dict.fromkeys(("is_ui", "input_mode", "batch_image_dir", "output_dir"), "of the web page"),
     **dict.fromkeys(("generated_image", "batch_mask_dir", "animatediff_batch"), "of the web page"),
@@ -93,8 +90,29 @@ class ControlNetUnit(BaseModel):
         "Crop and Resize", description="of a control image of another ratio"
     )
     module: str | None = Field(
-        "none", description="rejected unless none: send images that are preprocessed"
+        "none", description="none or canny; for others send images that are preprocessed"
     )
+    processor_res: int | None = Field(
+        -1, description="the shorter side at which canny runs; -1: that of the images to generate"
+    )
+    pixel_perfect: bool | None = Field(False, description="true: as processor_res -1")
+    threshold_a: float | None = Field(-1, description="canny's low threshold; -1: 100")
+    threshold_b: float | None = Field(-1, description="canny's high threshold; -1: 200")
+
+
+class DetectRequest(BaseModel):
+    """The extension's request for control images, with its defaults."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    controlnet_module: str | None = Field("none", description="none or canny")
+    controlnet_input_images: list[str] = Field([], max_length=MAX_IMAGES, description="base64")
+    controlnet_images: list[str] = Field([], max_length=MAX_IMAGES, description="an older name")
+    controlnet_masks: list[str] | None = Field(None, description="rejected unless empty")
+    controlnet_processor_res: int | None = Field(512, description="the shorter side; -1: as it is")
+    controlnet_threshold_a: float | None = Field(64, description="canny's low threshold")
+    controlnet_threshold_b: float | None = Field(64, description="canny's high threshold")
+    low_vram: bool | None = Field(False, description="ignored")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +217,7 @@ def build_control_options(
     if nets:
         options |= {
             "controlnet": [name for name, _ in nets],
-            "control_image": [_fit(_read_image(unit, start), size, unit) for _, unit in nets],
+            "control_image": [_prepare_image(unit, start, size) for _, unit in nets],
             "controlnet_conditioning_scale": [value_or(unit.weight, 1.0) for _, unit in nets],
             "control_guidance_start": [value_or(unit.guidance_start, 0.0) for _, unit in nets],
             "control_guidance_end": [value_or(unit.guidance_end, 1.0) for _, unit in nets],
@@ -208,13 +226,18 @@ def build_control_options(
 
 
 def _check_module(unit: ControlNetUnit, is_prompt: bool) -> None:
-    module = (unit.module or "none").casefold()
-    if module in NO_MODULE or (is_prompt and module.startswith(IP_ADAPTER_MODULES)):
-        return
-    raise _error(
-        f"module {unit.module!r} is not supported: send the image that it would make, with module "
-        "'none'"
-    )
+    module = parse_module(unit.module)
+    if module is None and is_prompt:
+        module = "none" if _is_ip_adapter_module(unit) else None
+    if module is None or (is_prompt and module != "none"):
+        raise _error(
+            f"module {unit.module!r} is not supported: send the image that it would make, with "
+            "module 'none'"
+        )
+
+
+def _is_ip_adapter_module(unit: ControlNetUnit) -> bool:
+    return str(unit.module).casefold().startswith(IP_ADAPTER_MODULES)
 
 
 def _image_prompt_options(
@@ -246,9 +269,18 @@ def _read_image(unit: ControlNetUnit, start: InputImage | None) -> Image:
     return start.image
 
 
-def _fit(image: Image, size: Size, unit: ControlNetUnit) -> Image:
+def _prepare_image(unit: ControlNetUnit, start: InputImage | None, size: Size) -> Image:
+    """What the net reads: preprocessed in the size of the images unless a resolution is sent."""
+    image = convert_to_rgb(_read_image(unit, start))
     mode = RESIZE_MODES.get(str(unit.resize_mode).casefold(), CROP)
-    return resize_image(convert_to_rgb(image), size, mode)
+    preprocessor = Preprocessor(
+        parse_module(unit.module) or "none",
+        None if unit.pixel_perfect else unit.processor_res,
+        (unit.threshold_a, unit.threshold_b),
+    )
+    if unit.pixel_perfect or value_or(unit.processor_res, -1) < 0:
+        return preprocessor.compute(resize_image(image, size, mode))
+    return resize_image(preprocessor.compute(image), size, mode)
 
 
 @router.get("/version")
@@ -267,8 +299,8 @@ async def model_list(request: Request) -> Response:
 
 @router.get("/module_list")
 async def module_list() -> Response:
-    """The preprocessors: none."""
-    return json_response({"module_list": ["none"], "module_detail": {}})
+    """The preprocessors."""
+    return json_response({"module_list": MODULES, "module_detail": {}})
 
 
 @router.get("/settings")
@@ -278,6 +310,26 @@ async def settings() -> Response:
 
 
 @router.post("/detect")
-async def detect() -> Response:
-    """Rejected: there are no preprocessors."""
-    raise ApiError(400, "detect is not supported: there are no preprocessors")
+async def detect(request: Request, body: DetectRequest) -> Response:
+    """Compute control images, for `image` of units whose `module` is none."""
+    if body.controlnet_masks:
+        raise ApiError(400, "controlnet_masks is not supported; remove it", "controlnet_masks")
+    module = parse_module(body.controlnet_module)
+    if module is None:
+        message = f"module {body.controlnet_module!r}; expected one of {', '.join(MODULES)}"
+        raise ApiError(400, message, "controlnet_module", "unsupported_parameter")
+    preprocessor = Preprocessor(
+        module,
+        body.controlnet_processor_res,
+        (body.controlnet_threshold_a, body.controlnet_threshold_b),
+    )
+    texts = body.controlnet_input_images or body.controlnet_images
+    if not texts:
+        raise ApiError(400, "no image; send controlnet_input_images", "controlnet_input_images")
+    run_in_thread = get_context(request).run_in_thread
+    images = [await run_in_thread(_detect, preprocessor, text) for text in texts]
+    return json_response({"images": images, "info": "Success"})
+
+
+def _detect(preprocessor: Preprocessor, text: str) -> str:
+    return encode_base64_image(preprocessor.compute(convert_to_rgb(decode_base64_image(text))))

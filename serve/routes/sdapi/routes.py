@@ -36,6 +36,7 @@ from .fields import IGNORED, IMG2IMG_ONLY, TXT2IMG_ONLY, check_fields
 from .hires import build_hires_options
 from .inpainting import InpaintingSettings, PreparedInput, prepare_input
 from .options import FORMATS, RNG, check_options, get_server_options, request_options, store_options
+from .refiner import build_refiner_options
 from .sampling import resolve_scheduler_config
 
 router = APIRouter(prefix="/sdapi/v1", route_class=StrictRoute)
@@ -50,7 +51,7 @@ async def txt2img(request: Request, body: HiresRequest) -> Response:
     model = context.models.get(options["sd_model_checkpoint"])
     size = _requested_size(model, body)
     control = await context.run_in_thread(build_control_options, model, units, size, None)
-    inputs = {**build_hires_options(model, body), **control}
+    inputs = {**build_hires_options(model, body), **build_refiner_options(model, body), **control}
     engine_request = build_sdapi_request(model, body, options, inputs)
     return await _run_job(request, body, engine_request, options, None)
 
@@ -67,7 +68,8 @@ async def img2img(request: Request, body: ImageToImageRequest) -> Response:
     start = InputImage(prepared.image, bool(body.mask) and _inpainting_settings(body).only_masked)
     control = await context.run_in_thread(build_control_options, model, units, size, start)
     strength = value_or(body.denoising_strength, 0.75)
-    inputs = {**prepared.options, "strength": strength, **control}
+    refiner = build_refiner_options(model, body)
+    inputs = {**prepared.options, "strength": strength, **refiner, **control}
     engine_request = build_sdapi_request(model, body, options, inputs)
     return await _run_job(request, body, engine_request, options, prepared)
 

@@ -63,7 +63,6 @@ CHANGED = {
     "s_churn": (0.1,),
     "s_noise": (0.9,),
     "s_min_uncond": (1.5,),
-    "refiner_checkpoint": ("xl",),
     "script_name": ("X/Y/Z plot",),
     "infotext": ("Steps: 3",),
     "firstpass_image": ("AAAA",),
