@@ -40,14 +40,28 @@ export async function samplers() {
   return (await request("/sdapi/v1/samplers")).json();
 }
 
-/** What prompts can name, by group: LoRAs, and embeddings of the default model. */
-export async function words() {
-  const get = async (path) => (await request(`/sdapi/v1/${path}`)).json();
-  const [loras, embeddings] = await Promise.all([get("loras"), get("embeddings")]);
-  return {
-    LoRA: loras.map(({ name }) => ({ label: name, text: `<lora:${name}:1>` })),
-    Embedding: Object.keys(embeddings.loaded).map((word) => ({ label: word, text: word })),
-  };
+/** What the prompts of a model can name: {loras: [{name, alias, has_thumbnail}], embeddings: […]}. */
+export async function extraNetworks(model) {
+  return (await request(`/v1/extra-networks?model=${encodeURIComponent(model)}`)).json();
+}
+
+/** The thumbnail of a LoRA or an embedding. */
+export async function thumbnail(kind, name) {
+  return (await request(`/v1/extra-networks/${kind}/${encodeURIComponent(name)}/thumbnail`)).blob();
+}
+
+/** {tokens, limit} of {prompt, model}. */
+export const countTokens = (body) => post("/v1/tokens", JSON.stringify(body));
+
+/** The cost of one image with these settings, whose images are not sent. */
+export async function estimate({ start, mask, control_image, ip_adapter_image, seed, ...fields }) {
+  for (const name of ["controlnet", "controlnet_conditioning_scale", "ip_adapter_scale"]) delete fields[name];
+  return post("/v1/images/estimates", JSON.stringify(fields));
+}
+
+async function post(path, body) {
+  const headers = { "Content-Type": "application/json" };
+  return (await request(path, { method: "POST", headers, body })).json();
 }
 
 /** Streams the events of one image: first {type: "accepted"}, then those of the server. Throws
@@ -77,7 +91,9 @@ function edit(fields, start, mask, images) {
   body.set("image", start, "start");
   if (mask) body.set("mask", mask, "mask.png");
   for (const [name, image] of images) body.set(name, image, name);
-  for (const [name, value] of Object.entries(fields)) body.set(name, String(value));
+  for (const [name, value] of Object.entries(fields)) {
+    for (const item of [value].flat()) body.append(name, String(item)); // lists are repeated fields
+  }
   return ["/v1/images/edits", { body }];
 }
 

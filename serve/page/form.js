@@ -2,12 +2,16 @@
 
 import { CONTROL_NUMBERS, controlSettings, fillControl, isControlUsed, setUpControl } from "./control.js";
 import { editMask, setUpMask } from "./mask.js";
+import { fillMore, isMoreUsed, MORE_NUMBERS, moreSettings } from "./more.js";
+import { addOption, fillSelect, selectOption } from "./select.js";
+import { chooseSize, isCustom, offerSizes as listSizes, setUpSizes, sizeOf } from "./sizes.js";
 
 const $ = (id) => document.getElementById(id);
 const DRAFT = "sdrt.form";
-const NUMBERS = ["num_inference_steps", "guidance_scale", "count", "strength", ...CONTROL_NUMBERS];
+const BASIC_NUMBERS = ["num_inference_steps", "guidance_scale", "count", "strength", ...CONTROL_NUMBERS];
+const NUMBERS = [...BASIC_NUMBERS, ...MORE_NUMBERS];
 const TEXTS = ["prompt", "negative_prompt", "scheduler", "model"];
-const CUSTOM = "custom";
+const CHECKED = ["width", "height", ...NUMBERS, "seed"];
 const MAX_SEED = 2n ** 64n - 1n;
 
 let start = null; // Blob: the input image of image-to-image
@@ -18,12 +22,11 @@ export function setUpForm() {
   for (const id of NUMBERS) joinSlider($(id));
   restoreDraft();
   $("form").addEventListener("input", saveDraft);
-  $("size").addEventListener("change", showCustomSize);
+  setUpSizes();
   $("random-seed").addEventListener("click", () => setSeed(""));
   $("start-file").addEventListener("change", () => setStart($("start-file").files[0] ?? null));
   setUpMask();
   setUpControl();
-  $("insert").addEventListener("change", insertWord);
   $("mask-open").addEventListener("click", async () => {
     mask = await editMask(start, mask);
     showStart();
@@ -57,107 +60,44 @@ export function offerModels(names) {
 
 export function offerSamplers(samplers) {
   const before = $("scheduler").value || loadDraft().scheduler;
-  for (const { name, aliases } of samplers) addOption($("scheduler"), name, aliases);
+  for (const { name, aliases } of samplers) addOption($("scheduler"), name, { aliases });
   selectOption($("scheduler"), before);
-}
-
-/** Lists words for the prompt by group, each {label, text}; hidden without any. */
-export function offerWords(groups) {
-  $("insert").replaceChildren(new Option("Insert…", ""));
-  for (const [label, words] of Object.entries(groups)) {
-    const group = document.createElement("optgroup");
-    group.label = label;
-    group.append(...words.map(({ label, text }) => new Option(label, text)));
-    if (words.length) $("insert").append(group);
-  }
-  $("insert").hidden = $("insert").options.length < 2;
-}
-
-function insertWord() {
-  const word = $("insert").value;
-  $("insert").value = "";
-  $("prompt").setRangeText(` ${word} `, $("prompt").selectionStart, $("prompt").selectionEnd, "end");
-  $("prompt").dispatchEvent(new Event("input", { bubbles: true }));
-  $("prompt").focus();
 }
 
 export const chosenModel = () => $("model").value;
 export const chooseModel = (name) => selectOption($("model"), name);
 
-/** Lists the sizes of the selected model, its default first, then a custom one in steps of `multiple`. */
+/** Lists the sizes of the selected model, the last one selected. */
 export function offerSizes(sizes, multiple) {
-  const before = $("size").value ? sizeOf() : loadDraft().size;
-  fillSelect($("size"), sizes);
-  $("size").add(new Option("Custom…", CUSTOM));
-  for (const id of ["width", "height"]) $(id).step = $(id).min = multiple ?? 8;
-  $("size-hint").textContent = `multiples of ${$("width").step}`;
-  [$("width").value, $("height").value] = (sizes[0] ?? "512x512").split("x");
-  chooseSize(before);
-}
-
-const isCustom = () => $("size").value === CUSTOM;
-const sizeOf = () => (isCustom() ? `${$("width").value}x${$("height").value}` : $("size").value);
-
-function showCustomSize() {
-  $("custom-size").hidden = !isCustom();
-}
-
-/** Selects a listed size, or enters it as a custom one; returns whether it is possible. */
-function chooseSize(size) {
-  const [width, height] = /^(\d+)x(\d+)$/.exec(size ?? "")?.slice(1).map(Number) ?? [];
-  const listed = selectOption($("size"), size);
-  if (!listed && [width, height].every(fitsStep)) {
-    Object.assign($("width"), { value: width });
-    Object.assign($("height"), { value: height });
-    $("size").value = CUSTOM;
-  }
-  showCustomSize();
-  return listed || isCustom();
-}
-
-function fitsStep(side) {
-  return side >= Number($("width").min) && side <= Number($("width").max) && side % Number($("width").step) === 0;
-}
-
-function fillSelect(select, values) {
-  select.replaceChildren();
-  for (const value of values) addOption(select, value);
-}
-
-function addOption(select, value, aliases = []) {
-  const option = new Option(value.replace(/^(\d+)x(\d+)$/, "$1 × $2"), value);
-  option.dataset.aliases = [value, ...aliases].join("\n").toLowerCase();
-  select.add(option);
-}
-
-/** Selects an option by its value or an alias; returns whether there is one. */
-function selectOption(select, value) {
-  if (value === undefined) return false;
-  const sought = String(value).toLowerCase();
-  const found = [...select.options].find(
-    (option) => option.value === value || option.dataset.aliases?.split("\n").includes(sought),
-  );
-  if (found) select.value = found.value;
-  return Boolean(found);
+  listSizes(sizes, multiple, $("size").value ? sizeOf() : loadDraft().size);
 }
 
 /** The settings of each image to generate; on an invalid field, focuses it and returns null. */
 export function settingsFromForm(showError) {
-  const invalid = ["width", "height", ...NUMBERS, "seed", "prompt"].find(validationError);
+  const invalid = [...CHECKED, "prompt"].find(validationError);
   if (invalid) {
+    $(invalid).closest("details")?.setAttribute("open", "");
     $(invalid).focus();
     showError(validationError(invalid));
     return null;
   }
   const first = BigInt($("seed").value.trim() || randomSeed());
+  const settings = readSettings();
+  const count = $("count").valueAsNumber;
+  return Array.from({ length: count }, (_, i) => ({ ...settings, seed: String(first + BigInt(i)) }));
+}
+
+/** The settings without a seed; null if a field other than the prompt is invalid. */
+export const currentSettings = () => (CHECKED.some(validationError) ? null : readSettings());
+
+function readSettings() {
   const settings = { prompt: $("prompt").value.trim(), negative_prompt: $("negative_prompt").value.trim() };
   for (const id of ["num_inference_steps", "guidance_scale"]) settings[id] = $(id).valueAsNumber;
   for (const id of ["scheduler", "model"]) if ($(id).value) settings[id] = $(id).value;
   if (sizeOf()) settings.size = sizeOf();
-  Object.assign(settings, controlSettings());
+  Object.assign(settings, moreSettings(), controlSettings());
   if (start) Object.assign(settings, { start, mask, strength: $("strength").valueAsNumber });
-  const count = $("count").valueAsNumber;
-  return Array.from({ length: count }, (_, i) => ({ ...settings, seed: String(first + BigInt(i)) }));
+  return settings;
 }
 
 function validationError(id) {
@@ -165,6 +105,7 @@ function validationError(id) {
   if (id === "prompt") return field.value.trim() ? "" : "Enter a prompt that describes the image.";
   if (id === "strength" && !start) return "";
   if (CONTROL_NUMBERS.includes(id) && !isControlUsed(id)) return "";
+  if (MORE_NUMBERS.includes(id) && !isMoreUsed(id)) return "";
   if (["width", "height"].includes(id)) {
     const { ariaLabel, step, min, max } = field;
     return !isCustom() || field.checkValidity() ? "" : `${ariaLabel} must be a multiple of ${step} from ${min} to ${max}.`;
@@ -186,9 +127,10 @@ export function fillForm(settings) {
   for (const [id, choose] of Object.entries(select)) {
     if (settings[id] !== undefined && !choose(settings[id])) unavailable.push(settings[id]);
   }
-  for (const id of ["prompt", "negative_prompt", ...NUMBERS]) {
+  for (const id of ["prompt", "negative_prompt", ...BASIC_NUMBERS]) {
     if (settings[id] !== undefined) setValue($(id), settings[id]);
   }
+  fillMore(settings, "num_inference_steps" in settings);
   if (settings.seed !== undefined) setSeed(settings.seed);
   if ("start" in settings) {
     setStart(settings.start, settings.mask);
@@ -223,15 +165,17 @@ function showStart() {
   if (start) $("start-image").src = URL.createObjectURL(start);
   else $("start-image").removeAttribute("src");
   for (const id of ["start-image", "start-remove", "mask-field", "strength-field"]) $(id).hidden = !start;
+  $("hires-field").hidden = Boolean(start);
   $("mask-state").textContent = mask ? "Mask set." : "";
   $("mask-open").textContent = mask ? "Edit mask…" : "Paint a mask…";
   $("start-hint").hidden = Boolean(start);
   if (!start) $("start-file").value = "";
+  $("form").dispatchEvent(new Event("input")); // the cost changes
 }
 
 /** Saves the fields for the next visit, if the browser allows it. */
 function saveDraft() {
-  const values = Object.fromEntries([...TEXTS, ...NUMBERS, "seed"].map((id) => [id, $(id).value]));
+  const values = Object.fromEntries([...TEXTS, ...NUMBERS, "hires_upscaler", "seed"].map((id) => [id, $(id).value]));
   values.size = sizeOf();
   try {
     localStorage.setItem(DRAFT, JSON.stringify(values));
@@ -239,6 +183,8 @@ function saveDraft() {
     // quota exceeded, or storage is disabled
   }
 }
+
+export const savedValue = (id) => loadDraft()[id];
 
 function loadDraft() {
   try {

@@ -1,19 +1,25 @@
 // The page: connects the form, the queue, the history and the display.
 
-import { setKeyDialog, model, models, samplers, words } from "./api.js";
+import { setKeyDialog, model, models, samplers } from "./api.js";
 import { offerControl, setImage } from "./control.js";
 import * as form from "./form.js";
 import { openHistory } from "./history.js";
+import { offerMore, setUpMore } from "./more.js";
+import { offerNetworks, setUpNetworks } from "./networks.js";
 import { parseSettings, readPngText } from "./parameters.js";
+import { setUpPrompts } from "./prompt.js";
 import { createQueue, isActive, createItem } from "./queue.js";
-import { describeState, focusTile, showDetail, showExamples, showTile, showTiles, showZoomed } from "./view.js";
+import { createSelection } from "./selection.js";
+import { describeState, focusTile, showDetail, showExamples, showModelLine, showTile, showTiles, showZoomed } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const items = []; // newest first
 let shown = null;
+let loadedModel = ""; // the one whose details are shown
 let pinned = false; // selected by the user: the page does not switch to the next image
 const queue = createQueue(onChange);
 const history = openHistory();
+const selection = createSelection({ items, remove: removeAll, announce });
 
 function show(item, byUser = false) {
   const before = shown;
@@ -25,7 +31,9 @@ function show(item, byUser = false) {
 }
 
 function showAll() {
-  showTiles(items, shown, { show: (item) => show(item, true), cancel: queue.cancel });
+  const choose = (item, event) => selection.select(item, event) || show(item, true);
+  showTiles(items, shown, { show: choose, cancel: queue.cancel });
+  selection.show();
   showTitle();
 }
 
@@ -92,6 +100,13 @@ async function remove(item) {
   showAll();
   if (shown) focusTile(shown);
   await (await history).remove(item.id);
+}
+
+async function removeAll(removed) {
+  removed.forEach(removeItem);
+  if (removed.includes(shown)) show(items[0] ?? null, true);
+  showAll();
+  for (const { id } of removed) await (await history).remove(id);
 }
 
 async function clear() {
@@ -161,10 +176,16 @@ async function fill(settings, message) {
 async function showModel() {
   try {
     const details = await model(form.chosenModel(), showMessage);
+    loadedModel = details.id;
     form.offerSizes(details.sizes, details.size_multiple);
     offerControl(details);
+    offerMore(details, form.savedValue("hires_upscaler"));
+    showModelLine(details);
     showExamples(details, choosePrompt);
     showMessage("");
+    updateCounts();
+    updateCost();
+    await offerNetworks(details.id);
   } catch (error) {
     showError(error.message);
   }
@@ -273,14 +294,16 @@ async function load() {
     form.offerModels(await models());
     form.offerSamplers(await samplers());
     await showModel();
-    form.offerWords(await words());
   } catch (error) {
     showError(error.message);
   }
 }
 
 setKeyDialog(askKey);
+const updateCounts = setUpPrompts(() => loadedModel);
+const updateCost = setUpMore(() => (loadedModel ? form.currentSettings() : null));
 form.setUpForm();
+setUpNetworks();
 setUpActions();
 setUpKeys();
 setUpDrops();

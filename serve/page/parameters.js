@@ -9,6 +9,11 @@ const NAMES = {
   Sampler: "scheduler",
   Model: "model",
   "Denoising strength": "strength",
+  "Feature reuse": "feature_reuse",
+  "CFG rescale": "guidance_rescale",
+  "Hires upscale": "hires_scale",
+  "Hires upscaler": "hires_upscaler",
+  "Hires steps": "hires_steps",
 };
 
 /** Reads the `parameters` text of a PNG file; null if there is none or the file is not a PNG. */
@@ -60,6 +65,12 @@ export function parseSettings(text) {
   }
   if (!("Steps" in pairs)) return settings;
   for (const [key, name] of Object.entries(NAMES)) if (key in pairs) settings[name] = pairs[key];
+  if (pairs["Clip skip"]) settings.clip_skip = Number(pairs["Clip skip"]) - 1; // others count the last layer
+  if (pairs["CFG interval"]) settings.guidance_interval = pairs["CFG interval"].split(":").map(Number);
+  if ("Hires upscaler" in pairs) {
+    settings.hires_strength = settings.strength;
+    delete settings.strength;
+  }
   const schedule = pairs["Schedule type"]; // newer A1111 files name the noise schedule separately
   if (["Karras", "Exponential", "Beta"].includes(schedule)) settings.scheduler += ` ${schedule}`;
   return settings;

@@ -1,6 +1,7 @@
 // Displays images: the selected one large, and a tile for each. Changes only the page.
 
 import { isActive } from "./queue.js";
+import { setUpZoom } from "./zoom.js";
 
 const $ = (id) => document.getElementById(id);
 const SMALL = 256; // smaller images are enlarged with sharp pixels
@@ -55,18 +56,34 @@ function exampleOf(prompt, choose) {
   return entry;
 }
 
+let resetZoom = null;
+
 /** Shows the selected image as large as the window; a click or Escape closes it. */
 export function showZoomed() {
   const image = $("image");
   Object.assign($("zoom-image"), { src: image.src, alt: image.alt, className: image.className });
   $("zoom-dialog").showModal();
+  resetZoom ??= setUpZoom($("zoom-scroller"), { zoomIn: $("zoom-in"), zoomOut: $("zoom-out") });
+  resetZoom();
 }
 
-export function settingsText({ num_inference_steps, scheduler, guidance_scale, strength, seed, size, model }) {
+/** Shows what a model runs on. */
+export function showModelLine({ backend, precision }) {
+  $("engine").textContent = [backend, precision].filter(Boolean).join(" · ");
+}
+
+export function settingsText(settings) {
+  const { num_inference_steps, scheduler, guidance_scale, strength, seed, size, model } = settings;
+  const { guidance_interval, guidance_rescale, feature_reuse, clip_skip, hires_scale, hires_upscaler } = settings;
   const parts = [
     `${num_inference_steps} steps`,
     scheduler,
     `guidance ${guidance_scale}`,
+    guidance_interval && `from ${guidance_interval.join(" to ")}`,
+    guidance_rescale && `rescale ${guidance_rescale}`,
+    feature_reuse && `feature reuse ${feature_reuse}`,
+    clip_skip && `clip skip ${clip_skip}`,
+    hires_scale && `hires × ${hires_scale} ${hires_upscaler}`,
     strength !== undefined && `strength ${strength}`,
     `seed ${seed}`,
     size?.replace("x", " × "),
@@ -121,13 +138,14 @@ function showActions(item) {
   $("download").download = fileName(item);
 }
 
-function fileName({ settings, image }) {
+/** A file name of words of the prompt and the seed. */
+export function fileName({ settings, image }) {
   const words = settings.prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [];
   const ending = image.type.split("/")[1] ?? "png";
   return `${[...words.slice(0, 8), settings.seed].join("-")}.${ending}`;
 }
 
-/** Shows a tile for each item, in order. `actions`: {show(item), cancel(item)}. */
+/** Shows a tile for each item, in order. `actions`: {show(item, event), cancel(item)}. */
 export function showTiles(items, shown, actions) {
   $("gallery").hidden = !items.length;
   for (const item of tiles.keys()) if (!items.includes(item)) removeTile(item);
@@ -157,7 +175,7 @@ function newTile(item, actions) {
   button.type = cancel.type = "button";
   button.className = "tile";
   button.append(document.createElement("img"), document.createElement("progress"));
-  button.addEventListener("click", () => actions.show(item));
+  button.addEventListener("click", (event) => actions.show(item, event));
   cancel.className = "cancel-tile";
   cancel.textContent = "×";
   cancel.addEventListener("click", () => actions.cancel(item));
@@ -190,6 +208,9 @@ export function showTile(item, shown) {
   cancel.setAttribute("aria-label", `Cancel: ${item.settings.prompt}`);
 }
 
+/** The button of an item's tile. */
+export const tileOf = (item) => tiles.get(item)?.tile.firstChild;
+
 export function focusTile(item) {
-  tiles.get(item)?.tile.firstChild.focus();
+  tileOf(item)?.focus();
 }
