@@ -11,7 +11,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from sdrt.errors import SdrtError, UsageError
+from sdrt.errors import SdrtError, StorageError, UsageError
 from sdrt.runtime.batching.request import RequestCancelled, RequestRejected
 
 log = logging.getLogger("sdrt.serve")
@@ -98,6 +98,8 @@ def api_error_from_exception(error: BaseException) -> ApiError:
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
     log_failure(error)
+    if isinstance(error, StorageError):
+        return ApiError(500, _one_line(error), code="storage_error")
     if isinstance(error, SdrtError):
         return ApiError(500, _one_line(error), code="engine_error")
     return ApiError(500, "internal server error; see the server's log", code="internal_error")

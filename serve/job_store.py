@@ -1,4 +1,4 @@
-"""Jobs on disk: a folder each, with `job.json` and, once it is completed, its images.
+"""Jobs on disk: a folder each, with `job.json` and, unless they are stored elsewhere, its images.
 
 Knows files; no engines and no requests. One process at a time uses a folder.
 """
@@ -15,16 +15,41 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.atomic_files import locked, write_atomic
-from sdrt.errors import UsageError
+from sdrt.errors import StorageError, UsageError
 
+from .result_store import FolderResults, ResultStore, open_s3_results
 from .settings import Settings
 
 log = logging.getLogger("sdrt.serve")
 
 RECORD = "job.json"
 QUEUED, COMPLETED, FAILED, CANCELLED = "queued", "completed", "failed", "cancelled"
+PENDING, DELIVERED, GIVEN_UP = "pending", "delivered", "failed"  # of a webhook
+MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 MAX_JOBS = 100_000
+DEFAULT_MAX_BYTES = 16 * 2**30
 LOST = {"code": "job_lost", "message": "the server ended before the job did; submit it again"}
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """The webhook of a job.
+
+    Attributes:
+        url: Where it is sent.
+        status: pending, delivered or failed.
+        attempts: How often it was sent.
+        error: Why the last attempt failed.
+        next_attempt_at: Not before this time; seconds since the epoch.
+        delivered_at: When it was accepted.
+    """
+
+    url: str
+    status: str = PENDING
+    attempts: int = 0
+    error: str | None = None
+    next_attempt_at: float = 0.0
+    delivered_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +69,8 @@ class StoredJob:
         size: WIDTHxHEIGHT of its images.
         seeds: Of its images, once they are completed.
         error: Why it failed: code and message.
+        size_bytes: Of its images.
+        delivery: Its webhook, if any.
     """
 
     id: str
@@ -58,6 +85,12 @@ class StoredJob:
     status: str = QUEUED
     seeds: Sequence[int] = ()
     error: dict[str, str] | None = None
+    size_bytes: int = 0
+    delivery: Delivery | None = None
+
+    @property
+    def image_names(self) -> list[str]:
+        return [self.image_name(index) for index in range(len(self.seeds))]
 
     def image_name(self, index: int) -> str:
         return f"{index}.{self.output_format}"
@@ -67,7 +100,10 @@ def open_job_store(settings: Settings) -> "JobStore | None":
     """The store of a server that has a folder for jobs; raises UsageError if it is unusable."""
     if settings.jobs_folder is None:
         return None
-    store = JobStore(settings.jobs_folder, settings.keep_jobs_seconds)
+    results = open_s3_results(settings.results_url) if settings.results_url else None
+    store = JobStore(
+        settings.jobs_folder, settings.keep_jobs_seconds, settings.max_jobs_bytes, results
+    )
     store.open()
     return store
 
@@ -83,10 +119,14 @@ class JobStore:
     Attributes:
         folder: Created if it is missing.
         keep_seconds: How long a job stays after it has ended.
+        max_bytes: Of all images; the oldest jobs are removed for new ones.
+        results: Where the images are; None: in the folder.
     """
 
     folder: Path
     keep_seconds: float
+    max_bytes: int = DEFAULT_MAX_BYTES
+    results: ResultStore | None = None
     jobs: dict[str, StoredJob] = field(default_factory=dict)
     _lock: ExitStack = field(default_factory=ExitStack)
 
@@ -118,8 +158,10 @@ class JobStore:
         for path in sorted(self.folder.glob(f"job_*/{RECORD}")):
             try:
                 values = json.loads(path.read_text("utf-8"))
-                job = StoredJob(**{name: values[name] for name in names})
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                job = StoredJob(**{name: values[name] for name in names & values.keys()})
+                if job.delivery is not None:
+                    job = replace(job, delivery=Delivery(**values["delivery"]))
+            except (OSError, ValueError, AttributeError, TypeError) as error:
                 log.warning("Ignoring %s: %s", path, error)
                 continue
             if job.id == path.parent.name:
@@ -147,10 +189,27 @@ class JobStore:
         self._write(job)
 
     def complete(self, job: StoredJob, images: Sequence[bytes], seeds: Sequence[int]) -> None:
-        """Store a job's images, then that it is completed; raises OSError."""
-        for index, content in enumerate(images):
-            write_atomic(self.folder / job.id / job.image_name(index), content)
-        self.end(job, COMPLETED, seeds=list(seeds))
+        """Store a job's images, then that it is completed; raises OSError, StorageError."""
+        names = [job.image_name(index) for index in range(len(images))]
+        media_type = MEDIA_TYPES[job.output_format]
+        try:
+            for name, content in zip(names, images, strict=True):
+                self._results.write(job.id, name, content, media_type)
+        except BaseException:
+            self._remove_images(job, names)
+            raise
+        size = sum(map(len, images))
+        self.end(job, COMPLETED, seeds=list(seeds), size_bytes=size)
+        self.remove_expired()
+
+    @property
+    def _results(self) -> ResultStore:
+        return self.results or FolderResults(self.folder)
+
+    def store_delivery(self, job_id: str, delivery: Delivery) -> None:
+        """Store what became of a job's webhook, unless the job was removed; raises OSError."""
+        if job := self.jobs.get(job_id):
+            self._write(replace(job, delivery=delivery))
 
     def end(self, job: StoredJob, status: str, **changes: Any) -> None:
         """Store that a job has ended, unless it was removed; raises OSError."""
@@ -163,8 +222,16 @@ class JobStore:
         self.jobs[job.id] = job
 
     def read_image(self, job: StoredJob, index: int) -> bytes:
-        """Raises OSError."""
-        return (self.folder / job.id / job.image_name(index)).read_bytes()
+        """Raises OSError, StorageError."""
+        return self._results.read(job.id, job.image_name(index))
+
+    def presign_image(self, job: StoredJob, index: int) -> str | None:
+        """A URL of an image that is good until the job expires; None for images in the folder.
+        Raises StorageError.
+        """
+        expires_at = self.expires_at(job) or time.time()
+        seconds = expires_at - time.time()
+        return self._results.presign(job.id, job.image_name(index), seconds)
 
     def expires_at(self, job: StoredJob) -> float | None:
         """When a job is removed; None before it has ended."""
@@ -173,17 +240,28 @@ class JobStore:
     def remove(self, job: StoredJob) -> None:
         """Forget a job and delete its files."""
         self.jobs.pop(job.id, None)
+        self._remove_images(job, job.image_names)
         shutil.rmtree(self.folder / job.id, ignore_errors=True)
+
+    def _remove_images(self, job: StoredJob, names: Sequence[str]) -> None:
+        try:
+            self._results.remove(job.id, names)
+        except (OSError, StorageError) as error:
+            log.warning("Cannot remove the images of %s: %s", job.id, error)
 
     def _has_expired(self, job: StoredJob) -> bool:
         moment = self.expires_at(job)
         return moment is not None and moment < time.time()
 
     def remove_expired(self) -> None:
-        """Remove jobs that have ended long ago, and the oldest of too many."""
+        """Remove jobs that have ended long ago, and the oldest of too many or too large ones."""
         ended = [job for job in list(self.jobs.values()) if job.completed_at is not None]
         ended.sort(key=lambda job: job.completed_at or 0.0)
         surplus = max(0, len(self.jobs) - MAX_JOBS + 1)
+        size = sum(job.size_bytes for job in ended)
         for index, job in enumerate(ended):
-            if index < surplus or self._has_expired(job):
+            is_newest = index == len(ended) - 1
+            too_large = size > self.max_bytes and not is_newest
+            if index < surplus or self._has_expired(job) or too_large:
                 self.remove(job)
+                size -= job.size_bytes

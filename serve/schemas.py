@@ -128,6 +128,14 @@ class GenerationRequest(ControlFields):
     )
 
 
+class JobRequest(GenerationRequest):
+    """An image request that is answered with a job."""
+
+    webhook: str | None = Field(
+        None, max_length=2000, description="URL that is sent the job once it has ended"
+    )
+
+
 class EditRequest(GenerationRequest):
     """An edit of an image; the image and the mask are files of the form."""
 

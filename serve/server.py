@@ -57,7 +57,7 @@ class Server(uvicorn.Server):
     """A uvicorn server that loads its models in the background and drains before it exits."""
 
     def __init__(self, sources: Mapping[str, ModelSource], settings: Settings) -> None:
-        self.jobs = RunningJobs(open_job_store(settings))
+        self.jobs = RunningJobs(open_job_store(settings), settings.webhooks)
         self.loop: asyncio.AbstractEventLoop | None = None
         app, self.models = create_app(sources, settings, self.jobs)
         super().__init__(_uvicorn_config(app, settings))
@@ -82,6 +82,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self.jobs.start()
         names = ", ".join(self.models.sources)
         log.info("Listening on %s; loading %s; not ready yet", self.address, names)
         threading.Thread(target=self._load_models, name="sdrt-load", daemon=True).start()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from sdrt.errors import UsageError
 
+from .webhook import WebhookSettings
+
 DIGEST_PREFIX = "sha256:"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
@@ -25,6 +27,9 @@ class Settings:
         drain_seconds: Time limit for running requests at shutdown.
         jobs_folder: Where jobs are stored; None: there are none.
         keep_jobs_seconds: How long a job stays after it has ended.
+        max_jobs_bytes: Of the images of all jobs; the oldest jobs are removed for new ones.
+        results_url: `s3://bucket/prefix` for the images of jobs; None: the jobs' folder.
+        webhooks: Where jobs may be announced; None: nowhere.
         max_size: (width, height) of the largest images; None is twice the sides of a bundle's
             largest size. A larger image would hold up all others of its engine.
         max_work: Images × pixels × steps of one request.
@@ -44,6 +49,9 @@ class Settings:
     drain_seconds: float = 30.0
     jobs_folder: Path | None = None
     keep_jobs_seconds: float = 86_400.0
+    max_jobs_bytes: int = 16 * 2**30
+    results_url: str | None = None
+    webhooks: WebhookSettings | None = None
     log_prompts: bool = False
     max_size: tuple[int, int] | None = None
     max_work: int = 2**30

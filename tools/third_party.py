@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "THIRD_PARTY.md"
-EXTRAS = ("", "cpu", "openvino", "serve", "build")
+EXTRAS = ("", "cpu", "openvino", "serve", "s3", "otel", "build")
 PERMISSIVE = {
     *("0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CNRI-Python", "ISC"),
     *("MIT", "MIT-CMU", "PSF-2.0", "Python-2.0", "Unlicense", "Zlib", "CC0-1.0"),

@@ -23,18 +23,22 @@ from sdrt.serve.job_store import (
     COMPLETED,
     FAILED,
     LOST,
+    MEDIA_TYPES,
+    Delivery,
     JobStore,
     StoredJob,
     new_job_id,
 )
-from sdrt.serve.schemas import GenerationRequest
+from sdrt.serve.schemas import JobRequest
 from sdrt.serve.sse import EventStreamResponse, format_event
 from sdrt.serve.strict_json import StrictRoute
+from sdrt.serve.webhook import WebhookSettings, check_webhook_url
+from sdrt.serve.webhook_delivery import WebhookSender
 
 router = APIRouter(prefix="/v1/jobs", route_class=StrictRoute)
 
 POLL_SECONDS, KEEPALIVE_SECONDS = 0.25, 15.0
-MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+EXPIRY_SECONDS = 600.0  # between two searches for jobs to remove
 
 
 @dataclass(slots=True)
@@ -43,6 +47,7 @@ class RunningJobs:
 
     Attributes:
         store: None: jobs are switched off.
+        webhooks: Where jobs may be announced; None: nowhere.
         handles: The images of each job, by its id.
         cancelled: The ids of those that clients have cancelled.
         tasks: What stores their results.
@@ -50,20 +55,49 @@ class RunningJobs:
     """
 
     store: JobStore | None = None
+    webhooks: WebhookSettings | None = None
     handles: dict[str, Sequence[RequestHandle]] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    sender: WebhookSender | None = None
+    _expiry: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Announce what an earlier process did not, and remove jobs as they expire."""
+        if self.store is None:
+            return
+        store = self.store
+        self.sender = WebhookSender(self.webhooks, store, lambda job: _describe(self, store, job))
+        self.sender.resume()
+        self._expiry = asyncio.create_task(_remove_expired(store))
+
+    def announce(self, job_id: str) -> None:
+        """Send the webhook of a job that has ended, if it has one."""
+        if self.sender is not None:
+            self.sender.announce(job_id)
 
     async def finish(self, seconds: float) -> None:
-        """Wait until the results of jobs that have ended are stored."""
+        """Wait until the results of jobs that have ended are stored; webhooks that are not sent by
+        then are sent by the next process.
+        """
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=seconds)
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self.sender is not None:
+            await self.sender.close()
 
     def close(self) -> None:
         """Let another process use the folder."""
         if self.store is not None:
             self.store.close()
+
+
+async def _remove_expired(store: JobStore) -> None:
+    while True:
+        await asyncio.sleep(EXPIRY_SECONDS)
+        await asyncio.to_thread(store.remove_expired)
 
 
 def _get_jobs(request: Request) -> tuple[RunningJobs, JobStore]:
@@ -89,13 +123,15 @@ def _find(request: Request, store: JobStore, job_id: str) -> StoredJob:
 @router.post("")
 async def create_job(
     request: Request,
-    body: GenerationRequest,
+    body: JobRequest,
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
 ) -> Response:
     """Submit a request; poll the job, or follow its events."""
     jobs, store = _get_jobs(request)
     if body.stream:
         raise ApiError(400, "stream is not supported by jobs; follow their events", "stream")
+    if body.webhook is not None:
+        check_webhook_url(body.webhook, jobs.webhooks)
     content = body.model_dump_json().encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(content).hexdigest()
     if idempotency_key is None:
@@ -107,11 +143,11 @@ async def create_job(
     if known.digest != digest:
         message = "another request was sent with this Idempotency-Key"
         raise ApiError(409, message, code="idempotency_key_reused")
-    return json_response(_describe(jobs, store, known))
+    return await _respond(request, known)
 
 
 async def _submit(
-    request: Request, body: GenerationRequest, digest: str, idempotency_key: str | None
+    request: Request, body: JobRequest, digest: str, idempotency_key: str | None
 ) -> Response:
     """Start a new job and store it."""
     (jobs, store), context = _get_jobs(request), get_context(request)
@@ -127,6 +163,7 @@ async def _submit(
         output_format=body.output_format or "png",
         size=engine_request.output_size,
         created_at=time.time(),
+        delivery=None if body.webhook is None else Delivery(body.webhook),
     )
     handles = (await context.submit(engine_request)).handles
     jobs.handles[job.id] = handles
@@ -138,11 +175,18 @@ async def _submit(
     task = asyncio.create_task(_follow(request, jobs, store, job, body))
     jobs.tasks.add(task)
     task.add_done_callback(jobs.tasks.discard)
-    return json_response(_describe(jobs, store, job), 202)
+    return await _respond(request, job, 202)
+
+
+async def _respond(request: Request, job: StoredJob, status: int = 200) -> Response:
+    """The job object; in a thread, as a result store may have to renew what it signs URLs with."""
+    jobs, store = _get_jobs(request)
+    described = await get_context(request).run_in_thread(_describe, jobs, store, job)
+    return json_response(described, status)
 
 
 async def _follow(
-    request: Request, jobs: RunningJobs, store: JobStore, job: StoredJob, body: GenerationRequest
+    request: Request, jobs: RunningJobs, store: JobStore, job: StoredJob, body: JobRequest
 ) -> None:
     """Store a job's images when they are finished, or why there are none."""
     run_in_thread = get_context(request).run_in_thread
@@ -169,6 +213,7 @@ async def _follow(
     finally:
         del jobs.handles[job.id]
         jobs.cancelled.discard(job.id)
+        jobs.announce(job.id)
 
 
 def _cancel(handles: Sequence[RequestHandle]) -> None:
@@ -177,12 +222,9 @@ def _cancel(handles: Sequence[RequestHandle]) -> None:
 
 
 def _describe(jobs: RunningJobs, store: JobStore, job: StoredJob) -> dict[str, Any]:
-    """The job object of responses and events."""
+    """The job object of responses, events and webhooks; raises StorageError."""
     status, progress = _get_progress(jobs, job)
-    images = [
-        {"url": f"/v1/jobs/{job.id}/images/{index}", "seed": seed}
-        for index, seed in enumerate(job.seeds)
-    ]
+    images = [_describe_image(store, job, index) for index in range(len(job.seeds))]
     return {
         "id": job.id,
         "object": "image.job",
@@ -195,7 +237,28 @@ def _describe(jobs: RunningJobs, store: JobStore, job: StoredJob) -> dict[str, A
         "completed_at": _whole_seconds(job.completed_at),
         "expires_at": _whole_seconds(store.expires_at(job)),
         "error": job.error,
+        "webhook": _describe_delivery(job.delivery),
         "data": images,
+    }
+
+
+def _describe_image(store: JobStore, job: StoredJob, index: int) -> dict[str, Any]:
+    url = f"/v1/jobs/{job.id}/images/{index}"
+    image: dict[str, Any] = {"url": url, "seed": job.seeds[index]}
+    if presigned := store.presign_image(job, index):
+        image["presigned_url"] = presigned
+    return image
+
+
+def _describe_delivery(delivery: Delivery | None) -> dict[str, Any] | None:
+    if delivery is None:
+        return None
+    return {
+        "url": delivery.url,
+        "status": delivery.status,
+        "attempts": delivery.attempts,
+        "error": delivery.error,
+        "delivered_at": _whole_seconds(delivery.delivered_at),
     }
 
 
@@ -220,15 +283,17 @@ async def list_jobs(request: Request, limit: Annotated[int, Query(ge=1, le=1000)
     """The jobs that came with the same API key, newest first."""
     jobs, store = _get_jobs(request)
     own = store.owned_by(_get_owner(request))
-    data = [_describe(jobs, store, job) for job in own[:limit]]
+    data = await get_context(request).run_in_thread(
+        lambda: [_describe(jobs, store, job) for job in own[:limit]]
+    )
     return json_response({"object": "list", "data": data, "has_more": len(own) > limit})
 
 
 @router.get("/{job_id}")
 async def get_job(request: Request, job_id: str) -> Response:
     """One job: its status, its progress and, once it is completed, its images."""
-    jobs, store = _get_jobs(request)
-    return json_response(_describe(jobs, store, _find(request, store, job_id)))
+    _, store = _get_jobs(request)
+    return await _respond(request, _find(request, store, job_id))
 
 
 @router.get("/{job_id}/images/{index}")
@@ -238,7 +303,11 @@ async def get_image(request: Request, job_id: str, index: int) -> Response:
     job = _find(request, store, job_id)
     if job.status != COMPLETED or not 0 <= index < len(job.seeds):
         raise ApiError(404, f"job {job_id!r} has no image {index}", code="image_not_found")
-    content = await get_context(request).run_in_thread(store.read_image, job, index)
+    try:
+        content = await get_context(request).run_in_thread(store.read_image, job, index)
+    except FileNotFoundError:  # removed since, or by others
+        message = f"image {index} of job {job_id!r} is no longer stored"
+        raise ApiError(404, message, code="image_not_found") from None
     return Response(content, media_type=MEDIA_TYPES[job.output_format])
 
 
@@ -256,7 +325,7 @@ async def _job_events(
     before, quiet = None, 0.0
     while not await request.is_disconnected():
         job = _find(request, store, job_id)
-        described = _describe(jobs, store, job)
+        described = await get_context(request).run_in_thread(_describe, jobs, store, job)
         if described != before:
             before, quiet = described, 0.0
             yield format_event("job", described)
@@ -275,7 +344,7 @@ async def cancel_job(request: Request, job_id: str) -> Response:
     jobs, store = _get_jobs(request)
     job = _find(request, store, job_id)
     await _cancel_running(jobs, job)
-    return json_response(_describe(jobs, store, _find(request, store, job_id)))
+    return await _respond(request, _find(request, store, job_id))
 
 
 async def _cancel_running(jobs: RunningJobs, job: StoredJob) -> None:

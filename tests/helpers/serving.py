@@ -1,5 +1,7 @@
 """A real server on a free port, and clients for it."""
 
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -47,3 +49,18 @@ def get_engine(server):
 
 def client(server, **options):
     return httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60, **options)
+
+
+def start_process(bundle, folder, *options):
+    """A server with jobs in a process of its own, and a client, once it is ready."""
+    arguments = ["serve", "--bundle", str(bundle), "--port", "0", "--jobs", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdrt", *arguments, "--backend", "onnxruntime", *options],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if "Ready on " in line:
+            address = line.split("Ready on ")[1].split()[0]
+            return process, httpx.Client(base_url=address, timeout=60)
+    raise AssertionError(f"ended with {process.wait()}")

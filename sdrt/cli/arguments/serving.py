@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sdrt.bundle import Bundle
     from sdrt.serve.model_manager import ModelSource
     from sdrt.serve.settings import Settings
+    from sdrt.serve.webhook import WebhookSettings
 
 
 def add_serve(to: argparse.ArgumentParser) -> None:
@@ -99,6 +100,19 @@ def add_serve(to: argparse.ArgumentParser) -> None:
         metavar="HOURS",
         help="how long a job stays after it has ended (default: 24)",
     )
+    to.add_argument(
+        "--max-jobs-size",
+        type=number,
+        default=16.0,
+        metavar="GIB",
+        help="of the images of all jobs; the oldest jobs are removed for new ones (default: 16)",
+    )
+    to.add_argument(
+        "--results",
+        metavar="s3://BUCKET/PREFIX",
+        help="store the images of jobs in a bucket (default: in the folder of --jobs)",
+    )
+    _add_webhooks(to)
     to.add_argument("--log-prompts", action="store_true", help="log prompts")
     to.add_argument(
         "--log-format",
@@ -108,6 +122,29 @@ def add_serve(to: argparse.ArgumentParser) -> None:
     )
     _add_access_control(to)
     _add_ray(to)
+
+
+def _add_webhooks(to: argparse.ArgumentParser) -> None:
+    webhooks = to.add_argument_group("webhooks")
+    webhooks.add_argument(
+        "--webhook-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="scheme and host, such as https://hooks.example.org, that jobs may be announced to; "
+        "repeatable (default: there are no webhooks)",
+    )
+    webhooks.add_argument(
+        "--webhook-secret",
+        type=Path,
+        metavar="FILE",
+        help="secrets that sign webhooks, whsec_…, one per line (default: $SDRT_WEBHOOK_SECRET)",
+    )
+    webhooks.add_argument(
+        "--webhook-private",
+        action="store_true",
+        help="allow receivers in private networks and on this machine",
+    )
 
 
 def _add_access_control(to: argparse.ArgumentParser) -> None:
@@ -273,8 +310,14 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
         raise UsageError(f"--drain {args.drain:g}; expected 0 to 86400 seconds")
     if not 0.0 < args.keep_jobs <= 87_600.0:
         raise UsageError(f"--keep-jobs {args.keep_jobs:g}; expected up to 87600 hours")
+    if not 0.0 < args.max_jobs_size <= 1_048_576.0:
+        raise UsageError(f"--max-jobs-size {args.max_jobs_size:g}; expected up to 1048576 GiB")
     if args.ray and args.jobs:
         raise UsageError("--jobs with --ray is unsupported", hint="leave one of them out")
+    for name in ("results", "webhook_origin"):
+        if getattr(args, name) and not args.jobs:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} requires --jobs", hint="pass a folder with --jobs FOLDER")
     if not (local or args.keys or args.no_keys):
         raise UsageError(
             f"--host {args.host} is reachable from other machines; choose who has access",
@@ -293,5 +336,18 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
         drain_seconds=args.drain,
         jobs_folder=args.jobs,
         keep_jobs_seconds=3600.0 * args.keep_jobs,
+        max_jobs_bytes=round(args.max_jobs_size * 2**30),
+        results_url=args.results,
+        webhooks=_webhook_settings(args),
         log_prompts=args.log_prompts,
     )
+
+
+def _webhook_settings(args: argparse.Namespace) -> "WebhookSettings | None":
+    """Raises UsageError for invalid origins and secrets."""
+    from sdrt.serve.webhook import WebhookSettings, parse_origin, read_secrets
+
+    if not args.webhook_origin:
+        return None
+    origins = tuple(map(parse_origin, args.webhook_origin))
+    return WebhookSettings(origins, read_secrets(args.webhook_secret), args.webhook_private)

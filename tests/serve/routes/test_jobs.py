@@ -3,16 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from serving import PROMPT, client, run_server, wait_for
+from serving import PROMPT, client, run_server, start_process, wait_for
 
 from sdrt.errors import UsageError
 from sdrt.serve.job_store import JobStore
@@ -207,18 +204,3 @@ def test_a_killed_server_loses_no_finished_job(shapes, tmp_path):
     store.open()
     assert store.jobs[shut_down["id"]].status == "completed"  # drained before it ended
     store.close()
-
-
-def start_process(bundle, folder):
-    """A server in a process of its own, and a client, once it is ready."""
-    arguments = ["serve", "--bundle", str(bundle), "--port", "0", "--jobs", str(folder)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sdrt", *arguments, "--backend", "onnxruntime"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stderr:
-        if "Ready on " in line:
-            address = line.split("Ready on ")[1].split()[0]
-            return process, httpx.Client(base_url=address, timeout=60)
-    raise AssertionError(f"ended with {process.wait()}")
