@@ -23,10 +23,11 @@ from .errors import (
     api_error_from_exception,
     api_error_from_validation,
 )
+from .gallery import Gallery
 from .metrics import Metrics
 from .middleware import SecurityMiddleware
 from .model_manager import ModelManager, ModelSource
-from .routes import estimates, extra_networks, health, jobs, openai
+from .routes import estimates, extra_networks, gallery, health, jobs, openai
 from .routes.sdapi import control as sdapi_control
 from .routes.sdapi import extras as sdapi_extras
 from .routes.sdapi import lists as sdapi_lists
@@ -44,6 +45,7 @@ def create_app(
     sources: Mapping[str, ModelSource],
     settings: Settings,
     running_jobs: jobs.RunningJobs | None = None,
+    stored_images: Gallery | None = None,
 ) -> tuple[SecurityMiddleware, ModelManager]:
     """Build the application and its model manager, whose models are not loaded yet.
 
@@ -51,16 +53,17 @@ def create_app(
         sources: The models by name; the first is the default.
         settings: The configuration.
         running_jobs: Those of a server that stores jobs.
+        stored_images: The gallery of a server that stores images.
     """
     metrics = Metrics()
     models = ModelManager(sources, settings, metrics)
     app = FastAPI(title="sdrt", version=__version__, docs_url=None, redoc_url=None)
-    app.state.context = ServerContext(settings, models, metrics)
+    app.state.context = ServerContext(settings, models, metrics, stored_images)
     app.state.running_jobs = running_jobs or jobs.RunningJobs()
     app.state.jobs = sdapi_routes.JobRegistry()
     app.state.sd_options = sdapi_options.ServerOptions()
     sdapi = sdapi_routes, sdapi_options, sdapi_extras, sdapi_lists, sdapi_control
-    for module in (openai, estimates, extra_networks, jobs, *sdapi, health):
+    for module in (openai, estimates, extra_networks, gallery, jobs, *sdapi, health):
         app.include_router(module.router)
     for kind in (HTTPException, SdrtError, RequestValidationError, ClientDisconnected, Exception):
         app.add_exception_handler(kind, _handle_exception)

@@ -5,8 +5,9 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -14,9 +15,11 @@ from fastapi import Request
 from sdrt.bundle import parse_size
 from sdrt.errors import UsageError
 from sdrt.runtime import GenerationOptions
+from sdrt.runtime.batching.request import GeneratedImage
 from sdrt.runtime.hires import parse_hires_sizes
 
 from .errors import ApiError
+from .gallery import Gallery
 from .job import ImageJob
 from .metrics import Metrics
 from .model_manager import LoadedModel, ModelManager
@@ -63,22 +66,26 @@ class EngineRequest:
 @dataclass(frozen=True, slots=True)
 class ServerContext:
     """The state of one server. `pool` runs what would block the event loop: image files, sampler
-    tables.
+    tables. `gallery`: None where nothing is stored.
     """
 
     settings: Settings
     models: ModelManager
     metrics: Metrics
+    gallery: Gallery | None = None
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "sdrt-serve"))
 
     async def run_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
-    async def submit(self, request: EngineRequest, *, steps: bool = False) -> ImageJob:
-        """Submit a request to its engine and follow it.
+    async def submit(
+        self, request: EngineRequest, *, owner: str = "", steps: bool = False
+    ) -> ImageJob:
+        """Submit a request to its engine and follow it. A gallery stores what it generates.
 
         Args:
             request: What to generate.
+            owner: Of the request, by `get_owner`.
             steps: Whether the job also reports every step.
 
         Raises:
@@ -90,6 +97,9 @@ class ServerContext:
         job = ImageJob()
         submitted = self.run_in_thread(self._submit_blocking, request, job if steps else None)
         job.attach(await submitted)
+        if self.gallery is not None:
+            for handle in job.handles:
+                handle.future.add_done_callback(partial(_store, self.gallery, owner))
         return job
 
     def _submit_blocking(self, request: EngineRequest, job: ImageJob | None) -> Any:
@@ -157,6 +167,19 @@ class ServerContext:
 def get_context(request: Request) -> ServerContext:
     context: ServerContext = request.app.state.context
     return context
+
+
+def get_owner(request: Request) -> str:
+    """The digest of the request's API key; empty without keys."""
+    keys, index = get_context(request).settings.keys, request.state.owner
+    return keys[index].hex() if keys and index is not None else ""
+
+
+def _store(gallery: Gallery, owner: str, future: "Future[GeneratedImage]") -> None:
+    """Called in an engine's thread when an image has ended."""
+    if not future.cancelled() and future.exception() is None:
+        result = future.result()
+        gallery.add_later(owner, result.image, result.parameters)
 
 
 def normalize_size(text: str) -> str:

@@ -16,7 +16,7 @@ from sdrt.runtime.hires_options import HIRES_PARSERS
 from sdrt.runtime.images import image_to_bytes
 from sdrt.runtime.safety_checker import FLAT_WARNING, is_flat
 
-from .dependencies import EngineRequest, ServerContext, get_context, normalize_size
+from .dependencies import EngineRequest, ServerContext, get_context, get_owner, normalize_size
 from .errors import ApiError, json_response
 from .image_encoding import enlarge_preview
 from .job import ImageJob, get_failure
@@ -81,7 +81,7 @@ async def respond(
     """
     context = get_context(request)
     steps = bool(body.partial_images or body.progress)
-    job = await context.submit(engine_request, steps=steps)
+    job = await context.submit(engine_request, owner=get_owner(request), steps=steps)
     if body.stream:
         return EventStreamResponse(
             _ImageEvents(context, job, body, engine_request, event_prefix).events(request)

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from sdrt.errors import DeviceLostError, UsageError
 
 from .app import create_app
+from .gallery import open_gallery
 from .job_store import open_job_store
 from .middleware import SecurityMiddleware
 from .model_manager import ModelSource
@@ -47,8 +48,7 @@ def serve(sources: Mapping[str, ModelSource], settings: Settings) -> None:
     try:
         server.run()
     finally:
-        server.models.close()
-        server.jobs.close()
+        server.close()
     if error := server.models.load_error or server.device_error:
         raise error
 
@@ -59,7 +59,8 @@ class Server(uvicorn.Server):
     def __init__(self, sources: Mapping[str, ModelSource], settings: Settings) -> None:
         self.jobs = RunningJobs(open_job_store(settings), settings.webhooks)
         self.loop: asyncio.AbstractEventLoop | None = None
-        app, self.models = create_app(sources, settings, self.jobs)
+        self.gallery = open_gallery(settings)
+        app, self.models = create_app(sources, settings, self.jobs, self.gallery)
         super().__init__(_uvicorn_config(app, settings))
         self.socket = _bind_socket(settings)
         self.port: int = self.socket.getsockname()[1]
@@ -75,6 +76,13 @@ class Server(uvicorn.Server):
             log.error("%s", error)
             self.shut_down()
         return await super().on_tick(counter)
+
+    def close(self) -> None:
+        """Release the models, and the folders that other processes may then use."""
+        self.models.close()
+        self.jobs.close()
+        if self.gallery is not None:
+            self.gallery.close()
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         super().run(sockets or [self.socket])

@@ -30,6 +30,8 @@ class Settings:
         max_jobs_bytes: Of the images of all jobs; the oldest jobs are removed for new ones.
         results_url: `s3://bucket/prefix` for the images of jobs; None: the jobs' folder.
         webhooks: Where jobs may be announced; None: nowhere.
+        gallery_folder: Where all generated images are stored; None: nowhere.
+        gallery_bytes: How much they may take; the oldest are removed.
         max_size: (width, height) of the largest images; None is twice the sides of a bundle's
             largest size. A larger image would hold up all others of its engine.
         max_work: Images × pixels × steps of one request.
@@ -52,6 +54,8 @@ class Settings:
     max_jobs_bytes: int = 16 * 2**30
     results_url: str | None = None
     webhooks: WebhookSettings | None = None
+    gallery_folder: Path | None = None
+    gallery_bytes: int = 10 * 2**30
     log_prompts: bool = False
     max_size: tuple[int, int] | None = None
     max_work: int = 2**30

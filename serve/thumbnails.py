@@ -43,6 +43,11 @@ def read_thumbnail(path: Path) -> bytes:
         image = convert_to_rgb(image_from_bytes(path.read_bytes(), MAX_PIXELS))
     except OSError as error:
         raise UsageError(f"cannot read {path.name}: {error.strerror}") from error
+    return encode_thumbnail(image)
+
+
+def encode_thumbnail(image: Image.Image) -> bytes:
+    """An RGB image as a small JPEG."""
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     target = io.BytesIO()
     image.save(target, "JPEG", quality=85)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from sdrt.runtime.batching.request import RequestCancelled, RequestHandle
 from sdrt.serve.control import build_control_options
-from sdrt.serve.dependencies import get_context
+from sdrt.serve.dependencies import get_context, get_owner
 from sdrt.serve.errors import ApiError, api_error_from_exception, json_response
 from sdrt.serve.generation import build_openai_request, encode_image_file
 from sdrt.serve.job_store import (
@@ -108,14 +108,8 @@ def _get_jobs(request: Request) -> tuple[RunningJobs, JobStore]:
     return jobs, jobs.store
 
 
-def _get_owner(request: Request) -> str:
-    """The digest of the request's API key; empty without keys."""
-    keys, index = get_context(request).settings.keys, request.state.owner
-    return keys[index].hex() if keys and index is not None else ""
-
-
 def _find(request: Request, store: JobStore, job_id: str) -> StoredJob:
-    if job := store.find(job_id, _get_owner(request)):
+    if job := store.find(job_id, get_owner(request)):
         return job
     raise ApiError(404, f"unknown job {job_id!r}", code="job_not_found")
 
@@ -137,7 +131,7 @@ async def create_job(
     if idempotency_key is None:
         return await _submit(request, body, digest, None)
     async with jobs.lock:  # so that two equal requests do not both find no job
-        known = store.find_by_key(idempotency_key, _get_owner(request))
+        known = store.find_by_key(idempotency_key, get_owner(request))
         if known is None:
             return await _submit(request, body, digest, idempotency_key)
     if known.digest != digest:
@@ -156,7 +150,7 @@ async def _submit(
     engine_request = build_openai_request(model, body, inputs)
     job = StoredJob(
         id=new_job_id(),
-        owner=_get_owner(request),
+        owner=get_owner(request),
         model=model.name,
         digest=digest,
         idempotency_key=idempotency_key,
@@ -165,7 +159,7 @@ async def _submit(
         created_at=time.time(),
         delivery=None if body.webhook is None else Delivery(body.webhook),
     )
-    handles = (await context.submit(engine_request)).handles
+    handles = (await context.submit(engine_request, owner=get_owner(request))).handles
     jobs.handles[job.id] = handles
     try:
         await context.run_in_thread(store.add, job)
@@ -282,7 +276,7 @@ def _get_progress(jobs: RunningJobs, job: StoredJob) -> tuple[str, int]:
 async def list_jobs(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 20) -> Response:
     """The jobs that came with the same API key, newest first."""
     jobs, store = _get_jobs(request)
-    own = store.owned_by(_get_owner(request))
+    own = store.owned_by(get_owner(request))
     data = await get_context(request).run_in_thread(
         lambda: [_describe(jobs, store, job) for job in own[:limit]]
     )

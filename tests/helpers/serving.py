@@ -31,8 +31,7 @@ def run_server(bundle, names=("shapes",), controlnet=(), refiner=None, **setting
     finally:
         server.should_exit = True
         thread.join()
-        server.models.close()
-        server.jobs.close()
+        server.close()
 
 
 def wait_for(condition, seconds=120.0):

@@ -112,6 +112,19 @@ def add_serve(to: argparse.ArgumentParser) -> None:
         metavar="s3://BUCKET/PREFIX",
         help="store the images of jobs in a bucket (default: in the folder of --jobs)",
     )
+    to.add_argument(
+        "--gallery",
+        type=Path,
+        metavar="FOLDER",
+        help="store all generated images here, by day (default: nothing is stored)",
+    )
+    to.add_argument(
+        "--gallery-size",
+        type=number,
+        default=10.0,
+        metavar="GIB",
+        help="remove the gallery's oldest images beyond this size (default: 10)",
+    )
     _add_webhooks(to)
     to.add_argument("--log-prompts", action="store_true", help="log prompts")
     to.add_argument(
@@ -312,12 +325,15 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
         raise UsageError(f"--keep-jobs {args.keep_jobs:g}; expected up to 87600 hours")
     if not 0.0 < args.max_jobs_size <= 1_048_576.0:
         raise UsageError(f"--max-jobs-size {args.max_jobs_size:g}; expected up to 1048576 GiB")
-    if args.ray and args.jobs:
-        raise UsageError("--jobs with --ray is unsupported", hint="leave one of them out")
     for name in ("results", "webhook_origin"):
         if getattr(args, name) and not args.jobs:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} requires --jobs", hint="pass a folder with --jobs FOLDER")
+    if not 0.0 < args.gallery_size <= 1_048_576.0:
+        raise UsageError(f"--gallery-size {args.gallery_size:g}; expected up to 1048576 GiB")
+    for name in ("jobs", "gallery"):
+        if args.ray and getattr(args, name):
+            raise UsageError(f"--{name} with --ray is unsupported", hint="leave one of them out")
     if not (local or args.keys or args.no_keys):
         raise UsageError(
             f"--host {args.host} is reachable from other machines; choose who has access",
@@ -339,6 +355,8 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
         max_jobs_bytes=round(args.max_jobs_size * 2**30),
         results_url=args.results,
         webhooks=_webhook_settings(args),
+        gallery_folder=args.gallery,
+        gallery_bytes=round(args.gallery_size * 2**30),
         log_prompts=args.log_prompts,
     )
 

@@ -17,7 +17,7 @@ from sdrt.runtime import Preview, Step
 from sdrt.runtime.batching.request import GeneratedImage, RequestCancelled, RequestHandle
 from sdrt.runtime.images import parse_parameters, read_parameters
 from sdrt.runtime.samplers.registry import sampler_title
-from sdrt.serve.dependencies import EngineRequest, get_context
+from sdrt.serve.dependencies import EngineRequest, get_context, get_owner
 from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.image_encoding import decode_base64_image, encode_base64_image, enlarge_preview
 from sdrt.serve.job import ImageJob
@@ -191,7 +191,7 @@ async def _run_job(
     """Generate the images; `prepared` is the input of img2img."""
     context, running = get_context(request), _get_jobs(request).running
     job = SdapiJob(request.state.owner, engine_request)
-    image_job = await context.submit(engine_request, steps=True)
+    image_job = await context.submit(engine_request, owner=get_owner(request), steps=True)
     if body.override_settings_restore_afterwards is False:
         changed = check_options(body.override_settings or {}, context.models)
         store_options(context, get_server_options(request), changed)
