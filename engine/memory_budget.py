@@ -131,6 +131,20 @@ def _join_budgets(
     return MemoryBudget(weights, max(budget.activations for budget in budgets))
 
 
+def compute_full_budget(
+    bundle: Bundle,
+    control_bundles: Sequence[Bundle] = (),
+    refiner: Bundle | None = None,
+    sequential: bool = False,
+    streamed: bool = False,
+) -> MemoryBudget:
+    """What one guided image of the first size needs, with nets and refiner; as `check_memory`."""
+    manifests = [bundle.manifest, *([refiner.manifest] if refiner else [])]
+    needed = _join_budgets(manifests, bundle.manifest.sizes[0], sequential, streamed)
+    nets = sum(of.bytes for of in control_bundles)
+    return replace(needed, weights=needed.weights + nets)
+
+
 def check_memory(
     bundle: Bundle,
     gpu: Gpu | None,
@@ -146,10 +160,7 @@ def check_memory(
     """
     manifest, free = bundle.manifest, free_bytes(gpu)
     size = manifest.sizes[0]
-    nets = sum(of.bytes for of in control_bundles)
-    others = [refiner.manifest] if refiner else []
-    needed = _join_budgets([manifest, *others], size, sequential, streamed)
-    needed = replace(needed, weights=needed.weights + nets)
+    needed = compute_full_budget(bundle, control_bundles, refiner, sequential, streamed)
     numbers = (
         f"at least {needed.total / 1e6:,.0f} MB (weights {needed.weights / 1e6:,.0f}, activations "
         f"{needed.activations / 1e6:,.0f} for an image of {size[0]}x{size[1]})"
@@ -159,7 +170,7 @@ def check_memory(
         return
     log.debug("Memory: %s; %s MB free", numbers, f"{free / 1e6:,.0f}")
     if needed.total > free:
-        less = nets + _join_budgets([manifest, *others], size, True, streamed).total
+        less = compute_full_budget(bundle, control_bundles, refiner, True, streamed).total
         fits = less < min(free, needed.total)
         where = f"on GPU {gpu.index}" if gpu else "of host memory"
         raise BackendError(

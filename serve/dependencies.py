@@ -96,7 +96,8 @@ class ServerContext:
             log.info("prompt: %r", request.prompt)
         job = ImageJob()
         submitted = self.run_in_thread(self._submit_blocking, request, job if steps else None)
-        job.attach(await submitted)
+        job.attach(handles := await submitted)
+        self.models.hold(request.model, handles)
         if self.gallery is not None:
             for handle in job.handles:
                 handle.future.add_done_callback(partial(_store, self.gallery, owner))

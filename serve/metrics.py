@@ -1,10 +1,10 @@
 """Prometheus metrics of the engines, labelled by model, and of HTTP responses."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -63,6 +63,10 @@ class Metrics:
         """Count the running and waiting images of these engines at every scrape."""
         self.registry.register(_RequestGauges(engines))
 
+    def track_models(self, models: "ModelCounts") -> None:
+        """Report which models are loaded at every scrape."""
+        self.registry.register(_ModelCollector(models))
+
     def observer(self, model: str) -> "Observer":
         return Observer(self, model)
 
@@ -85,6 +89,47 @@ class _RequestGauges(Collector):
             waiting.add_metric([name], states.count("waiting"))
         yield running
         yield waiting
+
+
+class ModelCounts(Protocol):
+    """Which models are in memory; `ModelManager` is one."""
+
+    @property
+    def sources(self) -> Mapping[str, Any]:
+        """All models by name."""
+
+    @property
+    def loads(self) -> Mapping[str, int]:
+        """How often each was loaded."""
+
+    @property
+    def evictions(self) -> Mapping[str, int]:
+        """How often each was unloaded."""
+
+    def find(self, name: str) -> object | None:
+        """A model that is loaded, else None."""
+
+    def size_bytes(self, name: str) -> int:
+        """The memory that a model needs."""
+
+
+class _ModelCollector(Collector):
+    def __init__(self, models: ModelCounts) -> None:
+        self.models = models
+
+    def collect(self) -> Iterable[Metric]:
+        loaded = GaugeMetricFamily("sdrt_model_loaded", "1 if in memory, else 0", labels=["model"])
+        size = GaugeMetricFamily("sdrt_model_bytes", "Memory that it needs", labels=["model"])
+        loads = CounterMetricFamily("sdrt_model_loads", "Times it was loaded", labels=["model"])
+        evictions = CounterMetricFamily(
+            "sdrt_model_evictions", "Times it was unloaded", labels=["model"]
+        )
+        for name in self.models.sources:
+            loaded.add_metric([name], self.models.find(name) is not None)
+            size.add_metric([name], self.models.size_bytes(name))
+            loads.add_metric([name], self.models.loads[name])
+            evictions.add_metric([name], self.models.evictions[name])
+        yield from (loaded, size, loads, evictions)
 
 
 class Observer:

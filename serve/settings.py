@@ -25,6 +25,10 @@ class Settings:
         waiting: Queued images of each engine.
         deterministic: Whether results are bitwise independent of batching.
         drain_seconds: Time limit for running requests at shutdown.
+        memory_budget: Bytes that the loaded models may need together; None: all are loaded at
+            start and stay loaded.
+        pinned_models: Models that are loaded at start and never evicted, under a memory budget.
+        load_timeout_seconds: How long a request waits until its model is loaded.
         jobs_folder: Where jobs are stored; None: there are none.
         keep_jobs_seconds: How long a job stays after it has ended.
         max_jobs_bytes: Of the images of all jobs; the oldest jobs are removed for new ones.
@@ -49,6 +53,9 @@ class Settings:
     waiting: int = 64
     deterministic: bool = False
     drain_seconds: float = 30.0
+    memory_budget: int | None = None
+    pinned_models: tuple[str, ...] = ()
+    load_timeout_seconds: float = 300.0
     jobs_folder: Path | None = None
     keep_jobs_seconds: float = 86_400.0
     max_jobs_bytes: int = 16 * 2**30

@@ -20,10 +20,14 @@ Kind = Literal["loras", "embeddings"]
 
 @router.get("")
 async def list_extra_networks(request: Request, model: str | None = None) -> Response:
-    """The LoRA files, and the embeddings that a model has loaded."""
+    """The LoRA files, and the embeddings that a model has loaded; none where it is not loaded under
+    a memory budget.
+    """
     context = get_context(request)
-    store = context.models.get(model).engine.pipe.embeddings
-    words = [embedding.word for embedding in store.current.embeddings]
+    models = context.models
+    loaded = models.find(models.resolve_name(model)) if models.cache else models.get(model)
+    embeddings = loaded.engine.pipe.embeddings.current.embeddings if loaded else ()
+    words = [embedding.word for embedding in embeddings]
     return json_response(await context.run_in_thread(_describe, words))
 
 

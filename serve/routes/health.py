@@ -19,10 +19,12 @@ async def live(request: Request) -> Response:
 
 @router.get("/health/ready", responses={503: {"description": "loading, draining or broken"}})
 async def ready(request: Request) -> Response:
-    """Readiness: every model accepts requests; 503 while one is loading, draining or broken."""
-    states = get_context(request).models.states
-    is_ready = all(state in ("ready", "unloaded") for state in states.values())
-    body = {"status": "ready" if is_ready else "not ready", "models": states}
+    """Readiness: every model accepts requests; 503 while one is loading, draining or broken. Under
+    a memory budget only pinned models need to be loaded.
+    """
+    models = get_context(request).models
+    is_ready = models.is_ready
+    body = {"status": "ready" if is_ready else "not ready", "models": models.states}
     return json_response(body, 200 if is_ready else 503, {} if is_ready else {"retry-after": "1"})
 
 

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from sdrt.runtime.batching.request import RequestCancelled, RequestHandle
 from sdrt.serve.control import build_control_options
-from sdrt.serve.dependencies import get_context, get_owner
+from sdrt.serve.dependencies import EngineRequest, get_context, get_owner
 from sdrt.serve.errors import ApiError, api_error_from_exception, json_response
 from sdrt.serve.generation import build_openai_request, encode_image_file
 from sdrt.serve.job_store import (
@@ -128,12 +128,17 @@ async def create_job(
         check_webhook_url(body.webhook, jobs.webhooks)
     content = body.model_dump_json().encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(content).hexdigest()
-    if idempotency_key is None:
-        return await _submit(request, body, digest, None)
-    async with jobs.lock:  # so that two equal requests do not both find no job
-        known = store.find_by_key(idempotency_key, get_owner(request))
-        if known is None:
-            return await _submit(request, body, digest, idempotency_key)
+    known = idempotency_key and store.find_by_key(idempotency_key, get_owner(request))
+    if not known:
+        inputs = await get_context(request).run_in_thread(build_control_options, body)
+        async with get_context(request).models.use(body.model) as model:
+            engine_request = build_openai_request(model, body, inputs)
+            if idempotency_key is None:
+                return await _submit(request, body, engine_request, digest, None)
+            async with jobs.lock:  # so that two equal requests do not both find no job
+                known = store.find_by_key(idempotency_key, get_owner(request))
+                if known is None:
+                    return await _submit(request, body, engine_request, digest, idempotency_key)
     if known.digest != digest:
         message = "another request was sent with this Idempotency-Key"
         raise ApiError(409, message, code="idempotency_key_reused")
@@ -141,17 +146,18 @@ async def create_job(
 
 
 async def _submit(
-    request: Request, body: JobRequest, digest: str, idempotency_key: str | None
+    request: Request,
+    body: JobRequest,
+    engine_request: EngineRequest,
+    digest: str,
+    idempotency_key: str | None,
 ) -> Response:
     """Start a new job and store it."""
     (jobs, store), context = _get_jobs(request), get_context(request)
-    model = context.models.get(body.model)
-    inputs = await context.run_in_thread(build_control_options, body)
-    engine_request = build_openai_request(model, body, inputs)
     job = StoredJob(
         id=new_job_id(),
         owner=get_owner(request),
-        model=model.name,
+        model=engine_request.model.name,
         digest=digest,
         idempotency_key=idempotency_key,
         output_format=body.output_format or "png",

@@ -55,16 +55,26 @@ async def model(request: Request, name: str) -> Response:
 
 
 def _describe_model(context: ServerContext, name: str) -> dict[str, Any]:
-    sizes, loaded = context.models.sizes(name), context.models.find(name)
-    pipe = loaded.pipe if loaded else None
-    manifest = pipe.manifest if pipe else None
+    models, source = context.models, context.models.sources[name]
+    manifest, loaded = models.find_manifest(name), models.find(name)
+    sizes = [f"{width}x{height}" for width, height in manifest.sizes] if manifest else []
+    controlnets, ip_adapter, refiner = source.controlnets, source.ip_adapter, source.refiner
+    if pipe := loaded.pipe if loaded else None:
+        controlnets = tuple(pipe.control_nets)
+        ip_adapter = pipe.ip_adapter.name if pipe.ip_adapter else None
+        refiner = pipe.refiner.manifest.name if pipe.refiner else None
     card = get_card(manifest.source if manifest else "")
     return {
         "id": name,
         "object": "model",
-        "created": context.models.created,
+        "created": models.created,
         "owned_by": "sdrt",
-        "state": context.models.states[name],
+        "state": models.states[name],
+        "loaded": loaded is not None,
+        "pinned": name in context.settings.pinned_models,
+        "memory_bytes": models.size_bytes(name),
+        "loads": models.loads[name],
+        "evictions": models.evictions[name],
         "sizes": sizes,
         "default_size": sizes[0] if sizes else None,
         "size_multiple": manifest.multiple if manifest else None,
@@ -72,9 +82,9 @@ def _describe_model(context: ServerContext, name: str) -> dict[str, Any]:
         "precision": pipe.compute_precision if pipe else None,
         "feature_reuse": pipe is not None and SHALLOW in pipe.engines,
         "upscalers": list_upscalers(),
-        "controlnets": list(pipe.control_nets) if pipe else [],
-        "ip_adapter": pipe.ip_adapter.name if pipe and pipe.ip_adapter else None,
-        "refiner": pipe.refiner.manifest.name if pipe and pipe.refiner else None,
+        "controlnets": controlnets,
+        "ip_adapter": ip_adapter,
+        "refiner": refiner,
         "description": card.description,
         "prompt_examples": card.prompt_examples,
     }
@@ -84,10 +94,10 @@ def _describe_model(context: ServerContext, name: str) -> dict[str, Any]:
 async def generations(request: Request, body: GenerationRequest) -> Response:
     """Generate images from a prompt."""
     context = get_context(request)
-    model = context.models.get(body.model)
     inputs = await context.run_in_thread(build_control_options, body)
-    engine_request = build_openai_request(model, body, inputs)
-    return await respond(request, body, engine_request, "image_generation")
+    async with context.models.use(body.model) as model:
+        engine_request = build_openai_request(model, body, inputs)
+        return await respond(request, body, engine_request, "image_generation")
 
 
 EDIT_FORM = {
@@ -109,13 +119,14 @@ async def edits(request: Request) -> Response:
             files = {name: await _read_upload(form, name) for name in (*IMAGE_FIELDS, "mask")}
     except MultiPartException as error:
         raise ApiError(400, f"invalid form: {error.message}", code="invalid_form") from None
-    model = context.models.get(body.model)
     inputs = await context.run_in_thread(_decode_uploads, files)
     inputs |= await context.run_in_thread(build_control_options, body)
-    if body.size in (None, "auto"):
-        body.size = _nearest_size(model, inputs["image"])
     inputs |= {"strength": body.strength}
-    return await respond(request, body, build_openai_request(model, body, inputs), "image_edit")
+    async with context.models.use(body.model) as model:
+        if body.size in (None, "auto"):
+            body.size = _nearest_size(model, inputs["image"])
+        engine_request = build_openai_request(model, body, inputs)
+        return await respond(request, body, engine_request, "image_edit")
 
 
 def _require_form(request: Request) -> None:

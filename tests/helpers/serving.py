@@ -22,11 +22,18 @@ def run_server(bundle, names=("shapes",), controlnet=(), refiner=None, **setting
     """A ready server in a thread; stopped and joined afterwards."""
     options = {"controlnet": controlnet, "refiner": refiner}
     load = partial(sdrt.load, bundle, backend="onnxruntime", **options)
-    server = Server(dict.fromkeys(names, ModelSource(load)), Settings(port=0, **settings))
+    with run_sources(dict.fromkeys(names, ModelSource(load)), **settings) as server:
+        yield server
+
+
+@contextmanager
+def run_sources(sources, **settings):
+    """A ready server of these models."""
+    server = Server(sources, Settings(port=0, **settings))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        wait_for(lambda: set(server.models.states.values()) == {"ready"})
+        wait_for(lambda: server.models.is_ready)
         yield server
     finally:
         server.should_exit = True

@@ -10,11 +10,11 @@ immediate.
 from .bundle_tools import add_bench, add_gc, add_inspect, add_name, add_verify
 from .common import BACKENDS, add_json, add_logging, integer
 from .generation import add_compare, add_run
+from .served_models import sources_from_arguments
 from .serving import (
     add_export_triton,
     add_serve,
     settings_from_arguments,
-    sources_from_arguments,
 )
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 
 import argparse
+import re
 
 from sdrt.errors import UsageError
 
@@ -23,6 +24,15 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def memory_size(text: str) -> int:
+    """`"8GB"`, `"7.5 GiB"` or `"800MB"` in bytes; raises the error that argparse reports."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8GB or 800MB")
+    power = "KMGT".index(match[2].upper()) + 1
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def device(text: str) -> int | str:

@@ -1,21 +1,16 @@
 """Arguments of the servers, and their settings."""
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt.errors import UsageError
 
-from .common import BACKENDS, add_bundle, add_embedding, integer, number
+from .common import BACKENDS, add_bundle, add_embedding, integer, memory_size, number
 
 MAX_QUEUE = 10_000  # images
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sdrt.bundle import Bundle
-    from sdrt.serve.model_manager import ModelSource
     from sdrt.serve.settings import Settings
     from sdrt.serve.webhook import WebhookSettings
 
@@ -126,6 +121,7 @@ def add_serve(to: argparse.ArgumentParser) -> None:
         help="remove the gallery's oldest images beyond this size (default: 10)",
     )
     _add_webhooks(to)
+    _add_model_memory(to)
     to.add_argument("--log-prompts", action="store_true", help="log prompts")
     to.add_argument(
         "--log-format",
@@ -157,6 +153,31 @@ def _add_webhooks(to: argparse.ArgumentParser) -> None:
         "--webhook-private",
         action="store_true",
         help="allow receivers in private networks and on this machine",
+    )
+
+
+def _add_model_memory(to: argparse.ArgumentParser) -> None:
+    memory = to.add_argument_group("memory of several models")
+    memory.add_argument(
+        "--memory-budget",
+        type=memory_size,
+        metavar="SIZE",
+        help="such as 8GB: load models on first use and evict the least recently used ones, so "
+        "that the loaded ones need no more (default: all are loaded at start and stay)",
+    )
+    memory.add_argument(
+        "--pin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="load this model at start and never evict it; repeatable",
+    )
+    memory.add_argument(
+        "--load-timeout",
+        type=number,
+        default=300.0,
+        metavar="SECONDS",
+        help="how long a request waits until its model is loaded (default: 300)",
     )
 
 
@@ -235,79 +256,6 @@ def add_export_triton(to: argparse.ArgumentParser) -> None:
     to.add_argument("--force", action="store_true", help="replace an existing model")
 
 
-def sources_from_arguments(args: argparse.Namespace) -> "dict[str, ModelSource]":
-    """The bundles of a command line by name; raises BundleError or UsageError."""
-    from sdrt import load
-    from sdrt.bundle import open_bundle
-    from sdrt.serve.model_manager import ModelSource
-
-    precision = "exact" if args.exact else "auto"
-    bundles = [open_bundle(name) for name in args.bundle or [None]]
-    nets = _assign_nets(bundles, [open_bundle(name) for name in args.controlnet])
-    adapters = _assign_nets(bundles, [open_bundle(args.ip_adapter)] if args.ip_adapter else [])
-    refiners = _assign_refiner(bundles, open_bundle(args.refiner) if args.refiner else None)
-    sources: dict[str, ModelSource] = {}
-    for bundle, own_nets, own_adapters, refiner in zip(
-        bundles, nets, adapters, refiners, strict=True
-    ):
-        if bundle.manifest.name in sources:
-            raise UsageError(
-                f"two bundles have the name {bundle.manifest.name}", hint="serve only one of them"
-            )
-        one = partial(
-            load,
-            bundle.folder,
-            backend=args.backend,
-            precision=precision,
-            controlnet=own_nets,
-            ip_adapter=next(iter(own_adapters), None),
-            refiner=refiner,
-            embeddings=args.embedding,
-        )
-        sources[bundle.manifest.name] = ModelSource(one, bundle.folder / "plans")
-    return sources
-
-
-def _assign_nets(bundles: "Sequence[Bundle]", nets: "Sequence[Bundle]") -> list[list[Path]]:
-    """The folders of the nets that fit each bundle; raises UsageError for a net that fits none."""
-    from sdrt.runtime.loading import unloaded_pipeline
-
-    fitting: list[list[Path]] = [[] for _ in bundles]
-    for net in nets:
-        reasons = []
-        for bundle, own in zip(bundles, fitting, strict=True):
-            try:
-                unloaded_pipeline(bundle, [net])
-                own.append(net.folder)
-            except UsageError as error:
-                reasons.append(error)
-        if len(reasons) == len(bundles):
-            raise reasons[0]
-    return fitting
-
-
-def _assign_refiner(bundles: "Sequence[Bundle]", refiner: "Bundle | None") -> "list[Path | None]":
-    """The folder of the refiner for each bundle that it can follow; raises UsageError if it can
-    follow none.
-    """
-    from sdrt.runtime.refiner import check_refiner_fit
-
-    if refiner is None:
-        return [None] * len(bundles)
-    folders: list[Path | None] = []
-    reasons = []
-    for bundle in bundles:
-        try:
-            check_refiner_fit(bundle.manifest, refiner.manifest)
-            folders.append(refiner.folder)
-        except UsageError as error:
-            folders.append(None)
-            reasons.append(error)
-    if len(reasons) == len(bundles):
-        raise reasons[0]
-    return folders
-
-
 def settings_from_arguments(args: argparse.Namespace) -> "Settings":
     """The server's settings; raises UsageError for invalid ones, and for open access by default."""
     from sdrt.bundle import parse_size
@@ -325,6 +273,14 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
         raise UsageError(f"--keep-jobs {args.keep_jobs:g}; expected up to 87600 hours")
     if not 0.0 < args.max_jobs_size <= 1_048_576.0:
         raise UsageError(f"--max-jobs-size {args.max_jobs_size:g}; expected up to 1048576 GiB")
+    if not 0.0 < args.load_timeout <= 86_400.0:
+        raise UsageError(f"--load-timeout {args.load_timeout:g}; expected up to 86400 seconds")
+    if args.ray and args.memory_budget:
+        raise UsageError(
+            "--memory-budget with --ray is unsupported", hint="pass --models-per-replica"
+        )
+    if args.pin and not args.memory_budget:
+        raise UsageError("--pin requires --memory-budget", hint="without it all models stay loaded")
     for name in ("results", "webhook_origin"):
         if getattr(args, name) and not args.jobs:
             option = name.replace("_", "-")
@@ -350,6 +306,9 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
         max_size=parse_size(args.max_size) if args.max_size else None,
         deterministic=args.deterministic,
         drain_seconds=args.drain,
+        memory_budget=args.memory_budget,
+        pinned_models=tuple(dict.fromkeys(args.pin)),
+        load_timeout_seconds=args.load_timeout,
         jobs_folder=args.jobs,
         keep_jobs_seconds=3600.0 * args.keep_jobs,
         max_jobs_bytes=round(args.max_jobs_size * 2**30),

@@ -292,9 +292,9 @@ async def version() -> Response:
 @router.get("/model_list")
 async def model_list(request: Request) -> Response:
     """The nets and the IP-Adapter of the default model, as `model` names them."""
-    pipe = get_context(request).models.get(None).pipe
-    adapter = [pipe.ip_adapter.name] if pipe.ip_adapter else []
-    return json_response({"model_list": [*pipe.control_nets, *adapter]})
+    async with get_context(request).models.use(None) as model:
+        adapter = [model.pipe.ip_adapter.name] if model.pipe.ip_adapter else []
+        return json_response({"model_list": [*model.pipe.control_nets, *adapter]})
 
 
 @router.get("/module_list")

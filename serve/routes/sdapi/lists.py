@@ -15,6 +15,7 @@ from sdrt.serve.errors import ApiError, json_response
 from sdrt.serve.strict_json import StrictRoute
 
 from .control import SCRIPT
+from .options import request_options
 from .sampling import list_samplers, list_schedulers
 
 router = APIRouter(route_class=StrictRoute)
@@ -45,7 +46,7 @@ def _constant_handler(value: Any) -> Any:
 
 for path, value in CONSTANT_LISTS.items():
     router.add_api_route(f"{API}/{path}", _constant_handler(value), methods=["GET"], name=path)
-for path in (*REFRESH_PATHS, "reload-checkpoint"):
+for path in REFRESH_PATHS:
     router.add_api_route(f"{API}/{path}", _constant_handler(None), methods=["POST"], name=path)
 router.add_api_route("/internal/ping", _constant_handler({}), methods=["GET"], name="ping")
 
@@ -93,21 +94,22 @@ async def loras() -> Response:
 @router.get(f"{API}/scripts")
 async def scripts(request: Request) -> Response:
     """ControlNet where the default model has a net or an IP-Adapter: clients look for it here."""
-    pipe = get_context(request).models.get(None).pipe
-    names = [SCRIPT] if pipe.control_nets or pipe.ip_adapter else []
-    return json_response({"txt2img": names, "img2img": names})
+    async with get_context(request).models.use(None) as model:
+        names = [SCRIPT] if model.pipe.control_nets or model.pipe.ip_adapter else []
+        return json_response({"txt2img": names, "img2img": names})
 
 
 @router.get(f"{API}/embeddings")
 async def embeddings(request: Request) -> Response:
     """The default model's words, and the files of `$SDRT_HOME/embeddings` that it cannot use."""
-    store = get_context(request).models.get(None).engine.pipe.embeddings
-    return json_response(
-        {
-            "loaded": {e.word: _describe_embedding(e) for e in store.current.embeddings},
-            "skipped": {file.name: {"reason": file.reason} for file in store.skipped},
-        }
-    )
+    async with get_context(request).models.use(None) as model:
+        store = model.engine.pipe.embeddings
+        return json_response(
+            {
+                "loaded": {e.word: _describe_embedding(e) for e in store.current.embeddings},
+                "skipped": {file.name: {"reason": file.reason} for file in store.skipped},
+            }
+        )
 
 
 @router.post(f"{API}/refresh-embeddings")
@@ -147,9 +149,23 @@ async def memory() -> Response:
 
 
 @router.post(f"{API}/unload-checkpoint")
-async def unload_checkpoint() -> Response:
-    """Rejected: other clients use the model too."""
-    raise ApiError(400, "models stay loaded while the server runs; stop it to free their memory")
+async def unload_checkpoint(request: Request) -> Response:
+    """Free the memory of the model in the options until it is used again; rejected without a memory
+    budget, for pinned models, and while it is in use.
+    """
+    name = request_options(request, None)["sd_model_checkpoint"]
+    await run_in_threadpool(get_context(request).models.unload_idle, name)
+    return json_response(None)
+
+
+@router.post(f"{API}/reload-checkpoint")
+async def reload_checkpoint(request: Request) -> Response:
+    """Load the model in the options if it is not loaded; without a memory budget it is."""
+    models = get_context(request).models
+    if models.cache:
+        async with models.use(request_options(request, None)["sd_model_checkpoint"]):
+            pass
+    return json_response(None)
 
 
 @router.post(f"{API}/interrogate")

@@ -48,12 +48,13 @@ async def txt2img(request: Request, body: HiresRequest) -> Response:
     extra, units = take_units(body.model_extra or {})
     check_fields(extra, IGNORED | IMG2IMG_ONLY)
     context, options = get_context(request), request_options(request, body.override_settings)
-    model = context.models.get(options["sd_model_checkpoint"])
-    size = _requested_size(model, body)
-    control = await context.run_in_thread(build_control_options, model, units, size, None)
-    inputs = {**build_hires_options(model, body), **build_refiner_options(model, body), **control}
-    engine_request = build_sdapi_request(model, body, options, inputs)
-    return await _run_job(request, body, engine_request, options, None)
+    async with context.models.use(options["sd_model_checkpoint"]) as model:
+        size = _requested_size(model, body)
+        control = await context.run_in_thread(build_control_options, model, units, size, None)
+        refiner = build_refiner_options(model, body)
+        inputs = {**build_hires_options(model, body), **refiner, **control}
+        engine_request = build_sdapi_request(model, body, options, inputs)
+        return await _run_job(request, body, engine_request, options, None)
 
 
 @router.post("/img2img")
@@ -62,16 +63,17 @@ async def img2img(request: Request, body: ImageToImageRequest) -> Response:
     extra, units = take_units(body.model_extra or {})
     check_fields(extra, IGNORED | TXT2IMG_ONLY)
     context, options = get_context(request), request_options(request, body.override_settings)
-    model = context.models.get(options["sd_model_checkpoint"])
-    size = _requested_size(model, body)
-    prepared = await context.run_in_thread(_prepare, body, size)
-    start = InputImage(prepared.image, bool(body.mask) and _inpainting_settings(body).only_masked)
-    control = await context.run_in_thread(build_control_options, model, units, size, start)
-    strength = value_or(body.denoising_strength, 0.75)
-    refiner = build_refiner_options(model, body)
-    inputs = {**prepared.options, "strength": strength, **refiner, **control}
-    engine_request = build_sdapi_request(model, body, options, inputs)
-    return await _run_job(request, body, engine_request, options, prepared)
+    async with context.models.use(options["sd_model_checkpoint"]) as model:
+        size = _requested_size(model, body)
+        prepared = await context.run_in_thread(_prepare, body, size)
+        only_masked = bool(body.mask) and _inpainting_settings(body).only_masked
+        start = InputImage(prepared.image, only_masked)
+        control = await context.run_in_thread(build_control_options, model, units, size, start)
+        strength = value_or(body.denoising_strength, 0.75)
+        refiner = build_refiner_options(model, body)
+        inputs = {**prepared.options, "strength": strength, **refiner, **control}
+        engine_request = build_sdapi_request(model, body, options, inputs)
+        return await _run_job(request, body, engine_request, options, prepared)
 
 
 def _prepare(body: ImageToImageRequest, size: tuple[int, int]) -> PreparedInput:

@@ -1,5 +1,6 @@
 """`sdrt serve` as a process: how it starts, who may call it, how it ends."""
 
+import argparse
 import json
 import os
 import signal
@@ -12,6 +13,10 @@ from contextlib import contextmanager
 import httpx
 import pytest
 from serving import PROMPT, wait_for
+
+from sdrt.cli.arguments import add_serve, settings_from_arguments, sources_from_arguments
+from sdrt.cli.arguments.common import memory_size
+from sdrt.errors import UsageError
 
 pytestmark = pytest.mark.integration
 
@@ -118,6 +123,10 @@ def test_key_file(shapes, tmp_path):
         (["--drain", "-1"], 2, "--drain"),
         (["--drain", "nan"], 2, "--drain"),
         (["--slots", "0"], 2, "--slots 0"),
+        (["--memory-budget", "8"], 2, "'8' is not a size such as 8GB"),
+        (["--memory-budget", "1MB"], 2, "the memory budget is 1 MB"),
+        (["--memory-budget", "8GB", "--pin", "x"], 2, "expected one of shapes"),
+        (["--pin", "shapes"], 2, "--pin requires --memory-budget"),
         (["--bundle", "none-such"], 3, "none-such"),
         (["--host", "203.0.113.1", "--no-keys"], 2, "cannot listen"),
     ],
@@ -131,10 +140,40 @@ def test_invalid_arguments_exit_with_a_message(shapes, arguments, code, words):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), ("2 TiB", 2**41)],
+)
+def test_sizes_of_memory(text, size):
+    assert memory_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["8", "GB", "-1GB", "0GB", "8 bytes", "1e3MB", "nanGB"])
+def test_other_texts_are_no_sizes(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 8GB"):
+        memory_size(text)
+
+
+def test_models_of_the_command_line_are_described_before_they_are_loaded(shapes):
+    arguments = ["--bundle", str(shapes), "--controlnet", "outline", "--memory-budget", "1GB"]
+    parser = argparse.ArgumentParser()
+    add_serve(parser)
+    args = parser.parse_args([*arguments, "--pin", "shapes", "--load-timeout", "5"])
+    (source,) = sources_from_arguments(args).values()
+    assert source.manifest.sizes and source.controlnets == ("outline",)
+    weights = sum((shapes / name).stat().st_size for name in ("unet/model.safetensors",))
+    assert weights < source.estimated_bytes < 10**9
+    settings = settings_from_arguments(args)
+    assert settings.memory_budget == 10**9 and settings.pinned_models == ("shapes",)
+    assert settings.load_timeout_seconds == 5.0
+    args.ray = True
+    with pytest.raises(UsageError, match="with --ray is unsupported"):
+        settings_from_arguments(args)
+
+
 def test_hashed_keys_are_read(tmp_path):
     import hashlib
 
-    from sdrt.errors import UsageError
     from sdrt.serve.settings import hash_key, read_key_digests
 
     keys = tmp_path / "keys"
