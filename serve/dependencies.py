@@ -78,6 +78,11 @@ class ServerContext:
     async def run_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
+    async def encode_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """As `run_in_thread`, for what writes image files."""
+        with self.settings.tracing.start_encode():
+            return await self.run_in_thread(function, *arguments)
+
     async def submit(
         self, request: EngineRequest, *, owner: str = "", steps: bool = False
     ) -> ImageJob:
@@ -96,7 +101,9 @@ class ServerContext:
             log.info("prompt: %r", request.prompt)
         job = ImageJob()
         submitted = self.run_in_thread(self._submit_blocking, request, job if steps else None)
-        job.attach(handles := await submitted)
+        handles = await submitted
+        self.settings.tracing.follow_images(request, handles)  # first: before the response ends
+        job.attach(handles)
         self.models.hold(request.model, handles)
         if self.gallery is not None:
             for handle in job.handles:

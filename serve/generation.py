@@ -87,7 +87,7 @@ async def respond(
             _ImageEvents(context, job, body, engine_request, event_prefix).events(request)
         )
     images = await job.wait_for_images(request.receive)
-    return await context.run_in_thread(_images_response, images, body, engine_request)
+    return await context.encode_in_thread(_images_response, images, body, engine_request)
 
 
 def _images_response(
@@ -160,7 +160,7 @@ class _ImageEvents:
                 if handle is None:
                     events = list(self._queued_events()) or [KEEPALIVE_COMMENT]
                 elif step is None:
-                    events = [await self.context.run_in_thread(self._completed_event, handle)]
+                    events = [await self.context.encode_in_thread(self._completed_event, handle)]
                 else:
                     events = await self.context.run_in_thread(self._step_events, handle, step)
                 for event in events:

@@ -44,12 +44,16 @@ class SecurityMiddleware:
         scope = {**scope, "method": "GET" if method == "HEAD" else method}  # no body is sent
         scope["headers"] = _with_header(scope["headers"], b"x-request-id", identifier.encode())
         started, response = time.monotonic(), _ResponseRecorder(send, identifier)
-        try:
-            await self._check_and_forward(scope, headers, receive, response)
-        except Exception as error:
-            if not response.status:  # else the response has begun
-                error_response = api_error_from_exception(error).response(scope["path"])
-                await error_response(scope, receive, response)
+        client = scope["client"][0] if scope.get("client") else None
+        tracing = self.settings.tracing
+        with tracing.start_request(method, scope["path"], client, headers) as span:
+            try:
+                await self._check_and_forward(scope, headers, receive, response)
+            except Exception as error:
+                if not response.status:  # else the response has begun
+                    error_response = api_error_from_exception(error).response(scope["path"])
+                    await error_response(scope, receive, response)
+            span.set_response(_route_template(scope), response.status)
         self.metrics.record_response(_route_template(scope), response.status)
         _log_access(scope, method, response.status, time.monotonic() - started)
 

@@ -49,6 +49,7 @@ def serve(sources: Mapping[str, ModelSource], settings: Settings) -> None:
         server.run()
     finally:
         server.close()
+        settings.tracing.close()
     if error := server.models.load_error or server.device_error:
         raise error
 

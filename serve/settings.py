@@ -3,11 +3,12 @@
 import hashlib
 import ipaddress
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdrt.errors import UsageError
 
+from .tracing import Tracing
 from .webhook import WebhookSettings
 
 DIGEST_PREFIX = "sha256:"
@@ -36,6 +37,7 @@ class Settings:
         webhooks: Where jobs may be announced; None: nowhere.
         gallery_folder: Where all generated images are stored; None: nowhere.
         gallery_bytes: How much they may take; the oldest are removed.
+        tracing: What records traces.
         max_size: (width, height) of the largest images; None is twice the sides of a bundle's
             largest size. A larger image would hold up all others of its engine.
         max_work: Images × pixels × steps of one request.
@@ -63,6 +65,7 @@ class Settings:
     webhooks: WebhookSettings | None = None
     gallery_folder: Path | None = None
     gallery_bytes: int = 10 * 2**30
+    tracing: Tracing = field(default_factory=Tracing)
     log_prompts: bool = False
     max_size: tuple[int, int] | None = None
     max_work: int = 2**30

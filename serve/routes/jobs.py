@@ -189,16 +189,16 @@ async def _follow(
     request: Request, jobs: RunningJobs, store: JobStore, job: StoredJob, body: JobRequest
 ) -> None:
     """Store a job's images when they are finished, or why there are none."""
-    run_in_thread = get_context(request).run_in_thread
+    context = get_context(request)
     try:
         futures = [asyncio.wrap_future(handle.future) for handle in jobs.handles[job.id]]
         images = await asyncio.gather(*futures)
         files = [
-            await run_in_thread(encode_image_file, item.image, body, item.parameters)
+            await context.encode_in_thread(encode_image_file, item.image, body, item.parameters)
             for item in images
         ]
         seeds = [image.seed for image in images]
-        await run_in_thread(store.complete, job, files, seeds)
+        await context.run_in_thread(store.complete, job, files, seeds)
     except (RequestCancelled, asyncio.CancelledError):
         _cancel(jobs.handles[job.id])
         if job.id in jobs.cancelled:

@@ -121,6 +121,11 @@ def add_serve(to: argparse.ArgumentParser) -> None:
         help="remove the gallery's oldest images beyond this size (default: 10)",
     )
     _add_webhooks(to)
+    to.add_argument(
+        "--otel",
+        action="store_true",
+        help="send traces to an OpenTelemetry collector, by the OTEL_… variables",
+    )
     _add_model_memory(to)
     to.add_argument("--log-prompts", action="store_true", help="log prompts")
     to.add_argument(
@@ -260,6 +265,7 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
     """The server's settings; raises UsageError for invalid ones, and for open access by default."""
     from sdrt.bundle import parse_size
     from sdrt.serve.settings import LOCAL_HOSTS, Settings, is_loopback, read_key_digests
+    from sdrt.serve.tracing import Tracing, open_tracing
 
     local = is_loopback(args.host)
     if not 0 <= args.port <= 65535:
@@ -287,7 +293,7 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
             raise UsageError(f"--{option} requires --jobs", hint="pass a folder with --jobs FOLDER")
     if not 0.0 < args.gallery_size <= 1_048_576.0:
         raise UsageError(f"--gallery-size {args.gallery_size:g}; expected up to 1048576 GiB")
-    for name in ("jobs", "gallery"):
+    for name in ("jobs", "gallery", "otel"):
         if args.ray and getattr(args, name):
             raise UsageError(f"--{name} with --ray is unsupported", hint="leave one of them out")
     if not (local or args.keys or args.no_keys):
@@ -316,6 +322,7 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
         webhooks=_webhook_settings(args),
         gallery_folder=args.gallery,
         gallery_bytes=round(args.gallery_size * 2**30),
+        tracing=open_tracing() if args.otel else Tracing(),
         log_prompts=args.log_prompts,
     )
 

@@ -207,7 +207,7 @@ async def _run_job(
         images = await context.run_in_thread(
             lambda: [_finish_image(image, prepared) for image in images]
         )
-    return await context.run_in_thread(_images_response, body, engine_request, options, images)
+    return await context.encode_in_thread(_images_response, body, engine_request, options, images)
 
 
 def _finish_image(generated: GeneratedImage, prepared: PreparedInput) -> GeneratedImage:
