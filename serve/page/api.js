@@ -50,6 +50,16 @@ export async function thumbnail(kind, name) {
   return (await request(`/v1/extra-networks/${kind}/${encodeURIComponent(name)}/thumbnail`)).blob();
 }
 
+/** The images that the server stores, newest first: {enabled, data, has_more}. */
+export async function listStored(query) {
+  return (await request(`/v1/gallery?${new URLSearchParams(query)}`)).json();
+}
+
+/** A file of the gallery, by the `url` or `thumbnail_url` of its entry. */
+export const storedFile = async (url) => (await request(url)).blob();
+
+export const deleteStored = (id) => request(`/v1/gallery/${id}`, { method: "DELETE" });
+
 /** {tokens, limit} of {prompt, model}. */
 export const countTokens = (body) => post("/v1/tokens", JSON.stringify(body));
 

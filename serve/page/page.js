@@ -3,10 +3,12 @@
 import { setKeyDialog, model, models, samplers } from "./api.js";
 import { offerControl, setImage } from "./control.js";
 import * as form from "./form.js";
+import { offerGallery, setUpGallery } from "./gallery.js";
 import { openHistory } from "./history.js";
 import { offerMore, setUpMore } from "./more.js";
 import { offerNetworks, setUpNetworks } from "./networks.js";
 import { parseSettings, readPngText } from "./parameters.js";
+import { setUpPlot, updatePlot } from "./plot.js";
 import { setUpPrompts } from "./prompt.js";
 import { createQueue, isActive, createItem } from "./queue.js";
 import { createSelection } from "./selection.js";
@@ -15,6 +17,7 @@ import { describeState, focusTile, showDetail, showExamples, showModelLine, show
 const $ = (id) => document.getElementById(id);
 const items = []; // newest first
 let shown = null;
+let offeredSamplers = [];
 let loadedModel = ""; // the one whose details are shown
 let pinned = false; // selected by the user: the page does not switch to the next image
 const queue = createQueue(onChange);
@@ -51,6 +54,7 @@ function generateAll(settings) {
   if (matchMedia("(max-width: 820px), (max-height: 480px)").matches) $("stage").scrollIntoView({ block: "start" });
   showAll();
   announce(created.length > 1 ? `${created.length} images requested` : "Image requested");
+  return created;
 }
 
 /** Handles every event of every image in the queue. */
@@ -63,6 +67,7 @@ function onChange(item, what) {
   if (item === shown) showDetail(item);
   if (moved) showAll();
   else showTile(item, item === shown);
+  updatePlot(item);
   if (item === shown) announceStep(item, what);
   if (what === "progress") showTitle();
   item.before = item.state;
@@ -153,6 +158,14 @@ async function receive(file) {
     return showMessage(`${file.name} has no settings; using it as the input image.`);
   }
   showError(`${file.name} has no settings.`);
+}
+
+/** Shows an image of the server's gallery next to those of this browser. */
+function openStored(image, parameters) {
+  const item = { ...createItem({ negative_prompt: "", ...parseSettings(parameters) }), state: "done", image };
+  items.unshift(item);
+  show(item, true);
+  showAll();
 }
 
 async function readSettings(text, name) {
@@ -292,8 +305,10 @@ async function load() {
   if (items.length && !shown) show(items[0]);
   try {
     form.offerModels(await models());
-    form.offerSamplers(await samplers());
+    offeredSamplers = await samplers();
+    form.offerSamplers(offeredSamplers);
     await showModel();
+    await offerGallery();
   } catch (error) {
     showError(error.message);
   }
@@ -304,6 +319,15 @@ const updateCounts = setUpPrompts(() => loadedModel);
 const updateCost = setUpMore(() => (loadedModel ? form.currentSettings() : null));
 form.setUpForm();
 setUpNetworks();
+setUpGallery(openStored);
+setUpPlot({
+  read: () => form.settingsFromForm(showError)?.[0],
+  samplers: () => offeredSamplers,
+  generate: generateAll,
+  show: (item) => show(item, true),
+  cancel: queue.cancel,
+  showError,
+});
 setUpActions();
 setUpKeys();
 setUpDrops();

@@ -171,7 +171,7 @@ def test_form_validation(page, field, value, message):
 TABS = [
     *("prompt", "negative_prompt", "scheduler", "size", "swap-size"),
     *("num_inference_steps", "Steps", "guidance_scale", "Guidance scale", "count", "Images"),
-    *("seed", "random-seed", "start-file", "more-summary", "settings-file"),
+    *("seed", "random-seed", "start-file", "more-summary", "plot-summary", "settings-file"),
 ]
 
 
