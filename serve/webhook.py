@@ -28,7 +28,7 @@ SECRET_VARIABLE = "SDRT_WEBHOOK_SECRET"
 SECRET_PREFIX = "whsec_"
 MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64  # of the specification
 MAX_SECRETS = 4
-TIMEOUT_SECONDS = 15.0
+TIMEOUT_SECONDS, CONNECT_SECONDS = 15.0, 5.0  # of an attempt, of one address in it
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -190,11 +190,9 @@ async def _post(
 ) -> int:
     """The status of the answer to one request; raises OSError, WebhookError, ProtocolError."""
     host, port = str(parts.hostname), _port(parts)
-    address = await _resolve(host, port, allow_private)
+    addresses = await _resolve(host, port, allow_private)
     context = ssl.create_default_context() if parts.scheme == "https" else None
-    reader, writer = await asyncio.open_connection(
-        address, port, ssl=context, server_hostname=host if context else None
-    )
+    reader, writer = await _connect(addresses, port, context, host)
     target = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
     sent = {"host": parts.netloc, "content-length": str(len(body)), "connection": "close"}
     connection = h11.Connection(h11.CLIENT)
@@ -217,8 +215,28 @@ async def _post(
             await writer.wait_closed()
 
 
-async def _resolve(host: str, port: int, allow_private: bool) -> str:
-    """The address to connect to; raises WebhookError for one of a private network, also where a
+async def _connect(
+    addresses: Sequence[str], port: int, context: ssl.SSLContext | None, host: str
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection to the first address that takes one; raises OSError. The names of the
+    certificate are compared with the host.
+    """
+    failure: OSError = ConnectionError("no address")
+    for address in addresses:
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                return await asyncio.open_connection(
+                    address, port, ssl=context, server_hostname=host if context else None
+                )
+        except ssl.SSLError:
+            raise
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+async def _resolve(host: str, port: int, allow_private: bool) -> list[str]:
+    """The addresses to connect to; raises WebhookError for one of a private network, also where a
     public name resolves to it.
     """
     loop = asyncio.get_running_loop()
@@ -226,7 +244,7 @@ async def _resolve(host: str, port: int, allow_private: bool) -> str:
     addresses = [str(entry[4][0]) for entry in entries]
     if not allow_private and not all(map(_is_public, addresses)):
         raise WebhookError("the receiver's address is not public (--webhook-private)")
-    return addresses[0]
+    return addresses
 
 
 def _is_public(address: str) -> bool:

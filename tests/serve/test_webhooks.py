@@ -8,11 +8,19 @@ import hmac
 import json
 import os
 import signal
+import socket
+import ssl
 import threading
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import standardwebhooks
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from serving import PROMPT, client, run_server, start_process, wait_for
 
 from sdrt.cli.arguments.serving import add_serve, settings_from_arguments
@@ -177,6 +185,21 @@ async def deliver(store, settings):
     return store.jobs["job_1"].delivery
 
 
+def test_a_host_is_reached_at_the_first_address_that_answers(tmp_path, receiver, monkeypatch):
+    """As where a name has an address of IPv6 that leads nowhere."""
+    lookup = socket.getaddrinfo
+
+    def resolve(host, port, *arguments, **options):
+        entries = lookup("127.0.0.1", port, *arguments, **options)
+        return [(*entry[:4], ("127.0.0.2", port)) for entry in entries] + entries
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    url = f"http://name.test:{receiver.server_port}/"
+    settings = WebhookSettings((parse_origin(url),), SECRETS, allow_private=True)
+    delivery = asyncio.run(deliver(open_store(tmp_path, url, 60.0), settings))
+    assert (delivery.status, delivery.attempts, len(receiver.messages)) == ("delivered", 1, 1)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]"])
 def test_private_addresses_are_not_connected_to(tmp_path, receiver, host):
     """Also where the operator allows a name that resolves to one."""
@@ -208,6 +231,43 @@ def test_an_answer_that_is_not_http_is_a_failure(tmp_path):
             return await deliver(open_store(tmp_path, url, 0.0), settings)
 
     assert asyncio.run(run()).error == "the connection failed"
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A file with a key and a certificate of localhost that nobody has signed."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(1)).not_valid_after(now + timedelta(1))
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+    signed = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
+    private = key.private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, encryption_algorithm=NoEncryption()
+    )
+    path = tmp_path / "certificate.pem"
+    path.write_bytes(private + signed.public_bytes(Encoding.PEM))
+    return path
+
+
+@pytest.mark.parametrize("is_trusted", [True, False])
+def test_the_certificate_of_a_receiver_is_checked(
+    tmp_path, receiver, certificate, is_trusted, monkeypatch
+):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    receiver.socket = context.wrap_socket(receiver.socket, server_side=True)
+    if is_trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    url = f"https://localhost:{receiver.server_port}/hook"
+    settings = WebhookSettings((parse_origin(url[:-5]),), SECRETS, allow_private=True)
+    store = open_store(tmp_path / "jobs", url, 60.0 if is_trusted else 0.0)
+    delivery = asyncio.run(deliver(store, settings))
+    if is_trusted:
+        assert delivery.status == "delivered" and len(receiver.messages) == 1
+    else:
+        assert "certificate" in delivery.error and receiver.messages == []
 
 
 def test_a_killed_server_announces_what_was_finished(shapes, tmp_path, receiver):

@@ -436,7 +436,8 @@ def test_sizes_equal_those_of_the_command_line(http, server, pipe):
 
 
 def test_missing_content_type_is_explained(http):
-    for path in ("/sdapi/v1/txt2img", "/v1/images/generations", "/sdapi/v1/options"):
+    images = ("/sdapi/v1/txt2img", "/v1/images/generations", "/v1/jobs")
+    for path in (*images, "/sdapi/v1/options", "/controlnet/detect"):
         for headers in ({}, {"content-type": "text/plain"}):
             response = http.post(path, content='{"prompt": "x"}', headers=headers)
             assert response.status_code == 415
