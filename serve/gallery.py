@@ -118,6 +118,8 @@ class Gallery:
         try:
             content = image_to_bytes(image, parameters)
             stored.size_bytes = len(content)
+            if len(content) > self.max_bytes:
+                raise UsageError(f"its {len(content)} bytes exceed the gallery's {self.max_bytes}")
             self._make_room(len(content))
             path = self._path(owner, stored.id)
             path.parent.mkdir(parents=True, exist_ok=True)

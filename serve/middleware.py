@@ -23,7 +23,8 @@ log = logging.getLogger("sdrt.serve")
 
 PUBLIC_PATHS = ("/", "/docs", "/openapi.json")  # served without an API key
 PUBLIC_PREFIXES = ("/health/", "/page/")
-PROBE_PREFIXES = ("/health/", "/metrics")  # requested every few seconds
+# Requested every few seconds, by probes and while a prompt is typed on the page.
+PROBE_PREFIXES = ("/health/", "/metrics", "/v1/tokens", "/v1/images/estimates")
 LINGER_SECONDS = 5.0
 
 

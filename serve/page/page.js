@@ -77,6 +77,7 @@ async function onFinished({ id, settings, image, seconds }) {
   const old = await (await history).add({ id, settings, image, seconds }).catch(() => []);
   for (const item of items.filter(({ id }) => old?.includes(id))) removeItem(item);
   if (old?.length) showAll();
+  if (!loadedModel) await showModel();
 }
 
 /** Removes a cancelled image; its settings are still in the form. */
@@ -189,7 +190,7 @@ async function fill(settings, message) {
 async function showModel() {
   try {
     const details = await model(form.chosenModel(), showMessage);
-    loadedModel = details.id;
+    loadedModel = details.loaded === false ? "" : details.id; // under a memory budget: on first use
     form.offerSizes(details.sizes, details.size_multiple);
     offerControl(details);
     offerMore(details, form.savedValue("hires_upscaler"));

@@ -59,6 +59,7 @@ function start(page) {
 function showTable(page) {
   const { x, y, items } = plot;
   const label = ({ name }, value) => (name ? `${name}: ${value}` : "");
+  for (const image of $("plot-table").querySelectorAll("img")) URL.revokeObjectURL(image.src);
   const head = document.createElement("tr");
   head.append(document.createElement("td"), ...x.values.map((value) => heading(label(x, value), "col")));
   const rows = y.values.map((value, j) => {

@@ -20,7 +20,8 @@ router = APIRouter(prefix="/v1", route_class=StrictRoute)
 @router.post("/images/estimates")
 async def estimate(request: Request, body: EstimateRequest) -> Response:
     """The cost of one image: evaluations of the model, rows of its batch, and seconds by the
-    measured costs if nothing else runs. Nothing is generated.
+    measured costs if nothing else runs. Nothing is generated or loaded: 503 for a model that is
+    not loaded.
     """
     context = get_context(request)
     model = context.models.get(body.model)
@@ -51,7 +52,9 @@ def _estimate(request: EngineRequest, strength: float | None) -> RunEstimate:
 
 @router.post("/tokens")
 async def count_tokens(request: Request, body: TokenCountRequest) -> Response:
-    """How many tokens a prompt has, of the 75 that the model reads at a time."""
+    """How many tokens a prompt has, of the 75 that the model reads at a time. 503 for a model that
+    is not loaded.
+    """
     context = get_context(request)
     pipe = context.models.get(body.model).engine.pipe
     steps = body.num_inference_steps or 20

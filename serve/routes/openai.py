@@ -63,6 +63,7 @@ def _describe_model(context: ServerContext, name: str) -> dict[str, Any]:
         controlnets = tuple(pipe.control_nets)
         ip_adapter = pipe.ip_adapter.name if pipe.ip_adapter else None
         refiner = pipe.refiner.manifest.name if pipe.refiner else None
+    components = pipe.engines if pipe else manifest.components if manifest else {}
     card = get_card(manifest.source if manifest else "")
     return {
         "id": name,
@@ -80,7 +81,7 @@ def _describe_model(context: ServerContext, name: str) -> dict[str, Any]:
         "size_multiple": manifest.multiple if manifest else None,
         "backend": pipe.backend if pipe else None,
         "precision": pipe.compute_precision if pipe else None,
-        "feature_reuse": pipe is not None and SHALLOW in pipe.engines,
+        "feature_reuse": SHALLOW in components,
         "upscalers": list_upscalers(),
         "controlnets": controlnets,
         "ip_adapter": ip_adapter,

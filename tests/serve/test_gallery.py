@@ -149,6 +149,8 @@ def test_the_oldest_images_are_removed(tmp_path):
     gallery = opened(tmp_path, max_bytes=round(2.5 * size))
     for shade in (1, 2, 3, 4):
         add(gallery, shade, owner="" if shade % 2 else "ab" * 32)
+    large = Image.effect_noise((64, 64), 100).convert("RGB")
+    gallery.add_later("", large, "too large")
     gallery.close()
     texts = [i.parameters for owner in ("", "ab" * 32) for i in gallery.search(owner)]
     assert texts == ["shade 3\nSteps: 1", "shade 4\nSteps: 1"]

@@ -3,7 +3,7 @@
 import httpx
 import pytest
 from PIL import Image
-from serving import PROMPT, client
+from serving import PROMPT, client, run_server
 
 pytestmark = pytest.mark.integration
 
@@ -63,3 +63,13 @@ def test_tokens_are_those_of_the_pipeline(http, pipe, prompt):
 def test_prompts_of_any_length_are_not_counted(http):
     response = http.post("/v1/tokens", json={"prompt": "a" * 40_000})
     assert response.status_code == httpx.codes.BAD_REQUEST
+
+
+def test_no_model_is_loaded_for_an_estimate(shapes):
+    with run_server(shapes, memory_budget=2**40) as server, client(server) as http:
+        for path, body in (("/v1/images/estimates", BODY), ("/v1/tokens", {"prompt": PROMPT})):
+            response = http.post(path, json=body)
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "unloaded"
+        http.post("/v1/images/generations", json=BODY)
+        assert estimate(http)["evaluations"] > 0
