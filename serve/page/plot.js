@@ -18,6 +18,11 @@ export function setUpPlot(page) {
   for (const side of SIDES) {
     $(`plot-${side}`).replaceChildren(new Option("None", ""), ...Object.keys(AXES).map((name) => new Option(name)));
     $(`plot-${side}`).addEventListener("change", () => showHint(side, page.samplers()));
+    $(`plot-${side}-values`).addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.ctrlKey || event.metaKey) return;
+      event.preventDefault(); // else it would generate one image
+      start(page);
+    });
   }
   $("plot-generate").addEventListener("click", () => start(page));
   $("plot-open").addEventListener("click", () => $("plot-dialog").showModal());

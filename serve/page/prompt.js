@@ -68,7 +68,9 @@ export function changeWeight(text, start, end, step) {
   for (const tag of text.matchAll(LORA)) {
     const last = tag.index + tag[0].length;
     if (start < tag.index || end > last) continue;
-    const changed = loraTag(tag[1], round(Number(tag[2] || 1) + step / 2), tag[3]);
+    const weight = round(Number(tag[2] || 1) + step / 2);
+    if (Number.isNaN(weight)) return null;
+    const changed = loraTag(tag[1], weight, tag[3]);
     return { start: tag.index, end: last, text: changed, selection: [tag.index, tag.index + changed.length] };
   }
   if (start === end) [start, end] = groupAt(text, start) ?? wordAt(text, start);

@@ -45,7 +45,7 @@ def test_one_axis_replaces_words_of_the_prompt(page):
     page.fill("#num_inference_steps", "2")
     page.click("#plot-summary")
     choose(page, "x", "Prompt S/R", "red, blue")
-    page.click("#plot-generate")
+    page.locator("#plot-x-values").press("Enter")
     expect(page.locator("#plot-state")).to_have_text("2 of 2 images")
     page.locator("#plot-table button").nth(1).click()
     expect(page.locator("#caption-prompt")).to_have_text("a blue circle")
