@@ -21,9 +21,10 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SKIPPED := not gpu and not release and not rig and not slow
 FULL := (build or grid or rest or trt)
 
-# Before a commit: a sample of the grids, every kind of check.
+# Before a commit: a sample of the grids, every kind of check. COMPLETE=1 runs `make test-rest` with it,
+# in one run that collects once and waits for its last file once.
 test: $(READY)
-	$(PYTEST)
+	$(PYTEST) $(if $(COMPLETE),-m "$(SKIPPED)")
 
 # At every edit: no exports, no browser, nothing that takes seconds.
 test-fast: $(READY)
@@ -37,7 +38,8 @@ test-rest: $(READY)
 test-slow: $(READY)
 	$(PYTEST) -m "slow and not gpu and not release"
 
-test-full: test test-rest test-slow
+test-full: COMPLETE = 1
+test-full: test test-slow
 
 # Stand-ins of the CUDA driver and of TensorRT, which take the place of a GPU in their process.
 test-rig: $(READY) onnxruntime-gpu
@@ -103,11 +105,10 @@ bundle: $(READY)
 # The same commit gives the same bytes. A CycloneDX bill of materials is written next to the wheel.
 wheel: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
 wheel: $(READY)
-	$(BIN)/pytest -m release tests/test_embedded_bundle.py
 	rm -rf dist build/lib build/bdist*
 	$(BIN)/python -m build --wheel --no-isolation
 	$(BIN)/python tools/third_party.py --wheel dist/*.whl
-	$(BIN)/pytest -m release tests/test_supply.py
+	$(BIN)/pytest -n $(WORKERS) -m release tests/test_embedded_bundle.py tests/test_supply.py
 
 # Ten million executions of the parsers of untrusted input; failures are stored in tests/corpus.
 fuzz: $(READY)

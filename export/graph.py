@@ -32,6 +32,8 @@ from .safetensors_writer import Entry, write_safetensors
 
 OPSET = 23
 SMALLEST_EXTERNAL = 1024  # bytes; shapes and scalars stay inside the graph, weights never do
+# Pixels. Left to itself the exporter traces a VAE's encoder, fails, and traces it again with these.
+SMALLEST_SIDES = {"height": 8, "width": 8}
 SAFETENSORS_DTYPES = {
     ir.DataType.FLOAT: "F32",
     ir.DataType.FLOAT16: "F16",
@@ -131,7 +133,8 @@ def _exported(
     axes: Mapping[str, Mapping[int, str]],
 ) -> ir.Model:
     names = {name for of in axes.values() for name in of.values()}
-    dims = {name: torch.export.Dim(name.rpartition("*")[2]) for name in names}
+    plain = {name.rpartition("*")[2] for name in names}
+    dims: dict[str, Any] = {n: torch.export.Dim(n, min=SMALLEST_SIDES.get(n)) for n in plain}
     dims |= {n: int(n.split("*")[0]) * torch.export.Dim(n.split("*")[1]) for n in names if "*" in n}
     dynamic = {name: {i: dims[axes[name][i]] for i in axes.get(name, {})} for name in inputs}
     with _quiet(), torch.no_grad():

@@ -10,8 +10,10 @@ import time
 import pytest
 import torch
 from disk_cache import REPOSITORY, cached, hash_files, locked, prune
-from exports import exporter_hash, key_of
+from exports import exported_once, exporter_hash, key_of
 from torch import nn
+
+from sdrt.export.graph import export_graph
 
 KEY = "00ff"
 WRITER = """
@@ -150,23 +152,53 @@ class Scale(nn.Module):
         return x * self.weight * self.factor
 
 
-def test_another_config_weight_or_shape_is_exported_again(monkeypatch):
-    x = torch.zeros(2, 3)
-    changed = Scale()
-    changed.weight.data[0] = 5.0
+def test_another_config_or_shape_is_exported_again(monkeypatch):
+    x, rows = torch.zeros(2, 3), {"x": {0: "rows"}}
     cases = {
         "the same": (Scale(), {"x": x}, ["y"], {}),
         "a setting": (Scale(factor=3.0), {"x": x}, ["y"], {}),
         "a shape of weights": (Scale(width=1), {"x": x}, ["y"], {}),
-        "a weight": (changed, {"x": x}, ["y"], {}),
         "a type": (Scale().half(), {"x": x}, ["y"], {}),
         "an input's name": (Scale(), {"z": x}, ["y"], {}),
         "an input's shape": (Scale(), {"x": x[:1]}, ["y"], {}),
         "an output's name": (Scale(), {"x": x}, ["z"], {}),
-        "dynamic axes": (Scale(), {"x": x}, ["y"], {"x": {0: "rows"}}),
+        "dynamic axes": (Scale(), {"x": x}, ["y"], rows),
+        "another size": (Scale(), {"x": x[:, :1]}, ["y"], rows),
     }
     keys = [key_of(*case) for case in cases.values()]
     assert key_of(Scale(), {"x": x}, ["y"], {}) == keys[0]
+    assert key_of(Scale(), {"x": x[:1]}, ["y"], rows) == keys[-2]
     assert len(set(keys)) == len(keys)
     monkeypatch.setattr("exports.exporter_hash", lambda root: "another exporter")
     assert key_of(Scale(), {"x": x}, ["y"], {}) not in keys
+
+
+class Project(nn.Module):
+    """A weight that is stored transposed, and with a table a constant that is folded from one."""
+
+    def __init__(self, seed, rows):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.Linear(3, 5)
+        self.table = nn.Parameter(torch.randn(rows, 5)) if rows else None
+
+    def forward(self, x):
+        x = self.layer(x)
+        return x if self.table is None else x + self.table[torch.arange(len(self.table))]
+
+
+@pytest.mark.exports
+@pytest.mark.parametrize("rows", [0, 8, 80], ids=["none", "in the graph", "in the file"])
+def test_modules_of_other_weights_share_a_graph_without_folded_ones(tmp_path, monkeypatch, rows):
+    monkeypatch.setenv("SDRT_TEST_CACHE", str(tmp_path / "cache"))
+    signature = ("y",), {"x": {0: "rows"}}
+    exported_once(Project(0, rows), {"x": torch.zeros(2, rows or 8, 3)}, *signature, tmp_path / "0")
+    module, inputs = Project(1, rows), {"x": torch.zeros(4, rows or 8, 3)}
+    specs = exported_once(module, inputs, *signature, tmp_path / "1")
+    entries = list((tmp_path / "cache" / "exports").glob("[!.]*"))
+    assert len(entries) == (2 if rows else 1)
+    assert specs == export_graph(module, inputs, *signature, tmp_path / "expected")
+    for name in ("model.onnx", "model.safetensors"):
+        stored = (tmp_path / "1" / name).read_bytes()
+        assert stored == (tmp_path / "expected" / name).read_bytes()
+    assert stored != (tmp_path / "0" / name).read_bytes()

@@ -8,7 +8,6 @@ import shutil
 import diffusers
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 
 from sdrt.errors import CheckpointError
 from sdrt.export.checkpoint import find_checkpoint
@@ -72,6 +71,8 @@ def test_what_is_off_may_be_false_or_null_and_dropout_is_for_training():
 @pytest.mark.reference
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_training_leaves_is_ignored_and_said(name, caplog):
+    from diffusers.training_utils import EMAModel  # seconds, which the other workers do not need
+
     caplog.set_level(logging.DEBUG, "sdrt.build")
     left = EMAModel([torch.nn.Parameter(torch.zeros(1))], use_ema_warmup=True).state_dict()
     del left["shadow_params"]

@@ -1,7 +1,8 @@
 """Bundles for tests. Torch's exporter takes most of a build's twenty seconds, and the tests' models
 share components: each is exported once, by whichever worker comes first, and copied from
-`disk_cache` for the same module, weights, shapes, sources and packages, also in later runs. All
-else of a build is done again, its validation too.
+`disk_cache` for the same module, shapes, sources and packages, also in later runs, with the weights
+of the model at hand. All else of a build is done again: its validation compares what was copied
+with torch.
 
 Tests of the export itself call `sdrt.export.build.build_bundle`.
 """
@@ -15,9 +16,10 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 from disk_cache import REPOSITORY, cache_folder, cached, hash_files
 
-GRAPH, SPECS = "graph", "specs.json"
+GRAPH, WEIGHTS, SPECS = "graph", "model.safetensors", "specs.json"
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "numpy")
 
 
@@ -57,39 +59,95 @@ def load_component(name: str, checkpoint):
 
 
 def exported_once(module, inputs, outputs, axes, folder):
-    """What `export_graph` does, once for everything that its result depends on."""
-    from sdrt.bundle.manifest import TensorSpec
-    from sdrt.export.graph import export_graph
+    """What `export_graph` does, once for everything that its result depends on. Modules that differ
+    in their weights alone share a graph, unless it holds constants that were computed from them.
+    """
 
     def write(entry):
         specs = export_graph(module, inputs, outputs, axes, entry / GRAPH)
         listed = [[(s.name, s.dtype, s.shape) for s in side] for side in specs]
-        (entry / SPECS).write_text(json.dumps(listed))
+        (entry / SPECS).write_text(json.dumps({"specs": listed, "weights": weights}))
 
-    key = key_of(module, inputs, outputs, axes)
-    with cached(cache_folder() / "exports", key, write) as entry:
-        shutil.copytree(entry / GRAPH, folder, dirs_exist_ok=True)
-        listed = json.loads((entry / SPECS).read_text())
+    from sdrt.export.graph import export_graph
+
+    store, key = cache_folder() / "exports", key_of(module, inputs, outputs, axes)
+    weights, state = hash_weights(module), module.state_dict()
+    with cached(store, key, write) as entry:
+        stored = json.loads((entry / SPECS).read_text())
+        if stored["weights"] == weights or holds_only(entry / GRAPH, state):
+            return copy_graph(entry, folder, state)
+    with cached(store, hash_texts(key, weights), write) as entry:
+        return copy_graph(entry, folder, state)
+
+
+def copy_graph(entry, folder, state):
+    """The entry's graph with these weights; returns its specs."""
+    from sdrt.bundle.manifest import TensorSpec
+
+    shutil.copytree(entry / GRAPH, folder, dirs_exist_ok=True)
+    with (folder / WEIGHTS).open("r+b") as file:
+        for name, start in weight_offsets(folder).items():
+            if (value := find_weight(name, state)) is not None:
+                file.seek(start)
+                file.write(np.ascontiguousarray(value.detach().numpy()).tobytes())
+    listed = json.loads((entry / SPECS).read_text())["specs"]
     return tuple(tuple(TensorSpec(n, d, tuple(shape)) for n, d, shape in side) for side in listed)
 
 
+def weight_offsets(folder) -> dict[str, int]:
+    """Where each tensor next to a graph begins in its file."""
+    with (folder / WEIGHTS).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    names = [name for name in header if not name.startswith("__")]
+    return {name: 8 + length + header[name]["data_offsets"][0] for name in names}
+
+
+def find_weight(name, state):
+    """The module's weight that is stored under a name, or none."""
+    from sdrt.bundle.manifest import TRANSPOSED
+
+    plain = name.removesuffix(TRANSPOSED)
+    return state.get(name, state[plain].T if plain != name and plain in state else None)
+
+
+def holds_only(folder, state) -> bool:
+    """Whether all of a graph's constants are weights by name, but for scalars and vectors."""
+    import onnx
+
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    large = [t for t in graph.initializer if t.external_data or sum(n > 1 for n in t.dims) > 1]
+    return all(find_weight(tensor.name, state) is not None for tensor in large)
+
+
 def key_of(module, inputs, outputs, axes) -> str:
-    """Of the exporter, the module, its parts' settings, its weights, and the inputs' names and
-    shapes.
+    """Of the exporter, the module, its parts' settings, the names, dtypes and shapes of its weights
+    and inputs, where an input's size is not dynamic.
 
     A setting that prints as an address is found by nobody, never by the wrong one.
     """
-    parts = [exporter_hash(REPOSITORY), repr(module), repr(outputs), repr(axes)]
+    parts = [exporter_hash(REPOSITORY), repr(module), *outputs]
     for name, part in module.named_modules():
         settings = {key: value for key, value in vars(part).items() if not key.startswith("_")}
         parts.append(f"{name} {type(part)} {settings}")
-    hashed = hashlib.sha256("\n".join(parts).encode())
-    weights = {**module.state_dict(), **dict(module.named_buffers())}
-    for name, tensor in (*inputs.items(), *weights.items()):
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if name in weights:
-            hashed.update(tensor.detach().contiguous().numpy().tobytes())
+    tensors = {**module.state_dict(), **dict(module.named_buffers())}
+    parts += [f"{name} {t.dtype} {tuple(t.shape)}" for name, t in tensors.items()]
+    for name, t in inputs.items():
+        dynamic = axes.get(name, {})
+        sizes = [dynamic.get(axis, size) for axis, size in enumerate(t.shape)]
+        parts.append(f"{name} {t.dtype} {sizes}")
+    return hash_texts(*parts)
+
+
+def hash_weights(module) -> str:
+    hashed = hashlib.sha256()
+    for tensor in {**module.state_dict(), **dict(module.named_buffers())}.values():
+        hashed.update(tensor.detach().contiguous().numpy().tobytes())
     return hashed.hexdigest()
+
+
+def hash_texts(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 @functools.cache
@@ -98,4 +156,4 @@ def exporter_hash(root: Path) -> str:
     sources = [*root.glob("export/**/*.py"), root / "sdrt" / "bundle" / "manifest.py"]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
     exporter = f"{sys.version}\n{versions}\n{hash_files(root, sources)}"
-    return hashlib.sha256(exporter.encode()).hexdigest()
+    return hash_texts(exporter)
