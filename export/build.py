@@ -14,7 +14,7 @@ from pathlib import Path
 from sdrt.atomic_files import publish_folder
 from sdrt.bundle import Bundle
 from sdrt.bundle.integrity import describe_files
-from sdrt.bundle.manifest import MANIFEST, Component, Manifest, json_from_manifest
+from sdrt.bundle.manifest import MANIFEST, Manifest, json_from_manifest
 from sdrt.bundle.store import bundles_folder
 from sdrt.engine import Candidate
 from sdrt.errors import SdrtError, UsageError
@@ -24,7 +24,9 @@ from .activation_memory import max_batch_images
 from .checkpoint import Checkpoint, find_checkpoint
 from .graph import OPSET
 from .model_spec import ModelSpec, check_feature_reuse, read_model_spec
+from .progress import BuildProgress, compute_key
 from .recipes import RECIPES
+from .requirements import check_requirements
 from .single_file.parts import OPTIONS
 from .validation import Validator, select_validation_backend
 from .weights import TOKENIZERS
@@ -76,8 +78,9 @@ def build_bundle(plan: BuildPlan) -> Path:
     checkpoint = _find_checkpoint(plan)
     spec = read_model_spec(checkpoint)
     check_feature_reuse(spec, plan.feature_reuse)
+    check_requirements(checkpoint, plan.sizes or (spec.native_size,), plan.dtype)
     target = (plan.output or bundles_folder() / _bundle_name(checkpoint, spec, plan)).expanduser()
-    with publish_folder(target, MANIFEST, plan.force) as folder:
+    with publish_folder(target, MANIFEST, plan.force, resume=True) as folder:
         began = time.monotonic()
         _announce(checkpoint, spec, plan, target)
         log.info("validating on %s", candidate.label)
@@ -143,15 +146,19 @@ def _build(
 ) -> Manifest:
     manifest = _initial_manifest(checkpoint, spec, plan)
     _check_sizes(manifest)
-    _write_settings(spec, folder)
     validator = Validator(manifest, folder, plan.dtype, candidate, plan.feature_reuse)
-    components: dict[str, Component] = {}
+    progress = BuildProgress(folder, _compute_key(checkpoint, plan, candidate, manifest))
+    progress.restore(validator.reference)
+    _write_settings(spec, folder)
     recipes = [recipe for recipe in RECIPES if recipe.part in checkpoint.parts]
     for number, recipe in enumerate(recipes, 1):
-        log.info("[%d/%d] %s: load, export, validate", number, len(recipes), recipe.name)
-        load = partial(recipe.load, checkpoint, spec)
-        components |= validator.build_component(load, recipe)
-    manifest = replace(manifest, components=components)
+        done = progress.has(recipe.name)
+        work = "reused" if done else "load, export, validate"
+        log.info("[%d/%d] %s: %s", number, len(recipes), recipe.name, work)
+        if not done:
+            components = validator.build_component(partial(recipe.load, checkpoint, spec), recipe)
+            progress.save(recipe.name, components, validator.reference)
+    manifest = replace(manifest, components=progress.components)
     parity = validator.validate_pipeline(manifest)
     (folder / REFERENCE_FILE).write_text(reference_outputs_to_json(validator.reference.outputs))
     manifest = replace(
@@ -165,7 +172,21 @@ def _build(
         max_images = max_batch_images(Bundle(folder, manifest), candidate)
         manifest = replace(manifest, batch=(1, 1, max_images))
     (folder / MANIFEST).write_text(json_from_manifest(manifest))
+    progress.clear()
     return manifest
+
+
+def _compute_key(
+    checkpoint: Checkpoint, plan: BuildPlan, candidate: Candidate, manifest: Manifest
+) -> str:
+    """Of what decides about the components."""
+    settings = {
+        "dtype": plan.dtype,
+        "sizes": manifest.sizes,
+        "feature_reuse": plan.feature_reuse,
+        "backend": candidate.title,
+    }
+    return compute_key(checkpoint, plan.loras, settings)
 
 
 def _initial_manifest(checkpoint: Checkpoint, spec: ModelSpec, plan: BuildPlan) -> Manifest:

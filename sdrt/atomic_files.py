@@ -176,10 +176,13 @@ def file_identity(stat: os.stat_result) -> str:
 
 
 @contextmanager
-def publish_folder(target: Path, marker: str, force: bool) -> Iterator[Path]:
+def publish_folder(
+    target: Path, marker: str, force: bool, *, resume: bool = False
+) -> Iterator[Path]:
     """A folder to fill, which becomes `target` if nothing is raised.
 
-    mark: the file by which such a folder is known; one without it is never replaced
+    marker: the file by which such a folder is known; one without it is never replaced
+    resume: whether the folder has what a killed process left in it
     Raises BundleError where the place is taken, SdrtError where it cannot be written.
     """
     with _translate_errors(target):
@@ -193,7 +196,7 @@ def publish_folder(target: Path, marker: str, force: bool) -> Iterator[Path]:
             raise BundleError(
                 f"{target} exists", hint="replace it with --force, or choose another --name"
             )
-        with _temporary_folder(target) as folder:
+        with _temporary_folder(target, resume) as folder:
             yield folder
             _publish(folder, target)
 
@@ -239,11 +242,14 @@ def _translate_errors(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _temporary_folder(target: Path) -> Iterator[Path]:
-    """A folder next to the target, deleted at the end; replaces that of a killed build."""
+def _temporary_folder(target: Path, resume: bool = False) -> Iterator[Path]:
+    """A folder next to the target, deleted at the end; replaces that of a killed build unless it
+    is resumed.
+    """
     folder = sibling(target, "partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=resume)
     _unfinished.add(folder)
     try:
         yield folder

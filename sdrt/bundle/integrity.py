@@ -17,6 +17,8 @@ from .manifest import MANIFEST, WEIGHTS, Component, FileRecord
 from .onnx_check import check_graph
 from .store import home
 
+PROGRESS = ".progress"  # of a build, in its unfinished folder
+
 
 def check_files(
     folder: Path,
@@ -132,10 +134,10 @@ def hash_file(path: Path) -> str:
 
 
 def list_files(folder: Path) -> Iterator[Path]:
-    """Every file of a folder except the manifest and the plans, sorted."""
+    """Every file of a folder except the manifest, the plans and a build's progress, sorted."""
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if path.is_file() and relative.parts[0] not in (MANIFEST, "plans"):
+        if path.is_file() and relative.parts[0] not in (MANIFEST, "plans", PROGRESS):
             yield path
 
 
