@@ -1,6 +1,7 @@
 """How long does a build of full-size Stable Diffusion 1.5 take, how much memory, by stage?
 
     python benchmarks/build.py [--fp32] [--size 512x512] [--divisor 1] [--work FOLDER] [--save]
+    python benchmarks/build.py --xl --size 1024x1024 --save             # SDXL
 
 Weights are random, made first (in FOLDER, where they and the bundle stay for other benchmarks);
 2 GB of disk in fp16, 5 GB with the checkpoint. Stages are recognized by the lines that a build
@@ -63,12 +64,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fp32", action="store_true")
     parser.add_argument("--size", default="512x512")
+    parser.add_argument("--xl", action="store_true", help="SDXL")
     parser.add_argument("--divisor", type=int, default=1, help="of the widths of UNet and VAE")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--save", action="store_true", help="keep the figures for the README")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        model = made_checkpoint(args.work or Path(temporary), args.divisor)
+        model = made_checkpoint(args.work or Path(temporary), args.divisor, args.xl)
         bundle = model.with_name("bundle")
         command = [sys.executable, "-m", "sdrt", "build", "--model", str(model), "--force"]
         command += ["--output", str(bundle), "--size", args.size]
@@ -84,9 +86,9 @@ def main() -> None:
         print(f"{stage.name:16} {stage.seconds:6.1f} s  peak {stage.peak / 1e9:.2f} GB")
     seconds, peak = sum(stage.seconds for stage in actual), max(stage.peak for stage in actual)
     dtype = "fp32" if args.fp32 else "fp16"
-    model_name = "full-size Stable Diffusion 1.5"
-    if args.divisor > 1:
-        model_name = f"Stable Diffusion 1.5 at 1/{args.divisor} of its width"
+    model_name = "SDXL" if args.xl else "Stable Diffusion 1.5"
+    wide = args.divisor == 1
+    model_name = f"full-size {model_name}" if wide else f"{model_name} at 1/{args.divisor} width"
     claims = {
         f"building {model_name} in {dtype}, all": f"peak {peak / 1e9:.1f} GB, {seconds:.0f} s, "
         f"bundle {size / 1e9:.2f} GB",
@@ -100,7 +102,8 @@ def main() -> None:
             "bundle_bytes": size,
             "stages": {s.name: {"seconds": s.seconds, "peak_bytes": s.peak} for s in actual},
         }
-        save(f"build_{dtype}" if args.divisor == 1 else "build_narrow", claims, figures)
+        model_key = "build_xl" if args.xl else "build"
+        save(f"{model_key}_{dtype}" if wide else f"{model_key}_narrow", claims, figures)
 
 
 if __name__ == "__main__":

@@ -68,11 +68,12 @@ PARTS = {
 }
 
 
-def write_checkpoint(folder: Path, divisor: int = 1) -> None:
+def write_checkpoint(folder: Path, divisor: int = 1, xl: bool = False) -> None:
     """Stable Diffusion 1.5 with random fp16 weights of a scale that keeps activations tame, as the
     reference library writes a folder. The words of its tokenizer are those of `shapes`.
 
     divisor: of all widths but the text encoder's, such as 4 for a model of a sixteenth of the work
+    xl: SDXL instead
     """
     import torch
     from safetensors.torch import save_file
@@ -100,13 +101,35 @@ def write_checkpoint(folder: Path, divisor: int = 1) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     CLIPTextModel(CLIPTextConfig(**TEXT)).half().save_pretrained(folder / "text_encoder")
     for part, config, kind, configured in (
-        ("unet", unet_config(divisor), Unet, UnetConfig),
+        ("unet", xl_unet_config(divisor) if xl else unet_config(divisor), Unet, UnetConfig),
         ("vae", vae_config(divisor), AutoencoderKL, VaeConfig),
     ):
         write_json(folder / part / "config.json", config)
-        weights = kind(configured.from_json(config)).state_dict()
-        half = {name: tensor.half() for name, tensor in weights.items()}
-        save_file(half, folder / part / "diffusion_pytorch_model.safetensors")
+        with torch.device("meta"):
+            module = kind(configured.from_json(config)).half()
+        weights = module.to_empty(device="cpu").state_dict()
+        for name, weight in weights.items():
+            if weight.ndim > 1:
+                weight.uniform_(-1.0, 1.0).mul_(weight[0].numel() ** -0.5)
+            else:
+                weight.fill_(float("norm" in name and name.endswith("weight")))
+        save_file(weights, folder / part / "diffusion_pytorch_model.safetensors")
+    if xl:
+        _add_second_text_encoder(folder)
+
+
+def _add_second_text_encoder(folder: Path) -> None:
+    """Make a folder that of SDXL, whose text encoders and tokenizers are two."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    second = CLIPTextModelWithProjection(CLIPTextConfig(**XL_TEXT_2)).half()
+    second.save_pretrained(folder / "text_encoder_2")
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text()) | {"_class_name": "StableDiffusionXLPipeline"}
+    index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+    index["tokenizer_2"] = index["tokenizer"]
+    write_json(path, {**index, "force_zeros_for_empty_prompt": True})
 
 
 def library_of(kind: str) -> str:
@@ -119,6 +142,15 @@ def unet_config(divisor: int = 1) -> dict[str, Any]:
         "cross_attention_dim": 768,
         "sample_size": 64,
         "block_out_channels": [width // divisor for width in (320, 640, 1280, 1280)],
+        "norm_num_groups": 32 // divisor,
+    }
+
+
+def xl_unet_config(divisor: int = 1) -> dict[str, Any]:
+    return {
+        **XL_UNET,
+        "_class_name": PARTS["unet"],
+        "block_out_channels": [width // divisor for width in (320, 640, 1280)],
         "norm_num_groups": 32 // divisor,
     }
 
@@ -140,13 +172,13 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def made_checkpoint(folder: Path, divisor: int = 1) -> Path:
+def made_checkpoint(folder: Path, divisor: int = 1, xl: bool = False) -> Path:
     """A checkpoint in `model`, made once for a folder, in a process of its own so that this one
     stays small.
     """
     model = folder / "model"
     if not (model / "vae" / "diffusion_pytorch_model.safetensors").exists():
-        write = [sys.executable, __file__, str(model), str(divisor)]
+        write = [sys.executable, __file__, str(model), str(divisor), *(["xl"] if xl else [])]
         subprocess.run(write, check=True)
     return model
 
@@ -179,4 +211,4 @@ def reference_pipeline(checkpoint: Path, dtype: str) -> Any:
 
 
 if __name__ == "__main__":
-    write_checkpoint(Path(sys.argv[1]), int(sys.argv[2]))
+    write_checkpoint(Path(sys.argv[1]), int(sys.argv[2]), "xl" in sys.argv[3:])

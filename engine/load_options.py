@@ -14,6 +14,8 @@ class LoadOptions:
             backend can stream them.
         torch_compile: The torch backend compiles with `torch.compile`.
         torch_cuda_graphs: The torch backend replays CUDA graphs.
+        map_weights: ONNX Runtime on the CPU reads weights from the mapped file whenever they are
+            used, which is slower; else it holds a packed copy of them in single precision.
     """
 
     device: int = 0
@@ -21,3 +23,4 @@ class LoadOptions:
     low_memory: bool = False
     torch_compile: bool = False
     torch_cuda_graphs: bool = False
+    map_weights: bool = False

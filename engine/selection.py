@@ -121,7 +121,7 @@ def _creators(
         ("torch", partial(_torch, "cuda", gpus, options)),
         ("torch", partial(_torch, "mps", gpus, options)),
         ("openvino", _openvino),
-        ("onnxruntime", _onnxruntime_cpu),
+        ("onnxruntime", partial(_onnxruntime_cpu, options)),
         ("torch", partial(_torch, "cpu", gpus, options)),
     ]
     if options.cuda_stream:
@@ -172,15 +172,18 @@ def _onnxruntime_cuda(gpus: GpuInventory, options: LoadOptions) -> Candidate:
     return Candidate("onnxruntime", _cuda(options), reason, load, gpu=_gpu(gpus, options))
 
 
-def _onnxruntime_cpu() -> Candidate:
+def _onnxruntime_cpu(options: LoadOptions) -> Candidate:
     def load(bundle: Bundle, name: str) -> Engine:
         from .onnxruntime.cache import load_optimised
         from .onnxruntime.cpu import OrtEngine, initialise
         from .onnxruntime.session import session_options
 
         initialise()
-        optimised = load_optimised(bundle, name, session_options())
-        return OrtEngine(name, bundle.graph(name), bundle.manifest.components[name], optimised)
+        mapped, optimised = options.map_weights, None
+        if not mapped:
+            optimised = load_optimised(bundle, name, session_options())
+        component = bundle.manifest.components[name]
+        return OrtEngine(name, bundle.graph(name), component, optimised, map_weights=mapped)
 
     missing = "onnxruntime is not installed; pip install 'sdrt[cpu]'"
     return Candidate("onnxruntime", "cpu", None if is_installed("onnxruntime") else missing, load)

@@ -16,6 +16,7 @@ from .pixel_unet import PixelUnet, PixelUnetConfig
 from .safety_checker import SafetyChecker, renamed
 from .single_file.original_layout import modern_name
 from .single_file.quantized import check_used
+from .stored_weights import convert_on_use, keep_stored
 from .text_encoder import load_text_model
 from .tiny_vae import AutoencoderTiny, TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from .unet import Unet
@@ -70,7 +71,7 @@ def load_text_encoder_2(checkpoint: Checkpoint, spec: ModelSpec) -> PairedTextEn
 def _load_clip(checkpoint: Checkpoint, spec: ModelSpec, part: str, class_name: str) -> Any:
     """One of transformers' text models with its weights."""
     model, weights = load_text_model(checkpoint, part, spec.text_encoders[part], class_name)
-    return load_weights(model, weights, part)
+    return load_weights(model, weights, part, stored=True)
 
 
 def load_safety_checker(checkpoint: Checkpoint, spec: ModelSpec) -> SafetyChecker:
@@ -94,7 +95,7 @@ def load_unet(checkpoint: Checkpoint, spec: ModelSpec) -> Unet | PixelUnet:
         return loaded
     with torch.device("meta"):
         module = Unet(spec.unet)
-    unet: Unet = load_weights(module, weights, "unet")
+    unet: Unet = load_weights(module, weights, "unet", stored=True)
     return unet
 
 
@@ -116,8 +117,14 @@ def load_vae(checkpoint: Checkpoint, spec: ModelSpec) -> AutoencoderKL | Autoenc
     return vae
 
 
-def load_weights(module: Any, weights: dict[str, Tensor], part: str) -> Any:
-    """The module with float32 weights; raises CheckpointError for unexpected names or shapes."""
+def load_weights(
+    module: Any, weights: dict[str, Tensor], part: str, *, stored: bool = False
+) -> Any:
+    """The module with its weights, which computes in float32.
+
+    stored: whether large weights stay as they are stored, see `stored_weights`
+    Raises CheckpointError for unexpected names or shapes.
+    """
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     for what, names in (
         ("lacks", set(expected) - set(weights)),
@@ -135,8 +142,13 @@ def load_weights(module: Any, weights: dict[str, Tensor], part: str) -> Any:
             )
     check_used(((name, weights[name]) for name in expected), part)
     # One by one, so that memory never holds both the stored and the converted weights in full.
-    state = {name: weights.pop(name).to(torch.float32) for name in expected}
+    state = {}
+    for name in expected:
+        weight = weights.pop(name)
+        stays = stored and keep_stored(name, weight, module)
+        state[name] = weight if stays else weight.to(torch.float32)
     module.load_state_dict(state, assign=True)
+    convert_on_use(module)
     return module.eval().requires_grad_(False)
 
 

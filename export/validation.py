@@ -32,7 +32,14 @@ from sdrt.bundle.manifest import (
     TensorSpec,
 )
 from sdrt.bundle.token_embeddings import read_table, write_embeddings_graph
-from sdrt.engine import Candidate, GpuInventory, list_backends, parity, select_backend
+from sdrt.engine import (
+    Candidate,
+    GpuInventory,
+    LoadOptions,
+    list_backends,
+    parity,
+    select_backend,
+)
 from sdrt.errors import ParityError
 from sdrt.runtime import load_pipeline
 from sdrt.runtime.reference_outputs import GUIDED_STEPS, generate_reference_image
@@ -42,6 +49,7 @@ from .control_graph import write_control_graph
 from .graph import export_graph, write_float32_graph, write_shallow_graph
 from .recipes import Recipe
 from .reference import Case, TorchReference
+from .stored_weights import convert
 from .unet import Unet
 from .unet_config import UnetConfig
 
@@ -59,7 +67,8 @@ def select_validation_backend(backend: str) -> Candidate:
         BackendError: It is not available.
     """
     no_gpus = GpuInventory(unavailable_reason="bundles are validated on the CPU")
-    return select_backend(backend, size=0, gpus=no_gpus if backend == "auto" else None)
+    options = LoadOptions(map_weights=True)
+    return select_backend(backend, 0, options, gpus=no_gpus if backend == "auto" else None)
 
 
 @contextlib.contextmanager
@@ -167,7 +176,11 @@ class Validator:
         folder = self.folder / recipe.name
         shutil.rmtree(folder, ignore_errors=True)
         return export_graph(
-            module.to(torch_dtype), _with_two_rows(example), recipe.outputs, recipe.axes, folder
+            convert(module, torch_dtype),
+            _with_two_rows(example),
+            recipe.outputs,
+            recipe.axes,
+            folder,
         )
 
     def _validate_all(
@@ -252,7 +265,8 @@ class Validator:
     def validate_pipeline(self, manifest: Manifest) -> dict[str, float]:
         """Compare images of the runtime's own sampling loop with torch's; raises ParityError."""
         measured = []
-        with load_pipeline(Bundle(self.folder, manifest), self.candidate) as pipe:
+        bundle = Bundle(self.folder, manifest)
+        with load_pipeline(bundle, self.candidate, sequential=True) as pipe:
             for size, image in self.reference.images.items():
                 measured.append(
                     parity.measure(generate_reference_image(pipe, size), image, is_image=True)
@@ -289,7 +303,7 @@ class Validator:
 
     def _guided_image(self, manifest: Manifest, candidate: Candidate) -> np.ndarray:
         """An image of the first size with guidance, which amplifies differences of precision."""
-        with load_pipeline(Bundle(self.folder, manifest), candidate) as pipe:
+        with load_pipeline(Bundle(self.folder, manifest), candidate, sequential=True) as pipe:
             return generate_reference_image(
                 pipe, manifest.sizes[0], GUIDED_STEPS, guidance_scale=7.5
             )

@@ -12,7 +12,7 @@ from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.errors import BackendError
 
 from .cache import FUSED
-from .session import create_session, options_with
+from .session import create_session, options_with, read_mapped_weights
 
 log = logging.getLogger(__name__)
 ARENA_SHRINKAGE = "memory.enable_memory_arena_shrinkage"
@@ -29,19 +29,28 @@ class OrtEngine:
     """One session on the CPU; inputs and outputs are bound, not copied.
 
     optimised: the graph as ONNX Runtime optimised it, if it is in the compile cache
+    map_weights: see `LoadOptions`
     """
 
     def __init__(
-        self, name: str, graph: Path, component: Component, optimised: Path | None = None
+        self,
+        name: str,
+        graph: Path,
+        component: Component,
+        optimised: Path | None = None,
+        *,
+        map_weights: bool = False,
     ) -> None:
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
-        self._graph, self._optimised = graph, optimised
+        self._graph, self._optimised, self._map_weights = graph, optimised, map_weights
         self._weights: Feeds = {}
         self._open()
 
     def _open(self) -> None:
         options, graph, fused = options_with(self._weights), self._graph, None
+        if self._map_weights:
+            read_mapped_weights(options)
         if self._optimised and not self._weights:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             graph = self._optimised
@@ -51,7 +60,7 @@ class OrtEngine:
             self.name, graph, options, "CPUExecutionProvider", {}, fused
         )
         self._run_options = ort.RunOptions()
-        if self.name.startswith("vae"):
+        if self.name.startswith("vae") and not self._map_weights:
             # Runs once an image; its activations dwarf all else and are quickly allocated again.
             self._run_options.add_run_config_entry(ARENA_SHRINKAGE, "cpu:0")
 

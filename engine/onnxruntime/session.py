@@ -34,6 +34,17 @@ def session_options() -> ort.SessionOptions:
     return options
 
 
+def read_mapped_weights(options: ort.SessionOptions) -> None:
+    """Set a session's options so that it holds no copy of the weights: they stay in the mapped
+    file, and are cast where they are used, in the order of the graph.
+    """
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    # Casts of weights depend on nothing: in the default order all of them run first.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = False
+
+
 def options_with(weights: Feeds) -> ort.SessionOptions:
     """Options for a session in which these weights replace those of the file, by name."""
     options = session_options()
