@@ -1,7 +1,8 @@
 """What a build needs, estimated before it begins from the sizes of the weights and of the images:
 the memory, and roughly the time.
 
-Knows headers of weight files and measured overheads; reads no weights.
+Knows headers of weight files and the arithmetic of published networks; reads no weights. The memory
+is a lower bound: what is alive at once, not what a library allocates besides.
 """
 
 import logging
@@ -21,13 +22,16 @@ from .checkpoint import Checkpoint
 log = logging.getLogger("sdrt.build")
 Size = tuple[int, int]  # width and height in pixels
 BASE_BYTES = 800_000_000  # of the process with torch and ONNX Runtime
-# Bytes of activations for each pixel of an image, at the published widths: the VAE's, and of one
-# row of the UNet, whose attention scores grow with the square of the pixels.
-VAE_PIXEL_BYTES, UNET_PIXEL_BYTES, UNET_SCORE_BYTES = 6_000, 1_000, 0.004
-# Arithmetic of one evaluation, in operations for each parameter and pixel (token in text encoders).
-OPERATIONS = {"unet": 0.004, "vae": 0.2}
-SECONDS_PER_PARAMETER = 6e-8  # of an export
-SECONDS_PER_EXPORT = 5.0
+# Bytes of activations for each pixel of an image: in the VAE six maps of 256 channels, in one row
+# of the UNet as many of its smaller ones.
+PIXEL_BYTES = {"vae": 6_000, "unet": 1_000}
+# Bytes of the UNet's largest attention scores, for the square of the pixels: 8 heads on tokens of
+# 8x8 pixels, and in models with two text encoders 10 heads on tokens of 16x16.
+SCORE_BYTES = {1: 0.0078, 2: 0.0006}
+# Arithmetic of one evaluation, in operations for each parameter and pixel.
+OPERATIONS = {"unet": 0.004, "vae": 0.09}
+# Of an export: see benchmarks/results/build_full_sdxl_fp16.json.
+SECONDS_PER_PARAMETER, SECONDS_PER_EXPORT = 6e-8, 5.0
 EVALUATIONS = {"unet": 11, "vae": 11}  # by torch and by the backend, together
 
 
@@ -37,6 +41,11 @@ class PartWeights:
 
     parameters: int
     stored_bytes: int
+
+    @property
+    def width(self) -> int:
+        """Bytes of most parameters."""
+        return round(self.stored_bytes / max(1, self.parameters))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +86,12 @@ def estimate_requirements(
     """
     pixels = max(width * height for width, height in sizes)
     width = 2 if dtype == "float16" else 4
-    activations = {
-        "unet": UNET_PIXEL_BYTES * pixels + UNET_SCORE_BYTES * pixels**2,
-        "vae": VAE_PIXEL_BYTES * pixels,
-    }
+    encoders = 2 if "text_encoder_2" in weights else 1
+    activations = {part: count * pixels for part, count in PIXEL_BYTES.items()}
+    activations["unet"] += int(SCORE_BYTES[encoders] * pixels**2)
     # Weights in the bundle's precision stay in the mapped file; others are converted.
     needs = [
-        activations.get(part, 0)
-        + (of.parameters * width if of.stored_bytes != of.parameters * width else 0)
+        activations.get(part, 0) + (0 if of.width == width else of.parameters * width)
         for part, of in weights.items()
     ]
     total_pixels = sum(width * height for width, height in sizes)

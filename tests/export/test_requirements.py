@@ -21,7 +21,8 @@ SD15 = {
     "unet": PartWeights(860_000_000, 1_720_000_000),
     "vae": PartWeights(84_000_000, 168_000_000),
 }
-XL = {**SD15, "unet": PartWeights(2_567_000_000, 5_135_000_000)}
+XL = {**SD15, "text_encoder_2": PartWeights(695_000_000, 1_390_000_000)}
+XL = {**XL, "unet": PartWeights(2_567_000_000, 5_135_000_000)}
 RATE = 1e11
 
 
