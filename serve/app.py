@@ -27,6 +27,7 @@ from .gallery import Gallery
 from .metrics import Metrics
 from .middleware import SecurityMiddleware
 from .model_manager import ModelManager, ModelSource
+from .rate_limits import RateLimiter
 from .routes import estimates, extra_networks, gallery, health, jobs, openai
 from .routes.sdapi import control as sdapi_control
 from .routes.sdapi import extras as sdapi_extras
@@ -55,10 +56,11 @@ def create_app(
         running_jobs: Those of a server that stores jobs.
         stored_images: The gallery of a server that stores images.
     """
-    metrics = Metrics()
+    metrics, limiter = Metrics(), RateLimiter(settings.keys)
+    metrics.track_keys(limiter.usages)
     models = ModelManager(sources, settings, metrics)
     app = FastAPI(title="sdrt", version=__version__, docs_url=None, redoc_url=None)
-    app.state.context = ServerContext(settings, models, metrics, stored_images)
+    app.state.context = ServerContext(settings, models, metrics, limiter, stored_images)
     app.state.running_jobs = running_jobs or jobs.RunningJobs()
     app.state.jobs = sdapi_routes.JobRegistry()
     app.state.sd_options = sdapi_options.ServerOptions()
@@ -70,7 +72,7 @@ def create_app(
     _extend_schema(app)
     if PAGE_FOLDER.is_dir():
         _mount_page(app)
-    return SecurityMiddleware(app, settings, metrics), models
+    return SecurityMiddleware(app, settings, metrics, limiter), models
 
 
 async def _handle_exception(request: Request, error: Exception) -> Response:

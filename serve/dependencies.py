@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +15,7 @@ from fastapi import Request
 from sdrt.bundle import parse_size
 from sdrt.errors import UsageError
 from sdrt.runtime import GenerationOptions
-from sdrt.runtime.batching.request import GeneratedImage
+from sdrt.runtime.batching.request import GeneratedImage, RequestHandle
 from sdrt.runtime.hires import parse_hires_sizes
 
 from .errors import ApiError
@@ -23,6 +23,7 @@ from .gallery import Gallery
 from .job import ImageJob
 from .metrics import Metrics
 from .model_manager import LoadedModel, ModelManager
+from .rate_limits import RateLimiter
 from .settings import Settings
 
 log = logging.getLogger("sdrt.serve")
@@ -58,6 +59,31 @@ class EngineRequest:
         return parse_hires_sizes(GenerationOptions(**asked), first, self.model.pipe.manifest)[1]
 
     @property
+    def num_images(self) -> int:
+        count: int = self.options["num_images_per_prompt"]
+        return count
+
+    @property
+    def equivalent_steps(self) -> int:
+        """Steps of an image; those of a second pass as steps of the first size that take as long.
+
+        Raises:
+            ApiError, UsageError: For an unsupported size.
+        """
+        steps: int = self.options["num_inference_steps"]
+        if second := self.hires_size:
+            width, height = parse_size(normalize_size(self.size))
+            area = second[0] * second[1] / (width * height)
+            steps += math.ceil((self.options.get("hires_steps") or steps) * area)
+        return steps
+
+    @property
+    def pixel_steps(self) -> int:
+        """Images × pixels × steps."""
+        width, height = parse_size(normalize_size(self.size))
+        return self.num_images * width * height * self.equivalent_steps
+
+    @property
     def output_size(self) -> str:
         """Of the images."""
         return "{}x{}".format(*self.hires_size) if self.hires_size else self.size
@@ -72,6 +98,7 @@ class ServerContext:
     settings: Settings
     models: ModelManager
     metrics: Metrics
+    limiter: RateLimiter
     gallery: Gallery | None = None
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "sdrt-serve"))
 
@@ -94,14 +121,14 @@ class ServerContext:
             steps: Whether the job also reports every step.
 
         Raises:
-            ApiError, UsageError, RequestRejected: The engine does not accept the request.
+            ApiError, UsageError, RequestRejected: The engine does not accept the request, or it
+                exceeds the limits of the owner's API key.
         """
         self.check_work(request)
         if self.settings.log_prompts:
             log.info("prompt: %r", request.prompt)
         job = ImageJob()
-        submitted = self.run_in_thread(self._submit_blocking, request, job if steps else None)
-        handles = await submitted
+        handles = await self._submit_within_limits(request, owner, job if steps else None)
         self.settings.tracing.follow_images(request, handles)  # first: before the response ends
         job.attach(handles)
         self.models.hold(request.model, handles)
@@ -110,7 +137,27 @@ class ServerContext:
                 handle.future.add_done_callback(partial(_store, self.gallery, owner))
         return job
 
-    def _submit_blocking(self, request: EngineRequest, job: ImageJob | None) -> Any:
+    async def _submit_within_limits(
+        self, request: EngineRequest, owner: str, job: ImageJob | None
+    ) -> Sequence[RequestHandle]:
+        """Submit a request and count it for its API key, if it is accepted."""
+        usage = self.limiter.find(owner)
+        if usage is None:
+            return await self.run_in_thread(self._submit_blocking, request, job)
+        work = request.num_images, request.pixel_steps
+        usage.reserve(*work)
+        try:
+            handles = await self.run_in_thread(self._submit_blocking, request, job)
+        except BaseException:
+            usage.refund(*work)
+            raise
+        for handle in handles:
+            handle.future.add_done_callback(usage.finish_image)
+        return handles
+
+    def _submit_blocking(
+        self, request: EngineRequest, job: ImageJob | None
+    ) -> Sequence[RequestHandle]:
         return request.model.engine.submit(
             request.prompt,
             request.options,
@@ -140,14 +187,8 @@ class ServerContext:
         self._check_size(request, (width, height))
         if request.hires_size:
             self._check_size(request, request.hires_size)
-        count, steps = (
-            request.options["num_images_per_prompt"],
-            request.options["num_inference_steps"],
-        )
+        count, steps = request.num_images, request.equivalent_steps
         limit = self.settings.max_work // (width * height)
-        if second := request.hires_size:  # steps of the first size that take as long
-            area = second[0] * second[1] / (width * height)
-            steps += math.ceil((request.options.get("hires_steps") or steps) * area)
         if count * steps > limit:
             raise ApiError(
                 400,
@@ -180,7 +221,7 @@ def get_context(request: Request) -> ServerContext:
 def get_owner(request: Request) -> str:
     """The digest of the request's API key; empty without keys."""
     keys, index = get_context(request).settings.keys, request.state.owner
-    return keys[index].hex() if keys and index is not None else ""
+    return keys[index].digest.hex() if keys and index is not None else ""
 
 
 def _store(gallery: Gallery, owner: str, future: "Future[GeneratedImage]") -> None:

@@ -16,7 +16,11 @@ from sdrt.runtime.batching.request import RequestCancelled, RequestRejected
 
 log = logging.getLogger("sdrt.serve")
 
-ERROR_TYPES = {401: "authentication_error", 403: "permission_error"}
+ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
 
 
 class ClientDisconnected(Exception):

@@ -1,12 +1,14 @@
 """Prometheus metrics of the engines, labelled by model, and of HTTP responses."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+
+from .rate_limits import KeyUsage
 
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 ROWS_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -66,6 +68,11 @@ class Metrics:
     def track_models(self, models: "ModelCounts") -> None:
         """Report which models are loaded at every scrape."""
         self.registry.register(_ModelCollector(models))
+
+    def track_keys(self, usages: Sequence[KeyUsage]) -> None:
+        """Report what each API key has used at every scrape."""
+        if usages:
+            self.registry.register(_KeyCollector(usages))
 
     def observer(self, model: str) -> "Observer":
         return Observer(self, model)
@@ -130,6 +137,27 @@ class _ModelCollector(Collector):
             loads.add_metric([name], self.models.loads[name])
             evictions.add_metric([name], self.models.evictions[name])
         yield from (loaded, size, loads, evictions)
+
+
+class _KeyCollector(Collector):
+    def __init__(self, usages: Sequence[KeyUsage]) -> None:
+        self.usages = usages
+
+    def collect(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily("sdrt_key_requests", "Requests for images", labels=["key"])
+        images = CounterMetricFamily("sdrt_key_images", "Images accepted", labels=["key"])
+        work = CounterMetricFamily("sdrt_key_pixel_steps", "Work accepted", labels=["key"])
+        refused = CounterMetricFamily(
+            "sdrt_key_refused", "Requests refused by a limit", labels=["key", "limit"]
+        )
+        for usage in self.usages:
+            name = usage.key.name
+            requests.add_metric([name], usage.requests)
+            images.add_metric([name], usage.images)
+            work.add_metric([name], usage.total_pixel_steps)
+            for limit, count in usage.refused.items():
+                refused.add_metric([name, limit], count)
+        yield from (requests, images, work, refused)
 
 
 class Observer:

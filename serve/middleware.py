@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .api_keys import ApiKey, hash_key
 from .errors import ApiError, ClientDisconnected, api_error_from_exception
 from .logs import set_request_id
 from .metrics import Metrics
-from .settings import Settings, hash_key
+from .rate_limits import KeyUsage, RateLimiter
+from .settings import Settings
 
 log = logging.getLogger("sdrt.serve")
 
@@ -25,6 +27,12 @@ PUBLIC_PATHS = ("/", "/docs", "/openapi.json")  # served without an API key
 PUBLIC_PREFIXES = ("/health/", "/page/")
 # Requested every few seconds, by probes and while a prompt is typed on the page.
 PROBE_PREFIXES = ("/health/", "/metrics", "/v1/tokens", "/v1/images/estimates")
+# What counts as a request for images.
+IMAGE_PATHS = (
+    *("/v1/images/generations", "/v1/images/edits", "/v1/jobs"),
+    *("/sdapi/v1/txt2img", "/sdapi/v1/img2img"),
+    *("/sdapi/v1/extra-single-image", "/sdapi/v1/extra-batch-images"),
+)
 LINGER_SECONDS = 5.0
 
 
@@ -35,6 +43,7 @@ class SecurityMiddleware:
     app: ASGIApp
     settings: Settings
     metrics: Metrics
+    limiter: RateLimiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,8 +75,13 @@ class SecurityMiddleware:
         response: "_ResponseRecorder",
     ) -> None:
         check_origin(headers, self.settings.hosts)
-        scope["state"]["owner"] = authenticate(headers, scope["path"], self.settings.keys)
+        owner = authenticate(headers, scope["path"], self.settings.keys)
+        scope["state"]["owner"] = owner
         try:
+            if owner is not None:
+                response.usage = self.limiter.usages[owner]
+                if scope["method"] == "POST" and scope["path"] in IMAGE_PATHS:
+                    response.usage.count_request()
             body = await self._read_body(headers, receive)
         except ApiError as error:
             await _reject_body(error, scope, receive, response)
@@ -106,6 +120,7 @@ class _ResponseRecorder:
 
     def __init__(self, send: Send, identifier: str) -> None:
         self.send, self.identifier, self.status = send, identifier, 0
+        self.usage: KeyUsage | None = None  # of the request's API key
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -113,7 +128,8 @@ class _ResponseRecorder:
             headers = _with_header(
                 message.get("headers", ()), b"x-content-type-options", b"nosniff"
             )
-            message["headers"] = _with_header(headers, b"x-request-id", self.identifier.encode())
+            headers = _with_header(headers, b"x-request-id", self.identifier.encode())
+            message["headers"] = [*headers, *(self.usage.headers() if self.usage else ())]
         await self.send(message)
 
 
@@ -182,7 +198,7 @@ def check_origin(headers: dict[str, str], hosts: tuple[str, ...] | None) -> None
         raise ApiError(403, "cross-origin request refused", code="foreign_origin")
 
 
-def authenticate(headers: dict[str, str], path: str, keys: tuple[bytes, ...] | None) -> int | None:
+def authenticate(headers: dict[str, str], path: str, keys: tuple[ApiKey, ...] | None) -> int | None:
     """The index of the request's API key, None if none is required; raises ApiError 401 for a
     missing or unknown key.
     """
@@ -192,7 +208,7 @@ def authenticate(headers: dict[str, str], path: str, keys: tuple[bytes, ...] | N
     key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
     digest = hash_key(key.encode("latin-1"))
     # Compare with every key, so that the time taken reveals nothing.
-    matches = [i for i, known in enumerate(keys) if hmac.compare_digest(known, digest)]
+    matches = [i for i, known in enumerate(keys) if hmac.compare_digest(known.digest, digest)]
     if not matches or not key:
         raise ApiError(
             401,

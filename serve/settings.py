@@ -1,17 +1,13 @@
 """The configuration of a server: address, access control, limits."""
 
-import hashlib
 import ipaddress
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdrt.errors import UsageError
-
+from .api_keys import ApiKey
 from .tracing import Tracing
 from .webhook import WebhookSettings
 
-DIGEST_PREFIX = "sha256:"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -20,7 +16,7 @@ class Settings:
     """The configuration of a server.
 
     Attributes:
-        keys: SHA-256 digests of the accepted API keys; None disables authentication.
+        keys: The accepted API keys; None disables authentication.
         hosts: Accepted names in the Host header; None accepts any.
         slots: Concurrent images of each engine.
         waiting: Queued images of each engine.
@@ -49,7 +45,7 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 7860
-    keys: tuple[bytes, ...] | None = None
+    keys: tuple[ApiKey, ...] | None = None
     hosts: tuple[str, ...] | None = LOCAL_HOSTS
     slots: int = 16
     waiting: int = 64
@@ -81,47 +77,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def hash_key(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
-
-
-def read_key_digests(path: Path) -> tuple[bytes, ...]:
-    """Read API keys from a file, one per line, plain or as `sha256:` and 64 hexadecimal digits.
-
-    Returns:
-        Their SHA-256 digests.
-
-    Raises:
-        UsageError: The file cannot be read or holds no key.
-    """
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"cannot read API keys from {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"cannot read API keys from {path}: it is not UTF-8") from error
-    keys = tuple(_parse_keys(path, lines))
-    if not keys:
-        raise UsageError(
-            f"{path} contains no API key",
-            hint=f"write one key per line, plain or as {DIGEST_PREFIX}HEX",
-        )
-    return keys
-
-
-def _parse_keys(path: Path, lines: Iterable[str]) -> Iterable[bytes]:
-    for number, line in enumerate(lines, start=1):
-        key = line.strip()
-        if not key or key.startswith("#"):
-            continue
-        if not key.startswith(DIGEST_PREFIX):
-            yield hash_key(key.encode())
-            continue
-        text = key.removeprefix(DIGEST_PREFIX)
-        if len(text) != 64 or not set(text.lower()) <= set("0123456789abcdef"):
-            raise UsageError(
-                f"{path}, line {number}: expected 64 hexadecimal digits after {DIGEST_PREFIX}"
-            )
-        yield bytes.fromhex(text)

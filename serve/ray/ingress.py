@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sdrt.serve.errors import ApiError
 from sdrt.serve.metrics import Metrics
 from sdrt.serve.middleware import SecurityMiddleware
+from sdrt.serve.rate_limits import RateLimiter
 from sdrt.serve.routes.sdapi.options import match_model_name
 from sdrt.serve.settings import Settings
 from sdrt.serve.sse import format_event
@@ -51,7 +52,11 @@ class Ingress:
         self.replicas, self.names, self.settings = replicas, tuple(names), settings
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return LifespanApp(SecurityMiddleware(self._handle, self.settings, Metrics()))
+        return LifespanApp(
+            SecurityMiddleware(
+                self._handle, self.settings, Metrics(), RateLimiter(self.settings.keys)
+            )
+        )
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = (await receive())["body"]

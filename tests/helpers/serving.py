@@ -10,11 +10,17 @@ from functools import partial
 import httpx
 
 import sdrt
+from sdrt.serve.api_keys import ApiKey, KeyLimits, hash_key
 from sdrt.serve.model_manager import ModelSource
 from sdrt.serve.server import Server
 from sdrt.serve.settings import Settings
 
 PROMPT = "a red circle on a blue background"
+
+
+def api_keys(*names, **limits):
+    """Keys that are their names, each with these limits."""
+    return tuple(ApiKey(hash_key(name.encode()), name, KeyLimits(**limits)) for name in names)
 
 
 @contextmanager

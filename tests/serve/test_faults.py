@@ -14,11 +14,10 @@ from io import BytesIO
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from serving import PROMPT, client, get_engine, run_server, wait_for
+from serving import PROMPT, api_keys, client, get_engine, run_server, wait_for
 
 from sdrt.errors import BackendError, DeviceLostError
 from sdrt.serve.server import raise_open_file_limit
-from sdrt.serve.settings import hash_key
 
 pytestmark = pytest.mark.integration
 
@@ -287,7 +286,7 @@ def test_cross_origin_requests_are_refused(server):
 
 
 def test_api_keys(shapes):
-    keys = (hash_key(b"one"), hash_key(b"two"))
+    keys = api_keys("one", "two")
     with run_server(shapes, keys=keys) as server, client(server) as http:
         for path in ("/v1/models", "/sdapi/v1/progress", "/metrics", "/v1/none", "//v1/models"):
             response = http.get(path)
@@ -309,7 +308,7 @@ def test_api_keys(shapes):
 
 @pytest.mark.rest
 def test_interrupt_is_limited_to_the_same_key(shapes):
-    with run_server(shapes, keys=(hash_key(b"one"), hash_key(b"two"))) as server:
+    with run_server(shapes, keys=api_keys("one", "two")) as server:
         mine, other = ({"x-api-key": name} for name in ("one", "two"))
         responses = []
         body = {"prompt": PROMPT, "steps": 200}

@@ -7,18 +7,17 @@ import io
 
 import pytest
 from PIL import Image
-from serving import PROMPT, client, run_server, wait_for
+from serving import PROMPT, api_keys, client, run_server, wait_for
 
 from sdrt.cli.arguments import settings_from_arguments
 from sdrt.cli.main import build_parser
 from sdrt.errors import UsageError
 from sdrt.runtime.images import image_to_bytes, read_parameters
 from sdrt.serve.gallery import Gallery
-from sdrt.serve.settings import hash_key
 
 pytestmark = pytest.mark.integration
 
-KEYS = tuple(hash_key(key) for key in (b"one", b"two"))
+KEYS = api_keys("one", "two")
 BODY = {"num_inference_steps": 2, "seed": 1}
 
 

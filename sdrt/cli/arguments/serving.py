@@ -190,7 +190,10 @@ def _add_access_control(to: argparse.ArgumentParser) -> None:
     access = to.add_argument_group("access control")
     keys = access.add_mutually_exclusive_group()
     keys.add_argument(
-        "--keys", type=Path, metavar="FILE", help="API keys, one per line, plain or sha256:HEX"
+        "--keys",
+        type=Path,
+        metavar="FILE",
+        help="API keys, one per line, plain or sha256:HEX; or FILE.toml, with names and limits",
     )
     keys.add_argument(
         "--no-keys", action="store_true", help="allow unauthenticated access from other machines"
@@ -261,13 +264,8 @@ def add_export_triton(to: argparse.ArgumentParser) -> None:
     to.add_argument("--force", action="store_true", help="replace an existing model")
 
 
-def settings_from_arguments(args: argparse.Namespace) -> "Settings":
-    """The server's settings; raises UsageError for invalid ones, and for open access by default."""
-    from sdrt.bundle import parse_size
-    from sdrt.serve.settings import LOCAL_HOSTS, Settings, is_loopback, read_key_digests
-    from sdrt.serve.tracing import Tracing, open_tracing
-
-    local = is_loopback(args.host)
+def _check_numbers_and_pairs(args: argparse.Namespace) -> None:
+    """Raise UsageError for a number out of range, and for options that exclude or need others."""
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port {args.port}; expected 0 to 65535")
     for name in ("slots", "waiting"):
@@ -296,16 +294,33 @@ def settings_from_arguments(args: argparse.Namespace) -> "Settings":
     for name in ("jobs", "gallery", "otel"):
         if args.ray and getattr(args, name):
             raise UsageError(f"--{name} with --ray is unsupported", hint="leave one of them out")
+
+
+def settings_from_arguments(args: argparse.Namespace) -> "Settings":
+    """The server's settings; raises UsageError for invalid ones, and for open access by default."""
+    from sdrt.bundle import parse_size
+    from sdrt.serve.api_keys import KeyLimits, read_api_keys
+    from sdrt.serve.settings import LOCAL_HOSTS, Settings, is_loopback
+    from sdrt.serve.tracing import Tracing, open_tracing
+
+    local = is_loopback(args.host)
+    _check_numbers_and_pairs(args)
     if not (local or args.keys or args.no_keys):
         raise UsageError(
             f"--host {args.host} is reachable from other machines; choose who has access",
             hint="pass --keys FILE (one API key per line), or --no-keys to allow everyone",
         )
     named = tuple(name.lower() for name in args.allow_host)
+    keys = read_api_keys(args.keys) if args.keys else None
+    if args.ray and any(key.limits != KeyLimits() for key in keys or ()):
+        raise UsageError(
+            f"limits of API keys with --ray are unsupported; {args.keys} has some",
+            hint="replicas do not share their counts; limit requests in a proxy",
+        )
     return Settings(
         host=args.host,
         port=args.port,
-        keys=read_key_digests(args.keys) if args.keys else None,
+        keys=keys,
         hosts=(*LOCAL_HOSTS, *named) if local or named else None,
         slots=args.slots,
         waiting=args.waiting,

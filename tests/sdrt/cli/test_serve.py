@@ -171,19 +171,6 @@ def test_models_of_the_command_line_are_described_before_they_are_loaded(shapes)
         settings_from_arguments(args)
 
 
-def test_hashed_keys_are_read(tmp_path):
-    import hashlib
-
-    from sdrt.serve.settings import hash_key, read_key_digests
-
-    keys = tmp_path / "keys"
-    keys.write_text(f"sha256:{hashlib.sha256(b'one').hexdigest()}\ntwo\n")
-    assert read_key_digests(keys) == (hash_key(b"one"), hash_key(b"two"))
-    keys.write_text("sha256:abc\n")
-    with pytest.raises(UsageError, match="line 1"):
-        read_key_digests(keys)
-
-
 def test_missing_extra_says_what_to_install(tmp_path):
     (tmp_path / "uvicorn.py").write_text("raise ImportError('no', name='uvicorn')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

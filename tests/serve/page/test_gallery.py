@@ -11,9 +11,7 @@ from browsing import (
     wait_until_finished,
     wait_until_loaded,
 )
-from serving import run_server
-
-from sdrt.serve.settings import hash_key
+from serving import api_keys, run_server
 
 pytestmark = pytest.mark.browser
 
@@ -21,7 +19,7 @@ pytestmark = pytest.mark.browser
 @pytest.fixture(scope="module")
 def server(shapes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gallery")
-    with run_server(shapes, gallery_folder=folder, keys=(hash_key(b"key"),)) as running:
+    with run_server(shapes, gallery_folder=folder, keys=api_keys("key")) as running:
         yield running
 
 

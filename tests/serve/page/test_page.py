@@ -12,10 +12,9 @@ from browsing import (
     wait_until_loaded,
 )
 from lora_files import lora_file
-from serving import PROMPT, client, run_server, wait_for
+from serving import PROMPT, api_keys, client, run_server, wait_for
 
 import sdrt
-from sdrt.serve.settings import hash_key
 
 pytestmark = pytest.mark.browser
 
@@ -109,7 +108,7 @@ def test_rejection_is_shown_and_keeps_the_form(browser, server):
 
 
 def test_key_dialog_and_full_queue(browser, shapes):
-    keys = (hash_key(b"open sesame"),)
+    keys = api_keys("open sesame")
     with (
         run_server(shapes, keys=keys, slots=1, waiting=2) as strict,
         open_page(browser, strict, rejections=True) as page,

@@ -9,11 +9,10 @@ from io import BytesIO
 import numpy as np
 import pytest
 from PIL import Image
-from serving import PROMPT, client, run_server, start_process, wait_for
+from serving import PROMPT, api_keys, client, run_server, start_process, wait_for
 
 from sdrt.errors import UsageError
 from sdrt.serve.job_store import JobStore
-from sdrt.serve.settings import hash_key
 
 pytestmark = pytest.mark.integration
 BODY = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 3, "n": 2}
@@ -136,7 +135,7 @@ def test_jobs_need_a_folder(shapes):
 
 
 def test_keys_see_their_own_jobs(shapes, tmp_path):
-    keys = tuple(hash_key(key) for key in (b"one", b"two"))
+    keys = api_keys("one", "two")
     with run_server(shapes, jobs_folder=tmp_path, keys=keys) as running, client(running) as http:
         one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
         job = submit(http, **one)
