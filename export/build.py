@@ -18,6 +18,7 @@ from sdrt.bundle.manifest import MANIFEST, Manifest, json_from_manifest
 from sdrt.bundle.store import bundles_folder
 from sdrt.engine import Candidate
 from sdrt.errors import SdrtError, UsageError
+from sdrt.runtime.parsing import int_parser
 from sdrt.runtime.reference_outputs import REFERENCE_FILE, reference_outputs_to_json
 
 from .activation_memory import max_batch_images
@@ -32,6 +33,7 @@ from .validation import Validator, select_validation_backend
 from .weights import TOKENIZERS
 
 log = logging.getLogger("sdrt.build")
+LORA_RANK = int_parser(1, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class BuildPlan:
 
     batch: None for as many images at once as fit
     name: None for the model's and how the build differs from the default one
+    lora_rank: of the LoRA factors that every row of a batch may have of its own
     """
 
     model: str
@@ -60,6 +63,7 @@ class BuildPlan:
     revision: str | None = None
     safety_checker: bool = False
     feature_reuse: int | None = None
+    lora_rank: int | None = None
 
 
 def build_bundle(plan: BuildPlan) -> Path:
@@ -73,7 +77,10 @@ def build_bundle(plan: BuildPlan) -> Path:
         ParityError: an engine's outputs differ too much from torch's.
         BackendError: the backend is not available.
         BundleError: the folder exists already.
+        UsageError: an argument is out of range.
     """
+    if plan.lora_rank is not None:
+        LORA_RANK("lora_rank", plan.lora_rank)
     candidate = select_validation_backend(plan.backend)
     checkpoint = _find_checkpoint(plan)
     spec = read_model_spec(checkpoint)
@@ -146,7 +153,9 @@ def _build(
 ) -> Manifest:
     manifest = _initial_manifest(checkpoint, spec, plan)
     _check_sizes(manifest)
-    validator = Validator(manifest, folder, plan.dtype, candidate, plan.feature_reuse)
+    validator = Validator(
+        manifest, folder, plan.dtype, candidate, plan.feature_reuse, plan.lora_rank
+    )
     progress = BuildProgress(folder, _compute_key(checkpoint, plan, candidate, manifest))
     progress.restore(validator.reference)
     _write_settings(spec, folder)
@@ -184,6 +193,7 @@ def _compute_key(
         "dtype": plan.dtype,
         "sizes": manifest.sizes,
         "feature_reuse": plan.feature_reuse,
+        "lora_rank": plan.lora_rank,
         "backend": candidate.title,
     }
     return compute_key(checkpoint, plan.loras, settings)

@@ -20,6 +20,7 @@ from sdrt.bundle.manifest import (
 
 from .graph import graph_specs
 from .image_attention import add_image_attention
+from .new_nodes import add_input, add_to_value, build_sum, get_dims
 from .unet_config import UnetConfig
 
 
@@ -42,7 +43,9 @@ def write_control_graph(folder: Path, config: UnetConfig, dtype: str) -> Compone
         _add_to_input(graph, node, 1, f"{DOWN_RESIDUAL}_{i}")
     _add_to_input(graph, ups[0], 0, MID_RESIDUAL)
     for i, place in enumerate(config.adapter_places):
-        _add_to_value(graph, mid if place is None else skips[place], f"{ADAPTER_STATE}_{i}")
+        value = mid if place is None else skips[place]
+        assert value is not None
+        add_to_value(graph, value, _input_like(graph, value, f"{ADAPTER_STATE}_{i}"))
     add_image_attention(graph, config)
     ir.save(model, folder / CONTROL_GRAPH)
     return Component(graph_specs(graph.inputs), graph_specs(graph.outputs), dtype, {})
@@ -58,50 +61,11 @@ def _add_to_input(graph: ir.Graph, node: ir.Node, index: int, name: str) -> None
     """Add a new input of the graph to one of a node's."""
     value = node.inputs[index]
     assert value is not None
-    total = _sum_with_input(graph, value, name)
+    total = build_sum(value, _input_like(graph, value, name))
     graph.insert_before(node, total)
     node.replace_input_with(index, total.outputs[0])
 
 
-def _add_to_value(graph: ir.Graph, value: ir.Value | None, name: str) -> None:
-    """Add a new input of the graph to a value, for all that read it.
-
-    Where something is added to the value, such as a branch of which it is the skip connection, the
-    input is added to their sum instead. Backends fuse the plain graph's additions into
-    convolutions, with another rounding; they still do, so that zeros give the plain graph's output
-    bit by bit.
-    """
-    assert value is not None
-    pending, total = [value], None
-    while pending:
-        value = pending.pop()
-        readers = list(value.uses())
-        sums = [node for node, _ in readers if _adds_maps(node)]
-        pending += [node.outputs[0] for node in sums]
-        others = [(node, index) for node, index in readers if node not in sums]
-        if others:
-            added = total.inputs[1] if total else None
-            total = _sum_with_input(graph, value, name, added)
-            producer = value.producer()
-            assert producer is not None
-            graph.insert_after(producer, total)
-            for node, index in others:
-                node.replace_input_with(index, total.outputs[0])
-
-
-def _adds_maps(node: ir.Node) -> bool:
-    """Whether a node adds two feature maps, [B, C, H, W]."""
-    return node.op_type == "Add" and all(len(v.shape or ()) == 4 for v in node.inputs if v)
-
-
-def _sum_with_input(
-    graph: ir.Graph, value: ir.Value, name: str, added: ir.Value | None = None
-) -> ir.Node:
-    """A node that adds an input of the graph, which is a new one unless it is passed."""
-    if added is None:
-        added = ir.Value(name=name, shape=value.shape, type=value.type)
-        graph.inputs.append(added)
-    total = ir.node("Add", [value, added], name=f"add_{name}_to_{value.name}")
-    output = total.outputs[0]
-    output.name, output.shape, output.type = f"{value.name}_{name}", value.shape, value.type
-    return total
+def _input_like(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
+    """A new input of the graph, of a value's shape and type."""
+    return add_input(graph, name, get_dims(value), value)

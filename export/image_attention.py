@@ -4,17 +4,13 @@ Knows where the layers are in a graph that torch exported; not what makes keys a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from sdrt.bundle.manifest import IP_ADAPTER_KV, IP_ADAPTER_SCALE
 
+from .new_nodes import NewNodes, add_input, get_dims
 from .unet_config import UnetConfig
-
-Dim = int | str | ir.SymbolicDim
 
 
 def add_image_attention(graph: ir.Graph, config: UnetConfig) -> None:
@@ -29,10 +25,10 @@ def add_image_attention(graph: ir.Graph, config: UnetConfig) -> None:
         return
     context = next(value for value in graph.inputs if value.name == "context")
     widths = [width for node in layers for width in [_width(node)] * 2]
-    rows = _dims(context)[0]
-    nodes = _Nodes(graph)
-    kv = _add_input(graph, IP_ADAPTER_KV, [rows, "image_tokens", sum(widths)], context)
-    scale = _add_input(graph, IP_ADAPTER_SCALE, [rows, len(layers)], context)
+    rows = get_dims(context)[0]
+    nodes = NewNodes(graph)
+    kv = add_input(graph, IP_ADAPTER_KV, [rows, "image_tokens", sum(widths)], context)
+    scale = add_input(graph, IP_ADAPTER_SCALE, [rows, len(layers)], context)
     keys_values = nodes.split(kv, 2, widths)
     scales = nodes.split(scale, 1, [1] * len(layers))
     graph.insert_before(graph[0], nodes.take())
@@ -54,72 +50,12 @@ def _cross_attentions(graph: ir.Graph, config: UnetConfig) -> list[ir.Node]:
 
 def _reads_tokens(node: ir.Node) -> bool:
     key = node.inputs[1]
-    return key is not None and str(_dims(key)[2]) == "tokens"
-
-
-def _dims(value: ir.Value) -> list[Any]:
-    return list(value.shape or ())
+    return key is not None and str(get_dims(key)[2]) == "tokens"
 
 
 def _width(node: ir.Node) -> int:
-    _, heads, _, channels = _dims(node.outputs[0])
+    _, heads, _, channels = get_dims(node.outputs[0])
     return int(heads) * int(channels)
-
-
-def _add_input(graph: ir.Graph, name: str, shape: Sequence[Dim], like: ir.Value) -> ir.Value:
-    added = ir.Value(name=name, shape=ir.Shape(shape), type=like.type)
-    graph.inputs.append(added)
-    return added
-
-
-@dataclass
-class _Nodes:
-    """New nodes, to be inserted into the graph."""
-
-    graph: ir.Graph
-    pending: list[ir.Node] = field(default_factory=list)
-
-    def take(self) -> list[ir.Node]:
-        nodes, self.pending = self.pending, []
-        return nodes
-
-    def add(self, kind: str, name: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        node = ir.node(kind, inputs, attributes, name=name)
-        node.outputs[0].name, node.outputs[0].type = name, inputs[0].type
-        self.pending.append(node)
-        return node.outputs[0]
-
-    def split(self, value: ir.Value, axis: int, widths: Sequence[int]) -> Sequence[ir.Value]:
-        sizes = self.constant(f"{value.name}_sizes", widths)
-        node = ir.node("Split", [value, sizes], {"axis": axis}, num_outputs=len(widths))
-        node.name = f"split_{value.name}"
-        for i, (output, width) in enumerate(zip(node.outputs, widths, strict=True)):
-            output.name, output.type = f"{value.name}_{i}", value.type
-            output.shape = ir.Shape([*_dims(value)[:axis], width])
-        self.pending.append(node)
-        return node.outputs
-
-    def constant(self, name: str, values: Sequence[int]) -> ir.Value:
-        return self._initializer(name, ir.tensor(np.array(values, np.int64), name=name))
-
-    def scalar(self, name: str, value: float, like: ir.Value) -> ir.Value:
-        assert like.dtype is not None
-        return self._initializer(name, ir.tensor(value, dtype=like.dtype, name=name))
-
-    def cast(self, value: ir.Value, like: ir.Value) -> ir.Value:
-        """The value in the type of another: a model may attend in float32."""
-        if value.dtype == like.dtype:
-            return value
-        converted = self.add("Cast", f"{value.name}_cast", value, to=like.dtype)
-        converted.type = like.type
-        return converted
-
-    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        shape = ir.Shape(tensor.shape.numpy())
-        value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype))
-        value.const_value = tensor
-        self.graph.initializers[name] = value
-        return value
 
 
 def _join_of_heads(attention: ir.Node) -> ir.Node:
@@ -138,7 +74,7 @@ def _logit_scale(attention: ir.Node, channels: int) -> float:
 
 
 def _attend(
-    nodes: _Nodes,
+    nodes: NewNodes,
     node: ir.Node,
     join: ir.Node,
     keys_values: Sequence[ir.Value],
@@ -148,7 +84,7 @@ def _attend(
     output, query, joined = node.outputs[0], node.inputs[0], join.outputs[0]
     assert query is not None
     readers, prefix = list(joined.uses()), f"image_{node.name}"
-    _, heads, _, channels = _dims(output)
+    _, heads, _, channels = get_dims(output)
     by_head = nodes.constant(f"{prefix}_heads", [0, 0, int(heads), int(channels)])
     alone = nodes.constant(f"{prefix}_alone", [-1, 1, 1, 1])
     factor = nodes.cast(nodes.add("Reshape", f"{scale.name}_alone", scale, alone), output)

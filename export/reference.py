@@ -31,6 +31,7 @@ from sdrt.runtime.reference_outputs import (
 from sdrt.runtime.safety_checker import clip_pixels
 from sdrt.runtime.text.conditioning import Conditioning, build_time_ids
 
+from .lora_reference import LoraCase
 from .pixel_unet import PixelUnet
 from .vae import preview_projection
 
@@ -55,6 +56,7 @@ class TorchReference:
     images: by size, [1, 3, H, W]; preview: colours from latents, as in the manifest
     shallow_cases: of the UNet's layers above the branch, where it has one
     control_cases: of the UNet with residuals
+    lora_cases: of components with LoRA factors, by the plain one's name
     """
 
     def __init__(self, manifest: Manifest, folder: Path, branch: int | None = None) -> None:
@@ -72,6 +74,7 @@ class TorchReference:
         self.preview: tuple[tuple[float, ...], ...] = ()
         self.shallow_cases: list[Case] = []
         self.control_cases: list[Case] = []
+        self.lora_cases: dict[str, LoraCase] = {}
         self.samples: dict[str, dict[str, list[float]]] = {}
 
     def text_encoder(self, module: nn.Module) -> list[Case]:

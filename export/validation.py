@@ -24,6 +24,8 @@ from sdrt.bundle.manifest import (
     EMBEDDINGS_GRAPH,
     FEATURE,
     FLOAT32_GRAPH,
+    LORA_FACTORS,
+    LORA_PARTS,
     SHALLOW,
     TEXT_ENCODERS,
     TOKEN_EMBEDDINGS,
@@ -47,6 +49,8 @@ from sdrt.runtime.reference_outputs import GUIDED_STEPS, generate_reference_imag
 from .activation_memory import alive_bytes
 from .control_graph import write_control_graph
 from .graph import export_graph, write_float32_graph, write_shallow_graph
+from .lora_graph import write_lora_graph
+from .lora_reference import compute_lora_case
 from .recipes import Recipe
 from .reference import Case, TorchReference
 from .stored_weights import convert
@@ -99,6 +103,7 @@ class Validator:
 
     dtype: float32 or float16; candidate: the backend that runs the exported graphs
     branch: of the UNet, if its layers above that are exported as well
+    lora_rank: of the factors that rows may have, if any
     """
 
     manifest: Manifest
@@ -106,6 +111,7 @@ class Validator:
     dtype: str
     candidate: Candidate
     branch: int | None = None
+    lora_rank: int | None = None
     reference: TorchReference = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,7 +122,7 @@ class Validator:
 
         load: the component's torch module.
         Returns the component by name; for a UNet also the one with residuals and, with a branch,
-        its shallow layers.
+        its shallow layers; with `lora_rank` also the one with factors.
         Raises ParityError.
         """
         if recipe.name == "unet" and self.branch is not None:
@@ -156,6 +162,10 @@ class Validator:
             shallow.append(reference.synthetic(SHALLOW, module.shallow, ("output",), like))
         if isinstance(module, Unet):
             reference.control(module, recipe.outputs, cases[0])
+        if self.lora_rank and recipe.name in LORA_PARTS:
+            reference.lora_cases[recipe.name] = compute_lora_case(
+                module, self.lora_rank, like, recipe.outputs
+            )
         return cases
 
     def _choose_dtype(self, recipe: Recipe, peak: float) -> str:
@@ -198,6 +208,7 @@ class Validator:
             self._add_embeddings_graph(recipe, cases, component)
         if recipe.is_image and dtype == "float16":
             self._add_float32_graph(recipe, cases, component)
+        components |= self._build_lora_graph(recipe, cases, dtype)
         if config is not None:
             control = write_control_graph(self.folder / recipe.name, config, dtype)
             log.info("      with residuals:")
@@ -218,6 +229,26 @@ class Validator:
         parity.check(name, values, component.dtype)
         activations = alive_bytes(self.folder / graph_name(name), self.manifest)
         return replace(component, parity=values, activations=activations)
+
+    def _build_lora_graph(
+        self, recipe: Recipe, cases: list[Case], dtype: str
+    ) -> dict[str, Component]:
+        """Build and validate the graph whose rows have LoRA factors; none where nothing has them.
+        Zeros are as none.
+        """
+        if not self.lora_rank or recipe.name not in LORA_PARTS:
+            return {}
+        component = write_lora_graph(self.folder / recipe.name, self.lora_rank, dtype)
+        if component is None:
+            return {}
+        case, name = self.reference.lora_cases[recipe.name], LORA_PARTS[recipe.name]
+        feeds = case.feeds(component.weights)
+        off = replace(cases[0], inputs={**cases[0].inputs, LORA_FACTORS: 0 * feeds[LORA_FACTORS]})
+        log.info("      with LoRA factors:")
+        component = self._validate(name, recipe, component, [off, Case(feeds, case.outputs)])
+        factors = component.inputs[-1]
+        size = int(factors.shape[1]) * np.dtype(factors.dtype).itemsize
+        return {name: replace(component, activations=component.activations + size)}
 
     def _add_float32_graph(self, recipe: Recipe, cases: list[Case], component: Component) -> None:
         """Add and validate a graph for images that overflow half precision."""

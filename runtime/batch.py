@@ -69,6 +69,7 @@ def build_states(batch: Batch, job: GenerationJob) -> list[DenoisingState]:
             *(table, guidance, layout, start.columns, conditioning),
             start.extra_channels,
             batch.control,
+            job.lora and job.lora.unet,
         )
         for conditioning, start in zip(batch.conditioning, batch.initial_states, strict=True)
     ]

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from sdrt.bundle.manifest import CONTROL, FEATURE, IP_ADAPTER_KV, SHALLOW
+from sdrt.bundle.manifest import CONTROL, FEATURE, IP_ADAPTER_KV, LORA_FACTORS, LORA_PARTS, SHALLOW
 from sdrt.engine import Engine, Feeds, NumpyHistory
 
 from .conditioning_schedule import ConditioningSchedule
@@ -178,6 +178,7 @@ class DenoisingState:
         conditioning: ConditioningSchedule,
         extra_channels: np.ndarray,
         control: Control | None = None,
+        lora: np.ndarray | None = None,
     ) -> None:
         """Start a run.
 
@@ -190,8 +191,9 @@ class DenoisingState:
             conditioning: Other inputs of the UNet.
             extra_channels: [E, H/8, W/8], concatenated to the latents; E is 0 for most models.
             control: Of the run's ControlNets and T2I-Adapters.
+            lora: [P] LoRA factors of the run's rows.
         """
-        self.control = control
+        self.control, self.lora = control, lora
         self.table, self.guidance, self.layout = table, guidance, layout
         self.conditioning, self.extra_channels = conditioning, extra_channels
         start, *others = columns
@@ -294,6 +296,7 @@ class BatchBuilder:
         self._conditioning: dict[str, np.ndarray] = {}
         self._conditioning_rows: dict[int, tuple[int, ...]] = {}  # written, by their first place
         self._residuals: ResidualBatch | None = None
+        self._lora: np.ndarray | None = None  # [rows, P]
 
     def evaluate(self, engines: Mapping[str, Engine], states: Sequence[DenoisingState]) -> None:
         """Advance every state by one evaluation.
@@ -314,7 +317,10 @@ class BatchBuilder:
             self._write_conditioning(at, state)
             at += rows
         feeds = {"sample": self._sample, "timestep": self._timesteps, **self._conditioning}
-        if component == SHALLOW:
+        if self._lora is not None:
+            assert component == "unet", "rows with LoRA factors do not reuse features"
+            component, feeds = LORA_PARTS["unet"], {**feeds, LORA_FACTORS: self._lora}
+        elif component == SHALLOW:
             feeds[FEATURE] = self._gather_features(placed)
         elif residuals := self._compute_residuals(engines, placed, feeds):
             component, feeds = CONTROL, {**feeds, **residuals}
@@ -369,6 +375,7 @@ class BatchBuilder:
             self._sample[at : at + rows, channels:] = state.extra_channels
             at += rows
         self._placed, self._residuals = placed, None
+        self._lora = _stack_factors(placed, count)
 
     def _write_conditioning(self, at: int, state: DenoisingState) -> None:
         """Write the rows of conditioning that an image reads next, unless they are there."""
@@ -377,6 +384,20 @@ class BatchBuilder:
             for name, value in state.conditioning.inputs.items():
                 self._conditioning[name][at : at + len(rows)] = value[list(rows)]
             self._conditioning_rows[at] = rows
+
+
+def _stack_factors(placed: list[tuple[DenoisingState, int]], count: int) -> np.ndarray | None:
+    """[count, P] LoRA factors of all rows, zeros for states without; None if no state has any."""
+    factors = [state.lora for state, _ in placed if state.lora is not None]
+    if not factors:
+        return None
+    stacked = np.zeros((count, len(factors[0])), factors[0].dtype)
+    at = 0
+    for state, rows in placed:
+        if state.lora is not None:
+            stacked[at : at + rows] = state.lora
+        at += rows
+    return stacked
 
 
 def denoise(

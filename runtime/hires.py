@@ -25,6 +25,7 @@ from .hires_options import HIRES_PARSERS, MAX_HIRES_STEPS
 from .images import MAX_SIDE, image_to_array, images_from_decoded
 from .initial_latents import LatentDistribution, build_initial_state, encode_image_inputs
 from .job import GenerationJob, HiresPass
+from .lora.rows import LoraFactors
 from .lora.tags import check_untagged
 from .options import DEFAULTS, GenerationOptions
 from .prompt_timeline import PromptTimeline
@@ -62,6 +63,7 @@ class Stages(Protocol):
         options: GenerationOptions,
         size: Size,
         embeddings: EmbeddingSet | None = None,
+        lora: LoraFactors | None = None,
     ) -> list[ConditioningSchedule]: ...
     def latent_shape(self, job: GenerationJob) -> tuple[int, int, int]: ...
     def encode(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
@@ -189,7 +191,7 @@ def prepare_hires_batches(
     second = replace(hires.job, requests=changed)
     timelines = dict(zip(requests, map(second.get_timeline, changed), strict=True))
     conditioning = stages.encode_conditioning(
-        changed, [*timelines.values()], second.options, second.size, job.embeddings
+        changed, [*timelines.values()], second.options, second.size, job.embeddings, job.lora
     )
     by_request = dict(zip(requests, conditioning, strict=True))
     shape = stages.latent_shape(second)

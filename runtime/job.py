@@ -16,6 +16,7 @@ from sdrt.errors import UsageError
 from .controlnet.unit import ControlUnit
 from .deepcache import with_feature_reuse
 from .denoising import Guidance, Step
+from .lora.rows import LoraFactors
 from .options import GenerationOptions
 from .prompt_timeline import PromptTimeline, build_prompt_timeline
 from .requests import Request
@@ -50,6 +51,7 @@ class GenerationJob:
         first_evaluation: Where it begins in the run that prompts change in.
         continues_after: Noises sampled by the pass whose noisy latents it takes over; None for a
             run under noise of its own.
+        lora: Factors that its rows have of their own; None where LoRA files are in the weights.
     """
 
     requests: Sequence[Request]
@@ -68,11 +70,17 @@ class GenerationJob:
     refiner: "RefinerPass | None" = None
     first_evaluation: int = 0
     continues_after: int | None = None
+    lora: LoraFactors | None = None
 
     @property
     def later_pass(self) -> "HiresPass | RefinerPass | None":
         """What follows, if anything does."""
         return self.hires or self.refiner
+
+    def with_lora(self, lora: LoraFactors) -> "GenerationJob":
+        """The same with factors, in a second pass too; a refiner has none."""
+        hires = self.hires and replace(self.hires, job=replace(self.hires.job, lora=lora))
+        return replace(self, lora=lora, hires=hires)
 
     def get_timeline(self, request: Request) -> PromptTimeline:
         """The texts that an image's evaluations read."""
@@ -123,6 +131,13 @@ class GenerationJob:
         """A step of this pass, counted over all passes."""
         index = self.evaluations_before + step.index
         return replace(step, index=index, total=self.total_evaluations)
+
+
+def uses_control_graph(job: GenerationJob) -> bool:
+    """Whether the UNet reads residuals of nets, or an image prompt."""
+    options = job.options
+    has_image_prompt = options.ip_adapter_image is not None and np.any(options.ip_adapter_scale)
+    return bool(job.control_units or has_image_prompt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from sdrt.bundle.manifest import (
     CONTROL,
     IP_ADAPTER,
     IP_ADAPTER_PARTS,
+    LORA_PARTS,
     SHALLOW,
     TEXT_ENCODERS,
     WEIGHTS,
@@ -32,6 +33,7 @@ from sdrt.progress import log_progress
 from .controlnet.net import load_control_nets
 from .ip_adapter import load_ip_adapter
 from .lora.adapters import Adapters
+from .lora.rows import LoraRows
 from .opening import open_concurrently
 from .pipeline import Pipeline
 from .refiner import check_refiner_fit
@@ -124,6 +126,9 @@ def _load_bundle(
     if SHALLOW in manifest.components and not candidate.backend.startswith("tensorrt"):
         # It is small and alternates with the UNet, so both stay loaded.
         engines[SHALLOW] = lazy(bundle, SHALLOW, None)
+    for name in LORA_PARTS.values() if slot is None else ():  # they alternate with plain graphs
+        if name in manifest.components:
+            engines[name] = lazy(bundle, name)
     for net, of in zip(nets.values(), net_bundles, strict=True):
         # They alternate with the UNet too.
         engines[net.engine_name] = lazy(of, net.kind, None)
@@ -158,6 +163,7 @@ def _load_bundle(
         control_nets=nets,
         ip_adapter=ip_adapter,
         embeddings=embeddings,
+        lora_rows=LoraRows(bundle, engines),
     )
 
 

@@ -61,7 +61,8 @@ def describe_image(
             prompt += adapters.text
         else:  # in the prompt it would be text
             settings["Lora"] = adapters.text.strip()
-    if outside := names_outside_folder([file for file, _ in adapters.chosen]):
+    files = [file for file, _ in (*adapters.chosen, *(job.lora.files if job.lora else ()))]
+    if outside := names_outside_folder(list(dict.fromkeys(files))):
         settings["Lora files"] = ", ".join(outside)
     texts = [request.prompt, request.negative_prompt]
     if job.hires:

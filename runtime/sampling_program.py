@@ -94,9 +94,12 @@ def build_sampling_program(
         for state in states
     )
     # A program has one context, and the columns of one negative and one positive output; nets run
-    # between the evaluations, and image prompts are read by another graph.
+    # between the evaluations, and image prompts and LoRA factors are read by other graphs.
     is_plain = len(guidance.weights) == 1 and all(
-        state.conditioning.is_constant and state.control is None and not state.has_image_prompt
+        state.conditioning.is_constant
+        and state.control is None
+        and state.lora is None
+        and not state.has_image_prompt
         for state in states
     )
     if not (alike and is_plain and is_linear(first.table, guidance)):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL.Image import Image, fromarray
 
-from sdrt.bundle.manifest import TEXT_ENCODERS, Manifest
+from sdrt.bundle.manifest import LORA_PARTS, TEXT_ENCODERS, Manifest
 from sdrt.engine import Engine, SamplingResult
 from sdrt.engine.memory_estimator import MemoryEstimator
 from sdrt.engine.protocol import UnfusedAttention
@@ -46,6 +46,7 @@ from .job import (
 )
 from .leases import Leases
 from .lora.adapters import Adapters
+from .lora.rows import LoraFactors, LoraRows
 from .lora.sets import refuse_negative_tags
 from .options import GenerationOptions
 from .output import StepCallback
@@ -100,6 +101,7 @@ class PipelineStages:
         upscalers: Of second passes.
         control_nets: ControlNets and T2I-Adapters by name.
         ip_adapter: Of image prompts.
+        lora_rows: Of images that share calls of the model with different LoRA files.
         refiner: Of the last part of runs; its engines are its text encoder's and its UNet's.
     """
 
@@ -121,6 +123,7 @@ class PipelineStages:
     upscalers: Upscalers = field(default_factory=Upscalers, repr=False, compare=False)
     control_nets: Mapping[str, ControlNet] = field(default_factory=dict, repr=False)
     ip_adapter: IpAdapter | None = None
+    lora_rows: LoraRows | None = field(default=None, repr=False, compare=False)
     refiner: "PipelineStages | None" = field(default=None, repr=False, compare=False)
 
     # Validate
@@ -262,8 +265,10 @@ class PipelineStages:
         """One, two in models such as SDXL, none in unconditional ones."""
         return self._text_encoders(self.embeddings.current)
 
-    def _text_encoders(self, embeddings: EmbeddingSet) -> list[PromptEncoder]:
-        """The text encoders for a call with these words."""
+    def _text_encoders(
+        self, embeddings: EmbeddingSet, lora: LoraFactors | None = None
+    ) -> list[PromptEncoder]:
+        """The text encoders for a call with these words and LoRA factors."""
         words = self.embeddings.for_call(embeddings).by_encoder
         max_rows, cache = self.manifest.batch[2], self.chunk_cache
         return [
@@ -275,6 +280,8 @@ class PipelineStages:
                 cache,
                 self.engines.get(word_engine_name(name)),
                 own,
+                self.engines.get(LORA_PARTS[name]),
+                lora,
             )
             for name, own in words.items()
         ]
@@ -286,6 +293,7 @@ class PipelineStages:
         options: GenerationOptions,
         size: tuple[int, int],
         embeddings: EmbeddingSet | None = None,
+        lora: LoraFactors | None = None,
     ) -> list[ConditioningSchedule]:
         """Of every image, what the UNet reads besides latents and timestep.
 
@@ -295,6 +303,7 @@ class PipelineStages:
             options: Of their call.
             size: (width, height) of the images.
             embeddings: The words of textual inversion; by default those of a call that begins now.
+            lora: Of the text encoders, where they are not in the weights.
 
         Raises:
             UsageError: For embeddings or options that the model does not accept.
@@ -303,7 +312,7 @@ class PipelineStages:
             return [build_constant_schedule({}) for _ in requests]
         width = self.guidance_embedding_width
         conditioning = build_conditioning(
-            self._text_encoders(embeddings or self.embeddings.current),
+            self._text_encoders(embeddings or self.embeddings.current, lora),
             requests,
             timelines,
             without_guidance(options) if width else options,
@@ -341,7 +350,7 @@ class PipelineStages:
         conditioning = None if encode_text else self._tokenize(job, timelines)
         if not conditioning:
             conditioning = self.encode_conditioning(
-                job.requests, timelines, job.options, job.size, job.embeddings
+                job.requests, timelines, job.options, job.size, job.embeddings, job.lora
             )
         by_request = dict(zip(job.requests, conditioning, strict=True))
         shape = self.latent_shape(job)

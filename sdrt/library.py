@@ -62,6 +62,7 @@ def build(
     revision: str | None = None,
     safety_checker: bool = False,
     feature_reuse: int | None = None,
+    lora_rank: int | None = None,
 ) -> Bundle:
     """Build a bundle from a checkpoint and validate it, as `sdrt build` does.
 
@@ -85,6 +86,8 @@ def build(
         revision: Branch, tag or commit of a model on the Hub.
         safety_checker: Whether to include the checkpoint's safety checker.
         feature_reuse: The branch of the UNet for DeepCache; None for none.
+        lora_rank: The largest rank of LoRA files that share calls of the model with others in
+            `InflightBatcher` and `sdrt serve`; None for none.
 
     Returns:
         The bundle.
@@ -121,6 +124,7 @@ def build(
         revision=revision,
         safety_checker=safety_checker,
         feature_reuse=feature_reuse,
+        lora_rank=lora_rank,
     )
     return open_bundle(build_bundle(plan))
 

@@ -19,12 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
+from sdrt.bundle.manifest import CONTROL, LORA_PARTS
 from sdrt.engine.protocol import LimitedRows
 from sdrt.errors import DeviceLostError
 from sdrt.runtime.arguments import GenerationKwargs, merge_arguments, parse_options
 from sdrt.runtime.controlnet.unit import mean_cost
 from sdrt.runtime.denoising import BatchBuilder, DenoisingState, LatentEdit, build_step
-from sdrt.runtime.lora.sets import Named, group_by_lora_set
+from sdrt.runtime.job import GenerationJob, uses_control_graph
+from sdrt.runtime.lora.rows import load_lora_engine
+from sdrt.runtime.lora.sets import LoraSet, Named, group_by_lora_set, merge_loras
 from sdrt.runtime.lora.switch import LoraSwitch
 from sdrt.runtime.output import annotate_image
 from sdrt.runtime.parsing import float_parser, int_parser, parse_callable
@@ -164,15 +167,18 @@ class InflightBatcher:
         job = pipe.create_job(prompt, chosen)
         now = time.monotonic()
 
-        def create_handle(request: Request, group: RequestGroup) -> RequestHandle:
+        def create_handle(
+            request: Request, group: RequestGroup, weights: LoraSet | None
+        ) -> RequestHandle:
             timeline = job.get_timeline(request)
             table, rows = job.get_table(timeline), job.get_num_rows(timeline)
             scheduled = ScheduledRequest(
-                (job.size, group.loras), rows, table.evaluations, now, now, priority
+                (job.size, weights), rows, table.evaluations, now, now, priority
             )
+            scheduled.graph = _required_graph(group.job)
             scheduled.full_fraction = table.full_fraction
             if job.later_pass:
-                scheduled.later_pass = schedule_pass(job.later_pass, request, group)
+                scheduled.later_pass = schedule_pass(job.later_pass, request, weights)
             scheduled.control_cost = mean_cost(job.control_units, table.evaluations)
             scheduled.has_deadline = deadline is not None
             default = self.estimates.default_deadline(scheduled)
@@ -181,12 +187,18 @@ class InflightBatcher:
                 request, job.total_evaluations, RequestTimes(now), scheduled, group, self._cancel
             )
 
-        handles = []
-        for lora_set, part in group_by_lora_set(
-            job.requests, chosen, self._loras.base, loras
-        ).items():
-            group = RequestGroup(replace(job, requests=part), on_step, lora_set)
-            handles += [create_handle(request, group) for request in part]
+        handles, base = [], self._loras.base
+        for files, part in group_by_lora_set(job.requests, chosen, base, loras).items():
+            own = replace(job, requests=part)
+            factors = self._loras.find_factors(pipe, own, files or ())
+            weights = base if factors else merge_loras(base, files or ())
+            group = RequestGroup(
+                own.with_lora(factors) if factors else own,
+                on_step,
+                None if files is None else weights,
+            )
+            key = None if weights == base else weights
+            handles += [create_handle(request, group, key) for request in part]
         handles.sort(key=lambda handle: handle.request.index)
         with self._changed:
             try:
@@ -413,6 +425,8 @@ class InflightBatcher:
                 if request is handle.request:
                     if run.control:  # not in the loop, where others would wait for it
                         run.control.load_engines(self.pipe.engines)
+                    if run.lora is not None:
+                        load_lora_engine(self.pipe.engines)
                     return run, edit
         except Exception as error:
             group.failed = error
@@ -560,3 +574,10 @@ class InflightBatcher:
         with self._changed:
             self.state = before
             self._changed.notify_all()
+
+
+def _required_graph(job: GenerationJob) -> str:
+    """The UNet's graph that a job's rows need instead of the plain one; "" for none."""
+    if job.lora and job.lora.unet is not None:
+        return LORA_PARTS["unet"]
+    return CONTROL if uses_control_graph(job) else ""

@@ -91,7 +91,7 @@ class RequestGroup:
 
     job: GenerationJob
     on_step: OnStep | None
-    loras: LoraSet | None = None  # None: those that the pipeline has anyway
+    loras: LoraSet | None = None  # in the weights; None: those that the pipeline has anyway
     prepared: Prepared | None = None
     weights: object = None  # those it was prepared with
     failed: Exception | None = None
@@ -151,14 +151,14 @@ class RequestHandle:
 
 
 def schedule_pass(
-    later: HiresPass | RefinerPass, request: Request, group: RequestGroup
+    later: HiresPass | RefinerPass, request: Request, weights: LoraSet | None
 ) -> ScheduledPass:
-    """What the scheduler knows of a pass that comes later. A refiner shares no calls with a base;
-    its calls are taken to cost as much.
+    """What the scheduler knows of a pass that comes later, with the base's weights. A refiner
+    shares no calls with a base; its calls are taken to cost as much.
     """
     job, timeline = later.job, later.get_timeline(request)
     table, rows = job.get_table(timeline), job.get_num_rows(timeline)
-    model = later.name if isinstance(later, RefinerPass) else group.loras
+    model = later.name if isinstance(later, RefinerPass) else weights
     return ScheduledPass((job.size, model), rows, table.evaluations, table.full_fraction)
 
 

@@ -54,6 +54,8 @@ class ScheduledRequest:
         later_pass: The pass that follows, if any.
         control_cost: Of its ControlNets, relative to the model, on average over its evaluations.
         image_tokens: Of its image prompt; 0 without, which shares calls with any number.
+        graph: That its evaluations need instead of the component's plain one; "" for none, which
+            shares calls with any, as zeros for its inputs are as none.
     """
 
     batch_key: Hashable
@@ -69,6 +71,7 @@ class ScheduledRequest:
     later_pass: ScheduledPass | None = None
     control_cost: float = 0.0
     image_tokens: int = 0
+    graph: str = ""
 
     @property
     def total_evaluations_left(self) -> int:
@@ -107,14 +110,15 @@ def select_batch(
     """
     first = ordered[0]
     free, batch = max(max_rows(first.batch_key), first.num_rows), []
-    tokens = 0
+    tokens, graph = 0, ""
     for request in ordered:
         same = request.batch_key == first.batch_key and request.component == first.component
         alike = not (tokens and request.image_tokens) or request.image_tokens == tokens
+        alike = alike and (not (graph and request.graph) or request.graph == graph)
         if same and alike and request.num_rows <= free:
             batch.append(request)
             free -= request.num_rows
-            tokens = tokens or request.image_tokens
+            tokens, graph = tokens or request.image_tokens, graph or request.graph
     return batch
 
 

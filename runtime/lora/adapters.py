@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.manifest import CONTROL, NAMES, SHALLOW, TEXT_ENCODERS, TRANSPOSED
+from sdrt.bundle.manifest import CONTROL, LORA_PARTS, NAMES, SHALLOW, TEXT_ENCODERS, TRANSPOSED
 from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import Engine
 from sdrt.errors import BundleError, CheckpointError, SdrtError, UsageError
@@ -144,7 +144,7 @@ def compute_deltas(
             them and naming the first; for factors that misfit, and deltas that are not finite.
     """
     touched: dict[str, list[tuple[float, Change]]] = {}
-    names = _names_by_module(shapes)
+    names = names_by_module(shapes)
     for lora in loras:
         own = {module: change for (of, module), change in lora.changes.items() if of == part}
         for module in [module for module in own if is_unused(part, module, names)]:
@@ -170,7 +170,7 @@ def compute_deltas(
         yield name, total
 
 
-def _names_by_module(names: Iterable[str]) -> dict[str, str]:
+def names_by_module(names: Iterable[str]) -> dict[str, str]:
     """The names of weights and biases by module, as `Lora.changes` names them."""
     by_module = {}
     for name in names:
@@ -198,13 +198,14 @@ class Adapters:
         self._bundle, self._embeddings = bundle, embeddings
         self._engines = {part: engines[part] for part in set(PARTS) & set(engines)}
         self._shallow, self._control = engines.get(SHALLOW), engines.get(CONTROL)
+        self._row_engines = {p: engines[name] for p, name in LORA_PARTS.items() if name in engines}
         words = {part: engines.get(word_engine_name(part)) for part in TEXT_ENCODERS}
         self._word_engines = {part: engine for part, engine in words.items() if engine is not None}
 
     def set(self, chosen: Mapping[str | os.PathLike[str], float | LoraWeight]) -> None:
         """Apply these files and no others. Nothing changes if one of them does not fit."""
         files = merge_loras((find_lora(name), parse_weight(w)) for name, w in chosen.items())
-        stamps = {path: _stamp(path) for path, _ in files}
+        stamps = {path: stamp_file(path) for path, _ in files}
         loras = tuple(read_lora(path, weight) for path, weight in files)
         check_parts(loras, self._engines)
         words = [word for lora in loras for word in self._read_words(lora)]
@@ -231,12 +232,14 @@ class Adapters:
     @property
     def is_outdated(self) -> bool:
         """Whether one of the files was written again since it was read."""
-        return any(path.is_file() and _stamp(path) != was for path, was in self._stamps.items())
+        return any(path.is_file() and stamp_file(path) != was for path, was in self._stamps.items())
 
     def _give(self, part: str, weights: Mapping[str, np.ndarray]) -> None:
         self._engines[part].refit(weights)
         if part == "unet" and self._control is not None:
             self._control.refit(weights)
+        if part in self._row_engines:
+            self._row_engines[part].refit(weights)
         if part in self._word_engines:
             self._word_engines[part].refit(weights)
         if part == "unet" and self._shallow is not None:
@@ -271,6 +274,7 @@ class Adapters:
         return format_tags(self.chosen)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def stamp_file(path: Path) -> tuple[int, int]:
+    """What changes where a file is written again."""
     stat = path.stat()
     return stat.st_mtime_ns, stat.st_size

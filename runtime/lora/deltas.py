@@ -71,6 +71,34 @@ class Change:
         product *= np.float32(weight * self.scale(rank))
         return np.ascontiguousarray(product.T) if transposed else product.reshape(shape)
 
+    def low_rank_factors(
+        self, out: int, inside: int, weight: float
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """The factors of a linear layer or a convolution of 1x1, whose product is the delta.
+
+        Args:
+            out: Outputs of the layer.
+            inside: Its inputs.
+            weight: The LoRA's weight.
+
+        Returns:
+            [in, rank] and [rank, out], float32, with the weight and alpha in the second; None for
+            other algorithms and shapes.
+
+        Raises:
+            CheckpointError: the alpha is no number.
+        """
+        if not {"down", "up"} <= set(self.factors) <= {"down", "up", "alpha"}:
+            return None
+        self._check_alpha()
+        down, up = (self.factors[name].astype(np.float32) for name in ("down", "up"))
+        first = 0 if self.third is None else self.third * out
+        expected = [inside], [out if self.third is None else 3 * out, len(down)]
+        if _layer(down.shape[1:]) != expected[0] or [len(up), *_layer(up.shape[1:])] != expected[1]:
+            return None
+        scaled = _matrix(up)[first : first + out] * np.float32(weight * self.scale(len(down)))
+        return _matrix(down).T, scaled.T
+
     def merge_delta(
         self,
         total: np.ndarray,

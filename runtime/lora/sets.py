@@ -61,8 +61,8 @@ def group_by_lora_set(
             path is a file's.
 
     Returns:
-        Sets, `base` included, each with its requests, whose prompts have no tags any more and whose
-        `written` is the text for the image's file; by None those that name no files.
+        Sets without `base`, each with its requests, whose prompts have no tags any more and whose
+        `recorded_prompt` is the text for the image's file; by None those that name no files.
 
     Raises:
         UsageError: For a tag that is not understood, an unknown name, a weight out of range.
@@ -77,7 +77,8 @@ def group_by_lora_set(
         if prompt not in read:
             text, tags = parse_tags(prompt) if options.weighting else (prompt, ())
             own = [(find_lora_by_name(tag.name), tag.weight) for tag in tags]
-            read[prompt] = text, check_lora_set(merge_loras(base, own, shared))
+            check_lora_set(merge_loras(base, own, shared))
+            read[prompt] = text, merge_loras(own, shared)
         text, loras = read[prompt]
         if text + tail == prompt:
             groups.setdefault(None, []).append(request)

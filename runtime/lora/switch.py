@@ -4,29 +4,36 @@
 - When the first waiting request needs another set, no more of the current one are started, except
   those that waited when the batcher switched to it; so sets that alternate share calls of the model
   and nothing starves.
+- Files that can be factors of a request's own rows (`rows.py`) change no weights, so such requests
+  are in flight with others.
 - Without a batcher, `stream_by_lora_set` generates the images of one set after those of another.
 
 Knows request handles and the pipeline; not how images are generated.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from PIL.Image import Image
 
 from sdrt.errors import BackendError, BundleError, CheckpointError, SdrtError, UsageError
 from sdrt.runtime.batching.request import RequestHandle
 from sdrt.runtime.denoising import Step
-from sdrt.runtime.job import GenerationJob
+from sdrt.runtime.job import GenerationJob, uses_control_graph
 from sdrt.runtime.leases import Lease
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.requests import Request
 
 from .names import find_lora_by_name
+from .rows import LoraFactors, RowMisfit
 from .sets import LoraSet, check_lora_set, format_tags, group_by_lora_set, merge_loras
 from .tags import parse_tags
+
+log = logging.getLogger(__name__)
 
 
 class LoraSwitch:
@@ -37,6 +44,22 @@ class LoraSwitch:
         self._carried: LoraSet = self.base  # by this engine's own doing
         self._changed_at = 0.0
         self._changing = threading.Lock()
+
+    def find_factors(
+        self, pipe: Pipeline, job: GenerationJob, files: LoraSet
+    ) -> LoraFactors | None:
+        """The factors of the rows of a job that is made with these files, in addition to the base;
+        None where they are to change the weights instead.
+        """
+        if not files or pipe.lora_rows is None or not pipe.lora_rows.is_available:
+            return None
+        try:
+            factors = pipe.lora_rows.pack(files)
+            _check_combination(job, factors)
+        except RowMisfit as error:
+            log.debug("%s: in a batch of its own: %s", format_tags(files).strip(), error)
+            return None
+        return factors
 
     def eligible(
         self, pipe: Pipeline, waiting: Sequence[RequestHandle], busy: bool
@@ -109,6 +132,25 @@ class LoraSwitch:
         self._changed_at = began
 
 
+def _check_combination(job: GenerationJob, factors: LoraFactors) -> None:
+    """Raise RowMisfit for a job that needs another graph too."""
+    if job.options.feature_reuse > 1:
+        raise RowMisfit("features are reused")
+    if uses_control_graph(job):
+        raise RowMisfit("it has a ControlNet, a T2I-Adapter or an image prompt")
+    if factors.changes_text and job.embeddings.find_used(_list_texts(job)):
+        raise RowMisfit("its prompt has words of textual inversion")
+
+
+def _list_texts(job: GenerationJob) -> Iterator[str]:
+    """All texts that are encoded for a job."""
+    timelines = [job.get_timeline(request) for request in job.requests]
+    if job.hires:
+        timelines += [job.hires.get_timeline(request) for request in job.requests]
+    for timeline in timelines:
+        yield from (*chain(*timeline.prompts), *timeline.negative)
+
+
 def stream_by_lora_set(
     pipe: Pipeline, job: GenerationJob, on_step: Callable[[Step], None] | None = None
 ) -> Iterator[tuple[Request, Image]]:
@@ -124,7 +166,7 @@ def stream_by_lora_set(
     """
     base, failed = pipe.adapters.chosen, None
     for loras, part in group_by_lora_set(job.requests, job.options, base).items():
-        carried = base if loras is None else loras
+        carried = merge_loras(base, loras or ())
         if carried != pipe.adapters.chosen:
             pipe.set_lora(dict(carried))
         if loras is None and job.options.weighting:

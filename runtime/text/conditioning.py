@@ -11,10 +11,11 @@ from itertools import chain
 
 import numpy as np
 
-from sdrt.bundle.manifest import REFINER_TIME_IDS, TIME_IDS
+from sdrt.bundle.manifest import LORA_FACTORS, REFINER_TIME_IDS, TIME_IDS
 from sdrt.engine import Engine
 from sdrt.errors import UsageError
 from sdrt.runtime.conditioning_schedule import ConditioningSchedule, build_constant_schedule
+from sdrt.runtime.lora.rows import LoraFactors
 from sdrt.runtime.options import SIZE_OPTIONS, GenerationOptions
 from sdrt.runtime.prompt_timeline import PromptTimeline
 from sdrt.runtime.refiner_options import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
@@ -64,6 +65,8 @@ class PromptEncoder:
         cache: Chunks encoded before; updated, and the oldest are removed.
         word_engine: The encoder for chunks that have words of textual inversion.
         words: The embeddings of these words.
+        lora_engine: The encoder with LoRA factors.
+        lora: The factors that it is called with; None for the plain encoder.
     """
 
     name: str
@@ -73,6 +76,8 @@ class PromptEncoder:
     cache: EncodedChunkCache
     word_engine: Engine | None = None
     words: EncoderWords | None = None
+    lora_engine: Engine | None = None
+    lora: LoraFactors | None = None
 
     def tokenize(self, texts: Iterable[str], options: GenerationOptions) -> dict[str, Chunks]:
         """Every text's chunks of token ids."""
@@ -117,8 +122,11 @@ class PromptEncoder:
         return encoded
 
     def _digest(self, ids: np.ndarray) -> bytes:
-        """What tells a chunk from another of the same ids: the words' vectors, if it has words."""
-        return self.words.digest if self.words is not None and has_words(ids) else b""
+        """What tells a chunk from another of the same ids: the words' vectors, if it has words, and
+        LoRA factors.
+        """
+        words = self.words.digest if self.words is not None and has_words(ids) else b""
+        return words + (self.lora.digests.get(self.name, b"") if self.lora else b"")
 
     def _batches(
         self, rows: Mapping[bytes, np.ndarray], keys: list[bytes]
@@ -130,7 +138,15 @@ class PromptEncoder:
                 yield alike[i : i + self.max_rows]
 
     def _call(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """The encoder's outputs; without words of textual inversion, those of the plain graph."""
+        """The encoder's outputs; without LoRA factors and words of textual inversion, those of the
+        plain graph.
+        """
+        factors = self.lora.by_part.get(self.name) if self.lora else None
+        if factors is not None:
+            assert self.lora_engine is not None
+            assert not has_words(ids), "LoRA factors of an encoder exclude textual inversion"
+            rows = np.repeat(factors[None], len(ids), axis=0)  # [rows, P]
+            return self.lora_engine({"input_ids": ids, LORA_FACTORS: rows})
         if not has_words(ids):
             return self.engine({"input_ids": ids})
         assert self.word_engine is not None

@@ -20,6 +20,8 @@ from .manifest import (
     EMBEDDINGS_GRAPH,
     FLOAT32_GRAPH,
     IP_ADAPTER,
+    LORA_GRAPH,
+    LORA_PARTS,
     MANIFEST,
     SHALLOW,
     SHALLOW_GRAPH,
@@ -35,8 +37,9 @@ from .manifest import (
 )
 from .store import find_bundle
 
-# Over the UNet's weights.
+# Over another component's weights.
 DERIVED_GRAPHS = {SHALLOW: f"unet/{SHALLOW_GRAPH}", CONTROL: f"unet/{CONTROL_GRAPH}"}
+DERIVED_GRAPHS |= {name: f"{part}/{LORA_GRAPH}" for part, name in LORA_PARTS.items()}
 # Not listed in the manifests of earlier builds; derived again before they are used.
 UNLISTED_GRAPHS = {f"{part}/{EMBEDDINGS_GRAPH}" for part in TEXT_ENCODERS}
 

@@ -41,8 +41,12 @@ UPSCALER = "upscaler"  # the only component of an upscaler's bundle
 # Of an IP-Adapter's bundle, and what they give to the UNet's cross-attention layers.
 IMAGE_ENCODER, IP_ADAPTER = IP_ADAPTER_PARTS = "image_encoder", "ip_adapter"
 IP_ADAPTER_KV, IP_ADAPTER_SCALE = "ip_adapter_kv", "ip_adapter_scale"
+# The component with LoRA factors as an input, of every part that LoRA files change.
+LORA_PARTS = {part: f"{part}_lora" for part in ("unet", "text_encoder", "text_encoder_2")}
+LORA_FACTORS = "lora"  # its input, [rows, P]
 COMPONENTS = (
     *("text_encoder", "text_encoder_2", "unet", SHALLOW, CONTROL, "vae_decoder", "vae_encoder"),
+    *LORA_PARTS.values(),
     "safety_checker",
     *CONTROL_NETS,
     UPSCALER,
@@ -59,6 +63,7 @@ WEIGHTS = "model.safetensors"
 # Graphs derived from the UNet's are stored next to it and share its weights.
 SHALLOW_GRAPH = "shallow.onnx"
 CONTROL_GRAPH = "control.onnx"
+LORA_GRAPH = "lora.onnx"  # next to the graph of its part
 # A text encoder's graph that reads the embeddings of its tokens, see `token_embeddings.py`.
 EMBEDDINGS_GRAPH = "embeddings.onnx"
 TOKEN_EMBEDDINGS = "token_embeddings"
@@ -89,7 +94,9 @@ class Component:
     `unet_control` is `unet/control.onnx`, the UNet with the residuals of a ControlNet and of a
     T2I-Adapter, and the keys and values of an IP-Adapter, as further inputs; zeros are as none. A
     `controlnet` puts out residuals of the same names, [rows, C, 1, 1] where it pools them, a
-    `t2i_adapter` the other ones.
+    `t2i_adapter` the other ones. `unet_lora` is `unet/lora.onnx`, the UNet with an input `lora`
+    [rows, P] of LoRA factors, and a text encoder may have such a graph too; weights: those of the
+    layers that have factors, in their order.
     activations: bytes that are alive at once when one row of the first size runs; 0 if unknown
     """
 

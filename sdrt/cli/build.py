@@ -130,6 +130,13 @@ def _add_weights(to: argparse.ArgumentParser) -> None:
         help="also export a DeepCache branch for `sdrt run --reuse`; higher branches are slower "
         "but more accurate (default: off; without BRANCH: 0)",
     )
+    weights.add_argument(
+        "--lora-rank",
+        type=integer,
+        metavar="R",
+        help="also export graphs by which images with different LoRA files up to this rank share "
+        "calls of the model in `sdrt serve` (default: off)",
+    )
 
 
 def _add_shapes(to: argparse.ArgumentParser) -> None:
@@ -225,13 +232,14 @@ def _build_bundle(args: argparse.Namespace) -> "Bundle":
         revision=args.revision,
         safety_checker=args.safety_checker,
         feature_reuse=args.feature_reuse,
+        lora_rank=args.lora_rank,
     )
 
 
 # Options of models, which no ControlNet has.
 MODEL_OPTIONS = (
     *("vae", "unet", "text_encoder", "text_encoder_2", "safety_checker", "lora"),
-    *("prediction_type", "zero_snr", "feature_reuse", "switch_lora"),
+    *("prediction_type", "zero_snr", "feature_reuse", "lora_rank", "switch_lora"),
 )
 
 

@@ -1,12 +1,19 @@
 """LoRA files of random weights, made in code."""
 
+import re
+
 import torch
 from safetensors.torch import load_file, save_file
 
+# Linear layers and convolutions of 1x1 in attention blocks, which most files change.
+ATTENTION = r"unet\..*attentions\.\d+\.(proj|transformer)|text_encoder\..*layers"
 
-def lora_file(path, checkpoint, layout, *, seed=0, strength=0.6, rank=4, metadata=None):
+
+def lora_file(path, checkpoint, layout, *, seed=0, strength=0.6, rank=4, metadata=None, only=""):
     """Changes of every attention, feed-forward and convolution of the UNet and of the text
-    encoder's attention, in one of the layouts.
+    encoder's layers, in one of the layouts.
+
+    only: a pattern of the modules that are changed, such as `ATTENTION`
     """
     generator = torch.Generator().manual_seed(seed)
     parts = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -15,6 +22,8 @@ def lora_file(path, checkpoint, layout, *, seed=0, strength=0.6, rank=4, metadat
         for name, weight in load_file(checkpoint / part / f"{stem}.safetensors").items():
             module = name.removesuffix(".weight")
             if weight.ndim not in (2, 4) or "embedding" in name or not name.endswith(".weight"):
+                continue
+            if not re.search(only, f"{part}.{module}"):
                 continue
             inside = weight[0].numel()
             down = torch.randn((rank, *weight.shape[1:]), generator=generator) / inside**0.5
