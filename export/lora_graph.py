@@ -12,7 +12,7 @@ import onnx_ir as ir
 from sdrt.bundle.manifest import LORA_FACTORS, LORA_GRAPH, Component
 
 from .graph import graph_specs
-from .new_nodes import NewNodes, add_input, add_to_value, build_sum, get_dims
+from .new_nodes import NewNodes, add_input, add_to_value, build_sum, get_dims, replace_output
 
 PLACES = (".attentions.", ".layers.")  # in names of weights: of UNets, of text encoders
 
@@ -40,7 +40,8 @@ def write_lora_graph(folder: Path, rank: int, dtype: str) -> Component | None:
     factors = nodes.split(add_input(graph, LORA_FACTORS, [rows, sum(sizes)], weight), 1, sizes)
     graph.insert_before(graph[0], nodes.take())
     for i, node in enumerate(layers):
-        _add_factors(nodes, node, factors[2 * i], factors[2 * i + 1], rank)
+        add = _add_to_linear if node.op_type == "MatMul" else _add_to_convolution
+        add(nodes, node, factors[2 * i], factors[2 * i + 1], rank)
     ir.save(model, folder / LORA_GRAPH)
     names = tuple(str(_value(node, 1).name) for node in layers)
     specs = graph_specs(graph.inputs), graph_specs(graph.outputs)
@@ -69,37 +70,44 @@ def _widths(node: ir.Node) -> tuple[int, int]:
     return (first, second) if node.op_type == "MatMul" else (second, first)
 
 
-def _add_factors(nodes: NewNodes, node: ir.Node, down: ir.Value, up: ir.Value, rank: int) -> None:
-    """Add `up (down x)` to a layer's output, after its bias: up to there backends fuse the layer as
-    they do in the plain graph.
+def _add_to_linear(nodes: NewNodes, node: ir.Node, down: ir.Value, up: ir.Value, rank: int) -> None:
+    """Add `up (down x)` to a linear layer of [rows, positions, in], after its bias: up to there
+    backends fuse the layer as they do in the plain graph.
     """
     x, (inside, out) = _value(node, 0), _widths(node)
-    if node.op_type == "MatMul":  # of [rows, positions, in]
-        first, second = _matrix(nodes, down, inside, rank, x), _matrix(nodes, up, rank, out, x)
-        reduced = nodes.add("MatMul", f"{down.name}_product", x, first)
-        own = nodes.add("MatMul", f"{up.name}_product", reduced, second)
-        end = _find_end(node)
-        readers, total = list(end.outputs[0].uses()), build_sum(end.outputs[0], own)
-        nodes.graph.insert_after(end, [*nodes.take(), total])
-        for reader, index in readers:
-            reader.replace_input_with(index, total.outputs[0])
-    else:  # of [rows, in, height, width]
-        first, second = (
-            nodes.add("Transpose", f"{value.name}_turned", value, perm=[0, 2, 1])
-            for value in (_matrix(nodes, down, inside, rank, x), _matrix(nodes, up, rank, out, x))
-        )
-        flat = _matrix(nodes, x, inside, -1, x)
-        reduced = nodes.add("MatMul", f"{down.name}_product", first, flat)
-        product = nodes.add("MatMul", f"{up.name}_product", second, reduced)
-        shape = ir.node("Shape", [x], name=f"{up.name}_sides")
-        sides = shape.outputs[0]
-        sides.name, sides.type = shape.name, ir.TensorType(ir.DataType.INT64)
-        own = ir.node("Reshape", [product, sides], name=f"{up.name}_map")
-        own.outputs[0].name, own.outputs[0].type = own.name, x.type
-        add_to_value(nodes.graph, node.outputs[0], own.outputs[0])
-        if inside != out:  # another reader of the output would keep backends from fusing it
-            shape.replace_input_with(0, node.outputs[0])
-        nodes.graph.insert_after(node, [*nodes.take(), shape, own])
+    first, second = _matrix(nodes, down, inside, rank, x), _matrix(nodes, up, rank, out, x)
+    reduced = nodes.add("MatMul", f"{down.name}_product", x, first)
+    own = nodes.add("MatMul", f"{up.name}_product", reduced, second)
+    end = _find_end(node)
+    readers, total = list(end.outputs[0].uses()), build_sum(end.outputs[0], own)
+    nodes.graph.insert_after(end, [*nodes.take(), total])
+    for reader, index in readers:
+        reader.replace_input_with(index, total.outputs[0])
+    replace_output(nodes.graph, end.outputs[0], total.outputs[0])
+
+
+def _add_to_convolution(
+    nodes: NewNodes, node: ir.Node, down: ir.Value, up: ir.Value, rank: int
+) -> None:
+    """Add `up (down x)` to a convolution of [rows, in, height, width]."""
+    x, (inside, out) = _value(node, 0), _widths(node)
+    first, second = (
+        nodes.add("Transpose", f"{value.name}_turned", value, perm=[0, 2, 1])
+        for value in (_matrix(nodes, down, inside, rank, x), _matrix(nodes, up, rank, out, x))
+    )
+    flat = _matrix(nodes, x, inside, -1, x)
+    reduced = nodes.add("MatMul", f"{down.name}_product", first, flat)
+    product = nodes.add("MatMul", f"{up.name}_product", second, reduced)
+    shape = ir.node("Shape", [x], name=f"{up.name}_sides")
+    sides = shape.outputs[0]
+    sides.name, sides.type = shape.name, ir.TensorType(ir.DataType.INT64)
+    turned = ir.node("Reshape", [product, sides], name=f"{up.name}_map")
+    own = turned.outputs[0]
+    own.name, own.type = turned.name, x.type
+    add_to_value(nodes.graph, node.outputs[0], own)
+    if inside != out:  # another reader of the output would keep backends from fusing it
+        shape.replace_input_with(0, node.outputs[0])
+    nodes.graph.insert_after(node, [*nodes.take(), shape, turned])
 
 
 def _matrix(nodes: NewNodes, value: ir.Value, height: int, width: int, like: ir.Value) -> ir.Value:

@@ -89,13 +89,22 @@ def add_to_value(graph: ir.Graph, value: ir.Value, added: ir.Value) -> None:
         sums = [node for node, _ in readers if _adds_maps(node)]
         pending += [node.outputs[0] for node in sums]
         others = [(node, index) for node, index in readers if node not in sums]
-        if others:
+        if others or value.is_graph_output():
             total = build_sum(value, added)
             producer = value.producer()
             assert producer is not None
             graph.insert_after(producer, total)
             for node, index in others:
                 node.replace_input_with(index, total.outputs[0])
+            replace_output(graph, value, total.outputs[0])
+
+
+def replace_output(graph: ir.Graph, value: ir.Value, other: ir.Value) -> None:
+    """Let another value be an output of the graph, under its name, if the first one is."""
+    if value.is_graph_output():
+        place = graph.outputs.index(value)
+        value.name, other.name = f"{value.name}_before", value.name
+        graph.outputs[place] = other
 
 
 def _adds_maps(node: ir.Node) -> bool:

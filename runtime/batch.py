@@ -64,12 +64,13 @@ def build_states(batch: Batch, job: GenerationJob) -> list[DenoisingState]:
     """The states of a batch, at their beginning."""
     table, guidance = job.get_table(batch.timeline), job.get_guidance(batch.timeline)
     layout = get_history_layout(table, guidance)
+    lora = job.lora.unet if job.lora else None
     return [
         DenoisingState(
             *(table, guidance, layout, start.columns, conditioning),
             start.extra_channels,
             batch.control,
-            job.lora and job.lora.unet,
+            lora,
         )
         for conditioning, start in zip(batch.conditioning, batch.initial_states, strict=True)
     ]

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from sdrt.bundle.graph_weights import read_graph_weights
-from sdrt.bundle.manifest import CONTROL, TEXT_ENCODERS, WEIGHTS
+from sdrt.bundle.manifest import CONTROL, LORA_PARTS, TEXT_ENCODERS, WEIGHTS
 from sdrt.bundle.safetensors import Tensors
 from sdrt.engine.plans import PlanKey
 from sdrt.errors import BackendError
 
-LORA_COMPONENTS = ("unet", CONTROL, *TEXT_ENCODERS)
+LORA_COMPONENTS = ("unet", CONTROL, *TEXT_ENCODERS, *LORA_PARTS.values())
 OTHER_WAYS = (
     "merge the file when the bundle is built (`sdrt build --lora`), or pass --backend onnxruntime"
 )

@@ -13,6 +13,7 @@ import numpy as np
 from sdrt.bundle import Bundle, open_bundle
 from sdrt.bundle.bundle import list_graphs
 from sdrt.bundle.integrity import check_files
+from sdrt.bundle.manifest import LORA_FACTORS, LORA_PARTS
 from sdrt.engine import (
     Candidate,
     Feeds,
@@ -36,6 +37,7 @@ from sdrt.runtime.reference_outputs import (
 
 log = logging.getLogger(__name__)
 GUIDANCE = 7.5
+PLAIN_PARTS = {name: part for part, name in LORA_PARTS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +155,17 @@ def _check_alone(
 def _check_component(pipe: Pipeline, name: str, answers: ReferenceOutputs) -> Check:
     part = name.removesuffix("_float32")
     component = pipe.manifest.components[part]
-    tokenizer = pipe.tokenizer_2 if part == "text_encoder_2" else pipe.tokenizer
+    plain = PLAIN_PARTS.get(part, part)
+    tokenizer = pipe.tokenizer_2 if plain == "text_encoder_2" else pipe.tokenizer
     ids = tokenizer(["", PROMPT]) if tokenizer else None
-    actual = pipe.engines[name](component_inputs(pipe.manifest, part, ids))
+    inputs = dict(component_inputs(pipe.manifest, plain, ids))
+    if plain != part:  # without factors its outputs are the plain graph's
+        spec = next(spec for spec in component.inputs if spec.name == LORA_FACTORS)
+        rows = len(next(iter(inputs.values())))
+        inputs[LORA_FACTORS] = np.zeros((rows, int(spec.shape[1])), spec.dtype)
+    actual = pipe.engines[name](inputs)
     dtype = component.dtype if name == part else f"{component.dtype} weights in float32"
-    reference = answers.components.get(part, {})
+    reference = answers.components.get(plain, {})
     return _compare(f"{part}, {dtype}", actual, reference, component.dtype)
 
 

@@ -160,3 +160,12 @@ def test_a_later_pass_counts_in_the_estimates():
     second.deadline = both.deadline + 1.0
     expected = 0.02 + 10 * call((1,), 2) + 5 * call((2,), 4) + ESTIMATES.decode_seconds((2,))
     assert finish([both, second])[0] == pytest.approx(expected)
+
+
+def test_requests_of_two_graphs_share_no_call_and_plain_ones_ride_with_either():
+    graphs = ["", "unet_lora", "", "unet_control", "unet_lora"]
+    requests = [scheduled(4, rows=1, graph=graph) for graph in graphs]
+    assert select_batch(requests, ESTIMATES.max_rows) == [requests[i] for i in (0, 1, 2, 4)]
+    requests.sort(key=lambda request: request.graph != "unet_control")
+    first, *others = select_batch(requests, ESTIMATES.max_rows)
+    assert first.graph == "unet_control" and [other.graph for other in others] == ["", ""]

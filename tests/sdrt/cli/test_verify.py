@@ -8,10 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from lora_graphs import with_lora_graphs
 
 from sdrt.atomic_files import file_identity
 from sdrt.bundle import open_bundle
 from sdrt.bundle.integrity import describe_files
+from sdrt.bundle.manifest import LORA_PARTS
 from sdrt.bundle.store import home
 from sdrt.cli.main import main
 from sdrt.cli.verify import run_checks
@@ -144,3 +146,13 @@ def test_an_engine_that_answers_otherwise_each_time_is_noticed(tiny_bundle):
     unsteady = replace(candidate, load=lambda b, name: Unsteady(candidate.load(b, name)))
     missed = {c.what for c in run_checks(open_bundle(tiny_bundle), unsteady) if not c.passed}
     assert missed == {"same seed twice"}
+
+
+def test_graphs_with_lora_factors_are_validated_without_any(shapes, tmp_path):
+    bundle = with_lora_graphs(shapes, tmp_path / "rows", 2)
+    checks = {check.what: check for check in run_checks(bundle, select_backend("onnxruntime"))}
+    assert {f"{name}, float32" for name in LORA_PARTS.values()} & set(checks) == {
+        "unet_lora, float32",
+        "text_encoder_lora, float32",
+    }
+    assert all(check.passed for check in checks.values())
