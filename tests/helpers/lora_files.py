@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 # Linear layers and convolutions of 1x1 in attention blocks, which most files change.
-ATTENTION = r"unet\..*attentions\.\d+\.(proj|transformer)|text_encoder\..*layers"
+ATTENTION = r"unet\..*attentions\.\d+\.(proj|transformer)|text_encoder(_2)?\..*layers"
 
 
 def lora_file(path, checkpoint, layout, *, seed=0, strength=0.6, rank=4, metadata=None, only=""):
@@ -17,6 +17,8 @@ def lora_file(path, checkpoint, layout, *, seed=0, strength=0.6, rank=4, metadat
     """
     generator = torch.Generator().manual_seed(seed)
     parts = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
+    if (checkpoint / "text_encoder_2").exists():
+        parts["text_encoder_2"] = "model"
     saved = {}
     for part, stem in parts.items():
         for name, weight in load_file(checkpoint / part / f"{stem}.safetensors").items():
@@ -30,14 +32,14 @@ def lora_file(path, checkpoint, layout, *, seed=0, strength=0.6, rank=4, metadat
             up = torch.randn((len(weight), rank, *[1] * (weight.ndim - 2)), generator=generator)
             up *= strength * weight.std() * (inside / rank) ** 0.5
             if layout == "kohya":
-                prefix = "lora_unet_" if part == "unet" else "lora_te_"
-                if part == "text_encoder" and not module.startswith("text_model"):
+                prefix = {"unet": "lora_unet_", "text_encoder_2": "lora_te2_"}.get(part, "lora_te_")
+                if part != "unet" and not module.startswith("text_model"):
                     prefix += "text_model_"
                 stem = prefix + module.replace(".", "_")
                 saved |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
                 saved[f"{stem}.alpha"] = torch.tensor(rank / 2)
             else:
-                if part == "text_encoder" and not module.startswith("text_model"):
+                if part != "unet" and not module.startswith("text_model"):
                     module = "text_model." + module
                 saved |= {f"{part}.{module}.lora_A.weight": down}
                 saved |= {f"{part}.{module}.lora_B.weight": up}

@@ -306,3 +306,18 @@ def test_in_low_memory_files_change_the_weights(loaded):
         assert not pipe.lora_rows.is_available
         with InflightBatcher(pipe, rows=16) as engine:
             assert psnr(result(submit(engine, {"a": 0.8})), merged(pipe, {"a": 0.8})) == np.inf
+
+
+@pytest.mark.slow
+def test_two_text_encoders(tiny_xl, tiny_xl_bundle, tmp_path):
+    bundle = with_lora_graphs(tiny_xl_bundle, tmp_path / "rows", 4)
+    path = lora_file(tmp_path / "xl.safetensors", tiny_xl, "peft", strength=3.0, only=ATTENTION)
+    with sdrt.load(bundle.folder, backend="onnxruntime") as pipe:
+        expected, plain = merged(pipe, {path: 0.5}), merged(pipe, {})
+        packed = pipe.lora_rows.pack(merge_loras([(path, parse_weight(0.5))]))
+        assert set(packed.by_part) == set(LORA_PARTS)
+        with InflightBatcher(pipe, rows=16) as engine:
+            changes = pipe.leases.changes
+            assert psnr(result(submit(engine, {path: 0.5})), expected) > 50 > psnr(plain, expected)
+            assert np.array_equal(result(submit(engine)), plain)
+            assert pipe.leases.changes == changes
