@@ -4,14 +4,13 @@
 
 Measured are a UNet call with factors against the plain graph, how long it takes until other files
 act, and a stream of requests over 1, 4 and 16 files: as factors of their rows, and grouped by their
-files, whose weights are switched. Without --work on the embedded model, built for this. Times are
+files, whose weights are switched. Without --work on the embedded model. Times are
 those of the processor, as the machine may be shared. The files are those of `lora_switch.py`.
 """
 
 import argparse
+import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,8 +23,11 @@ from published import made_bundle
 from results import save
 
 import sdrt
-from sdrt.bundle.manifest import LORA_FACTORS, LORA_PARTS
+from sdrt.bundle import open_bundle
+from sdrt.bundle.integrity import describe_files
+from sdrt.bundle.manifest import LORA_FACTORS, LORA_PARTS, MANIFEST, json_from_manifest
 from sdrt.engine.axes import axis_lengths, spec_shape
+from sdrt.export.lora_graph import write_lora_graph
 from sdrt.runtime import Pipeline
 from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.lora.sets import merge_loras
@@ -37,12 +39,18 @@ COUNTS = (1, 4, 16)  # files in a stream
 
 def open_rows_bundle(work: Path | None, size: str, divisor: int, folder: Path) -> Path:
     """A bundle with LoRA graphs: of the embedded model, or of a published configuration."""
-    rank = ("--lora-rank", str(RANK))
     if work is not None:
-        return made_bundle(work, [size], *rank, divisor=divisor)
-    target = folder / "shapes"
-    command = [sys.executable, "-m", "sdrt", "build", "--model", "shapes", *rank]
-    subprocess.run([*command, "--output", str(target)], check=True, stdout=subprocess.DEVNULL)
+        return made_bundle(work, [size], "--lora-rank", str(RANK), divisor=divisor)
+    target, embedded = folder / "shapes", open_bundle("shapes")
+    shutil.copytree(embedded.folder, target, ignore=shutil.ignore_patterns("plans"))
+    components = dict(embedded.manifest.components)
+    for part in set(LORA_PARTS) & set(components):  # as a build derives them, not validated again
+        derived = write_lora_graph(target / part, RANK, components[part].dtype)
+        assert derived is not None
+        components[LORA_PARTS[part]] = derived
+    manifest = replace(embedded.manifest, components=components, files={})
+    records = describe_files(target)
+    (target / MANIFEST).write_text(json_from_manifest(replace(manifest, files=records)))
     return target
 
 

@@ -18,7 +18,7 @@ from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import LORA_FACTORS, LORA_PARTS, TRANSPOSED, Component
 from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import Engine, LazyEngine
-from sdrt.errors import SdrtError
+from sdrt.errors import BundleError, SdrtError
 
 from .adapters import Lora, names_by_module, read_lora, stamp_file
 from .deltas import Change
@@ -171,8 +171,11 @@ class LoraRows:
 
 
 def _read_layout(component: Component, weights: Path) -> _Layout:
+    """The layout of a part; raises BundleError where the manifest does not fit the weights."""
     stored = Tensors(weights)
     modules = {name: module for module, name in names_by_module(stored).items()}
+    if not component.weights or not set(component.weights) <= set(modules):
+        raise BundleError(f"{weights.parent} names layers with LoRA factors that it does not have")
     layers, widths = {}, 0
     for name in component.weights:
         shape = stored.shape(name)
@@ -181,7 +184,9 @@ def _read_layout(component: Component, weights: Path) -> _Layout:
         widths += inside + out
     spec = next(spec for spec in component.inputs if spec.name == LORA_FACTORS)
     size = int(spec.shape[1])
-    rank = size // widths
+    rank, rest = divmod(size, widths)
+    if rest:
+        raise BundleError(f"{weights.parent} has {size} LoRA factors for layers of {widths} widths")
     layers = {m: _Layer(rank * at.start, at.inside, at.out) for m, at in layers.items()}
     return _Layout(layers, names_by_module(stored), rank, size, spec.dtype)
 
