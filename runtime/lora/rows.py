@@ -173,22 +173,24 @@ class LoraRows:
 def _read_layout(component: Component, weights: Path) -> _Layout:
     """The layout of a part; raises BundleError where the manifest does not fit the weights."""
     stored = Tensors(weights)
-    modules = {name: module for module, name in names_by_module(stored).items()}
-    if not component.weights or not set(component.weights) <= set(modules):
-        raise BundleError(f"{weights.parent} names layers with LoRA factors that it does not have")
+    names = names_by_module(stored)
+    modules = {name: module for module, name in names.items()}
     layers, widths = {}, 0
-    for name in component.weights:
-        shape = stored.shape(name)
-        out, inside = shape[:2][::-1] if name.endswith(TRANSPOSED) else shape[:2]
-        layers[modules[name]] = _Layer(widths, inside, out)
-        widths += inside + out
-    spec = next(spec for spec in component.inputs if spec.name == LORA_FACTORS)
-    size = int(spec.shape[1])
-    rank, rest = divmod(size, widths)
+    try:
+        for name in component.weights:
+            first, second, *_ = stored.shape(name)
+            out, inside = (second, first) if name.endswith(TRANSPOSED) else (first, second)
+            layers[modules[name]] = _Layer(widths, inside, out)
+            widths += inside + out
+        (spec,) = (spec for spec in component.inputs if spec.name == LORA_FACTORS)
+        size = int(spec.shape[1])
+        rank, rest = divmod(size, widths)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise BundleError(f"{weights.parent}: unknown layers with LoRA factors") from error
     if rest:
-        raise BundleError(f"{weights.parent} has {size} LoRA factors for layers of {widths} widths")
+        raise BundleError(f"{weights.parent}: {size} LoRA factors for widths of {widths} in all")
     layers = {m: _Layer(rank * at.start, at.inside, at.out) for m, at in layers.items()}
-    return _Layout(layers, names_by_module(stored), rank, size, spec.dtype)
+    return _Layout(layers, names, rank, size, spec.dtype)
 
 
 def _low_rank(
