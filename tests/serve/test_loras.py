@@ -6,19 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import openai
 import pytest
-from lora_files import ATTENTION, lora_file
-from lora_graphs import with_lora_graphs
+from lora_files import lora_file
 from PIL import Image
-from serving import PROMPT, client, get_engine, run_server, wait_for
+from serving import PROMPT, client, get_engine
 
 import sdrt
-from sdrt.bundle.manifest import LORA_FACTORS, LORA_PARTS
 from sdrt.errors import UsageError
 from sdrt.runtime.lora.names import find_lora_by_name, list_loras
 
@@ -235,65 +231,3 @@ def test_the_command_line(shapes, folder, tmp_path):
     assert wrong.returncode == 2 and "did you mean first" in wrong.stderr
     literal = run(f"{PROMPT} <lora:frist:1>", "--literal", "--output", str(tmp_path / "l.png"))
     assert literal.returncode == 0, literal.stderr
-
-
-class Recorder:
-    """The real UNet with or without factors: calls are recorded, and can be held up."""
-
-    def __init__(self, engine, calls):
-        self.engine, self.inputs, self.outputs = engine, engine.inputs, engine.outputs
-        self.calls, self.open, self.entered = calls, threading.Event(), threading.Event()
-        self.open.set()
-
-    def __call__(self, feeds):
-        self.entered.set()
-        assert self.open.wait(60)
-        self.calls.append((LORA_FACTORS in feeds, len(feeds["sample"])))
-        return self.engine(feeds)
-
-    def close(self):
-        self.engine.close()
-
-
-def test_different_loras_share_calls_of_the_model(shapes, folder, embedded, tmp_path):
-    for seed, name in enumerate(("one", "two")):
-        lora_file(folder / f"{name}.safetensors", embedded, "kohya", seed=seed, only=ATTENTION)
-    bundle = with_lora_graphs(shapes, tmp_path / "rows", 4)
-    bodies = [
-        {"prompt": f"{PROMPT} <lora:one:0.8>"},
-        {"prompt": PROMPT, "loras": {"two": 1.0}},
-        {"prompt": f"{PROMPT} <lora:two:0.5>", "loras": {"one": -0.3}},
-        {"prompt": PROMPT},
-    ]
-    bodies = [{**USUAL, **body} for body in bodies]
-    try:
-        with run_server(bundle.folder) as running, ThreadPoolExecutor(8) as pool:
-            engine = get_engine(running)
-
-            def post(body):
-                with client(running) as http:
-                    answer = http.post("/v1/images/generations", json=body).json()
-                return image_from(answer["data"][0]["b64_json"]).tobytes()
-
-            alone = [post(body) for body in bodies]
-            calls, names = [], ("unet", LORA_PARTS["unet"])
-            recorders = {name: Recorder(engine.pipe.engines[name], calls) for name in names}
-            engine.pipe = replace(engine.pipe, engines={**engine.pipe.engines, **recorders})
-            unet = recorders["unet"]
-            unet.open.clear()
-            first = pool.submit(post, {**USUAL, "prompt": PROMPT, "seed": 6})
-            assert unet.entered.wait(60)
-            together = [pool.submit(post, body) for body in bodies]
-            wait_for(lambda: [h.state for h in engine.unfinished()] == ["running"] * 5)
-            unet.open.set()
-            assert [future.result() for future in together] == alone
-            first.result()
-    finally:
-        for name in ("one", "two"):
-            (folder / f"{name}.safetensors").unlink()
-    assert len(set(alone)) == 4
-    assert calls[0] == (False, 2) and calls[1] == (True, 10), calls
-    rows = sum(rows for _, rows in calls)
-    assert (
-        rows == 2 * 4 * 5 and len(calls) == 5
-    )  # evaluations of five images, as of one and one more
