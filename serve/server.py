@@ -14,6 +14,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from sdrt.engine.page_cache import trim_heap
 from sdrt.errors import DeviceLostError, UsageError
 
 from .app import create_app
@@ -29,6 +30,8 @@ log = logging.getLogger("sdrt.serve")
 MAX_OPEN_FILES = 65_536
 CLOSE_SECONDS = 5
 KEEP_ALIVE_SECONDS = 75
+# Of uvicorn, ten a second: the C heap keeps free pages between those in use, ever more of them.
+TRIM_TICKS = 100
 
 
 def serve(sources: Mapping[str, ModelSource], settings: Settings) -> None:
@@ -71,11 +74,15 @@ class Server(uvicorn.Server):
         self.device_error: DeviceLostError | None = None
 
     async def on_tick(self, counter: int) -> bool:
-        """Stop once a GPU is lost: the exit code tells the supervisor to start another process."""
+        """Stop once a GPU is lost: the exit code tells the supervisor to start another process.
+        Returns free memory to the system now and then.
+        """
         if self.device_error is None and (error := self.models.device_error):
             self.device_error = error
             log.error("%s", error)
             self.shut_down()
+        if counter % TRIM_TICKS == 0:
+            await asyncio.to_thread(trim_heap)
         return await super().on_tick(counter)
 
     def close(self) -> None:
