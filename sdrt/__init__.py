@@ -220,6 +220,7 @@ def load(
     from .bundle.bundle import check_makes_images
     from .engine import PRECISIONS, LoadOptions
     from .progress import log_progress
+    from .runtime.controlnet.net import control_net_from_bundle
     from .runtime.ip_adapter import check_is_ip_adapter
     from .runtime.parsing import (
         int_parser,
@@ -238,16 +239,18 @@ def load(
     if not isinstance(bundle, str | os.PathLike | None):
         raise invalid_argument("bundle", bundle, "a bundle's name or folder")
     nets = parse_paths("controlnet", controlnet)
-    if ip_adapter is not None:
-        nets = (*nets, *parse_paths("ip_adapter", ip_adapter))
+    adapters = parse_paths("ip_adapter", ip_adapter) if ip_adapter is not None else ()
     refiners = parse_paths("refiner", refiner) if refiner is not None else ()
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected {' or '.join(PRECISIONS)}")
     with log_progress(lambda: "checking the bundle's files"):
-        opened = [open_bundle(name) for name in (bundle, *refiners, *nets)]
+        opened = [open_bundle(name) for name in (bundle, *refiners, *nets, *adapters)]
     check_makes_images(opened[0])
-    if ip_adapter is not None:
-        check_is_ip_adapter(opened[-1].manifest)
+    others = opened[1 + len(refiners) :]
+    for net in others[: len(nets)]:
+        control_net_from_bundle(net)
+    for adapter in others[len(nets) :]:
+        check_is_ip_adapter(adapter.manifest)
     if precision == "exact":
         opened = [replace(of, manifest=replace(of.manifest, admitted={})) for of in opened]
     words = parse_paths("embeddings", embeddings)

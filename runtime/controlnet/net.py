@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.manifest import CONTROL, WEIGHTS, Component, Manifest, TensorSpec
+from sdrt.bundle.manifest import CONTROL, IP_ADAPTER, WEIGHTS, Component, Manifest, TensorSpec
 from sdrt.engine.axes import axis_lengths, spec_shape
 from sdrt.errors import UsageError
 
@@ -54,10 +54,10 @@ def control_net_from_bundle(bundle: Bundle) -> ControlNet:
     for kind in KINDS:
         if kind in manifest.components:
             return ControlNet(manifest.name, kind, manifest.components[kind])
-    raise UsageError(
-        f"{manifest.name} holds no ControlNet or T2I-Adapter",
-        hint="build one with `sdrt build --controlnet MODEL`",
-    )
+    hint = "build one with `sdrt build --controlnet MODEL`"
+    if IP_ADAPTER in manifest.components:
+        hint = "pass it as an IP-Adapter: `--ip-adapter`, or sdrt.load(..., ip_adapter=NAME)"
+    raise UsageError(f"{manifest.name} holds no ControlNet or T2I-Adapter", hint=hint)
 
 
 def load_control_nets(base: Manifest, bundles: Sequence[Bundle]) -> Mapping[str, ControlNet]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sdrt.bundle import Bundle, open_bundle
 from sdrt.errors import UsageError
+from sdrt.runtime.controlnet.net import control_net_from_bundle
 from sdrt.runtime.controlnet.text import ControlArgument, parse_control_argument
 from sdrt.runtime.images import open_image
 
@@ -16,7 +17,10 @@ from sdrt.runtime.images import open_image
 def open_control_bundles(arguments: Sequence[str]) -> dict[str, Bundle]:
     """The bundles of the nets that are named, each once; raises BundleError or UsageError."""
     nets = dict.fromkeys(parse_control_argument(text).net for text in arguments)
-    return {net: open_bundle(net) for net in nets}
+    bundles = {net: open_bundle(net) for net in nets}
+    for bundle in bundles.values():
+        control_net_from_bundle(bundle)
+    return bundles
 
 
 def control_options(arguments: Sequence[str], bundles: Mapping[str, Bundle]) -> dict[str, Any]:

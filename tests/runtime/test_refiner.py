@@ -1,7 +1,11 @@
 """A refiner, alone and after a base: tiny ones of random weights, against diffusers."""
 
 import inspect
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -389,3 +393,16 @@ def test_a_refiner_of_another_noise_schedule_is_refused(ensemble):
     other = replace(ensemble, refiner=replace(ensemble.refiner, bundle_config=config))
     with pytest.raises(UsageError, match=r"has beta_end 0\.02"):
         other(PROMPT, seed=0, **ONE_CALL)
+
+
+def test_the_example_runs(tiny_xl_bundle, tiny_refiner_bundle, ensemble, tmp_path):
+    script = Path(__file__).parents[2] / "examples" / "refiner.py"
+    command = [sys.executable, script, tiny_xl_bundle, tiny_refiner_bundle, PROMPT]
+    environment = os.environ | {"SDRT_BACKEND": "onnxruntime"}
+    subprocess.run(command, cwd=tmp_path, env=environment, timeout=300, check=True)
+    images = {path.stem: np.asarray(Image.open(path)) for path in tmp_path.glob("*.png")}
+    assert sorted(images) == ["refiner_after", "refiner_base", "refiner_both"]
+    options = {"num_inference_steps": 30, "seed": 7}
+    for name, switch in (("base", {}), ("both", {"refiner_switch_at": 0.8})):
+        expected = ensemble(PROMPT, **options, **switch).images[0]
+        assert np.array_equal(images[f"refiner_{name}"], np.asarray(expected))

@@ -90,3 +90,11 @@ def test_a_controlnet_is_no_ip_adapter(shapes, edges, tmp_path, capsys):
     assert "outline is not an IP-Adapter" in capsys.readouterr().err
     with pytest.raises(UsageError, match="outline is not an IP-Adapter"):
         sdrt.load(shapes, ip_adapter="outline")
+
+
+def test_an_ip_adapter_is_no_controlnet(shapes, edges, tmp_path, capsys):
+    control = ["--bundle", shapes, "--control", f"likeness={edges}"]
+    assert run(PROMPT, *control, "--output", tmp_path / "image.png") == 2
+    assert "pass it as an IP-Adapter" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="likeness holds no ControlNet"):
+        sdrt.load(shapes, controlnet=["outline", "likeness"])
