@@ -18,6 +18,7 @@ from sdrt.errors import UsageError
 from .generators import GeneratorLike, seed_from_generator
 from .options import PARSERS, Callback, GenerationOptions
 from .parsing import int_parser, invalid_argument
+from .presets import expand_preset
 
 ImageLike = Image | str | os.PathLike[str] | ArrayLike
 Pair = Sequence[int] | None
@@ -36,6 +37,7 @@ class GenerationKwargs(TypedDict, total=False):
     guidance_rescale: float | None
     guidance_interval: Sequence[float] | None
     feature_reuse: int | None
+    feature_reuse_order: int | None
     seed: int | Sequence[int] | np.ndarray | None
     rng: str | None
     num_images_per_prompt: int | None
@@ -87,6 +89,7 @@ class GenerationKwargs(TypedDict, total=False):
     negative_aesthetic_score: float | None
     refiner_switch_at: float | None
     callback_on_step_end: Callback | None
+    preset: str | None
     height: int | None
     width: int | None
     generator: GeneratorLike | Sequence[GeneratorLike] | None
@@ -109,6 +112,7 @@ ALIASES = {
     **dict.fromkeys(("cfg_rescale", "rescale"), "guidance_rescale"),
     **dict.fromkeys(("seeds", "manual_seed"), "seed"),
     **dict.fromkeys(("reuse", "deepcache"), "feature_reuse"),
+    **dict.fromkeys(("taylorseer", "max_order"), "feature_reuse_order"),
     **dict.fromkeys(("depth", "depth_image"), "depth_map"),
     **dict.fromkeys(("hr_scale", "enable_hr", "hires", "upscale"), "hires_scale"),
     **dict.fromkeys(("hr_resize_x", "hr_resize_y"), "hires_size"),
@@ -168,9 +172,11 @@ def parse_options(arguments: Mapping[str, Any]) -> GenerationOptions:
     if not isinstance(arguments, Mapping):
         raise invalid_argument("options", arguments, 'a mapping such as {"seed": 3}')
     for name in arguments:
-        if name not in PARSERS and name not in DIFFUSERS:
+        if name not in PARSERS and name not in DIFFUSERS and name != "preset":
             raise UsageError(f"unknown option {name!r}", hint=_suggest(str(name)))
     passed = {name: value for name, value in arguments.items() if value is not None}
+    if "preset" in passed:
+        passed = {**expand_preset(passed.pop("preset")), **passed}
     diffusers = {name: passed.pop(name) for name in DIFFUSERS if name in passed}
     _check_callback_tensors(diffusers.pop("callback_on_step_end_tensor_inputs", None))
     passed |= _size_from_sides(diffusers, passed)
@@ -190,7 +196,7 @@ def _suggest(name: str) -> str:
     """What to write instead of a name that is not an option."""
     if name in INSTEAD:
         return INSTEAD[name]
-    names = [*PARSERS, *DIFFUSERS, *OF_A_CALL, *ALIASES]
+    names = [*PARSERS, *DIFFUSERS, "preset", *OF_A_CALL, *ALIASES]
     similar = [name.casefold(), *difflib.get_close_matches(name.casefold(), names, n=1)]
     meant = next((entry for entry in similar if entry in names), None)
     if meant is None:

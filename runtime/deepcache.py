@@ -1,8 +1,9 @@
 """Feature reuse: DeepCache, Ma et al. 2023 (arXiv:2312.00858).
 
 Some evaluations run only the UNet's shallow layers, nearest to its input and output, with the deep
-layers' feature of an earlier full evaluation. Knows sampler tables and manifests; not how a network
-is split.
+layers' feature of an earlier full evaluation, or with one that is extrapolated from the last two:
+the first order of TaylorSeer, Liu et al. 2025 (arXiv:2503.06923). Knows sampler tables and
+manifests; not how a network is split.
 """
 
 from collections.abc import Container, Sequence
@@ -17,13 +18,17 @@ from .samplers.table_data import SamplerTable
 
 
 def with_feature_reuse(
-    table: SamplerTable, every: int, rows: Sequence[int], changes: Sequence[bool] = ()
+    table: SamplerTable,
+    every: int,
+    rows: Sequence[int],
+    changes: Sequence[bool] = (),
+    order: int = 0,
 ) -> SamplerTable:
     """A table whose evaluations are full at the paper's uniform schedule.
 
     An evaluation with more rows than the previous one is full too, since those have no feature yet,
     and so is one that reads another prompt, whose feature would be the old one's. The count then
-    starts again.
+    starts again, and features from before are not extrapolated.
 
     Args:
         table: Of full evaluations.
@@ -31,14 +36,21 @@ def with_feature_reuse(
         rows: [N], rows of the model's batch in each evaluation.
         changes: [N], whether an evaluation reads another prompt than the one before; by default
             none does.
+        order: 0 reads the last full evaluation's feature; 1 extrapolates it and the one before, by
+            the number of evaluations since.
     """
     full = np.ones(len(rows), bool)
-    since = 0
+    weights = np.zeros((len(rows), 2))
+    last, before = 0, None  # the last full evaluation, and the one before in the same run of rows
     for k in range(1, len(rows)):
-        since += 1
-        full[k] = since == every or rows[k] > rows[k - 1] or (bool(changes) and changes[k])
-        since = 0 if full[k] else since
-    return replace(table, full_evaluations=full)
+        starts = rows[k] > rows[k - 1] or (bool(changes) and bool(changes[k]))
+        full[k] = starts or k - last == every
+        if full[k]:
+            last, before = k, None if starts else last
+        else:
+            slope = (k - last) / (last - before) if order and before is not None else 0.0
+            weights[k] = 1.0 + slope, -slope
+    return replace(table, full_evaluations=full, feature_weights=weights)
 
 
 def check_feature_reuse(

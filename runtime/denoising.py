@@ -166,7 +166,8 @@ class DenoisingState:
         latents: [C, H/8, W/8] float32, the next input of the model; after the last evaluation the
             result.
         evaluations_done: How often the model was called.
-        feature: [rows, ...] of the last full evaluation, while later ones need it.
+        features: [rows, ...] of the last full evaluation and of the one before, while later
+            evaluations read them.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class DenoisingState:
         for i, value in enumerate(others):
             self.history.write(layout.noise_base + i, value)
         self.evaluations_done = 0
-        self.feature: np.ndarray | None = None
+        self.features: list[np.ndarray] = []
         self._num_rows = guidance.num_rows.tolist()
         last_state = layout.state_place(self.num_evaluations - 1)
         self.latents = self.history.combine(layout.rows[0], last_state)
@@ -243,9 +244,18 @@ class DenoisingState:
         return self.control.cost(self.evaluations_done) if self.control else 0.0
 
     def store_feature(self, feature: np.ndarray) -> None:
-        """Store a full evaluation's feature [rows, ...] if the next evaluation reads one."""
-        k = self.evaluations_done + 1
-        self.feature = feature if k < self.num_evaluations and not self.table.is_full(k) else None
+        """Store a full evaluation's feature [rows, ...] while later evaluations read it."""
+        full = self.table.full_evaluations
+        reads = full is not None and not full[self.evaluations_done :].all()
+        self.features = [feature, *self.features[:1]] if reads else []
+
+    def combine_features(self, rows: int) -> np.ndarray:
+        """The feature [rows, ...] that the next evaluation reads instead of the deep layers'."""
+        assert self.table.feature_weights is not None, "shallow evaluations are weighted"
+        last, before = self.table.feature_weights[self.evaluations_done].astype(np.float32)
+        if not before:
+            return self.features[0][-rows:]
+        return last * self.features[0][-rows:] + before * self.features[1][-rows:]
 
     def advance(self, output: np.ndarray) -> None:
         """Go on by one evaluation with the model's output [rows, C, H/8, W/8]."""
@@ -351,8 +361,8 @@ class BatchBuilder:
         return self._residuals.compute(engines, images, feeds)
 
     def _gather_features(self, placed: list[tuple[DenoisingState, int]]) -> np.ndarray:
-        """[rows, ...] of every state's last full evaluation, padded as the batch is."""
-        features = [state.feature[-rows:] for state, rows in placed if state.feature is not None]
+        """[rows, ...] of every state's last full evaluations, padded as the batch is."""
+        features = [state.combine_features(rows) for state, rows in placed]
         padding = len(self._sample) - sum(rows for _, rows in placed)
         return np.concatenate([*features, *[np.zeros_like(features[0][:1])] * padding])
 

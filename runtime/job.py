@@ -104,7 +104,8 @@ class GenerationJob:
         if self.options.feature_reuse == 1 or timeline.is_plain:
             return self.table
         rows = self.get_guidance(timeline).num_rows.tolist()
-        return with_feature_reuse(self.table, self.options.feature_reuse, rows, timeline.changes)
+        every, order = self.options.feature_reuse, self.options.feature_reuse_order
+        return with_feature_reuse(self.table, every, rows, timeline.changes, order)
 
     def get_num_rows(self, timeline: PromptTimeline) -> int:
         """Rows of the model's batch for an image, at most."""

@@ -41,6 +41,7 @@ MAX_IMAGES = 1000
 MAX_GUIDANCE = 100.0
 MAX_CONTROL_SCALE = 10.0
 MAX_REUSE = 100  # evaluations of which one is full
+MAX_REUSE_ORDER = 1  # images of the second order are further from the full run's than of the first
 LONG_PROMPTS = ("chunk", "cut")
 Seed = int | Sequence[int] | None
 Pair = tuple[int, int] | None
@@ -86,6 +87,8 @@ class GenerationOptions:
         feature_reuse: One of so many evaluations runs the full model, the others its shallow layers
             with the last deep feature; Ma et al. 2023 (arXiv:2312.00858). Needs a bundle that was
             built for it.
+        feature_reuse_order: 0 takes that feature as it is; 1 extrapolates it from the last two, as
+            TaylorSeer does; Liu et al. 2025 (arXiv:2503.06923).
         seed: Of the first image, the next ones count on; or one for each image. None is random.
         rng: Whose noise a seed has: torch's on "cpu" or on "cuda".
         num_images_per_prompt: Images of every prompt.
@@ -166,6 +169,7 @@ class GenerationOptions:
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     feature_reuse: int = 1
+    feature_reuse_order: int = 0
     seed: Seed = None
     rng: str = "cpu"
     num_images_per_prompt: int = 1
@@ -283,6 +287,7 @@ class GenerationOptions:
             "IP-Adapter scale": self.ip_adapter_image is not None
             and _format_row(np.atleast_1d(self.ip_adapter_scale).tolist()),
             "Feature reuse": self.feature_reuse > 1 and self.feature_reuse,
+            "Feature reuse order": self.feature_reuse > 1 and self.feature_reuse_order,
             **{
                 name: (value := getattr(self, option)) is not None and format_number(value)
                 for name, option in PARTS_IN_TEXT.items()
@@ -350,6 +355,7 @@ PARSERS: dict[str, Parser[Any]] = {
     "guidance_rescale": float_parser(0.0, 1.0),
     "guidance_interval": parse_interval,
     "feature_reuse": int_parser(1, MAX_REUSE),
+    "feature_reuse_order": int_parser(0, MAX_REUSE_ORDER),
     "seed": seed_parser(2**64),
     "rng": choice_parser(*STREAMS),
     "num_images_per_prompt": int_parser(1, MAX_IMAGES),

@@ -210,7 +210,12 @@ class PipelineStages:
         control_units = build_control_units(options, self.control_nets)
         if options.feature_reuse > 1:
             check_feature_reuse(manifest, self.engines, self.backend, bool(control_units))
-            table = with_feature_reuse(table, options.feature_reuse, guidance.num_rows.tolist())
+            table = with_feature_reuse(
+                table,
+                options.feature_reuse,
+                guidance.num_rows.tolist(),
+                order=options.feature_reuse_order,
+            )
         return GenerationJob(
             requests,
             options,

@@ -27,8 +27,8 @@ from .sse import EventStreamResponse, format_event
 PROGRESS_POLL_SECONDS, KEEPALIVE_SECONDS = 0.5, 15.0
 # Options that a body has under their own names.
 OPTIONAL = (
-    *("guidance_rescale", "guidance_interval", "clip_skip", "refiner_switch_at"),
-    *HIRES_PARSERS,
+    *("preset", "feature_reuse", "feature_reuse_order", "guidance_rescale", "guidance_interval"),
+    *("clip_skip", "refiner_switch_at", *HIRES_PARSERS),
 )
 KEEPALIVE_COMMENT = b":\n\n"  # keeps proxies from closing an idle stream
 
@@ -58,7 +58,6 @@ def build_openai_request(
         "negative_prompt": body.negative_prompt or "",
         "num_inference_steps": value_or(body.num_inference_steps, 20),
         "guidance_scale": value_or(body.guidance_scale, 7.5),
-        "feature_reuse": value_or(body.feature_reuse, 1),
         "seed": body.seed,
         "num_images_per_prompt": value_or(body.n, 1),
         "size": None if body.size in (None, "auto") else normalize_size(str(body.size)),

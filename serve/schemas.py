@@ -78,11 +78,18 @@ class GenerationRequest(ControlFields):
     loras: dict[str, float] | None = Field(
         None, description="weights by name; <lora:NAME:WEIGHT> in the prompt does the same"
     )
+    preset: Literal["exact", "balanced", "fast"] | None = Field(
+        None, description="options of reuse and guidance by name; fields that are sent go first"
+    )
     feature_reuse: int | None = Field(
-        1,
+        None,
         ge=1,
         le=100,
-        description="DeepCache: run the full UNet every Nth evaluation, if the model supports it",
+        description="DeepCache: run the full UNet every Nth evaluation, if the model supports it; "
+        "default: 1",
+    )
+    feature_reuse_order: int | None = Field(
+        None, ge=0, le=1, description="1 extrapolates what is reused (TaylorSeer); default: 0"
     )
     guidance_rescale: float | None = Field(None, ge=0.0, le=1.0, description="default: 0")
     guidance_interval: list[float] | None = Field(

@@ -50,7 +50,9 @@ class SamplerTable:
             columns without edits, then one for each earlier row from the second on.
         clip: Clipping after each row, if any.
         full_evaluations: [N] bool, whether an evaluation runs the full model; the others run its
-            shallow part with the feature of the last full one (see `deepcache.py`). None: all.
+            shallow part with the features of the last full ones (see `deepcache.py`). None: all.
+        feature_weights: [N, 2] float64, the shares of the last full evaluation's feature and of the
+            one before in what each shallow evaluation reads.
     """
 
     timesteps: np.ndarray
@@ -61,6 +63,7 @@ class SamplerTable:
     recurrence: np.ndarray
     clip: DenoisedClipping | None = None
     full_evaluations: np.ndarray | None = None
+    feature_weights: np.ndarray | None = None
 
     @property
     def evaluations(self) -> int:

@@ -86,6 +86,7 @@ ARGUMENTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Denoising strength": ("strength", float),
     "Clip skip": ("clip_skip", lambda text: int(text) - 1),
     "Feature reuse": ("feature_reuse", int),
+    "Feature reuse order": ("feature_reuse_order", int),
     "Long prompts": ("long_prompts", {"cut": "cut"}.__getitem__),
     "Emphasis": ("weighting", {"None": False, "Original": True}.__getitem__),
     "RNG": ("rng", {"CPU": "cpu", "NV": "cuda", "GPU": "cuda"}.__getitem__),

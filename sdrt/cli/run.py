@@ -58,7 +58,7 @@ def options_from_arguments(
     args: argparse.Namespace, control_bundles: Mapping[str, Bundle] = MappingProxyType({})
 ) -> GenerationOptions:
     """The generation options of a command line: its arguments that are named like one."""
-    named = {name: getattr(args, name, None) for name in PARSERS}
+    named = {name: getattr(args, name, None) for name in (*PARSERS, "preset")}
     named |= control_options(args.control, control_bundles) | ip_adapter_options(args.ip_adapter)
     if args.refiner and named["refiner_switch_at"] is None:
         named["refiner_switch_at"] = DEFAULT_SWITCH

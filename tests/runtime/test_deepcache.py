@@ -33,11 +33,13 @@ MASK.paste(255, (8, 8, 56, 40))
 
 class Cache:
     """Ma et al. 2023 over the reference's UNet: the last residual block of the way up is fed what
-    came from below when the model last ran in full. The rest is computed, and thrown away.
+    came from below when the model last ran in full, or, of order 1, what the last two extrapolate
+    to. The rest is computed, and thrown away.
     """
 
-    def __init__(self, unet, every):
-        self.every, self.evaluation, self.deep = every, -1, None
+    def __init__(self, unet, every, order):
+        self.every, self.evaluation, self.order = every, -1, order
+        self.deep = self.before = None
         self.handles = [
             unet.register_forward_pre_hook(self.begun),
             unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(self.entered),
@@ -51,9 +53,13 @@ class Cache:
         import torch
 
         x, *others = arguments
-        if self.evaluation % self.every == 0:
-            self.deep = x[:, : -self.skip]
-        return torch.cat([self.deep, x[:, -self.skip :]], dim=1), *others
+        since = self.evaluation % self.every
+        if since == 0:
+            self.deep, self.before = x[:, : -self.skip], self.deep
+        deep = self.deep
+        if self.order and self.before is not None:
+            deep = torch.lerp(self.before, deep, 1 + since / self.every)
+        return torch.cat([deep, x[:, -self.skip :]], dim=1), *others
 
     def close(self):
         for handle in self.handles:
@@ -67,12 +73,12 @@ def reference(embedded):
 
     base = diffusers.StableDiffusionPipeline.from_pretrained(embedded).to(dtype=torch.float32)
 
-    def run(kind, own, every, **options):
+    def run(kind, own, every, order, **options):
         pipe = getattr(diffusers, kind)(**base.components)
         pipe.set_progress_bar_config(disable=True)
         config = own.scheduler_config
         pipe.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-        cache = Cache(pipe.unet, every)
+        cache = Cache(pipe.unet, every, order)
         seeded = torch.Generator("cpu").manual_seed(0)
         arguments = {"num_inference_steps": STEPS, "output_type": "np", **options}
         actual = pipe(PROMPT, generator=seeded, **arguments).images[0]
@@ -94,6 +100,7 @@ def decibels(own, expected, **options):
     ("scheduler", "kind", "every", "options"),
     [
         ("DPMSolverMultistepScheduler", "StableDiffusionPipeline", 3, {}),
+        ("DDIMScheduler", "StableDiffusionPipeline", 3, {"feature_reuse_order": 1}),
         ("HeunDiscreteScheduler", "StableDiffusionPipeline", 2, {"guidance_scale": 1.0}),
         ("EulerDiscreteScheduler", "StableDiffusionImg2ImgPipeline", 2, {"image": GRADIENT}),
         (
@@ -108,7 +115,9 @@ def test_images_are_the_references_with_hooks(pipe, reference, scheduler, kind, 
     own = pipe.with_scheduler(scheduler)
     if "image" in options:
         options = {"strength": 0.8, **options}
-    expected = reference(kind, own, every, **options)
+    order = options.get("feature_reuse_order", 0)
+    passed = {name: value for name, value in options.items() if name != "feature_reuse_order"}
+    expected = reference(kind, own, every, order, **passed)
     assert decibels(own, expected, feature_reuse=every, **options) >= 50
     assert decibels(own, expected, **options) < 45  # it does something
 
@@ -134,6 +143,28 @@ def test_the_first_evaluation_and_those_with_new_rows_are_full():
     assert said(100, [1] * 8) == "f......."
     assert said(4, [1, 1, 2, 2, 2, 2, 1, 1]) == "f.f...f."
     assert said(3, [2, 2, 1, 1, 1, 1, 1, 1]) == "f..f..f."
+
+
+def test_features_are_extrapolated_from_the_last_two():
+    table = sampler_table({"_class_name": "DDIMScheduler"}, 9)
+    changes = [False] * 5 + [True] + [False] * 3
+    weights = with_feature_reuse(table, 2, [2] * 9, changes, order=1).feature_weights
+    assert weights.tolist() == [
+        *([0, 0], [1, 0], [0, 0], [1.5, -0.5], [0, 0]),
+        *([0, 0], [1, 0], [0, 0], [1.5, -0.5]),  # another prompt begins anew
+    ]
+    plain = with_feature_reuse(table, 3, [2] * 9).feature_weights
+    assert {tuple(row) for row in plain.tolist()} == {(0, 0), (1, 0)}
+
+
+def test_extrapolated_features_are_nearer_to_the_full_run(pipe):
+    own = pipe.with_scheduler("DPM++ 2M")
+    arguments = {"num_inference_steps": 20, "seed": 3, "output_type": "np"}
+    full, plain, extrapolated = (
+        own(PROMPT, **arguments, **more).images[0]
+        for more in ({}, {"feature_reuse": 2}, {"feature_reuse": 2, "feature_reuse_order": 1})
+    )
+    assert np.square(extrapolated - full).mean() < 0.5 * np.square(plain - full).mean()
 
 
 class Counted:
@@ -206,6 +237,7 @@ def test_a_bundle_that_does_not_list_it_is_refused(shapes, tmp_path):
 def test_in_flight_with_and_without_it_keep_their_bytes(pipe, deterministic):
     jobs = [{"feature_reuse": every, "num_inference_steps": 6 + every} for every in (1, 2, 3, 2)]
     jobs[3] |= {"guidance_interval": (0.0, 0.5)}
+    jobs[2] |= {"feature_reuse_order": 1}
     with InflightBatcher(pipe, rows=16, deterministic=deterministic) as engine:
         handles = [engine.submit(PROMPT, {**job, "seed": i})[0] for i, job in enumerate(jobs)]
         output = [handle.future.result(60) for handle in handles]
@@ -220,7 +252,7 @@ def test_in_flight_with_and_without_it_keep_their_bytes(pipe, deterministic):
         alone = pipe(PROMPT, **job, seed=i)
         assert item.image.tobytes() == alone.images[0].tobytes(), job
         assert item.parameters == alone.parameters[0]
-    assert "Feature reuse: 3" in output[2].parameters
+    assert "Feature reuse: 3, Feature reuse order: 1" in output[2].parameters
 
 
 def test_it_is_refused_where_it_cannot_be(pipe, tiny_bundle, shapes, capsys):

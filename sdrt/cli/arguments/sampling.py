@@ -6,6 +6,8 @@ from sdrt.errors import UsageError
 
 from .common import Arguments, integer, number
 
+PRESETS = ("exact", "balanced", "fast")  # of sdrt.runtime.presets, whose import takes long
+
 
 def add_sampling(to: argparse.ArgumentParser) -> None:
     sampling = to.add_argument_group("Sampling")
@@ -40,10 +42,22 @@ def add_sampling(to: argparse.ArgumentParser) -> None:
         "--reuse",
         dest="feature_reuse",
         type=integer,
-        default=1,
         metavar="N",
         help="run the full UNet every N evaluations only (DeepCache): faster, less exact "
         "(default: 1)",
+    )
+    sampling.add_argument(
+        "--reuse-order",
+        dest="feature_reuse_order",
+        type=integer,
+        metavar="0|1",
+        help="1 extrapolates what is reused, as TaylorSeer does: as fast, more exact (default: 0)",
+    )
+    sampling.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="options of reuse and guidance by name; those that are passed go first "
+        "(default: exact, the full run)",
     )
 
 
@@ -74,7 +88,6 @@ def add_guidance(to: argparse.ArgumentParser) -> None:
     guidance.add_argument(
         "--guidance-interval",
         type=_interval,
-        default="0:1",
         metavar="FROM:TO",
         help="apply guidance in this part of the steps only (default: 0:1)",
     )
