@@ -22,6 +22,7 @@ from results import save
 from similarity import psnr, ssim
 
 import sdrt
+from sdrt.runtime.presets import PRESETS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from shapes_reader import verdict
@@ -37,6 +38,8 @@ WAYS: dict[str, dict[str, object]] = {
     "reuse 2": {"feature_reuse": 2},
     "reuse 3": {"feature_reuse": 3},
     "reuse 5": {"feature_reuse": 5},
+    "reuse 3, extrapolated": {"feature_reuse": 3, "feature_reuse_order": 1},
+    "reuse 5, extrapolated": {"feature_reuse": 5, "feature_reuse_order": 1},
     "reuse 2, guidance in the first 80 %": {
         "feature_reuse": 2,
         "guidance_interval": (0.0, 0.8),
@@ -45,6 +48,7 @@ WAYS: dict[str, dict[str, object]] = {
         "feature_reuse": 3,
         "guidance_interval": (0.0, 0.8),
     },
+    **{f"preset {name}": {"preset": name} for name in PRESETS if name != "exact"},
 }
 
 
@@ -134,7 +138,7 @@ def fractions(checkpoint: Path, size: tuple[int, int]) -> dict[str, float]:
 
 
 REFERENCES = {"reference fp32": "float32", "reference bf16": "bfloat16"}
-OWN = ("full", "reuse 2", "reuse 3", *list(WAYS)[-2:])
+OWN = ("full", "reuse 2", "reuse 3", *list(WAYS)[-4:])
 
 
 def work(name: str, folder: Path, size: tuple[int, int]) -> None:

@@ -82,9 +82,25 @@ def scaling(result: Result) -> str:
     return svg_of(figure)
 
 
+def fewer(result: Result) -> str:
+    """Time of an image over its distance from the full run's, a point for each way."""
+    ways = {name: way for name, way in result["figures"]["ways"].items() if name != "full"}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, (key, title) in zip(axes, {"psnr": "PSNR, dB", "ssim": "SSIM"}.items(), strict=True):
+        for name, way in ways.items():
+            marker = "*" if name.startswith("preset") else "o"
+            axis.plot([way[key]], [1 / way["times_faster"]], ls="", marker=marker, label=name)
+        axis.set(xlabel=f"{title} to the full run, median")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("time, of the full run's")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    return svg_of(figure)
+
+
 PLOTS: dict[str, Callable[[Result], str | None]] = {
     "serve_load": serve_load,
     "latency_256x256": latency,
     "latency_512x512": latency,
     "scaling": scaling,
+    "fewer_shapes": fewer,
 }
