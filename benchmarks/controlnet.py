@@ -1,6 +1,7 @@
 """What a ControlNet costs: a guided evaluation in turns with diffusers', and what its inputs cost.
 
-    python benchmarks/controlnet.py --work FOLDER [--size 512x512] [--divisor 1] [--save]
+    python benchmarks/controlnet.py --work FOLDER [--size 512x512] [--divisor 1]
+        [--dtypes float32,bfloat16] [--save]
 
 Stable Diffusion 1.5 and a ControlNet for it with random weights, made and built in FOLDER (14 GB at
 full size; kept there). Both rows of guidance are under control. The UNet without residual inputs
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,14 +128,16 @@ def sdrt_contestants(backend: str, bundle: Path, nets: list[Path], size: str) ->
     return Contestants(calls, memory, seconds, {"zeros against none": difference})
 
 
-def diffusers_contestants(checkpoint: Path, net: Path, size: str) -> dict[str, Callable[[], Any]]:
-    """diffusers' UNet with a ControlNet in fp32 and bf16, both rows of guidance in one call."""
+def diffusers_contestants(
+    checkpoint: Path, net: Path, size: str, dtypes: Sequence[str]
+) -> dict[str, Callable[[], Any]]:
+    """diffusers' UNet with a ControlNet, both rows of guidance in one call."""
     import torch
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     width, height = parse_size(size)
     calls: dict[str, Callable[[], Any]] = {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes:
         kind = getattr(torch, dtype)
         unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", torch_dtype=kind).eval()
         controlnet = ControlNetModel.from_pretrained(net, torch_dtype=kind).eval()
@@ -189,7 +192,10 @@ def measure(backend: str, work: Path, args: argparse.Namespace) -> dict[str, Any
     others = {}
     if not args.alone:
         others = diffusers_contestants(
-            made_checkpoint(work, args.divisor), work / "net_0", args.size
+            made_checkpoint(work, args.divisor),
+            work / "net_0",
+            args.size,
+            args.dtypes.split(","),
         )
     times = time_in_turns({**own.calls, **others}, args.rounds)
     ratios = {
@@ -224,6 +230,7 @@ def main() -> None:
     parser.add_argument("--divisor", type=int, default=1, help="of all widths (default: 1)")
     parser.add_argument("--backends", default="onnxruntime,openvino")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="of diffusers")
     parser.add_argument("--alone", action="store_true", help="do not run diffusers")
     parser.add_argument("--save", action="store_true", help="keep the figures for the README")
     args = parser.parse_args()

@@ -93,7 +93,9 @@ def fewer(result: Result) -> str:
         axis.set(xlabel=f"{title} to the full run, median")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("time, of the full run's")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small"
+    )
     return svg_of(figure)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from sdrt.bundle import Bundle, parse_size
 from sdrt.engine.axes import axis_lengths
+from sdrt.engine.cpu import has_bf16
 from sdrt.process_stats import cpu_count
 
 from .flops import flops
@@ -103,13 +104,13 @@ def build_report(
 
 
 def machine() -> str:
-    """Processor, cores in use and system, in words."""
+    """Processor, whether it multiplies in bfloat16, cores in use and system, in words."""
     name, info = platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(":", 1)[1].strip() if lines else name
-    cores = cpu_count()
-    return f"{name}, {cores} cores, {platform.system()}"
+    bf16 = "bf16" if has_bf16() else "no bf16"
+    return f"{name}, {bf16}, {cpu_count()} cores, {platform.system()}"
 
 
 def list_versions() -> dict[str, str]:
