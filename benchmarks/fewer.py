@@ -38,7 +38,7 @@ WAYS: dict[str, dict[str, object]] = {
     "reuse 2": {"feature_reuse": 2},
     "reuse 3": {"feature_reuse": 3},
     "reuse 5": {"feature_reuse": 5},
-    "reuse 3, extrapolated": {"feature_reuse": 3, "feature_reuse_order": 1},
+    "reuse 4, extrapolated": {"feature_reuse": 4, "feature_reuse_order": 1},
     "reuse 5, extrapolated": {"feature_reuse": 5, "feature_reuse_order": 1},
     "reuse 2, guidance in the first 80 %": {
         "feature_reuse": 2,

@@ -13,11 +13,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "exact": {},
         "balanced": {"feature_reuse": 2, "feature_reuse_order": 1},
-        "fast": {
-            "feature_reuse": 3,
-            "feature_reuse_order": 1,
-            "guidance_interval": (0.0, 0.8),
-        },
+        "fast": {"feature_reuse": 3, "feature_reuse_order": 1},
     }
 )
 

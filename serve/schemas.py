@@ -79,7 +79,7 @@ class GenerationRequest(ControlFields):
         None, description="weights by name; <lora:NAME:WEIGHT> in the prompt does the same"
     )
     preset: Literal["exact", "balanced", "fast"] | None = Field(
-        None, description="options of reuse and guidance by name; fields that are sent go first"
+        None, description="options of feature reuse by name; fields that are sent go first"
     )
     feature_reuse: int | None = Field(
         None,

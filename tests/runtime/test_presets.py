@@ -15,16 +15,12 @@ def test_a_preset_is_its_options():
     for name, options in PRESETS.items():
         assert parse_options({"preset": name}) == GenerationOptions(**options)
     fast = parse_options({"preset": "fast"})
-    assert (fast.feature_reuse, fast.feature_reuse_order, fast.guidance_interval) == (
-        3,
-        1,
-        (0, 0.8),
-    )
+    assert (fast.feature_reuse, fast.feature_reuse_order) == (3, 1)
 
 
 def test_options_that_are_passed_go_first():
-    chosen = parse_options({"preset": "fast", "feature_reuse": 2, "guidance_interval": None})
-    assert (chosen.feature_reuse, chosen.guidance_interval) == (2, (0.0, 0.8))
+    chosen = parse_options({"preset": "fast", "feature_reuse": 2, "feature_reuse_order": None})
+    assert (chosen.feature_reuse, chosen.feature_reuse_order) == (2, 1)
 
 
 @pytest.mark.parametrize("wrong", ["quick", 1, ["fast"]])

@@ -56,7 +56,7 @@ def add_sampling(to: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--preset",
         choices=PRESETS,
-        help="options of reuse and guidance by name; those that are passed go first "
+        help="options of feature reuse by name; those that are passed go first "
         "(default: exact, the full run)",
     )
 
