@@ -49,7 +49,7 @@ from .request import (
     as_sdrt_error,
     schedule_pass,
 )
-from .scheduler import ScheduledRequest, select_batch
+from .scheduler import ScheduledRequest, select_batch, set_deadlines_in_order
 
 log = logging.getLogger(__name__)
 MAX_DEADLINE = 86400.0
@@ -200,6 +200,7 @@ class InflightBatcher:
             key = None if weights == base else weights
             handles += [create_handle(request, group, key) for request in part]
         handles.sort(key=lambda handle: handle.request.index)
+        set_deadlines_in_order([handle.scheduled for handle in handles])
         with self._changed:
             try:
                 self._check_admission(handles, now)

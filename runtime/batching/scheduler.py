@@ -12,6 +12,7 @@ simulate fleets.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 DEFAULT_SLOWDOWN = 4.0
 PRIORITY_SECONDS = 30.0
@@ -97,6 +98,15 @@ class ScheduledRequest:
         """The smallest goes first."""
         priority = self.priority + max(0.0, now - self.submitted) // PRIORITY_SECONDS
         return (-priority, self.deadline, self.submitted)
+
+
+def set_deadlines_in_order(requests: Sequence[ScheduledRequest]) -> None:
+    """Let no request of a call go before an earlier one: they are prepared in order. Its default
+    deadline may be earlier, for its prompt has fewer rows, or costs were measured in between.
+    """
+    deadlines = accumulate((request.deadline for request in requests), max)
+    for request, deadline in zip(requests, deadlines, strict=True):
+        request.deadline = deadline
 
 
 def select_batch(

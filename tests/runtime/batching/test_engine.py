@@ -564,3 +564,12 @@ def test_costs_are_of_the_real_calls(pipe, monkeypatch):
     for _ in range(100):
         size.observe(2, 6.0)
     assert size.seconds(2) == pytest.approx(6.0, rel=0.01)
+
+
+def test_a_cheap_image_waits_for_costlier_ones_of_its_call(pipe):
+    prompts = ["a red circle AND a blue square", "a red circle"]
+    with InflightBatcher(pipe, rows=4) as engine:
+        handles = engine.submit(prompts, {"num_inference_steps": 2, "seed": 5})
+        images = [handle.future.result(60).image.tobytes() for handle in handles]
+    alone = pipe(prompts, num_inference_steps=2, seed=5).images
+    assert images == [image.tobytes() for image in alone]
