@@ -14,7 +14,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sdrt.engine.page_cache import trim_heap
+from sdrt.engine.page_cache import limit_arenas, trim_heap
 from sdrt.errors import DeviceLostError, UsageError
 
 from .app import create_app
@@ -32,6 +32,7 @@ CLOSE_SECONDS = 5
 KEEP_ALIVE_SECONDS = 75
 # Of uvicorn, ten a second: the C heap keeps free pages between those in use, ever more of them.
 TRIM_TICKS = 100
+ARENAS = 2  # heaps of the C library that the server's threads share
 
 
 def serve(sources: Mapping[str, ModelSource], settings: Settings) -> None:
@@ -47,6 +48,7 @@ def serve(sources: Mapping[str, ModelSource], settings: Settings) -> None:
         SdrtError: A model failed to load.
     """
     raise_open_file_limit()
+    limit_arenas(ARENAS)
     server = Server(sources, settings)
     try:
         server.run()

@@ -1,6 +1,8 @@
 """Pages of mapped files are given back, and read the same afterwards."""
 
 import mmap
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -89,3 +91,33 @@ def test_no_pages_are_dropped_while_somebody_uses_a_file(tmp_path, monkeypatch):
             assert not users.drop_pages(tmp_path)
         assert not users.drop_pages(tmp_path)
     assert users.drop_pages(tmp_path) and dropped == [tmp_path]
+
+
+ARENAS = """
+import ctypes, sys, threading
+from sdrt.engine.page_cache import limit_arenas
+if len(sys.argv) > 2:
+    limit_arenas(int(sys.argv[2]))
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+barrier = threading.Barrier(8)
+def allocate():
+    barrier.wait()
+    libc.malloc(ctypes.c_size_t(1000))
+    barrier.wait()
+threads = [threading.Thread(target=allocate) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+def test_threads_share_heaps(tmp_path):
+    heaps = []
+    for limit in ([], ["2"]):
+        path = tmp_path / "heaps.xml"
+        subprocess.run([sys.executable, "-c", ARENAS, path, *limit], check=True, cwd=tmp_path)
+        heaps.append(path.read_text().count("<heap nr="))
+    assert heaps[0] > 2 >= heaps[1]
