@@ -142,6 +142,8 @@ def compute_full_budget(
     manifests = [bundle.manifest, *([refiner.manifest] if refiner else [])]
     needed = _join_budgets(manifests, bundle.manifest.sizes[0], sequential, streamed)
     nets = sum(of.bytes for of in control_bundles)
+    if control_bundles and not sequential:  # the UNet's second graph holds its weights again
+        nets += weight_bytes(bundle.manifest, "unet")
     return replace(needed, weights=needed.weights + nets)
 
 

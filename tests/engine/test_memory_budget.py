@@ -83,7 +83,7 @@ def test_the_budget_is_printed_and_refused_with_the_numbers(shapes, caplog):
 
 
 def test_a_backend_without_room_is_left_for_the_next(shapes, monkeypatch, caplog):
-    monkeypatch.setattr("sdrt.engine.memory_budget.free_bytes", lambda gpu: 1000)
+    monkeypatch.setattr("sdrt.engine.memory_budget.available_bytes", lambda: 1000)
     with pytest.raises(BackendError, match="0 MB of host memory are free"):
         sdrt.load(shapes, backend="onnxruntime")
     assert "failed to load" in caplog.text

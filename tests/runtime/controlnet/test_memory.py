@@ -10,7 +10,13 @@ import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.bundle.manifest import CONTROL, FileRecord
 from sdrt.engine import LazyEngine, select_backend
-from sdrt.engine.memory_budget import check_memory, compute_budget, free_bytes
+from sdrt.engine.memory_budget import (
+    check_memory,
+    compute_budget,
+    compute_full_budget,
+    free_bytes,
+    weight_bytes,
+)
 from sdrt.errors import BackendError
 from sdrt.export.activation_memory import max_batch_images
 
@@ -67,6 +73,15 @@ def test_nets_count_in_the_budget(shapes):
     for in_turn in (False, True):  # nets stay loaded next to the UNet
         with pytest.raises(BackendError, match=r"needs at least [\d,]+ MB .* of host memory"):
             check_memory(bundle, None, in_turn, control_bundles=[large, large])
+
+
+def test_the_second_graph_holds_the_weights_again(shapes):
+    bundle, net = open_bundle(shapes), open_bundle("outline")
+    alone, controlled = compute_full_budget(bundle), compute_full_budget(bundle, [net])
+    unet = weight_bytes(bundle.manifest, "unet")
+    assert unet > 0 and controlled.weights == alone.weights + net.bytes + unet
+    in_turn = [compute_full_budget(bundle, nets, sequential=True) for nets in ([], [net])]
+    assert in_turn[1].weights == in_turn[0].weights + net.bytes
 
 
 def test_the_largest_batch_holds_under_control(shapes, controlled, edges, monkeypatch):
