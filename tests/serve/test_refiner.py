@@ -10,7 +10,7 @@ from PIL import Image
 from serving import PROMPT, client, run_server
 
 import sdrt
-from sdrt.cli.arguments.serving import add_serve, sources_from_arguments
+from sdrt.cli.arguments import add_serve, sources_from_arguments
 from sdrt.errors import UsageError
 
 pytestmark = pytest.mark.integration

@@ -29,6 +29,7 @@ CARRIED = [
     {"guidance_rescale": 0.7},
     {"guidance_interval": (0.25, 0.8)},
     {"feature_reuse": 2},
+    {"feature_reuse": 3, "feature_reuse_order": 1},
     {"rng": "cuda"},
     {"size": "96x64"},
     {"negative_prompt": "a white cross"},
