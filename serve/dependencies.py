@@ -129,7 +129,10 @@ class ServerContext:
             log.info("prompt: %r", request.prompt)
         job = ImageJob()
         handles = await self._submit_within_limits(request, owner, job if steps else None)
-        self.settings.tracing.follow_images(request, handles)  # first: before the response ends
+        steps = request.options["num_inference_steps"]
+        self.settings.tracing.follow_images(  # first: before the response ends
+            request.model.name, request.output_size, steps, handles
+        )
         job.attach(handles)
         self.models.hold(request.model, handles)
         if self.gallery is not None:

@@ -15,9 +15,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 
-from sdrt.engine.memory_estimator import format_bytes
 from sdrt.errors import UsageError
 from sdrt.runtime.batching.request import RequestRejected
+from sdrt.runtime.process_memory import format_bytes
 
 log = logging.getLogger("sdrt.serve")
 

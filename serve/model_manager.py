@@ -17,14 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdrt.bundle.manifest import Manifest
-from sdrt.engine.gpu import Gpu, detect_gpus, free_memory
-from sdrt.engine.memory_estimator import format_bytes
-from sdrt.engine.page_cache import trim_heap
 from sdrt.errors import DeviceLostError
-from sdrt.process_stats import resident_bytes
 from sdrt.runtime import Pipeline
 from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.batching.request import RequestHandle, RequestRejected
+from sdrt.runtime.process_memory import (
+    Gpu,
+    detect_gpus,
+    format_bytes,
+    free_memory,
+    resident_bytes,
+    trim_heap,
+)
 
 from .errors import ApiError
 from .metrics import Metrics

@@ -14,8 +14,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sdrt.engine.page_cache import limit_arenas, trim_heap
 from sdrt.errors import DeviceLostError, UsageError
+from sdrt.runtime.process_memory import limit_arenas, trim_heap
 
 from .app import create_app
 from .gallery import open_gallery

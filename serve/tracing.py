@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from sdrt.runtime.batching.request import RequestHandle
 
-    from .dependencies import EngineRequest
-
 SERVICE_NAME = "sdrt"
 # Of what is requested every few seconds, and of the page's files.
 UNTRACED_PREFIXES = ("/health/", "/metrics", "/page/")
@@ -107,7 +105,9 @@ class Tracing:
         ):
             yield
 
-    def follow_images(self, request: "EngineRequest", handles: "Sequence[RequestHandle]") -> None:
+    def follow_images(
+        self, model: str, size: str, steps: int, handles: "Sequence[RequestHandle]"
+    ) -> None:
         """Describe the current span by what it generates (the conventions of GenAI), and record the
         phases of each image below it once the image has ended.
         """
@@ -121,11 +121,11 @@ class Tracing:
                 "gen_ai.operation.name": "generate_content",
                 "gen_ai.output.type": "image",
                 "gen_ai.provider.name": SERVICE_NAME,
-                "gen_ai.request.model": request.model.name,
+                "gen_ai.request.model": model,
                 "gen_ai.request.choice.count": len(handles),
                 "gen_ai.request.seed": _as_signed(handles[0].request.seed),
-                "sdrt.size": request.output_size,
-                "sdrt.steps": request.options["num_inference_steps"],
+                "sdrt.size": size,
+                "sdrt.steps": steps,
             }
         )
         for index, handle in enumerate(handles):

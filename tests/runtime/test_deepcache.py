@@ -151,7 +151,7 @@ def test_features_are_extrapolated_from_the_last_two():
     weights = with_feature_reuse(table, 2, [2] * 9, changes, order=1).feature_weights
     assert weights.tolist() == [
         *([0, 0], [1, 0], [0, 0], [1.5, -0.5], [0, 0]),
-        *([0, 0], [1, 0], [0, 0], [1.5, -0.5]),  # another prompt begins anew
+        *([0, 0], [1, 0], [0, 0], [1.5, -0.5]),  # another prompt begins again
     ]
     plain = with_feature_reuse(table, 3, [2] * 9).feature_weights
     assert {tuple(row) for row in plain.tolist()} == {(0, 0), (1, 0)}

@@ -28,7 +28,7 @@ def pixels(image):
 
 
 def test_typed_arguments_are_those_that_are_accepted():
-    assert {*GenerationKwargs.__annotations__} == {*PARSERS, *DIFFUSERS}
+    assert {*GenerationKwargs.__annotations__} == {*PARSERS, *DIFFUSERS, "preset"}
 
 
 def test_a_torch_generator_is_its_seed(pipe):

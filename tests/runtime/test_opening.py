@@ -117,7 +117,7 @@ import sys, time
 import sdrt
 from sdrt import cli
 from sdrt.engine.onnxruntime.cpu import OrtEngine
-def slow(*_):
+def slow(*_, **__):
     print("loading", flush=True)
     time.sleep({seconds})
 OrtEngine.__init__ = slow

@@ -32,7 +32,18 @@ ALLOWED = {
     "engine": {*SHARED, "engine", "graphs"},
     "runtime": {*SHARED, "engine", "process_exit", "progress", "runtime", "version"},
     "export": {*SHARED, "engine", "export", "runtime"},
-    "serve": {"version", "atomic_files", "bundle", "cli", "errors", "runtime", "serve"},
+    "serve": {
+        *(
+            "version",
+            "atomic_files",
+            "bundle",
+            "cli",
+            "errors",
+            "preprocessors",
+            "runtime",
+            "serve",
+        ),
+    },
 }
 
 
