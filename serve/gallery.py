@@ -16,10 +16,11 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from sdrt.atomic_files import locked, write_atomic
+from sdrt.atomic_files import write_atomic
 from sdrt.errors import SdrtError, UsageError
 from sdrt.runtime.images import image_from_bytes, image_to_bytes, read_parameters
 
+from .folders import claim_folder
 from .image_encoding import MAX_PIXELS
 from .settings import Settings
 
@@ -79,15 +80,7 @@ class Gallery:
         Raises:
             UsageError: The folder cannot be used, or another server uses it.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.enter_context(locked(self.folder, wait=False))
-        except BlockingIOError:
-            raise UsageError(
-                f"another server uses {self.folder}", hint="choose another folder with --gallery"
-            ) from None
-        except OSError as error:
-            raise UsageError(f"cannot use {self.folder} as gallery: {error.strerror}") from error
+        claim_folder(self.folder, self._lock, "as gallery", "--gallery")
         for pattern in ("", "key-*/"):
             for path in sorted(self.folder.glob(f"{pattern}????-??-??/*.png")):
                 self._list_file(path)

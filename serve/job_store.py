@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sdrt.atomic_files import locked, write_atomic
-from sdrt.errors import StorageError, UsageError
+from sdrt.atomic_files import write_atomic
+from sdrt.errors import StorageError
 
+from .folders import claim_folder
 from .result_store import FolderResults, ResultStore, open_s3_results
 from .settings import Settings
 
@@ -136,15 +137,7 @@ class JobStore:
         Raises:
             UsageError: The folder cannot be used, or another server uses it.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.enter_context(locked(self.folder, wait=False))
-        except BlockingIOError:
-            raise UsageError(
-                f"another server uses {self.folder}", hint="choose another folder with --jobs"
-            ) from None
-        except OSError as error:
-            raise UsageError(f"cannot use {self.folder} for jobs: {error.strerror}") from error
+        claim_folder(self.folder, self._lock, "for jobs", "--jobs")
         for job in self._read():
             self.jobs[job.id] = job
             if job.completed_at is None:
