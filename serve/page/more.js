@@ -11,6 +11,7 @@ const DEFAULTS = {
   guidance_start: 0,
   guidance_end: 1,
   feature_reuse: 1,
+  feature_reuse_order: 0,
   clip_skip: 0,
   hires_scale: 1,
   hires_steps: 0,
@@ -18,6 +19,12 @@ const DEFAULTS = {
 };
 export const MORE_NUMBERS = Object.keys(DEFAULTS);
 const HIRES = ["hires_steps", "hires_strength"];
+// By value of the field `preset`, as the server's option of that name means them.
+const PRESETS = {
+  exact: { feature_reuse: 1 },
+  balanced: { feature_reuse: 2, feature_reuse_order: 1 },
+  fast: { feature_reuse: 3, feature_reuse_order: 1 },
+};
 
 /** Estimates the cost after every change; `read()` returns the settings, null if invalid. Returns a
  * function that does so, too. */
@@ -25,12 +32,16 @@ export function setUpMore(read) {
   let timer = null;
   const update = () => {
     showHires();
+    showReuse();
     showChanges();
     clearTimeout(timer);
     timer = setTimeout(() => showCost(read()), DELAY);
   };
   $("form").addEventListener("input", update);
   $("reset-more").addEventListener("click", () => fillMore({}, true));
+  $("preset").addEventListener("input", () => {
+    for (const [id, value] of Object.entries(PRESETS[$("preset").value])) setValue(id, value);
+  });
   return update;
 }
 
@@ -42,6 +53,15 @@ export function offerMore({ feature_reuse = false, upscalers = [] }, saved = "La
   $("hires_upscaler").replaceChildren();
   for (const name of upscalers) addOption($("hires_upscaler"), name);
   selectOption($("hires_upscaler"), before || saved);
+}
+
+const isReuse = () => $("feature_reuse").valueAsNumber > 1;
+
+/** Shows the order where it counts, and the preset that the fields amount to. */
+function showReuse() {
+  $("feature-reuse-order-field").hidden = !isReuse();
+  const isCurrent = (values) => Object.entries(values).every(([id, value]) => $(id).valueAsNumber === value);
+  $("preset").value = Object.keys(PRESETS).find((name) => isCurrent(PRESETS[name])) ?? "";
 }
 
 const isHires = () => $("hires_scale").valueAsNumber > 1 && !$("hires-field").hidden;
@@ -56,17 +76,20 @@ function showChanges() {
   $("reset-more").hidden = !changed.length;
 }
 
-/** Whether a number counts: the second pass is on. */
-export const isMoreUsed = (id) =>
-  HIRES.includes(id) ? isHires() : id !== "hires_scale" || !$("hires-field").hidden;
+/** Whether a number counts: what it refines is on. */
+export function isMoreUsed(id) {
+  if (HIRES.includes(id)) return isHires();
+  if (id === "feature_reuse_order") return isReuse();
+  return id !== "hires_scale" || !$("hires-field").hidden;
+}
 
 /** The settings that are not at their defaults. */
 export function moreSettings() {
   const settings = {};
   const [low, high] = ["guidance_start", "guidance_end"].map((id) => $(id).valueAsNumber);
   if (low !== 0 || high !== 1) settings.guidance_interval = [low, high];
-  for (const id of ["guidance_rescale", "feature_reuse", "clip_skip"]) {
-    if ($(id).valueAsNumber !== DEFAULTS[id]) settings[id] = $(id).valueAsNumber;
+  for (const id of ["guidance_rescale", "feature_reuse", "feature_reuse_order", "clip_skip"]) {
+    if (isMoreUsed(id) && $(id).valueAsNumber !== DEFAULTS[id]) settings[id] = $(id).valueAsNumber;
   }
   if (!isHires()) return settings;
   for (const id of ["hires_scale", ...HIRES]) settings[id] = $(id).valueAsNumber;

@@ -10,6 +10,7 @@ const NAMES = {
   Model: "model",
   "Denoising strength": "strength",
   "Feature reuse": "feature_reuse",
+  "Feature reuse order": "feature_reuse_order",
   "CFG rescale": "guidance_rescale",
   "Hires upscale": "hires_scale",
   "Hires upscaler": "hires_upscaler",

@@ -74,14 +74,15 @@ export function showModelLine({ backend, precision }) {
 
 export function settingsText(settings) {
   const { num_inference_steps, scheduler, guidance_scale, strength, seed, size, model } = settings;
-  const { guidance_interval, guidance_rescale, feature_reuse, clip_skip, hires_scale, hires_upscaler } = settings;
+  const { guidance_interval, guidance_rescale, clip_skip, hires_scale, hires_upscaler } = settings;
+  const { feature_reuse, feature_reuse_order } = settings;
   const parts = [
     `${num_inference_steps} steps`,
     scheduler,
     `guidance ${guidance_scale}`,
     guidance_interval && `from ${guidance_interval.join(" to ")}`,
     guidance_rescale && `rescale ${guidance_rescale}`,
-    feature_reuse && `feature reuse ${feature_reuse}`,
+    feature_reuse && `feature reuse ${feature_reuse}${feature_reuse_order ? ", extrapolated" : ""}`,
     clip_skip && `clip skip ${clip_skip}`,
     hires_scale && `hires × ${hires_scale} ${hires_upscaler}`,
     strength !== undefined && `strength ${strength}`,

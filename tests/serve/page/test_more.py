@@ -13,6 +13,7 @@ FIELDS = {
     "guidance_end": "0.8",
     "guidance_rescale": "0.5",
     "feature_reuse": "2",
+    "feature_reuse_order": "1",
     "hires_scale": "1.5",
     "hires_steps": "4",
     "hires_strength": "0.6",
@@ -21,6 +22,7 @@ OPTIONS = {
     "guidance_interval": (0.2, 0.8),
     "guidance_rescale": 0.5,
     "feature_reuse": 2,
+    "feature_reuse_order": 1,
     "hires_scale": 1.5,
     "hires_steps": 4,
     "hires_strength": 0.6,
@@ -35,7 +37,7 @@ def test_settings_reach_the_image_and_come_back(page, pipe):
     for name, value in FIELDS.items():
         page.fill(f"#{name}", value)
     page.select_option("#hires_upscaler", "Lanczos")
-    expect(page.locator("#more-changed")).to_have_text("7 changed")
+    expect(page.locator("#more-changed")).to_have_text("8 changed")
     generate(page, num_inference_steps=6, seed=4)
     wait_until_finished(page)
     image = download_image(page)
@@ -62,6 +64,25 @@ def _text(image):
     info = PngInfo()
     info.add_text("parameters", image.text["parameters"])
     return info
+
+
+@pytest.mark.parametrize("preset", ["balanced", "fast"])
+def test_presets_are_those_of_the_server(page, pipe, preset):
+    page.select_option("#scheduler", "Euler")
+    page.click("#more-summary")
+    expect(page.locator("#feature-reuse-order-field")).to_be_hidden()
+    page.select_option("#preset", preset)
+    generate(page, num_inference_steps=6, seed=4)
+    wait_until_finished(page)
+    alone = pipe.with_scheduler("Euler")(
+        PROMPT, num_inference_steps=6, guidance_scale=7.5, seed=4, preset=preset
+    )
+    image = download_image(page)
+    assert image.tobytes() == alone.images[0].tobytes()
+    page.fill("#feature_reuse", "4")
+    expect(page.locator("#preset")).to_have_value("")
+    page.click("#reset-more")
+    expect(page.locator("#preset")).to_have_value("exact")
 
 
 def test_the_cost_follows_the_settings(page):
