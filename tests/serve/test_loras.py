@@ -6,13 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from lora_files import lora_file
+from lora_files import ATTENTION, lora_file
+from lora_graphs import with_lora_graphs
 from PIL import Image
-from serving import PROMPT, client, get_engine
+from prometheus_client.parser import text_string_to_metric_families
+from serving import PROMPT, client, get_engine, run_server, wait_for
 
 import sdrt
 from sdrt.errors import UsageError
@@ -79,6 +82,61 @@ def test_lora_images_equal_those_of_set_lora(server, expected):
                 assert image.tobytes() == expected[tags], tags
                 assert image.text["parameters"].startswith(f"{PROMPT + tags}\nSteps: 3")
             assert info["infotexts"][0].startswith(f"{PROMPT + tags}\nSteps: 3")
+
+
+@pytest.fixture
+def row_server(shapes, folder, embedded, tmp_path):
+    """A server of a bundle with `--lora-rank`, and files that fit it."""
+    files = [folder / f"row-{seed}.safetensors" for seed in range(3)]
+    for seed, path in enumerate(files):
+        lora_file(path, embedded, "kohya", seed=seed, strength=0.3, only=ATTENTION)
+    with run_server(with_lora_graphs(shapes, tmp_path / "rows", 4).folder) as running:
+        yield running
+    for path in files:
+        path.unlink()
+
+
+def count_calls(http):
+    """Calls of the UNet so far, and their rows."""
+    families = text_string_to_metric_families(http.get("/metrics").text)
+    samples = {s.name: s.value for family in families for s in family.samples}
+    return samples["sdrt_rows_per_call_count"], samples["sdrt_rows_per_call_sum"]
+
+
+def test_requests_with_different_files_share_calls(row_server):
+    engine = get_engine(row_server)
+    changes = engine.pipe.leases.changes
+    prompts = [PROMPT, *(f"{PROMPT} <lora:row-{i}:0.8>" for i in range(3))]
+    began, all_running = threading.Event(), threading.Event()
+
+    def wait_for_others(handle, step):
+        began.set()
+        assert all_running.wait(60)
+
+    with client(row_server) as http, ThreadPoolExecutor(4) as pool:
+
+        def post(prompt):
+            body = {**SDAPI, "prompt": prompt, "cfg_scale": 1}  # a row each
+            return image_from(http.post("/sdapi/v1/txt2img", json=body).json()["images"][0])
+
+        alone = [post(prompt).tobytes() for prompt in prompts]
+        calls, rows = count_calls(http)
+        assert calls == rows
+        options = {"num_inference_steps": 1, "guidance_scale": 1.0}
+        (first,) = engine.submit(PROMPT, options, scheduler="Euler", on_step=wait_for_others)
+        try:
+            assert began.wait(60)
+            together = pool.map(post, prompts)
+            wait_for(lambda: [h.state for h in engine.unfinished()].count("running") == 5)
+        finally:
+            all_running.set()
+        assert [image.tobytes() for image in together] == alone
+        first.future.result(60)
+        calls, rows = (b - a for a, b in zip((calls, rows), count_calls(http), strict=True))
+    assert rows == 1 + SDAPI["steps"] * len(prompts)
+    assert calls < rows
+    assert engine.pipe.leases.changes == changes
+    assert len(set(alone)) == len(prompts)
 
 
 def test_loras_field_equals_the_tag(server, expected):
