@@ -11,7 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from latency import arguments, benched, said_of
+from latency import arguments, benched, kind_of_processor, said_of
 from published import made_bundle
 from results import save
 
@@ -38,7 +38,7 @@ def main() -> None:
     }
     print(json.dumps(claims, indent=2, ensure_ascii=False))
     if args.save:
-        save(f"image_{args.size}", claims, report)
+        save(f"image_{args.size}{kind_of_processor()}", claims, report)
 
 
 def shares_of(parts: dict[str, float]) -> str:

@@ -22,6 +22,8 @@ from typing import Any
 from published import made_bundle
 from results import save
 
+from sdrt.engine.cpu import has_bf16
+
 PARTS = {"unet": "guided UNet evaluation", "decode": "decode"}
 
 
@@ -44,6 +46,13 @@ def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--engines", help="separated by commas, as sdrt bench takes them")
     parser.add_argument("--save", action="store_true", help="keep the figures for the README")
     return parser
+
+
+def kind_of_processor() -> str:
+    """What results of processors without bf16 have at the end of their names: in float32 the
+    engines stand otherwise.
+    """
+    return "" if has_bf16() else "_no_bf16"
 
 
 def said_of(report: dict[str, Any], engine: dict[str, Any], part: str) -> str:
@@ -79,7 +88,7 @@ def main() -> None:
     }
     print(json.dumps(claims, indent=2, ensure_ascii=False))
     if args.save:
-        save(f"latency_{args.size}" + args.compiled * "_compiled", claims, report)
+        save(f"latency_{args.size}{kind_of_processor()}{args.compiled * '_compiled'}", claims, report)
 
 
 if __name__ == "__main__":
