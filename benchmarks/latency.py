@@ -88,7 +88,8 @@ def main() -> None:
     }
     print(json.dumps(claims, indent=2, ensure_ascii=False))
     if args.save:
-        save(f"latency_{args.size}{kind_of_processor()}{args.compiled * '_compiled'}", claims, report)
+        kind = kind_of_processor() + args.compiled * "_compiled"
+        save(f"latency_{args.size}{kind}", claims, report)
 
 
 if __name__ == "__main__":
