@@ -301,7 +301,7 @@ def main() -> None:
                     engine.close()
     print(json.dumps(claims, indent=2, ensure_ascii=False))
     if args.save:
-        save("hoisting", claims, figures)
+        save("hoisting" if args.divisor == "1" else "hoisting_narrow", claims, figures)
 
 
 if __name__ == "__main__":
