@@ -72,9 +72,14 @@ def rank(items):
 
 
 def pytest_collection_finish():
-    """What the libraries have made by now stays: no collection of garbage need look at it again."""
+    """What the libraries have made by now stays: no collection of garbage need look at it again.
+
+    pytest listens to loggers that do not propagate. torch takes that for a wish to trace what it
+    exports, with a stack for each symbol, which takes longer than the export.
+    """
     gc.collect()
     gc.freeze()
+    logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_sessionfinish():
