@@ -110,9 +110,12 @@ def build_application(
 ) -> "Application":
     """An ingress in front of replicas; a Serve configuration file can override every option."""
     from ray.serve import deployment
+    from ray.serve.config import RequestRouterConfig
 
     from .ingress import Ingress
+    from .lora_affinity import switches_weights
     from .replica import Replica
+    from .router import LoraRouter
 
     min_replicas, max_replicas = options.replicas
     capacity = settings.slots + settings.waiting
@@ -130,6 +133,9 @@ def build_application(
         graceful_shutdown_timeout_s=settings.drain_seconds + SHUTDOWN_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5.0,
+        request_router_config=RequestRouterConfig(
+            request_router_class=LoraRouter, request_router_kwargs={"slots": settings.slots}
+        ),
         ray_actor_options={"num_gpus": _replica_gpus(options.gpus)},
     )(Replica).bind(sources, settings, options.max_models)
     ingress = deployment(
@@ -139,7 +145,8 @@ def build_application(
         graceful_shutdown_wait_loop_s=0.5,
         ray_actor_options={"num_cpus": 0},
     )(Ingress)
-    return ingress.bind(replicas, list(sources), settings)
+    switching = [name for name, source in sources.items() if switches_weights(source.manifest)]
+    return ingress.bind(replicas, list(sources), settings, switching)
 
 
 def _replica_gpus(requested: float | None) -> float:

@@ -1,5 +1,5 @@
 """The ingress deployment: checks requests as a single server does and routes each to a replica that
-has its model.
+has its model, and its LoRA files if possible.
 
 Knows Ray Serve and the paths of the API; not how requests are handled. A request that is rejected,
 or whose replica is lost before its response began, is retried: requests have no side effects. A
@@ -8,7 +8,7 @@ response that has begun ends with an error.
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -29,6 +29,7 @@ from sdrt.serve.settings import Settings
 from sdrt.serve.sse import format_event
 
 from .aggregate import get_merger
+from .lora_affinity import read_lora_tags
 from .replica import ReplicaResponse
 
 ATTEMPTS = 3
@@ -48,8 +49,16 @@ class RetryRequest(Exception):
 class Ingress:
     """The Ray Serve deployment that receives HTTP requests."""
 
-    def __init__(self, replicas: DeploymentHandle, names: Sequence[str], settings: Settings):
+    def __init__(
+        self,
+        replicas: DeploymentHandle,
+        names: Sequence[str],
+        settings: Settings,
+        switching: Collection[str],
+    ) -> None:
+        """switching: names of models whose weights are changed for other LoRA files"""
         self.replicas, self.names, self.settings = replicas, tuple(names), settings
+        self.switching = frozenset(switching)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return LifespanApp(
@@ -64,8 +73,8 @@ class Ingress:
         if merge := get_merger(scope["path"]):
             await _send(merge(await self._broadcast(plain, body)), send)
             return
-        name = await self._choose_model(scope, body)
-        relay = asyncio.create_task(self._forward(name, plain, body, send))
+        name, lora_tags = await self._read_target(scope, body)
+        relay = asyncio.create_task(self._forward(name, lora_tags, plain, body, send))
         disconnected = asyncio.create_task(_wait_for_disconnect(receive))
         try:
             await asyncio.wait({relay, disconnected}, return_when=asyncio.FIRST_COMPLETED)
@@ -75,12 +84,16 @@ class Ingress:
             disconnected.cancel()
             relay.cancel()
 
-    async def _choose_model(self, scope: Scope, body: bytes) -> str:
-        """The model whose replica handles the request; "" for any replica."""
+    async def _read_target(self, scope: Scope, body: bytes) -> tuple[str, str | None]:
+        """The model whose replica handles the request, "" for any replica, and the LoRA files that
+        the replica should carry, None for any.
+        """
         if scope["method"] != "POST":
-            return ""
-        name = await read_model_name(scope, body)
-        return match_model_name(name or "", self.names) or self.names[0]
+            return "", None
+        fields = await read_fields(scope, body)
+        requested = read_model_name(scope["path"], fields)
+        name = match_model_name(requested or "", self.names) or self.names[0]
+        return name, read_lora_tags(scope["path"], fields) if name in self.switching else None
 
     async def _broadcast(self, scope: Scope, body: bytes) -> dict[str, ReplicaResponse]:
         """The responses of all replicas by name; raises ApiError 503 if there are none."""
@@ -94,24 +107,33 @@ class Ingress:
             raise _unavailable("no replica is available")
         return responses
 
-    async def _forward(self, name: str, scope: Scope, body: bytes, send: Send) -> None:
+    async def _forward(
+        self, name: str, lora_tags: str | None, scope: Scope, body: bytes, send: Send
+    ) -> None:
         """Forward a request to a replica, and to another one if that fails."""
         for remaining in reversed(range(ATTEMPTS)):
             try:
-                await self._forward_once(name, scope, body, send, last=not remaining)
+                await self._forward_once(name, lora_tags, scope, body, send, last=not remaining)
                 return
             except RetryRequest:
-                continue
+                lora_tags = None  # the replica that has the files has failed
         raise _unavailable(f"the request's replica was lost {ATTEMPTS} times")
 
     async def _forward_once(
-        self, name: str, scope: Scope, body: bytes, send: Send, *, last: bool
+        self,
+        name: str,
+        lora_tags: str | None,
+        scope: Scope,
+        body: bytes,
+        send: Send,
+        *,
+        last: bool,
     ) -> None:
         """Forward to one replica. Raises RetryRequest if it was lost or, unless `last`, if it
         rejects the request.
         """
         replica = self.replicas.options(stream=True, multiplexed_model_id=name)
-        messages = replica.forward.remote(scope, body)
+        messages = replica.forward.remote(scope, body, lora_tags=lora_tags)
         head: Message = {"status": 0, "headers": []}  # sent with the first part of the body
         started = False
         try:
@@ -155,18 +177,26 @@ class LifespanApp:
             await send({"type": f"lifespan.{step}.complete"})
 
 
-async def read_model_name(scope: Scope, body: bytes) -> str | None:
-    """The model that a request names; None if it names none or is invalid."""
+async def read_fields(scope: Scope, body: bytes) -> Mapping[str, Any]:
+    """The fields of a request's body; none if it is invalid."""
     content_type = dict(scope["headers"]).get(b"content-type", b"")
     try:
         if content_type.startswith(b"multipart/"):
             async with Request(scope, _receive_body(body)).form() as form:
-                return str(form.get("model"))
+                return {name: value for name, value in form.items() if isinstance(value, str)}
         fields = json.loads(body)
-        if scope["path"].startswith("/sdapi/"):
+        return fields if isinstance(fields, dict) else {}
+    except UNREADABLE:  # the replica responds with the error
+        return {}
+
+
+def read_model_name(path: str, fields: Mapping[str, Any]) -> str | None:
+    """The model that a request names; None if it names none or is invalid."""
+    try:
+        if path.startswith("/sdapi/"):
             return str(fields["override_settings"]["sd_model_checkpoint"])
         return str(fields["model"])
-    except UNREADABLE:  # the replica responds with the error
+    except (LookupError, TypeError):  # the replica responds with the error
         return None
 
 

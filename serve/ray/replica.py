@@ -33,9 +33,11 @@ class Replica:
         self.ensure_loaded = _multiplex(self.models, max_models)
         await self.ensure_loaded(next(iter(sources)))
 
-    async def forward(self, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
+    async def forward(
+        self, scope: Scope, body: bytes, lora_tags: str | None
+    ) -> AsyncGenerator[Message, None]:
         """Load the model that Ray routed the request by, and yield the ASGI messages of the
-        response. Ray cancels the call when the client disconnects.
+        response. Ray cancels the call when the client disconnects. `lora_tags` is the router's.
         """
         app: ASGIApp = self.app
         try:

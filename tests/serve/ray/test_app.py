@@ -267,6 +267,33 @@ def test_requests_are_routed_to_loaded_models(deploy, shapes, tmp_path):
     assert {one["id"]: one["state"] for one in models} == {"shapes": "ready", "other": "ready"}
 
 
+def test_requests_are_routed_by_lora_files(deploy, shapes, home, embedded):
+    from lora_files import lora_file
+
+    (home / "loras").mkdir()
+    lora_file(home / "loras" / "style.safetensors", embedded, "kohya")
+    url = deploy(bundle=str(shapes))
+
+    def image_counts():
+        return {labels["replica"]: value for labels, value in samples(url, "sdrt_pictures_total")}
+
+    def ask(prompt):
+        """The replica that generates the image."""
+        before = image_counts()
+        body = {"prompt": prompt, "num_inference_steps": 2}
+        response = httpx.post(f"{url}{PATH}", json=body, timeout=300)
+        assert response.status_code == 200, response.text
+        (replica,) = (r for r, n in image_counts().items() if n > before.get(r, 0.0))
+        return replica
+
+    replicas = {prompt: [] for prompt in (f"{PROMPT} <lora:style:0.8>", PROMPT)}
+    for _ in range(6):
+        for prompt, served_by in replicas.items():
+            served_by.append(ask(prompt))
+    with_file, without = map(set, replicas.values())
+    assert len(with_file) == len(without) == 1 and with_file != without, replicas
+
+
 def test_api_equals_that_of_a_single_server(deploy, shapes, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("one\ntwo\n")
@@ -306,7 +333,9 @@ async def _interrupted(url, http, other_client):
         asking = asyncio.create_task(
             client.post("/sdapi/v1/txt2img", json={"prompt": PROMPT, "steps": 900})
         )
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(
+            until, lambda: 0.0 < http.get("/sdapi/v1/progress").json()["progress"] < 1.0
+        )
         assert other_client.get("/sdapi/v1/progress").json()["progress"] == 0.0
         other_client.post("/sdapi/v1/interrupt")
         await asyncio.sleep(0.3)
