@@ -25,7 +25,7 @@ RANK = 16
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "q_proj", "k_proj", "v_proj")
 
 
-def write_lora(folder: Path, path: Path, seed: int) -> int:
+def write_lora(folder: Path, path: Path, seed: int, rank: int = RANK) -> int:
     """A file for a bundle; returns how many layers it changes."""
     rng = np.random.default_rng(seed)
     saved = {}
@@ -36,8 +36,8 @@ def write_lora(folder: Path, path: Path, seed: int) -> int:
             if not module.endswith(LAYERS) or not name.endswith(TRANSPOSED):
                 continue
             inside, outside = tensors.shape(name)
-            down = rng.standard_normal((RANK, inside), np.float32)
-            up = rng.standard_normal((outside, RANK), np.float32)
+            down = rng.standard_normal((rank, inside), np.float32)
+            up = rng.standard_normal((outside, rank), np.float32)
             key = f"{part}.{module.removeprefix('model.')}"
             saved |= {f"{key}.lora_A.weight": down * 0.01, f"{key}.lora_B.weight": up * 0.01}
     save_file(saved, path)

@@ -41,6 +41,25 @@ def serve_load(result: Result) -> str:
     return svg_of(figure)
 
 
+def serve_sim(result: Result) -> str:
+    """p95 of fleets over the load of each replica, a panel for each kind of replica."""
+    kinds = {name: row for name, row in result["figures"].items() if isinstance(row, dict)}
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(9, 3.4), squeeze=False, layout="constrained"
+    )
+    for axis, (name, row) in zip(axes[0], kinds.items(), strict=True):
+        for replicas, by_load in row["latency"].items():
+            values = [latency["p95"] for latency in by_load.values()]
+            label = f"{replicas} replica" + "s" * (replicas != "1")
+            axis.plot([float(load[:-1]) for load in by_load], values, marker="o", label=label)
+        axis.axhline(row["within"], color="grey", ls="--")
+        axis.set(title=name, xlabel="load, % of capacity", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("95 % are done within, seconds")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return svg_of(figure)
+
+
 def latency(result: Result) -> str | None:
     """What every engine reaches in the UNet and the decoder, and the limit of its dtype; None for
     figures of before the limit was measured.
@@ -101,6 +120,7 @@ def fewer(result: Result) -> str:
 
 PLOTS: dict[str, Callable[[Result], str | None]] = {
     "serve_load": serve_load,
+    "serve_sim": serve_sim,
     "latency_256x256": latency,
     "latency_512x512": latency,
     "scaling": scaling,

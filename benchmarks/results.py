@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "getting-started" / "installation.md",
+    ROOT / "docs" / "serving" / "capacity.md",
     *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
 )
 BLOCK = re.compile(r"<!-- results: (?!end)([\w ]+?) -->\n(.*?)<!-- results: end -->", re.DOTALL)

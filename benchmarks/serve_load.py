@@ -1,28 +1,41 @@
 """Requests as they come, served three ways in one run: in flight, by whole batches, and by a loop
 over diffusers.
 
-    python benchmarks/serve_load.py [--requests 150] [--loads 0.3,0.6,0.9] [--save]
+    python benchmarks/serve_load.py [--requests 100] [--rounds 3] [--loads 0.3,0.6,0.9] [--save]
+    python benchmarks/serve_load.py [--mix] [--wall] [--work FOLDER] [--save]
 
 Poisson arrivals, the same for all three: 4 to 50 steps, guided and not, three samplers, two sizes,
 on the embedded model. The capacity is what the engine in flight makes when it is never idle. By
 whole batches: the same engines; whoever waits is batched with others of its size, the batch runs to
 its longest one's end, and then all of it is decoded. That is kinder than servers that batch only
 requests of equal steps, sampler and guidance. The simulation of `serve_sim.py` runs the same
-arrivals on what the calls of the run in flight took.
+arrivals on what preparing, calls and decoding took in the run in flight.
+
+All of it runs on one core, and seconds are those that the process had the core; while there is
+nothing to do the clock skips to the next arrival. So what else the machine does changes nothing.
+With --wall it runs on all cores, without the simulation, and seconds are those of the clock.
+
+With --mix the bundle is built with --lora-rank, two of five requests name one of four LoRA files
+and one of five has a ControlNet, `outline`. The batches share calls of different LoRA files too, or
+have one file each in the weights. LoRA files and control never share a call. Without diffusers.
 """
 
 import argparse
 import math
+import os
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lora_switch import write_lora
+from PIL import Image, ImageDraw
 from published import reference_pipeline
 from results import save
 from serve_sim import Request, poisson, simulated
@@ -35,8 +48,9 @@ from sdrt.runtime import Pipeline
 from sdrt.runtime.arguments import parse_options
 from sdrt.runtime.batching.engine import InflightBatcher
 from sdrt.runtime.batching.request import RequestRejected
-from sdrt.runtime.batching.scheduler import CostEstimates
+from sdrt.runtime.batching.scheduler import CostEstimates, ScheduledRequest
 from sdrt.runtime.denoising import BatchBuilder
+from sdrt.runtime.lora.tags import LoraWeight
 
 PROMPT = "a red circle on a blue background"
 SIZES = ((64, 64), (96, 96))
@@ -44,51 +58,101 @@ STEPS = (4, 8, 20, 30, 50)
 SAMPLERS = ("Euler", "DPM++ 2M Karras", "UniPC")
 SHORT = 8  # steps of what is called short
 WAIT = 0.05  # seconds that a batch waits to be filled
-WAYS = ("in flight", "in static batches", "diffusers, one by one")
+LORA_RANK, LORA_FILES = 8, 4
+MIX = ("", "", "lora", "lora", "control")  # alike likely
+IN_FLIGHT, BATCHES, BY_FILE, ONE_BY_ONE = (
+    *("in flight", "in static batches", "in static batches by LoRA file"),
+    "diffusers, one by one",
+)
 
 
 @dataclass(slots=True, eq=False)
 class Job(Request):
-    """A request with all that it asks for; `first` is when its first preview could be drawn."""
+    """A request with all that it asks for.
+
+    graph: "lora" with one of the LoRA files, "control" with a ControlNet, else ""
+    first: when its first preview could be drawn
+    """
 
     steps: int = 0
     sampler: str = ""
     size: tuple[int, int] = (64, 64)
     seed: int = 0
+    graph: str = ""
+    lora: Path | None = None
     first: float = math.nan
     refused: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         width, height = self.size
+        control = {"control_image": outline(self.size)} if self.graph == "control" else {}
         return {
             "num_inference_steps": self.steps,
             "guidance_scale": 7.5 if self.rows == 2 else 1.0,
             "size": f"{width}x{height}",
             "seed": self.seed,
+            **control,
         }
 
+    @property
+    def loras(self) -> dict[Path, float]:
+        return {self.lora: 1.0} if self.lora else {}
 
-def random_job(rng: np.random.Generator) -> Job:
+
+@cache
+def outline(size: tuple[int, int]) -> Image.Image:
+    edges = Image.new("L", size)
+    ImageDraw.Draw(edges).ellipse((6, 6, size[0] // 2, size[1] // 2), outline=255)
+    return edges
+
+
+def random_job(rng: np.random.Generator, loras: Sequence[Path] = ()) -> Job:
     steps, size = int(rng.choice(STEPS)), SIZES[int(rng.integers(2))]
     rows, seed = int(rng.integers(1, 3)), int(rng.integers(2**31))
     sampler = str(rng.choice(SAMPLERS))
-    return Job(0.0, steps, rows, (size,), steps=steps, sampler=sampler, size=size, seed=seed)
+    job = Job(0.0, steps, rows, (size,), steps=steps, sampler=sampler, size=size, seed=seed)
+    if loras:
+        job.graph, file = str(rng.choice(MIX)), loras[int(rng.integers(len(loras)))]
+        job.lora = file if job.graph == "lora" else None
+    return job
+
+
+class Clock:
+    """Seconds that this process had its core, and those that were skipped."""
+
+    def __init__(self) -> None:
+        self.skipped = 0.0
+
+    def now(self) -> float:
+        return self.skipped + time.process_time()
+
+    def skip_until(self, second: float) -> None:
+        """For when there is nothing to do before."""
+        self.skipped += max(0.0, second - self.now())
+
+
+class WallClock(Clock):
+    def now(self) -> float:
+        return time.monotonic()
+
+    def skip_until(self, second: float) -> None:
+        time.sleep(max(0.0, second - self.now()))
 
 
 class Timed:
-    """An engine that keeps what its calls took: seconds by the size of its input and its rows."""
+    """An engine that records its calls: side and rows of the input, and the processor seconds that
+    its thread had before.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.inputs, self.outputs = engine, engine.inputs, engine.outputs
-        self.seconds: dict[tuple[Any, int], list[float]] = {}
+        self.calls: list[tuple[int, int, float]] = []
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        began = time.perf_counter()
-        result = self.engine(feeds)
-        shape = next(iter(feeds.values())).shape
-        self.seconds.setdefault((shape[-1], shape[0]), []).append(time.perf_counter() - began)
-        return result
+        rows, *_, side = next(iter(feeds.values())).shape
+        self.calls.append((side, rows, time.thread_time()))
+        return self.engine(feeds)
 
     def refit(self, weights: Feeds) -> None:
         self.engine.refit(weights)
@@ -96,98 +160,133 @@ class Timed:
     def close(self) -> None:
         self.engine.close()
 
-    def mean(self, side: int, rows: int) -> float:
-        """Of calls of this side and so many rows; between and beyond those seen, by a line."""
-        seen = {r: float(np.mean(v)) for (s, r), v in self.seconds.items() if s == side}
-        slope, start = np.polyfit(list(seen), list(seen.values()), 1) if len(seen) > 1 else (0, 0)
-        return seen.get(rows) or float(max(start + slope * rows, min(seen.values())))
+    def mean_seconds(self, thread: str) -> dict[tuple[int, int], float]:
+        """By side and rows, from a call to the thread's next one: with all that it does besides."""
+        grouped = defaultdict(list)
+        following = [began for _, _, began in self.calls[1:]] + [thread_seconds(thread)]
+        for (side, rows, began), end in zip(self.calls, following, strict=True):
+            grouped[side, rows].append(end - began)
+        return {key: float(np.mean(values)) for key, values in grouped.items()}
 
 
-def rates_of(pipe: Pipeline, rates: CostEstimates) -> CostEstimates:
-    """What the calls of a run really took, in place of what was expected of them."""
+def thread_seconds(name: str) -> float:
+    """Processor seconds of a thread."""
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == name)
+    assert thread.ident is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+
+
+def measured_rates(pipe: Pipeline, rates: CostEstimates, prepare_seconds: float) -> CostEstimates:
+    """What the engine's threads took for their parts of a run, in place of what was expected."""
     unet, decoder = pipe.engines["unet"], pipe.engines["vae_decoder"]
     assert isinstance(unet, Timed) and isinstance(decoder, Timed)
+    evaluations, decodes = unet.mean_seconds("sdrt_denoise"), decoder.mean_seconds("sdrt_decode")
 
     def side(group: Any) -> int:
         return int(group[0][0] // pipe.manifest.downscale)
 
+    def evaluation(group: Any, rows: int) -> float:
+        """Between the rows of the run's calls, and beyond them, by lines."""
+        seen = {key[1]: value for key, value in evaluations.items() if key[0] == side(group)}
+        return float(np.interp(rows, sorted(seen), [seen[key] for key in sorted(seen)]))
+
     return replace(
         rates,
-        call_seconds=cache(lambda group, rows: unet.mean(side(group), rows)),
-        decode_seconds=cache(lambda group: decoder.mean(side(group), 1)),
+        call_seconds=cache(evaluation),
+        prepare_seconds=lambda _: prepare_seconds,
+        decode_seconds=lambda group: decodes[side(group), 1],
     )
 
 
-def played(jobs: Sequence[Job], send: Callable[[Job], None]) -> float:
-    """Send every job at its second; gives when that began."""
-    began = time.perf_counter()
-    for job in jobs:
-        time.sleep(max(0.0, began + job.at - time.perf_counter()))
-        send(job)
-    return began
-
-
-def in_flight(jobs: Sequence[Job], engine: InflightBatcher) -> None:
-    left = threading.Semaphore(0)
-    began = time.perf_counter()
+def in_flight(jobs: Sequence[Job], engine: InflightBatcher, clock: Clock) -> float:
+    """Returns the processor seconds of submitting."""
+    unfinished: set[int] = set()
+    changed = threading.Event()
+    began, submitting = clock.now(), 0.0
 
     def send(job: Job) -> None:
         def stepped(_: object, step: object) -> None:
             if math.isnan(job.first):
-                job.first = time.perf_counter() - began
+                job.first = clock.now() - began
 
         def done(_: object) -> None:
-            job.done = time.perf_counter() - began
-            left.release()
+            job.done = clock.now() - began
+            unfinished.discard(id(job))
+            changed.set()
 
         try:
-            (handle,) = engine.submit(PROMPT, job.options, scheduler=job.sampler, on_step=stepped)
+            (handle,) = engine.submit(
+                PROMPT, job.options, scheduler=job.sampler, on_step=stepped, loras=job.loras
+            )
         except RequestRejected:
             job.refused = True
-            left.release()
         else:
+            unfinished.add(id(job))
             handle.future.add_done_callback(done)
 
-    began = played(jobs, send)
-    for _ in jobs:
-        left.acquire()
+    for job in jobs:
+        while (rest := began + job.at - clock.now()) > 0.0:
+            changed.clear()
+            if unfinished:
+                changed.wait(max(rest, 0.001))  # the clock is never faster than the wall's
+            else:
+                clock.skip_until(began + job.at)
+        before = time.thread_time()
+        send(job)
+        submitting += time.thread_time() - before
+    while unfinished:
+        changed.clear()
+        changed.wait(1.0)
+    return submitting
 
 
-def by_batches(pipe: Pipeline, jobs: Sequence[Job], max_batch: int) -> None:
-    """One worker; see the module."""
-    queue: list[Job] = []
-    changed = threading.Condition()
-    began = time.perf_counter()
+def by_batches(
+    jobs: Sequence[Job], pipe: Pipeline, clock: Clock, max_batch: int, by_file: bool = False
+) -> None:
+    """See the module. by_file: with LoRA files in the weights, one for a batch"""
+    began, coming, queue = clock.now(), list(jobs), []
 
-    def send(job: Job) -> None:
-        with changed:
-            queue.append(job)
-            changed.notify()
+    def collect() -> None:
+        while coming and began + coming[0].at <= clock.now():
+            queue.append(coming.pop(0))
 
-    def work() -> None:
-        for _ in range(len(jobs)):
-            if all(not math.isnan(job.done) for job in jobs):
-                return
-            with changed:
-                changed.wait_for(lambda: queue)
-            time.sleep(WAIT if len(queue) < max_batch else 0.0)
-            with changed:
-                batch = [job for job in queue if job.size == queue[0].size][:max_batch]
-                for job in batch:
-                    queue.remove(job)
-            run_batch(pipe, batch, lambda: time.perf_counter() - began)
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    began = played(jobs, send)
-    worker.join()
+    while coming or queue:
+        if not queue:
+            clock.skip_until(began + coming[0].at)
+        collect()
+        if len(queue) < max_batch:
+            clock.skip_until(clock.now() + WAIT)
+            collect()
+        batch = alike(queue, by_file)[:max_batch]
+        queue = [job for job in queue if job not in batch]
+        run_batch(pipe, batch, by_file, lambda: clock.now() - began)
+    if by_file:
+        pipe.set_lora({})
 
 
-def run_batch(pipe: Pipeline, batch: Sequence[Job], clock: Callable[[], float]) -> None:
+def alike(queue: Sequence[Job], by_file: bool) -> list[Job]:
+    """The first and those that may share its calls: one size, one graph next to the plain one."""
+    first, graph, batch = queue[0], "", []
+    for job in queue:
+        same = job.size == first.size and (job.lora == first.lora or not by_file)
+        if same and (not graph or job.graph in ("", graph)):
+            batch.append(job)
+            graph = graph or job.graph
+    return batch
+
+
+def run_batch(
+    pipe: Pipeline, batch: Sequence[Job], by_file: bool, clock: Callable[[], float]
+) -> None:
+    if by_file and {path for path, _ in pipe.adapters.chosen} != set(batch[0].loras):
+        pipe.set_lora(batch[0].loras)
     runs = []
     for job in batch:
         own, options = pipe.with_scheduler(job.sampler), parse_options(job.options)
         job_images = own.create_job(PROMPT, options)
+        if job.lora and not by_file:
+            assert pipe.lora_rows is not None
+            job_images = job_images.with_lora(pipe.lora_rows.pack(((job.lora, LoraWeight()),)))
         runs += [run for _, run, _ in own.prepare_states(job_images)]
     gather = BatchBuilder()
     while going := [run for run in runs if not run.finished]:
@@ -200,7 +299,7 @@ def run_batch(pipe: Pipeline, batch: Sequence[Job], clock: Callable[[], float]) 
         job.done = clock()
 
 
-def one_by_one(reference: Any, jobs: Sequence[Job]) -> None:
+def one_by_one(jobs: Sequence[Job], reference: Any, clock: Clock) -> None:
     """diffusers' pipeline, first come, first served."""
     import diffusers
     import torch
@@ -211,15 +310,15 @@ def one_by_one(reference: Any, jobs: Sequence[Job]) -> None:
         "UniPC": ("UniPCMultistepScheduler", {}),
     }
     config = reference.scheduler.config
-    began = time.perf_counter()
+    began = clock.now()
     for job in jobs:
-        time.sleep(max(0.0, began + job.at - time.perf_counter()))
+        clock.skip_until(began + job.at)
         name, options = kinds[job.sampler]
         reference.scheduler = getattr(diffusers, name).from_config(config, **options)
 
         def stepped(_: object, step: int, timestep: object, cached: dict, job: Job = job) -> dict:
             if step == 0:
-                job.first = time.perf_counter() - began
+                job.first = clock.now() - began
             return cached
 
         reference(
@@ -231,20 +330,19 @@ def one_by_one(reference: Any, jobs: Sequence[Job]) -> None:
             generator=torch.Generator().manual_seed(job.seed),
             callback_on_step_end=stepped,
         )
-        job.done = time.perf_counter() - began
+        job.done = clock.now() - began
 
 
 def figures_of(jobs: Sequence[Job], alone: Callable[[Job], float]) -> dict[str, float]:
     """alone: seconds that a job takes if nothing else runs."""
-    cached = [job for job in jobs if not job.refused]
-    every = np.array([job.done - job.at for job in cached])
-    short = [job.done - job.at for job in cached if job.steps <= SHORT]
-    slowed = every / np.array([alone(job) for job in cached])
+    accepted = [job for job in jobs if not job.refused]
+    every = np.array([job.done - job.at for job in accepted])
+    short = [job.done - job.at for job in accepted if job.steps <= SHORT]
+    slowed = every / np.array([alone(job) for job in accepted])
     values = {
-        "images_per_second": len(cached) / max(job.done for job in cached),
         **{f"p{q}": float(np.percentile(every, q)) for q in (50, 95, 99)},
         "short_p95": float(np.percentile(short, 95)),
-        "first_step_p50": float(np.nanmedian([job.first - job.at for job in cached])),
+        "first_step_p50": float(np.nanmedian([job.first - job.at for job in accepted])),
         "refused": sum(job.refused for job in jobs),
         # Jain 1984: 1 where all are slowed down alike
         "fairness": float(slowed.sum() ** 2 / (len(slowed) * (slowed**2).sum())),
@@ -256,54 +354,71 @@ def fresh(jobs: Sequence[Job]) -> list[Job]:
     return [replace(job, done=math.nan, first=math.nan, refused=False) for job in jobs]
 
 
-def measured(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
-    with InflightBatcher(pipe, waiting=10_000) as engine:
-        rates = engine.estimates
-        max_batch = max(size.max_rows for size in engine.cost_model.sizes.values())
-
-        def alone(job: Job) -> float:
-            group = (job.size,)
-            return (
-                rates.prepare_seconds(group)
-                + job.steps * rates.call_seconds(group, job.rows)
-                + rates.decode_seconds(group)
-            )
-
-        burst = poisson(args.requests, 1e6, random_job, 7)
-        in_flight(burst, engine)
-        capacity = len(burst) / max(job.done for job in burst)
+def measured(
+    engine: InflightBatcher, clock: Clock, args: argparse.Namespace, loras: Sequence[Path]
+) -> dict[str, Any]:
+    ways: dict[str, Callable[[Sequence[Job]], object]] = {
+        IN_FLIGHT: partial(in_flight, engine=engine, clock=clock),
+        BATCHES: partial(by_batches, pipe=engine.pipe, clock=clock, max_batch=args.batch),
+    }
+    if loras:
+        ways[BY_FILE] = partial(ways[BATCHES], by_file=True)
+    create = partial(random_job, loras=loras)
+    burst = poisson(args.requests, 1e6, create, 7)
+    for way in ways.values():  # loads the graphs that are loaded when they are needed
+        way(fresh(burst))
+    rates: dict[str, list[float]] = defaultdict(list)
+    for _ in range(args.rounds):
+        for name, way in ways.items():
+            jobs = fresh(burst)
+            way(jobs)
+            rates[name].append(len(jobs) / max(job.done for job in jobs))
+    saturated = {name: round(float(np.median(values)), 3) for name, values in rates.items()}
+    print("images a second when never idle:", saturated, flush=True)
+    if not loras:
         reference = reference_pipeline(embedded_checkpoint("shapes"), "float32")
-        ways = (
-            lambda jobs: in_flight(jobs, engine),
-            lambda jobs: by_batches(pipe, jobs, args.batch),
-            lambda jobs: one_by_one(reference, jobs),
-        )
-        batches = fresh(burst)
-        by_batches(pipe, batches, args.batch)
-        actual: dict[str, Any] = {
-            "rows_of_a_call": max_batch,
-            "capacity": round(capacity, 3),
-            "capacity_by_batches": round(len(burst) / max(job.done for job in batches), 3),
-        }
-        print(actual)
-        for load in args.loads:
-            arrivals = poisson(args.requests, load * capacity, random_job, 11)
-            rows = actual[f"{load:.0%}"] = {}
-            for timed in (pipe.engines["unet"], pipe.engines["vae_decoder"]):
-                timed.seconds.clear()
-            for name, way in zip(WAYS, ways, strict=True):
+        ways[ONE_BY_ONE] = partial(one_by_one, reference=reference, clock=clock)
+    actual: dict[str, Any] = {
+        "rows_of_a_call": max(size.max_rows for size in engine.cost_model.sizes.values()),
+        "saturated": saturated,
+    }
+    for load in args.loads:
+        done: dict[str, list[Job]] = defaultdict(list)
+        for number in range(args.rounds):
+            arrivals = poisson(args.requests, load * saturated[IN_FLIGHT], create, 11 + number)
+            for name, way in ways.items():
                 jobs = fresh(arrivals)
-                way(jobs)
-                rows[name] = figures_of(jobs, alone)
-                show(load, name, rows[name])
-                if name == WAYS[0]:  # on what the calls of this very run took
-                    jobs = fresh(arrivals)
-                    simulated(jobs, rates_of(pipe, engine.estimates), 1, engine.slots)
-                    for job in jobs:
-                        job.first = job.begun
-                    rows["simulated"] = figures_of(jobs, alone)
-                    show(load, "simulated", rows["simulated"])
+                if name == IN_FLIGHT and not (loras or args.wall):
+                    done["simulated"] += simulated_jobs(engine, jobs, clock)
+                else:
+                    way(jobs)
+                done[name] += jobs
+        actual[f"{load:.0%}"] = {
+            name: figures_of(jobs, partial(solo_seconds, engine)) for name, jobs in done.items()
+        }
+        for name, row in actual[f"{load:.0%}"].items():
+            show(load, name, row)
     return actual
+
+
+def solo_seconds(engine: InflightBatcher, job: Job) -> float:
+    turn = ScheduledRequest((job.size,), job.rows, job.steps, 0.0, 0.0)
+    return engine.estimates.solo_seconds(turn)
+
+
+def simulated_jobs(engine: InflightBatcher, jobs: Sequence[Job], clock: Clock) -> list[Job]:
+    """Serve jobs in flight; returns them in simulation, on what their parts took."""
+    for timed in (engine.pipe.engines["unet"], engine.pipe.engines["vae_decoder"]):
+        assert isinstance(timed, Timed)
+        timed.calls.clear()
+    preparing = -thread_seconds("sdrt_prepare")
+    preparing += in_flight(jobs, engine, clock) + thread_seconds("sdrt_prepare")
+    rates = measured_rates(engine.pipe, engine.estimates, preparing / len(jobs))
+    imagined = fresh(jobs)
+    simulated(imagined, rates, 1, engine.slots, shared=True, expected=engine.estimates)
+    for job in imagined:
+        job.first = job.begun
+    return imagined
 
 
 def show(load: float, name: str, row: dict[str, float]) -> None:
@@ -314,39 +429,67 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=150)
+    parser.add_argument("--requests", type=int, default=100, help="of a round")
+    parser.add_argument("--rounds", type=int, default=3, help="of every load, with other arrivals")
     parser.add_argument(
         "--loads", type=lambda t: [float(p) for p in t.split(",")], default="0.3,0.6,0.9"
     )
     parser.add_argument("--batch", type=int, default=8, help="images of a static batch")
+    parser.add_argument("--mix", action="store_true", help="with LoRA files and a ControlNet")
+    parser.add_argument("--wall", action="store_true", help="all cores, seconds of the clock")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="where bundles stay built")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
+    rank, nets = (LORA_RANK, ["outline"]) if args.mix else (None, [])
     with tempfile.TemporaryDirectory() as folder:
-        plan = BuildPlan("shapes", output=Path(folder) / "shapes", sizes=SIZES)
-        with sdrt.load(build_bundle(plan), backend="onnxruntime") as loaded:
+        output = (args.work or Path(folder)) / f"shapes{'-lora' * args.mix}"
+        if not output.exists():
+            build_bundle(BuildPlan("shapes", output=output, sizes=SIZES, lora_rank=rank))
+        loras = [Path(folder) / f"{i}.safetensors" for i in range(LORA_FILES if args.mix else 0)]
+        for seed, path in enumerate(loras):
+            write_lora(output, path, seed, LORA_RANK)
+        clock = WallClock() if args.wall else run_on_one_core()
+        with sdrt.load(output, backend="onnxruntime", controlnet=nets) as loaded:
             timed = {name: Timed(loaded.engines[name]) for name in ("unet", "vae_decoder")}
-            actual = measured(replace(loaded, engines={**loaded.engines, **timed}), args)
+            pipe = replace(loaded, engines={**loaded.engines, **timed})
+            with InflightBatcher(pipe, waiting=10_000) as engine:
+                actual = measured(engine, clock, args, loras)
     if args.save:
-        save("serve_load", claims_from(actual), actual)
+        name = f"serve_load{'_mix' * args.mix}{'_wall' * args.wall}"
+        save(name, claims_from(actual, args.mix, args.wall), actual)
 
 
-def claims_from(actual: dict[str, Any]) -> dict[str, str]:
-    ours, batches, reference = (actual["60%"][way] for way in WAYS)
-    simulated_row = actual["60%"]["simulated"]
-    return {
-        "served at 60 % load, 95 % of requests of up to 8 steps": (
-            f"{ours['short_p95']:.2f} s in flight, {batches['short_p95']:.2f} s in static batches, "
-            f"{reference['short_p95']:.2f} s diffusers one by one"
-        ),
-        "served at saturation, images a second": (
-            f"{actual['capacity']:.2f} in flight, "
-            f"{actual['capacity_by_batches']:.2f} in static batches"
-        ),
-        "simulation against measurement, p50 and p95 at 60 % load": (
-            f"{simulated_row['p50'] / ours['p50']:.2f} and "
-            f"{simulated_row['p95'] / ours['p95']:.2f} of it"
+def run_on_one_core() -> Clock:
+    """Let the process and what it times run by the returned clock."""
+    import torch
+
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    clock = Clock()
+    for name in ("monotonic", "perf_counter"):
+        setattr(time, name, clock.now)
+    return clock
+
+
+def claims_from(actual: dict[str, Any], mix: bool, wall: bool) -> dict[str, str]:
+    row, saturated = actual["60%"], actual["saturated"]
+    short = (f"{row[way]['short_p95']:.2f} s {way}" for way in row if way != "simulated")
+    said = (
+        f"served{' with LoRA files and ControlNet' * mix} on {'all cores' if wall else 'one core'}"
+    )
+    claims = {
+        f"{said} at 60 % load, 95 % of requests of up to 8 steps": ", ".join(short),
+        f"{said} at saturation, images a second": (
+            ", ".join(f"{rate:.2f} {way}" for way, rate in saturated.items())
         ),
     }
+    for load, row in actual.items():
+        if load.endswith("%") and "simulated" in row:
+            ratios = [row["simulated"][key] / row[IN_FLIGHT][key] for key in ("p50", "p95")]
+            claims[f"simulation against measurement, p50 and p95 at {load[:-1]} % load"] = (
+                "{:.2f} and {:.2f} of it".format(*ratios)
+            )
+    return claims
 
 
 if __name__ == "__main__":
