@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 
 GRAPH, WEIGHTS = "model.onnx", "model.data"
 FUSED = "fused.onnx"  # their source, for sessions with other weights
+# ONNX Runtime refuses an external tensor that shape inference reads; the largest are the sizes into
+# which the LoRA factors of SDXL's 722 layers are split, 12 KB.
+MIN_EXTERNAL_BYTES = "16384"
 
 
 def load_optimised(bundle: Bundle, component: str, options: "ort.SessionOptions") -> Path | None:
     """The optimised graph of a component, created if it is missing; None to use the bundle's."""
     fuses = find_spec("onnx") is not None
     make = partial(_optimise, bundle, component, options, fuses)
-    folder = get_or_compile(bundle, component, "onnxruntime", make, {GRAPH, WEIGHTS}, (str(fuses),))
+    key = str(fuses), MIN_EXTERNAL_BYTES
+    folder = get_or_compile(bundle, component, "onnxruntime", make, {GRAPH, WEIGHTS}, key)
     return folder and folder / GRAPH
 
 
@@ -44,7 +48,7 @@ def _optimise(
     options.optimized_model_filepath = str(folder / GRAPH)
     for name, value in (
         ("session.optimized_model_external_initializers_file_name", WEIGHTS),
-        ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", MIN_EXTERNAL_BYTES),
         ("session.save_external_prepacked_constant_initializers", "1"),
     ):
         options.add_session_config_entry(name, value)

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -161,3 +162,28 @@ def test_gc_shows_what_no_bundle_has_and_what_another_version_made(cached, tmp_p
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "of": ["0" * 64]}))
     actual = {item.path: item.reason for item in leftovers(GpuInventory(unavailable_reason="none"))}
     assert actual[graph.parent] == "for a graph or weights that no bundle has"
+
+
+def test_sizes_that_shape_inference_reads_stay_in_the_graph(tmp_path):
+    """As many as the LoRA factors of SDXL have."""
+    count = 1500
+    names = [f"part{i}" for i in range(count)]
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Split", ["x", "sizes"], names, axis=1),
+            onnx.helper.make_node("Add", [names[0], names[-1]], ["y"]),
+        ],
+        "split",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["rows", 3 * count])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["rows", 3])],
+        [onnx.numpy_helper.from_array(np.full(count, 3, np.int64), "sizes")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    model.ir_version = 10
+    onnx.save(model, tmp_path / "split.onnx")
+    bundle = SimpleNamespace(graph=lambda component: tmp_path / "split.onnx")
+    onnxruntime_cache._optimise(bundle, "split", session_options(), False, tmp_path)
+    session = ort.InferenceSession(tmp_path / onnxruntime_cache.GRAPH)
+    x = np.arange(3.0 * count, dtype=np.float32)[None]
+    (y,) = session.run(None, {"x": x})
+    assert np.array_equal(y, x[:, :3] + x[:, -3:])
