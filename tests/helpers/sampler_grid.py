@@ -154,7 +154,12 @@ def configs(name):
     return [{**BASE, "_class_name": name, **config} for config in unique.values()]
 
 
-def cases(name, fraction=1.0):
-    """Configurations of a scheduler with numbers of steps: the same share of them in every run."""
+def cases(name, amount):
+    """Configurations of a scheduler with numbers of steps, the same in every run: `all`, `each`
+    configuration with two numbers of steps, or a fraction of all.
+    """
+    rng = random.Random(name)
+    if amount == "each":
+        return [(config, steps) for config in configs(name) for steps in rng.sample(STEPS, 2)]
     every = list(itertools.product(configs(name), STEPS))
-    return random.Random(name).sample(every, round(fraction * len(every)))
+    return every if amount == "all" else rng.sample(every, round(amount * len(every)))

@@ -69,28 +69,26 @@ def reference(config, steps, double):
 
 # The reference takes minutes to step all of these.
 LONG = ("KDPM2", "LMS")
-FRACTIONS = [(name, 0.01 if name.startswith(LONG) else 0.1) for name in SAMPLERS]
-GRIDS = [pytest.param(name, fraction, id=f"{name}, some") for name, fraction in FRACTIONS]
-GRIDS += [
-    pytest.param(
-        name,
-        1.0,
-        id=f"{name}, all",
-        marks=[pytest.mark.grid] + [pytest.mark.slow] * name.startswith(LONG),
-    )
+GRIDS = [
+    pytest.param(name, amount, id=f"{name}, {amount}", marks=marks)
     for name in SAMPLERS
+    for amount, marks in (
+        (0.01 if name.startswith(LONG) else 0.1, []),
+        ("each", [pytest.mark.grid] + [pytest.mark.slow] * name.startswith(LONG)),
+        ("all", [pytest.mark.slow]),
+    )
 ]
 
 
-@pytest.mark.parametrize(("name", "fraction"), GRIDS)
-def test_tables_match_the_reference_in_float64(name, fraction, monkeypatch):
+@pytest.mark.parametrize(("name", "amount"), GRIDS)
+def test_tables_match_the_reference_in_float64(name, amount, monkeypatch):
     # What its float32 cuts off another test compares.
     monkeypatch.setattr(
         spacing, "truncate_timesteps", lambda schedule, timesteps: np.trunc(timesteps)
     )
     tables._cached_table.cache_clear()
     compared, asked = 0, 0
-    for config, steps in cases(name, fraction):
+    for config, steps in cases(name, amount):
         case = (config, steps)
         expected = reference(config, steps, double=True)
         if reference_differs(*case):
