@@ -120,6 +120,7 @@ def fewer(result: Result) -> str:
 
 PLOTS: dict[str, Callable[[Result], str | None]] = {
     "serve_load": serve_load,
+    "serve_load_mix": serve_load,
     "serve_sim": serve_sim,
     "latency_256x256": latency,
     "latency_512x512": latency,
