@@ -9,6 +9,7 @@ most published ones are.
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,20 @@ RANK = 16
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "q_proj", "k_proj", "v_proj")
 
 
-def write_lora(folder: Path, path: Path, seed: int, rank: int = RANK) -> int:
-    """A file for a bundle; returns how many layers it changes."""
+def write_lora(
+    folder: Path,
+    path: Path,
+    seed: int,
+    rank: int = RANK,
+    parts: Sequence[str] = ("unet", "text_encoder"),
+    scale: float = 0.01,
+) -> int:
+    """A file for a bundle, with factors of this standard deviation; returns how many layers it
+    changes.
+    """
     rng = np.random.default_rng(seed)
     saved = {}
-    for part in ("unet", "text_encoder"):
+    for part in parts:
         tensors = Tensors(folder / part / "model.safetensors")
         for name in tensors:
             module = name.removesuffix(TRANSPOSED).removesuffix(".weight")
@@ -39,7 +49,7 @@ def write_lora(folder: Path, path: Path, seed: int, rank: int = RANK) -> int:
             down = rng.standard_normal((rank, inside), np.float32)
             up = rng.standard_normal((outside, rank), np.float32)
             key = f"{part}.{module.removeprefix('model.')}"
-            saved |= {f"{key}.lora_A.weight": down * 0.01, f"{key}.lora_B.weight": up * 0.01}
+            saved |= {f"{key}.lora_A.weight": down * scale, f"{key}.lora_B.weight": up * scale}
     save_file(saved, path)
     return len(saved) // 2
 

@@ -16,6 +16,11 @@ from matplotlib.figure import Figure  # noqa: E402
 
 Result = dict[str, Any]
 WAYS = {"short_p95": "up to 8 steps", "p95": "all"}
+LORA_WAYS = {
+    "rows": "factors of rows",
+    "groups": "grouped by file",
+    "diffusers": "diffusers, one by one",
+}
 
 
 def svg_of(figure: Figure) -> str:
@@ -118,6 +123,20 @@ def fewer(result: Result) -> str:
     return svg_of(figure)
 
 
+def lora_rows(result: Result) -> str:
+    """Processor time of an image over the number of LoRA files, a bar for each way."""
+    counts = result["figures"]["throughput"]
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for i, (way, label) in enumerate(LORA_WAYS.items()):
+        costs = [row[way]["processor_seconds_per_image"] for row in counts.values()]
+        bars = axis.bar([x + 0.27 * (i - 1) for x in range(len(counts))], costs, 0.27, label=label)
+        axis.bar_label(bars, fmt="%.2f", padding=2, fontsize="small")
+    axis.set(xticks=range(len(counts)), xticklabels=counts, xlabel="files")
+    axis.set(ylabel="processor seconds of an image")
+    figure.legend(loc="outside right center", fontsize="small")
+    return svg_of(figure)
+
+
 PLOTS: dict[str, Callable[[Result], str | None]] = {
     "serve_load": serve_load,
     "serve_load_mix": serve_load,
@@ -126,4 +145,5 @@ PLOTS: dict[str, Callable[[Result], str | None]] = {
     "latency_512x512": latency,
     "scaling": scaling,
     "fewer_shapes": fewer,
+    "lora_rows_shapes": lora_rows,
 }
