@@ -41,8 +41,9 @@ test-slow: $(READY)
 test-full: COMPLETE = 1
 test-full: test test-slow
 
-# Stand-ins of the CUDA driver and of TensorRT, which take the place of a GPU in their process.
-test-rig: $(READY) onnxruntime-gpu
+# Stand-ins of the CUDA driver and of TensorRT, which take the place of a GPU in their process. After
+# `make onnxruntime-gpu`, ONNX Runtime's CUDA provider over stand-ins too.
+test-rig: $(READY)
 	$(PYTEST) -m rig
 
 # ONNX Runtime's CUDA provider, for a test that runs it over stand-ins of CUDA; 250 MB, in build.

@@ -131,6 +131,7 @@ def lora_rows(result: Result) -> str:
         costs = [row[way]["processor_seconds_per_image"] for row in counts.values()]
         bars = axis.bar([x + 0.27 * (i - 1) for x in range(len(counts))], costs, 0.27, label=label)
         axis.bar_label(bars, fmt="%.2f", padding=2, fontsize="small")
+    axis.margins(y=0.1)
     axis.set(xticks=range(len(counts)), xticklabels=counts, xlabel="files")
     axis.set(ylabel="processor seconds of an image")
     figure.legend(loc="outside right center", fontsize="small")

@@ -38,7 +38,10 @@ def load() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if driver_rig.explain_unavailable() is None:
+    # Workers of xdist inherit what the process that started them puts in place, and would take the
+    # stand-in for a driver of the machine's own.
+    starts_workers = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
+    if not starts_workers and driver_rig.explain_unavailable() is None:
         load()
 
 
