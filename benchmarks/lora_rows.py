@@ -29,14 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from controlnet import example_feeds
 from lora_switch import RANK, timed, write_lora
 from published import made_bundle, reference_pipeline
 from results import save
+from similarity import psnr
 
 import sdrt
 from sdrt.bundle import parse_size
 from sdrt.bundle.manifest import LORA_FACTORS, LORA_PARTS
 from sdrt.engine import Engine, Feeds
+from sdrt.engine.axes import axis_lengths
 from sdrt.export.build import BuildPlan, build_bundle
 from sdrt.export.checkpoint import embedded_checkpoint
 from sdrt.runtime import Pipeline
@@ -70,9 +73,9 @@ def call_costs(pipe: Pipeline, files: Sequence[Path], rounds: int) -> dict[str, 
     """Processor time of a call, as a multiple of the plain graph's, by rows."""
     plain, own = pipe.engines["unet"], pipe.engines[LORA_PARTS["unet"]]
     packed = [pack(pipe, file) for file in files]
-    costs = {}
+    costs, size = {}, pipe.manifest.sizes[0]
     for rows in ROWS:
-        feeds = random_feeds(pipe, rows)
+        feeds = example_feeds(plain.inputs, axis_lengths(pipe.manifest, size, rows=rows))
         factors = np.stack([packed[row % len(packed)] for row in range(rows)])
         calls: dict[str, tuple[Engine, Feeds]] = {
             "plain": (plain, feeds),
@@ -92,19 +95,6 @@ def call_costs(pipe: Pipeline, files: Sequence[Path], rounds: int) -> dict[str, 
         costs[str(rows)] = {"ratios": ratios, "processor_seconds": seconds}
         print(rows, "rows", ratios, flush=True)
     return costs
-
-
-def random_feeds(pipe: Pipeline, rows: int) -> dict[str, np.ndarray]:
-    rng, (width, height) = np.random.default_rng(0), pipe.manifest.sizes[0]
-    scale = pipe.manifest.downscale
-    unet = pipe.manifest.components["unet"]
-    (context,) = (spec for spec in unet.inputs if spec.name == "context")
-    tokens = pipe.manifest.max_tokens
-    return {
-        "sample": rng.normal(size=(rows, 4, height // scale, width // scale)).astype(np.float32),
-        "timestep": np.full(rows, 500, np.float32),
-        "context": rng.normal(size=(rows, tokens, int(context.shape[2]))).astype(np.float32),
-    }
 
 
 def pack(pipe: Pipeline, file: Path) -> np.ndarray:
@@ -164,11 +154,6 @@ def one_by_one(reference: Any, jobs: Sequence[Job], steps: int, size: str) -> It
         generator = torch.Generator().manual_seed(job.seed)
         options = {"num_inference_steps": steps, "width": width, "height": height}
         yield np.asarray(reference(PROMPT, generator=generator, **options).images[0])
-
-
-def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
-    error = np.square(actual.astype(np.float64) - expected).mean()
-    return float(10 * np.log10(255.0**2 / max(error, 1e-9)))
 
 
 def throughput(
