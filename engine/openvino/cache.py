@@ -1,17 +1,18 @@
 """Models that OpenVINO compiled for this processor, in the compile cache.
 
 Compiling a large UNet takes seconds at every load; the result without weights is some megabytes.
-Its weights are stored in the layout that OpenVINO computes with, or it would hold both:
+Its weights are stored as OpenVINO reads them, or it would hold them twice:
 
-- those of matrix products are [in, out] in the bundle and [out, in] here: 0.65 GB of Stable
-  Diffusion 1.5 in bf16;
-- those in half precision are in float32: 3.4 GB.
+- those of matrix products are [in, out] in the bundle and [out, in] here;
+- all of them are in half precision if the bundle's are, else in the precision that is computed
+  with; OpenVINO converts them while it packs them, one at a time.
 
 Imports openvino, so import it only where it is used.
 """
 
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import openvino as ov
@@ -22,12 +23,13 @@ from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import TRANSPOSED
 from sdrt.engine.call_once import call_once
 from sdrt.engine.compile_cache import get_or_compile
-from sdrt.engine.cpu import has_bf16
 from sdrt.engine.page_cache import trim_heap
 from sdrt.errors import BackendError
 
-GRAPH, WEIGHTS = "model.xml", "model.bin"
-FLOATS = "Constant", ov.Type.f32
+from .rewriting import replace_node, rewrite
+
+GRAPH, WEIGHTS, BLOB = "model.xml", "model.bin", "model.blob"
+DECOMPRESSED = " in float32"  # ends the names of conversions of weights
 
 
 @call_once
@@ -45,13 +47,12 @@ def load_compiled(bundle: Bundle, component: str, precision: str) -> Path | None
     """The compiled model of a component, with its `WEIGHTS` in the same folder; compiled now if it
     is missing. None where nothing is cached.
 
-    precision: f32 or, if the processor has it, bf16; both are compiled at once, sharing weights
+    precision: f32 or, if the processor has it, bf16
     """
-    precisions = ("f32", "bf16") if has_bf16() else ("f32",)
-    make = partial(_compile_all, bundle.graph(component), precisions)
-    files = {WEIGHTS, *map(_blob_name, precisions)}
-    folder = get_or_compile(bundle, component, "openvino", make, files)
-    return folder and folder / _blob_name(precision)
+    compile_into = partial(_compile, bundle.graph(component), precision)
+    files = {WEIGHTS, BLOB}
+    folder = get_or_compile(bundle, component, "openvino", compile_into, files, [precision])
+    return folder and folder / BLOB
 
 
 def compile_settings(precision: str) -> dict[str, str]:
@@ -72,30 +73,41 @@ def _weightless_settings(precision: str) -> dict[str, str]:
     return compile_settings(precision) | {"ENABLE_WEIGHTLESS": "YES", "CACHE_MODE": "OPTIMIZE_SIZE"}
 
 
-def _blob_name(precision: str) -> str:
-    return f"{precision}.blob"
-
-
-def _compile_all(graph: Path, precisions: tuple[str, ...], folder: Path) -> None:
-    core = ov.Core()
+def _compile(graph: Path, precision: str, folder: Path) -> None:
+    core, file = ov.Core(), folder / GRAPH
     try:
-        model = _to_float32(core.read_model(str(graph)))
+        model = core.read_model(str(graph))
+        rewrite(model)
         _transpose_weights(model)
+        if precision == "bf16":
+            _store_in_bfloat16(model)
         # A compiled model can only refer to weights of a model that was read from an IR file.
-        ov.serialize(model, str(folder / GRAPH), str(folder / WEIGHTS))
+        ov.serialize(_to_float32(model), str(file), str(folder / WEIGHTS))
         del model
-        for precision in precisions:
-            model = core.read_model(str(folder / GRAPH))
-            blob = core.compile_model(model, "CPU", _weightless_settings(precision)).export_model()
-            (folder / _blob_name(precision)).write_bytes(blob.getbuffer())
+        trim_heap()
+        _mark_decompression(file)
+        compiled = core.compile_model(
+            core.read_model(str(file)), "CPU", _weightless_settings(precision)
+        )
+        (folder / BLOB).write_bytes(compiled.export_model().getbuffer())
     except RuntimeError as error:
         raise BackendError(f"OpenVINO failed to compile {graph}: {error}") from error
-    (folder / GRAPH).unlink()
+    file.unlink()
     trim_heap()
 
 
+def _store_in_bfloat16(model: ov.Model) -> None:
+    """Store float32 weights in bfloat16, rounded to even as OpenVINO does."""
+    for node in _weights(model):
+        if node.get_element_type() == ov.Type.f32:
+            bits = np.ascontiguousarray(node.data).view(np.uint32)
+            rounded = ov.Tensor(ov.Type.bf16, node.get_output_shape(0))
+            rounded.data.view(np.uint16)[:] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+            _decompress(node, ov.op.Constant(rounded))
+
+
 def _to_float32(model: ov.Model) -> ov.Model:
-    """Convert float16 to float32 everywhere but in inputs and outputs."""
+    """Compute in float32 instead of float16, but for inputs and outputs; weights stay float16."""
     half = ov.Type.f16
     if not any(node.get_element_type() == half for node in _constants(model)):
         return model
@@ -104,12 +116,15 @@ def _to_float32(model: ov.Model) -> ov.Model:
     for parameter in model.get_parameters():
         if parameter.get_element_type() == half:
             parameter.set_element_type(ov.Type.f32)
-    for node in _constants(model):
+    for node in _weights(model):
         if node.get_element_type() == half:
-            _replace(node, ov.op.Constant(node.data.astype(np.float32)))
+            _decompress(node, ov.op.Constant(node.data))
+    for node in _constants(model):
+        if node.get_element_type() == half and not _is_decompressed(node):
+            replace_node(node, ov.op.Constant(node.data.astype(np.float32)))
     for node in model.get_ops():
         if node.get_type_name() == "Convert" and node.get_attributes()["destination_type"] == "f16":
-            _replace(node, operations.convert(node.input_value(0), "f32"))
+            replace_node(node, operations.convert(node.input_value(0), "f32"))
     model.validate_nodes_and_infer_types()
     edges = PrePostProcessor(model)
     for i, element_type in enumerate(input_types):
@@ -119,24 +134,52 @@ def _to_float32(model: ov.Model) -> ov.Model:
     return edges.build()
 
 
+def _decompress(weight: ov.Node, stored: ov.Node) -> None:
+    """Replace a weight by a stored one that is converted to float32."""
+    stored.set_friendly_name(weight.get_friendly_name())
+    node = operations.convert(stored, "f32")
+    node.set_friendly_name(weight.get_friendly_name() + DECOMPRESSED)
+    weight.output(0).replace(node.output(0))
+
+
+def _is_decompressed(constant: ov.Node) -> bool:
+    return any(
+        port.get_node().get_friendly_name().endswith(DECOMPRESSED)
+        for port in constant.output(0).get_target_inputs()
+    )
+
+
+def _mark_decompression(file: Path) -> None:
+    """Mark the conversions of weights in an IR, so that they are not done before the weights are
+    packed. The binding has no call for it.
+    """
+    tree = ElementTree.parse(file)
+    for layer in tree.iter("layer"):
+        if layer.attrib["name"].endswith(DECOMPRESSED):
+            mark = ElementTree.SubElement(layer, "rt_info")
+            ElementTree.SubElement(mark, "attribute", name="decompression", version="0")
+    tree.write(file)
+
+
 def _transpose_weights(model: ov.Model) -> None:
-    """Store float32 weights of matrix products as [out, in] instead of [in, out]."""
+    """Store weights of matrix products as [out, in] instead of [in, out]."""
     for node in model.get_ops():
         if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_b"]:
             continue
         transpose_a = node.get_attributes()["transpose_a"]
         old = node.input_value(1).get_node()
-        kind = old.get_type_name(), old.get_element_type()
-        if old.get_friendly_name().endswith(TRANSPOSED) and kind == FLOATS:
+        if old.get_type_name() == "Constant" and old.get_friendly_name().endswith(TRANSPOSED):
             weight = ov.op.Constant(np.ascontiguousarray(old.data.T))
             weight.set_friendly_name(old.get_friendly_name())
-            _replace(node, operations.matmul(node.input_value(0), weight, transpose_a, True))
+            replace_node(node, operations.matmul(node.input_value(0), weight, transpose_a, True))
+
+
+def _weights(model: ov.Model) -> list[ov.Node]:
+    """Those of matrix products and convolutions."""
+    products = [op for op in model.get_ops() if op.get_type_name() in ("MatMul", "Convolution")]
+    second = {op.input_value(1).get_node().get_friendly_name() for op in products}
+    return [node for node in _constants(model) if node.get_friendly_name() in second]
 
 
 def _constants(model: ov.Model) -> list[ov.Node]:
     return [node for node in model.get_ops() if node.get_type_name() == "Constant"]
-
-
-def _replace(node: ov.Node, other: ov.Node) -> None:
-    other.set_friendly_name(node.get_friendly_name())
-    node.output(0).replace(other.output(0))

@@ -14,6 +14,7 @@ from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.errors import BackendError
 
 from . import cache as openvino_cache
+from .rewriting import rewrite
 
 log = logging.getLogger(__name__)
 MAPPED_FILES = MappedFileUsers()
@@ -94,6 +95,7 @@ class OpenVinoEngine:
                 if node.get_type_name() == "Constant" and node.get_friendly_name() in weights:
                     new = ov.op.Constant(weights[node.get_friendly_name()])
                     node.output(0).replace(new.output(0))
+            rewrite(model)
             return core.compile_model(
                 model, "CPU", openvino_cache.compile_settings(self._precision)
             )

@@ -11,7 +11,7 @@ from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import compile_cache
 from sdrt.engine.cpu import has_bf16
-from sdrt.engine.parity import sample_input
+from sdrt.engine.parity import measure, sample_input
 
 pytestmark = pytest.mark.integration
 
@@ -63,11 +63,17 @@ def test_a_kept_model_gives_the_same_numbers(bundle, load_compiled, name, precis
     assert cached.is_relative_to(tmp_path)
     weights = bundle.folder / name / "model.safetensors"
     assert cached.stat().st_size < 0.2 * weights.stat().st_size + 1_000_000
+    stored = cached.with_name("model.bin")
+    if precision == "bf16" and name != "text_encoder":  # whose table of tokens stays in float32
+        assert stored.stat().st_size < 0.6 * weights.stat().st_size
     engine = opened(bundle, name, precision, cached)
-    assert is_mapped(cached.with_name("model.bin"))
+    assert is_mapped(stored)
     actual, plain = outcome(engine), outcome(opened(bundle, name, precision, None))
     assert np.abs(plain).max() > 0.1
-    np.testing.assert_allclose(actual, plain, atol=1e-5 * np.abs(plain).max())
+    if precision == "bf16":  # what is folded into weights is so after they are rounded
+        assert measure(actual, plain, is_image=False)["cosine"] > 0.9999
+    else:
+        np.testing.assert_allclose(actual, plain, atol=1e-5 * np.abs(plain).max())
     engine.close()
 
 

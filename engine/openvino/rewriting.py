@@ -1,0 +1,123 @@
+"""Rewrites of a model to what OpenVINO computes faster on the CPU: the same function.
+
+An evaluation of Stable Diffusion 1.5 at 256x256 in bf16 takes 4 % less with them. Imports openvino,
+so import it only where it is used.
+"""
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as operations
+
+
+def rewrite(model: ov.Model) -> None:
+    """Apply every rewrite to a model, in place."""
+    _split_gated_projections(model)
+    _simplify_reshapes(model)
+    _expand_group_norms(model)
+    model.validate_nodes_and_infer_types()
+
+
+def replace_node(node: ov.Node, other: ov.Node) -> None:
+    """Put another node in a node's place, with its name."""
+    other.set_friendly_name(node.get_friendly_name())
+    node.output(0).replace(other.output(0))
+
+
+def _split_gated_projections(model: ov.Model) -> None:
+    """Two products in place of one whose result is split in two, as in GEGLU: splitting copies,
+    and the activation of one half becomes part of its product.
+    """
+    for split in model.get_ops():
+        if split.get_type_name() != "Split" or split.get_output_size() != 2:
+            continue
+        add = split.input_value(0).get_node()
+        parts = {value.get_node().get_type_name(): value.get_node() for value in add.input_values()}
+        if add.get_type_name() != "Add" or parts.keys() != {"MatMul", "Constant"}:
+            continue
+        product, bias = parts["MatMul"], parts["Constant"]
+        weight = product.input_value(1).get_node()
+        transpose_a, transpose_b = (
+            product.get_attributes()[name] for name in ("transpose_a", "transpose_b")
+        )
+        axis = split.input_value(1).get_node()
+        is_last = axis.get_type_name() == "Constant" and int(axis.data) in (-1, 2)
+        if weight.get_type_name() != "Constant" or weight.data.ndim != 2 or not is_last:
+            continue
+        weights = np.split(weight.data, 2, axis=0 if transpose_b else 1)
+        biases = np.split(bias.data, 2, axis=-1)
+        for i in range(2):
+            half = _constant(weights[i], f"half {i} of {weight.get_friendly_name()}")
+            x = operations.matmul(product.input_value(0), half, transpose_a, transpose_b)
+            x = operations.add(x, _constant(biases[i], f"half {i} of {bias.get_friendly_name()}"))
+            x.set_friendly_name(f"{split.get_friendly_name()}.{i}")
+            split.output(i).replace(x.output(0))
+
+
+def _simplify_reshapes(model: ov.Model) -> None:
+    """Constant targets, in which 0 keeps a dimension, where they are computed from shapes."""
+    for node in model.get_ops():
+        if node.get_type_name() != "Reshape":
+            continue
+        if node.input_value(1).get_node().get_type_name() == "Constant":
+            continue
+        target = _constant_target(
+            _lengths(node.input_value(0).get_partial_shape()),
+            _lengths(node.output(0).get_partial_shape()),
+        )
+        if target is not None:
+            replace_node(node, _reshape(node.input_value(0), target))
+
+
+def _constant_target(old: list[int], new: list[int]) -> list[int] | None:
+    """The target of a reshape in which at most rows and tokens are dynamic, which are -1; rows stay
+    the first dimension. None for others.
+    """
+    match old, new:
+        case [_, _, width], [_, _, heads, size] if 0 < width == heads * size:
+            return [0, 0, heads, size]
+        case [_, _, heads, size], [_, _, width] if 0 < width == heads * size and heads > 0:
+            return [0, 0, width]
+        case [_, channels, _, _], [_, same, _] if channels == same > 0:
+            return [0, channels, -1]
+    return None
+
+
+def _expand_group_norms(model: ov.Model) -> None:
+    """Group normalisation by operations that compute no shapes but the input's own."""
+    for node in model.get_ops():
+        if node.get_type_name() != "GroupNormalization":
+            continue
+        x, scale, bias = node.input_values()
+        if {scale.get_node().get_type_name(), bias.get_node().get_type_name()} != {"Constant"}:
+            continue
+        attributes = node.get_attributes()
+        shape = (1, -1, *[1] * (x.get_partial_shape().rank.get_length() - 2))
+        groups = _reshape(x, [0, attributes["num_groups"], -1])
+        y = operations.mvn(groups, _integers([2]), True, attributes["epsilon"], "inside_sqrt")
+        y = operations.reshape(y, operations.shape_of(x), False)
+        y = operations.multiply(y, _like(scale.get_node(), shape))
+        replace_node(node, operations.add(y, _like(bias.get_node(), shape)))
+
+
+def _lengths(shape: ov.PartialShape) -> list[int]:
+    """Of a shape's dimensions; -1 for dynamic ones."""
+    return [length.get_length() if length.is_static else -1 for length in shape]
+
+
+def _reshape(x: ov.Output, target: list[int]) -> ov.Node:
+    return operations.reshape(x, _integers(target), True)
+
+
+def _integers(values: list[int]) -> ov.Node:
+    return operations.constant(np.array(values, np.int64))
+
+
+def _like(constant: ov.Node, shape: tuple[int, ...]) -> ov.Node:
+    """A constant in another shape, by its name."""
+    return _constant(constant.data.reshape(shape), constant.get_friendly_name())
+
+
+def _constant(values: np.ndarray, name: str) -> ov.Node:
+    node = ov.op.Constant(np.ascontiguousarray(values))
+    node.set_friendly_name(name)
+    return node
