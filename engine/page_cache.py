@@ -7,11 +7,13 @@ import ctypes
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 MADV_DONTNEED = 4  # MADV_DONTNEED
 M_ARENA_MAX = -8  # of malloc.h
+DROP_SECONDS = 0.05  # in which half a gigabyte may be read
 
 
 class MappedFileUsers:
@@ -36,6 +38,28 @@ class MappedFileUsers:
             if not self._count:
                 drop_pages(path)
             return not self._count
+
+    @contextmanager
+    def dropping_pages(self, path: Path) -> Iterator[None]:
+        """Use a file whose pages are read once, such as to pack weights: drop those that were read,
+        time and again, while there is no other user.
+        """
+        done = threading.Event()
+
+        def drop_regularly() -> None:
+            while not done.wait(DROP_SECONDS):
+                with self._lock:
+                    if self._count == 1:
+                        drop_pages(path)
+
+        with self:
+            thread = threading.Thread(target=drop_regularly, name="sdrt_drop_pages", daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                done.set()
+                thread.join()
 
 
 def drop_pages(path: Path) -> None:

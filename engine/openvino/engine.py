@@ -111,10 +111,11 @@ class OpenVinoEngine:
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
         ready = check_feeds(self.name, self.inputs, feeds)
-        with MAPPED_FILES:
-            outputs = self._infer(ready)
         shapes = tuple(array.shape for array in ready.values())
-        if shapes not in self._packed and MAPPED_FILES.drop_pages(self._mapped):
+        packs = shapes not in self._packed
+        with MAPPED_FILES.dropping_pages(self._mapped) if packs else MAPPED_FILES:
+            outputs = self._infer(ready)
+        if packs and MAPPED_FILES.drop_pages(self._mapped):
             self._packed.add(shapes)
         return outputs
 

@@ -3,6 +3,7 @@
 import mmap
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import sdrt
-from sdrt.engine.page_cache import MappedFileUsers, drop_pages, trim_heap
+from sdrt.engine.page_cache import DROP_SECONDS, MappedFileUsers, drop_pages, trim_heap
 
 pytestmark = pytest.mark.integration
 
@@ -91,6 +92,16 @@ def test_no_pages_are_dropped_while_somebody_uses_a_file(tmp_path, monkeypatch):
             assert not users.drop_pages(tmp_path)
         assert not users.drop_pages(tmp_path)
     assert users.drop_pages(tmp_path) and dropped == [tmp_path]
+
+
+def test_pages_are_dropped_while_their_only_user_reads_them(tmp_path, monkeypatch):
+    dropped, users = threading.Event(), MappedFileUsers()
+    monkeypatch.setattr("sdrt.engine.page_cache.drop_pages", lambda path: dropped.set())
+    with users.dropping_pages(tmp_path):
+        assert dropped.wait(10)
+    with users, users.dropping_pages(tmp_path):
+        dropped.clear()
+        assert not dropped.wait(4 * DROP_SECONDS)
 
 
 ARENAS = """
