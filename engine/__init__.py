@@ -1,7 +1,7 @@
 """Compiled components on ONNX Runtime, OpenVINO, TensorRT and PyTorch; see `protocol.py`."""
 
 from .gpu import GpuInventory
-from .history import History, NumpyHistory
+from .history import History, NumpyHistory, find_ranges
 from .lazy import ExclusiveSlot, LazyEngine
 from .load_options import LoadOptions
 from .protocol import Engine, Feeds
@@ -24,6 +24,7 @@ __all__ = [
     "SamplingProgram",
     "SamplingResult",
     "TextInput",
+    "find_ranges",
     "list_backends",
     "log_selection",
     "select_backend",

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from sdrt.bundle.manifest import CONTROL, FEATURE, IP_ADAPTER_KV, LORA_FACTORS, LORA_PARTS, SHALLOW
-from sdrt.engine import Engine, Feeds, NumpyHistory
+from sdrt.engine import Engine, Feeds, NumpyHistory, find_ranges
 
 from .conditioning_schedule import ConditioningSchedule
 from .controlnet.control import Control
@@ -90,6 +90,7 @@ class HistoryLayout:
 
     Attributes:
         rows: [N + 1, places] float32.
+        ranges: Of the nonzero places of each row.
         outputs_per_evaluation: The negative one and one a prompt where guidance is in the matrix,
             else 1.
         output_ring: Evaluations whose outputs are stored.
@@ -98,6 +99,7 @@ class HistoryLayout:
     """
 
     rows: np.ndarray
+    ranges: list[list[tuple[int, int]]]
     outputs_per_evaluation: int
     output_ring: int
     state_base: int
@@ -147,7 +149,8 @@ def _build_history_layout(table: SamplerTable, guidance: Guidance) -> HistoryLay
     for place in range(state_ring):
         rows[:, state_base + place] = states[:, place::state_ring].sum(axis=1)
     rows.flags.writeable = False
-    return HistoryLayout(rows, per, output_ring, state_base, state_ring)
+    ranges = [find_ranges(row) for row in rows]
+    return HistoryLayout(rows, ranges, per, output_ring, state_base, state_ring)
 
 
 def _ring_size(is_read: np.ndarray) -> int:
@@ -206,7 +209,7 @@ class DenoisingState:
         self.features: list[np.ndarray] = []
         self._num_rows = guidance.num_rows.tolist()
         last_state = layout.state_place(self.num_evaluations - 1)
-        self.latents = self.history.combine(layout.rows[0], last_state)
+        self.latents = self.history.combine(layout.rows[0], layout.ranges[0], last_state)
 
     @property
     def num_evaluations(self) -> int:
@@ -265,11 +268,11 @@ class DenoisingState:
         change = clip.correction(k, self.latents, self._apply_guidance(output)) if clip else None
         if layout.outputs_per_evaluation > 1:  # the first place is the negative one's
             first = place + layout.outputs_per_evaluation - len(output)
-            for i, row in enumerate(output):
-                self.history.write(first + i, row)
+            self.history.write(first, output)
         else:
             self.history.write(place, self._apply_guidance(output))
-        self.latents = self.history.combine(layout.rows[k + 1], layout.state_place(k))
+        row, ranges = layout.rows[k + 1], layout.ranges[k + 1]
+        self.latents = self.history.combine(row, ranges, layout.state_place(k))
         self.evaluations_done += 1
         if change is not None:
             self.replace_latents(self.latents + change)
@@ -348,6 +351,8 @@ class BatchBuilder:
         """The inputs of the UNet that control adds; none where no image is under control or has an
         image prompt.
         """
+        if IP_ADAPTER_KV not in feeds and not any(state.control for state, _ in placed):
+            return {}
         images, first = [], 0
         for state, rows in placed:
             negative = rows - len(state.guidance.weights)
@@ -426,7 +431,7 @@ def denoise(
     batch, table = BatchBuilder(), states[0].table
     for k in range(1, table.evaluations + 1):
         batch.evaluate(engines, states)
-        latents = np.stack([state.latents for state in states])  # [B, C, H/8, W/8]
+        latents = np.array([state.latents for state in states])  # [B, C, H/8, W/8]
         if edit:
             latents = np.array(edit(k, latents), np.float32)
             for state, edited in zip(states, latents, strict=True):
@@ -453,10 +458,12 @@ def combine_outputs(output: np.ndarray, scale: float, weights: Sequence[float]) 
     prompts = output[-len(factors) :]
     if len(output) == len(factors):
         return np.asarray(sum(factor * row for factor, row in zip(factors, prompts, strict=True)))
-    negative = output[0]
-    guided = negative
+    guided = negative = output[0]
     for factor, row in zip(factors, prompts, strict=True):
-        guided = guided + factor * (row - negative)
+        change = row - negative
+        change *= factor
+        change += guided
+        guided = change
     return guided
 
 

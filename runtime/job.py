@@ -130,6 +130,8 @@ class GenerationJob:
 
     def place_step(self, step: Step) -> Step:
         """A step of this pass, counted over all passes."""
+        if step.total == self.total_evaluations:  # the only one
+            return step
         index = self.evaluations_before + step.index
         return replace(step, index=index, total=self.total_evaluations)
 
