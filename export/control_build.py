@@ -122,7 +122,7 @@ def _build(
         manifest,
         parity=components[recipe.name].parity,
         files=describe_files(folder),
-        admitted={} if plan.dtype == "float16" else _allowed_precisions(folder, manifest),
+        admitted=_allowed_precisions(folder, manifest),
     )
     (folder / MANIFEST).write_text(json_from_manifest(manifest))
     return manifest

@@ -52,7 +52,7 @@ from .graph import export_graph, write_float32_graph, write_shallow_graph
 from .lora_graph import write_lora_graph
 from .lora_reference import compute_lora_case
 from .recipes import Recipe
-from .reference import Case, TorchReference
+from .reference import Case, Size, TorchReference
 from .stored_weights import convert
 from .unet import Unet
 from .unet_config import UnetConfig
@@ -311,20 +311,21 @@ class Validator:
         """The reduced precisions of this machine whose images are close enough to the exact ones,
         with the PSNR in dB.
 
-        None for bundles in half precision: those are for GPUs, and their builds should not wait
-        for images on the CPU.
+        Bundles in half precision are mostly for GPUs: their builds wait for smaller images.
         """
         allowed: dict[str, float] = {}
+        size = manifest.sizes[0]
         if self.dtype == "float16":
-            return allowed
+            size = _halve(size, manifest.multiple)
         for candidate in list_backends():
             if (
                 candidate.unavailable_reason is None
                 and (name := candidate.reduced_precision) is not None
             ):
-                exact = self._guided_image(manifest, self.candidate)
+                exact = self._guided_image(manifest, self.candidate, size)
                 release_memory()
-                reduced = self._guided_image(replace(manifest, admitted={name: 0.0}), candidate)
+                admitted = replace(manifest, admitted={name: 0.0})
+                reduced = self._guided_image(admitted, candidate, size)
                 psnr = parity.measure(reduced, exact, is_image=True)["psnr"]
                 close = psnr >= parity.MIN_IMAGE_PSNR
                 log.info("%s: psnr %.1f, %s", name, psnr, "allowed" if close else "too low")
@@ -332,17 +333,21 @@ class Validator:
                     allowed[name] = round(psnr, 2)
         return allowed
 
-    def _guided_image(self, manifest: Manifest, candidate: Candidate) -> np.ndarray:
-        """An image of the first size with guidance, which amplifies differences of precision."""
+    def _guided_image(self, manifest: Manifest, candidate: Candidate, size: Size) -> np.ndarray:
+        """An image with guidance, which amplifies differences of precision."""
         with load_pipeline(Bundle(self.folder, manifest), candidate, sequential=True) as pipe:
-            return generate_reference_image(
-                pipe, manifest.sizes[0], GUIDED_STEPS, guidance_scale=7.5
-            )
+            return generate_reference_image(pipe, size, GUIDED_STEPS, guidance_scale=7.5)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     exact = name in FLOAT32_INPUTS or not tensor.is_floating_point()
     return tensor if exact else tensor.to(dtype)
+
+
+def _halve(size: Size, multiple: int) -> Size:
+    """Half of both sides, rounded up to multiples."""
+    width, height = (-(-side // (2 * multiple)) * multiple for side in size)
+    return width, height
 
 
 def _with_two_rows(example: Mapping[str, Tensor]) -> dict[str, Tensor]:

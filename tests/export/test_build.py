@@ -226,20 +226,33 @@ def test_fp16_is_stored_in_half(half, tiny_bundle):
         assert pipe("a", num_inference_steps=2, seed=0).images[0].size == (32, 32)
 
 
-def test_openvino_keeps_half_in_single(half, tmp_path, monkeypatch):
+def test_openvino_computes_half_in_single_if_asked(half, tmp_path, monkeypatch):
     pytest.importorskip("openvino")
     monkeypatch.setenv("SDRT_HOME", str(tmp_path))
     draw = {"prompt": "a", "num_inference_steps": 4, "seed": 0}
     results = []
     for worth in (compile_cache.MIN_WEIGHT_BYTES, 0):
         monkeypatch.setattr(compile_cache, "MIN_WEIGHT_BYTES", worth)
-        with sdrt.load(half, backend="openvino") as pipe:
+        with sdrt.load(half, backend="openvino", precision="exact") as pipe:
             results.append(np.asarray(pipe(**draw).images[0], np.int16))
     assert np.ptp(results[0]) > 50 and np.abs(results[0] - results[1]).max() <= 2
     stored = Tensors(half / "unet" / "model.safetensors")
     different = {stored[name].tobytes() for name in stored if not name.startswith("__pad.")}
     (weights,) = (tmp_path / "plans").rglob("unet-*/model.bin")
-    assert weights.stat().st_size >= sum(2 * len(item) for item in different)
+    stored_bytes = sum(map(len, different))
+    assert stored_bytes <= weights.stat().st_size < 1.5 * stored_bytes  # not in float32
+
+
+@pytest.mark.skipif(not has_bf16(), reason="the processor has no bf16")
+def test_openvino_computes_half_in_bf16(half):
+    pytest.importorskip("openvino")
+    assert open_bundle(half).manifest.admitted["openvino-bf16"] >= 35.0
+    draw = {"prompt": "a", "num_inference_steps": 4, "seed": 0}
+    images = []
+    for precision in ("auto", "exact"):
+        with sdrt.load(half, backend="openvino", precision=precision) as pipe:
+            images.append(np.asarray(pipe(**draw).images[0], np.float64))
+    assert 0 < np.mean((images[0] - images[1]) ** 2) < 255.0**2 / 1e3
 
 
 def test_a_bundle_is_replaced_only_by_force(tiny, tiny_bundle):
