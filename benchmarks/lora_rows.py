@@ -225,7 +225,7 @@ def measure(bundle: Path, checkpoint: Path, size: str, args: argparse.Namespace)
         }
         for way in ways.values():  # loads, and measures what calls cost
             list(way(random_jobs(files[:2], 2)))
-        figures["rows_of_a_call"] = rows.cost_model.for_size(parse_size(size)).max_rows
+        figures["rows_of_a_call"] = rows.cost_model.for_size(parse_size(size)).full_rows
         return {**figures, "throughput": throughput(ways, files, args)}
 
 

@@ -158,7 +158,9 @@ class Replica:
             self.left["prepare"] = self.rates.prepare_seconds(self.preparing[0][0].batch_key)
         if self.running and "evaluate" not in self.left:
             ordered = sorted(self.running, key=self.order)
-            chosen = select_batch([turn for turn, _ in ordered], self.rates.max_rows)
+            running = len(self.running) + len(self.preparing)
+            limit = self.rates.row_limit(running, self.slots)
+            chosen = select_batch([turn for turn, _ in ordered], limit)
             turns = set(map(id, chosen))
             self.batch = [item for item in ordered if id(item[0]) in turns]
             self.left["evaluate"] = self.rates.evaluation_seconds(chosen)

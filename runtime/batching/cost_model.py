@@ -23,6 +23,7 @@ from sdrt.atomic_files import write_atomic
 from sdrt.bundle.manifest import TensorSpec
 from sdrt.engine import Engine, Feeds
 from sdrt.engine.gpu import detect_gpus
+from sdrt.errors import BackendError
 from sdrt.json_validation import integer, json_object, number, read_bytes
 from sdrt.process_stats import (
     available_bytes,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Size = tuple[int, int]
 REPEATS = 3
+LONG_CALL = 1.0  # seconds from which a call is not repeated
 MAX_FILE_BYTES = 1_000_000  # of a cached file, which may have come with an untrusted bundle
 SECONDS, ROWS, COUNT = number(0.0, 1e6), integer(1, 4096), integer(-(2**50), 2**50)
 MIN_GAIN = 1.05  # in images per second, for more rows in a call to be worth it
@@ -56,7 +58,8 @@ class SizeCosts:
     Attributes:
         call_seconds: Seconds of a call of the model by rows.
         call_bytes: Memory that a call adds to the process, by rows.
-        max_rows: Rows of a call beyond which throughput does not grow.
+        max_rows: Rows of a call beyond which throughput hardly grows.
+        full_rows: Rows of a call with the highest throughput.
         decode_seconds: Seconds of decoding an image.
         drift: What calls take now, relative to `call_seconds`.
         shallow_ratio: A call of the shallow part relative to one of the full model; learned from
@@ -67,6 +70,7 @@ class SizeCosts:
     call_seconds: dict[int, float]
     call_bytes: dict[int, int]
     max_rows: int
+    full_rows: int
     decode_seconds: float
     drift: float = 1.0
     shallow_ratio: float = 1.0
@@ -133,10 +137,11 @@ class CostModel:
         known, ratio = self.sizes[near], area / (near[0] * near[1])
         calls = {rows: ratio * seconds for rows, seconds in known.call_seconds.items()}
         call_bytes = {rows: round(ratio * count) for rows, count in known.call_bytes.items()}
-        max_rows = max(1, min(known.max_rows, round(known.max_rows / ratio)))
+        limits = (known.max_rows, known.full_rows)
+        max_rows, full_rows = (max(1, min(rows, round(rows / ratio))) for rows in limits)
         decode_seconds = ratio * known.decode_seconds
         return SizeCosts(
-            *(calls, call_bytes, max_rows, decode_seconds),
+            *(calls, call_bytes, max_rows, full_rows, decode_seconds),
             known.drift,
             known.shallow_ratio,
             known.control_ratio,
@@ -151,6 +156,7 @@ class CostModel:
             decode_seconds=lambda key: self.for_key(key).decode_seconds,
             shallow_ratio=lambda key: self.for_key(key).shallow_ratio,
             control_ratio=lambda key: self.for_key(key).control_ratio,
+            full_rows=lambda key: max_rows or self.for_key(key).full_rows,
         )
 
     def missing_bytes(self, size: Size, rows: int) -> int:
@@ -198,20 +204,35 @@ def measure_costs(pipe: "Pipeline", max_rows: int) -> CostModel:
 
 
 def _size_costs(pipe: "Pipeline", sides: tuple[int, int], max_rows: int, base: int) -> SizeCosts:
-    calls, call_bytes = {}, {}
+    calls: dict[int, float] = {}
+    call_bytes = {}
     best, rows, unet = 0, 1, pipe.engines["unet"]
+    call_best = None
     while rows <= max_rows:
-        feeds = zero_inputs(unet, rows, sides, pipe.manifest.max_tokens)
+        call = partial(unet, zero_inputs(unet, rows, sides, pipe.manifest.max_tokens))
         forget_peak()
-        calls[rows] = _median_seconds(partial(unet, feeds))
+        try:
+            is_long = _seconds(call) >= LONG_CALL  # the first call sets things up
+        except BackendError as error:
+            if rows <= 2:
+                raise
+            log.info("calls of %d rows are not used: %s", rows, error)
+            break
+        if is_long or call_best is None:
+            calls[rows] = min(_seconds(call) for _ in range(1 if is_long else REPEATS))
+        else:
+            calls[rows], calls[best] = _seconds_in_turns(call, call_best)
         call_bytes[rows] = peak_bytes() - base
-        faster = best and calls[best] / best / (calls[rows] / rows) >= MIN_GAIN
-        if best and rows > 2 and not faster:
+        if rows <= 2 or calls[best] / best / (calls[rows] / rows) >= MIN_GAIN:
+            best, call_best = rows, call
+        elif is_long or rows > 2 * best:
             break
-        best, rows = rows, rows * 2
-        if 2 * call_bytes[best] > MEMORY_FRACTION * (available_bytes() + call_bytes[best]):
+        if 2 * call_bytes[rows] > MEMORY_FRACTION * (available_bytes() + call_bytes[rows]):
             break
-    return SizeCosts(calls, call_bytes, best, _component_seconds(pipe, "vae_decoder", sides))
+        rows *= 2
+    full = min(calls, key=lambda rows: calls[rows] / rows)
+    decode_seconds = _component_seconds(pipe, "vae_decoder", sides)
+    return SizeCosts(calls, call_bytes, best, max(best, full), decode_seconds)
 
 
 def _component_seconds(pipe: "Pipeline", name: str, sides: tuple[int, int]) -> float:
@@ -224,15 +245,20 @@ def _component_seconds(pipe: "Pipeline", name: str, sides: tuple[int, int]) -> f
 
 def _median_seconds(call: Callable[[], object]) -> float:
     """The median without the first call, which sets things up; long calls are not repeated."""
+    is_long = _seconds(call) >= LONG_CALL
+    return statistics.median(_seconds(call) for _ in range(1 if is_long else REPEATS))
+
+
+def _seconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
-    first = time.perf_counter() - began
-    times = []
-    for _ in range(REPEATS if first < 1.0 else 1):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return time.perf_counter() - began
+
+
+def _seconds_in_turns(first: Callable[[], object], second: Callable[[], object]) -> list[float]:
+    """The least seconds of two calls, which other work on the machine slows down alike."""
+    times = [(_seconds(first), _seconds(second)) for _ in range(REPEATS)]
+    return [min(column) for column in zip(*times, strict=True)]
 
 
 def get_memory_info() -> dict[str, int]:
@@ -285,6 +311,7 @@ def _costs_to_json(costs: CostModel) -> dict[str, Any]:
             "calls": size.call_seconds,
             "bytes": size.call_bytes,
             "most": size.max_rows,
+            "full": size.full_rows,
             "decode": size.decode_seconds,
         }
         for (width, height), size in costs.sizes.items()
@@ -299,8 +326,9 @@ def _costs_from_json(raw: dict[str, Any]) -> CostModel:
         width, height = (int(side) for side in name.split("x"))
         calls = {int(rows): SECONDS(seconds, "a call") for rows, seconds in size["calls"].items()}
         call_bytes = {int(rows): COUNT(count, "bytes") for rows, count in size["bytes"].items()}
-        max_rows, decode = ROWS(size["most"], "most"), SECONDS(size["decode"], "a decode")
+        max_rows, full_rows = ROWS(size["most"], "most"), ROWS(size["full"], "full")
+        decode = SECONDS(size["decode"], "a decode")
         if not calls or not call_bytes or min(*calls, *call_bytes) < 1 or not all(calls.values()):
             raise ValueError(f"invalid costs of {width}x{height}")
-        sizes[width, height] = SizeCosts(calls, call_bytes, max_rows, decode)
+        sizes[width, height] = SizeCosts(calls, call_bytes, max_rows, full_rows, decode)
     return CostModel(SECONDS(raw["encode"], "encode"), sizes, resident_bytes())

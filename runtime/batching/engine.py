@@ -442,7 +442,8 @@ class InflightBatcher:
 
         while ordered := self._next(candidates):
             handles = {id(handle.scheduled): handle for handle in ordered}
-            batch = select_batch([handle.scheduled for handle in ordered], self.estimates.max_rows)
+            limit = self.estimates.row_limit(len(self._running), self.slots)
+            batch = select_batch([handle.scheduled for handle in ordered], limit)
             self._evaluate([handles[id(scheduled)] for scheduled in batch])
 
     def _evaluate(self, handles: Sequence[RequestHandle]) -> None:

@@ -17,6 +17,7 @@ from itertools import accumulate
 DEFAULT_SLOWDOWN = 4.0
 PRIORITY_SECONDS = 30.0
 SAFETY_FACTOR = 1.1  # of an estimate, before a deadline is rejected
+BUSY_FRACTION = 1 / 3  # of the slots in use, from where throughput shortens waits the most
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,7 @@ class CostEstimates:
         decode_seconds: From the last evaluation to the image.
         shallow_ratio: A call of the model's shallow part relative to one of the full model.
         control_ratio: What control takes, relative to its `control_cost`.
+        full_rows: Rows of a call while the batcher is busy; by default `max_rows`.
     """
 
     call_seconds: Callable[[Hashable, int], float]
@@ -151,6 +153,14 @@ class CostEstimates:
     decode_seconds: Callable[[Hashable], float]
     shallow_ratio: Callable[[Hashable], float] = lambda _: 1.0
     control_ratio: Callable[[Hashable], float] = lambda _: 1.0
+    full_rows: Callable[[Hashable], int] | None = None
+
+    def row_limit(self, running: int, slots: int) -> Callable[[Hashable], int]:
+        """The rows of a call, by batch key. Small calls let short requests pass long ones; when
+        many requests run, they wait for each other, and the best throughput serves all of them.
+        """
+        is_busy = running > BUSY_FRACTION * slots
+        return self.full_rows if is_busy and self.full_rows else self.max_rows
 
     def evaluation_seconds(self, batch: Sequence[ScheduledRequest]) -> float:
         """Seconds of a call that a batch shares, on average over its evaluations."""
@@ -199,7 +209,8 @@ def estimate_finish_times(
         free = slots - len(running)
         running = sorted([*running, *waiting[:free]], key=rank.__getitem__)
         waiting = waiting[free:]
-        batch = select_batch([requests[i] for i in running], estimates.max_rows)
+        limit = estimates.row_limit(len(running), slots)
+        batch = select_batch([requests[i] for i in running], limit)
         count = min(left[index[id(request)]] for request in batch)
         clock += count * estimates.evaluation_seconds(batch)
         for i in [index[id(request)] for request in batch]:

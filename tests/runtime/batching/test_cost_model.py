@@ -4,7 +4,7 @@ import pytest
 
 from sdrt.runtime.batching.cost_model import _costs_from_json
 
-GOOD = {"calls": {"1": 0.5, "2": 0.7}, "bytes": {"1": 100}, "most": 2, "decode": 0.1}
+GOOD = {"calls": {"1": 0.5, "2": 0.7}, "bytes": {"1": 100}, "most": 2, "full": 4, "decode": 0.1}
 
 
 def test_figures_are_read():
@@ -27,6 +27,7 @@ def test_figures_are_read():
         {"bytes": {"1": 10**30}},
         {"most": 0},
         {"most": 10**9},
+        {"full": 0},
         {"decode": None},
     ],
 )

@@ -456,6 +456,7 @@ def test_a_size_that_was_not_measured_costs_by_its_area(pipe):
             and small.decode_seconds == known.decode_seconds / 4
         )
         assert large.max_rows <= known.max_rows and small.max_rows == known.max_rows
+        assert large.full_rows <= known.full_rows and small.full_rows == known.full_rows
         for side in range(16, 8192, 16):
             engine.cost_model.for_size((side, 64))
         assert len(engine.cost_model.estimated) <= 64
@@ -564,6 +565,49 @@ def test_costs_are_of_the_real_calls(pipe, monkeypatch):
     for _ in range(100):
         size.observe(2, 6.0)
     assert size.seconds(2) == pytest.approx(6.0, rel=0.01)
+
+
+class Slowed(Timed):
+    """An engine of short calls, slow or failing as `seconds` of rows and the time says."""
+
+    def __init__(self, engine, clock, seconds):
+        super().__init__(engine, clock)
+        self.seconds = seconds
+
+    def __call__(self, feeds):
+        self.clock.now += self.seconds(len(next(iter(feeds.values()))), self.clock.now)
+        return {}
+
+
+def measured_rows(pipe, monkeypatch, seconds):
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(cost_model, "time", clock)
+    engines = {**pipe.engines, "unet": Slowed(pipe.engines["unet"], clock, seconds)}
+    size = cost_model.measure_costs(replace(pipe, engines=engines), 32).sizes[64, 64]
+    return size.max_rows, size.full_rows
+
+
+def test_calls_grow_while_throughput_does_whatever_else_the_machine_does(pipe, monkeypatch):
+    def seconds(rows, now):
+        return (0.01 + 0.01 * rows) * (3.0 if busy[0] < now < busy[1] else 1.0)
+
+    busy = 0.0, 0.0
+    assert measured_rows(pipe, monkeypatch, seconds) == (16, 32)
+    for busy in [(start / 10, start / 10 + 0.2) for start in range(30)]:
+        assert measured_rows(pipe, monkeypatch, seconds)[1] >= 16
+
+
+def test_rows_that_do_not_fit_are_not_used(pipe, monkeypatch):
+    def seconds(rows, now):
+        if rows > limit:
+            raise BackendError("out of memory")
+        return 0.01
+
+    limit = 8
+    assert measured_rows(pipe, monkeypatch, seconds) == (8, 8)
+    limit = 1
+    with pytest.raises(BackendError):
+        measured_rows(pipe, monkeypatch, seconds)
 
 
 def test_a_cheap_image_waits_for_costlier_ones_of_its_call(pipe):

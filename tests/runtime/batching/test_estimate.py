@@ -8,7 +8,7 @@ from sdrt.runtime.batching.estimate import estimate_run
 
 PROMPT = "a red circle"
 ONE, TWO, DECODE, ENCODE, SHALLOW = 1.0, 1.5, 100.0, 1000.0, 0.25
-COSTS = SizeCosts({1: ONE, 2: TWO}, {1: 1, 2: 1}, 2, DECODE, shallow_ratio=SHALLOW)
+COSTS = SizeCosts({1: ONE, 2: TWO}, {1: 1, 2: 1}, 2, 2, DECODE, shallow_ratio=SHALLOW)
 
 
 def estimate(pipe, prompt=PROMPT, **options):

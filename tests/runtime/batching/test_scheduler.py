@@ -19,6 +19,7 @@ ESTIMATES = CostEstimates(
     max_rows=lambda group: 8,
     prepare_seconds=lambda group: 0.02,
     decode_seconds=lambda group: 0.03 * group[0],
+    full_rows=lambda group: 12,
 )
 
 
@@ -42,7 +43,7 @@ def simulated(requests, slots, arrivals=()):
         while waiting and len(inside) < slots:
             inside.append(waiting.pop(0))
         inside.sort(key=lambda t: t.sort_key(clock))
-        chosen = select_batch(inside, ESTIMATES.max_rows)
+        chosen = select_batch(inside, ESTIMATES.row_limit(len(inside), slots))
         clock += ESTIMATES.call_seconds(chosen[0].batch_key, sum(t.num_rows for t in chosen))
         for item in chosen:
             item.evaluations_left -= 1
@@ -102,6 +103,11 @@ def test_a_batch_has_one_key_and_fits():
     assert select_batch([wide, first], ESTIMATES.max_rows) == [
         wide
     ]  # more than max_rows runs alone
+
+
+def test_calls_are_larger_while_many_requests_run():
+    assert [ESTIMATES.row_limit(running, 16)((1,)) for running in (1, 5, 6, 16)] == [8, 8, 12, 12]
+    assert replace(ESTIMATES, full_rows=None).row_limit(16, 16)((1,)) == 8
 
 
 def test_image_prompts_share_calls_with_those_of_their_length_and_with_none():
