@@ -11,7 +11,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Size = tuple[int, int]
 REPEATS = 3
-LONG_CALL = 1.0  # seconds from which a call is not repeated
+LONG_CALL = 1.0  # seconds from which calls are not repeated
 MAX_FILE_BYTES = 1_000_000  # of a cached file, which may have come with an untrusted bundle
 SECONDS, ROWS, COUNT = number(0.0, 1e6), integer(1, 4096), integer(-(2**50), 2**50)
 MIN_GAIN = 1.05  # in images per second, for more rows in a call to be worth it
@@ -204,35 +204,33 @@ def measure_costs(pipe: "Pipeline", max_rows: int) -> CostModel:
 
 
 def _size_costs(pipe: "Pipeline", sides: tuple[int, int], max_rows: int, base: int) -> SizeCosts:
-    calls: dict[int, float] = {}
-    call_bytes = {}
+    calls: dict[int, Callable[[], object]] = {}
+    seconds: dict[int, float] = {}
+    call_bytes: dict[int, int] = {}
     best, rows, unet = 0, 1, pipe.engines["unet"]
-    call_best = None
     while rows <= max_rows:
-        call = partial(unet, zero_inputs(unet, rows, sides, pipe.manifest.max_tokens))
+        calls[rows] = partial(unet, zero_inputs(unet, rows, sides, pipe.manifest.max_tokens))
         forget_peak()
         try:
-            is_long = _seconds(call) >= LONG_CALL  # the first call sets things up
+            is_long = _is_long(calls[rows])
         except BackendError as error:
             if rows <= 2:
                 raise
             log.info("calls of %d rows are not used: %s", rows, error)
             break
-        if is_long or call_best is None:
-            calls[rows] = min(_seconds(call) for _ in range(1 if is_long else REPEATS))
-        else:
-            calls[rows], calls[best] = _seconds_in_turns(call, call_best)
+        compared = {rows} if is_long or not best else {best, rows}
+        seconds |= _least_seconds({rows: calls[rows] for rows in compared}, is_long)
         call_bytes[rows] = peak_bytes() - base
-        if rows <= 2 or calls[best] / best / (calls[rows] / rows) >= MIN_GAIN:
-            best, call_best = rows, call
+        if rows <= 2 or seconds[best] / best / (seconds[rows] / rows) >= MIN_GAIN:
+            best = rows
         elif is_long or rows > 2 * best:
             break
         if 2 * call_bytes[rows] > MEMORY_FRACTION * (available_bytes() + call_bytes[rows]):
             break
         rows *= 2
-    full = min(calls, key=lambda rows: calls[rows] / rows)
+    full = min(seconds, key=lambda rows: seconds[rows] / rows)
     decode_seconds = _component_seconds(pipe, "vae_decoder", sides)
-    return SizeCosts(calls, call_bytes, best, max(best, full), decode_seconds)
+    return SizeCosts(seconds, call_bytes, best, max(best, full), decode_seconds)
 
 
 def _component_seconds(pipe: "Pipeline", name: str, sides: tuple[int, int]) -> float:
@@ -244,21 +242,27 @@ def _component_seconds(pipe: "Pipeline", name: str, sides: tuple[int, int]) -> f
 
 
 def _median_seconds(call: Callable[[], object]) -> float:
-    """The median without the first call, which sets things up; long calls are not repeated."""
-    is_long = _seconds(call) >= LONG_CALL
-    return statistics.median(_seconds(call) for _ in range(1 if is_long else REPEATS))
+    return statistics.median(_seconds(call) for _ in range(1 if _is_long(call) else REPEATS))
+
+
+def _least_seconds(calls: Mapping[int, Callable[[], object]], is_long: bool) -> dict[int, float]:
+    """Of calls by rows, in turns, so that other work on the machine slows all of them down."""
+    turns = [
+        {rows: _seconds(call) for rows, call in calls.items()}
+        for _ in range(1 if is_long else REPEATS)
+    ]
+    return {rows: min(turn[rows] for turn in turns) for rows in calls}
+
+
+def _is_long(call: Callable[[], object]) -> bool:
+    """Whether a call is too long to be repeated. It is the first one, which sets things up."""
+    return _seconds(call) >= LONG_CALL
 
 
 def _seconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
-
-
-def _seconds_in_turns(first: Callable[[], object], second: Callable[[], object]) -> list[float]:
-    """The least seconds of two calls, which other work on the machine slows down alike."""
-    times = [(_seconds(first), _seconds(second)) for _ in range(REPEATS)]
-    return [min(column) for column in zip(*times, strict=True)]
 
 
 def get_memory_info() -> dict[str, int]:

@@ -593,7 +593,8 @@ def test_calls_grow_while_throughput_does_whatever_else_the_machine_does(pipe, m
 
     busy = 0.0, 0.0
     assert measured_rows(pipe, monkeypatch, seconds) == (16, 32)
-    for busy in [(start / 10, start / 10 + 0.2) for start in range(30)]:
+    for tenths in range(30):
+        busy = tenths / 10, tenths / 10 + 0.2
         assert measured_rows(pipe, monkeypatch, seconds)[1] >= 16
 
 
