@@ -219,12 +219,16 @@ class JobStore:
         return self._results.read(job.id, job.image_name(index))
 
     def presign_image(self, job: StoredJob, index: int) -> str | None:
-        """A URL of an image that is good until the job expires; None for images in the folder.
-        Raises StorageError.
+        """A URL of an image that is good until the job expires; None for images in the folder, and
+        where it cannot be signed.
         """
         expires_at = self.expires_at(job) or time.time()
         seconds = expires_at - time.time()
-        return self._results.presign(job.id, job.image_name(index), seconds)
+        try:
+            return self._results.presign(job.id, job.image_name(index), seconds)
+        except StorageError as error:
+            log.warning("cannot sign a URL of %s: %s", job.id, error)
+            return None
 
     def expires_at(self, job: StoredJob) -> float | None:
         """When a job is removed; None before it has ended."""

@@ -222,7 +222,7 @@ def _cancel(handles: Sequence[RequestHandle]) -> None:
 
 
 def _describe(jobs: RunningJobs, store: JobStore, job: StoredJob) -> dict[str, Any]:
-    """The job object of responses, events and webhooks; raises StorageError."""
+    """The job object of responses, events and webhooks."""
     status, progress = _get_progress(jobs, job)
     images = [_describe_image(store, job, index) for index in range(len(job.seeds))]
     return {

@@ -71,6 +71,20 @@ def test_images_are_objects_of_the_bucket(shapes, tmp_path, s3):
         assert names(s3) == []
 
 
+def test_a_url_that_cannot_be_signed_is_left_out(tmp_path, s3, monkeypatch, caplog):
+    def fail(*_):
+        raise StorageError("no credentials")
+
+    store = JobStore(tmp_path, 60.0, results=open_s3_results(URL))
+    store.open()
+    complete(store, "job_1", [b"image"])
+    assert "X-Amz-Signature" in store.presign_image(store.jobs["job_1"], 0)
+    monkeypatch.setattr("sdrt.serve.result_store.S3Results.presign", fail)
+    assert store.presign_image(store.jobs["job_1"], 0) is None
+    assert "no credentials" in caplog.text
+    store.close()
+
+
 def test_a_store_that_fails_fails_the_job(shapes, tmp_path, s3):
     settings = {"jobs_folder": tmp_path, "results_url": URL}
     with run_server(shapes, **settings) as running, client(running) as http:
