@@ -2,12 +2,15 @@
 
     python benchmarks/latency.py [--size 256x256] [--rounds 5] [--work FOLDER] [--engines A,B]
         [--compiled] [--save]
+    python benchmarks/latency.py --xl --size 1024x1024 --rounds 2 --work FOLDER
+        --engines 'reference bf16,openvino-bf16' [--save]
 
 Full-size Stable Diffusion 1.5 with random weights, made and built in FOLDER (9 GB; kept there for
 the next run if it is named), measured by `sdrt bench` in turns. Engines that memory has no room for
 next to the others are left out: at 512x512 name three or so, such as
 `--engines 'reference,openvino-bf16'`. `--compiled` measures the compiled reference library too,
-which compiles for a minute, and keeps its figures next to the others'.
+which compiles for a minute, and keeps its figures next to the others'. `--xl` measures SDXL in half
+precision, in a FOLDER of its own: 14 GB.
 """
 
 import argparse
@@ -73,15 +76,21 @@ def said_of(report: dict[str, Any], engine: dict[str, Any], part: str) -> str:
 def main() -> None:
     parser = arguments(__doc__, 5)
     parser.add_argument("--compiled", action="store_true", help="torch.compile too: minutes")
+    parser.add_argument("--xl", action="store_true", help="SDXL")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        bundle = made_bundle(args.work or Path(temporary), ["256x256", "512x512"])
+        work = args.work or Path(temporary)
+        if args.xl:
+            bundle = made_bundle(work, [args.size], "--fp16", xl=True)
+        else:
+            bundle = made_bundle(work, ["256x256", "512x512"])
         options = ["--size", args.size, "--rounds", str(args.rounds), "--steps", "1"]
         options += ["--engines", args.engines] if args.engines else []
         options += ["--compiled"] if args.compiled else []
         report = benched(bundle, *options, "--parts", ",".join(PARTS))
+    model = "SDXL, " if args.xl else ""
     claims = {
-        f"full-size {title}, {args.size}, {engine['name']}": said_of(report, engine, part)
+        f"full-size {model}{title}, {args.size}, {engine['name']}": said_of(report, engine, part)
         for part, title in PARTS.items()
         for engine in report["engines"]
         if part in engine["parts"]  # of some only whole images can be timed
@@ -89,7 +98,7 @@ def main() -> None:
     print(json.dumps(claims, indent=2, ensure_ascii=False))
     if args.save:
         kind = kind_of_processor() + args.compiled * "_compiled"
-        save(f"latency_{args.size}{kind}", claims, report)
+        save(f"latency_{'xl_' * args.xl}{args.size}{kind}", claims, report)
 
 
 if __name__ == "__main__":

@@ -183,9 +183,11 @@ def made_checkpoint(folder: Path, divisor: int = 1, xl: bool = False) -> Path:
     return model
 
 
-def made_bundle(folder: Path, sizes: Sequence[str], *options: str, divisor: int = 1) -> Path:
+def made_bundle(
+    folder: Path, sizes: Sequence[str], *options: str, divisor: int = 1, xl: bool = False
+) -> Path:
     """That checkpoint's bundle in `bundle`, made once for a folder."""
-    model, bundle = made_checkpoint(folder, divisor), folder / "bundle"
+    model, bundle = made_checkpoint(folder, divisor, xl), folder / "bundle"
     if not (bundle / "sdrt.json").exists():
         command = [sys.executable, "-m", "sdrt", "build", "--model", str(model)]
         command += [*options, "--output", str(bundle)]
