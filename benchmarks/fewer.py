@@ -138,7 +138,7 @@ def fractions(checkpoint: Path, size: tuple[int, int]) -> dict[str, float]:
 
 
 REFERENCES = {"reference fp32": "float32", "reference bf16": "bfloat16"}
-OWN = ("full", "reuse 2", "reuse 3", *list(WAYS)[-4:])
+OWN = ("full", "reuse 2", "reuse 3", "reuse 4, extrapolated", *list(WAYS)[-3:])
 
 
 def work(name: str, folder: Path, size: tuple[int, int]) -> None:
