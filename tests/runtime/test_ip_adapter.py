@@ -100,7 +100,8 @@ def test_an_image_prompts_as_in_diffusers(pipe, parts, tiny, adapter, scheduler,
 
 @pytest.mark.parametrize("backend", ["openvino", "torch"])
 def test_other_backends_prompt_as_diffusers_does(tiny_bundle, parts, tiny, adapter, backend):
-    with sdrt.load(tiny_bundle, backend=backend, ip_adapter=adapter[2]) as loaded:
+    options = {"backend": backend, "precision": "exact", "ip_adapter": adapter[2]}
+    with sdrt.load(tiny_bundle, **options) as loaded:
         own = loaded.with_scheduler("DDIMScheduler")
         expected = reference(parts, tiny, adapter, own, 0.7, ip_adapter_image=photo())
         options = {"ip_adapter_image": photo(), "ip_adapter_scale": 0.7}

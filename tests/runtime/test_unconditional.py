@@ -80,7 +80,7 @@ def decibels(own, expected, steps, seed):
         ("DDPM", 50),
         pytest.param("DDPM", 1000, marks=pytest.mark.slow),
         ("DDIM", 10),
-        ("DDIM", 40),
+        ("DDIM", 20),
     ],
 )
 def test_images_match_diffusers(model, pixels, kind, steps):
