@@ -88,7 +88,7 @@ def latency(result: Result) -> str | None:
             )
         axis.set(title=part, xlabel="GFLOP/s; dashed: a large matrix product")
     axes[0].invert_yaxis()
-    axes[0].legend(loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return svg_of(figure)
 
 
