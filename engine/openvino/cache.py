@@ -99,8 +99,9 @@ def _compile(graph: Path, precision: str, folder: Path) -> None:
 
 def _store_in_bfloat16(model: ov.Model) -> None:
     """Store float32 weights in bfloat16, rounded to even as OpenVINO does."""
-    for node in _weights(model):
-        if node.get_element_type() == ov.Type.f32:
+    weights = _weight_names(model)
+    for node in _constants(model):
+        if node.get_friendly_name() in weights and node.get_element_type() == ov.Type.f32:
             bits = np.ascontiguousarray(node.data).view(np.uint32)
             rounded = ov.Tensor(ov.Type.bf16, node.get_output_shape(0))
             rounded.data.view(np.uint16)[:] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
@@ -117,12 +118,13 @@ def _to_float32(model: ov.Model) -> ov.Model:
     for parameter in model.get_parameters():
         if parameter.get_element_type() == half:
             parameter.set_element_type(ov.Type.f32)
-    for node in _weights(model):
-        if node.get_element_type() == half:
-            _decompress(node, ov.op.Constant(node.data))
+    weights = _weight_names(model)
     for node in _constants(model):
-        if node.get_element_type() == half and not _is_decompressed(node):
-            replace_node(node, ov.op.Constant(node.data.astype(np.float32)))
+        if node.get_element_type() == half:
+            if node.get_friendly_name() in weights:
+                _decompress(node, ov.op.Constant(node.data))
+            else:
+                replace_node(node, ov.op.Constant(node.data.astype(np.float32)))
     for node in model.get_ops():
         if node.get_type_name() == "Convert" and node.get_attributes()["destination_type"] == "f16":
             replace_node(node, operations.convert(node.input_value(0), "f32"))
@@ -141,13 +143,6 @@ def _decompress(weight: ov.Node, stored: ov.Node) -> None:
     node = operations.convert(stored, "f32")
     node.set_friendly_name(weight.get_friendly_name() + DECOMPRESSED)
     weight.output(0).replace(node.output(0))
-
-
-def _is_decompressed(constant: ov.Node) -> bool:
-    return any(
-        port.get_node().get_friendly_name().endswith(DECOMPRESSED)
-        for port in constant.output(0).get_target_inputs()
-    )
 
 
 def _mark_decompression(file: Path) -> None:
@@ -175,11 +170,10 @@ def _transpose_weights(model: ov.Model) -> None:
             replace_node(node, operations.matmul(node.input_value(0), weight, transpose_a, True))
 
 
-def _weights(model: ov.Model) -> list[ov.Node]:
-    """Those of matrix products and convolutions."""
+def _weight_names(model: ov.Model) -> set[str]:
+    """Of what matrix products and convolutions read second."""
     products = [op for op in model.get_ops() if op.get_type_name() in ("MatMul", "Convolution")]
-    second = {op.input_value(1).get_node().get_friendly_name() for op in products}
-    return [node for node in _constants(model) if node.get_friendly_name() in second]
+    return {op.input_value(1).get_node().get_friendly_name() for op in products}
 
 
 def _constants(model: ov.Model) -> list[ov.Node]:
