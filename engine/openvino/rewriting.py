@@ -1,7 +1,7 @@
 """Rewrites of a model to what OpenVINO computes faster on the CPU: the same function.
 
-An evaluation of Stable Diffusion 1.5 at 256x256 in bf16 takes 4 % less with them. Imports openvino,
-so import it only where it is used.
+An evaluation of Stable Diffusion 1.5 in bf16 takes 4 to 9 % less with them. Imports openvino, so
+import it only where it is used.
 """
 
 import numpy as np
@@ -13,6 +13,7 @@ def rewrite(model: ov.Model) -> None:
     """Apply every rewrite to a model, in place."""
     _split_gated_projections(model)
     _simplify_reshapes(model)
+    _transpose_images(model)
     _expand_group_norms(model)
     model.validate_nodes_and_infer_types()
 
@@ -80,6 +81,36 @@ def _constant_target(old: list[int], new: list[int]) -> list[int] | None:
         case [_, channels, _, _], [_, same, _] if channels == same > 0:
             return [0, channels, -1]
     return None
+
+
+def _transpose_images(model: ov.Model) -> None:
+    """Transpose images of [rows, channels, height, width] rather than their pixels in a line, where
+    they become tokens and where those become images: convolutions store channels last, so that
+    nothing is copied.
+    """
+    for node in model.get_ops():
+        if node.get_type_name() not in ("Transpose", "Reshape"):
+            continue
+        source = node.input_value(0).get_node()
+        kinds = source.get_type_name(), node.get_type_name()
+        if kinds == ("Reshape", "Transpose") and _swaps_last(node):
+            image = source.input_value(0)
+            old, new = (_lengths(value.get_partial_shape()) for value in (image, node.output(0)))
+            if len(old) == 4 and len(new) == 3 and 0 < old[1] == new[2]:
+                pixels = operations.transpose(image, _integers([0, 2, 3, 1]))
+                replace_node(node, _reshape(pixels.output(0), [0, -1, new[2]]))
+        elif kinds == ("Transpose", "Reshape") and _swaps_last(source):
+            tokens = source.input_value(0)
+            old, new = (_lengths(value.get_partial_shape()) for value in (tokens, node.output(0)))
+            if len(old) == 3 and len(new) == 4 and 0 < old[2] == new[1]:
+                target = operations.gather(node.input_value(1), _integers([0, 2, 3, 1]), 0)
+                pixels = operations.reshape(tokens, target, False)
+                replace_node(node, operations.transpose(pixels, _integers([0, 3, 1, 2])))
+
+
+def _swaps_last(transpose: ov.Node) -> bool:
+    order = transpose.input_value(1).get_node()
+    return order.get_type_name() == "Constant" and order.data.tolist() == [0, 2, 1]
 
 
 def _expand_group_norms(model: ov.Model) -> None:

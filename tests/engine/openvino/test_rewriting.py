@@ -45,6 +45,7 @@ def test_a_rewritten_unet_splits_nothing_and_computes_few_shapes(shapes):
     assert not after["Split"] and not after["GroupNormalization"]
     assert after["MatMul"] == before["MatMul"] + before["Split"]
     assert computed_reshapes(rewritten) < computed_reshapes(plain) / 5
+    assert transposed_lines(plain) and not transposed_lines(rewritten)
 
 
 def infer(core, model, feeds):
@@ -56,6 +57,15 @@ def infer(core, model, feeds):
 
 def kinds(model):
     return Counter(node.get_type_name() for node in model.get_ops())
+
+
+def transposed_lines(model):
+    """Transposes of tokens, [rows, tokens, channels], to lines of pixels, or back."""
+    return sum(
+        node.get_type_name() == "Transpose"
+        and node.input_value(1).get_node().data.tolist() == [0, 2, 1]
+        for node in model.get_ops()
+    )
 
 
 def computed_reshapes(model):
