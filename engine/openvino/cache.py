@@ -105,7 +105,9 @@ def _store_in_bfloat16(model: ov.Model) -> None:
             bits = np.ascontiguousarray(node.data).view(np.uint32)
             rounded = ov.Tensor(ov.Type.bf16, node.get_output_shape(0))
             rounded.data.view(np.uint16)[:] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-            _decompress(node, ov.op.Constant(rounded))
+            stored = ov.op.Constant(rounded)
+            replace_node(node, stored)
+            _decompress(stored)
 
 
 def _to_float32(model: ov.Model) -> ov.Model:
@@ -122,7 +124,7 @@ def _to_float32(model: ov.Model) -> ov.Model:
     for node in _constants(model):
         if node.get_element_type() == half:
             if node.get_friendly_name() in weights:
-                _decompress(node, ov.op.Constant(node.data))
+                _decompress(node)
             else:
                 replace_node(node, ov.op.Constant(node.data.astype(np.float32)))
     for node in model.get_ops():
@@ -137,12 +139,13 @@ def _to_float32(model: ov.Model) -> ov.Model:
     return edges.build()
 
 
-def _decompress(weight: ov.Node, stored: ov.Node) -> None:
-    """Replace a weight by a stored one that is converted to float32."""
-    stored.set_friendly_name(weight.get_friendly_name())
-    node = operations.convert(stored, "f32")
+def _decompress(weight: ov.Node) -> None:
+    """Convert a weight to float32 for all that read it."""
+    readers = weight.output(0).get_target_inputs()
+    node = operations.convert(weight, "f32")
     node.set_friendly_name(weight.get_friendly_name() + DECOMPRESSED)
-    weight.output(0).replace(node.output(0))
+    for reader in readers:
+        reader.replace_source_output(node.output(0))
 
 
 def _mark_decompression(file: Path) -> None:
