@@ -1,5 +1,5 @@
-"""Published configurations, checkpoints and bundles of them with random weights, as speed does not
-depend on their values, and diffusers' pipeline of a checkpoint.
+"""Published configurations, checkpoints and bundles of them with random weights, whose values do
+not change the speed, and diffusers' pipeline of a checkpoint.
 """
 
 import json
@@ -111,8 +111,9 @@ def write_checkpoint(folder: Path, divisor: int = 1, xl: bool = False) -> None:
         for name, weight in weights.items():
             if weight.ndim > 1:
                 weight.uniform_(-1.0, 1.0).mul_(weight[0].numel() ** -0.5)
-            else:
-                weight.fill_(float("norm" in name and name.endswith("weight")))
+            else:  # engines drop what only adds zeros or multiplies by one
+                middle = float("norm" in name and name.endswith("weight"))
+                weight.uniform_(middle - 0.05, middle + 0.05)
         save_file(weights, folder / part / "diffusion_pytorch_model.safetensors")
     if xl:
         _add_second_text_encoder(folder)
