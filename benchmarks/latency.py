@@ -25,7 +25,7 @@ from typing import Any
 from published import made_bundle
 from results import save
 
-from sdrt.engine.cpu import has_bf16
+from sdrt.engine.cpu import has_amx, has_bf16
 
 PARTS = {"unet": "guided UNet evaluation", "decode": "decode"}
 
@@ -52,10 +52,10 @@ def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
 
 
 def kind_of_processor() -> str:
-    """What results of processors without bf16 have at the end of their names: in float32 the
-    engines stand otherwise.
+    """What results of processors without bf16, or with AMX, have at the end of their names: the
+    engines stand otherwise there.
     """
-    return "" if has_bf16() else "_no_bf16"
+    return "_no_bf16" if not has_bf16() else "_amx" if has_amx() else ""
 
 
 def said_of(report: dict[str, Any], engine: dict[str, Any], part: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from sdrt.bundle import Bundle, parse_size
 from sdrt.engine.axes import axis_lengths
-from sdrt.engine.cpu import has_bf16
+from sdrt.engine.cpu import has_amx, has_bf16
 from sdrt.process_stats import cpu_count
 
 from .flops import flops
@@ -109,7 +109,7 @@ def machine() -> str:
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(":", 1)[1].strip() if lines else name
-    bf16 = "bf16" if has_bf16() else "no bf16"
+    bf16 = "no bf16" if not has_bf16() else "bf16 on AMX" if has_amx() else "bf16"
     return f"{name}, {bf16}, {cpu_count()} cores, {platform.system()}"
 
 
