@@ -16,6 +16,8 @@ class LoadOptions:
         torch_cuda_graphs: The torch backend replays CUDA graphs.
         map_weights: ONNX Runtime on the CPU reads weights from the mapped file whenever they are
             used, which is slower; else it holds a packed copy of them in single precision.
+        static_size: (width, height) of the images that OpenVINO also compiles the UNet and the
+            decoder for, which is faster; None for none.
     """
 
     device: int = 0
@@ -24,3 +26,4 @@ class LoadOptions:
     torch_compile: bool = False
     torch_cuda_graphs: bool = False
     map_weights: bool = False
+    static_size: tuple[int, int] | None = None

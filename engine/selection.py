@@ -120,7 +120,7 @@ def _creators(
     others: list[tuple[str, Callable[[], Candidate]]] = [
         ("torch", partial(_torch, "cuda", gpus, options)),
         ("torch", partial(_torch, "mps", gpus, options)),
-        ("openvino", _openvino),
+        ("openvino", partial(_openvino, options)),
         ("onnxruntime", partial(_onnxruntime_cpu, options)),
         ("torch", partial(_torch, "cpu", gpus, options)),
     ]
@@ -189,18 +189,27 @@ def _onnxruntime_cpu(options: LoadOptions) -> Candidate:
     return Candidate("onnxruntime", "cpu", None if is_installed("onnxruntime") else missing, load)
 
 
-def _openvino() -> Candidate:
+def _openvino(options: LoadOptions) -> Candidate:
     reduced = OPENVINO_BF16 if has_bf16() else None
 
     def load(bundle: Bundle, name: str) -> Engine:
-        from .openvino.cache import initialise, load_compiled
+        from .openvino.cache import NO_SHAPES, Shapes, initialise, load_compiled
         from .openvino.engine import OpenVinoEngine
+        from .openvino.static_shape import StaticShapeEngine, static_shapes
 
         initialise()
         precision = "bf16" if reduced and reduced in bundle.manifest.admitted else "f32"
-        cached = load_compiled(bundle, name, precision)
         component = bundle.manifest.components[name]
-        return OpenVinoEngine(name, bundle.graph(name), component, precision, cached)
+
+        def load_shapes(shapes: Shapes = NO_SHAPES) -> OpenVinoEngine:
+            cached = load_compiled(bundle, name, precision, shapes)
+            return OpenVinoEngine(name, bundle.graph(name), component, precision, cached, shapes)
+
+        size = options.static_size
+        shapes = static_shapes(bundle, name, size) if size else None
+        if shapes is None:
+            return load_shapes()
+        return StaticShapeEngine(load_shapes(shapes), shapes, load_shapes)
 
     missing = "openvino is not installed; pip install openvino"
     reason = None if is_installed("openvino") else missing
@@ -276,6 +285,11 @@ def select_backend(
             f"cuda_graphs is only for the torch backend, not {backend}: the others on CUDA always "
             "capture graphs",
             hint="leave it out, or pass --backend torch --cuda-graphs",
+        )
+    if options.static_size and backend != "openvino":
+        raise UsageError(
+            f"static_size is only for the openvino backend, not {backend}",
+            hint="leave it out, or pass --backend openvino",
         )
     skipped: list[tuple[str, str]] = []
     for name, create in _creators(options, gpus):

@@ -199,17 +199,22 @@ def parse_output_size(manifest: Manifest, options: GenerationOptions) -> tuple[i
     """(width, height) of a call's images; raises UsageError for a size that the model cannot
     generate.
     """
-    sizes, multiple = manifest.sizes, manifest.multiple
-    size = parse_size(options.size) if options.size else sizes[0]
+    size = parse_size(options.size) if options.size else manifest.sizes[0]
     if options.image_latents is not None:
         size = _size_of_latents(manifest, options, options.image_latents)
+    check_output_size(manifest, size)
+    return size
+
+
+def check_output_size(manifest: Manifest, size: tuple[int, int]) -> None:
+    """Raise UsageError for (width, height) of images that the model cannot generate."""
+    sizes, multiple = manifest.sizes, manifest.multiple
     if size not in sizes and any(side % multiple for side in size):
         available = ", ".join(f"{width}x{height}" for width, height in sizes)
         raise UsageError(
             f"size {size[0]}x{size[1]} is not in this bundle, which has {available}",
             hint=f"pass one of these, or multiples of {multiple}",
         )
-    return size
 
 
 def _size_of_latents(

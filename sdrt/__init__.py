@@ -174,6 +174,7 @@ def load(
     low_memory: bool = False,
     compile: bool = False,
     cuda_graphs: bool = False,
+    static_size: str | tuple[int, int] | None = None,
     controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     ip_adapter: str | os.PathLike[str] | None = None,
     refiner: str | os.PathLike[str] | None = None,
@@ -199,6 +200,9 @@ def load(
             size and batch takes a minute or more then.
         cuda_graphs: Whether to replay CUDA graphs, with backend torch on a GPU only: the kernels of
             a component are one launch.
+        static_size: Such as "512x512", with backend openvino only: compile the UNet and the decoder
+            for guided images of this size, which is faster. Other sizes work as well, with a second
+            copy of the weights; without guidance an evaluation takes as long as with.
         controlnet: ControlNets and T2I-Adapters that `sdrt build --controlnet` wrote, by name or
             folder. A call uses them with `control_image`; each loads when it is first used.
         ip_adapter: An IP-Adapter that `sdrt build --ip-adapter` wrote, by name or folder. A call
@@ -216,18 +220,20 @@ def load(
     """
     from dataclasses import replace
 
-    from .bundle import open_bundle
+    from .bundle import open_bundle, parse_size
     from .bundle.bundle import check_makes_images
     from .engine import PRECISIONS, LoadOptions
     from .progress import log_progress
     from .runtime.controlnet.net import control_net_from_bundle
     from .runtime.ip_adapter import check_is_ip_adapter
+    from .runtime.job import check_output_size
     from .runtime.parsing import (
         int_parser,
         invalid_argument,
         parse_device,
         parse_flag,
         parse_paths,
+        parse_size_option,
         parse_text,
     )
 
@@ -235,6 +241,9 @@ def load(
     stream = int_parser(0, 2**64 - 1)("stream", stream)
     flags = {"low_memory": low_memory, "compile": compile, "cuda_graphs": cuda_graphs}
     flags = {name: parse_flag(name, value) for name, value in flags.items()}
+    size = None
+    if static_size is not None:
+        size = parse_size(parse_size_option("static_size", static_size))
     backend, precision = parse_text("backend", backend), parse_text("precision", precision)
     if not isinstance(bundle, str | os.PathLike | None):
         raise invalid_argument("bundle", bundle, "a bundle's name or folder")
@@ -246,6 +255,8 @@ def load(
     with log_progress(lambda: "checking the bundle's files"):
         opened = [open_bundle(name) for name in (bundle, *refiners, *nets, *adapters)]
     check_makes_images(opened[0])
+    if size:
+        check_output_size(opened[0].manifest, size)
     others = opened[1 + len(refiners) :]
     for net in others[: len(nets)]:
         control_net_from_bundle(net)
@@ -254,7 +265,14 @@ def load(
     if precision == "exact":
         opened = [replace(of, manifest=replace(of.manifest, admitted={})) for of in opened]
     words = parse_paths("embeddings", embeddings)
-    options = LoadOptions(index, stream, *flags.values())
+    options = LoadOptions(
+        index,
+        stream,
+        flags["low_memory"],
+        torch_compile=flags["compile"],
+        torch_cuda_graphs=flags["cuda_graphs"],
+        static_size=size,
+    )
     second = opened[1] if refiners else None
     others = opened[1 + len(refiners) :]
     pipe = _load_on_backend(opened[0], others, backend, options, kind, second)

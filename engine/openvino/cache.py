@@ -10,8 +10,10 @@ Its weights are stored as OpenVINO reads them, or it would hold them twice:
 Imports openvino, so import it only where it is used.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from xml.etree import ElementTree
 
 import numpy as np
@@ -28,6 +30,8 @@ from sdrt.errors import BackendError
 
 from .rewriting import replace_node, rewrite
 
+Shapes = Mapping[str, tuple[int, ...]]  # by the input's name
+NO_SHAPES: Shapes = MappingProxyType({})
 GRAPH, WEIGHTS, BLOB = "model.xml", "model.bin", "model.blob"
 DECOMPRESSED = " in float32"  # ends the names of conversions of weights
 
@@ -44,15 +48,20 @@ def initialise() -> None:
     ov.Tensor(ov.Type.bf16, ov.Shape([1])).data.copy()
 
 
-def load_compiled(bundle: Bundle, component: str, precision: str) -> Path | None:
+def load_compiled(
+    bundle: Bundle, component: str, precision: str, shapes: Shapes = NO_SHAPES
+) -> Path | None:
     """The compiled model of a component, with its `WEIGHTS` in the same folder; compiled now if it
     is missing. None where nothing is cached.
 
     precision: f32 or, if the processor has it, bf16
+    shapes: of the inputs, if it is compiled for no others
     """
-    compile_into = partial(_compile, bundle.graph(component), precision)
-    files = {WEIGHTS, BLOB}
-    folder = get_or_compile(bundle, component, "openvino", compile_into, files, [precision])
+    compile_into = partial(_compile, bundle.graph(component), precision, shapes)
+    files, depends = {WEIGHTS, BLOB}, [precision]
+    if shapes:
+        depends.append(repr(sorted(shapes.items())))
+    folder = get_or_compile(bundle, component, "openvino", compile_into, files, depends)
     return folder and folder / BLOB
 
 
@@ -74,11 +83,11 @@ def _weightless_settings(precision: str) -> dict[str, str]:
     return compile_settings(precision) | {"ENABLE_WEIGHTLESS": "YES", "CACHE_MODE": "OPTIMIZE_SIZE"}
 
 
-def _compile(graph: Path, precision: str, folder: Path) -> None:
+def _compile(graph: Path, precision: str, shapes: Shapes, folder: Path) -> None:
     core, file = ov.Core(), folder / GRAPH
     try:
         model = core.read_model(str(graph))
-        rewrite(model)
+        rewrite(model, shapes)
         _transpose_weights(model)
         if precision == "bf16":
             _store_in_bfloat16(model)

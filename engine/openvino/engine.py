@@ -47,6 +47,7 @@ class OpenVinoEngine:
     """One compiled model on all cores; concurrent calls wait in OpenVINO's own queue.
 
     cached: the compiled model in the compile cache, see `cache`
+    shapes: of the inputs, if it is compiled for no others
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class OpenVinoEngine:
         component: Component,
         precision: str,
         cached: Path | None = None,
+        shapes: openvino_cache.Shapes = openvino_cache.NO_SHAPES,
     ) -> None:
         self.name = name
         self.inputs, self.outputs = component.inputs, component.outputs
         self._graph, self._cached, self._precision = graph, cached, precision
+        self._shapes = shapes
         self._refitted = False
         # OpenVINO packs weights once per shape, reading them from the mapped file.
         self._packed: set[tuple[tuple[int, ...], ...]] = set()
@@ -95,7 +98,7 @@ class OpenVinoEngine:
                 if node.get_type_name() == "Constant" and node.get_friendly_name() in weights:
                     new = ov.op.Constant(weights[node.get_friendly_name()])
                     node.output(0).replace(new.output(0))
-            rewrite(model)
+            rewrite(model, self._shapes)
             return core.compile_model(
                 model, "CPU", openvino_cache.compile_settings(self._precision)
             )

@@ -56,6 +56,7 @@ class Contestant:
     """One engine or peer: the arguments of its worker, and what was measured; seconds and bytes.
 
     dtype: that it computes in, and whose limit it is held against; None if that is not known here
+    static: whether it is compiled for the size that is measured
     cold_start_seconds: from the process's start to its first image
     turns: of every part, in order, as `worker.turn` gives them
     """
@@ -64,6 +65,7 @@ class Contestant:
     backend: str
     precision: str
     dtype: str | None = None
+    static: bool = False
     load_seconds: float = 0.0
     cold_start_seconds: float = 0.0
     device_bytes: int | None = None

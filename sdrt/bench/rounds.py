@@ -45,9 +45,12 @@ def list_contestants(bundle: Bundle, compiled: bool) -> tuple[list[Contestant], 
         runnable.append(Contestant(candidate.title, candidate.backend, "exact", computed))
         if candidate.reduced_precision in bundle.manifest.admitted:
             lower = "bfloat16" if str(candidate.reduced_precision).endswith("bf16") else None
-            runnable.append(
-                Contestant(str(candidate.reduced_precision), candidate.backend, "auto", lower)
-            )
+            name = str(candidate.reduced_precision)
+            runnable.append(Contestant(name, candidate.backend, "auto", lower))
+        if candidate.backend == "openvino":
+            last = runnable[-1]
+            name = "OpenVINO static bf16" if last.precision == "auto" else "OpenVINO static"
+            runnable.append(Contestant(name, "openvino", last.precision, last.dtype, static=True))
     return runnable, left_out
 
 
@@ -73,7 +76,7 @@ class Worker:
     ) -> None:
         job: dict[str, Any] = {"backend": contestant.backend, "precision": contestant.precision}
         job |= {"folder": str(bundle.folder), "size": run.size, "steps": run.steps}
-        job |= {"scheduler": run.scheduler, "made": str(folder)}
+        job |= {"scheduler": run.scheduler, "made": str(folder), "static": contestant.static}
         self.contestant, self.parts = contestant, list[str]()
         self._stderr: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._began = time.perf_counter()

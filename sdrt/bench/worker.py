@@ -1,10 +1,11 @@
 """One contestant in a process of its own: it loads, generates an image, then measures what it is
 asked to.
 
-Its only argument is JSON: backend, precision, folder, size, steps, scheduler, and the folder that
-`peers.prepare` filled. It answers in JSON, a line each: first the parts that it can time and how
-long loading took; then a measurement for every name of a part that it reads; for `end`, its memory.
-A measurement repeats one part until a fifth of a second is filled, at least once.
+Its only argument is JSON: backend, precision, folder, size, whether it is compiled for that, steps,
+scheduler, and the folder that `peers.prepare` filled. It answers in JSON, a line each: first the
+parts that it can time and how long loading took; then a measurement for every name of a part that
+it reads; for `end`, its memory. A measurement repeats one part until a fifth of a second is filled,
+at least once.
 """
 
 import io
@@ -88,7 +89,8 @@ def load_parts(job: dict[str, Any], seconds: Seconds) -> dict[str, Part]:
         return load_peer(job, seconds)
     from sdrt import load
 
-    pipe = load(folder, backend=backend, precision=job["precision"])
+    size = job["size"] if job["static"] else None
+    pipe = load(folder, backend=backend, precision=job["precision"], static_size=size)
     if job["scheduler"]:
         pipe = pipe.with_scheduler(job["scheduler"])
     return sdrt_parts(pipe, job["size"], job["steps"], seconds)

@@ -76,6 +76,7 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         low_memory=args.low_memory,
         compile=args.compile,
         cuda_graphs=args.cuda_graphs,
+        static_size=args.static_size,
         controlnet=list(open_control_bundles(args.control)),
         ip_adapter=args.ip_adapter and parse_ip_adapter(args.ip_adapter).net,
         refiner=args.refiner,

@@ -25,19 +25,22 @@ GENAI_METHODS = {
 
 
 def load(job: Mapping[str, Any], seconds: Seconds) -> dict[str, Part]:
-    """OpenVINO GenAI by default, which computes in the precision it prefers on this processor.
+    """OpenVINO GenAI, compiled for one guided image of the size, which is faster than by default,
+    in the precision that it prefers on this processor.
 
     It reports what each evaluation took. Raises BackendError for a sampler that it lacks.
     """
     import openvino_genai as library
     from PIL import Image
 
-    pipe = library.Text2ImagePipeline(job["made"], "CPU")
+    pipe = library.Text2ImagePipeline(job["made"])
     if job["scheduler"]:
         kind = getattr(library.Scheduler.Type, get_method(job["scheduler"], GENAI_METHODS))
         config = Path(job["made"]) / "scheduler" / "scheduler_config.json"
         pipe.set_scheduler(library.Scheduler.from_config(config, kind))
     width, height = parse_size(job["size"])
+    pipe.reshape(1, height, width, GUIDANCE)
+    pipe.compile("CPU")
     options = {"width": width, "height": height, "guidance_scale": GUIDANCE}
 
     def image(count: int) -> None:

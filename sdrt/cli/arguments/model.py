@@ -30,3 +30,8 @@ def add_model(to: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--cuda-graphs", action="store_true", help="replay CUDA graphs with --backend torch"
     )
+    model.add_argument(
+        "--static-size",
+        metavar="WIDTHxHEIGHT",
+        help="compile for guided images of this size with --backend openvino, which is faster",
+    )

@@ -22,7 +22,7 @@ def test_a_rewritten_model_computes_the_same(shapes, name):
     bundle = open_bundle(shapes)
     core, graph = ov.Core(), str(bundle.graph(name))
     plain, rewritten = core.read_model(graph), core.read_model(graph)
-    rewrite(rewritten)
+    rewrite(rewritten, {})
     specs = bundle.manifest.components[name].inputs
     lengths = [tuple(LENGTHS.get(axis, axis) for axis in spec.shape) for spec in specs]
     feeds = {
@@ -39,7 +39,7 @@ def test_a_rewritten_unet_splits_nothing_and_computes_few_shapes(shapes):
 
     graph = str(open_bundle(shapes).graph("unet"))
     plain, rewritten = ov.Core().read_model(graph), ov.Core().read_model(graph)
-    rewrite(rewritten)
+    rewrite(rewritten, {})
     before, after = map(kinds, (plain, rewritten))
     assert before["Split"] and before["GroupNormalization"]
     assert not after["Split"] and not after["GroupNormalization"]
