@@ -34,6 +34,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # by the input's name
 NO_SHAPES: Shapes = MappingProxyType({})
 GRAPH, WEIGHTS, BLOB = "model.xml", "model.bin", "model.blob"
 DECOMPRESSED = " in float32"  # ends the names of conversions of weights
+DECOMPRESSION = "decompression_0"  # marks what is not to be computed before weights are packed
 
 
 @call_once
@@ -86,13 +87,9 @@ def _weightless_settings(precision: str) -> dict[str, str]:
 def _compile(graph: Path, precision: str, shapes: Shapes, folder: Path) -> None:
     core, file = ov.Core(), folder / GRAPH
     try:
-        model = core.read_model(str(graph))
-        rewrite(model, shapes)
-        _transpose_weights(model)
-        if precision == "bf16":
-            _store_in_bfloat16(model)
         # A compiled model can only refer to weights of a model that was read from an IR file.
-        ov.serialize(_to_float32(model), str(file), str(folder / WEIGHTS))
+        model = prepare(core.read_model(str(graph)), precision, shapes)
+        ov.serialize(model, str(file), str(folder / WEIGHTS))
         del model
         trim_heap()
         _mark_decompression(file)
@@ -104,6 +101,19 @@ def _compile(graph: Path, precision: str, shapes: Shapes, folder: Path) -> None:
         raise BackendError(f"OpenVINO failed to compile {graph}: {error}") from error
     file.unlink()
     trim_heap()
+
+
+def prepare(model: ov.Model, precision: str, shapes: Shapes) -> ov.Model:
+    """The model as it is compiled: rewritten, and its weights stored as this module says."""
+    rewrite(model, shapes)
+    _transpose_weights(model)
+    if precision == "bf16":
+        _store_in_bfloat16(model)
+    model = _to_float32(model)
+    for node in model.get_ops():
+        if node.get_friendly_name().endswith(DECOMPRESSED):
+            node.get_rt_info()[DECOMPRESSION] = True
+    return model
 
 
 def _store_in_bfloat16(model: ov.Model) -> None:
@@ -158,9 +168,7 @@ def _decompress(weight: ov.Node) -> None:
 
 
 def _mark_decompression(file: Path) -> None:
-    """Mark the conversions of weights in an IR, so that they are not done before the weights are
-    packed. The binding has no call for it.
-    """
+    """Mark the conversions of weights in an IR, where the binding's marks are not written."""
     tree = ElementTree.parse(file)
     for layer in tree.iter("layer"):
         if layer.attrib["name"].endswith(DECOMPRESSED):

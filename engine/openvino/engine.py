@@ -14,7 +14,6 @@ from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.errors import BackendError
 
 from . import cache as openvino_cache
-from .rewriting import rewrite
 
 log = logging.getLogger(__name__)
 MAPPED_FILES = MappedFileUsers()
@@ -98,10 +97,9 @@ class OpenVinoEngine:
                 if node.get_type_name() == "Constant" and node.get_friendly_name() in weights:
                     new = ov.op.Constant(weights[node.get_friendly_name()])
                     node.output(0).replace(new.output(0))
-            rewrite(model, self._shapes)
-            return core.compile_model(
-                model, "CPU", openvino_cache.compile_settings(self._precision)
-            )
+            model = openvino_cache.prepare(model, self._precision, self._shapes)
+            settings = openvino_cache.compile_settings(self._precision)
+            return core.compile_model(model, "CPU", settings)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed to load {self._graph}: {error}") from error
 
