@@ -147,8 +147,16 @@ def _exported(
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
+            optimize=False,
         )
-    assert program is not None
+        assert program is not None
+        initializers = list(program.model.graph.initializers.values())
+        program.optimize()
+    # The optimiser's rules remember the last graph that they saw, and with it weights that they
+    # replaced, which would keep the checkpoint's file in memory.
+    for value in initializers:
+        if program.model.graph.initializers.get(str(value.name)) is not value:
+            value.const_value = None
     _name_sides(program.model)
     return program.model
 
