@@ -75,6 +75,14 @@ def add_embedding(to: Arguments) -> None:
     )
 
 
+def add_static_size(to: Arguments) -> None:
+    to.add_argument(
+        "--static-size",
+        metavar="WIDTHxHEIGHT",
+        help="compile for guided images of this size with --backend openvino, which is faster",
+    )
+
+
 def add_backend(to: Arguments) -> None:
     to.add_argument("--backend", choices=BACKENDS, default="auto", help="default: auto")
     to.add_argument(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .common import add_backend, add_bundle, add_embedding
+from .common import add_backend, add_bundle, add_embedding, add_static_size
 
 
 def add_model(to: argparse.ArgumentParser) -> None:
@@ -30,8 +30,4 @@ def add_model(to: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--cuda-graphs", action="store_true", help="replay CUDA graphs with --backend torch"
     )
-    model.add_argument(
-        "--static-size",
-        metavar="WIDTHxHEIGHT",
-        help="compile for guided images of this size with --backend openvino, which is faster",
-    )
+    add_static_size(model)

@@ -37,6 +37,7 @@ def sources_from_arguments(args: argparse.Namespace) -> "dict[str, ModelSource]"
             bundle.folder,
             backend=args.backend,
             precision=precision,
+            static_size=args.static_size,
             controlnet=[net.folder for net in own_nets],
             ip_adapter=next((adapter.folder for adapter in own_adapters), None),
             refiner=refiner.folder if refiner else None,

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 from sdrt.errors import UsageError
 
-from .common import BACKENDS, add_bundle, add_embedding, integer, memory_size, number
+from .common import (
+    BACKENDS,
+    add_bundle,
+    add_embedding,
+    add_static_size,
+    integer,
+    memory_size,
+    number,
+)
 
 MAX_QUEUE = 10_000  # images
 
@@ -59,6 +67,7 @@ def add_serve(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--exact", action="store_true", help="never use a lower precision than the bundle's"
     )
+    add_static_size(to)
     to.add_argument(
         "--slots", type=integer, default=16, metavar="N", help="max concurrent images (default: 16)"
     )

@@ -171,6 +171,18 @@ def test_models_of_the_command_line_are_described_before_they_are_loaded(shapes)
         settings_from_arguments(args)
 
 
+def test_models_are_compiled_for_the_size_of_the_command_line(shapes):
+    pytest.importorskip("openvino")
+    from sdrt.engine.openvino.static_shape import StaticShapeEngine
+
+    parser = argparse.ArgumentParser()
+    add_serve(parser)
+    arguments = ["--bundle", str(shapes), "--backend", "openvino", "--static-size", "64x64"]
+    (source,) = sources_from_arguments(parser.parse_args(arguments)).values()
+    with source.load() as pipe:
+        assert isinstance(pipe.engines["unet"], StaticShapeEngine)
+
+
 def test_missing_extra_says_what_to_install(tmp_path):
     (tmp_path / "uvicorn.py").write_text("raise ImportError('no', name='uvicorn')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
