@@ -30,6 +30,7 @@ from .timing import PROMPT, Part, Seconds, image_part, time_engine, timed
 
 MIN_SECONDS = 0.2  # of a measurement, see `process_stats.Others`
 MAX_CALLS = 100  # of a measurement
+LIMIT_CALLS = 10  # of the limit at least: the first after a while take many times as long
 
 
 def sdrt_parts(pipe: Pipeline, size: str, steps: list[int], seconds: Seconds) -> dict[str, Part]:
@@ -113,13 +114,13 @@ def _peer_loader(backend: str) -> Callable[[dict[str, Any], Seconds], dict[str, 
     return None
 
 
-def measure(part: Part, seconds: Seconds, has_parts: bool) -> dict[str, Any]:
+def measure(part: Part, seconds: Seconds, has_parts: bool, min_calls: int = 1) -> dict[str, Any]:
     """Call a part until a measurement is filled: the seconds of every call, those that the parts of
     an image took of them, and the share of the processor that other processes took.
     """
     seconds.clear()
     others, calls = Others(), list[float]()
-    while sum(calls) < MIN_SECONDS and len(calls) < MAX_CALLS:
+    while len(calls) < min_calls or (sum(calls) < MIN_SECONDS and len(calls) < MAX_CALLS):
         began = time.perf_counter()
         part()
         calls.append(time.perf_counter() - began)
@@ -142,7 +143,8 @@ def work(job: dict[str, Any], channel: TextIO) -> None:
             answer(json.dumps(memory()))
             return
         name = line.strip()
-        answer(json.dumps(measure(parts[name], seconds, name in image_parts)))
+        calls = LIMIT_CALLS if job["backend"] == "limit" else 1
+        answer(json.dumps(measure(parts[name], seconds, name in image_parts, calls)))
 
 
 def main() -> None:
