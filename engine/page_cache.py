@@ -22,7 +22,8 @@ class MappedFileUsers:
     """
 
     def __init__(self) -> None:
-        self._count, self._lock = 0, threading.Lock()
+        self._count, self._to_drop = 0, set[Path]()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> None:
         with self._lock:
@@ -31,18 +32,24 @@ class MappedFileUsers:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._count -= 1
-
-    def drop_pages(self, path: Path) -> bool:
-        """Call `drop_pages` if there is no user now; returns whether it did."""
-        with self._lock:
             if not self._count:
-                drop_pages(path)
-            return not self._count
+                self._drop()
+
+    def drop_pages(self, path: Path) -> None:
+        """Call `drop_pages` as soon as there is no user."""
+        with self._lock:
+            self._to_drop.add(path)
+            if not self._count:
+                self._drop()
+
+    def _drop(self) -> None:
+        while self._to_drop:
+            drop_pages(self._to_drop.pop())
 
     @contextmanager
     def dropping_pages(self, path: Path) -> Iterator[None]:
         """Use a file whose pages are read once, such as to pack weights: drop those that were read,
-        time and again, while there is no other user.
+        time and again while there is no other user, and when the last has left.
         """
         done = threading.Event()
 
@@ -60,6 +67,8 @@ class MappedFileUsers:
             finally:
                 done.set()
                 thread.join()
+                with self._lock:
+                    self._to_drop.add(path)
 
 
 def drop_pages(path: Path) -> None:

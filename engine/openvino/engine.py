@@ -116,8 +116,7 @@ class OpenVinoEngine:
         packs = shapes not in self._packed
         with MAPPED_FILES.dropping_pages(self._mapped) if packs else MAPPED_FILES:
             outputs = self._infer(ready)
-        if packs and MAPPED_FILES.drop_pages(self._mapped):
-            self._packed.add(shapes)
+        self._packed.add(shapes)
         return outputs
 
     def _infer(self, ready: Feeds) -> dict[str, np.ndarray]:

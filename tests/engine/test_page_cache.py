@@ -84,14 +84,18 @@ def test_a_decoder_that_gives_back_draws_the_same(shapes, monkeypatch):
         assert [draw().images[0].tobytes() for _ in range(3)] == [expected] * 3
 
 
-def test_no_pages_are_dropped_while_somebody_uses_a_file(tmp_path, monkeypatch):
+def test_pages_are_dropped_when_the_last_user_of_any_file_leaves(tmp_path, monkeypatch):
     dropped, users = [], MappedFileUsers()
     monkeypatch.setattr("sdrt.engine.page_cache.drop_pages", dropped.append)
     with users:
         with users:
-            assert not users.drop_pages(tmp_path)
-        assert not users.drop_pages(tmp_path)
-    assert users.drop_pages(tmp_path) and dropped == [tmp_path]
+            users.drop_pages(tmp_path)
+        with users.dropping_pages(tmp_path / "packed"):
+            pass
+        assert not dropped
+    assert sorted(dropped) == [tmp_path, tmp_path / "packed"]
+    users.drop_pages(tmp_path)
+    assert len(dropped) == 3
 
 
 def test_pages_are_dropped_while_their_only_user_reads_them(tmp_path, monkeypatch):
