@@ -201,8 +201,8 @@ def load(
         cuda_graphs: Whether to replay CUDA graphs, with backend torch on a GPU only: the kernels of
             a component are one launch.
         static_size: Such as "512x512", with backend openvino only: compile the UNet and the decoder
-            for guided images of this size, which is faster. Other sizes work as well, with a second
-            copy of the weights; without guidance an evaluation takes as long as with.
+            for guided images of this size, which is often faster. Other sizes work as well, with a
+            second copy of the weights; without guidance an evaluation takes as long as with.
         controlnet: ControlNets and T2I-Adapters that `sdrt build --controlnet` wrote, by name or
             folder. A call uses them with `control_image`; each loads when it is first used.
         ip_adapter: An IP-Adapter that `sdrt build --ip-adapter` wrote, by name or folder. A call

@@ -79,7 +79,7 @@ def add_static_size(to: Arguments) -> None:
     to.add_argument(
         "--static-size",
         metavar="WIDTHxHEIGHT",
-        help="compile for guided images of this size with --backend openvino, which is faster",
+        help="compile for guided images of this size with --backend openvino: often faster",
     )
 
 
