@@ -1,8 +1,8 @@
-"""ONNX graphs of single components, exported as a build does."""
+"""ONNX graphs of single components, exported as a build does, once for every shape of module."""
 
 import torch
+from exports import exported_once
 
-from sdrt.export.graph import export_graph
 from sdrt.export.recipes import RECIPES
 
 AXES = {recipe.name: recipe for recipe in RECIPES}
@@ -10,13 +10,17 @@ AXES = {recipe.name: recipe for recipe in RECIPES}
 
 def exported(folder, name, module, inputs, dtype=torch.float16):
     """One component's graph in the dtype, with the recipe's axes; returns its path."""
-    recipe = AXES[name]
-    cast = {
+    recipe, cast = AXES[name], cast_inputs(inputs, dtype)
+    axes = {key: recipe.axes.get(key, {0: "rows"}) for key in inputs}
+    exported_once(module.eval().to(dtype), cast, recipe.outputs, axes, folder)
+    return folder / "model.onnx"
+
+
+def cast_inputs(inputs, dtype):
+    """All but timesteps and integers in the dtype."""
+    return {
         k: v.to(dtype) if v.is_floating_point() and v.ndim > 1 else v for k, v in inputs.items()
     }
-    axes = {key: recipe.axes.get(key, {0: "rows"}) for key in inputs}
-    export_graph(module.eval().to(dtype), cast, recipe.outputs, axes, folder)
-    return folder / "model.onnx"
 
 
 def unet_inputs(config, tokens=7, side=8):

@@ -6,15 +6,13 @@ import json
 
 import onnx
 import pytest
-import torch
-from exports import exported_once
+from component_graphs import exported, unet_inputs
 from onnx import helper
 from stub_cuda import build_libraries, explain_missing, run_with_provider
 from unet_configs import FAMILIES, THREE
 
 from sdrt.bundle import open_bundle
 from sdrt.engine.onnxruntime.fusion import write_fused_graph
-from sdrt.export.recipes import RECIPES
 from sdrt.export.unet import Unet
 from sdrt.export.unet_config import UnetConfig
 
@@ -85,26 +83,8 @@ def test_every_graph_of_a_bundle_is_taken_with_cuda_graphs(family, request, libr
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_of_unets_is_taken_with_cuda_graphs(family, libraries, tmp_path):
     config = UnetConfig.from_json({**THREE, **FAMILIES[family]})
-    (recipe,) = [recipe for recipe in RECIPES if recipe.name == "unet"]
-    inputs = unet_inputs(config)
-    module = Unet(config).eval().half()
-    cast = {n: v.half() if v.ndim > 1 else v for n, v in inputs.items()}
-    axes = {name: recipe.axes[name] for name in inputs}
-    exported_once(module, cast, recipe.outputs, axes, tmp_path)
-    assert refused_of(libraries, [tmp_path / "model.onnx"], tmp_path) == {}
-
-
-def unet_inputs(config):
-    inputs = {
-        "sample": torch.randn(2, config.in_channels, 8, 8),
-        "timestep": torch.tensor([3.0, 700.0]),
-        "context": torch.randn(2, 7, config.cross_attention_dim),
-    }
-    if config.pooled_width:
-        inputs |= {"pooled": torch.randn(2, config.pooled_width), "time_ids": torch.rand(2, 6)}
-    if config.time_cond_proj_dim:
-        inputs["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim)
-    return inputs
+    graph = exported(tmp_path, "unet", Unet(config), unet_inputs(config))
+    assert refused_of(libraries, [graph], tmp_path) == {}
 
 
 def test_a_search_of_integers_is_refused(libraries, tmp_path):

@@ -81,7 +81,7 @@ SMALL = {
     "attention_head_dim": 2,
 }
 KINDS = {  # every kind of node that a family brings
-    "1.x": SMALL,
+    "1.x": THREE,
     "2.1, upcast": {**SMALL, "use_linear_projection": True, "upcast_attention": True},
     "XL": {
         **SMALL,

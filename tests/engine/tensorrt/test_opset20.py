@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from component_graphs import cast_inputs, exported, unet_inputs
 from onnx import TensorProto, helper
 from unet_configs import FAMILIES, THREE
 
@@ -24,8 +25,6 @@ from sdrt.engine.tensorrt.opset20 import opset20_graph
 from sdrt.engine.tensorrt.plans import PlanOptions, get_plan
 from sdrt.engine.tensorrt.variants import RTX, Features
 from sdrt.errors import BackendError
-from sdrt.export.graph import export_graph
-from sdrt.export.recipes import RECIPES
 from sdrt.export.unet import Unet
 from sdrt.export.unet_config import UnetConfig
 
@@ -100,24 +99,12 @@ def test_the_graphs_of_xl_compute_the_same(tiny_xl_bundle):
     assert "text_encoder_2" in check_bundle(tiny_xl_bundle)
 
 
-def exported(folder, overrides, dtype=torch.float32):
+def exported_unet(folder, overrides, dtype):
     """A small UNet's graph, and inputs for it."""
     config = UnetConfig.from_json({**THREE, **overrides})
-    inputs = {
-        "sample": torch.randn(2, config.in_channels, 8, 8, dtype=dtype),
-        "timestep": torch.tensor([3.0, 700.0]),
-        "context": torch.randn(2, 7, config.cross_attention_dim, dtype=dtype),
-    }
-    if config.pooled_width:
-        inputs |= {"pooled": torch.randn(2, config.pooled_width, dtype=dtype)}
-        inputs |= {"time_ids": torch.rand(2, 6, dtype=dtype)}
-    if config.time_cond_proj_dim:
-        inputs["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim, dtype=dtype)
-    recipe = next(recipe for recipe in RECIPES if recipe.name == "unet")
-    axes = {key: recipe.axes.get(key, {0: "rows"}) for key in inputs}
-    module = Unet(config).eval().to(dtype)
-    export_graph(module, inputs, recipe.outputs, axes, folder)
-    return folder / "model.onnx", {k: v.numpy() for k, v in inputs.items()}
+    inputs = unet_inputs(config)
+    graph = exported(folder, "unet", Unet(config), inputs, dtype)
+    return graph, {k: v.numpy() for k, v in cast_inputs(inputs, dtype).items()}
 
 
 @pytest.mark.build
@@ -127,7 +114,7 @@ def exported(folder, overrides, dtype=torch.float32):
 )
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float16, 2e-2)])
 def test_every_family_of_unets_computes_the_same(family, dtype, limit, tmp_path):
-    graph, feeds = exported(tmp_path, FAMILIES[family], dtype)
+    graph, feeds = exported_unet(tmp_path, FAMILIES[family], dtype)
     content = check(graph, feeds, limit)
     nodes = onnx.load_from_string(content).graph.node
     counts = [sum(node.op_type == kind for node in nodes) for kind in ("Softmax", "MatMul")]
@@ -138,7 +125,7 @@ def test_every_family_of_unets_computes_the_same(family, dtype, limit, tmp_path)
 def test_tensorrt_for_rtx_builds_a_rewritten_unet(tmp_path, monkeypatch):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     monkeypatch.setattr(tensorrt_builder, "get_features", lambda _: OLD)
-    graph, feeds = exported(tmp_path, {}, torch.float16)
+    graph, feeds = exported_unet(tmp_path, {}, torch.float16)
     profile = {k: tuple((n, *v.shape[1:]) for n in (1, 2, 8)) for k, v in feeds.items()}
     marks = {"level": 3, "workspace": 0, "stripped": False, "graph": "", "weights": ""}
     key = PlanKey("unet", RTX, "1", ("sm_89",), "", "", (profile,), **marks, user_allocation=True)
