@@ -42,9 +42,10 @@ test-full: COMPLETE = 1
 test-full: test test-slow
 
 # Stand-ins of the CUDA driver and of TensorRT, which take the place of a GPU in their process. After
-# `make onnxruntime-gpu`, ONNX Runtime's CUDA provider over stand-ins too.
+# `make onnxruntime-gpu`, ONNX Runtime's CUDA provider over stand-ins too. Other files, which have no
+# such test, take longer to import than most of these tests.
 test-rig: $(READY)
-	$(PYTEST) -m rig
+	$(PYTEST) -m rig $$(grep -rlE 'mark\.(gpu|rig)' tests)
 
 # ONNX Runtime's CUDA provider, for a test that runs it over stand-ins of CUDA; 250 MB, in build.
 onnxruntime-gpu: build/onnxruntime-gpu
