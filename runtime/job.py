@@ -206,13 +206,19 @@ def parse_output_size(manifest: Manifest, options: GenerationOptions) -> tuple[i
     return size
 
 
-def check_output_size(manifest: Manifest, size: tuple[int, int]) -> None:
-    """Raise UsageError for (width, height) of images that the model cannot generate."""
+def check_output_size(manifest: Manifest, size: tuple[int, int], name: str = "size") -> None:
+    """Raise UsageError for (width, height) of images that the model cannot generate.
+
+    Args:
+        manifest: The bundle's manifest.
+        size: (width, height) in pixels.
+        name: The option's, for the error.
+    """
     sizes, multiple = manifest.sizes, manifest.multiple
     if size not in sizes and any(side % multiple for side in size):
         available = ", ".join(f"{width}x{height}" for width, height in sizes)
         raise UsageError(
-            f"size {size[0]}x{size[1]} is not in this bundle, which has {available}",
+            f"{name} {size[0]}x{size[1]} is not in this bundle, which has {available}",
             hint=f"pass one of these, or multiples of {multiple}",
         )
 

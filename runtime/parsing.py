@@ -215,11 +215,11 @@ def seed_parser(limit: int) -> Parser[int | tuple[int, ...]]:
 def parse_size_option(name: str, value: object) -> str:
     """`"WIDTHxHEIGHT"`, also from (width, height)."""
     if isinstance(value, str):
-        width, height = parse_size(value)
+        width, height = parse_size(value, name)
     else:
         expected = '"WIDTHxHEIGHT" or (width, height)'
         width, height = sequence_parser(int_parser(1, 99_999), expected, length=2)(name, value)
-        parse_size(f"{width}x{height}")
+        parse_size(f"{width}x{height}", name)
     return f"{width}x{height}"
 
 

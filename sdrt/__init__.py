@@ -256,7 +256,7 @@ def load(
         opened = [open_bundle(name) for name in (bundle, *refiners, *nets, *adapters)]
     check_makes_images(opened[0])
     if size:
-        check_output_size(opened[0].manifest, size)
+        check_output_size(opened[0].manifest, size, "static_size")
     others = opened[1 + len(refiners) :]
     for net in others[: len(nets)]:
         control_net_from_bundle(net)

@@ -172,16 +172,21 @@ def list_graphs(manifest: Manifest) -> dict[str, Component]:
     return exact | {graph_name(part): component for part, component in parts}
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`"512x768"` -> (512, 768): width and height in pixels, each a multiple of 8 from 16 on."""
+def parse_size(text: str, name: str = "size") -> tuple[int, int]:
+    """`"512x768"` -> (512, 768): width and height in pixels, each a multiple of 8 from 16 on.
+
+    Args:
+        text: The size.
+        name: The option's, for errors.
+    """
     match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text.strip())
     if not match:
-        raise UsageError(f"size {text!r} is not WIDTHxHEIGHT", hint="for example 512x512")
+        raise UsageError(f"{name} {text!r} is not WIDTHxHEIGHT", hint="for example 512x512")
     width, height = int(match[1]), int(match[2])
     for side in (width, height):
         if side % 8 or not 16 <= side <= 8192:
             near = min(max(16, round(side / 8) * 8), 8192)
             raise UsageError(
-                f"size {text!r}: {side} is not a multiple of 8 from 16 to 8192; nearest: {near}"
+                f"{name} {text!r}: {side} is not a multiple of 8 from 16 to 8192; nearest: {near}"
             )
     return width, height
