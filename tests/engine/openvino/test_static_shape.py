@@ -9,13 +9,14 @@ from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import LoadOptions, select_backend
 from sdrt.engine.parity import sample_input
 from sdrt.errors import UsageError
+from sdrt.runtime.vae import Tiling
 
 pytestmark = pytest.mark.integration
 
 pytest.importorskip("openvino")
 
-SIZE = (96, 64)  # in pixels
-LENGTHS = {"tokens": 32, "latent_height": 8, "latent_width": 12}
+SIZE = (64, 48)  # in pixels
+LENGTHS = {"tokens": 32, "latent_height": 6, "latent_width": 8}
 PROMPT = "a red circle on a blue background"
 
 
@@ -92,8 +93,25 @@ def test_images_of_a_batch_have_the_bytes_of_images_alone(shapes):
         assert pipe(PROMPT, num_inference_steps=1, size="96x64").images[0].size == (96, 64)
 
 
+@pytest.mark.parametrize("size", [(64, 48), (64, 64), (96, 128), (128, 32)])
+def test_the_decoder_is_compiled_for_what_is_decoded_at_once(bundle, size):
+    from sdrt.engine.openvino.static_shape import static_shapes
+
+    sides = [(height // 8, width // 8) for width, height in bundle.manifest.sizes]
+    calls = set()
+
+    def network(tile):
+        calls.add(tile.shape)
+        return np.zeros((1, 3, *(8 * side for side in tile.shape[2:])), np.float32)
+
+    Tiling(sides, 8).decode(network, np.zeros((1, 4, size[1] // 8, size[0] // 8), np.float32))
+    assert calls == {static_shapes(bundle, "vae_decoder", size)["latents"]}
+
+
 def test_it_is_refused_where_it_would_do_nothing(shapes):
     with pytest.raises(UsageError, match="only for the openvino backend, not auto"):
         sdrt.load(shapes, static_size="64x64")
-    with pytest.raises(UsageError, match="72x64 is not in this bundle"):
+    with pytest.raises(UsageError, match=r"^static_size 72x64 is not in this bundle"):
         sdrt.load(shapes, backend="openvino", static_size=(72, 64))
+    with pytest.raises(UsageError, match=r"^static_size '64' is not WIDTHxHEIGHT"):
+        sdrt.load(shapes, backend="openvino", static_size="64")
