@@ -12,8 +12,10 @@ from sdrt.errors import BackendError
 INSTALL = "pip install 'nvidia-cuda-nvrtc{suffix}'"
 
 
+@functools.cache
 def compile_cuda(source: str, target: str) -> bytes:
-    """Compile CUDA source to a cubin for a compute capability such as sm_89; needs no GPU.
+    """Compile CUDA source to a cubin for a compute capability such as sm_89, once in a process;
+    needs no GPU.
 
     Raises BackendError with the compiler's log.
     """
