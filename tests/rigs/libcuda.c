@@ -19,7 +19,7 @@ enum { OK = 0, INVALID = 1, NO_MEMORY = 2, NO_DEVICE = 101, BAD_IMAGE = 200, BAD
        NOT_THERE = 500, NOT_READY = 600, ILLEGAL = 700, UNSUPPORTED = 900, INVALIDATED = 901, UNKNOWN = 999 };
 enum { MAX_BLOCKS = 1 << 14, MAX_ARGUMENTS = 32, PAGE = 4096, POISON = 0xFF, FENCE = 0xC7 };
 
-typedef struct { char *start; size_t size, mapped; int host, live; long freed; } Block;
+typedef struct { char *start; size_t size, open, mapped; int host, live; long freed; } Block; /* open: bytes of pages in use */
 typedef struct { void (*launch)(unsigned, unsigned, void **); const char *kinds; char name[64]; } Kernel;
 typedef struct {
     enum { LAUNCH, COPY, FILL, CALL } kind;
@@ -127,10 +127,10 @@ static int is_memory(u64 address, size_t size, int host, const char *what) {
     return 1;
 }
 static void check_fence(Block *block) {
-    for (size_t i = block->size; i < block->mapped; i++)
+    for (size_t i = block->size; i < block->open; i++)
         if ((unsigned char)block->start[i] != FENCE) {
             violation("something wrote behind the %zu bytes at %p", block->size, (void *)block->start);
-            memset(block->start + block->size, FENCE, block->mapped - block->size);
+            memset(block->start + block->size, FENCE, block->open - block->size);
             return;
         }
 }
@@ -149,9 +149,10 @@ static int allocate(void **address, size_t size, int host) {
         block->start = mmap(NULL, mapped + PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         block->mapped = mapped;
     }
-    mprotect(block->start, block->mapped, PROT_READ | PROT_WRITE); /* the page behind it stays closed */
+    block->open = mapped;
+    mprotect(block->start, block->open, PROT_READ | PROT_WRITE); /* the page behind it stays closed */
     memset(block->start, POISON, size);
-    memset(block->start + size, FENCE, block->mapped - size);
+    memset(block->start + size, FENCE, block->open - size);
     block->size = size; block->host = host; block->live = 1;
     if (!host) used += size;
     *address = block->start;
@@ -164,8 +165,8 @@ static int release(u64 address, int host) {
     for (int i = 0; i < num_streams; i++)
         REQUIRE(!streams[i]->queue.count, "free of %llx while a stream has work", (long long)address);
     check_fence(block);
-    madvise(block->start, block->mapped, MADV_DONTNEED);
-    mprotect(block->start, block->mapped, PROT_NONE); /* whoever reads it now crashes */
+    madvise(block->start, block->open, MADV_DONTNEED);
+    mprotect(block->start, block->open, PROT_NONE); /* whoever reads it now crashes */
     static long frees;
     block->live = 0;
     block->freed = ++frees;
