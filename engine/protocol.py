@@ -68,6 +68,16 @@ class LimitedRows(Protocol):
         ...
 
 
+@runtime_checkable
+class StaticShapes(Protocol):
+    """An engine that was compiled for calls of one shape. Test with `isinstance`."""
+
+    @property
+    def static_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of its inputs, by name."""
+        ...
+
+
 def check_feeds(name: str, specs: tuple[TensorSpec, ...], feeds: Feeds) -> dict[str, np.ndarray]:
     """Return the feeds as contiguous arrays of the declared dtypes.
 

@@ -13,6 +13,7 @@ from sdrt.bundle import Bundle
 from sdrt.bundle.manifest import Manifest
 from sdrt.engine.axes import axis_lengths, spec_shape
 from sdrt.engine.protocol import Feeds, check_feeds
+from sdrt.errors import BackendError
 
 from .cache import Shapes
 from .engine import OpenVinoEngine
@@ -64,15 +65,16 @@ class StaticShapeEngine:
         load_dynamic: Callable[[], OpenVinoEngine],
     ) -> None:
         self.name, self.inputs, self.outputs = fixed.name, fixed.inputs, fixed.outputs
-        self._fixed, self._shapes = fixed, shapes
+        self._fixed, self.static_shapes = fixed, shapes
         self._rows = next(iter(shapes.values()))[0]
         self._load_dynamic, self._dynamic = load_dynamic, None
         self._weights: Feeds = {}
+        self._closed = False
         self._lock = threading.Lock()
 
     def __call__(self, feeds: Feeds) -> dict[str, np.ndarray]:
         ready = check_feeds(self.name, self.inputs, feeds)
-        if any(ready[name].shape[1:] != shape[1:] for name, shape in self._shapes.items()):
+        if any(ready[name].shape[1:] != shape[1:] for name, shape in self.static_shapes.items()):
             return self._any_shape()(ready)
         count = len(next(iter(ready.values())))
         parts = [self._fixed(_take(ready, i, self._rows)) for i in range(0, count, self._rows)]
@@ -82,6 +84,8 @@ class StaticShapeEngine:
 
     def _any_shape(self) -> OpenVinoEngine:
         with self._lock:
+            if self._closed:
+                raise BackendError(f"{self.name} is closed")
             if self._dynamic is None:
                 self._dynamic = self._load_dynamic()
                 if self._weights:
@@ -99,6 +103,7 @@ class StaticShapeEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         with self._lock:
+            self._closed = True
             self._fixed.close()
             if self._dynamic is not None:
                 self._dynamic.close()

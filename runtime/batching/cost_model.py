@@ -23,6 +23,7 @@ from sdrt.atomic_files import write_atomic
 from sdrt.bundle.manifest import TensorSpec
 from sdrt.engine import Engine, Feeds
 from sdrt.engine.gpu import detect_gpus
+from sdrt.engine.protocol import StaticShapes
 from sdrt.errors import BackendError
 from sdrt.json_validation import integer, json_object, number, read_bytes
 from sdrt.process_stats import (
@@ -305,7 +306,9 @@ def _cache_key(pipe: "Pipeline", max_rows: int) -> str:
 
     files = sorted((name, record.sha256) for name, record in pipe.manifest.files.items())
     machine = [platform.processor(), platform.node(), cpu_count()]
-    known = [__version__, pipe.backend, max_rows, files, *machine]
+    unet = pipe.engines["unet"]
+    shapes = dict(unet.static_shapes) if isinstance(unet, StaticShapes) else None
+    known = [__version__, pipe.backend, pipe.precision, shapes, max_rows, files, *machine]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 

@@ -8,7 +8,7 @@ from sdrt.bundle import open_bundle
 from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import LoadOptions, select_backend
 from sdrt.engine.parity import sample_input
-from sdrt.errors import UsageError
+from sdrt.errors import BackendError, UsageError
 from sdrt.runtime.vae import Tiling
 
 pytestmark = pytest.mark.integration
@@ -106,6 +106,14 @@ def test_the_decoder_is_compiled_for_what_is_decoded_at_once(bundle, size):
 
     Tiling(sides, 8).decode(network, np.zeros((1, 4, size[1] // 8, size[0] // 8), np.float32))
     assert calls == {static_shapes(bundle, "vae_decoder", size)["latents"]}
+
+
+def test_once_closed_it_answers_no_size(load):
+    fixed = load("unet")
+    fixed.close()
+    for lengths in ({}, {"latent_height": 12}):
+        with pytest.raises(BackendError, match="unet is closed"):
+            fixed(feeds_of(fixed, rows=1, **lengths))
 
 
 def test_it_is_refused_where_it_would_do_nothing(shapes):
