@@ -117,7 +117,7 @@ def _transpose_images(model: ov.Model) -> None:
 
 def _swaps_last(transpose: ov.Node) -> bool:
     order = transpose.input_value(1).get_node()
-    return order.get_type_name() == "Constant" and order.data.tolist() == [0, 2, 1]
+    return bool(order.get_type_name() == "Constant" and order.data.tolist() == [0, 2, 1])
 
 
 def _expand_group_norms(model: ov.Model) -> None:

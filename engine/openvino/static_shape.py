@@ -67,7 +67,8 @@ class StaticShapeEngine:
         self.name, self.inputs, self.outputs = fixed.name, fixed.inputs, fixed.outputs
         self._fixed, self.static_shapes = fixed, shapes
         self._rows = next(iter(shapes.values()))[0]
-        self._load_dynamic, self._dynamic = load_dynamic, None
+        self._load_dynamic = load_dynamic
+        self._dynamic: OpenVinoEngine | None = None
         self._weights: Feeds = {}
         self._closed = False
         self._lock = threading.Lock()
