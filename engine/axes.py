@@ -4,8 +4,9 @@ Knows manifests and the axes' names; not what computes with them.
 """
 
 import ast
+import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from sdrt.bundle.manifest import Manifest, TensorSpec
 
@@ -38,6 +39,20 @@ def axis_lengths(manifest: Manifest, size: tuple[int, int], rows: int = 1) -> di
         "latent_width": width // manifest.downscale,
         "latent_height": height // manifest.downscale,
     }
+
+
+def tile_size(sides: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """What an autoencoder processes at once: all that fits into one of the bundle's sizes, else
+    tiles of the largest.
+
+    Args:
+        sides: Of an image or of its latents.
+        sizes: The bundle's, in the same order and unit.
+    """
+    if any(sides[0] <= size[0] and sides[1] <= size[1] for size in sizes):
+        return sides
+    largest = max(sizes, key=math.prod)
+    return min(sides[0], largest[0]), min(sides[1], largest[1])
 
 
 def spec_shape(spec: TensorSpec, lengths: Mapping[str, int]) -> tuple[int, ...]:

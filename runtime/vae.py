@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 
 from sdrt.engine import Engine
+from sdrt.engine.axes import tile_size
 from sdrt.errors import SdrtError
 
 from .images import pixels_from_latents
@@ -90,19 +91,12 @@ class Tiling:
     """How images larger than a bundle's sizes go through its autoencoder.
 
     Attributes:
-        sizes: (H/8, W/8) of latents. What fits into one of them is processed at once, else in
-            tiles of the largest.
+        sizes: (H/8, W/8) of latents, see `tile_size`.
         scale: Pixels per side of a latent.
     """
 
     sizes: Sequence[Size]
     scale: int
-
-    def tile_size(self, sides: Size) -> Size:
-        """(H/8, W/8) of what is processed at once, of latents of these sides."""
-        if any(sides[0] <= height and sides[1] <= width for height, width in self.sizes):
-            return sides
-        return max(self.sizes, key=math.prod)
 
     def decode(self, network: Network, latents: np.ndarray) -> np.ndarray:
         """[1, C, H/8, W/8] -> [1, 3, H, W] float32."""
@@ -120,7 +114,8 @@ class Tiling:
         height, width = (side // down for side in array.shape[2:])  # of the latents
         sides = height, width
         spans = [
-            tile_spans(side, tile) for side, tile in zip(sides, self.tile_size(sides), strict=True)
+            tile_spans(side, tile)
+            for side, tile in zip(sides, tile_size(sides, self.sizes), strict=True)
         ]
         if len(spans[0]) == len(spans[1]) == 1:
             return network(array[:, :, : height * down, : width * down])

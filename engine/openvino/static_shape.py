@@ -3,15 +3,13 @@
 Imports openvino, so import it only where it is used.
 """
 
-import math
 import threading
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from sdrt.bundle import Bundle
-from sdrt.bundle.manifest import Manifest
-from sdrt.engine.axes import axis_lengths, spec_shape
+from sdrt.engine.axes import axis_lengths, spec_shape, tile_size
 from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.errors import BackendError
 
@@ -35,19 +33,10 @@ def static_shapes(bundle: Bundle, name: str, size: tuple[int, int]) -> Shapes | 
     if name not in ROWS:
         return None
     if name == "vae_decoder":
-        size = _tile_size(bundle.manifest, size)
+        size = tile_size(size, bundle.manifest.sizes)
     lengths = axis_lengths(bundle.manifest, size, ROWS[name])
     inputs = bundle.manifest.components[name].inputs
     return {spec.name: spec_shape(spec, lengths) for spec in inputs}
-
-
-def _tile_size(manifest: Manifest, size: tuple[int, int]) -> tuple[int, int]:
-    """What is decoded at once: images larger than the bundle's sizes are decoded in tiles."""
-    width, height = size
-    if any(width <= w and height <= h for w, h in manifest.sizes):
-        return size
-    tile = max(manifest.sizes, key=math.prod)
-    return min(width, tile[0]), min(height, tile[1])
 
 
 class StaticShapeEngine:
