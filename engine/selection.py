@@ -250,6 +250,28 @@ def _torch_reason(kind: str, gpus: GpuInventory) -> str | None:
     return explain_missing_device(kind)
 
 
+def check_load_options(backend: str, options: LoadOptions) -> None:
+    """Raise UsageError for an unknown backend, or for options that are not for it."""
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if options.torch_compile and backend != "torch":
+        raise UsageError(
+            f"compile is only for the torch backend, not {backend}: the others always compile",
+            hint="leave it out, or pass --backend torch --compile",
+        )
+    if options.torch_cuda_graphs and backend != "torch":
+        raise UsageError(
+            f"cuda_graphs is only for the torch backend, not {backend}: the others on CUDA always "
+            "capture graphs",
+            hint="leave it out, or pass --backend torch --cuda-graphs",
+        )
+    if options.static_size and backend != "openvino":
+        raise UsageError(
+            f"static_size is only for the openvino backend, not {backend}",
+            hint="leave it out, or pass --backend openvino",
+        )
+
+
 def select_backend(
     backend: str = "auto",
     size: int = OPENVINO_MIN_BYTES,
@@ -273,30 +295,16 @@ def select_backend(
         UsageError: The backend is unknown, or the options do not fit it.
         BackendError: No backend works; the message has every reason.
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
-    if options.torch_compile and backend != "torch":
-        raise UsageError(
-            f"compile is only for the torch backend, not {backend}: the others always compile",
-            hint="leave it out, or pass --backend torch --compile",
-        )
-    if options.torch_cuda_graphs and backend != "torch":
-        raise UsageError(
-            f"cuda_graphs is only for the torch backend, not {backend}: the others on CUDA always "
-            "capture graphs",
-            hint="leave it out, or pass --backend torch --cuda-graphs",
-        )
-    if options.static_size and backend != "openvino":
-        raise UsageError(
-            f"static_size is only for the openvino backend, not {backend}",
-            hint="leave it out, or pass --backend openvino",
-        )
+    check_load_options(backend, options)
     skipped: list[tuple[str, str]] = []
     for name, create in _creators(options, gpus):
         if backend not in ("auto", name):
             continue
         candidate = create()
-        if kind not in (None, candidate.device.partition(":")[0]):
+        device = candidate.device.partition(":")[0]
+        if kind not in (None, device):
+            if backend == name:
+                skipped.append((candidate.title, f"computes on {device}"))
             continue
         reason = candidate.unavailable_reason or (failed or {}).get(candidate.title)
         if backend == "auto" and candidate.backend == "openvino" and size < OPENVINO_MIN_BYTES:

@@ -103,6 +103,8 @@ def test_a_missing_kind_of_device_is_said_in_one_line():
         sdrt.load("shapes", device="cuda")
     assert error.value.message.startswith("no backend can run on cuda: ")
     assert "on cpu" not in error.value.message and len(error.value.message) < 300
+    with pytest.raises(sdrt.BackendError, match="on cuda: openvino on cpu: computes on cpu"):
+        sdrt.load("shapes", backend="openvino", device="cuda")
 
 
 @pytest.mark.parametrize("take", [pickle.dumps, copy.copy, copy.deepcopy])

@@ -21,6 +21,8 @@ def sources_from_arguments(args: argparse.Namespace) -> "dict[str, ModelSource]"
 
     precision = "exact" if args.exact else "auto"
     bundles = [open_bundle(name) for name in args.bundle or [None]]
+    if args.static_size is not None:
+        _check_static_size(args.static_size, args.backend, bundles)
     nets = _assign_nets(bundles, [open_bundle(name) for name in args.controlnet])
     adapters = _assign_nets(bundles, [open_bundle(args.ip_adapter)] if args.ip_adapter else [])
     refiners = _assign_refiner(bundles, open_bundle(args.refiner) if args.refiner else None)
@@ -45,6 +47,20 @@ def sources_from_arguments(args: argparse.Namespace) -> "dict[str, ModelSource]"
         )
         sources[bundle.manifest.name] = _build_source(one, bundle, own_nets, own_adapters, refiner)
     return sources
+
+
+def _check_static_size(static_size: str, backend: str, bundles: "Sequence[Bundle]") -> None:
+    """Raise UsageError where loading a model would, which may only be at its first request."""
+    from sdrt.bundle import parse_size
+    from sdrt.engine import LoadOptions
+    from sdrt.engine.selection import check_load_options
+    from sdrt.runtime.job import check_output_size
+    from sdrt.runtime.parsing import parse_size_option
+
+    size = parse_size(parse_size_option("static_size", static_size))
+    check_load_options(backend, LoadOptions(static_size=size))
+    for bundle in bundles:
+        check_output_size(bundle.manifest, size, "static_size")
 
 
 def _build_source(

@@ -183,6 +183,21 @@ def test_models_are_compiled_for_the_size_of_the_command_line(shapes):
         assert isinstance(pipe.engines["unet"], StaticShapeEngine)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--static-size", "64by64"], "64by64"),
+        (["--static-size", "72x64", "--backend", "openvino"], "72x64 is not in this bundle"),
+        (["--static-size", "64x64"], "only for the openvino backend"),
+    ],
+)
+def test_a_wrong_static_size_is_refused_before_a_model_is_loaded(shapes, wrong, message):
+    parser = argparse.ArgumentParser()
+    add_serve(parser)
+    with pytest.raises(UsageError, match=message):
+        sources_from_arguments(parser.parse_args(["--bundle", str(shapes), *wrong]))
+
+
 def test_missing_extra_says_what_to_install(tmp_path):
     (tmp_path / "uvicorn.py").write_text("raise ImportError('no', name='uvicorn')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
