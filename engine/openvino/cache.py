@@ -10,8 +10,9 @@ Its weights are stored as OpenVINO reads them, or it would hold them twice:
 Imports openvino, so import it only where it is used.
 """
 
+import hashlib
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from xml.etree import ElementTree
@@ -28,6 +29,7 @@ from sdrt.engine.compile_cache import get_or_compile
 from sdrt.engine.page_cache import trim_heap
 from sdrt.errors import BackendError
 
+from . import rewriting
 from .rewriting import replace_node, rewrite
 
 Shapes = Mapping[str, tuple[int, ...]]  # by the input's name
@@ -59,11 +61,18 @@ def load_compiled(
     shapes: of the inputs, if it is compiled for no others
     """
     compile_into = partial(_compile, bundle.graph(component), precision, shapes)
-    files, depends = {WEIGHTS, BLOB}, [precision]
+    files, depends = {WEIGHTS, BLOB}, [precision, _source_hash()]
     if shapes:
         depends.append(repr(sorted(shapes.items())))
     folder = get_or_compile(bundle, component, "openvino", compile_into, files, depends)
     return folder and folder / BLOB
+
+
+@cache
+def _source_hash() -> str:
+    """Of the code that decides what is compiled from a graph."""
+    files = [Path(__file__), Path(rewriting.__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def compile_settings(precision: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from sdrt.bundle import Bundle
+from sdrt.bundle.manifest import SHALLOW
 from sdrt.engine.axes import axis_lengths, spec_shape, tile_size
 from sdrt.engine.protocol import Feeds, check_feeds
 from sdrt.errors import BackendError
@@ -16,7 +17,7 @@ from sdrt.errors import BackendError
 from .cache import Shapes
 from .engine import OpenVinoEngine
 
-ROWS = {"unet": 2, "vae_decoder": 1}  # of a call: those of one guided image
+ROWS = {"unet": 2, SHALLOW: 2, "vae_decoder": 1}  # of a call: those of one guided image
 
 
 def static_shapes(bundle: Bundle, name: str, size: tuple[int, int]) -> Shapes | None:

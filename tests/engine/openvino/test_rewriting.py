@@ -11,6 +11,7 @@ from sdrt.engine.parity import sample_input
 pytestmark = pytest.mark.integration
 
 ov = pytest.importorskip("openvino")
+operations = pytest.importorskip("openvino.opset13")
 
 LENGTHS = {"rows": 2, "tokens": 32, "latent_height": 8, "latent_width": 12}
 
@@ -48,11 +49,54 @@ def test_a_rewritten_unet_splits_nothing_and_computes_few_shapes(shapes):
     assert transposed_lines(plain) and not transposed_lines(rewritten)
 
 
+def test_attention_of_a_wide_head_is_not_fused():
+    from sdrt.engine.openvino.rewriting import rewrite
+
+    model = attention(heads=1, width=256)
+    rewrite(model, {})
+    compiled = compile_model(ov.Core(), model)
+    layers = {node.get_rt_info()["layerType"].astype(str) for node in compiled_nodes(compiled)}
+    assert {"MatMul", "Softmax"} <= layers and "Subgraph" not in layers
+    request = compiled.create_infer_request()
+    for tokens in (1, 4, 81, 200):  # fewer than the parts, and such as they do not divide
+        feeds = {name: sample_input("float32", (2, 1, tokens, 256)) for name in "qkv"}
+        request.infer(feeds)
+        actual = request.get_output_tensor(0).data
+        q, k, v = (feeds[name].astype(np.float64) for name in "qkv")
+        weights = np.exp(q @ k.transpose(0, 1, 3, 2) / 16.0)
+        expected = weights / weights.sum(axis=-1, keepdims=True) @ v
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_of_several_or_narrow_heads_is_left_to_openvino():
+    from sdrt.engine.openvino.rewriting import rewrite
+
+    for heads, width in ((2, 256), (1, 64)):
+        model = attention(heads, width)
+        rewrite(model, {})
+        assert kinds(model)["ScaledDotProductAttention"] == 1
+
+
+def attention(heads, width):
+    shape = ov.PartialShape([-1, heads, -1, width])
+    inputs = [operations.parameter(shape, np.float32, name=name) for name in "qkv"]
+    for name, node in zip("qkv", inputs, strict=True):
+        node.output(0).set_names({name})
+    return ov.Model([operations.scaled_dot_product_attention(*inputs)], inputs)
+
+
 def infer(core, model, feeds):
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    request = compile_model(core, model).create_infer_request()
     request.infer(feeds)
     return request.get_output_tensor(0).data.copy()
+
+
+def compile_model(core, model):
+    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def compiled_nodes(compiled):
+    return compiled.get_runtime_model().get_ops()
 
 
 def kinds(model):

@@ -5,6 +5,7 @@ import pytest
 
 import sdrt
 from sdrt.bundle import open_bundle
+from sdrt.bundle.manifest import SHALLOW
 from sdrt.bundle.safetensors import Tensors
 from sdrt.engine import LoadOptions, select_backend
 from sdrt.engine.parity import sample_input
@@ -49,7 +50,7 @@ def outcome(engine, feeds):
     return next(iter(engine(feeds).values()))
 
 
-@pytest.mark.parametrize("name", ["unet", "vae_decoder"])
+@pytest.mark.parametrize("name", ["unet", SHALLOW, "vae_decoder"])
 def test_a_row_has_the_bytes_it_has_alone(load, name):
     fixed, dynamic = load(name), load(name, None)
     feeds = feeds_of(fixed, rows=5)
