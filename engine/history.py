@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+MAX_ZEROS = 2  # between the entries of a range
+
 
 class History(Protocol):
     """The columns of one image's sampling run: starting noise, model outputs, fresh noises, and
@@ -48,17 +50,35 @@ class NumpyHistory:
     def combine(
         self, row: np.ndarray, ranges: Sequence[tuple[int, int]], column: int
     ) -> np.ndarray:
-        parts = [
-            row[low:high] @ self.columns[low:high]
-            if high - low > 1
-            else row[low] * self.columns[low]  # a product of one row is slow in BLAS
-            for low, high in ranges
-        ]
-        self.columns[column] = sum(parts[1:], parts[0]) if parts else 0.0
-        return self.columns[column].reshape(self.shape)
+        result = self.columns[column]
+        is_read = any(low <= column < high for low, high in ranges)
+        total: np.ndarray | float = 0.0
+        for i, part in enumerate(ranges):
+            if i:
+                total += self._multiply(row, *part)
+            else:
+                total = self._multiply(row, *part, out=None if is_read else result)
+        if total is not result:
+            result[:] = total
+        return result.reshape(self.shape)
+
+    def _multiply(
+        self, row: np.ndarray, low: int, high: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """`row[low:high] @ columns[low:high]`, in `out` if it is passed."""
+        if high - low == 1:  # slow in BLAS
+            return np.multiply(self.columns[low], row[low], out)
+        return np.dot(row[low:high], self.columns[low:high], out)
 
 
 def find_ranges(row: np.ndarray) -> list[tuple[int, int]]:
-    """Ranges [low, high) of consecutive nonzero entries."""
-    edges = np.flatnonzero(np.diff(row != 0, prepend=False, append=False))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+    """Ranges [low, high) of nonzero entries, and of the few zeros between them that cost less to
+    multiply than another product.
+    """
+    edges = np.flatnonzero(np.diff(row != 0, prepend=False, append=False)).tolist()
+    ranges: list[tuple[int, int]] = []
+    for low, high in zip(edges[::2], edges[1::2], strict=True):
+        if ranges and low - ranges[-1][1] <= MAX_ZEROS:
+            low = ranges.pop()[0]
+        ranges.append((low, high))
+    return ranges
