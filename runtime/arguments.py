@@ -38,6 +38,7 @@ class GenerationKwargs(TypedDict, total=False):
     guidance_interval: Sequence[float] | None
     feature_reuse: int | None
     feature_reuse_order: int | None
+    output_reuse: int | None
     seed: int | Sequence[int] | np.ndarray | None
     rng: str | None
     num_images_per_prompt: int | None
@@ -113,6 +114,7 @@ ALIASES = {
     **dict.fromkeys(("seeds", "manual_seed"), "seed"),
     **dict.fromkeys(("reuse", "deepcache"), "feature_reuse"),
     **dict.fromkeys(("taylorseer", "max_order"), "feature_reuse_order"),
+    **dict.fromkeys(("ucache", "easycache", "teacache", "cache_interval"), "output_reuse"),
     **dict.fromkeys(("depth", "depth_image"), "depth_map"),
     **dict.fromkeys(("hr_scale", "enable_hr", "hires", "upscale"), "hires_scale"),
     **dict.fromkeys(("hr_resize_x", "hr_resize_y"), "hires_size"),

@@ -6,6 +6,7 @@ the first order of TaylorSeer, Liu et al. 2025 (arXiv:2503.06923). Knows sampler
 manifests; not how a network is split.
 """
 
+import itertools
 from collections.abc import Container, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ import numpy as np
 from sdrt.bundle.manifest import SHALLOW, Manifest
 from sdrt.errors import UsageError
 
+from .reuse_schedule import list_sources
 from .samplers.table_data import SamplerTable
 
 
@@ -28,7 +30,7 @@ def with_feature_reuse(
 
     An evaluation with more rows than the previous one is full too, since those have no feature yet,
     and so is one that reads another prompt, whose feature would be the old one's. The count then
-    starts again, and features from before are not extrapolated.
+    starts again, and features from before are not extrapolated. See `list_sources`.
 
     Args:
         table: Of full evaluations.
@@ -39,17 +41,16 @@ def with_feature_reuse(
         order: 0 reads the last full evaluation's feature; 1 extrapolates it and the one before, by
             the number of evaluations since.
     """
-    full = np.ones(len(rows), bool)
+    starts = [True, *(now > before for before, now in itertools.pairwise(rows))]
+    if changes:
+        starts = [start or change for start, change in zip(starts, changes, strict=True)]
+    sources = list_sources(starts, every, extrapolates=order > 0)
+    full = np.array([last == k for k, (last, _) in enumerate(sources)])
     weights = np.zeros((len(rows), 2))
-    last, before = 0, None  # the last full evaluation, and the one before in the same run of rows
-    for k in range(1, len(rows)):
-        starts = rows[k] > rows[k - 1] or (bool(changes) and bool(changes[k]))
-        full[k] = starts or k - last == every
-        if full[k]:
-            last, before = k, None if starts else last
-        else:
-            slope = (k - last) / (last - before) if order and before is not None else 0.0
-            weights[k] = 1.0 + slope, -slope
+    for k in np.flatnonzero(~full):
+        last, before = sources[k]
+        slope = (k - last) / (last - before) if order and before is not None else 0.0
+        weights[k] = 1.0 + slope, -slope
     return replace(table, full_evaluations=full, feature_weights=weights)
 
 

@@ -18,6 +18,7 @@ from .deepcache import with_feature_reuse
 from .denoising import Guidance, Step
 from .lora.rows import LoraFactors
 from .options import GenerationOptions
+from .output_reuse import check_output_reuse, with_output_reuse
 from .prompt_timeline import PromptTimeline, build_prompt_timeline
 from .requests import Request
 from .samplers.registry import SAMPLERS, sampler_name
@@ -193,6 +194,23 @@ class RefinerPass:
     def get_timeline(self, request: Request) -> PromptTimeline:
         """The texts that an image's evaluations read in this part."""
         return self.job.get_timeline(request)
+
+
+def reuse_outputs(job: GenerationJob) -> GenerationJob:
+    """The job with the evaluations that its `output_reuse` leaves.
+
+    Raises:
+        UsageError: The run is one that the others would change.
+    """
+    check_output_reuse(job.table, job.control_units, sampler_name(job.scheduler_config))
+    if any(any(job.get_timeline(request).changes) for request in job.requests):
+        raise UsageError(
+            "output_reuse with a prompt that changes during the run is unsupported",
+            hint="leave one of them out, or pass feature_reuse",
+        )
+    table, computed = with_output_reuse(job.table, job.options.output_reuse, job.guidance.scales)
+    guidance = replace(job.guidance, scales=job.guidance.scales[computed])
+    return replace(job, table=table, guidance=guidance)
 
 
 def parse_output_size(manifest: Manifest, options: GenerationOptions) -> tuple[int, int]:

@@ -89,6 +89,8 @@ class GenerationOptions:
             built for it.
         feature_reuse_order: 0 takes that feature as it is; 1 extrapolates it from the last two, as
             TaylorSeer does; Liu et al. 2025 (arXiv:2503.06923).
+        output_reuse: One of so many evaluations is computed, and what the others would compute is
+            extrapolated from the last two, as TaylorSeer does. For samplers that add no noise.
         seed: Of the first image, the next ones count on; or one for each image. None is random.
         rng: Whose noise a seed has: torch's on "cpu" or on "cuda".
         num_images_per_prompt: Images of every prompt.
@@ -170,6 +172,7 @@ class GenerationOptions:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     feature_reuse: int = 1
     feature_reuse_order: int = 0
+    output_reuse: int = 1
     seed: Seed = None
     rng: str = "cpu"
     num_images_per_prompt: int = 1
@@ -288,6 +291,7 @@ class GenerationOptions:
             and _format_row(np.atleast_1d(self.ip_adapter_scale).tolist()),
             "Feature reuse": self.feature_reuse > 1 and self.feature_reuse,
             "Feature reuse order": self.feature_reuse > 1 and self.feature_reuse_order,
+            "Output reuse": self.output_reuse > 1 and self.output_reuse,
             **{
                 name: (value := getattr(self, option)) is not None and format_number(value)
                 for name, option in PARTS_IN_TEXT.items()
@@ -326,6 +330,8 @@ def _check_together(options: GenerationOptions) -> None:
         has_image = options.image is not None or (name == "strength" and options.starts_from_image)
         if getattr(options, name) is not None and not has_image:
             raise UsageError(f"{name} requires image", hint="pass the image to start from")
+    if options.feature_reuse > 1 and options.output_reuse > 1:
+        raise UsageError("both feature_reuse and output_reuse", hint="pass one of them")
     if options.image is not None and options.image_latents is not None:
         raise UsageError("both image and image_latents", hint="pass one of them")
     if any(options.negative_prompt) and options.negative_prompt_embeds is not None:
@@ -356,6 +362,7 @@ PARSERS: dict[str, Parser[Any]] = {
     "guidance_interval": parse_interval,
     "feature_reuse": int_parser(1, MAX_REUSE),
     "feature_reuse_order": int_parser(0, MAX_REUSE_ORDER),
+    "output_reuse": int_parser(1, MAX_REUSE),
     "seed": seed_parser(2**64),
     "rng": choice_parser(*STREAMS),
     "num_images_per_prompt": int_parser(1, MAX_IMAGES),

@@ -12,8 +12,8 @@ from sdrt.errors import UsageError
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "exact": {},
-        "balanced": {"feature_reuse": 2, "feature_reuse_order": 1},
-        "fast": {"feature_reuse": 3, "feature_reuse_order": 1},
+        "balanced": {"output_reuse": 3},
+        "fast": {"output_reuse": 5},
     }
 )
 

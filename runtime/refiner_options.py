@@ -82,6 +82,7 @@ def _check_ensemble(options: Any) -> None:
     } | {
         "a hires pass": options.has_hires_pass,
         "feature_reuse": options.feature_reuse > 1,
+        "output_reuse": options.output_reuse > 1,
         "guidance_interval": options.guidance_interval != (0.0, 1.0),
     }
     for name, is_passed in conflicting.items():

@@ -43,6 +43,7 @@ from .job import (
     count_prompt_steps,
     describe_size,
     parse_output_size,
+    reuse_outputs,
 )
 from .leases import Leases
 from .lora.adapters import Adapters
@@ -216,7 +217,7 @@ class PipelineStages:
                 guidance.num_rows.tolist(),
                 order=options.feature_reuse_order,
             )
-        return GenerationJob(
+        job = GenerationJob(
             requests,
             options,
             config,
@@ -229,6 +230,7 @@ class PipelineStages:
             embeddings=self.embeddings.current,
             continues_after=None if options.denoising_start is None else 0,
         )
+        return reuse_outputs(job) if options.output_reuse > 1 else job
 
     def _max_batch(self, job: GenerationJob, rows: int) -> int:
         """How many images of so many rows are generated together: what the bundle allows, as far as

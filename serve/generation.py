@@ -27,8 +27,8 @@ from .sse import EventStreamResponse, format_event
 PROGRESS_POLL_SECONDS, KEEPALIVE_SECONDS = 0.5, 15.0
 # Options that a body has under their own names.
 OPTIONAL = (
-    *("preset", "feature_reuse", "feature_reuse_order", "guidance_rescale", "guidance_interval"),
-    *("clip_skip", "refiner_switch_at", *HIRES_PARSERS),
+    *("preset", "feature_reuse", "feature_reuse_order", "output_reuse"),
+    *("guidance_rescale", "guidance_interval", "clip_skip", "refiner_switch_at", *HIRES_PARSERS),
 )
 KEEPALIVE_COMMENT = b":\n\n"  # keeps proxies from closing an idle stream
 

@@ -87,6 +87,7 @@ ARGUMENTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Clip skip": ("clip_skip", lambda text: int(text) - 1),
     "Feature reuse": ("feature_reuse", int),
     "Feature reuse order": ("feature_reuse_order", int),
+    "Output reuse": ("output_reuse", int),
     "Long prompts": ("long_prompts", {"cut": "cut"}.__getitem__),
     "Emphasis": ("weighting", {"None": False, "Original": True}.__getitem__),
     "RNG": ("rng", {"CPU": "cpu", "NV": "cuda", "GPU": "cuda"}.__getitem__),

@@ -10,6 +10,7 @@ export const AXES = {
   "Guidance scale": { parse: numbers(1, 100), field: "guidance_scale" },
   Seed: { parse: seeds, field: "seed" },
   "Feature reuse": { parse: numbers(1, 100, true), field: "feature_reuse" },
+  "Output reuse": { parse: numbers(1, 100, true), field: "output_reuse" },
   "LoRA weight": {
     parse: (values, { prompt }) => {
       if (!LORA.test(prompt)) throw new Error("LoRA weight: the prompt names no LoRA.");

@@ -12,6 +12,7 @@ const DEFAULTS = {
   guidance_end: 1,
   feature_reuse: 1,
   feature_reuse_order: 0,
+  output_reuse: 1,
   clip_skip: 0,
   hires_scale: 1,
   hires_steps: 0,
@@ -21,9 +22,9 @@ export const MORE_NUMBERS = Object.keys(DEFAULTS);
 const HIRES = ["hires_steps", "hires_strength"];
 // By value of the field `preset`, as the server's option of that name means them.
 const PRESETS = {
-  exact: { feature_reuse: 1 },
-  balanced: { feature_reuse: 2, feature_reuse_order: 1 },
-  fast: { feature_reuse: 3, feature_reuse_order: 1 },
+  exact: { feature_reuse: 1, output_reuse: 1 },
+  balanced: { feature_reuse: 1, output_reuse: 3 },
+  fast: { feature_reuse: 1, output_reuse: 5 },
 };
 
 /** Estimates the cost after every change; `read()` returns the settings, null if invalid. Returns a
@@ -88,7 +89,7 @@ export function moreSettings() {
   const settings = {};
   const [low, high] = ["guidance_start", "guidance_end"].map((id) => $(id).valueAsNumber);
   if (low !== 0 || high !== 1) settings.guidance_interval = [low, high];
-  for (const id of ["guidance_rescale", "feature_reuse", "feature_reuse_order", "clip_skip"]) {
+  for (const id of ["guidance_rescale", "feature_reuse", "feature_reuse_order", "output_reuse", "clip_skip"]) {
     if (isMoreUsed(id) && $(id).valueAsNumber !== DEFAULTS[id]) settings[id] = $(id).valueAsNumber;
   }
   if (!isHires()) return settings;

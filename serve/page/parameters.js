@@ -11,6 +11,7 @@ const NAMES = {
   "Denoising strength": "strength",
   "Feature reuse": "feature_reuse",
   "Feature reuse order": "feature_reuse_order",
+  "Output reuse": "output_reuse",
   "CFG rescale": "guidance_rescale",
   "Hires upscale": "hires_scale",
   "Hires upscaler": "hires_upscaler",

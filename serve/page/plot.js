@@ -37,6 +37,7 @@ function showHint(side, samplers) {
     "Guidance scale": "3, 5, 7.5",
     Seed: "1, 2, 3",
     "Feature reuse": "1, 2, 3",
+    "Output reuse": "1, 3, 5",
     "LoRA weight": "0, 0.5, 1",
     "Prompt S/R": "red, green, blue",
   };

@@ -75,7 +75,7 @@ export function showModelLine({ backend, precision }) {
 export function settingsText(settings) {
   const { num_inference_steps, scheduler, guidance_scale, strength, seed, size, model } = settings;
   const { guidance_interval, guidance_rescale, clip_skip, hires_scale, hires_upscaler } = settings;
-  const { feature_reuse, feature_reuse_order } = settings;
+  const { feature_reuse, feature_reuse_order, output_reuse } = settings;
   const parts = [
     `${num_inference_steps} steps`,
     scheduler,
@@ -83,6 +83,7 @@ export function settingsText(settings) {
     guidance_interval && `from ${guidance_interval.join(" to ")}`,
     guidance_rescale && `rescale ${guidance_rescale}`,
     feature_reuse && `feature reuse ${feature_reuse}${feature_reuse_order ? ", extrapolated" : ""}`,
+    output_reuse && `output reuse ${output_reuse}`,
     clip_skip && `clip skip ${clip_skip}`,
     hires_scale && `hires × ${hires_scale} ${hires_upscaler}`,
     strength !== undefined && `strength ${strength}`,

@@ -40,6 +40,7 @@ class Cache:
     def __init__(self, unet, every, order):
         self.every, self.evaluation, self.order = every, -1, order
         self.deep = self.before = None
+        self.last = self.distance = 0  # the last full evaluation, and from the one before it
         self.handles = [
             unet.register_forward_pre_hook(self.begun),
             unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(self.entered),
@@ -53,12 +54,14 @@ class Cache:
         import torch
 
         x, *others = arguments
-        since = self.evaluation % self.every
-        if since == 0:
+        since = self.evaluation - self.last
+        interval = (self.every + 1) // 2 if self.order and self.before is None else self.every
+        if self.deep is None or since == interval:
             self.deep, self.before = x[:, : -self.skip], self.deep
+            self.last, self.distance, since = self.evaluation, since, 0
         deep = self.deep
         if self.order and self.before is not None:
-            deep = torch.lerp(self.before, deep, 1 + since / self.every)
+            deep = torch.lerp(self.before, deep, 1 + since / self.distance)
         return torch.cat([deep, x[:, -self.skip :]], dim=1), *others
 
     def close(self):
@@ -146,14 +149,18 @@ def test_the_first_evaluation_and_those_with_new_rows_are_full():
 
 
 def test_features_are_extrapolated_from_the_last_two():
-    table = sampler_table({"_class_name": "DDIMScheduler"}, 9)
-    changes = [False] * 5 + [True] + [False] * 3
-    weights = with_feature_reuse(table, 2, [2] * 9, changes, order=1).feature_weights
-    assert weights.tolist() == [
-        *([0, 0], [1, 0], [0, 0], [1.5, -0.5], [0, 0]),
-        *([0, 0], [1, 0], [0, 0], [1.5, -0.5]),  # another prompt begins again
+    table = sampler_table({"_class_name": "DDIMScheduler"}, 11)
+    changes = [False] * 8 + [True] + [False] * 2
+    reused = with_feature_reuse(table, 4, [2] * 11, changes, order=1)
+    said = "".join("f" if full else "." for full in reused.full_evaluations)
+    assert said == "f.f...f.f.f"  # another prompt begins again
+    assert reused.feature_weights.tolist() == [
+        *([0, 0], [1, 0], [0, 0], [1.5, -0.5], [2, -1], [2.5, -1.5], [0, 0], [1.25, -0.25]),
+        *([0, 0], [1, 0], [0, 0]),
     ]
-    plain = with_feature_reuse(table, 3, [2] * 9).feature_weights
+    every_second = with_feature_reuse(table, 2, [2] * 11, order=1).full_evaluations
+    assert np.flatnonzero(every_second).tolist() == [0, 1, 3, 5, 7, 9]
+    plain = with_feature_reuse(table, 3, [2] * 11).feature_weights
     assert {tuple(row) for row in plain.tolist()} == {(0, 0), (1, 0)}
 
 
@@ -245,9 +252,7 @@ def test_in_flight_with_and_without_it_keep_their_bytes(pipe, deterministic):
         assert (
             engine.estimates.shallow_ratio((size,)) < 1.0
         )  # forecasts have learned what they cost
-        assert (
-            handles[2].scheduled.full_fraction == 0.4
-        )  # the first and every third of 10 evaluations
+        assert handles[2].scheduled.full_fraction == 0.4  # 0, 2, 5 and 8 of 10 evaluations
     for i, (job, item) in enumerate(zip(jobs, output, strict=True)):
         alone = pipe(PROMPT, **job, seed=i)
         assert item.image.tobytes() == alone.images[0].tobytes(), job

@@ -15,12 +15,12 @@ def test_a_preset_is_its_options():
     for name, options in PRESETS.items():
         assert parse_options({"preset": name}) == GenerationOptions(**options)
     fast = parse_options({"preset": "fast"})
-    assert (fast.feature_reuse, fast.feature_reuse_order) == (3, 1)
+    assert fast.output_reuse == 5
 
 
 def test_options_that_are_passed_go_first():
-    chosen = parse_options({"preset": "fast", "feature_reuse": 2, "feature_reuse_order": None})
-    assert (chosen.feature_reuse, chosen.feature_reuse_order) == (2, 1)
+    chosen = parse_options({"preset": "fast", "output_reuse": 2, "num_inference_steps": None})
+    assert chosen.output_reuse == 2
 
 
 @pytest.mark.parametrize("wrong", ["quick", 1, ["fast"]])

@@ -54,9 +54,16 @@ def add_sampling(to: argparse.ArgumentParser) -> None:
         help="1 extrapolates what is reused, as TaylorSeer does: as fast, more exact (default: 0)",
     )
     sampling.add_argument(
+        "--output-reuse",
+        type=integer,
+        metavar="N",
+        help="evaluate the UNet every N evaluations only and extrapolate the others, with samplers "
+        "that add no noise: faster, less exact (default: 1)",
+    )
+    sampling.add_argument(
         "--preset",
         choices=PRESETS,
-        help="options of feature reuse by name; those that are passed go first "
+        help="options of reuse by name; those that are passed go first "
         "(default: exact, the full run)",
     )
 

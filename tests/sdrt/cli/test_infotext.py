@@ -30,6 +30,7 @@ CARRIED = [
     {"guidance_interval": (0.25, 0.8)},
     {"feature_reuse": 2},
     {"feature_reuse": 3, "feature_reuse_order": 1},
+    {"output_reuse": 3},
     {"rng": "cuda"},
     {"size": "96x64"},
     {"negative_prompt": "a white cross"},

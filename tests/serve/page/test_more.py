@@ -79,7 +79,7 @@ def test_presets_are_those_of_the_server(page, pipe, preset):
     )
     image = download_image(page)
     assert image.tobytes() == alone.images[0].tobytes()
-    page.fill("#feature_reuse", "4")
+    page.fill("#output_reuse", "4")
     expect(page.locator("#preset")).to_have_value("")
     page.click("#reset-more")
     expect(page.locator("#preset")).to_have_value("exact")

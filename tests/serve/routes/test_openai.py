@@ -225,6 +225,7 @@ NUMBERS = (
     "num_inference_steps",
     "guidance_scale",
     "feature_reuse",
+    "output_reuse",
     "seed",
     "priority",
     "deadline_seconds",
