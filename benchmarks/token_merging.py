@@ -37,7 +37,11 @@ from sdrt.bundle.embedded import materialize
 from sdrt.bundle.integrity import describe_files
 from sdrt.bundle.manifest import FEATURE, SHALLOW
 from sdrt.engine import Engine, select_backend
+from sdrt.runtime.arguments import parse_options
+from sdrt.runtime.deepcache import with_feature_reuse
+from sdrt.runtime.output_reuse import with_output_reuse
 from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.samplers.table import sampler_table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from shapes_reader import verdict
@@ -46,7 +50,7 @@ from shapes_scenes import caption, scene_from_random
 ROWS, TOKENS = 2, 77
 FULL = "full"
 RATIOS = {f"merging {100 * ratio:.0f} %": ratio for ratio in (0.25, 0.5)}
-REUSES = {"reuse 2": 2, "reuse 3": 3, "preset balanced": 2, "preset fast": 3}  # one of so many
+REUSES = ("reuse 2", "reuse 3", "reuse 5, extrapolated", "preset balanced", "preset fast")
 COMPARED = (FULL, *RATIOS, *REUSES, f"preset balanced, {list(RATIOS)[-1]}")
 COUNTED = ("512x512", "768x768", "1024x1024")
 Turns = dict[str, list[float]]
@@ -111,8 +115,10 @@ def saved_operations(size: str) -> dict[str, float]:
 
 def parse_way(way: str) -> tuple[str, str]:
     """Of which UNet its full evaluations are, and its reuse or nothing."""
-    parts = way.split(", ")
-    return (parts[-1] if parts[-1] in RATIOS else FULL), (parts[0] if parts[0] in REUSES else "")
+    reuse, _, unet = way.rpartition(", ")
+    if unet in RATIOS:
+        return unet, reuse
+    return FULL, way if way in REUSES else ""
 
 
 def timed_evaluations(engines: Mapping[str, Engine], size: str, rounds: int) -> Turns:
@@ -136,9 +142,24 @@ def timed_evaluations(engines: Mapping[str, Engine], size: str, rounds: int) -> 
     seconds: Turns = {}
     for way in COMPARED:
         unet, reuse = parse_way(way)
-        pairs, every = zip(turns[unet], turns[SHALLOW], strict=True), REUSES.get(reuse, 1)
-        seconds[way] = [(full + (every - 1) * shallow) / every for full, shallow in pairs]
+        full, shallow = count_evaluations(reuse)
+        pairs = zip(turns[unet], turns[SHALLOW], strict=True)
+        seconds[way] = [(full * slow + shallow * quick) / STEPS for slow, quick in pairs]
     return seconds
+
+
+def count_evaluations(reuse: str) -> tuple[int, int]:
+    """How many of an image's evaluations run the full UNet, and how many its shallow part."""
+    options = parse_options(WAYS[reuse] if reuse else {})
+    table = sampler_table({"_class_name": "DPMSolverMultistepScheduler"}, STEPS)
+    if options.output_reuse > 1:
+        table, _ = with_output_reuse(table, options.output_reuse)
+        return table.evaluations, 0
+    every, order = options.feature_reuse, options.feature_reuse_order
+    reused = with_feature_reuse(table, every, [ROWS] * STEPS, order=order)
+    assert reused.full_evaluations is not None
+    full = int(reused.full_evaluations.sum())
+    return full, STEPS - full
 
 
 def feeds_of(engine: Engine, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -178,7 +178,7 @@ def parse_options(arguments: Mapping[str, Any]) -> GenerationOptions:
             raise UsageError(f"unknown option {name!r}", hint=_suggest(str(name)))
     passed = {name: value for name, value in arguments.items() if value is not None}
     if "preset" in passed:
-        passed = {**expand_preset(passed.pop("preset")), **passed}
+        passed = expand_preset(passed.pop("preset"), passed)
     diffusers = {name: passed.pop(name) for name in DIFFUSERS if name in passed}
     _check_callback_tensors(diffusers.pop("callback_on_step_end_tensor_inputs", None))
     passed |= _size_from_sides(diffusers, passed)

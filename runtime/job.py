@@ -197,20 +197,37 @@ class RefinerPass:
 
 
 def reuse_outputs(job: GenerationJob) -> GenerationJob:
-    """The job with the evaluations that its `output_reuse` leaves.
+    """The job with only the evaluations that `output_reuse` leaves, in a second pass too.
 
     Raises:
-        UsageError: The run is one that the others would change.
+        UsageError: The job needs the evaluations that would be left out.
     """
-    check_output_reuse(job.table, job.control_units, sampler_name(job.scheduler_config))
-    if any(any(job.get_timeline(request).changes) for request in job.requests):
+    timelines = [job.get_timeline(request) for request in job.requests]
+    if job.hires:
+        timelines += [job.hires.get_timeline(request) for request in job.requests]
+    if any(any(timeline.changes) for timeline in timelines):
         raise UsageError(
             "output_reuse with a prompt that changes during the run is unsupported",
-            hint="leave one of them out, or pass feature_reuse",
+            hint="leave one of them out",
         )
-    table, computed = with_output_reuse(job.table, job.options.output_reuse, job.guidance.scales)
-    guidance = replace(job.guidance, scales=job.guidance.scales[computed])
-    return replace(job, table=table, guidance=guidance)
+    reduced = _leave_out_evaluations(job)
+    if job.hires:
+        second = _leave_out_evaluations(job.hires.job)
+        second = replace(second, evaluations_before=reduced.table.evaluations)
+        reduced = replace(reduced, hires=replace(job.hires, job=second))
+    return reduced
+
+
+def _leave_out_evaluations(job: GenerationJob) -> GenerationJob:
+    every, scales = job.options.output_reuse, job.guidance.scales
+    check_output_reuse(job.table, scales, job.control_units, sampler_name(job.scheduler_config))
+    table, computed = with_output_reuse(job.table, every)
+    if len(computed) == 1 < job.table.evaluations:
+        raise UsageError(
+            f"output_reuse {every} leaves one evaluation of {job.table.evaluations}",
+            hint="lower it, or raise num_inference_steps",
+        )
+    return replace(job, table=table, guidance=replace(job.guidance, scales=scales[computed]))
 
 
 def parse_output_size(manifest: Manifest, options: GenerationOptions) -> tuple[int, int]:

@@ -1,9 +1,9 @@
-"""Output reuse: only some evaluations of a run are computed. In place of the others' guided outputs
-stands what the last two computed ones extrapolate to, the first order of TaylorSeer, Liu et al.
-2025 (arXiv:2503.06923), for the whole network.
+"""Output reuse: only some evaluations of a run are computed. The outputs of the others are
+extrapolated from the last two that were: the first order of TaylorSeer, Liu et al. 2025
+(arXiv:2503.06923), for the whole network.
 
-Every solver is linear in the outputs, so this is another table, of fewer evaluations. Knows sampler
-tables; not what evaluates them.
+Solvers that do not clip are linear in the outputs, so the result is another table, of fewer
+evaluations. Knows sampler tables and what cannot be extrapolated; not what evaluates them.
 """
 
 from collections.abc import Sequence
@@ -18,24 +18,20 @@ from .reuse_schedule import list_sources
 from .samplers.table_data import SamplerTable
 
 
-def with_output_reuse(
-    table: SamplerTable, every: int, scales: np.ndarray
-) -> tuple[SamplerTable, list[int]]:
+def with_output_reuse(table: SamplerTable, every: int) -> tuple[SamplerTable, list[int]]:
     """A table of the evaluations that are computed.
 
     Args:
-        table: Of all evaluations; without clipping and without noises.
-        every: One of so many evaluations is computed, see `list_sources`; so is one whose guidance
-            scale is not that of the one before, and the count starts again.
-        scales: [N], the guidance scale of every evaluation.
+        table: Of all N evaluations; see `check_output_reuse`.
+        every: One of this many evaluations is computed, see `list_sources`.
 
     Returns:
-        The table, and which of the N evaluations are its own.
+        The table, and the indices of its evaluations among the N.
     """
-    starts = [True, *(scales[1:] != scales[:-1]).tolist()]
+    starts = [k == 0 for k in range(table.evaluations)]
     sources = list_sources(starts, every, extrapolates=True)
     computed = [k for k, (last, _) in enumerate(sources) if last == k]
-    weights = _extrapolate(table.timesteps, sources, computed)
+    weights = _extrapolate(sources, computed)
     rows = [*computed, table.evaluations]
     recurrence = _substitute_states(table, weights, rows)
     return (
@@ -51,17 +47,16 @@ def with_output_reuse(
     )
 
 
-def _extrapolate(
-    timesteps: np.ndarray, sources: Sequence[tuple[int, int | None]], computed: Sequence[int]
-) -> np.ndarray:
-    """[N, n]: what stands for each output, as a sum over the computed ones."""
-    weights = np.zeros((len(timesteps), len(computed)))
+def _extrapolate(sources: Sequence[tuple[int, int | None]], computed: Sequence[int]) -> np.ndarray:
+    """[N, n]: each output as a sum over the computed ones, by the number of evaluations since. By
+    timesteps, weights would have no bound where two of them are close.
+    """
+    weights = np.zeros((len(sources), len(computed)))
     for k, (last, before) in enumerate(sources):
+        slope = 0.0 if before is None else (k - last) / (last - before)
         column = computed.index(last)
-        distance = 0.0 if before is None else timesteps[last] - timesteps[before]
-        slope = (timesteps[k] - timesteps[last]) / distance if distance else 0.0
         weights[k, column] = 1.0 + slope
-        if slope:
+        if before is not None:
             weights[k, column - 1] = -slope
     return weights
 
@@ -96,24 +91,33 @@ def _substitute_states(table: SamplerTable, weights: np.ndarray, rows: Sequence[
     return np.array(reduced)
 
 
-def check_output_reuse(table: SamplerTable, control: Sequence[ControlUnit], sampler: str) -> None:
-    """Raise UsageError for runs that evaluations which are left out would change.
+def check_output_reuse(
+    table: SamplerTable, scales: np.ndarray, control: Sequence[ControlUnit], sampler: str
+) -> None:
+    """Raise UsageError for a run whose outputs cannot be extrapolated.
 
     Args:
-        table: Of all evaluations.
+        table: Of all N evaluations.
+        scales: [N], the guidance scale of every evaluation.
         control: Of the run.
         sampler: Its name, for the error.
     """
-    if table.num_noises:
+    first = 1 + table.evaluations
+    if table.recurrence[:, first : first + table.num_noises].any():
         raise UsageError(
-            f"output_reuse with {sampler}, which adds noise: outputs follow it and cannot be "
-            "extrapolated",
-            hint="choose a sampler that adds none, such as DPM++ 2M, or pass feature_reuse",
+            f"output_reuse with {sampler}, which adds noise, is unsupported: outputs cannot be "
+            "extrapolated across it",
+            hint="choose a sampler that adds no noise, such as DPM++ 2M",
         )
     if table.clip is not None:
         raise UsageError(
-            f"output_reuse with {sampler} that clips samples is unsupported",
+            f"output_reuse with {sampler}, which clips samples, is unsupported",
             hint="choose a sampler that does not, such as DPM++ 2M",
+        )
+    if (scales != scales[:1]).any():
+        raise UsageError(
+            "output_reuse with guidance on a part of the run is unsupported",
+            hint="leave one of them out",
         )
     if any((unit.start, unit.end) != (0.0, 1.0) for unit in control):
         raise UsageError(

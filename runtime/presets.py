@@ -18,12 +18,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-def expand_preset(name: object) -> Mapping[str, Any]:
-    """The options of a preset; those that are passed by name go before them.
+def expand_preset(name: object, passed: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a preset and those that are passed, which take precedence; features are reused
+    instead of outputs where they are passed.
 
     Raises:
         UsageError: There is no such preset.
     """
     if not isinstance(name, str) or name not in PRESETS:
         raise UsageError(f"preset {name!r}; expected {', '.join(PRESETS)}")
-    return PRESETS[name]
+    options = dict(PRESETS[name])
+    if passed.get("feature_reuse", 1) != 1:
+        options.pop("output_reuse", None)
+    return {**options, **passed}

@@ -11,13 +11,13 @@ def list_sources(
 ) -> list[tuple[int, int | None]]:
     """Of each evaluation, the last full one, which may be itself, and the full one before that.
 
-    One of so many evaluations is full. Where they are extrapolated the second one comes after half
-    as many, rounded up, so that there are two sooner.
+    One of `every` evaluations is full. Where they are extrapolated the second full one comes after
+    half as many, rounded up, so that there are two sooner.
 
     Args:
         starts: [N], whether an evaluation must be full and nothing from before it be used, as the
             first one.
-        every: Of so many evaluations one is full.
+        every: From one full evaluation to the next.
         extrapolates: Whether later evaluations read two.
     """
     sources: list[tuple[int, int | None]] = []

@@ -175,6 +175,8 @@ class PipelineStages:
             job = self.build_job(requests, options, size)
         if options.has_hires_pass:
             job = replace(job, hires=build_hires_pass(self, job))
+        if options.output_reuse > 1:
+            job = reuse_outputs(job)
         check_prompts(job, has_negative_row=self._has_negative_row)
         return job
 
@@ -217,7 +219,7 @@ class PipelineStages:
                 guidance.num_rows.tolist(),
                 order=options.feature_reuse_order,
             )
-        job = GenerationJob(
+        return GenerationJob(
             requests,
             options,
             config,
@@ -230,7 +232,6 @@ class PipelineStages:
             embeddings=self.embeddings.current,
             continues_after=None if options.denoising_start is None else 0,
         )
-        return reuse_outputs(job) if options.output_reuse > 1 else job
 
     def _max_batch(self, job: GenerationJob, rows: int) -> int:
         """How many images of so many rows are generated together: what the bundle allows, as far as

@@ -79,7 +79,7 @@ class GenerationRequest(ControlFields):
         None, description="weights by name; <lora:NAME:WEIGHT> in the prompt does the same"
     )
     preset: Literal["exact", "balanced", "fast"] | None = Field(
-        None, description="options of reuse by name; fields that are sent go first"
+        None, description="options of reuse by name; fields that are sent take precedence"
     )
     feature_reuse: int | None = Field(
         None,
@@ -95,7 +95,7 @@ class GenerationRequest(ControlFields):
         None,
         ge=1,
         le=100,
-        description="compute every Nth evaluation and extrapolate the others; default: 1",
+        description="compute only one of N evaluations and extrapolate the others; default: 1",
     )
     guidance_rescale: float | None = Field(None, ge=0.0, le=1.0, description="default: 0")
     guidance_interval: list[float] | None = Field(

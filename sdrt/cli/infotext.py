@@ -280,4 +280,8 @@ def apply_typed(args: argparse.Namespace, restored: Restored) -> argparse.Namesp
         args.scheduler_option = args.scheduler_option[len(theirs) :]
     if args.num_inference_steps != restored.arguments.get("num_inference_steps"):
         args.timesteps = args.sigmas = None
+    if args.preset is not None:
+        for name in ("feature_reuse", "feature_reuse_order", "output_reuse"):
+            if getattr(args, name) == restored.arguments.get(name):
+                setattr(args, name, None)
     return args

@@ -13,10 +13,11 @@ import numpy as np
 from sdrt.bundle import Bundle, open_bundle
 from sdrt.bundle.bundle import list_graphs
 from sdrt.bundle.integrity import check_files
-from sdrt.bundle.manifest import LORA_FACTORS, LORA_PARTS
+from sdrt.bundle.manifest import CONTROL, LORA_FACTORS, LORA_PARTS
 from sdrt.engine import (
     Candidate,
     Feeds,
+    LazyEngine,
     LoadOptions,
     log_selection,
     parity,
@@ -103,9 +104,12 @@ def run_checks(bundle: Bundle, candidate: Candidate) -> Iterator[Check]:
         return
     exact = replace(bundle, manifest=replace(bundle.manifest, admitted={}))
     with load_pipeline(exact, candidate) as pipe:
-        for name in pipe.engines:
+        for name in sorted(pipe.engines, key=lambda name: name != CONTROL):
             if name.removesuffix("_float32") in bundle.manifest.components:
                 yield _check_component(pipe, name, answers)
+            engine = pipe.engines[name]
+            if name == CONTROL and isinstance(engine, LazyEngine):
+                engine.unload()  # or memory would have to hold two UNets
         try:
             image = generate_reference_image(pipe, size)
         except BackendError:

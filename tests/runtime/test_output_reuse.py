@@ -24,26 +24,25 @@ MASK.paste(255, (8, 8, 56, 40))
 
 class Extrapolating:
     """In place of a UNet's `forward`: runs it at some evaluations, and extrapolates the others by
-    the timestep.
+    their number.
     """
 
     def __init__(self, forward, every):
         self.forward, self.every, self.evaluation = forward, every, -1
-        self.computed = []  # (evaluation, timestep, output) of the last two
+        self.computed = []  # (evaluation, output) of the last two
 
     def __call__(self, sample, timestep, *args, **kwargs):
         self.evaluation += 1
-        t = float(timestep)
         interval = (self.every + 1) // 2 if len(self.computed) < 2 else self.every
         if not self.computed or self.evaluation - self.computed[-1][0] == interval:
             output = self.forward(sample, timestep, *args, **kwargs)[0]
-            self.computed = [*self.computed[-1:], (self.evaluation, t, output)]
+            self.computed = [*self.computed[-1:], (self.evaluation, output)]
             return (output,)
-        *before, (_, t_last, last) = self.computed
-        if not before or before[0][1] == t_last:
+        *before, (k, last) = self.computed
+        if not before:
             return (last,)
-        _, t_before, other = before[0]
-        return (last + (t - t_last) / (t_last - t_before) * (last - other),)
+        j, other = before[0]
+        return (last + (self.evaluation - k) / (k - j) * (last - other),)
 
 
 @pytest.fixture(scope="module")
@@ -110,30 +109,41 @@ def test_the_second_full_evaluation_comes_early():
     assert said([k in (0, 6) for k in range(12)], 4, True) == "f.f...f.f..."
 
 
-def test_a_change_of_guidance_is_computed(pipe):
+def test_steps_are_the_evaluations_that_are_computed(pipe):
     table = sampler_table({"_class_name": "DDIMScheduler"}, 10)
-    scales = np.array([1.0] * 4 + [7.5] * 6)
-    reduced, computed = with_output_reuse(table, 4, scales)
-    assert (
-        computed == [0, 2, 4, 6]
-        and reduced.timesteps.tolist() == table.timesteps[computed].tolist()
-    )
-    rows = []
-    pipe.with_scheduler("DDIM")(
-        PROMPT,
-        num_inference_steps=10,
-        guidance_interval=(0.4, 1.0),
-        output_reuse=4,
-        on_step=lambda step: rows.append((step.index, step.total)),
-    )
-    assert rows == [(k, 4) for k in range(1, 5)]
+    reduced, computed = with_output_reuse(table, 4)
+    assert computed == [0, 2, 6]
+    assert np.array_equal(reduced.timesteps, table.timesteps[computed])
+    steps = []
+    own = pipe.with_scheduler("DDIM")
+    options = {"num_inference_steps": 10, "output_reuse": 4}
+    own(PROMPT, **options, on_step=lambda step: steps.append((step.index, step.total)))
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    steps.clear()
+    options |= {"hires_scale": 1.5, "hires_strength": 0.999}
+    own(PROMPT, **options, on_step=lambda step: steps.append((step.index, step.total)))
+    assert steps == [(k, 6) for k in range(1, 7)]
+
+
+@pytest.mark.parametrize("spacing", ["Karras", "Beta", "Exponential"])
+def test_weights_are_bounded(pipe, spacing):
+    own = pipe.with_scheduler(f"DPM++ 2M {spacing}")
+    arguments = {"num_inference_steps": 20, "seed": 0, "output_type": "np"}
+    expected = own(PROMPT, **arguments).images[0]
+    actual = own(PROMPT, **arguments, output_reuse=2).images[0]
+    assert np.square(actual - expected).mean() < 4e-3  # 24 dB
+    close = {**arguments, "sigmas": [14.6, 14.6 - 1e-7, 5.0, 1.0, 0.2, 0.0]}
+    latents = pipe.with_scheduler("Euler")(
+        PROMPT, **{**close, "output_type": "latent"}, output_reuse=2
+    ).images
+    assert np.abs(latents).max() < 50
 
 
 @pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "PNDMScheduler"])
 @pytest.mark.parametrize("image", [False, True])
 def test_recurrence_and_matrix_are_the_same_run(kind, image):
     table = sampler_table({"_class_name": kind}, 14, image=image, edits=True)
-    reduced, _ = with_output_reuse(table, 3, np.full(table.evaluations, 7.5))
+    reduced, _ = with_output_reuse(table, 3)
     count = reduced.evaluations
     assert count < table.evaluations and reduced.starts_from_image == image
     start, rest = np.split(np.random.default_rng(0).normal(size=(2 + 2 * count)), [1])
@@ -197,6 +207,10 @@ def test_a_reuse_of_one_is_the_ordinary_run(pipe):
         ("Euler a", {}, "which adds noise"),
         ("LCM", {}, "which adds noise"),
         ("Euler", {"prompt": "a [red:blue:0.5] circle"}, "a prompt that changes"),
+        ("Euler", {"prompt": "a [red:blue:1.5] circle", "hires_scale": 1.5}, "that changes"),
+        ("Euler", {"hires_prompt": "a [red|blue] circle", "hires_scale": 1.5}, "that changes"),
+        ("Euler", {"guidance_interval": (0.2, 0.8)}, "guidance on a part"),
+        ("Euler", {"output_reuse": 12}, "leaves one evaluation of 6"),
         ("Euler", {"feature_reuse": 2}, "both feature_reuse and output_reuse"),
         ("Euler", {"output_reuse": 0}, "output_reuse"),
         ("Euler", {"output_reuse": 1.5}, "output_reuse"),

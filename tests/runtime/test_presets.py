@@ -21,6 +21,8 @@ def test_a_preset_is_its_options():
 def test_options_that_are_passed_go_first():
     chosen = parse_options({"preset": "fast", "output_reuse": 2, "num_inference_steps": None})
     assert chosen.output_reuse == 2
+    other = parse_options({"preset": "fast", "feature_reuse": 2})
+    assert (other.feature_reuse, other.output_reuse) == (2, 1)
 
 
 @pytest.mark.parametrize("wrong", ["quick", 1, ["fast"]])

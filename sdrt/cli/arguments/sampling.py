@@ -57,13 +57,13 @@ def add_sampling(to: argparse.ArgumentParser) -> None:
         "--output-reuse",
         type=integer,
         metavar="N",
-        help="evaluate the UNet every N evaluations only and extrapolate the others, with samplers "
-        "that add no noise: faster, less exact (default: 1)",
+        help="compute only one of N evaluations of the UNet and extrapolate the others, with "
+        "samplers that add no noise: faster, less exact (default: 1)",
     )
     sampling.add_argument(
         "--preset",
         choices=PRESETS,
-        help="options of reuse by name; those that are passed go first "
+        help="options of reuse by name; those that are passed take precedence "
         "(default: exact, the full run)",
     )
 
