@@ -48,7 +48,7 @@ WAYS: dict[str, dict[str, object]] = {
 
 
 def distance(actual: list[np.ndarray], expected: list[np.ndarray]) -> dict[str, float]:
-    """PSNR in dB, the median, that which nine of ten reach and the worst; and SSIM, the median."""
+    """PSNR in dB (median, 10th percentile and worst), and the median SSIM."""
     near = [psnr(a, b) for a, b in zip(actual, expected, strict=True)]
     alike = [ssim(a, b) for a, b in zip(actual, expected, strict=True)]
     return {

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-MAX_ZEROS = 2  # between the entries of a range
+MAX_ZEROS = 2  # in a row within a range
 
 
 class History(Protocol):
@@ -72,8 +72,8 @@ class NumpyHistory:
 
 
 def find_ranges(row: np.ndarray) -> list[tuple[int, int]]:
-    """Ranges [low, high) of nonzero entries, and of the few zeros between them that cost less to
-    multiply than another product.
+    """Find the ranges [low, high) of nonzero entries. Ranges with at most `MAX_ZEROS` zeros between
+    them are joined, since multiplying those zeros costs less than another product.
     """
     edges = np.flatnonzero(np.diff(row != 0, prepend=False, append=False)).tolist()
     ranges: list[tuple[int, int]] = []

@@ -251,7 +251,7 @@ def _torch_reason(kind: str, gpus: GpuInventory) -> str | None:
 
 
 def check_load_options(backend: str, options: LoadOptions) -> None:
-    """Raise UsageError for an unknown backend, or for options that are not for it."""
+    """Raise UsageError for an unknown backend, or for options that it does not support."""
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
     if options.torch_compile and backend != "torch":

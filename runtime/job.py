@@ -197,7 +197,7 @@ class RefinerPass:
 
 
 def reuse_outputs(job: GenerationJob) -> GenerationJob:
-    """The job with only the evaluations that `output_reuse` leaves, in a second pass too.
+    """Reduce a job, and its hires pass if any, to the evaluations that `output_reuse` computes.
 
     Raises:
         UsageError: The job needs the evaluations that would be left out.

@@ -89,9 +89,9 @@ class GenerationOptions:
             built for it.
         feature_reuse_order: 0 takes that feature as it is; 1 extrapolates it from the last two, as
             TaylorSeer does; Liu et al. 2025 (arXiv:2503.06923).
-        output_reuse: N computes one of N evaluations, the second one after half as many, and
-            extrapolates the outputs of the others from the last two, as TaylorSeer does. For
-            samplers that add no noise.
+        output_reuse: Only one of every N evaluations is computed (the second after half that
+            interval); the outputs of the others are extrapolated from the last two computed, as in
+            TaylorSeer. Only for samplers that add no noise.
         seed: Of the first image, the next ones count on; or one for each image. None is random.
         rng: Whose noise a seed has: torch's on "cpu" or on "cuda".
         num_images_per_prompt: Images of every prompt.

@@ -48,8 +48,8 @@ def with_output_reuse(table: SamplerTable, every: int) -> tuple[SamplerTable, li
 
 
 def _extrapolate(sources: Sequence[tuple[int, int | None]], computed: Sequence[int]) -> np.ndarray:
-    """[N, n]: each output as a sum over the computed ones, by the number of evaluations since. By
-    timesteps, weights would have no bound where two of them are close.
+    """[N, n]: each output as a weighted sum of the computed ones, by the number of evaluations
+    since. By timestep instead, weights would be unbounded where two timesteps are close.
     """
     weights = np.zeros((len(sources), len(computed)))
     for k, (last, before) in enumerate(sources):
@@ -117,7 +117,7 @@ def check_output_reuse(
     if (scales != scales[:1]).any():
         raise UsageError(
             "output_reuse with guidance on a part of the run is unsupported",
-            hint="leave one of them out",
+            hint="leave out guidance_interval, or output_reuse and the presets that set it",
         )
     if any((unit.start, unit.end) != (0.0, 1.0) for unit in control):
         raise UsageError(

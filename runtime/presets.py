@@ -19,8 +19,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def expand_preset(name: object, passed: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a preset and those that are passed, which take precedence; features are reused
-    instead of outputs where they are passed.
+    """Merge a preset's options with those that are passed, which take precedence. A `feature_reuse`
+    above 1 replaces the preset's `output_reuse`.
 
     Raises:
         UsageError: There is no such preset.

@@ -1,4 +1,4 @@
-"""Which evaluations of a run are computed in full where others reuse what those computed.
+"""Which evaluations of a run are computed in full, and which reuse the results of those.
 
 Knows numbers of evaluations; not what is reused.
 """
@@ -9,16 +9,16 @@ from collections.abc import Sequence
 def list_sources(
     starts: Sequence[bool], every: int, *, extrapolates: bool
 ) -> list[tuple[int, int | None]]:
-    """Of each evaluation, the last full one, which may be itself, and the full one before that.
+    """List, for each evaluation, the last full one (possibly itself) and the full one before that.
 
-    One of `every` evaluations is full. Where they are extrapolated the second full one comes after
-    half as many, rounded up, so that there are two sooner.
+    One of `every` evaluations is full. With extrapolation, the second full one comes after half
+    that interval, rounded up, so that two are available sooner.
 
     Args:
-        starts: [N], whether an evaluation must be full and nothing from before it be used, as the
-            first one.
-        every: From one full evaluation to the next.
-        extrapolates: Whether later evaluations read two.
+        starts: [N], whether an evaluation must be full and nothing before it may be reused, as for
+            the first one.
+        every: The interval between full evaluations.
+        extrapolates: Whether the others are extrapolated from two full ones.
     """
     sources: list[tuple[int, int | None]] = []
     for k, start in enumerate(starts):

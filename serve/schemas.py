@@ -79,7 +79,7 @@ class GenerationRequest(ControlFields):
         None, description="weights by name; <lora:NAME:WEIGHT> in the prompt does the same"
     )
     preset: Literal["exact", "balanced", "fast"] | None = Field(
-        None, description="options of reuse by name; fields that are sent take precedence"
+        None, description="a named set of reuse options; fields that are sent take precedence"
     )
     feature_reuse: int | None = Field(
         None,

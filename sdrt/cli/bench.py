@@ -17,12 +17,13 @@ from sdrt.bench.report import BenchSettings, Contestant, build_report, format_re
 from sdrt.bench.rounds import PARTS, Worker, list_contestants, select_contestants, start_worker
 from sdrt.bundle import Bundle, open_bundle, parse_size
 from sdrt.errors import BackendError, UsageError
-from sdrt.process_stats import available_bytes, peak_bytes
+from sdrt.process_stats import available_bytes, resident_bytes
 from sdrt.runtime.samplers.registry import config_from_name
 
 log = logging.getLogger("sdrt.bench")
 
 LIMIT = "limit"
+MARGIN = 1.25  # an engine may need this many times what the largest loaded one holds
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -83,11 +84,14 @@ def _measured(
     try:
         for contestant in [Contestant(LIMIT, LIMIT, "exact"), *engines]:
             free = available_bytes()
-            required = max((peak_bytes(worker.process_id) for worker in workers), default=0)
+            # Not their peaks, which include pages of mapped files.
+            largest = max((resident_bytes(worker.process_id) for worker in workers), default=0)
+            required = MARGIN * largest
             if free < required:
                 left_out[contestant.name] = (
-                    f"{free / 1e9:.1f} GB of memory are free, the largest before it took "
-                    f"{required / 1e9:.1f} GB; measure fewer at once with --engines"
+                    f"{free / 1e9:.1f} GB of memory are free, but it may need "
+                    f"{required / 1e9:.1f} GB, estimated from the largest engine loaded so far; "
+                    "measure fewer at once with --engines"
                 )
                 continue
             folder = Path(folders.enter_context(tempfile.TemporaryDirectory()))

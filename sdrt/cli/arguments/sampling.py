@@ -63,7 +63,7 @@ def add_sampling(to: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--preset",
         choices=PRESETS,
-        help="options of reuse by name; those that are passed take precedence "
+        help="a named set of reuse options; those that are passed take precedence "
         "(default: exact, the full run)",
     )
 

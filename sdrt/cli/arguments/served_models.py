@@ -50,7 +50,7 @@ def sources_from_arguments(args: argparse.Namespace) -> "dict[str, ModelSource]"
 
 
 def _check_static_size(static_size: str, backend: str, bundles: "Sequence[Bundle]") -> None:
-    """Raise UsageError where loading a model would, which may only be at its first request."""
+    """Raise now the UsageError that loading would raise, possibly only at the first request."""
     from sdrt.bundle import parse_size
     from sdrt.engine import LoadOptions
     from sdrt.engine.selection import check_load_options
