@@ -138,8 +138,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/scaling.py --work build/narrow --save
 	$(BIN)/python benchmarks/hoisting.py --work build/narrow --rounds 5 --save
 	$(BIN)/python benchmarks/serve_cost.py --save
-	$(BIN)/python benchmarks/serve_load.py --save
-	$(BIN)/python benchmarks/serve_load.py --mix --save
+	$(BIN)/python benchmarks/serve_load.py --requests 60 --rounds 2 --save
+	$(BIN)/python benchmarks/serve_load.py --mix --requests 60 --rounds 2 --save
 	$(BIN)/python benchmarks/serve_sim.py --save
 	$(BIN)/python benchmarks/shapes_quality.py --save
 	$(BIN)/python benchmarks/fewer.py --save
