@@ -68,7 +68,22 @@ def test_attention_of_a_wide_head_is_not_fused():
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_of_several_or_narrow_heads_is_left_to_openvino():
+def test_attention_of_many_tokens_is_not_fused_for_one_size(monkeypatch):
+    from sdrt.engine.openvino import rewriting
+
+    monkeypatch.setattr(rewriting, "MANY_TOKENS", 48)
+    feeds = {name: sample_input("float32", (2, 3, 50, 8)) for name in "qkv"}
+    plain, rewritten = attention(3, 8), attention(3, 8)
+    rewriting.rewrite(rewritten, {name: array.shape for name, array in feeds.items()})
+    assert not kinds(rewritten)["ScaledDotProductAttention"]
+    expected, actual = (infer(ov.Core(), model, feeds) for model in (plain, rewritten))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    short = {**feeds, "k": feeds["k"][:, :, :9], "v": feeds["v"][:, :, :9]}  # of a prompt
+    rewriting.rewrite(plain, {name: array.shape for name, array in short.items()})
+    assert kinds(plain)["ScaledDotProductAttention"] == 1
+
+
+def test_other_attention_is_left_to_openvino():
     from sdrt.engine.openvino.rewriting import rewrite
 
     for heads, width in ((2, 256), (1, 64)):
