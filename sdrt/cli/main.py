@@ -192,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _configure_logging(args)
         command: Callable[[argparse.Namespace], None] = args.command
         command(_restore(args, typed) if getattr(args, "source", None) else args)
+        print(end="", flush=True)  # so that a full disk is an error of this command
     except SdrtError as error:
         report_error(name_flags(error, flags) if isinstance(error, UsageError) else error)
         return error.exit_code
