@@ -106,13 +106,16 @@ def scaling(result: Result) -> str:
     return svg_of(figure)
 
 
+MARKERS = {"preset": "*", "output": "D", "steps": "s"}  # by what a way's name has
+
+
 def fewer(result: Result) -> str:
     """Time of an image over its distance from the full run's, a point for each way."""
     ways = {name: way for name, way in result["figures"]["ways"].items() if name != "full"}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, (key, title) in zip(axes, {"psnr": "PSNR, dB", "ssim": "SSIM"}.items(), strict=True):
         for name, way in ways.items():
-            marker = "*" if name.startswith("preset") else "o"
+            marker = next((m for part, m in MARKERS.items() if part in name), "o")
             axis.plot([way[key]], [1 / way["times_faster"]], ls="", marker=marker, label=name)
         axis.set(xlabel=f"{title} to the full run, median")
         axis.grid(alpha=0.3)
