@@ -15,7 +15,7 @@ import numpy as np
 from sdrt.bundle.manifest import SHALLOW, Manifest
 from sdrt.errors import UsageError
 
-from .reuse_schedule import list_sources
+from .reuse_schedule import extrapolate, list_sources
 from .samplers.table_data import SamplerTable
 
 
@@ -47,10 +47,9 @@ def with_feature_reuse(
     sources = list_sources(starts, every, extrapolates=order > 0)
     full = np.array([last == k for k, (last, _) in enumerate(sources)])
     weights = np.zeros((len(rows), 2))
-    for k in np.flatnonzero(~full):
+    for k in np.flatnonzero(~full).tolist():
         last, before = sources[k]
-        slope = (k - last) / (last - before) if order and before is not None else 0.0
-        weights[k] = 1.0 + slope, -slope
+        weights[k] = extrapolate(k, last, before if order else None)
     return replace(table, full_evaluations=full, feature_weights=weights)
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from sdrt.errors import UsageError
 
 from .controlnet.unit import ControlUnit
-from .reuse_schedule import list_sources
+from .reuse_schedule import extrapolate, list_sources
+from .samplers.table import expand_recurrence
 from .samplers.table_data import SamplerTable
 
 
@@ -33,14 +34,15 @@ def with_output_reuse(table: SamplerTable, every: int) -> tuple[SamplerTable, li
     computed = [k for k, (last, _) in enumerate(sources) if last == k]
     weights = _extrapolate(sources, computed)
     rows = [*computed, table.evaluations]
-    recurrence = _substitute_states(table, weights, rows)
+    recurrence, scales = _substitute_states(table, weights, rows), table.scales[rows]
+    has_edits = table.matrix.shape[1] == table.recurrence.shape[1]
     return (
         replace(
             table,
             timesteps=table.timesteps[computed],
-            matrix=_reduce_matrix(table, weights, rows),
+            matrix=expand_recurrence(recurrence, scales, has_edits),
             alphas_sigmas=table.alphas_sigmas[rows],
-            scales=table.scales[rows],
+            scales=scales,
             recurrence=recurrence,
         ),
         computed,
@@ -53,22 +55,11 @@ def _extrapolate(sources: Sequence[tuple[int, int | None]], computed: Sequence[i
     """
     weights = np.zeros((len(sources), len(computed)))
     for k, (last, before) in enumerate(sources):
-        slope = 0.0 if before is None else (k - last) / (last - before)
         column = computed.index(last)
-        weights[k, column] = 1.0 + slope
+        weights[k, column], other = extrapolate(k, last, before)
         if before is not None:
-            weights[k, column - 1] = -slope
+            weights[k, column - 1] = other
     return weights
-
-
-def _reduce_matrix(table: SamplerTable, weights: np.ndarray, rows: Sequence[int]) -> np.ndarray:
-    """`SamplerTable.matrix`; edits are those of the latents that the next evaluation reads."""
-    count = table.evaluations
-    start, outputs, rest = np.split(table.matrix, [1, 1 + count], axis=1)
-    inputs = table.num_noises + table.starts_from_image
-    edits = [inputs + row - 1 for row in rows[1:]] if rest.shape[1] > inputs else []
-    others = rest[:, [*range(inputs), *edits]]
-    return np.concatenate([start, outputs @ weights, others], axis=1)[rows]
 
 
 def _substitute_states(table: SamplerTable, weights: np.ndarray, rows: Sequence[int]) -> np.ndarray:

@@ -31,3 +31,9 @@ def list_sources(
         else:
             sources.append((last, before))
     return sources
+
+
+def extrapolate(k: int, last: int, before: int | None) -> tuple[float, float]:
+    """The shares of the last full evaluation and of the one before in what evaluation k reuses."""
+    slope = 0.0 if before is None else (k - last) / (last - before)
+    return 1.0 + slope, -slope
