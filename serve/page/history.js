@@ -10,20 +10,30 @@ export async function openHistory() {
   } catch {
     return memoryHistory();
   }
-  const store = (mode) => database.transaction("pictures", mode).objectStore("pictures");
+  const read = () => database.transaction("pictures").objectStore("pictures");
+  /** Commits at once: the change holds even where the page is left right after. */
+  const write = (change) =>
+    new Promise((resolve, reject) => {
+      const transaction = database.transaction("pictures", "readwrite");
+      transaction.oncomplete = () => resolve();
+      transaction.onabort = () => reject(transaction.error);
+      change(transaction.objectStore("pictures"));
+      transaction.commit();
+    });
+  const remove = (ids) => write((store) => ids.forEach((id) => store.delete(id)));
   return {
     /** All records, newest first. */
-    all: async () => (await promiseOf(store("readonly").getAll())).map(upgrade).reverse(),
+    all: async () => (await promiseOf(read().getAll())).map(upgrade).reverse(),
     /** Stores a record; returns the ids of the oldest ones, removed to stay within the limit. */
     add: async (record) => {
-      await promiseOf(store("readwrite").put(record));
-      const ids = await promiseOf(store("readonly").getAllKeys());
+      await write((store) => store.put(record));
+      const ids = await promiseOf(read().getAllKeys());
       const old = ids.slice(0, Math.max(0, ids.length - MAX_IMAGES));
-      for (const id of old) await promiseOf(store("readwrite").delete(id));
+      await remove(old);
       return old;
     },
-    remove: (id) => promiseOf(store("readwrite").delete(id)),
-    clear: () => promiseOf(store("readwrite").clear()),
+    remove,
+    clear: () => write((store) => store.clear()),
   };
 }
 

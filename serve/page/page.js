@@ -105,14 +105,14 @@ async function remove(item) {
   show(items[at] ?? items[at - 1] ?? null, true);
   showAll();
   if (shown) focusTile(shown);
-  await (await history).remove(item.id);
+  await (await history).remove([item.id]);
 }
 
 async function removeAll(removed) {
   removed.forEach(removeItem);
   if (removed.includes(shown)) show(items[0] ?? null, true);
   showAll();
-  for (const { id } of removed) await (await history).remove(id);
+  await (await history).remove(removed.map(({ id }) => id));
 }
 
 async function clear() {

@@ -47,6 +47,14 @@ def test_selected_images_are_downloaded_as_a_zip(page):
     expect(page.locator("#caption-settings")).to_contain_text("seed 6")
 
 
+def test_removed_images_stay_removed_when_the_page_is_left_at_once(page):
+    for i in (0, 2):
+        page.locator(".tile").nth(i).click(modifiers=["Control"])
+    page.evaluate("document.querySelector('#remove-selected').click(); location.reload()")
+    wait_until_finished(page, 1)
+    expect(page.locator("#caption-settings")).to_contain_text("seed 6")
+
+
 def test_images_of_one_name_are_numbered(page):
     generate(page, "a né circle / 圆", num_inference_steps=2, seed=5, count=1)
     wait_until_finished(page, 4)
