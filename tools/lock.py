@@ -7,6 +7,7 @@ not what the packages are for.
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ torch==2.13.0
 # The one that torch's build for CUDA wants: with another, pip finds no torch where an index has
 # that build alone.
 nvidia-cuda-nvrtc==13.0.88
+# Later ones need Python 3.11.5, and Debian 12 has 3.11.2.
+pymdown-extensions==12.3
 """
 BELOW = f"""
 # All else that [{EXTRAS}] comes to on Python 3.11 and Linux, as `make lock` found it.
@@ -43,11 +46,11 @@ def resolved(*requirements: str) -> dict[str, str]:
 
 def main() -> None:
     versions = resolved("-e", f".[{EXTRAS}]") | resolved("--no-deps", VOCABULARY)
-    ours = {"sdrt", "torch", "nvidia-cuda-nvrtc", "pip"}
-    lines = [f"{name}=={versions[name]}" for name in sorted(versions, key=str.lower)]
-    cached = [line for line in lines if line.split("==")[0] not in ours]
-    LOCK.write_text(ABOVE + BELOW + "\n".join(cached) + "\n")
-    print(f"{LOCK.name}: {len(cached) + 2} packages")
+    chosen = re.findall(r"^([\w-]+)==", ABOVE, re.MULTILINE)
+    names = sorted(versions.keys() - {"sdrt", "pip", *chosen}, key=str.lower)
+    lines = [f"{name}=={versions[name]}" for name in names]
+    LOCK.write_text(ABOVE + BELOW + "\n".join(lines) + "\n")
+    print(f"{LOCK.name}: {len(lines) + len(chosen)} packages")
 
 
 if __name__ == "__main__":
