@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         bundle = open_bundle(made_bundle(args.work or Path(temporary), ["256x256", "512x512"]))
         actual: dict[str, list[dict[str, int]]] = {}
-        for item in select_contestants(list_contestants(bundle, compiled=False)[0], args.engines):
+        for item in select_contestants(list_contestants(bundle)[0], args.engines):
             count = 1 if args.one or item.backend == "reference" else 2
             actual[item.name] = held(item, bundle, BenchSettings(args.size, (1,), 1), count)
             print(item.name, json.dumps(actual[item.name]), flush=True)

@@ -41,9 +41,7 @@ def main() -> None:
         bundle = open_bundle(made_bundle(args.work or Path(temporary), ["256x256", "512x512"]))
         actual: dict[str, list[dict[str, float]]] = defaultdict(list)
         for turn in range(args.rounds + 1):
-            for item in select_contestants(
-                list_contestants(bundle, compiled=False)[0], args.engines
-            ):
+            for item in select_contestants(list_contestants(bundle)[0], args.engines):
                 times = opened(item, bundle, BenchSettings(args.size, (1,), 1))
                 print("warms" if turn == 0 else f"turn {turn}", item.name, times, flush=True)
                 if turn:

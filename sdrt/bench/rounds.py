@@ -28,10 +28,16 @@ PEER_DTYPES |= {"bfloat16": "bfloat16", "compiled": "bfloat16"}
 WORKER = "from sdrt.bench.worker import main; main()"
 
 
-def list_contestants(bundle: Bundle, compiled: bool) -> tuple[list[Contestant], dict[str, str]]:
-    """The contestants that can run, diffusers first, and why the others cannot."""
+def list_contestants(
+    bundle: Bundle, compiled: bool = False, exact: bool = False
+) -> tuple[list[Contestant], dict[str, str]]:
+    """The contestants that can run, diffusers first, and why the others cannot.
+
+    compiled: with a compiled diffusers
+    exact: none in a lower precision than the bundle's
+    """
     runnable, left_out = [], {}
-    for name, (backend, precision, why_not) in list_peers(bundle, compiled).items():
+    for name, (backend, precision, why_not) in list_peers(bundle, compiled, exact).items():
         dtype = PEER_DTYPES.get(precision)
         if why_not is None:
             runnable.append(Contestant(name, backend, precision, dtype))
@@ -43,7 +49,7 @@ def list_contestants(bundle: Bundle, compiled: bool) -> tuple[list[Contestant], 
             continue
         computed = "float32" if candidate.device == "cpu" else None
         runnable.append(Contestant(candidate.title, candidate.backend, "exact", computed))
-        if candidate.reduced_precision in bundle.manifest.admitted:
+        if candidate.reduced_precision in bundle.manifest.admitted and not exact:
             lower = "bfloat16" if str(candidate.reduced_precision).endswith("bf16") else None
             name = str(candidate.reduced_precision)
             runnable.append(Contestant(name, candidate.backend, "auto", lower))

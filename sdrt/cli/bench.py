@@ -49,7 +49,7 @@ def bench(args: argparse.Namespace) -> None:
     if args.scheduler:
         config_from_name(args.scheduler, bundle.json("scheduler/scheduler_config.json"))
     old = read_report(args.compare, bundle.manifest.name, run) if args.compare else None
-    runnable, left_out = list_contestants(bundle, args.compiled)
+    runnable, left_out = list_contestants(bundle, args.compiled, args.exact)
     limit, *engines = _measured(bundle, run, select_contestants(runnable, args.engines), left_out)
     report = build_report(bundle, run, limit, engines, left_out)
     print(json.dumps(report, indent=2) if args.json else format_report(report))

@@ -33,12 +33,18 @@ def checkpoint_folder(bundle: Bundle) -> Path | None:
     return None
 
 
-def list_peers(bundle: Bundle, compiled: bool) -> dict[str, tuple[str, str, str | None]]:
-    """Every peer by name: its backend, its precision, and why it cannot run, or None."""
+def list_peers(
+    bundle: Bundle, compiled: bool = False, exact: bool = False
+) -> dict[str, tuple[str, str, str | None]]:
+    """Every peer by name: its backend, its precision, and why it cannot run, or None.
+
+    compiled, exact: see `list_contestants`
+    """
     checkpoint = checkpoint_folder(bundle)
     away = None if checkpoint else f"its checkpoint {bundle.manifest.source} is not here"
     library = away or (None if is_installed("diffusers") else "pip install diffusers torch")
     lower = library or (None if has_bf16() else "this processor has no bf16")
+    lower = lower or ("--exact leaves it out" if exact else None)
     slow = lower or (None if compiled else "takes minutes; --compiled measures it")
     both = is_installed("optimum") and find_spec("optimum.onnxruntime") is not None
     exported = away or (None if both else OPTIMUM)
@@ -48,7 +54,11 @@ def list_peers(bundle: Bundle, compiled: bool) -> dict[str, tuple[str, str, str 
         "reference bf16 compiled": ("reference", "compiled", slow),
         "optimum onnxruntime": ("optimum", "exact", exported),
         "stable-diffusion.cpp": ("stable-diffusion.cpp", "stored", away or _not_cpp(checkpoint)),
-        "OpenVINO GenAI": ("openvino-genai", "preferred", away or _not_genai(checkpoint)),
+        "OpenVINO GenAI": (
+            "openvino-genai",
+            "exact" if exact else "preferred",
+            away or _not_genai(checkpoint),
+        ),
     }
 
 

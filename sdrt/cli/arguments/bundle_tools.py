@@ -28,6 +28,11 @@ def add_bench(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--compiled", action="store_true", help="also compile diffusers, which takes minutes"
     )
+    to.add_argument(
+        "--exact",
+        action="store_true",
+        help="only in the bundle's precision, as on a processor without bf16",
+    )
     to.add_argument("--json", action="store_true", help="print JSON with every measurement")
     to.add_argument("--plot", type=Path, metavar="FILE.png", help="write a bar chart")
     to.add_argument(

@@ -29,7 +29,17 @@ def test_what_stable_diffusion_cpp_reads_has_the_older_names(shapes, tmp_path):
 
 
 def test_a_model_that_stable_diffusion_cpp_cannot_hold_is_left_out(shapes):
-    assert "published widths" in list_peers(open_bundle(shapes), False)["stable-diffusion.cpp"][2]
+    assert "published widths" in list_peers(open_bundle(shapes))["stable-diffusion.cpp"][2]
+
+
+def test_exact_leaves_lower_precisions_out(shapes, monkeypatch):
+    monkeypatch.setattr(bench_peers, "has_bf16", lambda: True)
+    peers = list_peers(open_bundle(shapes), compiled=True, exact=True)
+    assert {peers[name][2] for name in ("reference bf16", "reference bf16 compiled")} == {
+        "--exact leaves it out"
+    }
+    assert peers["OpenVINO GenAI"][1] == "exact"
+    assert peers["reference fp32"][2] is None
 
 
 def test_the_log_of_stable_diffusion_cpp_is_parsed():
