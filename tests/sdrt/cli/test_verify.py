@@ -17,7 +17,8 @@ from sdrt.bundle.manifest import LORA_PARTS
 from sdrt.bundle.store import home
 from sdrt.cli.main import main
 from sdrt.cli.verify import run_checks
-from sdrt.engine import select_backend
+from sdrt.engine import parity, select_backend
+from sdrt.engine.cpu import has_bf16
 from sdrt.errors import BundleError
 
 WITHOUT_TORCH = """
@@ -124,6 +125,18 @@ def test_answers_of_another_shape_are_a_miss(copy, capsys):
     record_files(copy)
     code, missed, _ = verified(copy, capsys)
     assert code == 6 and missed == ["unet, float32", "vae_encoder, float32"]
+
+
+def test_an_image_too_far_off_in_bf16_says_that_exact_is_valid(copy, capsys, monkeypatch):
+    pytest.importorskip("openvino")
+    if not has_bf16():
+        pytest.skip("this processor has no bf16")
+    record_files(copy, lambda manifest: manifest.update(admitted={"openvino-bf16": 40.0}))
+    monkeypatch.setattr(parity, "MIN_IMAGE_PSNR", 500.0)
+    code = main(["verify", "--quiet", "--bundle", str(copy), "--backend", "openvino"])
+    reported = capsys.readouterr()
+    assert code == 6 and reported.out.count("FAILED") == 1
+    assert "image in openvino-bf16" in reported.err and "use --exact" in reported.err
 
 
 def test_an_engine_that_answers_otherwise_each_time_is_noticed(tiny_bundle):
