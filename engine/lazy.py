@@ -13,7 +13,7 @@ import numpy as np
 from sdrt.bundle.manifest import Component, TensorSpec
 from sdrt.errors import BackendError
 
-from .protocol import Engine, Feeds
+from .protocol import Engine, Feeds, ReleasableMemory
 
 MAX_WAIT = 5.0  # seconds, before a waiting engine takes precedence
 
@@ -118,6 +118,11 @@ class LazyEngine:
             self._weights = weights
             if self._engine is not None:
                 self._engine.refit(weights)
+
+    def release_memory(self) -> None:
+        """See `ReleasableMemory`."""
+        if isinstance(engine := self._engine, ReleasableMemory):
+            engine.release_memory()
 
     def unload(self) -> None:
         """Release the memory until the engine is needed again."""

@@ -78,6 +78,15 @@ class StaticShapes(Protocol):
         ...
 
 
+@runtime_checkable
+class ReleasableMemory(Protocol):
+    """An engine that holds memory between calls to be faster. Test with `isinstance`."""
+
+    def release_memory(self) -> None:
+        """Release it, unless a call is running."""
+        ...
+
+
 def check_feeds(name: str, specs: tuple[TensorSpec, ...], feeds: Feeds) -> dict[str, np.ndarray]:
     """Return the feeds as contiguous arrays of the declared dtypes.
 

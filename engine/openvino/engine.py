@@ -1,6 +1,7 @@
 """Components on OpenVINO, on the CPU. Imports openvino: import only where it is used."""
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,20 +27,34 @@ class InferRequestPool:
     """
 
     def __init__(self, compiled: ov.CompiledModel) -> None:
-        self.compiled = compiled
+        self._compiled = compiled
         self._free: deque[ov.InferRequest] = deque()
+        self._running, self._lock = 0, threading.Lock()
 
     def infer(self, feeds: Feeds, outputs: Sequence[str]) -> dict[str, np.ndarray]:
         """Run once; the returned arrays belong to the caller."""
+        with self._lock:
+            self._running += 1
         try:
-            request = self._free.pop()
-        except IndexError:
-            request = self.compiled.create_infer_request()
-        request.infer(feeds, share_inputs=True, share_outputs=True)
-        # A request that fails is dropped; an idle one will overwrite its tensors.
-        arrays = {name: request.get_tensor(name).data.copy() for name in outputs}
-        self._free.append(request)
-        return arrays
+            try:
+                request = self._free.pop()
+            except IndexError:
+                request = self._compiled.create_infer_request()
+            request.infer(feeds, share_inputs=True, share_outputs=True)
+            # A request that fails is dropped; an idle one will overwrite its tensors.
+            arrays = {name: request.get_tensor(name).data.copy() for name in outputs}
+            self._free.append(request)
+            return arrays
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def release_memory(self) -> None:
+        """Release the activations, which the next call allocates again, unless one is running."""
+        with self._lock:
+            if not self._running:
+                self._compiled.release_memory()
+                trim_heap()
 
 
 class OpenVinoEngine:
@@ -129,9 +144,13 @@ class OpenVinoEngine:
         largest = max(array.nbytes for array in (*ready.values(), *outputs.values()))
         if self.name.startswith("vae") and largest >= LARGE:
             # Runs once an image; its activations dwarf all else and are quickly allocated again.
-            requests.compiled.release_memory()
-            trim_heap()
+            requests.release_memory()
         return outputs
+
+    def release_memory(self) -> None:
+        """See `ReleasableMemory`."""
+        if (requests := self._requests) is not None:
+            requests.release_memory()
 
     def close(self) -> None:
         with MAPPED_FILES:

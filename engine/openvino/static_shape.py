@@ -91,6 +91,12 @@ class StaticShapeEngine:
                 self._dynamic.refit(weights)
             self._weights = weights
 
+    def release_memory(self) -> None:
+        """See `ReleasableMemory`."""
+        for engine in (self._fixed, self._dynamic):
+            if engine is not None:
+                engine.release_memory()
+
     def close(self) -> None:
         """See `Engine.close`."""
         with self._lock:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sdrt.bundle.manifest import TensorSpec
 from sdrt.engine import Engine, Feeds, ProgramEngine, SamplingProgram, SamplingResult
-from sdrt.engine.protocol import UnfusedAttention
+from sdrt.engine.protocol import ReleasableMemory, UnfusedAttention
 
 PROMPT = "a red circle on a blue background"
 
@@ -67,6 +67,10 @@ class TimedEngine:
 
     def refit(self, weights: Feeds) -> None:
         self.engine.refit(weights)
+
+    def release_memory(self) -> None:
+        if isinstance(self.engine, ReleasableMemory):
+            self.engine.release_memory()
 
     def close(self) -> None:
         self.engine.close()
