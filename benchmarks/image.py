@@ -3,7 +3,7 @@
     python benchmarks/image.py [--size 256x256] [--rounds 2] [--steps 20] [--work FOLDER]
         [--engines reference,openvino-bf16] [--save]
     python benchmarks/image.py --xl --size 1024x1024 --rounds 1 --work FOLDER [--save]   # SDXL
-    python benchmarks/image.py --exact --engines 'fp32,openvino on cpu,static,GenAI' [--save]
+    python benchmarks/image.py --exact [--engines 'fp32,openvino on cpu,static'] [--save]
 
 Prompt to PNG, by the engine that `sdrt run` takes on a processor with bf16 and by the reference
 library in fp32 and bf16, in turns of whole images: minutes a round. See latency.py for FOLDER.
@@ -25,15 +25,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--xl", action="store_true", help="SDXL")
     parser.add_argument("--exact", action="store_true", help="in float32, as without bf16")
-    parser.set_defaults(engines="reference,openvino-bf16")
     args = parser.parse_args()
+    default = "reference,openvino on cpu" if args.exact else "reference,openvino-bf16"
+    engines = args.engines or default
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         if args.xl:
             bundle = made_bundle(work, [args.size], "--fp16", xl=True)
         else:
             bundle = made_bundle(work, ["256x256", "512x512"])
-        options = ["--size", args.size, "--rounds", str(args.rounds), "--engines", args.engines]
+        options = ["--size", args.size, "--rounds", str(args.rounds), "--engines", engines]
         # The first image only warms: one step is enough of it.
         options += ["--steps", f"1,{args.steps}", "--scheduler", SAMPLER]
         options += ["--exact"] if args.exact else []

@@ -4,6 +4,7 @@ Knows numpy, the engine protocol and the bundle's manifest; not which backend ru
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -14,7 +15,8 @@ from PIL.Image import Image, fromarray
 from sdrt.bundle.manifest import LORA_PARTS, TEXT_ENCODERS, Manifest
 from sdrt.engine import Engine, SamplingResult
 from sdrt.engine.memory_estimator import MemoryEstimator
-from sdrt.engine.protocol import UnfusedAttention
+from sdrt.engine.page_cache import trim_heap
+from sdrt.engine.protocol import ReleasableMemory, UnfusedAttention
 from sdrt.errors import SdrtError
 
 from .batch import Batch, build_latent_edit, build_states, group_alike
@@ -78,6 +80,7 @@ from .vae import Tiling, decode_latents, encode_pixels
 
 log = logging.getLogger(__name__)
 Prompt = str | Sequence[str] | None
+LARGE = 512 * 512  # pixels of an image, from which on room is made for its decoding
 T = TypeVar("T")
 
 
@@ -535,8 +538,14 @@ class PipelineStages:
 
     def _decode_each(self, latents: np.ndarray) -> Iterator[np.ndarray]:
         """[1, 3, H, W] of one image after the other: the decoder's activations dwarf all else, and
-        a batch gains nothing.
+        a batch gains nothing. Before large ones, what engines hold only to be faster is released.
         """
+        if math.prod(latents.shape[2:]) * self.manifest.downscale**2 >= LARGE:
+            others = self.refiner.engines.values() if self.refiner else ()
+            for engine in (*self.engines.values(), *others):
+                if isinstance(engine, ReleasableMemory):
+                    engine.release_memory()
+            trim_heap()
         for i in range(len(latents)):
             yield decode_latents(self.engines, self.tiling, latents[i : i + 1])
 

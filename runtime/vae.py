@@ -13,14 +13,12 @@ import numpy as np
 
 from sdrt.engine import Engine
 from sdrt.engine.axes import tile_size
-from sdrt.engine.protocol import ReleasableMemory
 from sdrt.errors import SdrtError
 
 from .images import pixels_from_latents
 
 log = logging.getLogger(__name__)
 DECODERS = ("vae_decoder", "vae_decoder_float32")
-LARGE = 512 * 512  # pixels of an image, from which on there is room made for its decoding
 OVERLAP = 0.25  # of a tile
 Size = tuple[int, int]  # height and width
 Network = Callable[[np.ndarray], np.ndarray]
@@ -30,7 +28,6 @@ def decode_latents(
     engines: Mapping[str, Engine], tiling: "Tiling", latents: np.ndarray
 ) -> np.ndarray:
     """Decode one image; again in float32 where half precision overflows and the bundle has that.
-    What engines hold only to be faster is released before a large one, which needs more.
 
     Args:
         engines: By component; without a decoder the latents are the pixels.
@@ -50,10 +47,6 @@ def decode_latents(
         )
     if DECODERS[0] not in engines:
         return pixels_from_latents(latents)
-    if math.prod(latents.shape[2:]) * tiling.scale**2 >= LARGE:
-        for engine in engines.values():
-            if isinstance(engine, ReleasableMemory):
-                engine.release_memory()
     for name in DECODERS:
         if name in engines:
             pixels = tiling.decode(partial(_run_decoder, engines[name]), latents)

@@ -18,7 +18,7 @@ from . import cache as openvino_cache
 
 log = logging.getLogger(__name__)
 MAPPED_FILES = MappedFileUsers()
-LARGE = 512 * 512 * 3 * 4  # bytes of an image, from which on its activations are released
+LARGE = 512 * 512 * 3  # values of an image, from which on its activations are released
 
 
 class InferRequestPool:
@@ -54,7 +54,6 @@ class InferRequestPool:
         with self._lock:
             if not self._running:
                 self._compiled.release_memory()
-                trim_heap()
 
 
 class OpenVinoEngine:
@@ -141,16 +140,19 @@ class OpenVinoEngine:
             outputs = requests.infer(ready, [spec.name for spec in self.outputs])
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed in {self.name}: {error}") from error
-        largest = max(array.nbytes for array in (*ready.values(), *outputs.values()))
+        largest = max(array.size for array in (*ready.values(), *outputs.values()))
         if self.name.startswith("vae") and largest >= LARGE:
             # Runs once an image; its activations dwarf all else and are quickly allocated again.
             requests.release_memory()
+            trim_heap()
         return outputs
 
     def release_memory(self) -> None:
         """See `ReleasableMemory`."""
-        if (requests := self._requests) is not None:
-            requests.release_memory()
+        with MAPPED_FILES:  # or, closed meanwhile, the model could be unmapped while pages drop
+            if (requests := self._requests) is not None:
+                requests.release_memory()
+            del requests
 
     def close(self) -> None:
         with MAPPED_FILES:

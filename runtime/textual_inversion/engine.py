@@ -7,6 +7,7 @@ import numpy as np
 
 from sdrt.bundle.manifest import TOKEN_EMBEDDINGS, TensorSpec
 from sdrt.engine import Engine, Feeds
+from sdrt.engine.protocol import ReleasableMemory
 from sdrt.runtime.text.tokenizer import FIRST_WORD_ID
 
 WORD_EMBEDDINGS = "word_embeddings"
@@ -58,6 +59,11 @@ class WordEngine:
         """See `Engine`; the table is looked up here."""
         self._table = weights.get(self._table_name, self._stored)
         self._engine.refit({name: w for name, w in weights.items() if name != self._table_name})
+
+    def release_memory(self) -> None:
+        """See `ReleasableMemory`."""
+        if isinstance(self._engine, ReleasableMemory):
+            self._engine.release_memory()
 
     def close(self) -> None:
         self._engine.close()

@@ -18,7 +18,7 @@ from sdrt.engine.gpu import detect_gpus, free_memory
 from sdrt.errors import BackendError, UsageError
 from sdrt.progress import log_progress
 
-from .peers import list_peers, prepare
+from .peers import LEFT_OUT, list_peers, prepare
 from .report import BenchSettings, Contestant
 
 log = logging.getLogger("sdrt.bench")
@@ -49,7 +49,9 @@ def list_contestants(
             continue
         computed = "float32" if candidate.device == "cpu" else None
         runnable.append(Contestant(candidate.title, candidate.backend, "exact", computed))
-        if candidate.reduced_precision in bundle.manifest.admitted and not exact:
+        if candidate.reduced_precision in bundle.manifest.admitted and exact:
+            left_out[str(candidate.reduced_precision)] = LEFT_OUT
+        elif candidate.reduced_precision in bundle.manifest.admitted:
             lower = "bfloat16" if str(candidate.reduced_precision).endswith("bf16") else None
             name = str(candidate.reduced_precision)
             runnable.append(Contestant(name, candidate.backend, "auto", lower))

@@ -77,7 +77,7 @@ def verify(args: argparse.Namespace) -> None:
             f"{bundle.folder} is not valid on {candidate.title}: {missed[0].what}: "
             f"{missed[0].actual}, expected {missed[0].expected} "
             f"({len(missed)} of {len(checks)} checks failed)",
-            hint="use --exact, which passed, or build the bundle again with --force"
+            hint="run it with --exact, which passed, or build it again with --force"
             if only_reduced
             else "use another --backend, or build the bundle again with --force",
         )

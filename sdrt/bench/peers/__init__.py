@@ -16,6 +16,7 @@ from sdrt.engine.cpu import has_bf16
 from sdrt.engine.selection import is_installed
 from sdrt.errors import BackendError
 
+LEFT_OUT = "--exact leaves it out"
 TEXT_TO_IMAGE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 CPP = "pip install stable-diffusion-cpp-python"
 GENAI = "pip install openvino-genai openvino-tokenizers diffusers torch"
@@ -44,7 +45,7 @@ def list_peers(
     away = None if checkpoint else f"its checkpoint {bundle.manifest.source} is not here"
     library = away or (None if is_installed("diffusers") else "pip install diffusers torch")
     lower = library or (None if has_bf16() else "this processor has no bf16")
-    lower = lower or ("--exact leaves it out" if exact else None)
+    lower = lower or (LEFT_OUT if exact else None)
     slow = lower or (None if compiled else "takes minutes; --compiled measures it")
     both = is_installed("optimum") and find_spec("optimum.onnxruntime") is not None
     exported = away or (None if both else OPTIMUM)
@@ -54,7 +55,7 @@ def list_peers(
         "reference bf16 compiled": ("reference", "compiled", slow),
         "optimum onnxruntime": ("optimum", "exact", exported),
         "stable-diffusion.cpp": ("stable-diffusion.cpp", "stored", away or _not_cpp(checkpoint)),
-        "OpenVINO GenAI": (
+        "OpenVINO GenAI fp32" if exact else "OpenVINO GenAI": (
             "openvino-genai",
             "exact" if exact else "preferred",
             away or _not_genai(checkpoint),

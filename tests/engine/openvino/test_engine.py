@@ -7,9 +7,8 @@ import pytest
 import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.engine import select_backend
-from sdrt.engine.openvino.engine import OpenVinoEngine
 from sdrt.engine.parity import sample_input
-from sdrt.runtime import vae
+from sdrt.runtime import stages
 
 pytestmark = pytest.mark.integration
 
@@ -56,6 +55,8 @@ def test_releasing_during_calls_disturbs_none(unet):
 
 @pytest.mark.parametrize("static_size", [None, "64x64"])
 def test_memory_is_released_before_a_large_image_is_decoded(shapes, monkeypatch, static_size):
+    from sdrt.engine.openvino.engine import OpenVinoEngine
+
     calls = []
     inner = OpenVinoEngine.release_memory
 
@@ -67,7 +68,7 @@ def test_memory_is_released_before_a_large_image_is_decoded(shapes, monkeypatch,
     with sdrt.load(shapes, backend="openvino", static_size=static_size) as pipe:
         small = pipe(PROMPT, num_inference_steps=2, seed=0).images[0]
         assert not calls
-        monkeypatch.setattr(vae, "LARGE", 64 * 64)
+        monkeypatch.setattr(stages, "LARGE", 64 * 64)
         large = pipe(PROMPT, num_inference_steps=2, seed=0).images[0]
     assert {"text_encoder", "unet", "vae_decoder"} <= set(calls)
     assert large.tobytes() == small.tobytes()

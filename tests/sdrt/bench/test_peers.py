@@ -1,6 +1,7 @@
 """The peers of `sdrt bench` whose pipelines are C++: what they read, draw and tell."""
 
 import collections
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ from safetensors.numpy import load_file
 
 from sdrt.bench import peers as bench_peers
 from sdrt.bench.peers import checkpoint_folder, list_peers, openvino_genai, sdcpp
+from sdrt.bench.rounds import list_contestants
 from sdrt.bench.timing import PROMPT
 from sdrt.bundle import open_bundle
+from sdrt.engine import list_backends
 from sdrt.errors import BackendError
 
 
@@ -34,12 +37,19 @@ def test_a_model_that_stable_diffusion_cpp_cannot_hold_is_left_out(shapes):
 
 def test_exact_leaves_lower_precisions_out(shapes, monkeypatch):
     monkeypatch.setattr(bench_peers, "has_bf16", lambda: True)
-    peers = list_peers(open_bundle(shapes), compiled=True, exact=True)
-    assert {peers[name][2] for name in ("reference bf16", "reference bf16 compiled")} == {
-        "--exact leaves it out"
+    monkeypatch.setattr(bench_peers, "is_installed", lambda name: name != "optimum")
+    bundle = open_bundle(shapes)
+    admitted = {c.reduced_precision: 40.0 for c in list_backends() if c.reduced_precision}
+    bundle = replace(bundle, manifest=replace(bundle.manifest, admitted=admitted))
+    runnable, left_out = list_contestants(bundle, exact=True)
+    names = {"reference bf16", "reference bf16 compiled", *admitted}
+    assert {left_out[name] for name in names} == {"--exact leaves it out"}
+    assert {item.dtype for item in runnable if item.name not in admitted} <= {"float32", None}
+    assert not names & {item.name for item in runnable}
+    assert list_peers(bundle, exact=True)["OpenVINO GenAI fp32"][1] == "exact"
+    assert names - {item.name for item in list_contestants(bundle)[0]} == {
+        "reference bf16 compiled"  # takes minutes, so it is asked for
     }
-    assert peers["OpenVINO GenAI"][1] == "exact"
-    assert peers["reference fp32"][2] is None
 
 
 def test_the_log_of_stable_diffusion_cpp_is_parsed():

@@ -50,7 +50,8 @@ def test_selected_images_are_downloaded_as_a_zip(page):
 def test_removed_images_stay_removed_when_the_page_is_left_at_once(page):
     for i in (0, 2):
         page.locator(".tile").nth(i).click(modifiers=["Control"])
-    page.evaluate("document.querySelector('#remove-selected').click(); location.reload()")
+    with page.expect_event("load"):
+        page.evaluate("document.querySelector('#remove-selected').click(); location.reload()")
     wait_until_finished(page, 1)
     expect(page.locator("#caption-settings")).to_contain_text("seed 6")
 
