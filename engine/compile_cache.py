@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from sdrt.atomic_files import build_once
@@ -97,6 +96,8 @@ def explain_stale(folder: str) -> str | None:
 
 
 def _installed_version(compiler: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, rarely needed
+
     for package in COMPILERS[compiler][1]:
         with suppress(PackageNotFoundError):
             return version(package)

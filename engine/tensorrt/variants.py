@@ -5,7 +5,6 @@ Knows both packages by name, and loads one when it is asked for; nothing of plan
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -59,10 +58,12 @@ def _is_installed(module: str) -> bool:
 
 def required_cuda(kind: str) -> int | None:
     """The major version of CUDA that the installed package was made for, by its wheels' names."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, rarely needed
+
     for major in (13, 12):
         try:
-            importlib.metadata.version(f"{MODULES[kind]}_cu{major}_libs")
-        except importlib.metadata.PackageNotFoundError:
+            version(f"{MODULES[kind]}_cu{major}_libs")
+        except PackageNotFoundError:
             continue
         return major
     return None
