@@ -23,7 +23,7 @@ from sdrt.runtime.samplers.registry import config_from_name
 log = logging.getLogger("sdrt.bench")
 
 LIMIT = "limit"
-MARGIN = 1.25  # an engine may need this many times what the largest loaded one holds
+MARGIN = 1.15  # an engine may need this many times what the largest loaded one holds
 
 
 def bench(args: argparse.Namespace) -> None:
