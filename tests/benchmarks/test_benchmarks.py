@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 HELPERS = ("results.py", "gpu_contestants.py", "published.py", "plots.py", "similarity.py")
-HELPERS += ("hoisted_graph.py", "merged_graph.py")
+HELPERS += ("hoisted_graph.py", "merged_graph.py", "serve_contestants.py")
 SCRIPTS = [path for path in sorted(FOLDER.glob("*.py")) if path.name not in HELPERS]
 RESULTS = sorted((FOLDER / "results").glob("*.json"))
 
