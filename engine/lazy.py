@@ -13,7 +13,7 @@ import numpy as np
 from sdrt.bundle.manifest import Component, TensorSpec
 from sdrt.errors import BackendError
 
-from .protocol import Engine, Feeds, ReleasableMemory
+from .protocol import Engine, Feeds, release_memory
 
 MAX_WAIT = 5.0  # seconds, before a waiting engine takes precedence
 
@@ -121,8 +121,7 @@ class LazyEngine:
 
     def release_memory(self) -> None:
         """See `ReleasableMemory`."""
-        if isinstance(engine := self._engine, ReleasableMemory):
-            engine.release_memory()
+        release_memory(self._engine)
 
     def unload(self) -> None:
         """Release the memory until the engine is needed again."""

@@ -87,6 +87,12 @@ class ReleasableMemory(Protocol):
         ...
 
 
+def release_memory(engine: Engine | None) -> None:
+    """Release what an engine holds between calls, if it is one that does."""
+    if isinstance(engine, ReleasableMemory):
+        engine.release_memory()
+
+
 def check_feeds(name: str, specs: tuple[TensorSpec, ...], feeds: Feeds) -> dict[str, np.ndarray]:
     """Return the feeds as contiguous arrays of the declared dtypes.
 

@@ -16,7 +16,7 @@ from sdrt.bundle.manifest import LORA_PARTS, TEXT_ENCODERS, Manifest
 from sdrt.engine import Engine, SamplingResult
 from sdrt.engine.memory_estimator import MemoryEstimator
 from sdrt.engine.page_cache import trim_heap
-from sdrt.engine.protocol import ReleasableMemory, UnfusedAttention
+from sdrt.engine.protocol import UnfusedAttention, release_memory
 from sdrt.errors import SdrtError
 
 from .batch import Batch, build_latent_edit, build_states, group_alike
@@ -543,8 +543,7 @@ class PipelineStages:
         if math.prod(latents.shape[2:]) * self.manifest.downscale**2 >= LARGE:
             others = self.refiner.engines.values() if self.refiner else ()
             for engine in (*self.engines.values(), *others):
-                if isinstance(engine, ReleasableMemory):
-                    engine.release_memory()
+                release_memory(engine)
             trim_heap()
         for i in range(len(latents)):
             yield decode_latents(self.engines, self.tiling, latents[i : i + 1])

@@ -7,7 +7,7 @@ import numpy as np
 
 from sdrt.bundle.manifest import TOKEN_EMBEDDINGS, TensorSpec
 from sdrt.engine import Engine, Feeds
-from sdrt.engine.protocol import ReleasableMemory
+from sdrt.engine.protocol import release_memory
 from sdrt.runtime.text.tokenizer import FIRST_WORD_ID
 
 WORD_EMBEDDINGS = "word_embeddings"
@@ -62,8 +62,7 @@ class WordEngine:
 
     def release_memory(self) -> None:
         """See `ReleasableMemory`."""
-        if isinstance(self._engine, ReleasableMemory):
-            self._engine.release_memory()
+        release_memory(self._engine)
 
     def close(self) -> None:
         self._engine.close()

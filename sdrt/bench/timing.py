@@ -10,7 +10,7 @@ import numpy as np
 
 from sdrt.bundle.manifest import TensorSpec
 from sdrt.engine import Engine, Feeds, ProgramEngine, SamplingProgram, SamplingResult
-from sdrt.engine.protocol import ReleasableMemory, UnfusedAttention
+from sdrt.engine.protocol import UnfusedAttention, release_memory
 
 PROMPT = "a red circle on a blue background"
 
@@ -69,8 +69,7 @@ class TimedEngine:
         self.engine.refit(weights)
 
     def release_memory(self) -> None:
-        if isinstance(self.engine, ReleasableMemory):
-            self.engine.release_memory()
+        release_memory(self.engine)
 
     def close(self) -> None:
         self.engine.close()

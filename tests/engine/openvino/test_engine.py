@@ -8,6 +8,7 @@ import sdrt
 from sdrt.bundle import open_bundle
 from sdrt.engine import select_backend
 from sdrt.engine.parity import sample_input
+from sdrt.errors import BackendError
 from sdrt.runtime import stages
 
 pytestmark = pytest.mark.integration
@@ -78,3 +79,5 @@ def test_a_closed_engine_releases_nothing(shapes):
     engine = select_backend("openvino").load(open_bundle(shapes), "unet")
     engine.close()
     engine.release_memory()
+    with pytest.raises(BackendError, match="is closed"):
+        outcome(engine)
