@@ -98,10 +98,11 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def loras(home):
-    """No test file finds the LoRA files of another by name."""
+def leftovers(home):
+    """No test file finds the LoRA files of another by name, or fills the disk for the next."""
     yield
-    shutil.rmtree(home / "loras", ignore_errors=True)
+    for name in ("loras", "converted"):
+        shutil.rmtree(home / name, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
