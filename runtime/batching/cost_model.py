@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Size = tuple[int, int]
 REPEATS = 3
-LONG_CALL = 1.0  # seconds from which calls are not repeated
+LONG_CALL = 1.0  # seconds from which a call is measured once, after one that sets things up
+VERY_LONG_CALL = 5.0  # seconds from which further calls need none before, and have no more rows
 MAX_FILE_BYTES = 1_000_000  # of a cached file, which may have come with an untrusted bundle
 SECONDS, ROWS, COUNT = number(0.0, 1e6), integer(1, 4096), integer(-(2**50), 2**50)
 MIN_GAIN = 1.05  # in images per second, for more rows in a call to be worth it
@@ -208,38 +209,48 @@ def _size_costs(pipe: "Pipeline", sides: tuple[int, int], max_rows: int, base: i
     calls: dict[int, Callable[[], object]] = {}
     seconds: dict[int, float] = {}
     call_bytes: dict[int, int] = {}
-    best, rows, unet = 0, 1, pipe.engines["unet"]
+    best, rows, unet, is_very_long = 0, 1, pipe.engines["unet"], False
     while rows <= max_rows:
         calls[rows] = partial(unet, zero_inputs(unet, rows, sides, pipe.manifest.max_tokens))
         forget_peak()
         try:
-            is_long = _is_long(calls[rows])
+            first = _seconds(calls[rows])
         except BackendError as error:
             if rows <= 2:
                 raise
             log.info("calls of %d rows are not used: %s", rows, error)
             break
+        is_long = first >= LONG_CALL
         compared = {rows} if is_long or not best else {best, rows}
-        seconds |= _least_seconds({rows: calls[rows] for rows in compared}, is_long)
+        if is_very_long:
+            seconds[rows] = first
+        else:
+            seconds |= _least_seconds({rows: calls[rows] for rows in compared}, is_long)
         call_bytes[rows] = peak_bytes() - base
         if rows <= 2 or seconds[best] / best / (seconds[rows] / rows) >= MIN_GAIN:
             best = rows
         elif is_long or rows > 2 * best:
             break
+        is_very_long = seconds[rows] >= VERY_LONG_CALL
+        if is_very_long and rows >= 2:
+            break
         if 2 * call_bytes[rows] > MEMORY_FRACTION * (available_bytes() + call_bytes[rows]):
             break
         rows *= 2
     full = min(seconds, key=lambda rows: seconds[rows] / rows)
-    decode_seconds = _component_seconds(pipe, "vae_decoder", sides)
+    decode_seconds = _component_seconds(pipe, "vae_decoder", sides, once=is_very_long)
     return SizeCosts(seconds, call_bytes, best, max(best, full), decode_seconds)
 
 
-def _component_seconds(pipe: "Pipeline", name: str, sides: tuple[int, int]) -> float:
-    """Seconds of a call of a component; 0 if the model has none."""
+def _component_seconds(
+    pipe: "Pipeline", name: str, sides: tuple[int, int], *, once: bool = False
+) -> float:
+    """Seconds of a call of a component; 0 if the model has none. Once: of its first call."""
     if name not in pipe.manifest.components:
         return 0.0
     engine = pipe.engines[name]
-    return _median_seconds(partial(engine, zero_inputs(engine, 1, sides, pipe.manifest.max_tokens)))
+    call = partial(engine, zero_inputs(engine, 1, sides, pipe.manifest.max_tokens))
+    return _seconds(call) if once else _median_seconds(call)
 
 
 def _median_seconds(call: Callable[[], object]) -> float:

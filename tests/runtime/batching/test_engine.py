@@ -568,23 +568,50 @@ def test_costs_are_of_the_real_calls(pipe, monkeypatch):
 
 
 class Slowed(Timed):
-    """An engine of short calls, slow or failing as `seconds` of rows and the time says."""
+    """An engine that is slow or fails as `seconds` of rows and the time says. Notes its rows."""
 
     def __init__(self, engine, clock, seconds):
         super().__init__(engine, clock)
-        self.seconds = seconds
+        self.seconds, self.rows = seconds, []
 
     def __call__(self, feeds):
-        self.clock.now += self.seconds(len(next(iter(feeds.values()))), self.clock.now)
+        self.rows.append(len(next(iter(feeds.values()))))
+        self.clock.now += self.seconds(self.rows[-1], self.clock.now)
         return {}
 
 
-def measured_rows(pipe, monkeypatch, seconds):
+def measured(pipe, monkeypatch, **seconds):
+    """The costs of engines that take `seconds`, and the rows of the model's calls."""
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(cost_model, "time", clock)
-    engines = {**pipe.engines, "unet": Slowed(pipe.engines["unet"], clock, seconds)}
-    size = cost_model.measure_costs(replace(pipe, engines=engines), 32).sizes[64, 64]
+    slowed = {name: Slowed(pipe.engines[name], clock, of) for name, of in seconds.items()}
+    costs = cost_model.measure_costs(replace(pipe, engines={**pipe.engines, **slowed}), 32)
+    return costs.sizes[64, 64], slowed["unet"].rows
+
+
+def measured_rows(pipe, monkeypatch, seconds):
+    size, _ = measured(pipe, monkeypatch, unet=seconds)
     return size.max_rows, size.full_rows
+
+
+def test_a_large_model_is_measured_by_few_calls(pipe, monkeypatch):
+    """SDXL takes half a minute a call on two cores, and the server is not ready before."""
+
+    def decode(_, now):
+        return 9.0 if now < 24.5 else 90.0
+
+    size, rows = measured(pipe, monkeypatch, unet=lambda rows, _: 6.0 * rows, vae_decoder=decode)
+    assert rows == [1, 1, 2] and size.call_seconds == {1: 6.0, 2: 12.0}
+    assert (size.max_rows, size.full_rows, size.decode_seconds) == (2, 2, 9.0)
+    assert size.seconds(4) == 24.0
+
+    size, rows = measured(pipe, monkeypatch, unet=lambda rows, _: 2.0 * rows)
+    assert rows == [1, 1, 2, 2, 4, 4] and size.max_rows == 2
+
+
+def test_a_slow_first_call_does_not_make_the_others_long(pipe, monkeypatch):
+    size, rows = measured(pipe, monkeypatch, unet=lambda rows, now: 0.5 if now else 30.0)
+    assert size.call_seconds[1] == 0.5 and max(rows) == 32
 
 
 def test_calls_grow_while_throughput_does_whatever_else_the_machine_does(pipe, monkeypatch):
