@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -256,6 +257,18 @@ def test_what_is_finished_is_kept_when_interrupted(shapes, tmp_path, capsys, mon
     said = capsys.readouterr()
     assert "Interrupted" in said.err and len(said.out.split()) == 8
     assert len(list(tmp_path.iterdir())) == 8
+
+
+def test_a_compared_image_can_be_made_again(shapes, tmp_path, capsys):
+    sheet, alone = tmp_path / "sheet.png", tmp_path / "alone.png"
+    options = ["--schedulers", "Euler,Euler", "--steps", "2", "--json", "--output", str(sheet)]
+    assert main(["compare", PROMPT, *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert main(["run", "--from", str(sheet), "--output", str(alone), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seeds"] == [report["seed"]]
+    cells, image = np.asarray(Image.open(sheet)), np.asarray(Image.open(alone))
+    assert (cells[4:132:2, 4:132:2] == image).all(), "the first, enlarged, in a frame"
+    assert (cells[4:132:2, 140:268:2] == image).all(), "the second has the same seed"
 
 
 def test_compare_and_schedulers(shapes, tmp_path, capsys):
